@@ -39,8 +39,8 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import INPUT, evenly_spread
-from sopdeploy_export.parity.compare import file_outputs, open_session
+from sopdeploy_export.capture.deployed import INPUT, evenly_spread
+from sopdeploy_export.runs import file_outputs, open_session
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3  # a convolution with more input channels does not read the image

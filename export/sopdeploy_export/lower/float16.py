@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, compute_outputs
-from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
-from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.capture.deployed import compute_outputs
+from sopdeploy_export.capture.program import NETWORK_PREFIX
+from sopdeploy_export.network import copy_module
+from sopdeploy_export.runs import InFloat64, ReportsFloat32
 
 _Part = TypeVar("_Part", bound=nn.Module)
 # ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).

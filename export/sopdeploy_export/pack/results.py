@@ -1,30 +1,18 @@
-"""What an export proved and measured, and its description in words for terminals and model cards.
+"""What an export proved and measured, in words for terminals and model cards."""
 
-`ParityReport` is the content of `parity.json`, `PrecisionReport` that of `precision.json`.
-
-Tolerances are multiples of the noise floor that `parity.compare` measures: 16 in float32, where reordered
-sums and folded batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor contains.
-"""
-
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from sopdeploy.bundle.manifest import Int8For, Manifest, Precision
-from sopdeploy.config import StrictModel
+from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
-from sopdeploy_export.proof.certificate import Certificate
+from sopdeploy_export.lower.precision import PrecisionReport
+from sopdeploy_export.prove.certificate import Certificate
+from sopdeploy_export.prove.file import ParityReport
 
-PROVIDER = "CPUExecutionProvider"
-LOGITS = "logits"
-FlipCause = Literal["noise", "routing", "error"]
-FLOORS = 16.0
-FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "int8": 4.0}
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
@@ -38,137 +26,6 @@ TARGETS: Mapping[Int8For, str] = {
     "cpu": "for CPUs (TensorRT does not accept this form)",
     "tensorrt": "for TensorRT (CPUs run this form slower than float32)",
 }
-
-
-class OutputParity(StrictModel):
-    """The drift of one output, in the units of that output.
-
-    `drift` maps each batch size to the maximum absolute difference from the float64 network;
-    `batch_difference` is the maximum change caused by batching.
-    """
-
-    noise_floor: float
-    tolerance: float
-    drift: dict[str, float]
-    batch_difference: float
-
-    @property
-    def largest_drift(self) -> float:
-        """The maximum drift over all batch sizes."""
-        return max(self.drift.values())
-
-    @property
-    def drift_in_floors(self) -> float:
-        """The maximum drift in multiples of the noise floor."""
-        if self.noise_floor == 0:  # the output does not depend on the image
-            return math.inf if self.largest_drift else 0.0
-        return self.largest_drift / self.noise_floor
-
-
-class RoutingParity(StrictModel):
-    """How clearly the gate of a mixture chooses the components of the probe images.
-
-    The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
-    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `left_out` lists the
-    images excluded from the drift and from the probes.
-    """
-
-    noise_floor: float
-    tolerance: float
-    num_undecided: int
-    left_out: tuple[int, ...] = ()
-
-
-class ParityReport(StrictModel):
-    """The comparison of the exported file with its network.
-
-    `spread` is the largest range of a logit over the images. `flips` counts changed top classes by cause:
-    `routing` for images that are excluded for their route, `noise` if the network's margin between the two
-    classes is at most twice the tolerance, otherwise `error`.
-    """
-
-    precision: Precision = "fp32"
-    runtime: str
-    provider: str
-    num_images: int
-    floors_allowed: float = FLOORS
-    outputs: dict[str, OutputParity]
-    spread: float
-    flips: dict[FlipCause, int]
-    routing: RoutingParity | None = None
-    operators: dict[str, int]
-    file_bytes: int
-    drift_allowed: bool
-
-    @property
-    def passed(self) -> bool:
-        """Whether all outputs are within their limits."""
-        # It is set only if a limit was exceeded; where the user did not allow this, the export has failed.
-        return not self.drift_allowed
-
-    @property
-    def num_agreeing(self) -> int:
-        """The number of images with the network's top class."""
-        return self.num_images - sum(self.flips.values())
-
-    @property
-    def unverifiable(self) -> bool:
-        """Whether a file that returns the same logits for every image could be within the tolerance.
-
-        A constant differs by at least half of a range from one of its ends. int8 is exempt: rounding may move
-        a single probe far, so agreement with float32 is measured on calibration or evaluation images instead.
-        """
-        return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
-
-    @property
-    def smallest_unverifiable_share(self) -> float:
-        """The share of the noise floor in the spread from which on the file is `unverifiable`.
-
-        The tolerance, floors_allowed * floor, is then at least spread / 2.
-        """
-        return 0.5 / self.floors_allowed
-
-    @property
-    def logits(self) -> OutputParity:
-        """The drift of the logits."""
-        return self.outputs[LOGITS]
-
-
-class Quantization(StrictModel):
-    """The quantization to int8 for `runtime`: the numbers of calibration images and of int8 convolutions."""
-
-    runtime: Int8For
-    num_images: int
-    num_layers: int
-
-
-class Accuracy(StrictModel):
-    """The float32 graph compared with the exported one on the same images.
-
-    Attributes:
-        num_images: Number of images.
-        before: Top-1 of the float32 graph as a fraction; `None` without labels.
-        after: Top-1 of the exported graph as a fraction; `None` without labels.
-        num_agreeing: Number of images with the same top class.
-        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
-        deviation: Root mean square difference of the logits in standard deviations of those in float32.
-    """
-
-    num_images: int
-    before: float | None
-    after: float | None
-    num_agreeing: int
-    drop: float
-    deviation: float = 0.0
-
-
-class PrecisionReport(StrictModel):
-    """The content of `precision.json`; `parts` has the type of the weights of each part that has any."""
-
-    precision: Precision
-    parts: dict[str, str]
-    quantisation: Quantization | None = None
-    accuracy: Accuracy | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

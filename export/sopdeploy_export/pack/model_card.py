@@ -9,8 +9,8 @@ from typing import Any
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
-from sopdeploy_export.proof.networks import ExportSubject
-from sopdeploy_export.results import Exported, ExportResults
+from sopdeploy_export.pack.results import Exported, ExportResults
+from sopdeploy_export.subject import ExportSubject
 
 MAX_LABELS = 20
 # An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".

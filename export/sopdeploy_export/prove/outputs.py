@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.program_hashes import are_equal
 
+STATEMENT = "These networks return bitwise equal outputs for probe images, alone and in batches."
+
 _SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
 
 
-def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
+def prove_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
     """Compare the outputs of *networks* for *probes* with those of the first one; return the batch sizes.
 
     Raises `CertificateError` unless they are bitwise equal.

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.state import VALUES, modules
+from sopdeploy_export.network import modules
+from sopdeploy_export.state import VALUES
 
 # Of the batches that show how sizes depend on the batch; a batch of one is recorded for itself.
 SIZES = (2, 3)

@@ -18,27 +18,37 @@ from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
 from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import Captured, Deployed
+from sopdeploy_export.admit.state import check_torch_state
+from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.program import Captured
 from sopdeploy_export.program_hashes import hashing_once
-from sopdeploy_export.proof.batch_sizes import check_batch_sizes
-from sopdeploy_export.proof.graphs import Roots, assert_equal_graphs, capture_networks
-from sopdeploy_export.proof.networks import Detachment, Prepared, check_torch_state, load_plain_network
-from sopdeploy_export.proof.outputs import assert_equal_outputs
-from sopdeploy_export.proof.repetition import check_repetition
-from sopdeploy_export.proof.tensors import TensorEntry, build_inventory, find_usage
+from sopdeploy_export.prove import (
+    batch_sizes,
+    file,
+    graphs,
+    images,
+    onnx_graphs,
+    outputs,
+    repetition,
+    tensors,
+)
+from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
+from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
+from sopdeploy_export.prove.networks import Prepared, load_plain_network
+from sopdeploy_export.prove.outputs import prove_outputs
+from sopdeploy_export.prove.repetition import prove_repetition
+from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors
+from sopdeploy_export.subject import Detachment
 
 STATEMENTS = {
-    "Tensors": "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 "
-    "before and after.",
-    "Graphs": "The trained network's output, the detached network and a plain network built "
-    "independently have one Merkle root.",
-    "Batch sizes": "The graph for any batch size, with one image, computes what the graph for one "
-    "image computes.",
-    "Outputs": "These networks return bitwise equal outputs for probe images, alone and in batches.",
-    "Repetition": "The detached network returns bitwise equal outputs after 300 calls on another image, "
-    "and nothing that it holds changes.",
-    "ONNX": "The ONNX graphs of these networks have one Merkle root.",
-    "Images": "No output depends on other images of the batch. Otherwise the export names the operators.",
+    "Tensors": tensors.STATEMENT,
+    "Graphs": graphs.STATEMENT,
+    "Batch sizes": batch_sizes.STATEMENT,
+    "Outputs": outputs.STATEMENT,
+    "Repetition": repetition.STATEMENT,
+    "ONNX": onnx_graphs.STATEMENT,
+    "Images": images.STATEMENT,
+    "File": file.STATEMENT,
 }
 
 
@@ -116,20 +126,20 @@ def certify(
             prepared["detached"] = Prepared.of("detached", detached)
         shipped = prepared["detached" if is_detached else "trained"]
         # 1. Tensors
-        removed, kept = build_inventory(prepared_trained, shipped, training_only)
+        removed, kept = prove_tensors(prepared_trained, shipped, training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
             prepared = {detachment.reference: load_plain_network(detachment, shipped), **prepared}
         # 2. Graphs
         networks = {role: of_role.network for role, of_role in prepared.items()}
         captured = capture_networks(networks, preprocess, batch or BatchRange(), detachment.captured)
-        roots, reached = assert_equal_graphs(captured, trained, training_only)
+        roots, reached = prove_graphs(captured, trained, training_only)
         # 3. Batch sizes
-        check_batch_sizes(next(iter(captured.values())))
+        prove_batch_sizes(next(iter(captured.values())))
     # 4. Outputs
     deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
-    sizes = assert_equal_outputs(deployed, probes)
+    sizes = prove_outputs(deployed, probes)
     # 5. Repetition
-    check_repetition(shipped.network, preprocess, probes)
+    prove_repetition(shipped.network, preprocess, probes)
     for of_role in prepared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, reached)

@@ -15,10 +15,15 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, make_functional, trace_network
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, make_functional, trace_network
+from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import describe_difference, program_root, trace_hash
-from sopdeploy_export.proof.networks import Prepared
-from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.prove.networks import Prepared
+
+STATEMENT = (
+    "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 before and "
+    "after."
+)
 
 _SEED = 20_261_126
 
@@ -64,7 +69,7 @@ def outermost_unused(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
     return (*outermost, *sorted(name for name in unused if not is_in(name, *outermost)))
 
 
-def build_inventory(
+def prove_tensors(
     trained: Prepared, detached: Prepared, training_only: tuple[str, ...]
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.

@@ -24,9 +24,10 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.constant_parts import evaluate_constant_parts
-from sopdeploy_export.graph.capture import DATA_DEPENDENT, DEPENDS_ON_VALUES, INPUT, NETWORK_PREFIX
-from sopdeploy_export.graph.forms import decompose
+from sopdeploy_export.capture.deployed import INPUT
+from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX
+from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
 OPSET = 18

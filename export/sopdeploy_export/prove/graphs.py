@@ -9,9 +9,14 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.detach.stubs import removed_modules
 from sopdeploy_export.program_hashes import compute_roots, describe_difference
-from sopdeploy_export.stubs import removed_modules
+
+STATEMENT = (
+    "The trained network's output, the detached network and a plain network built independently have one "
+    "Merkle root."
+)
 
 
 class Roots(StrictModel):
@@ -45,7 +50,7 @@ def capture_networks(
     return {role: captured[role] for role in networks}
 
 
-def assert_equal_graphs(
+def prove_graphs(
     captured: Mapping[str, Captured], trained: nn.Module, training_only: tuple[str, ...]
 ) -> tuple[Roots, Set[str]]:
     """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.

@@ -19,14 +19,15 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy_export.graph.capture import INPUT, evenly_spread
+from sopdeploy_export.capture.deployed import INPUT, evenly_spread
+from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import open_session
-from sopdeploy_export.proof.networks import ExportSubject
-from sopdeploy_export.results import LOGITS, Accuracy, PrecisionReport
+from sopdeploy_export.runs import LOGITS, open_session
+from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
+PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
 MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07 in int8
 # (docs/howto/int8.md), a file that returns the mean logits of all images 1.
@@ -77,12 +78,13 @@ class AccuracyCheck:
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
-    def photographs(self, most: int) -> list[NDArray[np.uint8]]:
-        """Read at most *most* images of `evaluate` (H, W, 3), evenly spread; none without it."""
-        if self._labeled is None:
-            return []
-        positions = evenly_spread(len(self._labeled), most).tolist()
-        return [preprocess_image(self._labeled.decode(position), self._preprocess) for position in positions]
+    def images(self) -> MeasuringImages:
+        """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
+        files = self._labeled if self.options.precision == "fp16" else None
+        positions = () if files is None else evenly_spread(len(files), PHOTOGRAPHS).tolist()
+        decoded = () if files is None else map(files.decode, positions)
+        photographs = [preprocess_image(image, self._preprocess) for image in decoded]
+        return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
         """Raise `ParityError` if *report* lost more than the limits, which `allow_drift` does not change.

@@ -21,10 +21,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sopdeploy.errors import CertificateError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph.capture import compute_outputs
+from sopdeploy_export.capture.deployed import compute_outputs
+from sopdeploy_export.network import copy_module
 from sopdeploy_export.program_hashes import are_equal
-from sopdeploy_export.proof.networks import copy_module
 from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, first_change, read_state
+
+STATEMENT = (
+    "The detached network returns bitwise equal outputs after 300 calls on another image, and nothing "
+    "that it holds changes."
+)
 
 CALLS = 300
 PROBES = 4
@@ -76,7 +81,7 @@ def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def check_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
+def prove_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
     Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or

@@ -34,10 +34,10 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.graph.capture import capturing
-from sopdeploy_export.graph.file import convert
+from sopdeploy_export.capture.program import capturing
+from sopdeploy_export.lower.to_onnx import convert
 from sopdeploy_export.program_hashes import module_of
-from sopdeploy_export.results import PROVIDER
+from sopdeploy_export.runs import PROVIDER
 
 INF, NAN = math.inf, math.nan
 TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # TINY / 4 is denormal

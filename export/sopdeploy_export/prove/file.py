@@ -5,150 +5,159 @@ float64. The noise floor is the error of the network's own run in the exported p
 stay within its tolerance at every tested batch size, and must not depend on the other images of the batch. A
 changed top class is an error unless the network's margin is so small that rounding can change it.
 
+Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded batch norms cause
+1 to 4; 4 in a reduced precision, whose rounding the floor contains.
+
 The gate of a mixture that is nearly undecided may choose other components after rounding, and every later
 number then changes although nothing is wrong. Images for which the margin between its K-th and next logit is
 within the measured noise of these logits are left out. If that is every image, those are compared for which
 the network's own run in the exported precision chooses the same components as in float64.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
-from sopdeploy.environment import EXACT_INT8, lacks_vnni
+from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
-from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export import results
-from sopdeploy_export.graph.capture import INPUT, Deployed, output_names
-from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.capture.deployed import Deployed, output_names
+from sopdeploy_export.network import copy_module
+from sopdeploy_export.runs import (
+    LOGITS,
+    PROVIDER,
+    Arrays,
+    BatchRun,
+    GateRun,
+    InFloat64,
+    ReportsFloat32,
+    file_outputs,
+    find_gate,
+    gate_logits,
+    mark_decided,
+    run_in_batches,
+)
 
-Arrays = dict[str, NDArray[Any]]
-BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
-GateRun = Callable[[Tensor], NDArray[Any]]
+STATEMENT = (
+    "The ONNX file, loaded and run, differs from a float64 run by at most 16 times the rounding error of "
+    "float32 (4 times for reduced precision), and no class flips without this error explaining it."
+)
+
 SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # an odd size above the 12 generated probes; larger ones take more time and memory
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
 FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # four float32 rounding errors, relative to the value
-GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Compute in float64 also where the code of a network names another type, as `.float()` does.
+FlipCause = Literal["noise", "routing", "error"]
+FLOORS = 16.0
+FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "int8": 4.0}
 
-    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
-    operation combines them with float64. The code of a network reads float32 as the `dtype` of float64, so
-    that it takes the same path.
+
+class OutputParity(StrictModel):
+    """The drift of one output, in the units of that output.
+
+    `drift` maps each batch size to the maximum absolute difference from the float64 network;
+    `batch_difference` is the maximum change caused by batching.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run *func* in float64 where the code of a network names a smaller type.
+    noise_floor: float
+    tolerance: float
+    drift: dict[str, float]
+    batch_difference: float
 
-        A `dtype` argument becomes float64, and so do the operands if one of them is, unless *func* writes to
-        an operand.
+    @property
+    def largest_drift(self) -> float:
+        """The maximum drift over all batch sizes."""
+        return max(self.drift.values())
+
+    @property
+    def drift_in_floors(self) -> float:
+        """The maximum drift in multiples of the noise floor."""
+        if self.noise_floor == 0:  # the output does not depend on the image
+            return math.inf if self.largest_drift else 0.0
+        return self.largest_drift / self.noise_floor
+
+
+class RoutingParity(StrictModel):
+    """How clearly the gate of a mixture chooses the components of the probe images.
+
+    The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
+    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `left_out` lists the
+    images excluded from the drift and from the probes.
+    """
+
+    noise_floor: float
+    tolerance: float
+    num_undecided: int
+    left_out: tuple[int, ...] = ()
+
+
+class ParityReport(StrictModel):
+    """The comparison of the exported file with its network, the content of `parity.json`.
+
+    `spread` is the largest range of a logit over the images. `flips` counts changed top classes by cause:
+    `routing` for images that are excluded for their route, `noise` if the network's margin between the two
+    classes is at most twice the tolerance, otherwise `error`.
+    """
+
+    precision: Precision = "fp32"
+    runtime: str
+    provider: str
+    num_images: int
+    floors_allowed: float = FLOORS
+    outputs: dict[str, OutputParity]
+    spread: float
+    flips: dict[FlipCause, int]
+    routing: RoutingParity | None = None
+    operators: dict[str, int]
+    file_bytes: int
+    drift_allowed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether all outputs are within their limits."""
+        # It is set only if a limit was exceeded; where the user did not allow this, the export has failed.
+        return not self.drift_allowed
+
+    @property
+    def num_agreeing(self) -> int:
+        """The number of images with the network's top class."""
+        return self.num_images - sum(self.flips.values())
+
+    @property
+    def unverifiable(self) -> bool:
+        """Whether a file that returns the same logits for every image could be within the tolerance.
+
+        A constant differs by at least half of a range from one of its ends. int8 is exempt: rounding may move
+        a single probe far, so agreement with float32 is measured on calibration or evaluation images instead.
         """
-        del types
-        args = tuple(map(widen_dtype, args))
-        kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
-        with torch._C.DisableTorchFunction():  # so that `ReportsFloat32` does not change `value.dtype` here
-            dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-            # An operation that writes to an operand needs this operand itself, not a converted copy.
-            if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
-                args, kwargs = tree_map_only(
-                    Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
-                )
-            return func(*args, **kwargs)
+        return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
+
+    @property
+    def smallest_unverifiable_share(self) -> float:
+        """The share of the noise floor in the spread from which on the file is `unverifiable`.
+
+        The tolerance, floors_allowed * floor, is then at least spread / 2.
+        """
+        return 0.5 / self.floors_allowed
+
+    @property
+    def logits(self) -> OutputParity:
+        """The drift of the logits."""
+        return self.outputs[LOGITS]
 
 
-class ReportsFloat32(TorchFunctionMode):
-    """Returns float32 as the `dtype` of tensors in float64."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        result = function(*args, **(kwargs or {}))
-        return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
-
-
-def widen_dtype(value: Any) -> Any:
-    """Replace *value*, an argument of an operation, by `torch.float64` if it is a smaller `torch.dtype`."""
-    return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
-
-
-def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
-    """Load *model* on the CPU; without *optimized*, its operators are not fused."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if lacks_vnni():
-        options.add_session_config_entry(*EXACT_INT8)
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(source, options, providers=[results.PROVIDER])
-
-
-def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
-    """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
-
-    Raises `ParityError` if the file does not accept this batch size.
-    """
-    names = [output.name for output in session.get_outputs()]
-    chunks = []
-    for start in range(0, len(images), batch):
-        indices = np.arange(start, start + batch) % len(images)
-        try:
-            outputs = session.run(names, {INPUT: images[indices]})
-        except Exception as problem:  # onnxruntime's errors share no base class
-            reason = str(problem).strip().partition("\n")[0][:200]
-            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
-        chunks.append(dict(zip(names, outputs, strict=True)))
-    return {name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names}
-
-
-def find_gate(network: nn.Module) -> Any:
-    """Find the gate of *network*, a layer that declares `is_gate`.
-
-    Returns None unless there is exactly one and its weights are an output of *network*.
-    """
-    gates = [part for part in network.modules() if export_hints(part).is_gate]
-    return gates[0] if len(gates) == 1 and GATES in getattr(network, "outputs", ()) else None
-
-
-def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
-    """Compute the logits (P, N) of the gate, which exists, in the dtype that *deployed* uses for *pixels*."""
-    gate = find_gate(deployed.network)
-    computed: list[Tensor] = []
-    hook = gate.feature.register_forward_hook(lambda _, _args, feature: computed.append(gate.logits(feature)))
-    with hook, torch.no_grad():
-        deployed(pixels)
-    return computed[0].numpy()
-
-
-def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
-    """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
-    ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
-    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
-    margins = smallest_chosen - ranked[:, chosen:]  # to each logit that is not chosen (P, N - chosen)
-    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # the two logits may both drift
-
-
-def compare_routes(
-    exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
-) -> results.RoutingParity:
+def compare_routes(exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float) -> RoutingParity:
     """Find the images whose route to *chosen* components can be compared.
 
     *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
@@ -162,7 +171,7 @@ def compare_routes(
         rankings = (np.argsort(-logits, axis=1, kind="stable") for logits in (exact, rounded))
         route, rounded_route = (np.sort(ranking[:, :chosen], axis=1) for ranking in rankings)
         compared = (route == rounded_route).all(axis=1)
-    return results.RoutingParity(
+    return RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
         num_undecided=int((~decided).sum()),
@@ -177,7 +186,7 @@ class ParityReference:
     outputs: Arrays
     noise_floor: dict[str, float]
     precision: Precision = "fp32"
-    routing: results.RoutingParity | None = None
+    routing: RoutingParity | None = None
 
 
 def compute_reference(
@@ -196,10 +205,10 @@ def compute_reference(
     """
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-        exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
+        exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
     if run is None:
         run = deployed
-    runs = _run_in_batches(run, names, images, BATCH), _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    runs = run_in_batches(run, names, images, BATCH), run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
@@ -207,7 +216,7 @@ def compute_reference(
             exact=gate_logits(network64, pixels),
             rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
             chosen=gate_layer.chosen,
-            floors=results.FLOORS_BY_PRECISION[precision],
+            floors=FLOORS_BY_PRECISION[precision],
         )
     compared = compared_images(routing, len(images))
     if not compared.any():
@@ -243,7 +252,7 @@ def _require_finite(
         )
 
 
-def compared_images(routing: results.RoutingParity | None, count: int) -> NDArray[np.bool_]:
+def compared_images(routing: RoutingParity | None, count: int) -> NDArray[np.bool_]:
     """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
     compared = np.ones(count, dtype=np.bool_)
     if routing is not None:
@@ -251,16 +260,7 @@ def compared_images(routing: results.RoutingParity | None, count: int) -> NDArra
     return compared
 
 
-def _run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
-    """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
-    pixels = torch.from_numpy(images)
-    with torch.no_grad():
-        chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
-    by_name = [dict(zip(names, outputs, strict=True)) for outputs in chunks]
-    return {name: torch.cat([outputs[name] for outputs in by_name]).numpy() for name in names}
-
-
-def compare_file(
+def prove_file(
     session: ort.InferenceSession,
     model: onnx.ModelProto,
     expected: ParityReference,
@@ -268,7 +268,7 @@ def compare_file(
     batch: BatchRange,
     *,
     allow_drift: bool = False,
-) -> results.ParityReport:
+) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
     *model* is the content of the file; its operators and its size are reported.
@@ -282,28 +282,26 @@ def compare_file(
     by_size = {size: file_outputs(session, images, size) for size in sizes}
     routing = expected.routing
     compared = compared_images(routing, len(images))
-    floors_allowed = results.FLOORS_BY_PRECISION[expected.precision]
+    floors_allowed = FLOORS_BY_PRECISION[expected.precision]
     outputs = {}
     for name, exact in expected.outputs.items():
         single = by_size[1][name]
-        outputs[name] = results.OutputParity(
+        outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
             tolerance=floors_allowed * expected.noise_floor[name],
             drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
             batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
         )
-    logits = expected.outputs[results.LOGITS]
-    report = results.ParityReport(
+    logits = expected.outputs[LOGITS]
+    report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
-        provider=results.PROVIDER,
+        provider=PROVIDER,
         num_images=len(images),
         floors_allowed=floors_allowed,
         outputs=outputs,
         spread=logit_spread(logits[compared]),
-        flips=count_flips(
-            by_size[1][results.LOGITS], logits, outputs[results.LOGITS].tolerance, rerouted=~compared
-        ),
+        flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         file_bytes=model.ByteSize(),
@@ -321,7 +319,7 @@ def compare_file(
 
 def count_flips(
     values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
-) -> dict[results.FlipCause, int]:
+) -> dict[FlipCause, int]:
     """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
 
     *rerouted* (P,) marks images whose gate chose other components.
@@ -330,7 +328,7 @@ def count_flips(
     images = np.arange(len(expected))
     margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
     is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
-    by_cause: dict[results.FlipCause, NDArray[np.bool_]] = {
+    by_cause: dict[FlipCause, NDArray[np.bool_]] = {
         "noise": is_small & ~rerouted,
         "routing": rerouted,
         "error": ~is_small & ~rerouted,
@@ -360,7 +358,7 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared:
     return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
 
 
-def _first_violation(report: results.ParityReport) -> str | None:
+def _first_violation(report: ParityReport) -> str | None:
     """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
     if report.unverifiable:
         if report.spread == 0:

@@ -10,7 +10,7 @@ from the requested ones is rejected.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,28 +19,74 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from sopdeploy.bundle.manifest import Int8For, Precision
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images, output_names
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.float16 import float32_parts, in_float16, sum_in_float32, weight_dtypes
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import compare
-from sopdeploy_export.precision.casts import float32_parts, in_float16, sum_in_float32, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
-from sopdeploy_export.results import PrecisionReport, Quantization
-
-if TYPE_CHECKING:
-    from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
+from sopdeploy_export.runs import BatchRun, GateRun, file_outputs, find_gate, gate_logits, open_session
 
 OBSERVED_IMAGES = 2  # the smallest batch of several images
 HEADROOM = 8  # the largest finite value of float16 is at least so many times the largest value of an image
-PHOTOGRAPHS, HEADROOM_BATCH = 16, 4
+HEADROOM_BATCH = 4
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.INT8: "int8",
 }
+
+
+class Quantization(StrictModel):
+    """The quantization to int8 for `runtime`: the numbers of calibration images and of int8 convolutions."""
+
+    runtime: Int8For
+    num_images: int
+    num_layers: int
+
+
+class Accuracy(StrictModel):
+    """The float32 graph compared with the exported one on the same images.
+
+    Attributes:
+        num_images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        num_agreeing: Number of images with the same top class.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+        deviation: Root mean square difference of the logits in standard deviations of those in float32.
+    """
+
+    num_images: int
+    before: float | None
+    after: float | None
+    num_agreeing: int
+    drop: float
+    deviation: float = 0.0
+
+
+class PrecisionReport(StrictModel):
+    """The content of `precision.json`; `parts` has the type of the weights of each part that has any."""
+
+    precision: Precision
+    parts: dict[str, str]
+    quantisation: Quantization | None = None
+    accuracy: Accuracy | None = None
+
+
+class MeasuringImages(NamedTuple):
+    """Images of the user: `calibration`, uint8 (P, H, W, 3), and `photographs`, uint8 (H, W, 3) each."""
+
+    calibration: NDArray[np.uint8]
+    photographs: Sequence[NDArray[np.uint8]]
+
+
+NO_IMAGES = MeasuringImages(np.empty((0, 0, 0, 3), np.uint8), ())
 
 
 class CapturedGraph(NamedTuple):
@@ -96,8 +142,8 @@ class ConvertedGraph:
     """
 
     model: onnx.ModelProto
-    run: compare.BatchRun
-    gate: compare.GateRun | None
+    run: BatchRun
+    gate: GateRun | None
     precision: PrecisionReport
 
 
@@ -156,31 +202,31 @@ def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
     options: ExportOptions,
-    accuracy_check: "AccuracyCheck | None" = None,
+    images: MeasuringImages = NO_IMAGES,
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *accuracy_check* with calibration images. Nodes of the result lose their metadata; in fp32 and
+    int8 needs *images* that calibrate. Nodes of the result lose their metadata; in fp32 and
     int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not the requested
     ones, or as `check_headroom` does.
     """
     source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":
         source = cast_types(certified, preprocess, options)
-        photographs = [] if accuracy_check is None else accuracy_check.photographs(PHOTOGRAPHS)
-        check_headroom(source.program, [*photographs, *generated_images(preprocess.crop)], options.max_batch)
+        observed = [*images.photographs, *generated_images(preprocess.crop)]
+        check_headroom(source.program, observed, options.max_batch)
         check_float16(source.model, certified.network)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the part of every node, which is needed for messages only
     model = source.model
     quantization: Quantization | None = None
-    if options.precision == "int8" and accuracy_check is not None:  # int8 requires images, so it is not None
-        from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+    if options.precision == "int8":
+        from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
-        images, runtime = accuracy_check.calibration, options.int8_for
-        quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
+        calibration, runtime = images.calibration, options.int8_for
+        quantizer = Int8Quantizer(source.model, calibration, float32_parts(source.network), runtime)
         num_layers = len(quantizer.chosen)
-        quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=num_layers)
+        quantization = Quantization(runtime=runtime, num_images=len(calibration), num_layers=num_layers)
         try:
             model = quantizer.quantize()
         except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
@@ -189,27 +235,27 @@ def convert_precision(
         run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
     else:
         run = deployed = Deployed(source.network, preprocess).eval()
-        gate = partial(compare.gate_logits, deployed)
+        gate = partial(gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
     return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
 
 
-def unfused_runner(model: onnx.ModelProto) -> compare.BatchRun:
+def unfused_runner(model: onnx.ModelProto) -> BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
-    session = compare.open_session(model, optimized=False)
+    session = open_session(model, optimized=False)
     fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        outputs = compare.file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
+        outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
         return tuple(torch.from_numpy(values) for values in outputs.values())
 
     return run
 
 
-def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun | None:
+def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
-    if (gate := compare.find_gate(network)) is None:
+    if (gate := find_gate(network)) is None:
         return None
     name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]

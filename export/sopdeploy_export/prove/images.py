@@ -21,7 +21,8 @@ import onnx
 from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from sopdeploy_export.proof.batch_layouts import (
+from sopdeploy.errors import LoweringError
+from sopdeploy_export.prove.batch_layouts import (
     BATCHES,
     RULES,
     BatchLayout,
@@ -31,6 +32,8 @@ from sopdeploy_export.proof.batch_layouts import (
     batch_axis_of,
     mixes_unless,
 )
+
+STATEMENT = "No output depends on other images of the batch. Otherwise the export names the operators."
 
 _MOST_NUMBERS = 1024  # of a value that is evaluated
 _SIZES = {  # the numbers of the inputs that are sizes or positions
@@ -225,3 +228,14 @@ def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "fir
         is_column = call.axis_attribute(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
         return "first" if is_column else ""
     return ""
+
+
+def prove_images(model: onnx.ModelProto, *, allowed: bool) -> tuple[str, ...]:
+    """Name the operators through which *model* mixes images; raise `LoweringError` unless *allowed*."""
+    mixing = find_mixing(model)
+    if not mixing or allowed:
+        return mixing
+    problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
+    if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
+        problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
+    raise LoweringError(problem, remedies={"allow_batch_dependence": True})
