@@ -36,7 +36,6 @@ from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.runtime.onnxruntime import has_cuda
-from sopdeploy_service.second_week.keep.keeper import Keeper
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
@@ -57,7 +56,7 @@ class DeviceServer(DrainingServer):
         super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
         self._received = 0  # connections
-        self._keeper: Keeper | None = app.state.keeper
+        self._keeper = app.state.keeper
         self._page: asyncio.Future[bytes] | None = None  # of metrics, which the supervisor will send
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
