@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sopdeploy.config import parse_json
+from sopdeploy.class_names import ADVICE as NAMES_ADVICE
+from sopdeploy.class_names import parse_class_names
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
 from sopdeploy.names import label_problem
@@ -367,18 +368,19 @@ def check_is_checkpoint(path: Path) -> None:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
+    """Read class names from *file*, one per line, as JSON or as other tools write them.
+
+    Raises `ConfigError` for a file that cannot be read, and if it is not certain what the names are.
+    """
     try:
-        content = read_text(file, MAX_NAMES_BYTES)
-        lines = parse_json(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-            raise ValueError('no list of names such as ["cat", "dog"]')
+        found = parse_class_names(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"{file} cannot be read ({reason}); give one name per line", setting="labels"
-        ) from error
-    names = tuple(line.strip() for line in lines if line.strip())
+        message = f"{file} cannot be read ({reason}); {NAMES_ADVICE}"
+        raise ConfigError(message, setting="labels") from error
+    names = tuple(name.strip() for name in found)
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names

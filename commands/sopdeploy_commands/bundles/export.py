@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sopdeploy_export.engine_builder.engine import EngineFile
-    from sopdeploy_export.results import Exported
+    from sopdeploy_export.pack.results import Exported
     from sopdeploy_export.user_network.loading import LoadedWeights
 
 CLASS_NAMES_FILE = "labels.txt"

@@ -24,19 +24,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import is_in
 from sopdeploy_export import state
-from sopdeploy_export.graph.capture import (
-    EXPORT_LOGITS,
-    Captured,
-    Deployed,
-    capture,
-    capture_any_batch,
-    compute_outputs,
-    generated_images,
-)
+from sopdeploy_export.admit.state import check_hooks
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, Deployed, compute_outputs, generated_images
+from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.network import copy_module, modules, tensors, unstored_buffers
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
-from sopdeploy_export.proof.networks import check_hooks, copy_module
-from sopdeploy_export.proof.tensors import check_graph_ignores, randomized
+from sopdeploy_export.prove.tensors import check_graph_ignores, randomized
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -82,7 +76,7 @@ def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
-    for name, module in state.modules(network):
+    for name, module in modules(network):
         where = f"{name} of the {role} network" if name else f"the whole {role} network"
         if isinstance(module, torch.jit.ScriptModule):
             raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
@@ -105,7 +99,7 @@ def copy_for_export(
     """
     network = unwrap_and_check(network, role)
     check_hooks(network, role, removed)
-    for name, tensor in state.tensors(network).items():
+    for name, tensor in tensors(network).items():
         if not is_in(name, *removed):
             check_tensor(name, tensor)
     copied = copy_module(network).cpu().eval()
@@ -122,7 +116,7 @@ def refusing_replaced_methods(network: nn.Module) -> Iterator[None]:
     reaches them, as those of metrics, and so is the choice of another method of the same class.
     """
     replaced: dict[CodeType, str] = {}
-    for name, module in state.modules(network):
+    for name, module in modules(network):
         for attribute, value in vars(module).items():
             if not callable(value) or not callable(getattr(type(module), attribute, None)):
                 continue
@@ -282,15 +276,15 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     among them.
     """
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
-    device = next((tensor.device for tensor in state.tensors(network).values()), images.device)
+    device = next((tensor.device for tensor in tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
-    before = state.unstored_buffers(network)
+    before = unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
     # Only now, because a run without values can leave such tensors in objects that are not restored.
     unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
     created = _changed_buffers(network, unknown, before)
-    owners = dict(state.modules(network))
+    owners = dict(modules(network))
     for name, tensor in created.items():
         owner, _, key = name.rpartition(".")
         owners[owner].register_buffer(key, tensor, persistent=False)
@@ -307,7 +301,7 @@ def _changed_buffers(
     with state.preserved(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message
             compute_outputs(network, pixels)
-        after = state.unstored_buffers(network)
+        after = unstored_buffers(network)
     return {
         name: tensor
         for name, tensor in after.items()
@@ -317,7 +311,7 @@ def _changed_buffers(
 
 def turn_into_attributes(network: nn.Module, names: Sequence[str]) -> None:
     """Turn the buffers *names* of *network* into attributes, which a run may assign, as caches."""
-    owners = dict(state.modules(network))
+    owners = dict(modules(network))
     for name in names:
         owner, _, key = name.rpartition(".")
         if key in owners[owner]._buffers:  # it may not exist before the first run
@@ -334,7 +328,7 @@ def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Pr
     """
     with state.preserved(given):
         given.eval()
-        for _, module in state.modules(given):
+        for _, module in modules(given):
             vars(module)["_compiled_call_impl"] = None
         if logits is not None:
             vars(given)[EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
@@ -357,11 +351,11 @@ def capture_and_compare(
     *given*. A graph must stay the same while the removed *parts* have random values. Raises `LoweringError`
     if the networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
-    tensors = list(state.tensors(given).values())
-    devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
+    stored = list(tensors(given).values())
+    devices = {tensor.device for tensor in stored} or {torch.device("cpu")}
     device = next(iter(devices))  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # stored as in *copied*
+    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in stored)  # stored as in *copied*
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(generated_images(preprocess.crop))
     deployed = Deployed(given, preprocess).eval()
@@ -394,7 +388,7 @@ def capture_and_compare(
 
 def check_constants(captured: Captured, network: nn.Module) -> None:
     """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
-    registered = {tensor.untyped_storage().data_ptr() for tensor in state.tensors(network).values()}
+    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
     for program in (captured.any_batch, captured.batch_of_one):
         users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
         for spec in program.graph_signature.input_specs:

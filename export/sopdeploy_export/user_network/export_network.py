@@ -17,15 +17,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, Deployed, capture, compute_outputs
+from sopdeploy_export.admit.state import check_network_state, check_torch_state
+from sopdeploy_export.capture.deployed import Deployed, compute_outputs, probe_pixels
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.detach.detach import detach, has_tensors
+from sopdeploy_export.detach.stubs import ReadError
+from sopdeploy_export.network import copy_module, modules, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
-from sopdeploy_export.proof import networks
-from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.results import Exported
-from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.stubs import ReadError
+from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
+from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network import checks
 
 
@@ -93,12 +96,12 @@ def export_network(
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
     check_takes_output(Path(destination), "destination")
-    networks.check_torch_state()
+    check_torch_state()
     on_step("checking the network")
     given = checks.unwrap_and_check(trained, "trained")
     parts = match_parts(given, training_only)
-    copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
-    networks.check_network_state(copied, "trained", parts)
+    copied = with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
+    check_network_state(copied, "trained", parts)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
@@ -117,11 +120,11 @@ def export_network(
         checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
-    subject = networks.ExportSubject(
+    subject = ExportSubject(
         name=name,
         project=options.name or name,
         network=copied,
-        detachment=networks.Detachment(
+        detachment=Detachment(
             training_only=parts,
             plain=checked_builder,
             reference="plain" if plain is not None else "rebuilt",
@@ -154,14 +157,14 @@ def _run_and_capture(
     things, or something else after a run.
     """
     created = checks.create_buffers(copied, preprocess)
-    trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
+    trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, own_warnings = checks.check_outputs(trial, preprocess, classes, "trained")
     with checks.prepared_in_place(given, logits_key, preprocess):
         captured = checks.capture_and_compare(given, copied, preprocess, classes, options, parts)
     if cache is not None:
         checks.check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
-        unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
+        unrun = with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
         checks.turn_into_attributes(unrun, created)
         checks.check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
     checks.check_ends_in_logits(captured)
@@ -186,8 +189,8 @@ def unused_modules(
     `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if the network
     returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
-    networks.check_torch_state()
-    copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
+    check_torch_state()
+    copied = with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
     checks.create_buffers(copied, preprocess)
     _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
     return removable_parts(copied, outermost_unused(copied, unused), preprocess)
@@ -198,18 +201,18 @@ def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Prep
 
     Code reads a part if it asks for its length, for example, or for another attribute.
     """
-    pixels = networks.probe_pixels(network, preprocess)
+    pixels = probe_pixels(network, preprocess)
     while parts:
         try:
             with torch.no_grad():
-                compute_outputs(networks.detach(network, parts, pixels), pixels)
+                compute_outputs(detach(network, parts, pixels), pixels)
         except ReadError as error:
             part = network.get_submodule(error.part)
             children = (
                 f"{error.part}.{name}" for name in {**part._modules, **part._parameters, **part._buffers}
             )
             stays = [name for name in parts if name != error.part]
-            parts = (*stays, *(name for name in children if networks.has_tensors(network, (name,))))
+            parts = (*stays, *(name for name in children if has_tensors(network, (name,))))
         except Exception:  # the user's code may need more than a stub; the run of an export reports it
             return parts
         else:
@@ -265,7 +268,7 @@ def _check_usage(
         )
     undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     if parts:
-        detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
+        detached = detach(network, parts, probe_pixels(network, preprocess))
         checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
     else:
         undeclared = removable_parts(network, undeclared, preprocess)
@@ -297,7 +300,7 @@ def _checked_builder(
 
     def build() -> nn.Module:
         built = plain()
-        networks.check_torch_state()  # which the builder can change
+        check_torch_state()  # which the builder can change
         copied = checks.copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
         if addresses(checks.unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
             raise CertificateError(
@@ -306,7 +309,7 @@ def _checked_builder(
         checks.create_buffers(copied, preprocess)
         if not removed:
             return copied
-        return networks.detach(copied, removed, networks.probe_pixels(copied, preprocess))
+        return detach(copied, removed, probe_pixels(copied, preprocess))
 
     return build
 

@@ -15,7 +15,7 @@ from torchvision.ops import DeformConv2d
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy_export.results import Exported
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.user_network.export_network import export_network
 
 CLASSES = 4
