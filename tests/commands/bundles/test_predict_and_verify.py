@@ -314,7 +314,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
     for url in ("127.0.0.1:8000", "http://x:port", f"http://127.0.0.1:{port}/a b"):
         assert health("--url", url)[:2] == (2, 1)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ssl.SSLCertVerificationError("self-signed certificate")
 
     monkeypatch.setattr("http.client.HTTPSConnection.request", refuse)
