@@ -271,8 +271,8 @@ def holds_output(path: Path) -> bool:
 
 
 _WEIGHTS = (
-    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the network, "
-    "too"
+    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
+    "network, too"
 )
 _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give instead
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
