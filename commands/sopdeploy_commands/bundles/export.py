@@ -220,7 +220,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     Args:
         file: A weight file.
     """
-    from sopdeploy_export.user_network.export_network import unused_modules
+    from sopdeploy_export.user_network.unused import unused_modules
 
     network, loaded = _load_network(file, options)
     unused = unused_modules(network, read_preprocess(options.preprocess), options.logits_key)
