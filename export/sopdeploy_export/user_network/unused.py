@@ -1,6 +1,7 @@
 """Parts of a network that its output does not need."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -77,8 +78,10 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
+            close = get_close_matches(pattern, names, n=1)
             children = ", ".join(name for name, _ in network.named_children())
-            problem = f"no such part; the network has {children}"
+            hint = f"did you mean {close[0]}?" if close else f"the network has {children}"
+            problem = f"no such part; {hint}"
             raise DetachError(problem, setting="training_only", value=pattern)
         matched += matches
     # A match is outermost if its parent module is neither a match nor inside one.
