@@ -231,8 +231,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         raise ConfigError("missing; give package.module:callable", setting="network")
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
-    from sopdeploy_export.user_network.export_network import unused_modules
     from sopdeploy_export.user_network.loading import load_weights, network_builder
+    from sopdeploy_export.user_network.unused import unused_modules
 
     network = network_builder("network", options.network, options.option)()
     loaded = load_weights(network, file, options.weights_key)
