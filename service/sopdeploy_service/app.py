@@ -1,7 +1,6 @@
 """The ASGI app of the service, for any server."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -39,14 +38,13 @@ def create_app(
     *,
     keys: Sequence[Key] | None = None,
     limits: "memoryview[float] | None" = None,
-    photos: socket.socket | None = None,
     is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
     *keys* are those of the key file, if it was read before, and *limits* is the memory of their rate limits,
     if processes share it. If one process keeps the photographs of several, *is_keeper* says whether it is
-    this one, and *photos* is this one's end of the socket between them. `app.state.service` is the `Service`.
+    this one. `app.state.service` is the `Service`, `app.state.keeper` the `Keeper` or None.
     Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be used.
     """
     if settings.keys is None:
@@ -68,7 +66,6 @@ def create_app(
         settings,
         service.metrics,
         lambda image: decoders.wait_for(decoders.copy(image)),
-        photos,
         is_keeper=is_keeper,
     )
     if keeper is not None:
@@ -96,7 +93,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.keeper = service, keeper
     app.state.examples = web.list_examples(settings.examples)
     app.state.bundle_check = None  # the last one of `/readyz`
     for router in ROUTERS:
