@@ -351,7 +351,7 @@ def retry_after(response: httpx.Response) -> float:
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     """Send *request*, read the response and decode its content.
 
-    Raises `ServiceError` if it is too large, or if its encoding is not in `ENCODINGS`.
+    Raises `ServiceError` if it is too large or breaks off, or if its encoding is not in `ENCODINGS`.
     """
     response = client.send(request, stream=True)
     try:
@@ -362,6 +362,10 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
             content += piece
             if len(content) > MAX_RESPONSE_BYTES:
                 raise _foreign_answer_error(response)
+    except (httpx.NetworkError, httpx.ProtocolError) as error:  # not retried: the server has done the work
+        problem = f"status {response.status_code}, but the response breaks off ({error})"
+        message = f"{_address(request)}: {problem}; send it again"
+        raise UnreachableError(message, code="unreachable", status=0) from error
     finally:
         response.close()
     headers = httpx.Headers(response.headers)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from sopdeploy.client import Client
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, UnreachableError
 from tests.support.children import kills_itself
 from tests.support.stub_server import Received, StubServer, reply, stub_server
 
@@ -115,3 +115,11 @@ def test_a_transport_of_the_user_works_in_one_process() -> None:
                 client.classify(b"x")
 
         in_fork(child)
+
+
+def test_a_response_that_breaks_off_is_not_requested_again() -> None:
+    cut = reply(b'{"classes":[]}', "200 OK", "Connection: close")[:-1]
+    with stub_server(lambda _: cut) as server, Client(server.url, timeout=60) as client:
+        with pytest.raises(UnreachableError, match="status 200, but the response breaks off"):
+            client.classify(b"x")
+        assert len(server.received) == 1

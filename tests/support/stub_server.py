@@ -31,7 +31,7 @@ def reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 @contextmanager
 def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServer]:
-    """Serve on any port of this machine; a connection ends where *answer* returns None."""
+    """Serve on any port of this machine; a connection ends after None and `Connection: close`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = StubServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
@@ -47,6 +47,8 @@ def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServ
                     if response is None:
                         return
                     connection.sendall(response)
+                    if b"Connection: close" in response:
+                        return
 
         def accept() -> None:
             with suppress(OSError):  # the block ends

@@ -116,6 +116,15 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
         verify(forge(copy), ONE_THREAD)
 
 
+def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    assert verify(str(bundle_path), runtime="onnxruntime-cpu") == verify(bundle_path, ONE_THREAD)
+    assert predict(str(bundle_path), str(tmp_path / "a.png"), runtime="onnxruntime-cpu")[0].classes
+    for words in (["verify", str(bundle_path)], ["predict", str(bundle_path), str(tmp_path / "a.png")]):
+        assert CliRunner().invoke(app, [*words, "--runtime", "onnxruntime-cpu"]).exit_code == 0
+        assert "runtime" in CliRunner().invoke(app, [*words, "--runtime", "none"]).stderr
+
+
 def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(
     bundle_path, tmp_path, monkeypatch
 ):
