@@ -270,6 +270,10 @@ def holds_output(path: Path) -> bool:
     )
 
 
+_WEIGHTS = (
+    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
+    "network, too"
+)
 _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give instead
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
         "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
@@ -278,9 +282,7 @@ _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give 
         "a finished graph without the network to compare it with; give its checkpoint"
     ),
     (".py",): "code, not weights; give the weight file, and name the network as module:callable",
-    (".pth", ".ckpt", ".bin", ".safetensors"): (
-        "no checkpoint of `sopdeploy train`; for weights of a network of your own, name the network, too"
-    ),
+    (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
 }
 
 
@@ -291,7 +293,27 @@ def describe_foreign(path: Path) -> str:
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
-    return ""
+    return _WEIGHTS if _holds_weights(path) else ""
+
+
+def _holds_weights(path: Path) -> bool:
+    """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
+    try:
+        with open_regular(path) as file:
+            first = file.read(16)
+        if first.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+    return first.startswith(TORCH_MAGIC) or first[8:9] == b"{"
+
+
+def is_tar(path: Path) -> bool:
+    """Tell by its content whether *path* is a tar archive; weights may have that suffix, too."""
+    with suppress(OSError), open_regular(path) as file:
+        return file.read(512)[257:262] == b"ustar"
+    return False
 
 
 def check_is_file(path: Path) -> None:

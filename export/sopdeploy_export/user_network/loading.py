@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -54,7 +55,8 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
     try:
         builder = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
+        reason = first_line(error)
+        raise invalid(f"cannot be imported ({reason}); {_advise_import(import_path, error)}") from error
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
     options = dict(map(parse_option, option_texts))
@@ -72,6 +74,23 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
         return network
 
     return build
+
+
+def _advise_import(import_path: str, error: BaseException) -> str:
+    """Say what to do after *error*, with which *import_path*, `package.module:callable`, was not found."""
+    module_name, _, attribute = import_path.partition(":")
+    wanted, known = "", []
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
+            return f"install {error.name}"
+        wanted, parent = error.name, error.name.rpartition(".")[0]
+        folders = getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
+        known = [found.name for found in pkgutil.iter_modules(folders, f"{parent}." if parent else "")]
+    elif isinstance(error, AttributeError) and module_name in sys.modules:
+        wanted = attribute
+        known = [name for name, value in vars(sys.modules[module_name]).items() if callable(value)]
+    close = get_close_matches(wanted, known, n=1)
+    return f"did you mean {close[0]}?" if close else "check its name"
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -105,7 +124,9 @@ def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in options.items():
         if name not in defaults and not takes_any:
+            close = get_close_matches(name, defaults, n=1)
             known = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            known = f"did you mean {close[0]}?" if close else known
             raise ConfigError(f"{import_path} has no option {name}; {known}")
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
@@ -150,8 +171,24 @@ class _TableFit:
         return ".".join(filter(None, (self.table, self.prefix.rstrip(".")))) or "."
 
 
-def load_weights(network: nn.Module, path: Path, key: str | None = None) -> LoadedWeights:
-    """Load the file at *path* into *network*; it must have all tensors of the network, in the same shapes.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightContent:
+    """What a weight file holds, its sha256, and its class names if any."""
+
+    path: Path
+    content: Any
+    sha256: str
+    labels: tuple[str, ...] | None
+
+
+def read_weights(path: Path) -> WeightContent:
+    """Read the weight file at *path*; raises `WeightsError`."""
+    content, digest = read_pytorch(check_is_weights(path))
+    return WeightContent(path=path, content=content, sha256=digest, labels=find_labels(content))
+
+
+def load_weights(network: nn.Module, file: Path | WeightContent, key: str | None = None) -> LoadedWeights:
+    """Load *file* into *network*; it must have all tensors of the network, in the same shapes.
 
     The file may have several tables of tensors, and a table more tensors than the network. The table and the
     prefix such as `model.` under which all names of the network are found are chosen; if there are several,
@@ -160,7 +197,8 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
     tensors are compared with those of the file, because a network can define how it is loaded. Raises
     `WeightsError` for a file that cannot be read or does not fit.
     """
-    content, digest = read_pytorch(check_is_weights(path))
+    weights = read_weights(file) if isinstance(file, Path) else file
+    path, content = weights.path, weights.content
     expected = _own_tensors(network, path)
     names = _short_names(expected)
     parts = {part for name in names for part in name.split(".")}
@@ -193,8 +231,9 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> Load
     ignored = {name: tensor for name, tensor in named.items() if name not in used}
     _check_ignored(network, path, chosen.sources, ignored)
     _load_and_compare(network, path, {**expected, **tensors})
-    labels = find_labels(content)
-    return LoadedWeights(table=chosen.table, sha256=digest, ignored=tuple(ignored), labels=labels)
+    return LoadedWeights(
+        table=chosen.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
+    )
 
 
 def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequence[_TableFit]:

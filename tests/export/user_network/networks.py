@@ -227,3 +227,7 @@ def in_inference_mode() -> nn.Module:
 def divides_by_zero(self: Any, images: Tensor) -> Tensor:
     """Divide by the deviation of the image, which is 0 for an image of one color."""
     return self.fc(self.features(images) / images.std((2, 3)).mean(1, keepdim=True))
+
+
+def unbuildable() -> nn.Module:
+    raise AssertionError("a cheap check comes first")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
@@ -364,7 +365,11 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
     [
         ("torch.nn", (), r"^network='torch\.nn': write package\.module:callable"),
         ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
-        ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError"),
+        ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
+        ("torch.nn:Linaer", (), r"cannot be imported \(AttributeError.*\); did you mean Linear\?"),
+        ("torch.nnn:Linear", (), r"\(ModuleNotFoundError.*\); did you mean torch\.nn\?"),
+        ("jsn:loads", (), r"\(ModuleNotFoundError.*\); did you mean json\?"),
+        (f"{MODULE}:Small", ("auxx=true",), r"Small has no option auxx; did you mean aux\?"),
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
         (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
         (f"{MODULE}:Small", ("aux=off",), r"write True, False or None, or aux=\"'off'\" for a text"),
@@ -547,16 +552,59 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, na
     assert read_class_names(tmp_path / name) == ("cat", "dog")
 
 
+UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
         (("--network", f"{MODULE}:Small"), "--preprocess: missing; give imagenet, timm, clip, none"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet"), "--labels: missing; give a file"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "no.txt"), "no.txt cannot be read"),
+        ((*UNBUILDABLE, "--labels", "w.pth"), "is not in UTF-8; save it"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet", "--plain", f"{MODULE}:Smal"), "did you mean Small?"),
+        (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: missing"),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_line(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "w.pth"), *arguments])
+    torch.save(STATE, tmp_path / "w.pth")
+    given = [str(tmp_path / word) if word.endswith(".pth") else word for word in ("w.pth", *arguments)]
+    result = CliRunner().invoke(app, ["export", *given])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", ["export", "inspect"])
+def test_a_missing_file_is_found_before_the_network_is_built(command: str, tmp_path: Path) -> None:
+    given = (command, str(tmp_path / "no.pth"), *UNBUILDABLE, "--preprocess", "imagenet")
+    assert "no such file; give a weight file" in run(*given)
+
+
+SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "of torch": (lambda path: torch.save({"state_dict": STATE}, path), "a weight file, no checkpoint"),
+    "of torch 1.5": (
+        lambda path: torch.save({"model": STATE}, path, _use_new_zipfile_serialization=False),
+        "a weight file, no checkpoint",
+    ),
+    "of push": (lambda path: tarfile.open(path, "w").close(), "no bundle here"),
+    "of push, with a file": (lambda path: archive(path), "run: sopdeploy pull"),
+}
+
+
+def archive(path: Path) -> None:
+    with tarfile.open(path, "w") as file:
+        file.add(__file__, "manifest.json")
+
+
+@pytest.mark.parametrize("command", ["verify", "serve"])
+@pytest.mark.parametrize("case", SAVED)
+def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str, tmp_path: Path) -> None:
+    write, message = SAVED[case]
+    write(tmp_path / "best.pth.tar")
+    printed = run(command, str(tmp_path / "best.pth.tar"))
+    assert printed.startswith("2 ")
+    assert message in printed
+    assert ("sopdeploy pull" in printed) == ("pull" in message)
