@@ -22,7 +22,10 @@ FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, b
 MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
-TRACED, BUSY = "t", "RD"  # states of processes: stopped by a debugger; runs, or waits for a disk or memory
+TRACED, BUSY = (
+    "t",
+    {"R", "D"},
+)  # states of processes: stopped by a debugger; runs, or waits for a disk or memory
 CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
@@ -126,10 +129,10 @@ class Process:
         self.silent_beats += 1
         if self.child is None or self.silent_beats < QUIET_BEATS:
             return False
-        state, ticks = run_state(self.child.pid)
-        if state == TRACED or self.silent_beats == QUIET_BEATS:
+        states, ticks = run_states(self.child.pid)
+        if TRACED in states or self.silent_beats == QUIET_BEATS:
             self.silent_beats, self.silent_ticks = QUIET_BEATS, ticks
-        return state not in BUSY and ticks == self.silent_ticks
+        return not BUSY & states and ticks == self.silent_ticks
 
     def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:
         """Send a message with *files*; return whether the child gets it."""
@@ -140,13 +143,14 @@ class Process:
         return True
 
 
-def run_state(process: int) -> tuple[str, int]:
-    """Return the state of *process*, as `ps` shows it, and its CPU time in ticks."""
+def run_states(process: int) -> tuple[set[str], int]:
+    """Return the states of the threads of *process*, as `ps` shows them, and its CPU time in ticks."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # behind its name
+        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
     except OSError:  # it has ended
-        return "", 0
-    return fields[0], int(fields[11]) + int(fields[12])
+        return set(), 0
+    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
+    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
 
 
 def list_devices(settings: Settings) -> list[Process]:

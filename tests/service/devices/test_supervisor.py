@@ -135,10 +135,14 @@ def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(monkeyp
             raise asyncio.CancelledError
         now.append(beat)
 
+    def states_now(_pid: int) -> tuple[set[str], int]:
+        state, ticks = state_at(now[-1])
+        return {"S", state}, ticks
+
     now: list[int] = []
     process = Process("cpu", {}, load_settings(), "cpu", 0)
     process.child = SimpleNamespace(pid=1, poll=lambda: None, kill=lambda: killed.append(now[-1]))
-    monkeypatch.setattr(processes, "run_state", lambda _pid: state_at(now[-1]))
+    monkeypatch.setattr(processes, "run_states", states_now)
     monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
     with socket.socket() as listener:
         server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
