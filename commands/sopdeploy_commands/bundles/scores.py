@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
+from sopdeploy.images.decode import decode
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles, describe_seen
 from sopdeploy.project import SAMPLED
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
@@ -74,13 +74,12 @@ def logits_of_images(
     With *mirror*, they are means over an image and its mirror image.
     """
     manifest = loaded.bundle.manifest
-    max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
+    limits = {"max_bytes": settings.max_body_bytes, "max_pixels": settings.max_pixels}
     rows: list[NDArray[np.float32]] = []
     for index in range(len(images)):
         path = images.path(index)
         try:
-            image = images.read(index)
-            pixels = decode(image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels).pixels
+            pixels = decode(images.read(index), manifest.preprocess, **limits).pixels
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
