@@ -95,10 +95,8 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
         coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
-        options = {"quality": 90, "subsampling": subsampling}
-        if height > large:
-            options |= {"quality": 60, "exif": turned}
-        image.save(file, "JPEG", **options)
+        quality, more = (60, {"exif": turned}) if height > large else (90, {})
+        image.save(file, "JPEG", quality=quality, subsampling=subsampling, **more)
         files.append(file.getvalue())
     return files
 

@@ -74,12 +74,13 @@ def logits_of_images(
     With *mirror*, they are means over an image and its mirror image.
     """
     manifest = loaded.bundle.manifest
-    limits = {"max_bytes": settings.max_body_bytes, "max_pixels": settings.max_pixels}
+    max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
     rows: list[NDArray[np.float32]] = []
     for index in range(len(images)):
         path = images.path(index)
         try:
-            pixels = decode(images.read(index), manifest.preprocess, **limits).pixels
+            image = images.read(index)
+            pixels = decode(image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels).pixels
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
