@@ -26,6 +26,7 @@ class Detachment:
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         captured: The programs of the trained network, if it was captured already, with contiguous tensors.
+        written: The attributes that each run writes and no run reads.
     """
 
     training_only: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class Detachment:
     reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
     captured: Captured | None = None
+    written: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":

@@ -139,7 +139,7 @@ def certify(
     deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
     sizes = prove_outputs(deployed, probes)
     # 5. Repetition
-    prove_repetition(shipped.network, preprocess, probes)
+    prove_repetition(shipped.network, preprocess, probes, detachment.written)
     for of_role in prepared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, reached)
