@@ -27,7 +27,7 @@ from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.capture.program import Programs, capture
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
@@ -80,12 +80,12 @@ class Branched(Classifier, Plain):
         self.branches = nn.ModuleDict({"layer1_0": head})
 
 
-GRAPHS: dict[str, Captured] = {}
+GRAPHS: dict[str, Programs] = {}
 
 
 def capture_once(
-    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured]
-) -> Captured:
+    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs]
+) -> Programs:
     if type(found) is not Plain:
         return capture(found, preprocess, batch, known)
     key = digest(repr((found.config, preprocess, batch)), found)

@@ -19,13 +19,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import output_names
-from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.capture.program import Programs, capture, capture_any_batch
 from sopdeploy_export.lower.precision import CapturedGraph
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.prove import graphs
 
-CAPTURED: dict[str, Captured] = {}
+CAPTURED: dict[str, Programs] = {}
 GRAPHS: dict[str, CapturedGraph] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
@@ -70,8 +70,8 @@ def _capture_once(
     network: nn.Module,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Captured] = (),
-) -> Captured:
+    known: Sequence[Programs] = (),
+) -> Programs:
     text = repr((preprocess, batch, output_names(network)))
     key = digest(text, network, getattr(network, "training_only", ()))
     if key not in CAPTURED:

@@ -10,12 +10,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, make_functional, trace_network
+from sopdeploy_export.capture.program import (
+    NETWORK_PREFIX,
+    Captures,
+    Programs,
+    make_functional,
+    trace_network,
+)
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import describe_difference, program_root, trace_hash
 from sopdeploy_export.prove.networks import Prepared
@@ -128,21 +132,21 @@ def randomized(network: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, 
             named[name].data.copy_(values)
 
 
-def check_graph_ignores(
-    network: nn.Module, parts: Sequence[str], preprocess: Preprocess, batch: BatchRange, captured: Captured
+def prove_values_unread(
+    network: nn.Module, parts: Sequence[str], captures: Captures, programs: Programs
 ) -> None:
-    """Check that the graph of *network* is still the *captured* one while its *parts* have random values.
+    """Check that the graph of *network* is still that of *programs* while its *parts* have random values.
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
     """
-    expected_root = program_root(captured.any_batch)  # now, because a program refers to the tensors
+    expected_root = programs.roots["any batch size"]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
-        program = trace_network(network, preprocess, batch)
-        found, expected = trace_hash(program), captured.traces[0]  # None: cannot be hashed
+        program = trace_network(network, captures.preprocess, captures.batch)
+        found, expected = trace_hash(program), programs.traces[0]  # None: cannot be hashed
         hidden = [NETWORK_PREFIX + name for name in removed]
         if found is not None and expected is not None and found.without(hidden) == expected.without(hidden):
             return
-        root = program_root(make_functional(program, batch))
+        root = program_root(make_functional(program, captures.batch))
     if root.sha256 != expected_root.sha256:
         difference = describe_difference(root, expected_root, "trained")
         raise CertificateError(
