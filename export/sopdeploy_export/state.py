@@ -274,6 +274,8 @@ class PythonNumbers:
         Returns the value, which the caller passes to `remember`, so that the result of the call is a known
         tensor; None for any other call, which makes all tensors unknown if it has a known one as operand.
         """
+        if not len(self._values) and function not in self.MAKERS:  # most calls
+            return None
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]
         if operands:

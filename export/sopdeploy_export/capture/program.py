@@ -221,16 +221,25 @@ def make_functional(program: ExportedProgram, batch: BatchRange) -> ExportedProg
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
-    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
+def garbage_kept() -> Iterator[None]:
+    """Switch the garbage collector off: it would visit all nodes of a graph again and again.
 
-    The garbage collector is off, because it would visit all nodes of a graph again and again, which takes a
-    tenth of the time.
+    This takes a tenth of the time of a capture or a conversion.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with torch.no_grad():
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails."""
+    try:
+        with garbage_kept(), torch.no_grad():
             yield
     except SopdeployError:
         raise
@@ -246,6 +255,3 @@ def capturing() -> Iterator[None]:
         else:
             problem = first_line(error)
         raise LoweringError(f"{NO_GRAPH}: {problem}") from error
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.prove import certificate
 from sopdeploy_export.prove.repetition import CALLS, prove_repetition
 from tests.docs.reading import ROOT
@@ -122,5 +123,5 @@ def test_a_certificate_repeats_the_calls(
     repeated = []
     monkeypatch.setattr(certificate, "prove_repetition", lambda network, *_: repeated.append(network))
     network = make("resnet8")
-    certificate.certify(network, network, preprocess, probes)
+    certificate.certify(network, network, Captures(preprocess), probes)
     assert repeated == [network]
