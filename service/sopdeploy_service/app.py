@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
@@ -90,12 +92,15 @@ def create_app(
         summary="Image classification" + (f" with {', '.join(names)}" if names else ""),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
-        docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
+        # FastAPI would make the document for each request, and its pages load scripts from other hosts.
+        openapi_url=None,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service, app.state.keeper = service, keeper
+    app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
-    app.state.bundle_check = None  # the last one of `/readyz`
+    app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
     for router in ROUTERS:
         app.include_router(router)
     problems.handle_errors(app, PATHS)

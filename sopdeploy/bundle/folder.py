@@ -282,12 +282,12 @@ def _describe_no_bundle(path: Path) -> str:
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 
-def open_bundle(path: Path, *, with_graph: bool = True) -> Bundle:
+def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
     """Check and read the bundle at *path*, a folder or a link to one.
 
     Raises `BundleError` that names the first file whose path, size or hash differs from the manifest.
     """
-    path = follow_link(path)
+    path = follow_link(Path(path))
     return read_files(path, read_manifest(path), with_graph=with_graph)
 
 

@@ -17,13 +17,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable, Mapping
-from functools import partial
-from types import SimpleNamespace
-from typing import NamedTuple, cast
-
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
+from typing import NamedTuple
 
 from sopdeploy_service.server.lifetime import BEAT_SECONDS
 
@@ -133,28 +127,3 @@ async def send_metrics(file: int, page: bytes) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=file) as connection:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(connection, page)
-
-
-def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
-    """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
-
-    A page is empty if its process is down. The `process_*` metrics are collected here, of the processes with
-    *ids*, by name; the supervisor has an id but no page.
-    """
-    up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
-
-    def add_samples(process: str, metrics: Iterable[Metric]) -> None:
-        for metric in metrics:
-            empty = Metric(metric.name, metric.documentation, metric.type)
-            samples = merged.setdefault(metric.name, empty).samples
-            for sample in metric.samples:
-                samples.append(sample._replace(labels={**sample.labels, "process": process}))
-
-    for process, page in pages.items():
-        up.add_sample(up.name, {"process": process}, 1.0 if page else 0.0)
-        add_samples(process, text_string_to_metric_families(page.decode()))
-    for process, pid in ids.items():  # the collector calls its *pid* to get the id
-        add_samples(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
-    collector = SimpleNamespace(collect=lambda: [up, *merged.values()])
-    return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

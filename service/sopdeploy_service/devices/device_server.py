@@ -34,6 +34,7 @@ from sopdeploy_service.http.api_keys import KeyFile
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
@@ -101,14 +102,13 @@ class DeviceServer(DrainingServer):
         self._report()
 
     async def collect_metrics(self) -> bytes:
-        """Return the page of the supervisor with the metrics of all processes; empty if it is late."""
-        if self._page is None or self._page.done():
-            self._page = self._loop.create_future()
-            control.send_message(self._supervisor, control.METRICS)
+        """Return the page of the supervisor with the metrics of all processes; if it is late, the own one."""
+        self._page = self._loop.create_future()
+        control.send_message(self._supervisor, control.METRICS)
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * control.METRICS_SECONDS):
-                return await asyncio.shield(self._page)
-        return b""
+                return await self._page
+        return await self._service.make_metrics()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at SIGTERM, which may also come from what ends all processes; only SIGINT ends the drain."""
@@ -225,7 +225,7 @@ def serve_http(
         at_rest += sum(map(resident_bytes, config.others))
     service.decoders.budget = decode_budget(settings, at_rest, count)
     server = DeviceServer(app, settings, supervisor, config.sources, links)
-    service.metrics_of_all = server.collect_metrics
+    service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
 
 

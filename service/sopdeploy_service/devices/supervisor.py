@@ -26,6 +26,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import cast
 
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
 from sopdeploy.bundle.sealed import create_memory, map_memory
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
@@ -42,6 +44,7 @@ from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
+from sopdeploy_service.observability.pages import Shared, merge_metrics
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
@@ -123,6 +126,9 @@ class Supervisor:
         self._announced = self._must_reload = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = CollectorRegistry()  # of this process
+        ProcessCollector(registry=self._metrics)
+        self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
 
     @property
@@ -444,14 +450,18 @@ class Supervisor:
 
     async def _send_page(self, process: Process) -> None:
         """Send the metrics of all processes to *process*."""
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # too many files or threads; it sends its own metrics
+            file = create_memory("sopdeploy-metrics", [await self._metrics_page.get()])
+            process.send(control.PAGE, b"", file)
+            os.close(file)
+
+    async def _collect_metrics(self) -> bytes:
+        """Return a page with the metrics of all processes, which a thread makes."""
         processes = [*self._devices, *self._front_ends]
         # One that loads its models would not answer.
         sockets = [one.control if one.is_ready else None for one in processes]
         replies = await asyncio.gather(*map(control.request_metrics, sockets))
         pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
-        ids = {one.name: one.child.pid for one in processes if one.child is not None}
-        ids["supervisor"] = os.getpid()
-        with contextlib.suppress(OSError):  # too many files; it then sends its own metrics
-            file = create_memory("sopdeploy-metrics", [control.merge_metrics(pages, ids)])
-            process.send(control.PAGE, b"", file)
-            os.close(file)
+        return await asyncio.to_thread(lambda: merge_metrics(pages, generate_latest(self._metrics)))

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
@@ -31,13 +32,13 @@ from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
 
 MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
-CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
 models_log = logging.getLogger("sopdeploy.models")
 
@@ -176,12 +177,13 @@ class Service:
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        self.metrics_of_all: CollectMetrics | None = None  # set if the server has several processes
+        self.metrics_page = Shared(self.make_metrics)  # of all processes if the server has several
         self.num_front_ends = 0  # set if the server has several processes
         self.keep: KeepImage | None = None  # set by the app if it keeps results
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        # The number of images without an outcome, one cell per process: of this process only, until
-        # `share_admitted` gives shared memory. A request that is not parsed yet counts as one image.
+        # The number of images without an outcome. A request that is not parsed yet counts as one image.
+        # Processes tell each other in cells of shared memory, which `share_admitted` gives.
+        self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
         self.max_upload_bytes = upload_budget(settings)
@@ -190,19 +192,30 @@ class Service:
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining, self._was_drained = True, False  # draining until `start`, unless `drain` was called
 
+    async def make_metrics(self) -> bytes:
+        """Return the page with the metrics of this process, which a thread makes."""
+        return await asyncio.to_thread(generate_latest, self.metrics.registry)
+
     @property
     def admitted(self) -> int:
         """The images that this process has admitted and not answered."""
-        return self._cells[self._position]
+        return self._admitted
 
     @admitted.setter
     def admitted(self, count: int) -> None:
-        self._cells[self._position] = count
+        self._admitted = self._cells[self._position] = count
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
         """Count in *cells*, one per process of the server; that of this one, at *position*, is set to 0."""
         self._cells, self._position = cells, position
         self.admitted = 0
+
+    def _count_admitted(self) -> int:
+        """Return the images of all processes; others, whatever they tell, leave this one its share."""
+        queue_size, num_processes = self.settings.queue_size, len(self._cells)
+        others = [min(max(0, count), queue_size) for count in self._cells]
+        others[self._position] = 0
+        return self._admitted + min(sum(others), queue_size - math.ceil(queue_size / num_processes))
 
     def _choose_num_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""
@@ -257,15 +270,16 @@ class Service:
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        if sum(self._cells) + num_images > self.settings.queue_size:
+        if self._count_admitted() + num_images > self.settings.queue_size:
             seconds = math.ceil(model.latency.total_seconds(self._count_earlier(model), model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        if self.num_front_ends:  # engines share the images of all front ends
-            return sum(self._cells) // model.num_engines
+        if self.num_front_ends:  # engines share the images of all front ends, which have about as many each
+            about = self.admitted * len(self._cells)
+            return min(about, self._count_admitted()) // model.num_engines
         return self.admitted  # each process has a device of its own
 
     async def infer(
