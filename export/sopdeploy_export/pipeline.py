@@ -32,7 +32,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_examples, write_reports
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
-from sopdeploy_export.program_hashes import hashing_once, program_root
+from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.prove.certificate import Certificate, FileRoots, Step, announce, certify
 from sopdeploy_export.prove.file import compute_reference, prove_file
 from sopdeploy_export.prove.images import prove_images
@@ -127,7 +127,6 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
         )
 
 
-@hashing_once()
 def export_subject(
     subject: ExportSubject,
     destination: Path,

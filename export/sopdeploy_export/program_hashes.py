@@ -183,6 +183,16 @@ def hashing_once() -> Iterator[None]:
         _stored_hashes.reset(token)
 
 
+@contextmanager
+def hashing_again() -> Iterator[None]:
+    """Let `stored_hash` compute each hash in the block, as an alias of a written one has an old version."""
+    token = _stored_hashes.set(None)
+    try:
+        yield
+    finally:
+        _stored_hashes.reset(token)
+
+
 def stored_hash(tensor: Tensor) -> str:
     """Compute `tensor_hash`; within `hashing_once` only if *tensor* is new or was written to."""
     stored = _stored_hashes.get()

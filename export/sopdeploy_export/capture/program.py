@@ -84,6 +84,7 @@ class Captures:
     def __init__(self, preprocess: Preprocess, batch: BatchRange | None = None) -> None:
         self.preprocess, self.batch = preprocess, batch or BatchRange()
         self._programs: dict[tuple[object, ...], Programs] = {}
+        self._unread: set[tuple[object, ...]] = set()
 
     def of(self, network: nn.Module) -> Programs:
         """Return the programs of *network*, captured unless they are known.
@@ -100,6 +101,19 @@ class Captures:
     def share(self, network: nn.Module, programs: Programs) -> None:
         """Let *programs*, those of a network that computes the same, be those of *network*."""
         self._programs[self._key(network)] = programs
+
+    def forget_roots(self) -> None:
+        """Let roots be computed again: code of the user may have changed tensors of the programs."""
+        for programs in self._programs.values():
+            vars(programs).pop("roots", None)
+
+    def note_unread(self, network: nn.Module, parts: tuple[str, ...]) -> None:
+        """Note that the programs of *network* stay the same while its *parts* have random values."""
+        self._unread.add((*self._key(network), parts))
+
+    def are_unread(self, network: nn.Module, parts: tuple[str, ...]) -> bool:
+        """Return whether this was noted."""
+        return (*self._key(network), parts) in self._unread
 
     @staticmethod
     def _key(network: nn.Module) -> tuple[object, ...]:

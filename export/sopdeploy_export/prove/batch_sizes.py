@@ -1,6 +1,9 @@
 """Statement 3: the graph for any batch size, with one image, computes what the graph for one image computes.
 
-torch.export itself checks that all batch sizes of at least 2 have one graph.
+torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not compared.
+
+Refused: other operations for one image
+(`test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network`).
 """
 
 from sopdeploy.errors import CertificateError

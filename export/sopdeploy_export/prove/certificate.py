@@ -135,9 +135,10 @@ def certify(
             compared = {detachment.reference: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
         on_step(announce("Graphs"))
+        captures.forget_roots()
         programs = capture_networks(networks, captures)
         roots, needed = prove_graphs(programs, trained, detachment.training_only)
-        if parts:  # also a part of statement 1
+        if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))

@@ -1,6 +1,8 @@
 """Statement 0, for a network of the user: its exported copy computes what the given network computes.
 
 The network that the user gave is captured, not a copy, because its classes can define how they are copied.
+
+Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
 """
 
 import torch
@@ -14,6 +16,7 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
 from sopdeploy_export.network import tensors
 from sopdeploy_export.program_hashes import value_root
+from sopdeploy_export.prove.tensors import prove_values_unread, randomized
 from sopdeploy_export.state import held_tensors, preserved
 
 STATEMENT = "The exported copy of a network of your own computes what the given network computes."
@@ -27,13 +30,21 @@ OTHER_COPY = (
 
 
 def prove_copy(
-    given: nn.Module, copied: nn.Module, captures: Captures, classes: int, *, with_features: bool
+    given: nn.Module,
+    copied: nn.Module,
+    captures: Captures,
+    classes: int,
+    parts: tuple[str, ...],
+    *,
+    with_features: bool,
 ) -> Programs:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
-    the programs of *given* as those of *copied*. Raises `LoweringError` if the networks differ.
+    the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
+    have random values, which something that was not copied with them can read. Raises `LoweringError` if the
+    networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     preprocess = captures.preprocess
     stored = list(tensors(given).values())
@@ -56,11 +67,17 @@ def prove_copy(
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
-        captures.share(copied, captures.of(given))
-        return captures.of(copied)
+        programs = captures.of(given)
+        captures.share(copied, programs)
+        if parts:
+            prove_values_unread(given, parts, captures, programs)
+            captures.note_unread(copied, parts)
+        return programs
     programs = captures.of(copied)
     if on_cpu:  # the graph of a network on a GPU names it, so it cannot be compared
-        program = capture_any_batch(given, preprocess, captures.batch)
+        with randomized(given, parts):
+            program = capture_any_batch(given, preprocess, captures.batch)
+        captures.note_unread(copied, parts)
         if value_root(program).sha256 != value_root(programs.any_batch).sha256:  # these ignore the layout
             raise LoweringError(OTHER_COPY)
     return programs

@@ -1,4 +1,4 @@
-"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
+"""Statement 8: the file, loaded from disk, differs from the network in float64 by rounding only.
 
 The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
 float64. The noise floor is the error of the network's own run in the exported precision. Every output must
@@ -12,6 +12,10 @@ The gate of a mixture that is nearly undecided may choose other components after
 number then changes although nothing is wrong. Images for which the margin between its K-th and next logit is
 within the measured noise of these logits are left out. If that is every image, those are compared for which
 the network's own run in the exported precision chooses the same components as in float64.
+
+Images other than the probes are not compared.
+
+Refused: other components of a mixture (`test_another_form_than_the_dense_one_is_refused`).
 """
 
 import math

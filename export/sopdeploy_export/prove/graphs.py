@@ -1,4 +1,10 @@
-"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root."""
+"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root.
+
+No operation of a removed part is behind an output. What all networks share, such as a frozen buffer, is not
+compared with anything.
+
+Refused: a branch times zero (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+"""
 
 from collections.abc import Mapping, Set
 

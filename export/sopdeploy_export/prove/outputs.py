@@ -1,4 +1,9 @@
-"""Statement 4: the networks return bitwise equal outputs for probe images, alone and in batches."""
+"""Statement 4: the networks return bitwise equal outputs for probe images, alone and in batches.
+
+This says nothing of other images, of which only the graphs do.
+
+Refused: other numbers outside of the graph (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

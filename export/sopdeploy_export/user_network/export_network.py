@@ -25,14 +25,13 @@ from sopdeploy_export.network import copy_module, tensors, with_contiguous_tenso
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
-from sopdeploy_export.program_hashes import hashing_once, stored_hash
+from sopdeploy_export.program_hashes import stored_hash
 from sopdeploy_export.prove.copy import check_constants, prove_copy
 from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network.unused import match_parts, removable_parts
 
 
-@hashing_once()
 def export_network(
     trained: nn.Module,
     *,
@@ -164,7 +163,7 @@ def _run_and_capture(
     trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, own_warnings = check_outputs(trial, preprocess, classes, "trained")
     with prepared_in_place(given, logits_key, preprocess):
-        programs = prove_copy(given, copied, captures, classes, with_features=with_features)
+        programs = prove_copy(given, copied, captures, classes, parts, with_features=with_features)
     if cache is not None:
         check_unchanged_by_run(cache, programs, captures.of(trial.network))
     if created:
