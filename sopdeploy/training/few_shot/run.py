@@ -29,7 +29,13 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
-from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
+from sopdeploy.photos.copies import (
+    NO_PAIRS,
+    NearDuplicates,
+    connect,
+    find_near_duplicates,
+    number_classes,
+)
 from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
@@ -53,7 +59,6 @@ from sopdeploy.training.few_shot.features import (
     Features,
     build_fitted,
     compute_features,
-    find_near_duplicates,
     full_head,
 )
 from sopdeploy.training.fits import FewShotFit, Position, Start
@@ -161,7 +166,6 @@ class CrossValidation:
         alike: The classes of `NearDuplicates.alike`.
         clips: The `groups` and images that tell how they were found.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
-        certain_copies: The same (N,), only by copies that resemble each other most.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
@@ -178,7 +182,6 @@ class CrossValidation:
     alike: tuple[str, ...]
     clips: Clips
     copies: Indices
-    certain_copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -218,7 +221,7 @@ def cross_validate(
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     if config.group_copies:
-        near = find_near_duplicates(outputs, features, images)
+        near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
@@ -253,7 +256,6 @@ def cross_validate(
         features=features,
         problem=problem,
         copies=copies_N,
-        certain_copies=connect(count, clips.select_pairs(near.certain), features.hashes),
         groups=groups_N,
         alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
         clips=clips,
@@ -356,8 +358,8 @@ def _describe(
     groups = _groups_of_classes(targets, found.groups)
     num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
     contradictions, labels_N = [], number_classes(images.targets)
-    for photograph in np.flatnonzero(np.bincount(found.certain_copies) > 1):
-        indices = np.flatnonzero(found.certain_copies == photograph)
+    for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
+        indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
             if len(indices) > MAX_COPIES:  # such as the frames of a clip: one image of each class
