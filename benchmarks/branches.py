@@ -32,7 +32,7 @@ from sopdeploy import Preprocess, export_network, unused_modules
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError, first_line
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph.capture import choose_output, generated_images
+from sopdeploy_export.capture.deployed import choose_output, generated_images
 
 BATCHES = (1, 2, 3, 7)
 BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -1,17 +1,20 @@
 """First contact with a GPU: check and measure exported bundles on it, in parts.
 
-    python first_contact.py FOLDER [PART ...] [--out OUT] [--resume] [--provider cpu]
+    python first_contact.py FOLDER [PART ...] [--out OUT] [--minutes 15] [--resume] [--provider cpu]
 
 FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `probes` and `speed` need ONNX Runtime with CUDA,
-`server` and `tensorrt` also this project. Each part runs in its own process and writes each row at once to
-OUT/PART.jsonl; OUT/gpu.md lists all. --resume skips parts that succeeded. `--provider cpu` needs no GPU.
+`server` and `tensorrt` also this project. The most important part runs first, each in its own process, which
+writes each row at once to OUT/PART.jsonl; OUT/gpu.md lists all. No part runs longer than `PART_SECONDS`, or
+after --minutes. --resume skips parts that succeeded. `--provider cpu` needs no GPU.
 """
 
 import argparse
 import ctypes
 import importlib.metadata
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,7 @@ from load import put_load, serving
 BATCHES = "1,8,32,64"
 WARM_UPS, SECONDS = 3, 2.0  # for each batch size
 PART_SECONDS = 300
+FRONT_ENDS = ("auto", "4", "0")
 PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu13", "torch", "sopdeploy")
 Bundle = dict[str, Any]  # its manifest, path, and name with the precision
 Row = dict[str, Any]
@@ -85,13 +89,17 @@ def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
 
 
 def server(bundle: Bundle, provider: str) -> Iterator[Row]:
-    """`sopdeploy serve` under load: JPEGs of 500 x 375 pixels; client and server share the cores."""
-    images, runtime = bundle["path"].parents[1] / "images", f"onnxruntime-{provider}"
-    with serving(str(bundle["path"]), "--runtime", runtime) as (_, url):
-        for connections in (1, 64):
-            load = put_load(f"{url}/v1/classify", images, 6, "--connections", connections)
-            row = {"bundle": bundle["name"], "runtime": runtime, "connections": connections}
-            yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
+    """`sopdeploy serve` with 64 connections; client and server share the cores.
+
+    `images` are JPEGs of 500 x 375 pixels, `phone` of 4000 x 3000.
+    """
+    runtime, folder = f"onnxruntime-{provider}", bundle["path"].parents[1]
+    for front_ends in FRONT_ENDS:
+        with serving(str(bundle["path"]), "--runtime", runtime, "--front-ends", front_ends) as (_, url):
+            for images in ("images", "phone"):
+                load = put_load(f"{url}/v1/classify", folder / images, 6, "--connections", 64)
+                row = {"bundle": bundle["name"], "front ends": front_ends, "photographs": images}
+                yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
 
 
 def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
@@ -108,7 +116,8 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
         yield {"bundle": bundle["name"], "batch": each.batch, "ms": f"{each.median_ms:.3f}"}
 
 
-PARTS = {part.__name__: part for part in (machine, probes, speed, server, tensorrt)}
+# The most important part first, because time on a GPU is short.
+PARTS = {part.__name__: part for part in (machine, server, probes, tensorrt, speed)}
 
 
 def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
@@ -209,17 +218,18 @@ def run_alone(part: str, bundles: list[Bundle], provider: str) -> None:
     print(json.dumps({"result": f"{result} ({time.monotonic() - begin:.1f} s)"}), flush=True)
 
 
-def run_part(part: str, options: argparse.Namespace) -> None:
-    """Run *part* in its own process, because an error of CUDA ends all CUDA work of a process."""
+def run_part(part: str, options: argparse.Namespace, seconds: float) -> None:
+    """Run *part* for at most *seconds*, in its own process: an error of CUDA ends all CUDA work of one."""
     path = options.out / f"{part}.jsonl"
     path.unlink(missing_ok=True)  # a process that was left behind may still write to it
     command = [sys.executable, __file__, options.folder, part, "--provider", options.provider, "--alone"]
     with path.open("a") as rows, path.with_suffix(".log").open("w") as log:
-        try:
-            done = subprocess.run(command, stdout=rows, stderr=log, timeout=PART_SECONDS, check=False)
-            end = f"failed: exit code {done.returncode}, see {log.name}"
-        except subprocess.TimeoutExpired:
-            end = f"failed: stopped after {PART_SECONDS} s"
+        with subprocess.Popen(command, stdout=rows, stderr=log, start_new_session=True) as process:
+            try:
+                end = f"failed: exit code {process.wait(seconds)}, see {log.name}"
+            except subprocess.TimeoutExpired:
+                end = f"failed: stopped after {seconds:.0f} s"
+                os.killpg(process.pid, signal.SIGKILL)  # also the server that it started
         if not read_part(options.out, part)[1]:
             print(json.dumps({"result": end}), file=rows, flush=True)
     print(f"{part}: {read_part(options.out, part)[1]}", flush=True)
@@ -251,6 +261,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="what gpu_bundles.py wrote")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("first-contact"))
+    parser.add_argument("--minutes", type=float, default=15.0, help="for all parts (15)")
     parser.add_argument("--resume", action="store_true", help="skip the parts that succeeded")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -262,9 +273,10 @@ def main() -> int:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     parts = options.parts or [*PARTS]
+    end = time.monotonic() + 60 * options.minutes
     for part in parts:
         if not (options.resume and read_part(options.out, part)[1].startswith("ok")):
-            run_part(part, options)
+            run_part(part, options, max(0.0, min(PART_SECONDS, end - time.monotonic())))
         (options.out / "gpu.md").write_text(page(options.out), encoding="utf-8")
     return int(not all(read_part(options.out, part)[1].startswith("ok") for part in parts))
 

@@ -3,7 +3,8 @@
     python benchmarks/gpu_bundles.py FOLDER
 
 The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and int8, and a
-ResNet-50 in fp16. FOLDER also gets JPEGs and the programs that run there. What exists is not written again.
+ResNet-50 in fp16. FOLDER also gets JPEGs, small ones and those of phones, and
+the programs that run there. What exists is not written again.
 """
 
 import shutil
@@ -25,7 +26,7 @@ from sopdeploy_export.pipeline import export_checkpoint
 
 HERE = Path(__file__).parent
 CALIBRATION = 64
-JPEGS, JPEG_SIZE = 16, (500, 375)
+JPEGS = {"images": (16, (500, 375)), "phone": (4, (4000, 3000))}
 PROGRAMS = ("first_contact.py", "load.py")
 
 
@@ -96,9 +97,10 @@ def main() -> None:
         if not list(target.glob("*/manifest.json")):
             export_case(case, target)
             print(f"{target}: written", file=sys.stderr, flush=True)
-    (folder / "images").mkdir(exist_ok=True)
-    for number in range(JPEGS):
-        noise_image(number, JPEG_SIZE).save(folder / "images" / f"{number}.jpg")
+    for name, (count, size) in JPEGS.items():
+        (folder / name).mkdir(exist_ok=True)
+        for number in range(count):
+            noise_image(number, size).save(folder / name / f"{number}.jpg")
     for program in PROGRAMS:
         shutil.copy(HERE / program, folder)
 

@@ -68,7 +68,7 @@ def head(count: int) -> float:
     problem = LinearProblem(space, draw(random, classes, RANK), own, targets)
     since = time.process_time()
     folds = make_folds(targets, list(map(str, range(count))), FOLDS, 0)
-    scaling = Scaling.fit(np.stack([problem.cross_validate(one) for one in folds]), targets)
+    scaling = Scaling.fit([problem.cross_validate(one) for one in folds], targets)
     problem.fit_all(scaling)
     for one in folds:
         problem.cosines(one)

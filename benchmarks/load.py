@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 BOUNDARY = "--------sopdeploy-benchmark"
 WARM_UP_SECONDS = 1.0
+START_SECONDS = 120.0  # a start takes 6 to 21 s on an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,25 @@ def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `sopdeploy serve` with *arguments* on a free port; yield the process and its URL, and end it."""
+    """Run `sopdeploy serve` with *arguments* on a free port; yield the process and its URL, and end it.
+
+    A server that is not ready after `START_SECONDS` is killed, and raises a `RuntimeError`.
+    """
     command = [sys.executable, "-m", "sopdeploy", "serve", *arguments, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(START_SECONDS, process.kill)
+        limit.start()
         try:
             line = process.stdout.readline() if process.stdout else ""
+            limit.cancel()
             if not line.startswith("ready: "):
-                raise RuntimeError(f"the server ended with exit code {process.wait()}; stderr says why")
+                raise RuntimeError(
+                    f"the server ended with exit code {process.wait()}, or was not ready after "
+                    f"{START_SECONDS:.0f} s; stderr says why"
+                )
             yield process, line.split()[1]
         finally:
+            limit.cancel()
             process.kill()
 
 

@@ -29,7 +29,7 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, NewtonSchulzConf
 from sopdeploy.layers.mixture import Components, softmax_of_largest
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.graph.file import convert
+from sopdeploy_export.lower.to_onnx import convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 EXPERTS = {8: 0.52, 2: 0.17}  # largest share of the time of all 16, by K

@@ -32,7 +32,7 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph.capture import generated_images
+from sopdeploy_export.capture.deployed import generated_images
 
 CLASSES = 4
 # Options of timm's networks, in the order in which they are tried.

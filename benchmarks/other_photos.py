@@ -130,10 +130,10 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     reduced = space.project(photos.train[drawn])
     problem = LinearProblem(space, reduced, unit_length(parts[0]), targets)
     folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
-    scores = np.stack([problem.cross_validate(one) for one in folds])
-    scaling = Scaling.fit(scores, targets)
+    validations = [problem.cross_validate(one) for one in folds]
+    scaling = Scaling.fit(validations, targets)
     cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
-    out_of_fold = log_softmax(problem.scale_scores(scores[0], scaling), axis=1) + cosines[:, None]
+    out_of_fold = log_softmax(problem.logits(validations[0], scaling), axis=1) + cosines[:, None]
     rule = fit_decision(
         out_of_fold,
         classes,

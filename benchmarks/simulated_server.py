@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import httpx
 from serving_ours import fake_model, skip_decoding
 
 from sopdeploy_service.devices import device_server
+from sopdeploy_service.observability.pages import SHARED_SECONDS
 from sopdeploy_service.server import process
 
 HERE = Path(__file__).resolve().parent
@@ -45,8 +47,9 @@ class Server:
     url: str
 
     def samples(self, metric: str) -> dict[str, float]:
-        """Sum the samples of *metric* by process."""
+        """Sum the samples of *metric* by process, when all that has ended is on the page."""
         sums: dict[str, float] = {}
+        time.sleep(2 * SHARED_SECONDS)
         for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             match = re.match(rf"{metric}{{.*\bprocess=\"([^\"]+)\".*}} (\S+)", line)
             if match is not None:

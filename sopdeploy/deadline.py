@@ -16,7 +16,7 @@ _end: ContextVar[float | None] = ContextVar("_end", default=None)  # by `time.mo
 
 @contextmanager
 def deadline(end: float) -> Iterator[None]:
-    """Let all exchanges of the block, by clients that `obey_deadlines` has changed, end at *end*."""
+    """Let all exchanges of the block, by transports that `obey_deadlines` has changed, end at *end*."""
     token = _end.set(end)
     try:
         yield
@@ -24,12 +24,10 @@ def deadline(end: float) -> Iterator[None]:
         _end.reset(token)
 
 
-def obey_deadlines(client: httpx.Client) -> None:
-    """Let the connections of *client* end at `deadline`; transports that are not those of httpx stay."""
-    for transport in (client._transport, *client._mounts.values()):
-        pool = getattr(transport, "_pool", None)
-        if isinstance(pool, httpcore.ConnectionPool):
-            pool._network_backend = _Backend(pool._network_backend)
+def obey_deadlines(transport: httpx.HTTPTransport) -> httpx.HTTPTransport:
+    """Let the connections of *transport* end at `deadline`; return it."""
+    transport._pool._network_backend = _Backend(transport._pool._network_backend)
+    return transport
 
 
 def _remaining(timeout: float | None, expired: type[Exception]) -> float | None:

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sopdeploy.errors import MissingPackageError, SopdeployError
+from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 CGROUP, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux only
@@ -83,12 +83,21 @@ def processor() -> str:
 
 def is_distributed() -> bool:
     """Check whether torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launcher_number("WORLD_SIZE", 1) > 1
 
 
 def is_main_process() -> bool:
     """Check whether this is the process that prints and writes files."""
-    return not is_distributed() or os.environ.get("RANK", "0") == "0"
+    return not is_distributed() or launcher_number("RANK", 0) == 0
+
+
+def launcher_number(variable: str, default: int) -> int:
+    """Read the number that torchrun, or another launcher of several processes, has put into *variable*."""
+    text = os.environ.get(variable) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        problem = f"{variable}={text!a}: not a number of processes, as torchrun sets it"
+        raise ConfigError(f"{problem}; start with torchrun, or unset {variable}")
+    return int(text)
 
 
 def lacks_vnni() -> bool:

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sopdeploy.config import parse_json
+from sopdeploy.class_names import ADVICE as NAMES_ADVICE
+from sopdeploy.class_names import parse_class_names
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
 from sopdeploy.names import label_problem
@@ -269,6 +270,10 @@ def holds_output(path: Path) -> bool:
     )
 
 
+_WEIGHTS = (
+    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
+    "network, too"
+)
 _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give instead
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
         "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
@@ -277,9 +282,7 @@ _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give 
         "a finished graph without the network to compare it with; give its checkpoint"
     ),
     (".py",): "code, not weights; give the weight file, and name the network as module:callable",
-    (".pth", ".ckpt", ".bin", ".safetensors"): (
-        "no checkpoint of `sopdeploy train`; for weights of a network of your own, name the network, too"
-    ),
+    (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
 }
 
 
@@ -290,7 +293,27 @@ def describe_foreign(path: Path) -> str:
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
-    return ""
+    return _WEIGHTS if _holds_weights(path) else ""
+
+
+def _holds_weights(path: Path) -> bool:
+    """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
+    try:
+        with open_regular(path) as file:
+            first = file.read(16)
+        if first.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+    return first.startswith(TORCH_MAGIC) or first[8:9] == b"{"
+
+
+def is_tar(path: Path) -> bool:
+    """Tell by its content whether *path* is a tar archive; weights may have that suffix, too."""
+    with suppress(OSError), open_regular(path) as file:
+        return file.read(512)[257:262] == b"ustar"
+    return False
 
 
 def check_is_file(path: Path) -> None:
@@ -367,18 +390,19 @@ def check_is_checkpoint(path: Path) -> None:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
+    """Read class names from *file*, one per line, as JSON or as other tools write them.
+
+    Raises `ConfigError` for a file that cannot be read, and if it is not certain what the names are.
+    """
     try:
-        content = read_text(file, MAX_NAMES_BYTES)
-        lines = parse_json(content) if file.suffix == ".json" else content.split("\n")
-        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-            raise ValueError('no list of names such as ["cat", "dog"]')
+        found = parse_class_names(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"{file} cannot be read ({reason}); give one name per line", setting="labels"
-        ) from error
-    names = tuple(line.strip() for line in lines if line.strip())
+        message = f"{file} cannot be read ({reason}); {NAMES_ADVICE}"
+        raise ConfigError(message, setting="labels") from error
+    names = tuple(name.strip() for name in found)
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names

@@ -162,7 +162,7 @@ def fit_head(parts: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         space, space.project(np.concatenate(arrays, axis=1)), unit_length(arrays[0]), targets
     )
     folds = targets.folds([str(index) for index in range(len(classes))], FewShotConfig().folds, 0)
-    scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
+    scaling = Scaling.fit([problem.cross_validate(folds)], targets)
     fitted = problem.fit_all(scaling)
     return torch.from_numpy(fitted.weight), torch.from_numpy(fitted.bias)
 

@@ -1,17 +1,19 @@
 """Tasks: training and test images as float tensors in memory."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.libraries import open_digits
-from sopdeploy.photos.photo import ArrayImages
+from sopdeploy.photos.photo import ArrayImages, LabeledImages
 from sopdeploy.seeds import derive_seed
 
 UNUSED = 5000  # of CIFAR's training images; only the whole set has them, no subset
@@ -83,9 +85,10 @@ def write_arrays(folder: Path, target: Path) -> None:
     split = open_folder(folder)
     arrays = {}
     for part, images, labels in (("train", "train", "labels"), ("held_out", "test", "test_labels")):
-        pairs = [getattr(split, part)[index] for index in range(len(getattr(split, part)))]
-        arrays[images] = np.stack([np.asarray(image.convert("RGB")) for image, _ in pairs])
-        arrays[labels] = np.asarray([label for _, label in pairs], dtype=np.int64)
+        files: LabeledImages = getattr(split, part)
+        opened = (Image.open(BytesIO(files.read(index))) for index in range(len(files.targets)))
+        arrays[images] = np.stack([np.asarray(image.convert("RGB")) for image in opened])
+        arrays[labels] = files.targets.astype(np.int64)
     partial = target.with_name(f"{target.stem}.part.npz")
     np.savez(partial, **arrays)
     partial.replace(target)

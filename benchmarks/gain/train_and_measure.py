@@ -51,7 +51,7 @@ from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop_settings import Cosine, OneCycle, Schedule
-from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.detach.detach import detach
 
 CLASSES = 10
 DIVERGED = 1e9  # stands for a loss that is not finite: JSON has no such numbers

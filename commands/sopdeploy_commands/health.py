@@ -2,14 +2,16 @@
 
 import http.client
 import os
-from contextlib import closing
-from urllib.parse import urlsplit
+import urllib.request
+from urllib.error import HTTPError
+from urllib.parse import urlsplit, urlunsplit
 
 from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text
 from sopdeploy.errors import ConfigError
+from sopdeploy.proxies import describe_route, find_proxy
 
 TIMEOUT = 3  # seconds for each step of the request
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
@@ -28,8 +30,14 @@ def health(*, url: str | None = None) -> int:
     problem = _find_problem(server)
     if problem is None:
         return 0
-    err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(f"{server}: {problem}")))
+    err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(problem)))
     return NOT_READY
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Lets a redirect be the response: another address may be ready when this one is not."""
+
+    def redirect_request(self, *_: object) -> None: ...
 
 
 def _find_problem(url: str) -> str | None:
@@ -38,16 +46,18 @@ def _find_problem(url: str) -> str | None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it has no scheme or no host")
-        is_secure = parts.scheme == "https"
-        connect = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-        with closing(connect(parts.hostname, parts.port, timeout=TIMEOUT)) as connection:
-            connection.request("GET", parts.path.rstrip("/") + "/readyz")
-            response = connection.getresponse()
-            body = response.read(200).decode(errors="replace")
+        proxy = find_proxy(url, ("http",))
+        route = describe_route(url, proxy)
+        proxies = urllib.request.ProxyHandler({} if proxy is None else {parts.scheme: proxy.url})
+        ready = urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", ""))
+        with urllib.request.build_opener(proxies, _NoRedirects).open(ready, timeout=TIMEOUT) as response:
+            return None if response.status == http.HTTPStatus.OK else f"{route}: {response.status}"
+    except HTTPError as response:
+        return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
     except OSError as error:  # before `ValueError`, because the error of an invalid certificate is both
-        return str(error) or type(error).__name__
+        reason = getattr(error, "reason", error)
+        return f"{route}: {str(reason) or type(reason).__name__}"
     except (ValueError, http.client.InvalidURL) as error:
         raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
     except http.client.HTTPException as error:
-        return str(error) or type(error).__name__
-    return None if response.status == http.HTTPStatus.OK else f"{response.status} {body}"
+        return f"{route}: {str(error) or type(error).__name__}"

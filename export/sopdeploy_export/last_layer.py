@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
-from sopdeploy_export.graph.capture import EXPORT_EMBEDDING, Deployed
-from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
+from sopdeploy_export.network import copy_module
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class NetworkOptions(Options):
     preprocess: str | None = None
     """imagenet, timm, clip or none, each also as NAME:SIDE; timm:NAME, torchvision:WEIGHTS or FILE.json."""
     weights_key: str | None = None
-    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema."""
+    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
 
@@ -100,7 +100,7 @@ class NetworkExportOptions(NetworkOptions):
     training_only: tuple[str, ...] = ()
     """Part to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
-    """File with one class name per line; by default class_to_idx of the weight file."""
+    """File with one class name per line, or in JSON; by default class_to_idx of the weight file."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers, without --plain."""
 

@@ -1,16 +1,11 @@
 """The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
-import json
-import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -18,47 +13,36 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.folder import read_bundles
-from sopdeploy.bundle.golden import TOLERANCES, write_golden
-from sopdeploy.bundle.manifest import EMBEDDING, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import EMBEDDING, Manifest
 from sopdeploy.bundle.onnx_root import onnx_root
-from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError, LoweringError
-from sopdeploy.layers.export_hints import export_hints
-from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.describe import Counts, tally
+from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
+from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
-from sopdeploy.project import utc_now
-from sopdeploy.version import __version__
-from sopdeploy_export.constant_parts import evaluate_constant_parts
-from sopdeploy_export.graph.capture import (
-    INPUT,
-    Captured,
-    Deployed,
-    capture_any_batch,
-    generated_images,
-    output_names,
-)
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.admit.network import check_exportable
+from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names, probe_pixels
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
-from sopdeploy_export.model_card import render_model_card, write_page
-from sopdeploy_export.operators import check_operators
+from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.operators import check_operators
+from sopdeploy_export.lower.precision import NO_IMAGES, CapturedGraph, convert_precision
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import compare
-from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
+from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_examples, write_reports
+from sopdeploy_export.pack.model_card import write_page
+from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof.certificate import Certificate, FileRoots, certify
-from sopdeploy_export.proof.images import NO_RULE, find_mixing
-from sopdeploy_export.proof.networks import (
-    Detachment,
-    ExportSubject,
-    copy_module,
-    detach,
-    has_tensors,
-    probe_pixels,
+from sopdeploy_export.prove.certificate import Certificate, FileRoots, certify
+from sopdeploy_export.prove.file import (
+    compute_reference,
+    prove_file,
 )
-from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
-from sopdeploy_export.stubs import answering
+from sopdeploy_export.prove.images import prove_images
+from sopdeploy_export.prove.onnx_graphs import prove_onnx
+from sopdeploy_export.runs import LOGITS, open_session
+from sopdeploy_export.subject import Detachment, ExportSubject
 
 ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
@@ -155,7 +139,7 @@ def export_subject(
         raise ConfigError(f"{problem}; rename the class and train again")
     accuracy_check = None
     if options.calibrate is not None or options.evaluate is not None:
-        from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # rarely needed
+        from sopdeploy_export.lower.accuracy import AccuracyCheck  # noqa: PLC0415 # rarely needed
 
         accuracy_check = AccuracyCheck(subject, options)
     preprocess, started = subject.preprocess, time.monotonic()
@@ -176,29 +160,31 @@ def export_subject(
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
         certified = CapturedGraph(detached, program, lower(program, outputs))
-        root = common_onnx_root(captured, certified.model, outputs)  # Statement 6: ONNX
-        mixes_images = find_accepted_mixing(certified.model, options)  # Statement 7: images
+        # Statement 6: ONNX. Networks may share programs, which then have one graph.
+        others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
+        root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
+        # Statement 7: images
+        mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
-        converted = convert_precision(certified, preprocess, options, accuracy_check)
+        measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
+        converted = convert_precision(certified, preprocess, options, measuring)
         model, precision = converted.model, converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
         roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
         about_networks = {**dict(proof), "roots": roots}
         certificate = Certificate(**about_networks, mixes_images=mixes_images, precision=options.precision)
-        session = compare.open_session(folder / ONNX_FILE)
+        session = open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
         on_step("comparing the file with the network")  # Statement 8: file
         deployed = Deployed(certified.network, preprocess).eval()
-        exact = compare.compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-        parity = compare.compare_file(
-            session, model, exact, images, options.batch, allow_drift=options.allow_drift
-        )
+        exact = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+        parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
@@ -212,7 +198,7 @@ def export_subject(
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
         write_golden_examples(subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS])
-        manifest = _write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
+        manifest = write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
         path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     exported = Exported(
@@ -255,154 +241,3 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
     if decision is None or decision.temperature == 1:
         return subject.network
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
-
-
-def common_onnx_root(
-    captured: Mapping[str, Captured], model: onnx.ModelProto, outputs: tuple[str, ...]
-) -> str:
-    """Return the root of *model*, the graph of the detached network, which all *captured* ones must have.
-
-    Raises `CertificateError` if another compared network gives another graph.
-    """
-    root = onnx_root(model)
-    for role, programs in captured.items():
-        if programs is captured["detached"]:  # which was converted to *model*
-            continue
-        if onnx_root(lower(programs.any_batch, outputs)) != root:
-            raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
-    return root
-
-
-def find_accepted_mixing(model: onnx.ModelProto, options: ExportOptions) -> tuple[str, ...]:
-    """Name the operators through which *model* mixes images; raise `LoweringError` unless allowed."""
-    mixing = find_mixing(model)
-    if not mixing or options.allow_batch_dependence:
-        return mixing
-    problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-    if mixing[0].startswith(NO_RULE):  # for example "no rule for Einsum in head shows that it keeps ..."
-        problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
-    raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-
-
-def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
-    """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
-
-    Training-only parts may run in train mode only. If *network* fails in it, for example without targets, it
-    runs in eval mode.
-    """
-    copied = copy_module(network)  # because code can change what it holds in train mode
-    with torch.random.fork_rng(devices=()):  # dropout draws random numbers
-        try:
-            trained = tally(copied.train(), side)
-        except Exception:  # the network's own code, which can raise anything
-            trained = tally(copied.eval(), side)
-    with answering(torch.zeros(1, 3, side, side)):  # as `tally` runs it
-        return trained.total(), tally(shipped, side).total()
-
-
-def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, parity: ParityReport) -> Probes:
-    """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
-
-    If drift was allowed, the tolerance of an output is at least twice the difference that was measured from
-    float64 and between batch sizes.
-    """
-    compared = compare.compared_images(parity.routing, len(images))
-    factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
-    return Probes(
-        images=images[compared],
-        expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
-        tolerance={
-            name: max(output.tolerance, factor * output.largest_drift, factor * output.batch_difference)
-            for name, output in parity.outputs.items()
-        },
-    )
-
-
-def write_golden_examples(
-    subject: ExportSubject,
-    folder: Path,
-    session: onnxruntime.InferenceSession,
-    gate: compare.GateRun | None,
-    parity: ParityReport,
-    tolerance: float,
-) -> None:
-    """Write golden examples of *session*; leave out images for which rounding can change the gate's choice.
-
-    *gate* computes its logits. *tolerance* is that of the probes' logits.
-    """
-
-    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = compare.file_outputs(session, pixels[None], 1)[LOGITS][0]
-        return logits
-
-    def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
-        """Return whether rounding cannot change the choice; True without a gate."""
-        if gate is None or parity.routing is None:
-            return True
-        logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen
-        return bool(compare.mark_decided(logits, chosen, parity.routing.tolerance).all())
-
-    write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
-
-
-def _write_reports(
-    subject: ExportSubject,
-    folder: Path,
-    options: ExportOptions,
-    probes: Probes,
-    results: ExportResults,
-    opset: int,
-) -> Manifest:
-    """Write the reports, class names, model card and manifest to *folder*; return the manifest.
-
-    *folder* has the other files already.
-    """
-    for name in ("parity", "precision"):
-        report = getattr(results, name).model_dump(mode="json")
-        (folder / f"{name}.json").write_bytes(to_json(report))
-    (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
-    versions = {
-        "sopdeploy": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "pillow": PIL.__version__,
-    }
-    fields = {
-        "model": subject.name,
-        "project": subject.project,
-        "exported_at": utc_now(),
-        "origin": subject.origin,
-        "config": json.loads(json.dumps(subject.config)),  # with lists for tuples
-        "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
-        "outputs": tuple(
-            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
-            for name, values in probes.expected.items()
-        ),
-        "preprocess": subject.preprocess,
-        "decision": subject.decision,
-        "batch": options.batch,
-        "mixes_images": certificate.mixes_images,
-        "detached": certificate.detached,
-        "lineage": Lineage(
-            checkpoint_sha256=subject.sha256,
-            program_root=certificate.roots.any_batch,
-            onnx_root=certificate.roots.shipped,
-        ),
-        "versions": {**versions, **subject.plugins()},
-        "precision": precision,
-        "int8_for": options.int8_for if precision == "int8" else None,
-        "opset": opset,
-    }
-    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))
-
-
-def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:
-    """Raise `LoweringError` if a layer of *network* outside of *training_only* declares `not_exportable`."""
-    for name, module in network.named_modules():
-        reason = export_hints(module).not_exportable
-        if reason is not None and not is_in(name, *training_only):
-            raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.errors import LoweringError
+from sopdeploy_export.network import modules
 
 STATELESS = "an exported network must be stateless"
 NOT_IN_EVAL = f"{STATELESS}: keep values only if self.training"
@@ -60,38 +61,6 @@ def is_library(package: str) -> bool:
 def _is_of_library(definition: Any) -> bool:
     """Return whether *definition*, a class or a function, is one of a library."""
     return is_library(str(definition.__module__ or "").partition(".")[0])
-
-
-def modules(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield *network* and every module in it, each under all of its dotted names.
-
-    This reads torch's own tables, because a class can override `named_modules`.
-    """
-    yield name, network
-    for child, module in network._modules.items():
-        if module is not None:
-            yield from modules(module, f"{name}.{child}" if name else child)
-
-
-def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Map every name of every parameter and buffer of *network* to its tensor, parameters first."""
-    owners = list(modules(network))
-    return {
-        f"{owner}.{name}" if owner else name: tensor
-        for table in ("_parameters", "_buffers")
-        for owner, module in owners
-        for name, tensor in vars(module)[table].items()
-        if tensor is not None
-    }
-
-
-def unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
-    """Map the names of the buffers of *network* that state dicts of torch do not store to their tensors."""
-    return {
-        f"{owner}.{name}" if owner else name: module._buffers.get(name)
-        for owner, module in modules(network)
-        for name in module._non_persistent_buffers_set
-    }
 
 
 @dataclass(frozen=True, slots=True)

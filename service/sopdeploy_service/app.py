@@ -1,9 +1,9 @@
 """The ASGI app of the service, for any server."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -26,6 +26,7 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
@@ -39,14 +40,13 @@ def create_app(
     *,
     keys: Sequence[Key] | None = None,
     limits: "memoryview[float] | None" = None,
-    photos: socket.socket | None = None,
     is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
     *keys* are those of the key file, if it was read before, and *limits* is the memory of their rate limits,
     if processes share it. If one process keeps the photographs of several, *is_keeper* says whether it is
-    this one, and *photos* is this one's end of the socket between them. `app.state.service` is the `Service`.
+    this one. `app.state.service` is the `Service`, `app.state.keeper` the `Keeper` or None.
     Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be used.
     """
     if settings.keys is None:
@@ -68,7 +68,6 @@ def create_app(
         settings,
         service.metrics,
         lambda image: decoders.wait_for(decoders.copy(image)),
-        photos,
         is_keeper=is_keeper,
     )
     if keeper is not None:
@@ -93,12 +92,15 @@ def create_app(
         summary="Image classification" + (f" with {', '.join(names)}" if names else ""),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
-        docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
+        # FastAPI would make the document for each request, and its pages load scripts from other hosts.
+        openapi_url=None,
+        docs_url=None,
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.keeper = service, keeper
+    app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
-    app.state.bundle_check = None  # the last one of `/readyz`
+    app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
     for router in ROUTERS:
         app.include_router(router)
     problems.handle_errors(app, PATHS)

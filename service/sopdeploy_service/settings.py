@@ -209,15 +209,16 @@ class Settings(StrictModel):
         return self
 
 
-def load_settings(file: Path | None = None, /, **flags: Any) -> Settings:
+def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     """Load settings from *flags* (None is ignored), the environment, the TOML *file* and the defaults.
 
     Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid setting.
     """
     values: dict[str, Any] = {}
     if file is None and os.environ.get(FILE_VARIABLE):
-        file = Path(os.environ[FILE_VARIABLE])
+        file = os.environ[FILE_VARIABLE]
     if file is not None:
+        file = Path(file)
         if not file.is_file():
             raise ConfigError(f"{file}: settings file not found; check its name and SOPDEPLOY_CONFIG")
         try:

@@ -20,6 +20,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
+from sopdeploy.proxies import describe_route, find_proxy, store_options
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -156,7 +157,7 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     """
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     try:
-        yield fsspec.core.url_to_fs(url)
+        yield fsspec.core.url_to_fs(url, **store_options(url))
     except SopdeployError:
         raise
     except ImportError as error:
@@ -166,7 +167,6 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
-        text = " ".join(str(cause).split())
-        raise BundleError(
-            f"{url}: {type(cause).__name__}: {text}; check the address, the network and the credentials"
-        ) from error
+        text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        where = describe_route(url, find_proxy(url))
+        raise BundleError(f"{where}: {text}; check the address, the network and the credentials") from error

@@ -36,6 +36,7 @@ from sopdeploy.files import (
     atomic_write,
     describe_foreign,
     has_manifest,
+    is_tar,
     link_latest,
     new_folder,
     open_regular,
@@ -267,7 +268,7 @@ def _describe_no_bundle(path: Path) -> str:
     if not path.is_dir():
         if path.suffix == ".pt" and path.is_file():
             return f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
-        if path.suffix == ".tar" and path.is_file():
+        if path.is_file() and is_tar(path):
             return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
         if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
             return f"{foreign}, and export it"
@@ -281,12 +282,12 @@ def _describe_no_bundle(path: Path) -> str:
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 
-def open_bundle(path: Path, *, with_graph: bool = True) -> Bundle:
+def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
     """Check and read the bundle at *path*, a folder or a link to one.
 
     Raises `BundleError` that names the first file whose path, size or hash differs from the manifest.
     """
-    path = follow_link(path)
+    path = follow_link(Path(path))
     return read_files(path, read_manifest(path), with_graph=with_graph)
 
 

@@ -1,17 +1,84 @@
-"""Private copies of files that nothing can change any more, for libraries that read a file by its path."""
+"""Files in memory that the kernel seals: those that processes share, and private copies of files.
 
+A seal holds for every process and every way to the file, such as `/proc/self/fd`. What a process gets from
+one that it does not trust counts only with the seals that make it safe to read: a mapped file that shrinks
+would end its readers, and one that changes could be other than what was checked.
+"""
+
+import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import IO
 
 from sopdeploy.files import BLOCK_BYTES
 
-_SEALS = [getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("WRITE", "GROW", "SHRINK", "SEAL")]  # of Linux
+# Of Linux: fixed is the size and, with the second one, also the content.
+SIZE = sum(getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("GROW", "SHRINK", "SEAL"))
+CONTENT = SIZE | getattr(fcntl, "F_SEAL_WRITE", 0)
+
+
+def create_memory(name: str, content: Iterable[bytes] | int) -> int:
+    """Create a file in memory that processes share; return its descriptor.
+
+    It has so many bytes, which every process may write, or blocks of *content*, which nothing can change any
+    more. Raises `OSError`.
+    """
+    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with ExitStack() as unless_sealed:
+        unless_sealed.callback(os.close, file)
+        _fill_and_seal(file, content)
+        unless_sealed.pop_all()
+    return file
+
+
+def _fill_and_seal(file: int, content: Iterable[bytes] | int) -> None:
+    if isinstance(content, int):
+        os.ftruncate(file, content)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SIZE)
+        return
+    with open(file, "wb", closefd=False) as stream:
+        stream.writelines(content)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, CONTENT)
+
+
+def map_memory(file: int, size: int | None = None) -> mmap.mmap:
+    """Map *file*, and close it; raises `OSError` unless `create_memory` made it, with *size* bytes if given.
+
+    Another process may write to it at any time.
+    """
+    try:
+        _check_seals(file, SIZE)
+        if size not in {None, os.fstat(file).st_size}:
+            raise OSError(errno.EINVAL, "another size was announced")
+        return mmap.mmap(file, 0)
+    finally:
+        os.close(file)
+
+
+def read_memory(file: int, max_bytes: int = sys.maxsize) -> bytes:
+    """Read *file*, and close it; raises `OSError` unless `create_memory` wrote up to *max_bytes* to it."""
+    try:
+        _check_seals(file, CONTENT)
+        size = os.fstat(file).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"more than {max_bytes} bytes")
+        return os.pread(file, size, 0)  # processes share the position of a file
+    finally:
+        os.close(file)
+
+
+def _check_seals(file: int, seals: int) -> None:
+    """Raise `OSError` unless *file* has *seals*; a pipe, a device or a file of a disk has none."""
+    if fcntl.fcntl(file, fcntl.F_GET_SEALS) & seals != seals:
+        raise OSError(errno.EPERM, "it is not sealed")
 
 
 class SealedFile:
@@ -23,20 +90,18 @@ class SealedFile:
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
-        descriptor: int | None = None  # of the file in memory; stays None for a file in a folder
         try:
             descriptor = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (AttributeError, OSError):  # not Linux, or forbidden
             folder = tempfile.mkdtemp(prefix="sopdeploy-")
             self.path = os.path.join(folder, "sealed")  # noqa: PTH118
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            with open(self.path, "wb") as file:  # noqa: PTH123
+                file.writelines(blocks)
         else:
             self.path = f"/proc/self/fd/{descriptor}"
             weakref.finalize(self, os.close, descriptor)
-        with open(self.path, "wb") as file:  # noqa: PTH123
-            file.writelines(blocks)
-        if descriptor is not None:
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, sum(_SEALS))
+            _fill_and_seal(descriptor, blocks)
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the content in parts of at most `BLOCK_BYTES`."""

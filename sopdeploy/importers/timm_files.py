@@ -1,15 +1,17 @@
-"""Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite with timm's names.
+"""Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite with timm's names or its own.
 
 Files of timm's hub lie next to a `config.json` with their preprocessing; without it, timm's default is used.
 """
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sopdeploy.config import parse_json
 from sopdeploy.errors import WeightsError
@@ -61,19 +63,69 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
 def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
-    if model not in LITE or not _has_tensors_of(model, file):
+    if model not in LITE:
+        return None
+    is_original = "_conv_stem.weight" in file.tensors  # EfficientNet-PyTorch's names, which others have kept
+    named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
+    if not _has_tensors_of(model, named):
         return None
     config = read_hub_config(file.path)
     return ConvertedWeights(
-        project="timm",
-        description=f"timm's tf_{model.replace('-', '_')}",
+        project="EfficientNet-Lite" if is_original else "timm",
+        description="EfficientNet-Lite" if is_original else f"timm's tf_{model.replace('-', '_')}",
         model=model,
-        tensors=file.tensors,
-        num_classes=len(file.tensor("classifier.weight")),
+        tensors=named.tensors,
+        num_classes=len(named.tensor("classifier.weight")),
         preprocess=Preprocess.from_timm(config) if config else LITE[model],
         detected={"pooling.kind": "gap"},
         notes=(FROM_HUB_CONFIG,) if config else (),
     )
+
+
+ORIGINAL_PARTS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+# Layers of a block in their order; a block of the first stage has no expansion.
+ORIGINAL_LAYERS = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
+EXPANDED, NOT_EXPANDED = (
+    ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"),
+    ("", "", "conv_dw", "bn1", "conv_pw", "bn2"),
+)
+
+
+def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
+    """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages.
+
+    Names that do not occur in *model* stay as they are.
+    """
+    names = _learned_shapes(model)
+    blocks = list(
+        dict.fromkeys(".".join(name.split(".")[:3]) for name in names if name.startswith("blocks."))
+    )
+    layers = {
+        number: dict(
+            zip(
+                ORIGINAL_LAYERS,
+                EXPANDED if f"{block}.conv_pwl.weight" in names else NOT_EXPANDED,
+                strict=True,
+            )
+        )
+        for number, block in enumerate(blocks)
+    }
+    renamed = {}
+    for name, tensor in file.tensors.items():
+        part, _, rest = name.partition(".")
+        number, _, inside = rest.partition(".")
+        if part == "_blocks" and number.isdecimal() and int(number) in layers:
+            layer, _, rest = inside.partition(".")
+            renamed[f"{blocks[int(number)]}.{layers[int(number)].get(layer, layer)}.{rest}"] = tensor
+        else:
+            renamed[f"{ORIGINAL_PARTS.get(part, part)}.{rest}"] = tensor
+    return renamed
 
 
 def find_network(file: WeightFile) -> str | None:

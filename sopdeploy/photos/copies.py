@@ -135,7 +135,7 @@ def _confirm(
     that are no copies of them, or nearly all would be one group. The latter are frames of one clip, or small
     objects before one background, and none of their pairs is selected.
     """
-    groups = connect(len(classes), candidates[:, shares >= MOSTLY])
+    groups = connect(len(classes), candidates[:, shares >= MOSTLY])  # pairs of two copies do not count
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
     for images in candidates[:, is_outside]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from sopdeploy.data.batches import count_batches
-from sopdeploy.environment import is_distributed
+from sopdeploy.environment import is_distributed, launcher_number
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 from sopdeploy.training.recipe import Recipe
@@ -192,7 +192,7 @@ def join_processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        number, count = launcher_number("LOCAL_RANK", 0), torch.cuda.device_count()
         if number >= count:
             raise ConfigError(
                 f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "

@@ -20,7 +20,7 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
 from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
 from sopdeploy_commands.bundles.predict import read_image
-from sopdeploy_export.precision.accuracy_gate import calibration_images
+from sopdeploy_export.lower.accuracy import calibration_images
 from sopdeploy_service.images.decode import decode
 from tests.support.counted import counted, record_images
 from tests.support.pictures import chunk, encoded, png

@@ -26,13 +26,14 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph.capture import Captured, capture, generated_images
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof import certificate, graphs
-from sopdeploy_export.proof.certificate import certify
-from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.prove import certificate, graphs
+from sopdeploy_export.prove.certificate import certify
 from tests.export.conftest import GMSOP, save, trained
 from tests.export.once import digest, proving_once
 from tests.support import quick_torch
@@ -322,14 +323,14 @@ def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
 def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = network()
     detached = detach(trained)
-    certified = certificate.assert_equal_outputs
+    certified = certificate.prove_outputs
 
     def tamper(*arguments: Any) -> tuple[int, ...]:
         sizes = certified(*arguments)
         detached.get_parameter("fc.weight").data[0, 0] += 1.0
         return sizes
 
-    monkeypatch.setattr(certificate, "assert_equal_outputs", tamper)
+    monkeypatch.setattr(certificate, "prove_outputs", tamper)
     with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
         prove(trained, detached)
 

@@ -37,7 +37,7 @@ READERS = {
     "sopdeploy/images/metadata.py: exif.load",  # bytes
     "sopdeploy/data/batches.py: loader.load",  # images of a batch
     # A protocol buffer:
-    "export/sopdeploy_export/operators.py: onnx.load",
+    "export/sopdeploy_export/lower/operators.py: onnx.load",
 }
 
 

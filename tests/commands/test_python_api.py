@@ -12,10 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import TrainOptions, configure
+from sopdeploy_service.settings import load_settings
 from tests.support.service import picture_bytes, write_bundle
 
 
@@ -117,3 +119,9 @@ def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] []\n"
+
+
+def test_bundles_and_settings_are_opened_by_text(bundle: Path, tmp_path: Path) -> None:
+    assert open_bundle(str(bundle)).manifest == open_bundle(bundle).manifest
+    (tmp_path / "s.toml").write_text("port = 9123")
+    assert load_settings(str(tmp_path / "s.toml")).port == 9123

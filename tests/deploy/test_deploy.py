@@ -263,7 +263,7 @@ def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
 def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_path: Path) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     metrics, series = Metrics(), r"increase\((\w+)(?:\{(.+?)\})?\[\w+\]\)+ > 0"
-    open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), None, is_keeper=True)
+    open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), is_keeper=True)
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
     assert {name for name, _ in found} >= {"sopdeploy_load_failures_total", "sopdeploy_kept_deleted_total"}

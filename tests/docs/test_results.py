@@ -20,7 +20,7 @@ from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.recipe import RejectionConfig
 from sopdeploy_commands.bulk import sources
 from sopdeploy_commands.bundles import verify
-from sopdeploy_export.results import FLOORS, FLOORS_BY_PRECISION
+from sopdeploy_export.prove.file import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
 from sopdeploy_service.devices import processes, supervisor
 from sopdeploy_service.inference import decoders, memory_budget

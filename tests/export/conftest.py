@@ -13,10 +13,10 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph.capture import generated_images
+from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.results import Exported
 from tests.export.once import proving_once
 from tests.support import quick_torch
 

@@ -18,11 +18,12 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph.capture import Captured, capture, capture_any_batch, output_names
-from sopdeploy_export.graph.file import lower
-from sopdeploy_export.precision.convert import CapturedGraph
+from sopdeploy_export.capture.deployed import output_names
+from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.lower.precision import CapturedGraph
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.proof import graphs
+from sopdeploy_export.prove import graphs
 
 CAPTURED: dict[str, Captured] = {}
 GRAPHS: dict[str, CapturedGraph] = {}

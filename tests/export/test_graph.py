@@ -17,13 +17,14 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export import operators
-from sopdeploy_export.graph.capture import capture, capture_any_batch, generated_images
-from sopdeploy_export.graph.file import OPSET, lower
-from sopdeploy_export.graph.forms import SymbolicForms
-from sopdeploy_export.operators import check_operators
-from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import capture, capture_any_batch
+from sopdeploy_export.capture.symbolic_forms import SymbolicForms
+from sopdeploy_export.lower import operators
+from sopdeploy_export.lower.float16 import float32_parts
+from sopdeploy_export.lower.int8 import Int8Quantizer
+from sopdeploy_export.lower.operators import check_operators
+from sopdeploy_export.lower.to_onnx import OPSET, lower
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
 from tests.support.gpu_graphs import accepted

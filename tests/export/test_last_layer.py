@@ -14,7 +14,7 @@ from sopdeploy.client import Client
 from sopdeploy.errors import LoweringError, ServiceError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph.capture import Deployed, generated_images
+from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import find_last_layer, fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_service.inference.loader import load_model

@@ -9,9 +9,9 @@ import torch
 
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model, entry
-from sopdeploy_export.model_card import render_model_card
-from sopdeploy_export.pipeline import count_costs
-from sopdeploy_export.results import Exported
+from sopdeploy_export.pack.bundle import count_costs
+from sopdeploy_export.pack.model_card import render_model_card
+from sopdeploy_export.pack.results import Exported
 from tests.export.conftest import HOSTILE
 
 

@@ -26,14 +26,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_export import program_hashes
-from sopdeploy_export.graph.capture import Deployed, generated_images
+from sopdeploy_export import program_hashes, runs
+from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import compare
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.proof import networks
-from sopdeploy_export.results import Exported
+from sopdeploy_export.prove import networks
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
 from tests.export.conftest import GMGAP, LABELS, save, trained
@@ -147,7 +146,7 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
 ) -> None:
     hashed: list[torch.Tensor] = []
     opened: list[object] = []
-    compute, load = program_hashes.tensor_hash, compare.ort.InferenceSession
+    compute, load = program_hashes.tensor_hash, runs.ort.InferenceSession
 
     def count_hash(tensor: torch.Tensor) -> str:
         hashed.append(tensor)
@@ -159,7 +158,7 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
 
     for module in (program_hashes, networks):
         monkeypatch.setattr(module, "tensor_hash", count_hash)
-    monkeypatch.setattr(compare.ort, "InferenceSession", count_session)
+    monkeypatch.setattr(runs.ort, "InferenceSession", count_session)
     export_checkpoint(checkpoint, tmp_path, options=DETACH)
     assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
     assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export import sums
+from sopdeploy_export.lower import forms
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.export_network import export_network
 
@@ -33,14 +33,14 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
     values = complex_values(shape)
     real, half = values.real.contiguous(), torch.fft.rfftn(values.real, dim=dim)
     sizes = [shape[axis] for axis in dim]
-    assert_close(sums.transform_real(real, dim=dim, onesided=True), half)
-    assert_close(sums.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim))
-    assert_close(sums.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim))
+    assert_close(forms.transform_real(real, dim=dim, onesided=True), half)
+    assert_close(forms.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim))
+    assert_close(forms.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim))
     backward = torch.fft.ifftn(values, dim=dim, norm="forward")
-    assert_close(sums.transform_complex(values, dim=dim, forward=False), backward)
+    assert_close(forms.transform_complex(values, dim=dim, forward=False), backward)
     half = complex_values(tuple(half.shape))
     expected = torch.fft.irfftn(half, s=sizes, dim=dim, norm="forward")
-    assert_close(sums.transform_to_real(half, dim=dim, last_dim_size=sizes[-1]), expected)
+    assert_close(forms.transform_to_real(half, dim=dim, last_dim_size=sizes[-1]), expected)
 
 
 @pytest.mark.parametrize("dim", [(1,), (1, 2), (-1, -2), (0, 2), None])
@@ -48,7 +48,7 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
 def test_a_norm_of_many_values_is_that_of_torch(dim: tuple[int, ...] | None, *, keepdim: bool) -> None:
     values = complex_values((3, 300, 301)).real
     expected = torch.linalg.vector_norm(values.double(), 2, dim, keepdim).float()
-    assert_close(sums.norm(values, 2, dim, keepdim), expected)
+    assert_close(forms.norm(values, 2, dim, keepdim), expected)
 
 
 def sketch(x: Tensor) -> Tensor:

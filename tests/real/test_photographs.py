@@ -11,8 +11,8 @@ from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.training.results import FewShotResult, LoopResult
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.results import Exported
 from sopdeploy_service.settings import Settings
 from tests.real.conftest import LITE0
 

@@ -1,5 +1,8 @@
 """The fixtures of the service's tests."""
 
+import pytest
+
+from sopdeploy_service.observability import pages
 from tests.support.service import (  # noqa: F401
     bundle,
     bundle_path,
@@ -11,3 +14,9 @@ from tests.support.service import (  # noqa: F401
     pool,
     serve_with,
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_pages() -> None:
+    """Let servers of this process make a new page of metrics for each request."""
+    pages.SHARED_SECONDS = 0.0

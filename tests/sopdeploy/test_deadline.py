@@ -170,14 +170,12 @@ def test_every_operation_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPat
     assert slow.timeouts[-1] == 7.0
 
 
-def test_the_parts_of_httpx_that_have_deadlines_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    with httpx.Client() as client:
-        deadlines.obey_deadlines(client)
-        transports = [client._transport, *filter(None, client._mounts.values())]
-        assert len(transports) == 2
-        backends = [transport._pool._network_backend for transport in transports]  # type: ignore[attr-defined]
-    assert all(isinstance(backend, deadlines._Backend) for backend in backends)
+def test_the_parts_of_httpx_that_have_deadlines_exist() -> None:
+    for proxy in (None, "http://127.0.0.1:9"):
+        with httpx.HTTPTransport(proxy=proxy) as transport:
+            pool = deadlines.obey_deadlines(transport)._pool
+            assert isinstance(pool, httpcore.ConnectionPool)
+            assert isinstance(pool._network_backend, deadlines._Backend)
 
 
 def test_a_response_may_have_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:

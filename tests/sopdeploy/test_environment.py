@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from sopdeploy import environment
-from sopdeploy.environment import usable_cores
+from sopdeploy.environment import is_distributed, is_main_process, usable_cores
+from sopdeploy.errors import ConfigError
 
 QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
 QUOTAS = {  # groups of the process, files, cores of 8
@@ -63,3 +64,16 @@ def test_numpy_multiplies_matrices_with_the_kernels_of_other_processors(kernels:
     """NumPy 2.5 ends with a segmentation fault where AVX-512 is missing."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernels}
     subprocess.run([sys.executable, "-c", PRODUCT], env=environment, check=True)
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "1.0", "²", "9" * 5000, " 2"])
+def test_a_wrong_variable_of_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(ConfigError, match="WORLD_SIZE="):
+        is_distributed()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", value)
+    with pytest.raises(ConfigError, match="RANK="):
+        is_main_process()
+    monkeypatch.setenv("RANK", "")
+    assert is_main_process()

@@ -16,16 +16,20 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.graph.capture import Deployed, capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.lower.precision import CapturedGraph, convert_precision
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, open_session
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
-from sopdeploy_export.proof.networks import Detachment, Prepared, detach, load_plain_network
-from sopdeploy_export.proof.outputs import assert_equal_outputs
-from sopdeploy_export.proof.tensors import build_inventory
-from sopdeploy_export.results import Exported, ParityReport
+from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
+from sopdeploy_export.prove.networks import Prepared, load_plain_network
+from sopdeploy_export.prove.outputs import prove_outputs
+from sopdeploy_export.prove.tensors import prove_tensors
+from sopdeploy_export.runs import open_session
+from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
 
 TRAINED_ON = 4
@@ -99,7 +103,7 @@ def measured(
     deployed = Deployed(found.network, found.preprocess).eval()
     expected = compute_reference(deployed, found.images, shipping.run, options.precision, shipping.gate)
     session, drift = open_session(destination), options.allow_drift
-    return expected, compare_file(
+    return expected, prove_file(
         session, shipping.model, expected, found.images, options.batch, allow_drift=drift
     )
 
@@ -121,11 +125,11 @@ def detached(checkpoint: Path) -> Detached:
     )
     detachment = Detachment.of(trained)
     prepared = Prepared.of("detached", detached)
-    build_inventory(
+    prove_tensors(
         Prepared.of("trained", trained, detachment.training_only), prepared, detachment.training_only
     )
     plain = load_plain_network(detachment, prepared).network
     networks = {"plain": plain, "trained": trained, "detached": detached}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
-    assert_equal_outputs(deployed, torch.from_numpy(images))
+    prove_outputs(deployed, torch.from_numpy(images))
     return Detached(detached, images, found.preprocess)

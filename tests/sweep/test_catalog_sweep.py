@@ -14,11 +14,12 @@ import torch
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.registry import CATALOG, entry
-from sopdeploy_export.graph.capture import generated_images
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.lower.float16 import float32_parts
+from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import detach, export_checkpoint
-from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.pipeline import export_checkpoint
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.support.gpu_graphs import accepted
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED

@@ -46,6 +46,13 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
 
 
+def test_a_part_for_which_no_time_is_left_is_stopped_and_named(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, PROGRAM, folder, "--out", tmp_path / "out", "--minutes", "0", "probes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert results(tmp_path / "out")["probes"] == "failed: stopped after 0 s"
+
+
 @pytest.mark.skipif(not installed(), reason=ABSENT)
 def test_each_part_ends_in_one_line_where_cuda_computes_nothing(folder: Path, tmp_path: Path) -> None:
     process = start(PROGRAM, str(folder), "--out", str(tmp_path / "out"))

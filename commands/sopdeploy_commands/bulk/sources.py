@@ -18,6 +18,7 @@ from sopdeploy.errors import DataError, ImageError, MissingPackageError, Sopdepl
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.photos.files import is_hidden, is_image, walk
+from sopdeploy.proxies import store_options
 
 _TAR, _LIST = ".tar", ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
@@ -58,7 +59,7 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     size = limit if image.size == UNKNOWN else min(limit, image.size)
     try:
         if _is_address(image.location):
-            store, path = _fsspec().core.url_to_fs(image.location)
+            store, path = _open_store(image.location)
             return bytes(store.cat_file(path, image.offset, image.offset + size))
         with open_regular(image.location, buffering=0) as file:
             file.seek(image.offset)
@@ -93,7 +94,7 @@ def _list_source(source: str) -> Iterator[ListedImage]:
     elif source.lower().endswith(_LIST):
         yield from _list_lines(source)
     elif _is_address(source):  # the images at or below it, without hidden ones
-        store, root = _fsspec().core.url_to_fs(source)
+        store, root = _open_store(source)
         for name, metadata in sorted(store.find(root, detail=True).items()):
             if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
                 location = store.unstrip_protocol(name)
@@ -182,12 +183,17 @@ class _BoundedReads:
 
 def _open_for_reading(location: str) -> Any:
     """Open a regular file or an object for reading."""
-    return _fsspec().open(location).open() if _is_address(location) else open_regular(location)
+    if not _is_address(location):
+        return open_regular(location)
+    store, path = _open_store(location)
+    return store.open(path, "rb")
 
 
-def _fsspec() -> Any:
-    """Import fsspec, which only addresses need."""
-    return import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
+def _open_store(address: str) -> tuple[Any, str]:
+    """Return the fsspec file system of *address* and the path in it."""
+    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
+    store, path = fsspec.core.url_to_fs(address, **store_options(address))
+    return store, path
 
 
 def _is_address(name: str) -> bool:

@@ -26,6 +26,7 @@ from sopdeploy.errors import (
 from sopdeploy.files import (
     MAX_TEXT_BYTES,
     check_is_checkpoint,
+    check_is_weights,
     describe_foreign,
     has_manifest,
     read_class_names,
@@ -34,14 +35,12 @@ from sopdeploy.files import (
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
+from sopdeploy.project import check_project_name
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sopdeploy_export.engine_builder.engine import EngineFile
-    from sopdeploy_export.results import Exported
-    from sopdeploy_export.user_network.loading import LoadedWeights
+    from sopdeploy_export.pack.results import Exported
 
 CLASS_NAMES_FILE = "labels.txt"
 EXAMPLE = (
@@ -142,27 +141,33 @@ def _export_weights(
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import network_builder
+    from sopdeploy_export.user_network.loading import load_weights, network_builder, read_weights
 
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
-    plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
+    check_is_weights(weights)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
-    on_step("building the network")
-    network, loaded = _load_network(weights, source)
-    labels = labels or loaded.labels
+    name = options.name or attribute
+    check_project_name(name)
+    plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
+    build = network_builder("network", str(source.network), source.option)
+    file = read_weights(weights)
+    labels = labels or file.labels
     if labels is None:
         message = "missing; give a file with one class name per line, in the order of the logits"
         raise ConfigError(message, setting="labels")
+    on_step("building the network")
+    network = build()
+    loaded = load_weights(network, file, source.weights_key)
     return export_network(
         network,
         plain=plain,
-        rebuild=network_builder("network", str(source.network), source.option),
+        rebuild=build,
         training_only=source.training_only,
         labels=labels,
         preprocess=preprocess,
         destination=out,
-        name=options.name or attribute,
+        name=name,
         logits_key=source.logits_key,
         allow_constants=source.allow_constants,
         several_classes=source.several_classes,
@@ -220,35 +225,31 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     Args:
         file: A weight file.
     """
-    from sopdeploy_export.user_network.export_network import unused_modules
+    if options.network is None:
+        if has_manifest(file):
+            raise ConfigError(f"{file}: a bundle, not a weight file; its README.md describes it")
+        raise ConfigError("missing; give package.module:callable", setting="network")
+    preprocess = read_preprocess(options.preprocess)
+    check_is_weights(file)
+    from sopdeploy_export.user_network.loading import load_weights, network_builder
+    from sopdeploy_export.user_network.unused import unused_modules
 
-    network, loaded = _load_network(file, options)
-    unused = unused_modules(network, read_preprocess(options.preprocess), options.logits_key)
+    network = network_builder("network", options.network, options.option)()
+    loaded = load_weights(network, file, options.weights_key)
+    unused = unused_modules(network, preprocess, options.logits_key)
     export_options = {**vars(options), "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)
         words += [command_line_option(name, each) for each in values if each is not None]
     return Inspection(
-        network=str(options.network),  # `_load_network` requires it
+        network=options.network,
         num_tensors=len(network.state_dict()),
         table=loaded.table,
         unused=tuple(unused),
         command=" ".join(words),
         ignored=loaded.ignored,
     )
-
-
-def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
-    """Build the network of *options* and load its weights; return it, and what was read."""
-    from sopdeploy_export.user_network.loading import load_weights, network_builder
-
-    if options.network is None:
-        if has_manifest(weights):
-            raise ConfigError(f"{weights}: a bundle, not a weight file; its README.md describes it")
-        raise ConfigError("missing; give package.module:callable", setting="network")
-    network = network_builder("network", options.network, options.option)()
-    return network, load_weights(network, weights, options.weights_key)
 
 
 def read_preprocess(text: str | None) -> Preprocess:

@@ -16,7 +16,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import install_hint, lacks_vnni
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime

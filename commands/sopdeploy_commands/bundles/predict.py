@@ -132,6 +132,7 @@ def predict(
     *,
     top_k: int | None = None,
     explain: bool = False,
+    runtime: str | None = None,
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
     """Classify image files without a server; the results equal those of the service.
@@ -146,6 +147,7 @@ def predict(
             (H, W, 3 or 4), (N, H, W, 3).
         top_k: Classes per image.
         explain: Also find the parts of the image on which its first class depends; takes 50 times as long.
+        runtime: Runtime, as for `serve`; by default the setting.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
@@ -172,7 +174,7 @@ def predict(
             is_pipe = source.exists() and not source.is_file()  # what is read from it is gone
             if not is_pipe or is_image(source.name):
                 read_image(source, max_bytes=0)  # raises an error before the network is loaded
-    loaded_settings = load_settings(top_k=top_k, **settings)
+    loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
     for number, source in enumerate(sources):

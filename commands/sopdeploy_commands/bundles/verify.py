@@ -62,7 +62,9 @@ def _show(result: Verification) -> None:
 
 
 @command(_show)
-def verify(bundle: Path, settings: Settings | None = None) -> Verification:
+def verify(
+    bundle: str | Path, settings: Settings | None = None, *, runtime: str | None = None
+) -> Verification:
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
     If `onnx` is installed, the root of the graph is recomputed.
@@ -72,13 +74,15 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
     Args:
         bundle: A bundle written by `sopdeploy export`.
         settings: Settings of the service; by default those of the environment.
+        runtime: Runtime, as for `serve`; by default the setting.
 
     Raises:
         BundleError: A file or the root is wrong.
         ParityError: An output deviates.
         RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
-    loaded = load_model(bundle, settings or load_settings(), thorough=True)
+    chosen = settings or load_settings(runtime=runtime)
+    loaded = load_model(Path(bundle), chosen, thorough=True)
     manifest, examples = loaded.bundle.manifest, read_golden(loaded.bundle)
     output = manifest.outputs[0].name
 

@@ -41,8 +41,9 @@ from sopdeploy.training.start_weights import (
     fetch_published,
 )
 from sopdeploy_commands.bundles.fastest_form import measure_alternately
-from sopdeploy_export.graph.capture import INPUT, capture_any_batch, output_names
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import INPUT, output_names
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 
 

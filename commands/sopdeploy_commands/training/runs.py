@@ -83,7 +83,7 @@ def _read_runs() -> dict[str, RunRow]:
         if best.parent.is_symlink():  # `runs/latest`
             continue
         from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
-        from sopdeploy_export.model_card import training_rows
+        from sopdeploy_export.pack.model_card import training_rows
 
         name = best.parent.name
         try:

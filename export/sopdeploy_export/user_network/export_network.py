@@ -2,31 +2,34 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import join
 from typing import Any
 
-import torch
 from torch import nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, Captured, Deployed, capture, compute_outputs
+from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, turn_into_attributes
+from sopdeploy_export.admit.network import copy_for_export, unwrap, unwrap_and_check
+from sopdeploy_export.admit.outputs import check_ends_in_logits, check_outputs, check_unchanged_by_run
+from sopdeploy_export.admit.state import check_network_state, check_torch_state
+from sopdeploy_export.capture.deployed import Deployed, probe_pixels
+from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.network import copy_module, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
-from sopdeploy_export.program_hashes import program_root, tensor_hash
-from sopdeploy_export.proof import networks
-from sopdeploy_export.proof.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.results import Exported
-from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.stubs import ReadError
-from sopdeploy_export.user_network import checks
+from sopdeploy_export.program_hashes import tensor_hash
+from sopdeploy_export.prove.copy import capture_and_compare, check_constants
+from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
+from sopdeploy_export.subject import Detachment, ExportSubject
+from sopdeploy_export.user_network.unused import match_parts, reached_names, removable_parts
 
 
 def export_network(
@@ -93,12 +96,12 @@ def export_network(
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
     check_takes_output(Path(destination), "destination")
-    networks.check_torch_state()
+    check_torch_state()
     on_step("checking the network")
-    given = checks.unwrap_and_check(trained, "trained")
+    given = unwrap_and_check(trained, "trained")
     parts = match_parts(given, training_only)
-    copied = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
-    networks.check_network_state(copied, "trained", parts)
+    copied = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+    check_network_state(copied, "trained", parts)
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
@@ -108,7 +111,7 @@ def export_network(
         given, copied, preprocess, logits_key, len(labels), options, parts
     )
     if plain is None and not allow_constants:
-        checks.check_constants(captured, given)
+        check_constants(captured, given)
     own_warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
     checked_builder = None
     if plain is not None:
@@ -117,11 +120,11 @@ def export_network(
         checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
     description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
-    subject = networks.ExportSubject(
+    subject = ExportSubject(
         name=name,
         project=options.name or name,
         network=copied,
-        detachment=networks.Detachment(
+        detachment=Detachment(
             training_only=parts,
             plain=checked_builder,
             reference="plain" if plain is not None else "rebuilt",
@@ -153,18 +156,18 @@ def _run_and_capture(
     *copied* gets the buffers that its first run creates. Raises `LoweringError` if the two compute different
     things, or something else after a run.
     """
-    created = checks.create_buffers(copied, preprocess)
-    trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, own_warnings = checks.check_outputs(trial, preprocess, classes, "trained")
-    with checks.prepared_in_place(given, logits_key, preprocess):
-        captured = checks.capture_and_compare(given, copied, preprocess, classes, options, parts)
+    created = create_buffers(copied, preprocess)
+    trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
+    cache, own_warnings = check_outputs(trial, preprocess, classes, "trained")
+    with prepared_in_place(given, logits_key, preprocess):
+        captured = capture_and_compare(given, copied, preprocess, classes, options, parts)
     if cache is not None:
-        checks.check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
+        check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
     if created:
-        unrun = networks.with_contiguous_tensors(checks.copy_for_export(given, "trained", logits_key, parts))
-        checks.turn_into_attributes(unrun, created)
-        checks.check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
-    checks.check_ends_in_logits(captured)
+        unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+        turn_into_attributes(unrun, created)
+        check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
+    check_ends_in_logits(captured)
     return captured, own_warnings
 
 
@@ -176,70 +179,6 @@ def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
         raise ConfigError(f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess")
-
-
-def unused_modules(
-    network: nn.Module, preprocess: Preprocess, logits_key: str | int | None = None
-) -> tuple[str, ...]:
-    """Name the outermost modules of *network* that its output in eval mode does not depend on.
-
-    `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if the network
-    returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
-    """
-    networks.check_torch_state()
-    copied = networks.with_contiguous_tensors(checks.copy_for_export(network, "given", logits_key))
-    checks.create_buffers(copied, preprocess)
-    _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
-    return removable_parts(copied, outermost_unused(copied, unused), preprocess)
-
-
-def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> tuple[str, ...]:
-    """Return *parts* of *network*; in place of a part that code reads, the parts inside it.
-
-    Code reads a part if it asks for its length, for example, or for another attribute.
-    """
-    pixels = networks.probe_pixels(network, preprocess)
-    while parts:
-        try:
-            with torch.no_grad():
-                compute_outputs(networks.detach(network, parts, pixels), pixels)
-        except ReadError as error:
-            part = network.get_submodule(error.part)
-            children = (
-                f"{error.part}.{name}" for name in {**part._modules, **part._parameters, **part._buffers}
-            )
-            stays = [name for name in parts if name != error.part]
-            parts = (*stays, *(name for name in children if networks.has_tensors(network, (name,))))
-        except Exception:  # the user's code may need more than a stub; the run of an export reports it
-            return parts
-        else:
-            return parts
-    return parts
-
-
-def reached_names(captured: Captured) -> set[str]:
-    """Name the tensors that the outputs of *captured* programs depend on, each by one name."""
-    roots = [program_root(program) for program in (captured.any_batch, captured.batch_of_one)]
-    return {name.removeprefix(NETWORK_PREFIX) for root in roots for name in root.state}
-
-
-def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Find the outermost modules and tensors of *network* that match *patterns*.
-
-    Raises `DetachError` for a pattern without a match.
-    """
-    names = [name for name, _ in modules(network) if name] + list(tensors(network))
-    matched: list[str] = []
-    for pattern in patterns:
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            children = ", ".join(name for name, _ in network.named_children())
-            problem = f"no such part; the network has {children}"
-            raise DetachError(problem, setting="training_only", value=pattern)
-        matched += matches
-    # A match is outermost if its parent module is neither a match nor inside one.
-    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
-    return tuple(dict.fromkeys(outer))  # each once
 
 
 def _check_usage(
@@ -265,8 +204,8 @@ def _check_usage(
         )
     undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     if parts:
-        detached = networks.detach(network, parts, networks.probe_pixels(network, preprocess))
-        checks.check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+        detached = detach(network, parts, probe_pixels(network, preprocess))
+        check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
     else:
         undeclared = removable_parts(network, undeclared, preprocess)
         if proposes and not undeclared:
@@ -297,16 +236,16 @@ def _checked_builder(
 
     def build() -> nn.Module:
         built = plain()
-        networks.check_torch_state()  # which the builder can change
-        copied = checks.copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
-        if addresses(checks.unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
+        check_torch_state()  # which the builder can change
+        copied = copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
+        if addresses(unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
-        checks.create_buffers(copied, preprocess)
+        create_buffers(copied, preprocess)
         if not removed:
             return copied
-        return networks.detach(copied, removed, networks.probe_pixels(copied, preprocess))
+        return detach(copied, removed, probe_pixels(copied, preprocess))
 
     return build
 

@@ -8,10 +8,11 @@ import ast
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
     try:
         builder = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
+        reason = first_line(error)
+        raise invalid(f"cannot be imported ({reason}); {_advise_import(import_path, error)}") from error
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
     options = dict(map(parse_option, option_texts))
@@ -72,6 +74,23 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
         return network
 
     return build
+
+
+def _advise_import(import_path: str, error: BaseException) -> str:
+    """Say what to do after *error*, with which *import_path*, `package.module:callable`, was not found."""
+    module_name, _, attribute = import_path.partition(":")
+    wanted, known = "", []
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
+            return f"install {error.name}"
+        wanted, parent = error.name, error.name.rpartition(".")[0]
+        folders = getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
+        known = [found.name for found in pkgutil.iter_modules(folders, f"{parent}." if parent else "")]
+    elif isinstance(error, AttributeError) and module_name in sys.modules:
+        wanted = attribute
+        known = [name for name, value in vars(sys.modules[module_name]).items() if callable(value)]
+    close = get_close_matches(wanted, known, n=1)
+    return f"did you mean {close[0]}?" if close else "check its name"
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -105,7 +124,9 @@ def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in options.items():
         if name not in defaults and not takes_any:
+            close = get_close_matches(name, defaults, n=1)
             known = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            known = f"did you mean {close[0]}?" if close else known
             raise ConfigError(f"{import_path} has no option {name}; {known}")
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
@@ -133,87 +154,132 @@ class LoadedWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _TableFit:
-    """How the tensors of a table fit a network, if *prefix* is removed from their names.
+    """How the tensors of a table fit a network, if its names have *prefix* in the table.
 
-    *tensors* have the names of the network. *missing* are names of the network that the table lacks,
-    *unknown* names after the prefix that the network lacks, and *ignored* all others of the table.
+    *sources* maps names of the network to those in the table. *missing* are names of the network that the
+    table lacks, without counters.
     """
 
     table: str
     prefix: str
-    tensors: Mapping[str, Tensor]
+    sources: Mapping[str, str]
     missing: tuple[str, ...]
-    unknown: tuple[str, ...]
-    ignored: tuple[str, ...]
 
     @property
     def key(self) -> str:
-        """Return the value of `weights_key` that chooses it."""
-        return ".".join(filter(None, (self.table, self.prefix.rstrip("."))))
+        """Return the value of `weights_key` that chooses it; "." for the names as they are."""
+        return ".".join(filter(None, (self.table, self.prefix.rstrip(".")))) or "."
 
 
-def load_weights(network: nn.Module, path: Path, key: str | None = None) -> LoadedWeights:
-    """Load the file at *path* into *network*; the names and shapes of all tensors must match.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightContent:
+    """What a weight file holds, its sha256, and its class names if any."""
+
+    path: Path
+    content: Any
+    sha256: str
+    labels: tuple[str, ...] | None
+
+
+def read_weights(path: Path) -> WeightContent:
+    """Read the weight file at *path*; raises `WeightsError`."""
+    content, digest = read_pytorch(check_is_weights(path))
+    return WeightContent(path=path, content=content, sha256=digest, labels=find_labels(content))
+
+
+def load_weights(network: nn.Module, file: Path | WeightContent, key: str | None = None) -> LoadedWeights:
+    """Load *file* into *network*; it must have all tensors of the network, in the same shapes.
 
     The file may have several tables of tensors, and a table more tensors than the network. The table and the
     prefix such as `model.` under which all names of the network are found are chosen; if there are several,
-    *key* names one, such as `model_ema` or `encoder_q`. Counters of batch norms may be missing. After
-    loading, all tensors are compared with those of the file, because a network can define how it is loaded.
-    Raises `WeightsError` for a file that cannot be read or does not fit.
+    *key* names one, such as `model_ema` or `encoder_q`. Counters of batch norms may be missing. Tensors that
+    the network lacks are ignored, unless they show that it was built with other options. After loading, all
+    tensors are compared with those of the file, because a network can define how it is loaded. Raises
+    `WeightsError` for a file that cannot be read or does not fit.
     """
-    content, digest = read_pytorch(check_is_weights(path))
-    tables = find_tables(content)
+    weights = read_weights(file) if isinstance(file, Path) else file
+    path, content = weights.path, weights.content
+    expected = _own_tensors(network, path)
+    names = _short_names(expected)
+    parts = {part for name in names for part in name.split(".")}
+    wrappers = {part for part in WRAPPERS if part not in parts}
+    tables = {name: without_wrappers(path, table, wrappers) for name, table in find_tables(content).items()}
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
-    expected = _own_tensors(network, path)
-    fits = [fit for name, table in tables.items() for fit in _find_fits(path, name, table, expected)]
-    keys = list(dict.fromkeys(fit.key for fit in fits if fit.key))
-    if key is not None:
-        fits = [fit for fit in fits if key in (fit.table, fit.key, fit.prefix.rstrip("."))]
-    if not fits:
-        problem = f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
-        raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
-    chosen = _choose_fit(path, fits, expected)
-    num_fitting = len(expected.keys() & chosen.tensors.keys())
-    advice = (
-        f"{num_fitting} of {len(expected)} tensors fit: check the network and its options, or choose another "
-        "table of weights"
-    )
+    fits = [fit for name, table in tables.items() for fit in _find_fits(name, table, names)]
+    if all(fit.missing for fit in fits) and len(tables) > 1:  # each may hold one part of the network
+        tables[""] = {f"{name}.{each}": table[each] for name, table in tables.items() for each in table}
+        fits += [fit for fit in _find_fits("", tables[""], names) if not fit.missing]
+    chosen = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if chosen.missing:
-        raise WeightsError(f"{path}: {chosen.missing[0]} is missing; {advice}")
-    for name, tensor in check_tensors(path, chosen.tensors).items():
-        if tensor.shape != expected[name].shape:
+        raise WeightsError(
+            f"{path}: {chosen.missing[0]} is missing; {len(chosen.sources)} of {len(expected)} tensors fit: "
+            "check the network and its options, or choose another table of weights"
+        )
+    named = tables[chosen.table]
+    tensors = check_tensors(path, {name: named[source] for name, source in chosen.sources.items()})
+    for name, tensor in tensors.items():
+        if name.endswith(COUNTERS) and tensor.numel() == 1:  # some files have counters of shape (1,)
+            tensors[name] = tensor.reshape(expected[name].shape)
+        elif tensor.shape != expected[name].shape:
             shape, expected_shape = tuple(tensor.shape), tuple(expected[name].shape)
             raise WeightsError(
                 f"{path}: {name} is {shape} in the file and {expected_shape} in the network; check its "
                 "options"
             )
-    if chosen.unknown:
-        raise WeightsError(f"{path}: the network has no {chosen.unknown[0]}; {advice}")
-    _load_and_compare(network, path, {**expected, **chosen.tensors})
-    labels = find_labels(content)
-    return LoadedWeights(table=chosen.table, sha256=digest, ignored=chosen.ignored, labels=labels)
+    used = set(chosen.sources.values())
+    ignored = {name: tensor for name, tensor in named.items() if name not in used}
+    _check_ignored(network, path, chosen.sources, ignored)
+    _load_and_compare(network, path, {**expected, **tensors})
+    return LoadedWeights(
+        table=chosen.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
+    )
 
 
-def _choose_fit(path: Path, fits: Sequence[_TableFit], expected: Mapping[str, Tensor]) -> _TableFit:
-    """Choose the fit without missing tensors, or if there is none, the closest one of the only table.
+def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequence[_TableFit]:
+    """Return those of *fits* that *key* names; raises `WeightsError` if there is none."""
+    if key is None:
+        return fits
+    chosen = [fit for fit in fits if fit.key == key]
+    chosen = chosen or [fit for fit in fits if key in (fit.table, fit.prefix.rstrip("."))]
+    if not chosen:
+        keys = dict.fromkeys(fit.key for fit in fits if fit.key != ".")
+        problem = f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
+        raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
+    return chosen
 
-    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if more than one is left,
-    or if all miss tensors and there are several tables.
+
+def _choose_fit(
+    path: Path,
+    fits: Sequence[_TableFit],
+    tables: Mapping[str, Mapping[str, Tensor]],
+    expected: Mapping[str, Tensor],
+) -> _TableFit:
+    """Choose the fit without missing tensors, or if there is none, the closest one.
+
+    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if those that are left take
+    different tensors.
     """
     choices = [fit for fit in fits if not fit.missing]
+    if not choices:
+        return max(fits, key=lambda fit: len(fit.sources))
     with_shapes = [
-        fit for fit in choices if all(x.shape == expected[name].shape for name, x in fit.tensors.items())
+        fit
+        for fit in choices
+        if all(
+            tables[fit.table][source].shape == expected[name].shape
+            for name, source in fit.sources.items()
+            if not name.endswith(COUNTERS)
+        )
     ]
-    choices = with_shapes or choices
-    if len(choices) == 1:
-        return choices[0]
-    has_several_tables = len({fit.table for fit in fits}) > 1
-    if not choices and not has_several_tables:
-        return max(fits, key=lambda fit: len(fit.tensors))
+    # One choice of tensors can have several keys; the last one names the part of the network that has all.
+    different = {(fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or choices}
+    if len(different) == 1:
+        return next(iter(different.values()))
+    has_several_tables = len({fit.table for fit in different.values()}) > 1
     problem = "several tables of tensors" if has_several_tables else "the network under several names"
-    names = ", ".join(dict.fromkeys(fit.key or "no prefix" for fit in choices or fits))
-    raise WeightsError(f"{path}: holds {problem} ({names})", remedies={"weights_key": None})
+    keys = ", ".join(fit.key for fit in different.values())
+    raise WeightsError(f"{path}: holds {problem} ({keys})", remedies={"weights_key": None})
 
 
 def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -223,6 +289,58 @@ def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of a part that defines its state dict
         raise WeightsError(f"{path}: the network has no state dict ({first_line(error)})") from error
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """Map *names* without the parts that wrappers add to *names*; as they are if two become one."""
+    full = {name: name for name in names}
+    short = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in full}
+    return short if len(short) == len(full) else full
+
+
+def _check_ignored(
+    network: nn.Module, path: Path, sources: Mapping[str, str], ignored: Mapping[str, Tensor]
+) -> None:
+    """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
+
+    That is a tensor for which a module has an empty place, such as the bias of a convolution without one, an
+    unstored buffer with other values, and one more block of a list of blocks. *sources* maps names of the
+    network to those in the file.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    owners: dict[str, str] = {}  # names of modules, by those in the file; the root of either is ""
+    for name, source in sources.items():
+        of_network, of_file = name.split(".")[:-1], source.split(".")[:-1]
+        while ".".join(of_network) in modules:
+            owners.setdefault(".".join(of_file), ".".join(of_network))
+            if not of_network:
+                break
+            part = of_network.pop()
+            if of_file and of_file[-1] == part:
+                of_file.pop()
+            elif part not in WRAPPERS:
+                break
+    for name, tensor in ignored.items():
+        parts = name.split(".")
+        known = (depth for depth in range(len(parts) - 1, -1, -1) if ".".join(parts[:depth]) in owners)
+        if name.endswith(COUNTERS) or (depth := next(known, None)) is None:
+            continue
+        owner, part = owners[".".join(parts[:depth])], parts[depth]
+        module = modules[owner]
+        own = {**module._parameters, **module._buffers}.get(part, ...)
+        if depth < len(parts) - 1:
+            is_empty = isinstance(module, nn.Sequential | nn.ModuleList) and part.isdecimal()
+        else:
+            is_empty = own is None or (isinstance(module, nn.ParameterList) and part.isdecimal())
+        place = f"{owner}.{part}".lstrip(".")
+        problem = f"the network is built without {place}" if is_empty else ""
+        if isinstance(own, Tensor) and not (
+            own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
+        ):
+            problem = f"the network gives {place} other values"
+        if problem:
+            advice = "check its options, or save the weights without it"
+            raise WeightsError(f"{path}: has {name}, but {problem}; {advice}")
 
 
 def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -244,22 +362,18 @@ def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tens
             )
 
 
-def _find_fits(
-    path: Path, table: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> list[_TableFit]:
-    """List the ways in which *tensors* have all *expected* names; if there is none, the closest one.
+def _find_fits(table: str, named: Mapping[str, Tensor], names: Mapping[str, str]) -> list[_TableFit]:
+    """List the ways in which the tensors *named* have all *names*; if there is none, the closest one.
 
-    The file may have a prefix in front of the names of the network. Or the network wraps another one, whose
-    file it is: then its names may have a first part that those in the file lack.
+    *names* maps the names to find to those of the network. The file may have a prefix in front of them. Or
+    the network wraps another one, whose file it is: then the file may lack the parts with which all begin.
     """
-    parts = {part for name in expected for part in name.split(".")}
-    # The network itself may have a part with such a name.
-    named = without_wrappers(path, tensors, {part for part in WRAPPERS if part not in parts})
-    required = [name for name in expected if not name.endswith(COUNTER)] or [""]  # "" is in no file
-    first_parts = {f"{name.partition('.')[0]}." for name in expected}
-    # How many of the required names the file has, by prefix and by first part that it lacks.
+    required = [name for name in names if not name.endswith(COUNTERS)] or [""]  # "" is in no file
+    parts_by_depth = zip(*(name.split(".")[:-1] for name in required), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)]
+    # How many of the required names the file has, by prefix and by first parts that it lacks.
     num_found: dict[tuple[str, str], int] = {}
-    for added in ("", *first_parts) if len(first_parts) == 1 else ("",):
+    for added in ("".join(f"{part}." for part in shared[:depth]) for depth in range(len(shared) + 1)):
         suffixes = [name.removeprefix(added) for name in required]
         first = suffixes[0]
         prefixes = (name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}"))
@@ -267,29 +381,10 @@ def _find_fits(
             num_found[prefix, added] = sum(prefix + suffix in named for suffix in suffixes)
     complete = [way for way, count in num_found.items() if count == len(required)]
     closest = max(num_found, key=num_found.__getitem__)
-    return [_describe_fit(table, prefix, added, named, expected) for prefix, added in complete or [closest]]
-
-
-def _describe_fit(
-    table: str, prefix: str, added: str, named: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> _TableFit:
-    """Describe the tensors *named*, whose names have *prefix* where the network has *added*."""
-    tensors, unknown, ignored = {}, [], []
-    for name, tensor in named.items():
-        own = added + name.removeprefix(prefix)
-        if name.startswith(prefix) and own in expected:
-            is_count = own.endswith(COUNTER) and tensor.numel() == 1  # some files have counters of shape (1,)
-            tensors[own] = tensor.reshape(expected[own].shape) if is_count else tensor
-        elif name.startswith(prefix) and not name.endswith(COUNTERS):
-            unknown.append(own)
-        else:
-            ignored.append(name)
-    missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
-    return _TableFit(
-        table=table,
-        prefix=prefix,
-        tensors=tensors,
-        missing=tuple(missing),
-        unknown=tuple(unknown),
-        ignored=tuple(ignored),
-    )
+    fits = []
+    for prefix, added in complete or [closest]:
+        sources = {own: prefix + name.removeprefix(added) for name, own in names.items()}
+        found = {own: source for own, source in sources.items() if source in named}
+        missing = tuple(own for own in sources if own not in found and not own.endswith(COUNTERS))
+        fits.append(_TableFit(table=table, prefix=prefix, sources=found, missing=missing))
+    return fits

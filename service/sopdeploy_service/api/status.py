@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Query, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
@@ -16,7 +17,7 @@ from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
-from sopdeploy_service.inference.model import State
+from sopdeploy_service.inference.model import Model, Registry, State
 
 router = APIRouter(tags=["Server"])
 
@@ -62,6 +63,9 @@ class Card(StrictModel):
     certificate: CertificateSummary | None
 
 
+_cards: WeakKeyDictionary[Model, Card] = WeakKeyDictionary()  # each made once
+
+
 @router.get("/livez", summary="Liveness", response_model=Health)
 async def livez(request: Request) -> Response:
     """Return status 200, or 503 if the runtime is dead and the process must be restarted."""
@@ -76,15 +80,18 @@ async def readyz(request: Request) -> Response:
     The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
     folder was deleted or cannot be read: a restarted process cannot load it.
     """
-    service, state = service_of(request), request.app.state
-    check = state.bundle_check  # another request may replace it during the wait
-    if check is None or check.done():  # one at a time, if the disk hangs
-        paths = [model.bundle.path for model in service.registry.models()]
-        check = state.bundle_check = asyncio.ensure_future(asyncio.to_thread(find_lost, paths))
-    await asyncio.wait([check], timeout=DISK_SECONDS)
-    reason = check.result() if check.done() else DISK_HANGS
-    health = Health(status=service.state, reason=reason)
+    try:
+        async with asyncio.timeout(DISK_SECONDS):
+            reason = await request.app.state.lost_bundle.get()
+    except TimeoutError:
+        reason = DISK_HANGS
+    health = Health(status=service_of(request).state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
+
+
+async def find_lost_bundle(registry: Registry) -> str | None:
+    """Return the reason of `/readyz`: one of the bundles that *registry* serves was lost."""
+    return await asyncio.to_thread(find_lost, [model.bundle.path for model in registry.models()])
 
 
 def find_lost(paths: Sequence[Path]) -> str | None:
@@ -102,11 +109,7 @@ def find_lost(paths: Sequence[Path]) -> str | None:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
-    service = service_of(request)
-    page = b"" if service.metrics_of_all is None else await service.metrics_of_all()
-    if not page:  # this process is alone, or the supervisor has not answered
-        page = generate_latest(service.metrics.registry)
-    return Response(page, media_type=CONTENT_TYPE_LATEST)
+    return Response(await service_of(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)
@@ -150,8 +153,10 @@ async def info(request: Request) -> Response:
 )
 async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Response:
     """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
-    bundle = service_of(request).registry.find(query.model).bundle
-    return json_response(await asyncio.to_thread(read_card, bundle))
+    model = service_of(request).registry.find(query.model)
+    if model not in _cards:
+        _cards[model] = await asyncio.to_thread(read_card, model.bundle)
+    return json_response(_cards[model])
 
 
 def read_card(bundle: Bundle) -> Card:

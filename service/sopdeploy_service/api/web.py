@@ -11,11 +11,12 @@ import hashlib
 import math
 import mimetypes
 import re
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+import orjson
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
@@ -107,8 +108,24 @@ async def _show_page(page: Page, request: Request) -> Response:
     root = request.scope["root_path"]
     if root and request.scope["raw_path"] == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it
-    html = page.html.replace("{formats}", describe_formats(service_of(request).settings.formats))
-    return Response(html, media_type="text/html", headers=page.headers)
+    content = _fill(page, service_of(request).settings.formats)
+    return Response(content, media_type="text/html", headers=page.headers)
+
+
+@lru_cache
+def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
+    """Return the bytes of *page* with the *formats* that the server accepts, made once."""
+    return page.html.replace("{formats}", describe_formats(formats)).encode()
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """Return the OpenAPI document, which is made at the first request."""
+    app, root = request.app, request.scope["root_path"]
+    if app.state.openapi is None:
+        document = {**app.openapi(), "servers": [{"url": root}]} if root else app.openapi()
+        app.state.openapi = orjson.dumps(document)
+    return Response(app.state.openapi, media_type="application/json")
 
 
 async def _send_static_file(content: bytes, media_type: str) -> Response:

@@ -5,7 +5,6 @@ and as much memory as its options say. A fork shares the imported libraries and 
 """
 
 import contextlib
-import ctypes
 import functools
 import gc
 import json
@@ -53,7 +52,6 @@ ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_E
 )
 WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
 PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class ChildOptions(NamedTuple):
@@ -199,12 +197,12 @@ def run_template(control: socket.socket) -> None:
 
 def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int:
     """Fork a child, which alone keeps the socket *descriptor*; return its id, or raise `OSError`."""
+    template = os.getpid()
     try:
         process = os.fork()
         if process == 0:  # this is the child
             control.close()
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+            sandbox.end_with_parent(template, signal.SIGKILL)
             run_child(socket.socket(fileno=descriptor), options)  # never returns
     finally:
         os.close(descriptor)

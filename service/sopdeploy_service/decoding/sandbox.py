@@ -14,7 +14,9 @@ import errno
 import importlib
 import os
 import platform
+import signal
 import struct
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,11 +87,20 @@ CLONE3 = 435
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF instructions on 32 bits
 NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16  # offsets in struct seccomp_data
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 NO_NEW_PRIVS, SET_FILTER, ALL_THREADS = 38, 1, 1
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 CREATE_RULESET, RESTRICT_SELF = 444, 446
 # Numbers of rights of files, of TCP and of scopes (abstract sockets, signals) in each version of Landlock.
 LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 2, 0), 6: (16, 2, 2)}
+
+
+def end_with_parent(parent: int, number: signal.Signals) -> None:
+    """Let the kernel send this process the signal *number* when *parent* has ended, however (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
+        if os.getppid() != parent:  # it has ended before
+            os.kill(os.getpid(), number)
 
 
 def preload() -> None:

@@ -5,17 +5,19 @@ model. The engine answers each image once; the outputs are in the same slot, whi
 opens a channel with a description of its models, which stay the same until the channel ends; after a reload,
 the front ends get new channels.
 
-The engine creates the memory and seals its size. Nothing that a front end sends has a length, and nothing
-that it writes into a slot is anything else than pixels. A stream ends when the other process ends, however.
+The engine creates the memory, whose size is sealed. Nothing that a front end sends has a length, and nothing
+that it writes into a slot is anything else than pixels. A front end checks what an engine sends, too: an
+invalid message ends the channel. A stream ends when the other process ends, however.
 """
 
-import fcntl
+import errno
 import json
 import math
 import mmap
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest
+from sopdeploy.bundle.sealed import create_memory, map_memory
+from sopdeploy_service.decoding.child import receive
 from sopdeploy_service.inference.model import Model, RuntimeFacts
 from sopdeploy_service.inference.results import HttpError
 
@@ -39,13 +43,14 @@ FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
+MAX_SLOTS, MAX_MODELS_BYTES, MAX_FRAME_BYTES = 1 << 20, 1 << 28, 1 << 24
+OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # else a front end could shrink the file
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
 
 
 class ChannelError(Exception):
-    """A front end has sent what no front end sends."""
+    """The process at the other end has sent what it never sends."""
 
 
 class ModelFields(TypedDict):
@@ -138,10 +143,13 @@ class Slots:
         self._memory[slot, : len(data)] = np.frombuffer(data, np.uint8)
 
     def read_error(self, slot: int) -> HttpError:
-        """Read what `write_error` wrote."""
+        """Read what `write_error` wrote; raises `ValueError` or `TypeError` for anything else."""
         (size,) = ERROR_SIZE.unpack(self._memory[slot, : ERROR_SIZE.size].tobytes())
         data = self._memory[slot, ERROR_SIZE.size : ERROR_SIZE.size + size].tobytes()
-        return HttpError(**json.loads(data))
+        error = HttpError(**json.loads(data))
+        if not 400 <= error.status < 600:
+            raise ValueError(f"status {error.status}")
+        return error
 
 
 def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[int, ...]]:
@@ -154,6 +162,12 @@ def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[i
     return shapes
 
 
+def needed_bytes(bundle: Bundle) -> tuple[int, int]:
+    """Return how many bytes the outputs and the pixels of an image need."""
+    num_values = sum(map(math.prod, output_shapes(bundle).values()))
+    return 4 * num_values, math.prod(bundle.manifest.image_shape)
+
+
 def open_channel(
     connection: socket.socket, models: Sequence[ModelFacts], num_slots: int
 ) -> tuple[Slots, bytes]:
@@ -164,40 +178,41 @@ def open_channel(
     """
     output_bytes, pixel_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size, 0  # a slot has outputs or an error
     for model in models:
-        num_values = sum(map(math.prod, output_shapes(model.bundle).values()))
-        output_bytes = max(output_bytes, 4 * num_values)
-        pixel_bytes = max(pixel_bytes, math.prod(model.bundle.manifest.image_shape))
+        needed_outputs, needed_pixels = needed_bytes(model.bundle)
+        output_bytes, pixel_bytes = max(output_bytes, needed_outputs), max(pixel_bytes, needed_pixels)
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
     described = json.dumps([model.to_fields() for model in models]).encode()
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
-    file = os.memfd_create("sopdeploy-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
-        os.ftruncate(file, num_slots * (output_bytes + pixel_bytes))
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
-        memory = mmap.mmap(file, 0)
         socket.send_fds(connection, [opening], [file])  # a few bytes, which a new connection takes at once
-    finally:
+    except OSError:
         os.close(file)
-    return Slots(memory, num_slots, output_bytes, pixel_bytes), described
+        raise
+    return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), described
 
 
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
-    """Wait for what `open_channel` sends; raises `ConnectionError` if the engine ends."""
-    connection.setblocking(True)
+    """Wait for what `open_channel` sends.
+
+    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`, and this or another error if
+    it sends anything else.
+    """
+    end = time.monotonic() + OPENING_SECONDS
+    connection.settimeout(OPENING_SECONDS)
     opening, files, _, _ = socket.recv_fds(connection, OPENING.size, 1, socket.MSG_WAITALL)
     if len(opening) < OPENING.size or not files:
-        raise ConnectionResetError("the engine has ended")
+        for file in files:
+            os.close(file)
+        raise ConnectionResetError(errno.ECONNRESET, "the engine has ended")
     num_slots, output_bytes, pixel_bytes, size = OPENING.unpack(opening)
-    try:
-        memory = mmap.mmap(files[0], 0)
-    finally:
-        os.close(files[0])
-    data = bytearray()
-    while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
-            raise ConnectionResetError("the engine has ended")
-        data += part
-    models = [ModelFacts.from_fields(fields) for fields in json.loads(data)]
+    memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))
+    if num_slots > MAX_SLOTS or size > MAX_MODELS_BYTES:
+        raise ValueError(f"{num_slots} slots, and models of {size} bytes")
+    models = [ModelFacts.from_fields(fields) for fields in json.loads(receive(connection, size, end))]
+    for model in models:
+        needed_outputs, needed_pixels = needed_bytes(model.bundle)
+        if needed_outputs > output_bytes or needed_pixels > pixel_bytes:
+            raise ValueError(f"{model.name} needs larger slots")
     return models, Slots(memory, num_slots, output_bytes, pixel_bytes)

@@ -1,8 +1,13 @@
-"""The socket between the supervisor and another process of a server, and the memory that processes share.
+"""The messages between the supervisor and the other processes of a server, and the memory that they share.
 
-The supervisor sends the connections of clients, and to front ends and engines the ends of their channels.
-Each process reports its status ten times per second. Both sides may ask the other for metrics. An empty
-message means that the other one has ended or left.
+Each process has a socket to the supervisor of its own: who sends a message is known by its socket, not by
+what it says. The supervisor trusts no other process. It takes the messages of `COSTS` only, each from the
+processes that have to send it, no files, and so many per second; a process that sends anything else is
+replaced. A message arrives as a whole (`SOCK_SEQPACKET`); it has a kind and, after a space, the rest. An
+empty one means that the other process has ended or left.
+
+The supervisor sends the connections of clients, and the ends of channels. Each process reports its status ten
+times per second. The supervisor asks for metrics, and sends processes that serve HTTP those of all.
 
 The shared memory has the state of every bucket of a rate limit and the number of images that each process has
 admitted, without a lock: if two processes charge a key in the same microsecond, one of the charges is lost.
@@ -12,55 +17,107 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable, Mapping
-from functools import partial
-from types import SimpleNamespace
-from typing import cast
+from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
+from sopdeploy_service.server.lifetime import BEAT_SECONDS
 
-# Messages with a file; the name of the engine or front end at the other end of a channel follows
-CLIENT, SEND_METRICS, CHANNEL = b"client", b"metrics", b"channel "
+# To a process, with a file; for channels, the name of the engine or front end at the other end follows.
+CLIENT, CHANNEL, PHOTOS = b"client", b"channel", b"photos"
+SEND_METRICS, PAGE = b"send-metrics", b"page"  # with a file: a socket for its metrics; those of all processes
 RELOAD = b"reload"  # the bundles
-SPEED = b"speed "  # seconds that the loaded models of a device need for an image
-FRONT_ENDS = b"front ends "  # the answer: their number; with 0, the device serves HTTP itself
-NEW_MODELS, BAD_FRONT_END = b"models", b"bad "  # of an engine: after a reload; with the name of a front end
-STATUS = struct.Struct("=QI")  # connections received and open ones, or images; then names of bundles
+FRONT_ENDS = b"front-ends"  # their number; with 0, the device serves HTTP itself
+# To the supervisor
+STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
+SPEED = b"speed"  # seconds that the loaded models of a device need for an image; `FRONT_ENDS` is the answer
+NEW_MODELS, BAD_FRONT_END = b"models", b"bad"  # of an engine: after a reload; with the name of a front end
+COSTS = {STATUS: 1, METRICS: 1, SPEED: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
+# Tokens of a process. It gets another one for each message to it, because it answers with a report.
+TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
+MAX_MESSAGE = 1 << 14
+BUFFER_BYTES = 1 << 16  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
+
+COUNTS = struct.Struct("=QI")
 ADMITTED_BYTES, LIMIT_BYTES = 4096, 16  # of the shared memory: for all processes, then for each key
 METRICS_SECONDS = 1.0  # a process that takes longer counts as down; the supervisor has twice the time
+MAX_PAGE_BYTES = 1 << 20  # of the metrics of a process
 
 
-def receive_message(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive a waiting message and its files; both are empty if the other end has ended or left."""
+class Message(NamedTuple):
+    """A message and the files that came with it, which its receiver closes."""
+
+    kind: bytes
+    rest: bytes
+    files: list[int]
+
+
+class Status(NamedTuple):
+    """What a process reports: connections received and open ones, or images; names of its bundles."""
+
+    received: int
+    open: int
+    bundles: str
+
+    def to_bytes(self) -> bytes:
+        """Convert the status to the rest of a message."""
+        return COUNTS.pack(self.received, self.open) + self.bundles.encode()[: MAX_MESSAGE // 2]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Status":
+        """Convert what `to_bytes` returned; raises `ValueError` for anything else."""
+        if len(data) < COUNTS.size:
+            raise ValueError("a status without counts")
+        bundles = data[COUNTS.size :].decode(errors="replace")
+        printable = "".join(character if character.isprintable() else "?" for character in bundles)
+        received, num_open = COUNTS.unpack_from(data)
+        return cls(received, num_open, printable)
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Create two connected sockets for messages, with small buffers; raises `OSError`."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    for end in pair:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    return pair
+
+
+def receive_message(control: socket.socket, num_files: int = 2) -> Message:
+    """Receive a waiting message, and up to *num_files* of its files; the kernel closes the others.
+
+    The kind is empty if the other end has ended or left. Raises `ValueError` if the message is too long.
+    """
     try:
-        data, files, _, _ = socket.recv_fds(control, 4096, 2)
+        data, files, flags, _ = socket.recv_fds(control, MAX_MESSAGE, num_files)
     except OSError:
-        return b"", []
-    return data, files
+        return Message(b"", b"", [])
+    kind, _, rest = data.partition(b" ")
+    if flags & socket.MSG_TRUNC:
+        raise ValueError("a message is too long")
+    return Message(kind, rest, files)
 
 
-def send_message(control: socket.socket, message: bytes, *files: int) -> bool:
-    """Send *message* with *files*; return whether the other end gets it."""
+def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files: int) -> bool:
+    """Send a message with *files*; return whether the other end gets it."""
     try:
-        socket.send_fds(control, [message], files)
+        socket.send_fds(control, [kind + b" " + rest], files)
     except OSError:
         return False
     return True
 
 
-async def request_metrics(control: socket.socket | None, seconds: float) -> bytes:
-    """Return the metrics of the process or supervisor at the other end; empty after *seconds*."""
+async def request_metrics(control: socket.socket | None) -> bytes:
+    """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # no free file, or a TimeoutError
         ours, theirs = map(stack.enter_context, socket.socketpair())
-        if control is None or not send_message(control, SEND_METRICS, theirs.fileno()):
+        if control is None or not send_message(control, SEND_METRICS, b"", theirs.fileno()):
             return b""
         theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(METRICS_SECONDS):
             page = b""
             while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
                 page += piece
+                if len(page) > MAX_PAGE_BYTES:
+                    return b""
             return page
     return b""  # no answer in time, or an error
 
@@ -70,28 +127,3 @@ async def send_metrics(file: int, page: bytes) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=file) as connection:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(connection, page)
-
-
-def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
-    """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
-
-    A page is empty if its process is down. The `process_*` metrics are collected here, of the processes with
-    *ids*, by name; the supervisor has an id but no page.
-    """
-    up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    merged: dict[str, Metric] = {}  # by name of the metric, with the samples of all processes
-
-    def add_samples(process: str, metrics: Iterable[Metric]) -> None:
-        for metric in metrics:
-            empty = Metric(metric.name, metric.documentation, metric.type)
-            samples = merged.setdefault(metric.name, empty).samples
-            for sample in metric.samples:
-                samples.append(sample._replace(labels={**sample.labels, "process": process}))
-
-    for process, page in pages.items():
-        up.add_sample(up.name, {"process": process}, 1.0 if page else 0.0)
-        add_samples(process, text_string_to_metric_families(page.decode()))
-    for process, pid in ids.items():  # the collector calls its *pid* to get the id
-        add_samples(process, ProcessCollector(pid=partial(str, pid), registry=None).collect())
-    collector = SimpleNamespace(collect=lambda: [up, *merged.values()])
-    return generate_latest(cast(CollectorRegistry, collector))  # uses no other method than `collect`

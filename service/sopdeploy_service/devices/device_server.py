@@ -6,14 +6,12 @@ engine of front ends. A front end serves HTTP with the models of engines.
 
 import asyncio
 import math
-import mmap
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,10 +19,14 @@ from fastapi import FastAPI
 from prometheus_client import generate_latest
 from uvicorn.loops.auto import auto_loop_factory
 
+from sopdeploy.bundle.sealed import map_memory, read_memory
 from sopdeploy.environment import exit_process
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
+from sopdeploy_service.decoding.sandbox import end_with_parent
 from sopdeploy_service.devices import control
+from sopdeploy_service.devices.channel import ChannelError
+from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.processes import ANY_DEVICE, CONFIG_VARIABLE, LaunchConfig
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
@@ -32,6 +34,7 @@ from sopdeploy_service.http.api_keys import KeyFile
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
@@ -54,6 +57,8 @@ class DeviceServer(DrainingServer):
         super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
         self._received = 0  # connections
+        self._keeper = app.state.keeper
+        self._page: asyncio.Future[bytes] | None = None  # of metrics, which the supervisor will send
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._attaching: set[asyncio.Task[None]] = set()
@@ -66,30 +71,44 @@ class DeviceServer(DrainingServer):
     def _report(self) -> None:
         """Tell the supervisor how many connections came, how many are open, and which bundles are served."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
-        status = control.STATUS.pack(self._received, num_open)
-        control.send_message(self._supervisor, status + self.bundles.encode())
+        status = Status(self._received, num_open, self.bundles)
+        control.send_message(self._supervisor, control.STATUS, status.to_bytes())
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
         registry = self._service.registry
-        message, files = control.receive_message(self._supervisor)
-        if not message:
+        message = control.receive_message(self._supervisor)
+        if not message.kind:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
-        if message == control.RELOAD:
+        if message.kind == control.RELOAD:
             self.reload()
-        if message == control.CLIENT:  # it comes without a file if this process can open no more
+        if message.kind == control.CLIENT:  # it comes without a file if this process can open no more
             self._received += 1
-        for file in files:
-            if message == control.SEND_METRICS:
+        for file in message.files:
+            if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            elif message.startswith(control.CHANNEL) and isinstance(registry, RemoteRegistry):
-                engine = message.removeprefix(control.CHANNEL).decode()
+            elif message.kind == control.PAGE:
+                if self._page is not None and not self._page.done():
+                    self._page.set_result(read_memory(file))
+            elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
+                engine = message.rest.decode()
                 start_task(self._attaching, registry.attach(engine, socket.socket(fileno=file)))
+            elif message.kind == control.PHOTOS and self._keeper is not None:
+                self._keeper.connect(socket.socket(fileno=file))
             else:  # `CLIENT`
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()
+
+    async def collect_metrics(self) -> bytes:
+        """Return the page of the supervisor with the metrics of all processes; if it is late, the own one."""
+        self._page = self._loop.create_future()
+        control.send_message(self._supervisor, control.METRICS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * control.METRICS_SECONDS):
+                return await self._page
+        return await self._service.make_metrics()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at SIGTERM, which may also come from what ends all processes; only SIGINT ends the drain."""
@@ -116,12 +135,7 @@ def main() -> int:
     """Serve as the environment says until SIGTERM or a dead runtime; return the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-
-    def stop_with_supervisor() -> None:
-        os.read(config.lifeline, 1)  # returns when the supervisor closes the pipe, or dies
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
+    end_with_parent(config.supervisor, signal.SIGTERM)
     supervisor = socket.socket(fileno=config.control)
     try:
         with configured_process(config.settings):
@@ -152,10 +166,12 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         seconds = math.inf  # on a CPU, which has no core to spare, and before a model is loaded
         if not runs_on_cpu(registry, settings):
             seconds = min(model.latency.seconds_per_image() for model in registry.models())
-        control.send_message(supervisor, control.SPEED + repr(seconds).encode())
+        control.send_message(supervisor, control.SPEED, repr(seconds).encode())
         num_front_ends = int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
     if num_front_ends == 0:
         return serve_http(config, registry, supervisor, links)
+    for file in (config.shared, config.keys):  # an engine serves no client
+        os.close(file)
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
@@ -165,27 +181,24 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
     """Return the first channel to an engine; `DeviceServer` receives those that follow."""
     while True:
         engine, files = wait_for_message(supervisor, control.CHANNEL)
-        connection = socket.socket(fileno=files[0])
-        try:
-            return EngineChannel(engine, connection)
-        except ConnectionError:  # the engine has ended, too; another one follows
-            connection.close()
+        with suppress(ChannelError):  # the engine has ended, too; another one follows
+            return EngineChannel(engine, socket.socket(fileno=files[0]))
 
 
-def wait_for_message(supervisor: socket.socket, prefix: bytes) -> tuple[str, list[int]]:
-    """Wait for a message with *prefix*, ignoring others; return its rest and files.
+def wait_for_message(supervisor: socket.socket, kind: bytes) -> tuple[str, list[int]]:
+    """Wait for a message of *kind*, ignoring others; return its rest and files.
 
     Exits if the supervisor ends.
     """
     supervisor.setblocking(True)
     while True:
-        message, files = control.receive_message(supervisor)
-        if not message:
+        message = control.receive_message(supervisor)
+        if not message.kind:
             raise SystemExit(0)
-        if message.startswith(prefix):
+        if message.kind == kind:
             supervisor.setblocking(False)
-            return message.removeprefix(prefix).decode(), files
-        for file in files:  # of a request for metrics
+            return message.rest.decode(), message.files
+        for file in message.files:  # of a request for metrics
             os.close(file)
 
 
@@ -194,17 +207,15 @@ def serve_http(
 ) -> int:
     """Serve *registry* on the supervisor's connections, in a share of the memory; return the exit code."""
     settings, count = config.settings, config.num_servers
-    shared = memoryview(mmap.mmap(config.shared, 0))
+    shared = memoryview(map_memory(config.shared))
     app = create_app(
         registry,
         settings,
-        keys=KeyFile.model_validate_json(os.pread(config.keys, os.fstat(config.keys).st_size, 0)).key,
+        keys=KeyFile.model_validate_json(read_memory(config.keys)).key,
         limits=shared[control.ADMITTED_BYTES :].cast("d"),
-        photos=socket.socket(fileno=config.photos),
         is_keeper=config.position == 0,
     )
     service: Service = app.state.service
-    service.metrics_of_all = partial(control.request_metrics, supervisor, 2 * control.METRICS_SECONDS)
     service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
     service.num_front_ends = config.front_ends or 0
     service.max_upload_bytes = upload_budget(settings, count)
@@ -213,7 +224,9 @@ def serve_http(
     if config.device is None:
         at_rest += sum(map(resident_bytes, config.others))
     service.decoders.budget = decode_budget(settings, at_rest, count)
-    return DeviceServer(app, settings, supervisor, config.sources, links).serve_until_end()
+    server = DeviceServer(app, settings, supervisor, config.sources, links)
+    service.metrics_page = Shared(server.collect_metrics)
+    return server.serve_until_end()
 
 
 def runs_on_cpu(registry: Registry, settings: Settings) -> bool:

@@ -26,6 +26,7 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
+from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
@@ -59,6 +60,7 @@ class FrontEndChannel(asyncio.Protocol):
             tuple(channel.output_shapes(model.bundle, features=False)) for model in models
         ]
         self._rest = b""  # of an incomplete record
+        self._num_cancellable = 0  # images minus cancellations, of which there is at most one for each
         self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
         self._in_use = ExitStack()  # holds the models until the end of the channel
@@ -89,12 +91,22 @@ class FrontEndChannel(asyncio.Protocol):
             for record in channel.REQUEST.iter_unpack(memoryview(data)[:whole]):
                 self._handle(*record)
         except ChannelError as error:
-            log.error("front end %s: %s; it is replaced", self.name, error)
-            self._engine.cut_off(self)
+            self.cut_off(str(error))
+
+    def cut_off(self, reason: str) -> None:
+        """Log *reason* and end this channel, and let the supervisor replace the front end."""
+        if self.transport is not None:
+            self.transport.abort()
+            self.transport = None
+            log.error("front end %s: %s; it is replaced", self.name, reason)
+            self._engine.report_bad(self.name)
 
     def _handle(self, kind: int, flags: int, model_number: int, slot: int, deadline: float) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
         cancel = self.cancel_by_slot.get(slot)
+        self._num_cancellable += 1 if kind == channel.RUN else -1
+        if self._num_cancellable < 0:
+            raise ChannelError("it cancels more images than it has sent")
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
@@ -105,8 +117,6 @@ class FrontEndChannel(asyncio.Protocol):
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if model_number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {model_number} with deadline {deadline} is invalid")
-        if self.transport is None or self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
-            raise ChannelError("the results are not read")
         model, features = self._models[model_number], bool(flags & channel.FEATURES)
         names = (self._names if features else self._names_without_features)[model_number]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
@@ -171,9 +181,11 @@ class FrontEndChannel(asyncio.Protocol):
         self.send(channel.RESULTS, answers)
 
     def send(self, kind: int, body: bytes | bytearray) -> None:
-        """Send *body* unless the front end has gone."""
+        """Send *body* unless the front end has gone; cut it off if it does not read."""
         if self.transport is not None:
             self.transport.write(channel.FRAME.pack(kind, len(body)) + body)
+            if self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
+                self.cut_off("the results are not read")
 
 
 class Engine:
@@ -241,7 +253,8 @@ class Engine:
         models = self.registry.models()
         num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
         bundles = " ".join(model.bundle_name for model in models)
-        control.send_message(self._supervisor, control.STATUS.pack(0, num_images) + bundles.encode())
+        status = Status(0, num_images, bundles)
+        control.send_message(self._supervisor, control.STATUS, status.to_bytes())
         loaded = [model.name for model in models if model.is_loaded]
         if loaded != self._loaded:
             self._loaded = loaded
@@ -251,19 +264,18 @@ class Engine:
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""
-        message, files = control.receive_message(self._supervisor)
-        if not message:
+        message = control.receive_message(self._supervisor)
+        if not message.kind:
             asyncio.get_running_loop().remove_reader(self._supervisor)
             self._supervisor_left = True
-        if message == control.RELOAD:
+        if message.kind == control.RELOAD:
             self._start_reload()
-        for file in files:
-            if message == control.SEND_METRICS:
+        for file in message.files:
+            if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
             else:
-                name = message.removeprefix(control.CHANNEL).decode()
-                start_task(self._tasks, self.connect(name, socket.socket(fileno=file)))
+                start_task(self._tasks, self.connect(message.rest.decode(), socket.socket(fileno=file)))
 
     async def connect(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* at the other end of *connection* with the present models."""
@@ -275,17 +287,15 @@ class Engine:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
                 log.error("front end %s: has no channel (%s); it is replaced", name, error.strerror)
-                control.send_message(self._supervisor, control.BAD_FRONT_END + name.encode())
+                self.report_bad(name)
             return
         front_end = FrontEndChannel(name, self, models, slots, described)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 
-    def cut_off(self, front_end: FrontEndChannel) -> None:
-        """End the channel of *front_end*, and let the supervisor replace it."""
-        if front_end.transport is not None:
-            front_end.transport.abort()
-        control.send_message(self._supervisor, control.BAD_FRONT_END + front_end.name.encode())
+    def report_bad(self, name: str) -> None:
+        """Let the supervisor replace the front end *name*."""
+        control.send_message(self._supervisor, control.BAD_FRONT_END, name.encode())
 
     def _start_reload(self) -> None:
         start_task(self._tasks, self._reload())

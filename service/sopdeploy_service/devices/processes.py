@@ -12,6 +12,8 @@ import pydantic
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
+from sopdeploy_service.devices.control import Status
+from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.settings import Settings, decoders_per_process
 
 ANY_DEVICE = ""
@@ -25,24 +27,22 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 class LaunchConfig(pydantic.BaseModel):
     """What each process of a server gets: its *name*, *sources* of bundles, *settings*, file descriptors.
 
-    These are its end of the socket *control*, the file *shared* of admitted images and rate limits, the API
-    *keys* as the supervisor has read them, and *lifeline*, a pipe: the process ends when the supervisor
-    closes the other end. The first of those that serve HTTP keeps the photographs of all, which come from or
-    go to the socket *photos*.
+    These are its end of the socket *control* and, for a process that serves HTTP, the file *shared* of
+    admitted images and rate limits, and the API *keys* as the supervisor has read them. The first of these
+    processes keeps the photographs of all.
 
     A front end has no *device*. *front_ends* is their number, None while nobody knows it. *position* counts
-    the processes of a kind; *num_servers* of them serve HTTP. *others* are the ids of the other processes.
+    the processes of a kind; *num_servers* of them serve HTTP. *supervisor* and *others* are process ids.
     """
 
     name: str
     device: str | None
     sources: tuple[str, ...]
     settings: Settings
-    lifeline: int
+    supervisor: int
     control: int
     shared: int
     keys: int
-    photos: int
     front_ends: int | None
     position: int
     num_servers: int
@@ -68,7 +68,8 @@ class Process:
     received: int = 0  # this and the following: reported by the child
     open: int = 0
     bundles: str | None = None  # names; None: has not reported
-    silent_beats: int = 0  # since the last report
+    silent_beats: int = 0  # since the last report, or since the process has left
+    tokens: TokenBucket | None = None  # for messages; each child has its own
 
     @property
     def title(self) -> str:
@@ -104,16 +105,22 @@ class Process:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
         self.control, self.bundles = control_socket, None
         self.sent = self.received = self.open = self.silent_beats = 0
+        self.tokens = TokenBucket(control.TOKENS_PER_SECOND, control.MAX_TOKENS, [0.0, 0.0])
 
-    def record_status(self, status: bytes) -> None:
-        """Record a *status* of the child."""
-        self.received, self.open = control.STATUS.unpack_from(status)
-        self.bundles = status[control.STATUS.size :].decode()
+    def record_status(self, status: Status) -> None:
+        """Record a *status* of the child; raises `ValueError` if it cannot be true."""
+        if status.received > self.sent:
+            raise ValueError(f"{status.received} of {self.sent} connections are received")
+        self.received, self.open, self.bundles = status
         self.silent_beats = 0
 
-    def send(self, message: bytes, *files: int) -> bool:
-        """Send *message* with *files*; return whether the child gets it."""
-        return self.control is not None and control.send_message(self.control, message, *files)
+    def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:
+        """Send a message with *files*; return whether the child gets it."""
+        if self.control is None or not control.send_message(self.control, kind, rest, *files):
+            return False
+        if self.tokens is not None:
+            self.tokens.charge(-1)  # it will answer
+        return True
 
 
 def list_devices(settings: Settings) -> list[Process]:

@@ -17,8 +17,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from sopdeploy.errors import first_line
 from sopdeploy_service.devices import channel
-from sopdeploy_service.devices.channel import ModelFacts
+from sopdeploy_service.devices.channel import ChannelError, ModelFacts
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import ImageResult, Model, Registry, RuntimeFacts, State, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
@@ -36,9 +37,13 @@ class EngineChannel(asyncio.Protocol):
     """
 
     def __init__(self, engine: str, connection: socket.socket) -> None:
-        """Wait for the description of the models; raises `ConnectionError` if the engine ends."""
+        """Wait for the description of the models; without it, close *connection*, raise `ChannelError`."""
         self.engine, self._connection = engine, connection
-        self.models, self._slots = channel.receive_opening(connection)
+        try:
+            self.models, self._slots = channel.receive_opening(connection)
+        except Exception as error:  # whatever an engine sends, which is not trusted
+            connection.close()
+            raise ChannelError(f"{engine}: {first_line(error)}") from error
         self.on_loaded: Callable[[], None] = lambda: None  # *models* have changed
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
@@ -120,34 +125,43 @@ class EngineChannel(asyncio.Protocol):
             self._transport.write(requests)
 
     def data_received(self, data: bytes) -> None:
-        """Handle the frames that have arrived: pass on the results of images, and free their slots."""
+        """Handle the frames that have arrived; end the channel if one of them is invalid."""
         data = self._rest + data
         begin = 0
-        while begin + channel.FRAME.size <= len(data):
-            kind, size = channel.FRAME.unpack_from(data, begin)
-            body = data[begin + channel.FRAME.size : begin + channel.FRAME.size + size]
-            if len(body) < size:
-                break
-            begin += channel.FRAME.size + size
-            if kind == channel.RESULTS:
-                for slot, batch_size, queue, infer, load in channel.RESULT.iter_unpack(body):
-                    future, shapes = self._images.pop(slot)
-                    if batch_size == channel.FAILED:
-                        settle(future, self._slots.read_error(slot))
-                    else:
-                        stages = {"load": load} if load else {}
-                        stages |= {"queue": queue, "infer": infer}
-                        outputs = self._slots.read_outputs(slot, shapes)
-                        settle(future, ImageResult(outputs, stages, batch_size))
-                    self._free_slots.append(slot)
-            else:  # `LOADED`
-                known = orjson.loads(body)
-                for number, facts in enumerate(self.models):
-                    if facts.name in known:
-                        runtime, timings = known[facts.name]
-                        self.models[number] = facts._replace(runtime=RuntimeFacts(*runtime), timings=timings)
-                self.on_loaded()
+        try:
+            while begin + channel.FRAME.size <= len(data):
+                kind, size = channel.FRAME.unpack_from(data, begin)
+                if size > channel.MAX_FRAME_BYTES:
+                    raise ChannelError(f"a frame of {size} bytes")
+                body = data[begin + channel.FRAME.size : begin + channel.FRAME.size + size]
+                if len(body) < size:
+                    break
+                begin += channel.FRAME.size + size
+                self._handle(kind, body)
+        except Exception as error:  # the engine is not trusted
+            log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
+            self.close(results.RUNTIME_DEAD)
         self._rest = data[begin:]
+
+    def _handle(self, kind: int, body: bytes) -> None:
+        """Pass on the results of images and free their slots, or note which models are loaded."""
+        if kind == channel.RESULTS:
+            for slot, batch_size, queue, infer, load in channel.RESULT.iter_unpack(body):
+                future, shapes = self._images.pop(slot)
+                self._free_slots.append(slot)
+                if batch_size == channel.FAILED:
+                    settle(future, self._slots.read_error(slot))
+                else:
+                    stages = {"load": load} if load else {}
+                    stages |= {"queue": queue, "infer": infer}
+                    settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))
+            return
+        known = orjson.loads(body)  # `LOADED`
+        for number, facts in enumerate(self.models):
+            if facts.name in known:
+                runtime, timings = known[facts.name]
+                self.models[number] = facts._replace(runtime=RuntimeFacts(*runtime), timings=timings)
+        self.on_loaded()
 
 
 class RemoteModel(Model):
@@ -252,8 +266,8 @@ class RemoteRegistry(Registry):
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection)
-            except ConnectionError:  # the supervisor starts another one
-                connection.close()
+            except ChannelError as error:  # the supervisor starts another one
+                log.warning("no channel to engine %s", error)
                 return
             await new.open()
             old = self._channels.pop(engine, None)

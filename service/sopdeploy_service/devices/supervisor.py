@@ -3,15 +3,17 @@
 A runtime belongs to one process, so several GPUs need several processes. The process of a device serves HTTP
 itself or, if its models are faster than one process can decode and answer, is the engine of front ends, which
 serve HTTP. The supervisor accepts every connection and passes it to the process with the fewest open
-connections. While no process accepts connections, they wait. SIGHUP reloads the bundles of every device.
+connections. Connections wait while all processes have enough of them on the way; if none is there, they get
+a 503 response at once. SIGHUP reloads the bundles of every device.
 
-When an engine or a front end starts, the supervisor creates the channels between it and the others.
+When an engine or a front end starts, the supervisor creates the channels between it and the others. It trusts
+no other process (`devices.control`).
 """
 
 import asyncio
 import contextlib
+import json
 import logging
-import mmap
 import os
 import signal
 import socket
@@ -20,10 +22,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from http import HTTPStatus
 from pathlib import Path
+from typing import cast
 
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
+from sopdeploy.bundle.sealed import create_memory, map_memory
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
+from sopdeploy_service.devices.control import Message, Status
 from sopdeploy_service.devices.processes import (
     CONFIG_VARIABLE,
     LaunchConfig,
@@ -33,15 +41,20 @@ from sopdeploy_service.devices.processes import (
     list_front_ends,
 )
 from sopdeploy_service.http.api_keys import KeyFile, read_keys
+from sopdeploy_service.inference import results
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
+from sopdeploy_service.observability.pages import Shared, merge_metrics
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
-from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
+from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
 MODULE = "sopdeploy_service.devices.device_server"
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
 HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
+LEAVE_SECONDS = 30.0  # so is one that has left, or has to, and does not end
+LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -58,6 +71,39 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
         devices = list_devices(settings)
         listener.setblocking(False)
         return asyncio.run(Supervisor(sources, settings, devices, listener).run())
+
+
+def describe_refusal(root_path: str) -> bytes:
+    """Write the response while no process serves HTTP, below *root_path*, as `http.problems` does."""
+    reason = results.RUNTIME_DEAD
+    title, page = HTTPStatus(reason.status).phrase, f"{root_path}/errors#{reason.code}"
+    problem = {"type": page, "title": title, "status": reason.status, "code": reason.code}
+    body = json.dumps({**problem, "detail": reason.message}, separators=(",", ":")).encode()
+    lines = (
+        f"HTTP/1.1 {reason.status} {title}",
+        "Content-Type: application/problem+json",
+        f"Content-Length: {len(body)}",
+        f"Retry-After: {reason.retry_after}",
+        "Connection: close",
+    )
+    return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
+
+
+class Refusal(asyncio.Protocol):
+    """Sends *response* to a client, whatever it sends."""
+
+    def __init__(self, response: bytes) -> None:
+        self._response, self.ended = response, asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the response as the last one."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self._response)
+        self.transport.write_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Note that the client has closed the connection."""
+        self.ended.set()
 
 
 class Supervisor:
@@ -80,6 +126,10 @@ class Supervisor:
         self._announced = self._must_reload = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = CollectorRegistry()  # of this process
+        ProcessCollector(registry=self._metrics)
+        self._metrics_page = Shared(self._collect_metrics)
+        self._refusals: set[asyncio.Task[None]] = set()
 
     @property
     def _servers(self) -> Sequence[Process]:
@@ -94,21 +144,13 @@ class Supervisor:
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         keys = () if self._settings.keys is None else read_keys(self._settings.keys)
         with ExitStack() as stack:
-            self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
-            self._shared = os.memfd_create("sopdeploy-shared", os.MFD_CLOEXEC)
-            os.ftruncate(self._shared, control.ADMITTED_BYTES + control.LIMIT_BYTES * len(keys))
+            num_bytes = control.ADMITTED_BYTES + control.LIMIT_BYTES * len(keys)
+            self._shared = create_memory("sopdeploy-shared", num_bytes)
             # The same for every child, whenever it starts: the file may change.
-            self._keys = os.memfd_create("sopdeploy-keys", os.MFD_CLOEXEC)
-            os.write(self._keys, KeyFile(key=keys).model_dump_json().encode())
-            for file in (self._lifeline, writing, self._shared, self._keys):
+            self._keys = create_memory("sopdeploy-keys", [KeyFile(key=keys).model_dump_json().encode()])
+            for file in (self._shared, self._keys):
                 stack.callback(os.close, file)
-            # The process that keeps photographs reads from the first end, all others write to the second one.
-            self._photos_in, self._photos_out = socket.socketpair(
-                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
-            )
-            stack.enter_context(self._photos_in)
-            stack.enter_context(self._photos_out)
-            memory = memoryview(mmap.mmap(self._shared, 0))
+            memory = memoryview(map_memory(os.dup(self._shared)))
             self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
             start_task(self._tasks, self._kill_hanging())
             async with asyncio.TaskGroup() as self._group:
@@ -121,6 +163,8 @@ class Supervisor:
     def _stop(self) -> None:
         """Let the processes that serve HTTP drain; a second call ends this. Engines end after them."""
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
+        if not self._stopping.is_set():
+            start_task(self._tasks, self._end_drain())
         self._stopping.set()
         for process in self._servers:
             if process.child is not None and process.is_running:
@@ -176,7 +220,7 @@ class Supervisor:
 
     def _start(self, process: Process) -> None:
         """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        ours, theirs = control.socket_pair()
         others = [other for other in (*self._devices, *self._front_ends) if other is not process]
         ids_of_others = [other.child.pid for other in others if other.child is not None]
         with theirs, ExitStack() as unless_started:
@@ -186,11 +230,10 @@ class Supervisor:
                 device=process.device,
                 sources=self._sources,
                 settings=process.settings,
-                lifeline=self._lifeline,
+                supervisor=os.getpid(),
                 control=theirs.fileno(),
                 shared=self._shared,
                 keys=self._keys,
-                photos=(self._photos_in if process.position == 0 else self._photos_out).fileno(),
                 front_ends=self._num_front_ends,
                 position=process.position,
                 num_servers=self._num_front_ends or len(self._devices),
@@ -202,7 +245,7 @@ class Supervisor:
                 text=True,
                 stdout=STDERR,  # stdout has the `ready` line only
                 start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
-                pass_fds=(config.lifeline, config.control, config.shared, config.keys, config.photos),
+                pass_fds=(config.control, config.shared, config.keys),
                 env={**os.environ, **variables},
             )
             unless_started.pop_all()
@@ -211,26 +254,31 @@ class Supervisor:
         if process.is_front_end:
             for engine in self._devices:
                 if engine.is_ready:
-                    self._connect(engine, process)
+                    self._connect(control.CHANNEL, engine, process)
 
-    def _connect(self, engine: Process, front_end: Process) -> None:
-        """Create a channel between *engine* and *front_end*, or let `_supervise` replace the front end."""
+    def _connect(self, kind: bytes, receiver: Process, sender: Process) -> None:
+        """Create a channel of *kind* from *sender* to *receiver*, or let `_supervise` replace the sender."""
         try:
-            for_engine, for_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            pair = control.socket_pair() if kind == control.PHOTOS else socket.socketpair()
         except OSError as error:  # too many files
-            log.error("%s: has no channel (%s); it is killed", front_end.title, error.strerror)
-            if front_end.child is not None:
-                front_end.child.kill()
+            self._replace(sender, f"has no channel ({error.strerror})")
             return
-        with for_engine, for_front_end:
-            engine.send(control.CHANNEL + front_end.name.encode(), for_engine.fileno())
-            front_end.send(control.CHANNEL + engine.name.encode(), for_front_end.fileno())
+        for end, process, other in zip(pair, (receiver, sender), (sender, receiver), strict=True):
+            with end:
+                process.send(kind, other.name.encode(), end.fileno())
+
+    def _replace(self, process: Process, reason: str) -> None:
+        """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` goes on."""
+        log.error("%s: %s; it is replaced", process.title, reason)
+        if process.child is not None:
+            process.child.kill()
+        self._close_control(process)
 
     def _decide_front_ends(self, seconds_per_image: float) -> None:
         """Tell all devices, which wait for it, how many front ends there will be, and start these."""
         count = self._num_front_ends = choose_front_ends(self._settings, seconds_per_image)
         for device in self._devices:
-            device.send(control.FRONT_ENDS + str(count).encode())
+            device.send(control.FRONT_ENDS, str(count).encode())
             if self._must_reload:  # the device has ignored this message while it waited
                 device.send(control.RELOAD)
         if count:
@@ -248,45 +296,79 @@ class Supervisor:
         if process.control is not None:
             self._loop.remove_reader(process.control)
             process.control.close()
-            process.control = None
+            process.control, process.silent_beats = None, 0
+            self._resume_accepting()
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status, a request for metrics, or news of a device."""
+        """Handle a message of *process*, which is replaced if it may not send it."""
         if process.control is None:
             return
-        message, files = control.receive_message(process.control)
-        if message == control.SEND_METRICS:  # without its socket if this process can open no more files
-            for file in files:
-                start_task(self._tasks, self._send_metrics(file))
-        elif not message:  # the process drains or has ended
-            self._stop_sending(process)
-        elif message.startswith(control.SPEED):
-            self._seconds[process] = float(message.removeprefix(control.SPEED))
-            if self._num_front_ends is None and len(self._seconds) == len(self._devices):
-                self._decide_front_ends(max(self._seconds.values()))
-        elif message == control.NEW_MODELS:
-            self._connect_front_ends(process)
-        elif message.startswith(control.BAD_FRONT_END):
-            name = message.removeprefix(control.BAD_FRONT_END).decode()
-            children = {front_end.name: front_end.child for front_end in self._front_ends}
-            if (bad := children.get(name)) is not None:
-                bad.kill()  # it has sent nonsense; `_supervise` starts another one
-        else:
-            self._handle_status(process, message)
+        try:
+            message = control.receive_message(process.control, num_files=0)
+            if not message.kind:  # the process drains or has ended
+                self._stop_sending(process)
+                return
+            if message.kind not in self._messages_of(process):
+                raise ValueError(f"the message {message.kind[:20]!r} is not for it to send")
+            if process.tokens is not None:
+                process.tokens.spend(control.COSTS[message.kind])
+            self._handle(process, message)
+        except ValueError as error:
+            self._replace(process, str(error))
+        except RejectedError:
+            self._replace(process, "it sends too many messages")
+
+    def _messages_of(self, process: Process) -> set[bytes]:
+        """Return the kinds of messages that *process* may send."""
+        if process.is_front_end:
+            return {control.STATUS, control.METRICS}
+        if self._num_front_ends == 0:
+            return {control.STATUS, control.METRICS, control.SPEED}
+        return {control.STATUS, control.SPEED, control.NEW_MODELS, control.BAD_FRONT_END}
+
+    def _handle(self, process: Process, message: Message) -> None:
+        """Handle a *message* that *process* may send; raises `ValueError` if its rest is invalid."""
+        match message.kind:
+            case control.STATUS:
+                self._handle_status(process, Status.from_bytes(message.rest))
+            case control.METRICS:
+                start_task(self._tasks, self._send_page(process))
+            case control.SPEED:
+                seconds = float(message.rest)
+                if not seconds >= 0:
+                    raise ValueError(f"{seconds} seconds per image")
+                self._seconds[process] = seconds
+                if self._num_front_ends is None and len(self._seconds) == len(self._devices):
+                    self._decide_front_ends(max(self._seconds.values()))
+            case control.NEW_MODELS:
+                self._connect_front_ends(process)
+            case control.BAD_FRONT_END:
+                for front_end in self._front_ends:
+                    if front_end.name.encode() == message.rest and front_end.child is not None:
+                        front_end.child.kill()  # it has sent nonsense; `_supervise` starts another one
 
     def _connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""
         for front_end in self._front_ends:
             if front_end.control is not None:
-                self._connect(engine, front_end)
+                self._connect(control.CHANNEL, engine, front_end)
 
-    def _handle_status(self, process: Process, status: bytes) -> None:
+    def _connect_keeper(self, process: Process) -> None:
+        """Create channels for photographs, from *process* or to it, if another process keeps them."""
+        keeper, *others = self._servers
+        for other in others if process is keeper else [process]:
+            if self._settings.keep is not None and keeper.is_ready and other.is_ready:
+                self._connect(control.PHOTOS, keeper, other)
+
+    def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
         is_first_report = not process.is_ready
         process.record_status(status)
         if is_first_report:
             log.info("%s: ready", process.title)
-            if not process.is_front_end:
+            if process in self._servers:
+                self._connect_keeper(process)
+            else:
                 self._connect_front_ends(process)
         expected = (*self._devices, *self._front_ends)
         if not self._announced and self._servers and all(other.is_ready for other in expected):
@@ -296,7 +378,10 @@ class Supervisor:
                 # Each process serves the same bundles.
                 sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
                 sys.stdout.flush()
-        # `_accept` removes this reader while no process accepts; now *process* may accept again.
+        self._resume_accepting()
+
+    def _resume_accepting(self) -> None:
+        """Let `_accept` look again, which removes this reader while all processes have enough connections."""
         if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
             self._loop.add_reader(self._listener, self._accept)
 
@@ -308,14 +393,15 @@ class Supervisor:
                 self._loop.remove_reader(self._listener)
                 for connection in accept_pending(self._listener):
                     with connection:
-                        process.send(control.CLIENT, connection.fileno())
+                        process.send(control.CLIENT, b"", connection.fileno())
                 self._listener.close()
         self._close_control(process)
 
     def _accept(self) -> None:
-        """Pass a waiting connection to the least loaded process that takes it; close it if none does."""
-        accepting = [process for process in self._servers if process.accepts]
-        if not accepting:  # pause until a process reports that it has received more
+        """Pass a waiting connection to the least loaded process that takes it; refuse it if there is none."""
+        serving = [process for process in self._servers if process.is_ready and process.control is not None]
+        accepting = [process for process in serving if process.accepts]
+        if len(self._refusals) >= SPARE or (serving and not accepting):  # pause until there is room again
             self._loop.remove_reader(self._listener)
             return
         try:
@@ -325,12 +411,24 @@ class Supervisor:
         except OSError:  # no free file: the connection still waits, so pause until the next report
             self._loop.remove_reader(self._listener)
             return
+        if not serving:
+            start_task(self._refusals, self._refuse(connection))
+            return
         with connection:
             # Among processes with as many open connections, in turn: the one with the fewest so far.
             for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
-                if process.send(control.CLIENT, connection.fileno()):
+                if process.send(control.CLIENT, b"", connection.fileno()):
                     process.sent += 1
                     return
+
+    async def _refuse(self, connection: socket.socket) -> None:
+        """Answer *connection* with 503, and ignore what its client still sends until it closes."""
+        refusal = Refusal(describe_refusal(self._settings.root_path))
+        await self._loop.connect_accepted_socket(lambda: refusal, connection)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
+        refusal.transport.abort()
+        self._resume_accepting()
 
     async def _kill_hanging(self) -> None:
         """Kill processes that hang; time in which this process is paused does not count."""
@@ -338,26 +436,32 @@ class Supervisor:
             await asyncio.sleep(BEAT_SECONDS)
             for process in (*self._devices, *self._front_ends):
                 process.silent_beats += 1  # `Process.record_status` sets it to 0
-                is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
-                must_report = process.is_ready and process.control is not None  # None: it drains
-                if is_silent and must_report and process.child is not None:
-                    log.error("%s: hangs; it is killed", process.title)
-                    process.child.kill()
-                    self._close_control(process)
+                has_left = process.control is None
+                limit = LEAVE_SECONDS if has_left else HANG_SECONDS
+                if process.is_ready and process.is_running and process.silent_beats * BEAT_SECONDS > limit:
+                    self._replace(process, "does not end" if has_left else "hangs")
 
-    async def _send_metrics(self, file: int) -> None:
-        """Send the metrics of all processes to the socket *file*."""
-        with ExitStack() as unless_merged:
-            unless_merged.callback(os.close, file)
-            processes = [*self._devices, *self._front_ends]
-            # One that loads its models would not answer.
-            sockets = [process.control if process.is_ready else None for process in processes]
-            replies = await asyncio.gather(
-                *(control.request_metrics(one, control.METRICS_SECONDS) for one in sockets)
-            )
-            pages = {process.name: page for process, page in zip(processes, replies, strict=True)}
-            ids = {process.name: process.child.pid for process in processes if process.child is not None}
-            ids["supervisor"] = os.getpid()
-            page = control.merge_metrics(pages, ids)
-            unless_merged.pop_all()
-        await control.send_metrics(file, page)
+    async def _end_drain(self) -> None:
+        """Kill the processes that do not end."""
+        await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
+        for process in (*self._devices, *self._front_ends):
+            if process.is_running:
+                self._replace(process, "does not end")
+
+    async def _send_page(self, process: Process) -> None:
+        """Send the metrics of all processes to *process*."""
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # too many files or threads; it sends its own metrics
+            file = create_memory("sopdeploy-metrics", [await self._metrics_page.get()])
+            process.send(control.PAGE, b"", file)
+            os.close(file)
+
+    async def _collect_metrics(self) -> bytes:
+        """Return a page with the metrics of all processes, which a thread makes."""
+        processes = [*self._devices, *self._front_ends]
+        # One that loads its models would not answer.
+        sockets = [one.control if one.is_ready else None for one in processes]
+        replies = await asyncio.gather(*map(control.request_metrics, sockets))
+        pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
+        return await asyncio.to_thread(lambda: merge_metrics(pages, generate_latest(self._metrics)))

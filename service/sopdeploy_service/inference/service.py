@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
@@ -31,13 +32,13 @@ from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
 
 MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
-CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
 models_log = logging.getLogger("sopdeploy.models")
 
@@ -176,7 +177,7 @@ class Service:
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        self.metrics_of_all: CollectMetrics | None = None  # set if the server has several processes
+        self.metrics_page = Shared(self.make_metrics)  # of all processes if the server has several
         self.num_front_ends = 0  # set if the server has several processes
         self.keep: KeepImage | None = None  # set by the app if it keeps results
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
@@ -189,6 +190,10 @@ class Service:
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining, self._was_drained = True, False  # draining until `start`, unless `drain` was called
+
+    async def make_metrics(self) -> bytes:
+        """Return the page with the metrics of this process, which a thread makes."""
+        return await asyncio.to_thread(generate_latest, self.metrics.registry)
 
     @property
     def admitted(self) -> int:

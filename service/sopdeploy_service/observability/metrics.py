@@ -7,7 +7,15 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    Summary,
+    disable_created_metrics,
+)
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import PredictionCounts, Reference
@@ -91,6 +99,7 @@ class Metrics:
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
         self.dropped_log_lines = DROPPED  # global; an attribute because the documentation lists attributes
         registry.register(DROPPED)
+        ProcessCollector(registry=registry)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self.drift_distance = gauge(
             "drift_distance",

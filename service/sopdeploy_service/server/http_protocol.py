@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import httptools
 import uvicorn
@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
-from sopdeploy_service.inference.results import HttpError
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import is_within, join_headers, without_prefix
 from sopdeploy_service.server.sockets import SPARE
@@ -37,7 +37,7 @@ PROBE_SECONDS = 0.2  # between two of them to a client that has ended its side o
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
-CHUNK_BYTES = 20  # the size of a chunk and its line ends
+CALLBACK_BYTES = 64  # of content pay for a chunk or a read, each of which the parser calls back for
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
@@ -49,7 +49,8 @@ LONG_URL = HttpError("url_too_long", 414, "the URL is longer than the limit of t
 LARGE_HEADERS = HttpError(
     "headers_too_large",
     431,
-    "the request has more or larger headers, trailers or chunk extensions than this server accepts",
+    "the request has more or larger headers, trailers or chunk extensions, or smaller chunks, than this "
+    "server accepts",
 )
 UNKNOWN_CODING = HttpError(
     "unknown_transfer_coding", 501, "the only transfer coding here is `chunked`; send the body without others"
@@ -185,8 +186,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # Whether the headers or the body of a request are arriving now; neither between two requests.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
-        # What has arrived of the headers or, without its content and `CHUNK_BYTES` per chunk, of the body.
-        self._overhead_bytes = 0
+        # What has arrived of the headers or, besides its content, of the body, and `CALLBACK_BYTES` for each
+        # read and chunk. Content pays for as many bytes of it. `_read_bytes` are those of the present read.
+        self._overhead_bytes = self._read_bytes = 0
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = False  # true after the last request
         self._is_half_closed = False  # whether the client sends no more; it may still read
@@ -267,20 +269,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse *data*; reject a bad request, else note what is due: headers or a body."""
-        self._overhead_bytes += len(data)  # the callbacks of the parser subtract the content of the body
+        self._read_bytes = len(data)
+        self._overhead_bytes += len(data) + CALLBACK_BYTES
         try:
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if not self._ignores_input:  # else it is in what follows the last request, which is ignored
-                self._refuse(_MALFORMED)
-        if self._in_headers or self._in_body:
-            # Negative after chunks whose size needs less than `CHUNK_BYTES`, which is no credit for later.
-            self._overhead_bytes = max(0, self._overhead_bytes)
-        else:
-            self._overhead_bytes = 0
+            if self._error is None and not self._ignores_input:  # else it follows the last request
+                self._error = _MALFORMED
+        self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
-        if self._overhead_bytes > limit:
-            self._refuse(LARGE_HEADERS)
+        if self._error is None and self._overhead_bytes > limit:
+            self._error = LARGE_HEADERS
         is_responding = self.cycle is not None and not self.cycle.response_complete
         expects_headers = not self._in_body and not is_responding
         if self._error is not None:
@@ -298,7 +297,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._error is not None or self._ignores_input:  # the request is rejected or ignored
+            if self._ignores_input:
                 return
             self.cycle.keep_alive = False  # closes after the response
             # The new parser gets headers that say only how long the body is, then the body.
@@ -319,10 +318,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.on_message_complete()
             self._ignores_input = True
 
-    def _refuse(self, reason: HttpError) -> None:
-        """Let `_parse` reject the request with *reason*, unless it has found another one before."""
-        if self._error is None:
-            self._error = reason
+    def _refuse(self, reason: HttpError) -> NoReturn:
+        """Stop the parser, which calls back for nothing more, and let `_parse` reject the request."""
+        self._error = reason
+        raise RejectedError(reason)
 
     def on_message_begin(self) -> None:
         """Begin a request: end the idle time before it, and count its headers from zero."""
@@ -330,7 +329,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # stops the timer of the idle time
         self._shared.idle.pop(self, None)
         self._in_headers = True
-        self._header_bytes = self._overhead_bytes = 0
+        self._header_bytes = self._overhead_bytes = self._read_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Limit the length of the URL."""
@@ -343,8 +342,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._header_bytes += len(name) + len(value) + len(": \r\n")
         if len(self.headers) >= MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
             self._refuse(LARGE_HEADERS)
-        else:
-            super().on_header(name, value)
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Start the ASGI task unless the request is rejected.
@@ -352,7 +350,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         RFC 9112, section 3.2: an HTTP/1.1 request has one `Host`. Of several, a proxy could use another one.
         """
         self._in_headers = False
-        self._overhead_bytes = 0
+        self._overhead_bytes = self._read_bytes = 0
         self._shared.waiting.pop(self, None)
         self._stop_timer()
         num_hosts = [name for name, _ in self.headers].count(b"host")
@@ -364,30 +362,29 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
         if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
             self._refuse(_MALFORMED)
-        elif codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
+        if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
-        if self._error is None:
-            super().on_headers_complete()
-            # The request has the present list. Trailers, which it must not use, are appended to a copy.
-            self.headers = list(self.headers)
-            self._in_body, self.body_bytes = True, 0
-            self.cycle.transport = cast(asyncio.Transport, self)  # so that it calls `write` and `close` here
+        super().on_headers_complete()
+        # The request has the present list. Trailers, which it must not use, are appended to a copy.
+        self.headers = list(self.headers)
+        self._in_body, self.body_bytes = True, 0
+        self.cycle.transport = cast(asyncio.Transport, self)  # so that it calls `write` and `close` here
 
     def on_chunk_header(self) -> None:
-        """Exclude the size and line ends of a chunk, but not its extensions, from the overhead."""
-        self._overhead_bytes -= CHUNK_BYTES
+        """Limit the number of chunks whose content does not pay for them."""
+        self._overhead_bytes += CALLBACK_BYTES
+        if self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes:  # what the read has added, too
+            self._refuse(LARGE_HEADERS)
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
-        self._overhead_bytes -= len(body)
+        self._overhead_bytes -= 2 * len(body)  # it is no overhead, and pays for as much
         self.body_bytes += len(body)
-        if self._error is None and not self._ignores_input:
+        if not self._ignores_input:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request, unless it is rejected: the app then never receives the end of the body."""
-        if self._error is not None:
-            return
+        """End the request."""
         # If an upgrade is asked for, httptools calls this before the body, `_end_last_request` after it.
         if self.parser.should_upgrade():
             return

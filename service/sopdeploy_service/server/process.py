@@ -45,13 +45,10 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         return run_supervisor(sources, settings)
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         registry = load_registry(sources, settings)
-        from prometheus_client import ProcessCollector  # noqa: PLC0415
-
         from sopdeploy_service.app import create_app  # noqa: PLC0415
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
         app = create_app(registry, settings)
-        ProcessCollector(registry=app.state.service.metrics.registry)
         return DrainingServer(app, settings, sources, links).serve_until_end(listener)
 
 

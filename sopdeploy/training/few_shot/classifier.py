@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
-from scipy.optimize import minimize
-from scipy.special import expit, log_softmax
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
@@ -29,6 +29,8 @@ from sopdeploy.photos.photo import LabeledImages
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 SHRINKAGE = 0.1  # share of the identity in the covariance; 0.03 to 0.2 are as good
+COMMON = 1.0  # photographs; 0 to 3 are nearly as good (docs/benchmarks/head.md)
+LOG_SCALES = (-10.0, 10.0)  # of scores divided by their deviation
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
 MIN_FOLDS = 5
@@ -68,12 +70,11 @@ class Targets:
         return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
 
     def log_frequencies(self) -> Array:
-        """Compute the log-odds (K,) of each class; with "softmax", the centered log-counts."""
+        """Compute the log-odds (K,) of each class; with "softmax", a discriminant needs none: zeros."""
+        if self.activation == "softmax":
+            return np.zeros(self.classes.shape[1])
         counts_K = self.classes.sum(axis=0)
-        if self.activation == "sigmoid":
-            return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
-        logs_K = np.log(np.maximum(counts_K, 1))  # a class may have no images here
-        return logs_K - logs_K.mean()
+        return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
 
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to a fold (N,); the folds have equal shares of each class.
@@ -136,14 +137,56 @@ class LinearHead(NamedTuple):
         return inputs @ self.weight.T + self.bias
 
 
+class Discriminant(NamedTuple):
+    """A head whose scores have no scale yet, and whose biases are still to be corrected.
+
+    Attributes:
+        weight: (K, R), 0 for a class without images.
+        own, others: (K,) the score of the mean of the class itself, and of what it is compared with.
+        numbers: (K,) independent photographs of each class, which its mean is known by; 0 without images.
+        other_numbers: (K,) the same of the images that do not show it; infinite if a class is compared with
+            the mean of all class means, whose noise all scores share.
+    """
+
+    weight: Array
+    own: Array
+    others: Array
+    numbers: Array
+    other_numbers: Array
+
+    def bias(self, excess: float) -> Array:
+        """Compute the bias (K,), from squared norms of class means that are as for many photographs.
+
+        The squared norm of an estimated mean is larger than that of the true one by *excess* / n on average,
+        so that a class of few photographs would be chosen too rarely. As the corrected norm is uncertain for
+        few, with one class per image that of all classes counts as `COMMON` photographs of each class.
+        """
+        present_K, counted_K = self.numbers > 0, np.maximum(self.numbers, 1e-12)
+        norms_K = (
+            self.own - self.others - excess * (1 / counted_K - 1 / np.maximum(self.other_numbers, 1e-12))
+        )
+        if np.isinf(self.other_numbers).all():
+            shares_K = present_K * counted_K / (counted_K + COMMON)
+            common = (shares_K * norms_K).sum() / max(shares_K.sum(), 1e-12)
+            norms_K = shares_K * norms_K + (1 - shares_K) * common
+        bias_K = -self.others - norms_K / 2
+        # A class without images is never the largest: the mean of the others is at least their lowest bias.
+        bias_K[~present_K] = bias_K[present_K].min(initial=0.0) - np.log1p(self.numbers.sum())
+        return bias_K
+
+
 class Moments(NamedTuple):
-    """Sums over inputs with a 1 at the end: `products` (R + 1, R + 1), and `sums` (K, R + 1) by class."""
+    """Sums over inputs with a 1 at the end: `products` (R + 1, R + 1), and `sums` (K, R + 1) by class.
+
+    `squares` (K,) are the sums of the squared numbers of images of each class in a group.
+    """
 
     products: Array
     sums: Array
+    squares: Array
 
-    def discriminate(self, activation: Activation) -> LinearHead:
-        """Fit a head with a shrunk covariance; its logits have no scale yet, and no frequencies of classes.
+    def discriminate(self, activation: Activation) -> Discriminant:
+        """Fit a discriminant with a shrunk covariance.
 
         With "softmax", the covariance is that within the classes, and a class is compared with the mean of
         all class means. With "sigmoid", each class is compared with the images that do not show it.
@@ -169,54 +212,88 @@ class Moments(NamedTuple):
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
-        bias = -(weight * (means_KR + others_KR)).sum(axis=1) / 2
-        # A class without images is never the largest: the mean of the others is at least their lowest bias.
-        bias[~present] = bias[present].min(initial=0.0) - np.log(count + 1.0)
-        return LinearHead(weight, bias)
+        numbers_K = present * counts_K**2 / np.maximum(self.squares, 1)
+        other_numbers_K = count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
+        own_K, others_K = (weight * means_KR).sum(axis=1), (weight * others_KR).sum(axis=1)
+        return Discriminant(weight, own_K, others_K, numbers_K, other_numbers_K)
+
+
+class OutOfFold(NamedTuple):
+    """A cross-validation: the products (N, K) of images and the weights of the head without their fold.
+
+    `heads` has the `Discriminant` without each of the folds (N,).
+    """
+
+    products: Array
+    heads: list[Discriminant]
+    folds: Indices
+
+    def scores(self, excess: float) -> Array:
+        """Compute the scores (N, K) of images by the heads without their fold."""
+        return self.products + np.stack([head.bias(excess) for head in self.heads])[self.folds]
+
+    def has_class(self) -> NDArray[np.bool_]:
+        """Tell (N, K) which classes the head without the fold of an image was fitted to."""
+        return np.stack([head.numbers > 0 for head in self.heads])[self.folds]
 
 
 class Scaling(NamedTuple):
-    """What makes logits of the scores of a head: score / `temperature` + `exponent` * log-frequency."""
+    """What makes logits of the scores of a head: `excess` corrects its biases, `temperature` divides."""
 
     temperature: float
-    exponent: float
+    excess: float
 
     @classmethod
-    def fit(cls, scores_VNK: Array, targets: Targets) -> "Scaling":
-        """Minimize the loss of V cross-validations; with "softmax", all classes have equal weights in it.
+    def fit(cls, validations: Sequence[OutOfFold], targets: Targets) -> "Scaling":
+        """Fit the logits of V cross-validations; with "softmax", all classes have equal weights in the loss.
 
-        The exponent corrects that the mean of few images is less certain, so that its distance from other
-        images is larger; it has a normal prior. The targets are smoothed by 1 / (N + 2), the rule of
-        succession: without errors, the temperature would otherwise be 0.
+        Images whose class is absent from their head tell nothing. The targets are smoothed by 1 / (N + 2),
+        the rule of succession: without errors, the temperature would otherwise be 0.
         """
-        count, classes_NK = len(targets.classes), targets.classes
-        log_frequencies_K = targets.log_frequencies()
-        wrong = 1 / (count + 2)
+        classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
+        excess = estimate_excess(validations, classes_NK > 0)
+        scores_VNK = np.stack([one.scores(excess) for one in validations])
+        weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
             smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
-            weights_N = classes_NK @ (1 / np.maximum(classes_NK.sum(axis=0), 1))
+            present_VNK = np.stack([one.has_class() for one in validations])
+            of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
+            weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)
         else:
-            smooth_NK, weights_N = classes_NK * (1 - 2 * wrong) + wrong, np.ones(count)
-        shares_N11 = (weights_N / weights_N.sum() / len(scores_VNK))[:, None]
+            smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
         unit = float(scores_VNK.std()) or 1.0
 
-        def loss(parameters: Array) -> tuple[float, Array]:
-            """Compute the loss and its gradient by log(unit / temperature) and the exponent."""
-            log_scale, exponent = parameters
-            scaled = np.exp(log_scale) / unit * scores_VNK
-            logits = scaled + exponent * log_frequencies_K
+        def loss(log_scale: float) -> float:
+            """Compute the loss by log(unit / temperature)."""
+            logits = np.exp(log_scale) / unit * scores_VNK + targets.log_frequencies()
             if targets.activation == "softmax":
-                log_probabilities = log_softmax(logits, axis=-1)
-                losses, errors = -smooth_NK * log_probabilities, np.exp(log_probabilities) - smooth_NK
-            else:
-                losses, errors = np.logaddexp(0.0, logits) - smooth_NK * logits, expit(logits) - smooth_NK
-            errors = shares_N11 * errors
-            prior_gradient = exponent / count
-            gradient = [(errors * scaled).sum(), (errors * log_frequencies_K).sum() + prior_gradient]
-            return float((shares_N11 * losses).sum() + prior_gradient * exponent / 2), np.asarray(gradient)
+                return -float((weights_VNK * smooth_NK * log_softmax(logits, axis=-1)).sum())
+            return float((np.logaddexp(0.0, logits) - smooth_NK * logits).sum())
 
-        log_scale, exponent = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
-        return cls(unit / float(np.exp(log_scale)), float(exponent))
+        log_scale = minimize_scalar(loss, bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-4}).x
+        return cls(unit / float(np.exp(log_scale)), excess)
+
+
+def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bool_]) -> float:
+    """Estimate what the noise of one photograph adds to the squared norm of the mean of its class.
+
+    It is how much closer the mean of a class is to itself than held-out images of the class are, by its own
+    weights, times the photographs in the mean; 1 / K of it is also in the mean of all class means. With
+    several classes per image, the images that do not show a class have a mean, too.
+    """
+    surplus = expected = 0.0
+    for one in validations:
+        for fold, head in enumerate(one.heads):
+            products_nK, shown_nK = one.products[one.folds == fold], is_shown_NK[one.folds == fold]
+            present_K, is_single_K = head.numbers > 0, np.isinf(head.other_numbers)  # one class per image
+            of_class_K = present_K * shown_nK.sum(axis=0)
+            surplus += (present_K * shown_nK * (head.own - products_nK)).sum()
+            in_common_K = is_single_K / max(1, present_K.sum())
+            expected += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
+            without_K = present_K & ~is_single_K
+            surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
+            expected += (without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)).sum()
+    return max(0.0, float(surplus / expected)) if expected else 0.0
 
 
 class Space(NamedTuple):
@@ -253,7 +330,8 @@ class LinearProblem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
     The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the class means.
-    Folds (N,) are numbered from 0.
+    Images of one of the `groups` (N,) count as one photograph; by default, all are different. Folds (N,) are
+    numbered from 0.
     """
 
     space: Space
@@ -261,22 +339,23 @@ class LinearProblem:
     own: NDArray[np.float32]
     targets: Targets
     weights: Array | float = 1.0
+    groups: Indices | None = None
 
-    def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
-        """Compute out-of-fold scores (N, K): those of an image by a head that was fitted without its fold.
+    def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> OutOfFold:
+        """Fit heads without each of the folds (N,), and apply them to its images.
 
         *fitted* (N,) selects the images to which heads are fitted, by default all.
         """
-        scores_NK = np.zeros(self.targets.classes.shape)
+        products_NK = np.zeros(self.targets.classes.shape)
         moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
-        products = np.sum([of_fold.products for of_fold in moments], axis=0)
-        sums = sum(of_fold.sums for of_fold in moments)
+        totals = [np.sum(of_folds, axis=0) for of_folds in zip(*moments, strict=True)]
+        heads = []
         for fold, of_fold in enumerate(moments):
-            others = Moments(products - of_fold.products, sums - of_fold.sums)
-            head = others.discriminate(self.targets.activation)
+            others = Moments(*(total - part for total, part in zip(totals, of_fold, strict=True)))
+            heads.append(others.discriminate(self.targets.activation))
             tested = folds_N == fold
-            scores_NK[tested] = head.logits(self.reduced[tested])
-        return scores_NK
+            products_NK[tested] = self.reduced[tested] @ heads[-1].weight.T
+        return OutOfFold(products_NK, heads, folds_N)
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
         """Compute the sums over *images* (N,), in blocks to save memory."""
@@ -287,11 +366,20 @@ class LinearProblem:
             inputs = np.pad(self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
             products += inputs.T @ inputs
             sums += self.targets.classes[block].T @ inputs
-        return Moments(products, sums)
+        return Moments(products, sums, self._squared_groups(chosen))
 
-    def scale_scores(self, scores_NK: Array, scaling: Scaling) -> Array:
-        """Scale out-of-fold scores (N, K), or a bias (K,), and add the log-frequencies of the classes."""
-        return scores_NK / scaling.temperature + scaling.exponent * self.targets.log_frequencies()
+    def _squared_groups(self, chosen: Indices) -> Array:
+        """Sum (K,) the squared numbers of images of each class in each group of the *chosen* images."""
+        images, labels = np.nonzero(self.targets.classes[chosen])
+        num_classes = self.targets.classes.shape[1]
+        groups = chosen if self.groups is None else self.groups[chosen]
+        pairs, sizes = np.unique(groups[images] * num_classes + labels, return_counts=True)
+        return np.bincount(pairs % num_classes, sizes**2, num_classes).astype(np.float64)
+
+    def logits(self, validation: OutOfFold, scaling: Scaling) -> Array:
+        """Compute the out-of-fold logits (N, K) of a cross-validation."""
+        scores_NK = validation.scores(scaling.excess)
+        return scores_NK / scaling.temperature + self.targets.log_frequencies()
 
     def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
@@ -307,14 +395,15 @@ class LinearProblem:
         doubted_N = another_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
         if not doubted_N.any():
             return logits_NK
-        return self.scale_scores(self.cross_validate(folds_N, ~doubted_N), scaling)
+        return self.logits(self.cross_validate(folds_N, ~doubted_N), scaling)
 
     def fit_all(self, scaling: Scaling) -> LinearHead:
         """Fit a head to all images; it reads the vectors of the network, not `reduced`, and gives logits."""
         head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
         # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
-        return LinearHead(weight_KD, self.scale_scores(head.bias, scaling) - weight_KD @ self.space.center)
+        bias_K = head.bias(scaling.excess) / scaling.temperature + self.targets.log_frequencies()
+        return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean without its fold."""

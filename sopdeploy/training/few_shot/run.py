@@ -170,7 +170,7 @@ class CrossValidation:
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
         left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
-        scaling: The temperature of the logits, and the exponent of the log-frequencies of the classes.
+        scaling: What makes logits of the scores of a head.
         seconds: Time of each step.
     """
 
@@ -240,10 +240,10 @@ def cross_validate(
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
     weights_N = weights_in_means(images)
-    problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N)
-    scores_VNK = np.stack([problem.cross_validate(folds_N) for folds_N in folds_of_validations])
-    scaling = Scaling.fit(scores_VNK, targets)
-    logits_NK = problem.scale_scores(scores_VNK[0], scaling)
+    problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N, groups_N)
+    validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
+    scaling = Scaling.fit(validations, targets)
+    logits_NK = problem.logits(validations[0], scaling)
     shifted_NK, left_out_N = logits_NK, None
     if targets.activation == "softmax":
         cosines_N = np.mean([problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0)

@@ -116,6 +116,15 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
         verify(forge(copy), ONE_THREAD)
 
 
+def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    assert verify(str(bundle_path), runtime="onnxruntime-cpu") == verify(bundle_path, ONE_THREAD)
+    assert predict(str(bundle_path), str(tmp_path / "a.png"), runtime="onnxruntime-cpu")[0].classes
+    for words in (["verify", str(bundle_path)], ["predict", str(bundle_path), str(tmp_path / "a.png")]):
+        assert CliRunner().invoke(app, [*words, "--runtime", "onnxruntime-cpu"]).exit_code == 0
+        assert "runtime" in CliRunner().invoke(app, [*words, "--runtime", "none"]).stderr
+
+
 def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(
     bundle_path, tmp_path, monkeypatch
 ):
@@ -314,7 +323,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
     for url in ("127.0.0.1:8000", "http://x:port", f"http://127.0.0.1:{port}/a b"):
         assert health("--url", url)[:2] == (2, 1)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ssl.SSLCertVerificationError("self-signed certificate")
 
     monkeypatch.setattr("http.client.HTTPSConnection.request", refuse)

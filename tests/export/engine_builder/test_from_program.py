@@ -32,8 +32,8 @@ from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_commands.bundles.export import engine
 from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import EngineOptions, ExportOptions
+from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
-from sopdeploy_export.results import Exported
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
 from tests.export.user_network.networks import Small, export_small
 from tests.support.forged import write_hollow

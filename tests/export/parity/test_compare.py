@@ -15,19 +15,20 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import Deployed, generated_images
-from sopdeploy_export.parity.compare import (
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.pack.bundle import as_probes
+from sopdeploy_export.prove.file import (
+    FLOORS,
     ParityReference,
-    compare_file,
+    ParityReport,
+    RoutingParity,
     compare_routes,
     compute_reference,
     count_flips,
     logit_spread,
-    mark_decided,
-    open_session,
+    prove_file,
 )
-from sopdeploy_export.pipeline import as_probes
-from sopdeploy_export.results import FLOORS, ParityReport, RoutingParity
+from sopdeploy_export.runs import mark_decided, open_session
 from tests.export.conftest import GMGAP, PREPROCESS, save, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.sweep.steps import measured
@@ -65,7 +66,7 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
         images = probes.numpy()
         (tmp_path / "model.onnx").write_bytes(copy.SerializeToString())
         expected = compute_reference(exported[1], images)
-        return compare_file(*opened(tmp_path), expected, images, BATCH, allow_drift=allow_drift)
+        return prove_file(*opened(tmp_path), expected, images, BATCH, allow_drift=allow_drift)
 
     return run
 
@@ -123,7 +124,7 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
 ) -> None:
     measure()
     expected, huge = compute_reference(exported[1], probes.numpy()), BatchRange(optimum=2, maximum=1000)
-    found = compare_file(*opened(tmp_path), expected, probes.numpy(), huge)
+    found = prove_file(*opened(tmp_path), expected, probes.numpy(), huge)
     assert list(found.logits.drift) == ["1", "2", "13"]
 
 
@@ -170,14 +171,14 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     noisy = ParityReference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
     arguments = (*opened(tmp_path), noisy, images, BATCH)
     if message is None:
-        report = compare_file(*arguments)
+        report = prove_file(*arguments)
         assert not report.drift_allowed
         assert not report.unverifiable
         return
     with pytest.raises(ParityError, match=f"noise floor of .* is {message}") as caught:
-        compare_file(*arguments)
+        prove_file(*arguments)
     assert "\n" not in str(caught.value)
-    allowed = compare_file(*arguments, allow_drift=True)
+    allowed = prove_file(*arguments, allow_drift=True)
     assert allowed.drift_allowed
     assert allowed.unverifiable
 
@@ -186,7 +187,7 @@ def test_logits_of_zeros_cannot_be_verified(measure: Measure, probes: Tensor, tm
     zeros = {"logits": np.zeros((measure().num_images, 10))}
     expected = ParityReference(outputs=zeros, noise_floor={"logits": 0.0})
     with pytest.raises(ParityError, match="spread of the network's logits is 0"):
-        compare_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
+        prove_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
 def test_every_changed_class_is_counted_by_its_cause() -> None:
@@ -224,7 +225,7 @@ def test_a_fixed_batch_axis_is_rejected(
     (tmp_path / "model.onnx").write_bytes(fixed.SerializeToString())
     expected = compute_reference(exported[1], probes.numpy())
     with pytest.raises(ParityError, match="rejects a batch of 2"):
-        compare_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
+        prove_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
 CLEAR = [3.0, 2.0, 1.0, 0.0]

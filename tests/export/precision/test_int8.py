@@ -16,20 +16,21 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph.capture import capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
-from sopdeploy_export.parity.compare import file_outputs, open_session
-from sopdeploy_export.precision.accuracy_gate import (
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.accuracy import (
     AccuracyCheck,
     calibration_images,
     choose_measured,
     compare_top_classes,
     logit_deviation,
 )
-from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.convert import weight_types
-from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.results import Exported
+from sopdeploy_export.lower.float16 import float32_parts
+from sopdeploy_export.lower.int8 import Int8Quantizer
+from sopdeploy_export.lower.precision import weight_types
+from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.pack.results import Exported
+from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
 from tests.support.gpu_graphs import accepted, with_a_runtime

@@ -17,14 +17,14 @@ from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.capture import NETWORK_PREFIX, capture_any_batch, generated_images
-from sopdeploy_export.graph.file import lower
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch
+from sopdeploy_export.lower import float16, precision
+from sopdeploy_export.lower.accuracy import AccuracyCheck
+from sopdeploy_export.lower.float16 import in_float16
+from sopdeploy_export.lower.precision import Accuracy, CapturedGraph, PrecisionReport
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.precision import casts, convert
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
-from sopdeploy_export.precision.casts import in_float16
-from sopdeploy_export.precision.convert import CapturedGraph
-from sopdeploy_export.results import Accuracy, PrecisionReport
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
@@ -48,7 +48,7 @@ def cast_graph(graph: CapturedGraph, preprocess: Preprocess) -> tuple[onnx.Model
     """Convert *graph* to fp16; return the ONNX graph and the types that each part computes in."""
     options = ExportOptions(precision="fp16", max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
-    cast_types = convert.cast_types
+    cast_types = precision.cast_types
 
     def observed(*arguments: Any) -> CapturedGraph:
         cast = cast_types(*arguments)
@@ -56,8 +56,8 @@ def cast_graph(graph: CapturedGraph, preprocess: Preprocess) -> tuple[onnx.Model
         return cast
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "cast_types", observed)
-        return convert.convert_precision(graph, preprocess, options).model, types
+        patch.setattr(precision, "cast_types", observed)
+        return precision.convert_precision(graph, preprocess, options).model, types
 
 
 HALF, FLOAT = "float16", "float32"
@@ -115,13 +115,13 @@ def test_second_order_parts_keep_float32_in_a_copy(
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = casts.fold_norm
+    honest = float16.fold_norm
 
     def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         honest(convolution, norm)
         honest(convolution, norm)
 
-    monkeypatch.setattr(casts, "fold_norm", twice)
+    monkeypatch.setattr(float16, "fold_norm", twice)
     network, program, _ = graph_of("resnet8", preprocess)
     pixels = Normalize(preprocess, torch.contiguous_format)(
         torch.from_numpy(generated_images(preprocess.crop)[:2])
@@ -177,7 +177,7 @@ def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess)
     program = capture_any_batch(network, preprocess, ALONE)
     certified = CapturedGraph(network, program, lower(program, ("logits",)))
     options = ExportOptions(precision="fp16", max_batch=1)
-    cast = convert.cast_types(certified, preprocess, options)
+    cast = precision.cast_types(certified, preprocess, options)
     widest = [
         (node.target, [operand.meta["val"].dtype for operand in node.all_input_nodes[:1]])
         for node in cast.program.graph.nodes
@@ -229,7 +229,7 @@ ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
 @pytest.mark.parametrize("name", ADDING)
 def test_operators_that_add_are_known_by_their_derivatives(name: str) -> None:
     operator, arguments, expected = ADDING[name]
-    assert casts.adds_elements(operator, arguments, {}) == expected
+    assert float16.adds_elements(operator, arguments, {}) == expected
 
 
 class RunsTwice(nn.Module):
@@ -260,7 +260,7 @@ def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, pre
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
     in_float16(network, program, pixels)
-    assert casts.fold_batch_norms(network, program) == 1
+    assert float16.fold_batch_norms(network, program) == 1
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -282,18 +282,18 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
     expected = network(pixels)
-    assert casts.fold_batch_norms(network, program) == 1
+    assert float16.fold_batch_norms(network, program) == 1
     torch.testing.assert_close(network(pixels), expected)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
 def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "cast_types", lambda certified, *_: certified)
+    monkeypatch.setattr(precision, "cast_types", lambda certified, *_: certified)
     graph, options = graph_of("resnet8", preprocess), ExportOptions(precision="fp16")
     with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
-        convert.convert_precision(graph, preprocess, options)
+        precision.convert_precision(graph, preprocess, options)
     with pytest.raises(LoweringError, match=r"^no part has weights in float16"):
-        convert.check_float16(onnx.ModelProto(), nn.Flatten())
+        precision.check_float16(onnx.ModelProto(), nn.Flatten())
 
 
 def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path) -> None:
@@ -348,4 +348,4 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     graph = CapturedGraph(network, program, lower(program, network.outputs))
     message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
-        convert.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))
+        precision.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))

@@ -14,9 +14,10 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
+from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.network import copy_module
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, trace_hash
-from sopdeploy_export.proof.images import find_mixing
-from sopdeploy_export.proof.networks import copy_module, detach
+from sopdeploy_export.prove.images import find_mixing
 
 Make = Callable[..., Classifier]
 

@@ -23,9 +23,9 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_export.admit.network import check_tensor
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.user_network.checks import check_tensor
-from sopdeploy_export.user_network.export_network import unused_modules
+from sopdeploy_export.user_network.unused import unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings

@@ -3,7 +3,9 @@
 import argparse
 import json
 import shlex
+import tarfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
 from sopdeploy.errors import CertificateError, ConfigError, WeightsError
@@ -18,7 +21,7 @@ from sopdeploy.files import read_class_names
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_export.graph.capture import choose_output
+from sopdeploy_export.capture.deployed import choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
 
@@ -113,11 +116,135 @@ def test_a_table_is_found_and_prefixes_are_removed(case: str, tmp_path: Path) ->
     )
 
 
-def test_a_network_that_wraps_another_reads_the_file_of_the_other(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "w.pth")
-    network = nn.ModuleDict({"inner": Small()})
-    load_weights(network, tmp_path / "w.pth")
-    assert all(torch.equal(value, STATE[key]) for key, value in network["inner"].state_dict().items())
+def wrapped(*names: str) -> nn.Module:
+    network: nn.Module = Small()
+    for name in reversed(names):
+        network = nn.ModuleDict({name: network})
+    return network
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "no wrapper": Small,
+    "one child": lambda: wrapped("backbone"),
+    "a child that has the name of a wrapper": lambda: wrapped("module"),
+    "two deep": lambda: wrapped("model", "backbone"),
+    "data parallel": lambda: nn.DataParallel(Small()),
+    "data parallel inside": lambda: nn.ModuleDict({"backbone": nn.DataParallel(Small())}),
+    "compiled": lambda: wrapped("_orig_mod"),  # as torch.compile names it
+    "averaged": lambda: AveragedModel(Small()),
+}
+LAYOUTS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "the state dict of the network": lambda own, _: own,
+    "of the network that it wraps": lambda _, inner: inner,
+    "of a network that wraps it": lambda own, _: {f"net.{name}": x for name, x in own.items()},
+    "data parallel": lambda own, _: {f"module.{name}": x for name, x in own.items()},
+    "data parallel in what it wraps": lambda _, inner: {f"module.{name}": x for name, x in inner.items()},
+    "compiled": lambda own, _: {f"_orig_mod.{name}": x for name, x in own.items()},
+    "Lightning": lambda own, _: {
+        "state_dict": {f"model.{name}": x for name, x in own.items()} | {"criterion.weight": torch.ones(2)},
+        "pytorch-lightning_version": "2.5.0",
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "Lightning of what it wraps": lambda _, inner: {
+        "state_dict": {f"network.{name}": x for name, x in inner.items()}
+    },
+    "beside another network": lambda own, _: {"classifier": own, "critic": {"weight": torch.ones(2)}},
+    "a dictionary of its parts": lambda _, inner: {
+        part: {name.removeprefix(f"{part}."): x for name, x in inner.items() if name.startswith(f"{part}.")}
+        for part in {name.partition(".")[0]: None for name in inner}
+    },
+    "a head that was added": lambda own, _: {**own, "rotation.weight": torch.ones(4, 8)},
+    "a head that was added, behind a prefix": lambda own, _: {
+        f"net.{name}": x for name, x in {**own, "rotation.weight": torch.ones(4, 8)}.items()
+    },
+    "a head that was added inside": lambda own, _: {
+        **own,
+        f"{next(iter(own)).rpartition('.')[0]}.rotation.weight": torch.ones(4, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrapper", NETWORKS)
+def test_each_layout_of_a_file_fits_each_wrapper_of_a_network(
+    wrapper: str, layout: str, tmp_path: Path
+) -> None:
+    network = NETWORKS[wrapper]()
+    first = next(iter(STATE))
+    prefix = next(name for name in network.state_dict() if name.endswith(first)).removesuffix(first)
+    own = {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
+    torch.save(LAYOUTS[layout](own, STATE), tmp_path / "w.pth")
+    loaded = load_weights(network, tmp_path / "w.pth")
+    state = network.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in own.items())
+    added = [name for name in loaded.ignored if "rotation" in name or name.startswith("crit")]
+    assert len(added) == len(loaded.ignored) == (1 if "added" in layout or layout == "Lightning" else 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(None, None), (".", 0.0), ("ema", 1.0), ("state.ema", 1.0), ("state", 0.0)]
+)
+def test_each_name_that_a_refusal_lists_chooses_the_tensors(
+    key: str | None, value: float | None, tmp_path: Path
+) -> None:
+    table = {name: torch.full(x.shape, 0.0).to(x.dtype) for name, x in STATE.items()}
+    table |= {f"ema.{name}": torch.full(x.shape, 1.0).to(x.dtype) for name, x in STATE.items()}
+    torch.save({"state": table} if key in ("state.ema", "state") else table, tmp_path / "w.pth")
+    network = Small()
+    if key is None:
+        with pytest.raises(WeightsError, match=r"under several names \(\., ema\); try weights_key"):
+            load_weights(network, tmp_path / "w.pth")
+        return
+    load_weights(network, tmp_path / "w.pth", key)
+    assert bool((network.fc.bias == value).all())
+
+
+class Blocks(nn.Module):
+    def __init__(self, depth: int = 2, heads: int = 2, bias: bool = False, size: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=bias)
+        self.blocks = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(depth)))
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(heads))
+        self.prompts = nn.ParameterList([nn.Parameter(torch.ones(1))] * heads)
+        self.register_buffer("mask", torch.ones(size), persistent=False)
+
+
+OTHER_OPTIONS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "one more block": (
+        Blocks(depth=3).state_dict(),
+        r"has \S*blocks\.2\.weight, but the network is built without one\.blocks\.2;",
+    ),
+    "one more head of a list": (
+        Blocks(heads=3).state_dict(),
+        r"has \S*heads\.2\.weight, but the network is built without one\.heads\.2;",
+    ),
+    "a bias": (
+        Blocks(bias=True).state_dict(),
+        r"conv\.bias, but the network is built without one\.conv\.bias",
+    ),
+    "another mask": (
+        Blocks().state_dict() | {"mask": torch.zeros(3)},
+        r"mask, but the network gives one\.mask other values",
+    ),
+    "a mask of another size": (
+        Blocks().state_dict() | {"mask": torch.ones(4)},
+        r"gives one\.mask other values",
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "module."])
+@pytest.mark.parametrize("case", OTHER_OPTIONS)
+def test_a_file_of_a_network_with_other_options_is_refused(case: str, prefix: str, tmp_path: Path) -> None:
+    state, message = OTHER_OPTIONS[case]
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(nn.ModuleDict({"one": Blocks()}), tmp_path / "w.pth")
+
+
+def test_an_unstored_buffer_that_the_file_has_too_is_ignored(tmp_path: Path) -> None:
+    torch.save(Blocks().state_dict() | {"mask": torch.ones(3)}, tmp_path / "w.pth")
+    assert load_weights(Blocks(), tmp_path / "w.pth").ignored == ("mask",)
 
 
 class Skips(Small):
@@ -221,7 +348,6 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
     "no table": ({"epoch": 3}, None, r"holds no table of tensors"),
     "a missing tensor behind a prefix": (prefixed("a.") | {"b": STATE["fc.bias"]}, "c", r"weights_key='c'"),
     "a missing tensor": (without("fc.bias"), None, r"fc\.bias is missing; \d+ of \d+ tensors fit"),
-    "an unknown tensor": (STATE | {"head.bias": torch.ones(1)}, None, r"the network has no head\.bias"),
     "another shape": (STATE | {"fc.bias": torch.ones(7)}, None, r"fc\.bias is \(7,\) in the file and \(4,\)"),
 }
 
@@ -239,7 +365,11 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
     [
         ("torch.nn", (), r"^network='torch\.nn': write package\.module:callable"),
         ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
-        ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError"),
+        ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
+        ("torch.nn:Linaer", (), r"cannot be imported \(AttributeError.*\); did you mean Linear\?"),
+        ("torch.nnn:Linear", (), r"\(ModuleNotFoundError.*\); did you mean torch\.nn\?"),
+        ("jsn:loads", (), r"\(ModuleNotFoundError.*\); did you mean json\?"),
+        (f"{MODULE}:Small", ("auxx=true",), r"Small has no option auxx; did you mean aux\?"),
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
         (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
         (f"{MODULE}:Small", ("aux=off",), r"write True, False or None, or aux=\"'off'\" for a text"),
@@ -422,16 +552,59 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, na
     assert read_class_names(tmp_path / name) == ("cat", "dog")
 
 
+UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
         (("--network", f"{MODULE}:Small"), "--preprocess: missing; give imagenet, timm, clip, none"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet"), "--labels: missing; give a file"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "no.txt"), "no.txt cannot be read"),
+        ((*UNBUILDABLE, "--labels", "w.pth"), "is not in UTF-8; save it"),
+        ((*UNBUILDABLE, "--preprocess", "imagenet", "--plain", f"{MODULE}:Smal"), "did you mean Small?"),
+        (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: missing"),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_line(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "w.pth"), *arguments])
+    torch.save(STATE, tmp_path / "w.pth")
+    given = [str(tmp_path / word) if word.endswith(".pth") else word for word in ("w.pth", *arguments)]
+    result = CliRunner().invoke(app, ["export", *given])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", ["export", "inspect"])
+def test_a_missing_file_is_found_before_the_network_is_built(command: str, tmp_path: Path) -> None:
+    given = (command, str(tmp_path / "no.pth"), *UNBUILDABLE, "--preprocess", "imagenet")
+    assert "no such file; give a weight file" in run(*given)
+
+
+SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "of torch": (lambda path: torch.save({"state_dict": STATE}, path), "a weight file, no checkpoint"),
+    "of torch 1.5": (
+        lambda path: torch.save({"model": STATE}, path, _use_new_zipfile_serialization=False),
+        "a weight file, no checkpoint",
+    ),
+    "of push": (lambda path: tarfile.open(path, "w").close(), "no bundle here"),
+    "of push, with a file": (lambda path: archive(path), "run: sopdeploy pull"),
+}
+
+
+def archive(path: Path) -> None:
+    with tarfile.open(path, "w") as file:
+        file.add(__file__, "manifest.json")
+
+
+@pytest.mark.parametrize("command", ["verify", "serve"])
+@pytest.mark.parametrize("case", SAVED)
+def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str, tmp_path: Path) -> None:
+    write, message = SAVED[case]
+    write(tmp_path / "best.pth.tar")
+    printed = run(command, str(tmp_path / "best.pth.tar"))
+    assert printed.startswith("2 ")
+    assert message in printed
+    assert ("sopdeploy pull" in printed) == ("pull" in message)

@@ -20,7 +20,7 @@ from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_export.graph.capture import generated_images
+from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.images.decode import decode

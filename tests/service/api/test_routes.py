@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from sopdeploy_service.api import status, web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
@@ -152,10 +154,10 @@ def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
 
 
 def test_probes_of_each_turn_of_the_loop_see_the_same_check(bundle):
-    service = SimpleNamespace(
-        state="ok", registry=SimpleNamespace(models=lambda: [SimpleNamespace(bundle=bundle)])
-    )
-    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=service, bundle_check=None)))
+    registry = SimpleNamespace(models=lambda: [SimpleNamespace(bundle=bundle)])
+    lost_bundle = Shared(partial(status.find_lost_bundle, registry))
+    state = SimpleNamespace(service=SimpleNamespace(state="ok"), lost_bundle=lost_bundle)
+    request = SimpleNamespace(app=SimpleNamespace(state=state))
 
     async def scenario():
         probes = []

@@ -14,9 +14,11 @@ from typing import cast
 import numpy as np
 import pytest
 
+from sopdeploy.bundle import sealed
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest, TensorRecord
 from sopdeploy_service.devices import channel, control
+from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
@@ -32,15 +34,14 @@ from tests.support.runtimes import Failing, Held
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
 SETTINGS = Settings(queue_size=8, max_images=8, drain_seconds=0.1)
 FOREVER = 1e9  # a deadline
+REPORT = control.BAD_FRONT_END, b"front-0"  # to the supervisor
 
 
 class EngineUnderTest:
     """An engine on the event loop of the test, and the supervisor's end of its control socket."""
 
     def __init__(self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine") -> None:
-        self.supervisor, theirs = socket.socketpair(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
-        )
+        self.supervisor, theirs = control.socket_pair()
         self.name, self.engine = name, Engine(registry, settings, theirs, (), {})
         self._theirs = theirs
         self.running = asyncio.get_running_loop().create_task(self.engine.run())
@@ -56,12 +57,11 @@ class EngineUnderTest:
         ours = await self.connect()
         return await asyncio.to_thread(EngineChannel, self.name, ours)
 
-    def messages(self) -> list[bytes]:
-        """Return what the engine has sent to the supervisor."""
+    def messages(self) -> list[tuple[bytes, bytes]]:
+        """Return what the engine has sent to the supervisor: kinds, each with the rest."""
         found = []
-        with suppress(BlockingIOError):
-            while message := self.supervisor.recv(4096):
-                found.append(message)
+        while (message := control.receive_message(self.supervisor)).kind:
+            found.append(message[:2])
         return found
 
     async def end(self) -> int:
@@ -187,6 +187,8 @@ NONSENSE = {
     "an infinite deadline": record(deadline=math.inf),
     "random bytes": bytes(range(256)) * 8,
     "a cancellation between two of one slot": record() + record(channel.CANCEL, 9, 5) + record(),
+    "a cancellation of nothing": record(channel.CANCEL, 65_535, 2**32 - 1),
+    "more cancellations than images": record(slot=1) + record(channel.CANCEL) * 2,
 }
 
 
@@ -205,7 +207,7 @@ def test_a_front_end_that_sends_nonsense_is_cut_off_and_others_are_served(bundle
         with suppress(ConnectionError):
             assert await asyncio.get_running_loop().sock_recv(bad, 4096) == b""
         bad.close()
-        assert control.BAD_FRONT_END + b"front-0" in engine.messages()
+        assert REPORT in engine.messages()
         runtime.gate.set()
         assert (await good).outputs["logits"].shape == (7,)
 
@@ -226,14 +228,14 @@ def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> No
                 )
             await until(lambda: not any(one.cancel_by_slot for one in engine.engine.front_ends))
         bad.close()
-        assert control.BAD_FRONT_END + b"front-0" in engine.messages()
+        assert REPORT in engine.messages()
         await registry.find().run(PIXELS[0], FOREVER)
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
 
 HARMLESS = {
-    "a cancellation of nothing": record(channel.CANCEL, 65_535, 2**32 - 1),
+    "a cancellation of another slot": record() + record(channel.CANCEL, 65_535, 2**32 - 1),
     "half a record": record()[:7],
     "an image whose deadline has passed": record(deadline=0.0),
 }
@@ -248,7 +250,7 @@ def test_a_front_end_that_ends_at_any_moment_leaves_nothing_behind(bundle, name)
         other.close()
         await until(lambda: len(engine.engine.front_ends) == 1)
         await registry.find().run(PIXELS[0], FOREVER)
-        assert not any(message.startswith(control.BAD_FRONT_END) for message in engine.messages())
+        assert REPORT not in engine.messages()
         (model,) = engine.engine.registry.models()
         assert model.users == 1  # the channel that is left
 
@@ -263,7 +265,7 @@ def test_a_front_end_cannot_change_the_size_of_the_memory(bundle) -> None:
         for other_size in (0, size - 1, size + 1):
             with pytest.raises(PermissionError):
                 os.ftruncate(files[0], other_size)
-        assert fcntl.fcntl(files[0], fcntl.F_GET_SEALS) == channel.SEALS
+        assert fcntl.fcntl(files[0], fcntl.F_GET_SEALS) == sealed.SIZE
         os.close(files[0])
         other.close()
 
@@ -352,7 +354,7 @@ def test_a_front_end_for_whose_slots_there_is_no_memory_is_replaced(
         monkeypatch.setattr(channel, "open_channel", refuse)
         with await engine.connect() as ours:
             assert ours.recv(1) == b""
-        assert (control.BAD_FRONT_END + b"front-0" in engine.messages()) == is_replaced
+        assert (REPORT in engine.messages()) == is_replaced
         assert ("front-0: has no channel (Cannot allocate memory)" in caplog.text) == is_replaced
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
@@ -365,7 +367,7 @@ def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
         engine.messages()
         monkeypatch.setattr(Manifest, "id", "computed again")
         engine.engine._report()
-        assert [message[control.STATUS.size :] for message in engine.messages()] == [name.encode()]
+        assert [Status.from_bytes(rest).bundles for _, rest in engine.messages()] == [name]
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
 

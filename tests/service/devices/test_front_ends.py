@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -194,11 +193,11 @@ def test_models_that_are_loaded_at_their_first_use_tell_no_speed(bundle, monkeyp
     monkeypatch.setattr(device_server, "has_cuda", lambda: True)
     monkeypatch.setattr(device_server, "serve_http", lambda *_: 0)
     config = SimpleNamespace(settings=settings, sources=(), device="0", front_ends=None)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = control.socket_pair()
     with ours, theirs:
-        ours.send(control.FRONT_ENDS + b"0")
+        control.send_message(ours, control.FRONT_ENDS, b"0")
         assert device_server.run_device(config, theirs) == 0
-        assert choose_front_ends(Settings(), float(ours.recv(100).removeprefix(control.SPEED))) == 0
+        assert choose_front_ends(Settings(), float(control.receive_message(ours).rest)) == 0
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

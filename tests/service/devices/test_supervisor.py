@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,12 +18,16 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from sopdeploy.bundle.sealed import read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, supervisor
+from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_server import DeviceServer, wait_for_message
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.http.problems import describe_error
+from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.second_week.kept import read_kept
 from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import load_settings
@@ -63,6 +68,11 @@ def resources_of(process: int) -> tuple[int, int]:
     return tuple(len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task"))
 
 
+def starts_of(page: str) -> set[str]:
+    """Return when the processes on a *page* of metrics, which may be seconds old, were started."""
+    return set(re.findall(r"^process_start_time_seconds{.*} (\S+)$", page, re.M))
+
+
 def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
         child = client.child
@@ -72,7 +82,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         connections = open_connections(client, 8, stack)
         assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
         page = client.get("/metrics").text
-        answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
+        answered = r'sopdeploy_requests_total\{process="\S+?",code="200",.*route="/v1/classify"\} (\S+)'
         assert re.findall(answered, page) == ["4.0", "4.0"]
         names = {"cpu-0", "cpu-1", "supervisor"}
         assert set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', page, re.M)) == names
@@ -94,6 +104,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
                 kept.append(classify_on(jpeg, connection))
         assert kept == [200] * 4  # the others were connected to the killed process
         up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
+        wait_for(lambda: starts_of(client.get("/metrics").text) - starts_of(page))
         wait_for(lambda: len(up.findall(client.get("/metrics").text)) == 2)
         wait_for(lambda: resources_of(child.pid) == resources)
         send_to_the_oldest(signal.SIGSTOP)
@@ -158,7 +169,7 @@ def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, c
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [engine], listener)
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
-        server._connect(engine, front_end)
+        server._connect(control.CHANNEL, engine, front_end)
     assert (killed, "f: has no channel (Too many open files)" in caplog.text) == ([front_end], True)
 
 
@@ -174,22 +185,22 @@ def test_without_a_free_file_the_port_waits_for_the_next_report(number: int) -> 
     server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
     server._loop = SimpleNamespace(remove_reader=paused.append)
     process.reset(SimpleNamespace())
-    process.record_status(control.STATUS.pack(0, 0))
+    process.record_status(Status(0, 0, ""))
     server._accept()
     is_of_client = number in {errno.EAGAIN, errno.ECONNABORTED}
     assert paused == ([] if is_of_client else [listener])
 
 
 def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    ours, theirs = control.socket_pair()
     with ours, theirs:
         server = DeviceServer.__new__(DeviceServer)
-        server._service = SimpleNamespace(registry=None)
+        server._service, server._keeper = SimpleNamespace(registry=None), None
         server._supervisor, server._received, server.bundles = theirs, 0, ""
         server.server_state, server._tasks = SimpleNamespace(connections=()), set()
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
-        assert control.STATUS.unpack_from(ours.recv(100)) == (1, 0)
+        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "")
 
 
 @pytest.mark.parametrize("number_is_known", [False, True])
@@ -200,17 +211,17 @@ def test_a_reload_reaches_devices_that_wait_for_the_number_of_front_ends(number_
         server = supervisor.Supervisor([], settings, processes, listener)
         children = []
         for process in processes:
-            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            pair = control.socket_pair()
             ours, theirs = map(stack.enter_context, pair)
             process.reset(ours)
             children.append(theirs)
         server._on_hangup()
         if not number_is_known:
             for process, child in zip(processes, children, strict=True):
-                assert control.send_message(child, control.SPEED + b"inf")
+                assert control.send_message(child, control.SPEED, b"inf")
                 server._receive(process)
             assert [wait_for_message(child, control.FRONT_ENDS) for child in children] == [("0", [])] * 2
-        assert [control.receive_message(child) for child in children] == [(control.RELOAD, [])] * 2
+        assert [control.receive_message(child) for child in children] == [(control.RELOAD, b"", [])] * 2
 
 
 def num_open_files() -> int:
@@ -223,18 +234,16 @@ def test_metrics_that_cannot_be_collected_leave_no_file_open(monkeypatch, functi
         raise OSError(errno.EMFILE, "Too many open files")
 
     async def scenario() -> bool:
-        settings = load_settings()
+        settings = load_settings(front_ends=0)
         process = Process("cpu", {}, settings, "cpu", 0)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        asked, asking = socket.socketpair()
-        with ours, theirs, asked, asking, socket.socket() as listener:
+        ours, theirs = control.socket_pair()
+        with ours, theirs, socket.socket() as listener:
             server = supervisor.Supervisor([], settings, [process], listener)
             process.reset(ours)
-            assert control.send_message(theirs, control.SEND_METRICS)  # the kernel drops the file
-            server._receive(process)
-            assert control.send_message(theirs, control.SEND_METRICS, asked.fileno())
+            assert control.send_message(theirs, control.METRICS)
             before = num_open_files()
-            monkeypatch.setattr(control.socket if function == "socketpair" else control, function, refuse)
+            module = control.socket if function == "socketpair" else supervisor
+            monkeypatch.setattr(module, function, refuse)
             server._receive(process)
             await asyncio.wait(server._tasks)
             return num_open_files() == before
@@ -260,35 +269,47 @@ class TimelessLoop(asyncio.SelectorEventLoop):
         return self._now
 
 
-def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others() -> None:
+async def in_this_thread(work: Callable[[], bytes]) -> bytes:
+    return work()
+
+
+def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(monkeypatch) -> None:
+    monkeypatch.setattr(supervisor.asyncio, "to_thread", in_this_thread)  # a thread needs time
+
     async def scenario() -> tuple[bytes, bytes]:
-        settings, loop = load_settings(), asyncio.get_running_loop()
+        settings, loop = load_settings(front_ends=0), asyncio.get_running_loop()
         names = ("answers", "hangs", "loads")
         processes = [Process(name, {}, settings, name, number) for number, name in enumerate(names)]
         with socket.socket() as listener, ExitStack() as stack:
             server = supervisor.Supervisor([], settings, processes, listener)
             theirs: list[socket.socket] = []
             for process in processes:
-                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+                pair = control.socket_pair()
                 ours, their_end = map(stack.enter_context, pair)
                 process.reset(ours)
                 theirs.append(their_end)
             for process in processes[:2]:
-                process.record_status(control.STATUS.pack(0, 0))
+                process.record_status(Status(0, 0, ""))
             answers, _, loads = theirs
 
             def answer() -> None:
-                _, (file,) = control.receive_message(answers)
-                start_task(server._tasks, control.send_metrics(file, b"# TYPE a gauge\na 1.0\n"))
+                kind, _, (file,) = control.receive_message(answers)
+                if kind == control.PAGE:
+                    page.set_result(read_memory(file))
+                else:
+                    own = b"# HELP a b\n# TYPE a gauge\na 1.0\n"
+                    start_task(server._tasks, control.send_metrics(file, own))
 
             loop.add_reader(answers, answer)
             loop.add_reader(processes[0].control, server._receive, processes[0])
-            page = await control.request_metrics(answers, 2 * control.METRICS_SECONDS)
+            page = loop.create_future()
+            control.send_message(answers, control.METRICS)
+            await page
             loop.remove_reader(answers)
             loop.remove_reader(processes[0].control)
             with contextlib.suppress(BlockingIOError):
-                return page, loads.recv(100)
-            return page, b""
+                return page.result(), loads.recv(100)
+            return page.result(), b""
 
     with asyncio.Runner(loop_factory=TimelessLoop) as runner:
         page, asked = runner.run(scenario())
@@ -368,8 +389,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
             for body, connection in zip(photos(12), open_connections(client, 12, stack), strict=True):
                 assert classify_on(body, connection, **{"x-api-key": free}) == 200
         client.headers["x-api-key"] = free
-        wait_for(lambda: sum(results(client).values()) == 12)
-        assert results(client) == {"kept": 12}
+        wait_for(lambda: results(client) == {"kept": 12})
         assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
         assert len({record.image for _, record in read_kept(kept)}) == 8
         client.headers["x-api-key"] = limited
@@ -382,4 +402,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
         for process in before:
             os.kill(process, signal.SIGKILL)
         wait_for(lambda: len(set(children_of(client.child.pid)) - before) == len(before))
-        assert client.post("/v1/classify", content=jpeg).status_code == 429  # by one that starts later
+        refused = client.post("/v1/classify", content=bytes(5_000_000))  # nobody is left to read it
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
+        wait_for(lambda: client.post("/v1/classify", content=jpeg).status_code == 429)  # by a later one

@@ -18,7 +18,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy_commands.bundles import predict as predict_command
-from sopdeploy_export.precision.accuracy_gate import calibration_images
+from sopdeploy_export.lower.accuracy import calibration_images
 from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings

@@ -62,6 +62,9 @@ REJECTED = {
         "an endless chunk extension": CHUNKED + b"3;a=" + b"x" * 600_000,
         "many chunk extensions": CHUNKED + (b"1;" + b"x" * 100 + b"\r\na\r\n") * 3000,
         "endless zeros before a chunk size": CHUNKED + b"0" * 600_000,
+        "many chunks of a byte": CHUNKED + b"1\r\na\r\n" * 1000,
+        "many trailers": CHUNKED + b"0\r\n" + LARGE,
+        "many blank lines": b"\r\n" * 100_000,
     },
     (501, "unknown_transfer_coding"): {
         f"the transfer coding {value}": POST + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n"
@@ -235,9 +238,8 @@ def test_chunks_are_accepted_in_every_valid_spelling_and_size(wire, jpeg):
     for coding in VALID_CODINGS:
         good.sendall(POST + b"Transfer-Encoding:" + coding + b"\r\n\r\n" + body)
         assert read(good, to_the_end=False).status == 200
-    tiny = b"".join(b"1\r\n%c\r\n" % byte for byte in jpeg) * 40  # 64 kB of line ends, which no extensions
-    good.sendall(CHUNKED + tiny + b"0\r\n\r\n" + b"\0garbage after the request")
-    assert read(good).status in {200, 415}
+    good.sendall(CHUNKED + body[:-5] + b"1\r\na\r\n" * 400 + b"0\r\n\r\n" + b"\0garbage after the request")
+    assert read(good).status == 200
 
 
 NOWHERE = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"

@@ -420,6 +420,7 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     root, cache = write_scenes(tmp_path / "photos"), tmp_path / "hub"
     ImageOps.mirror(scene(3)).save(root / "cat" / "mirror.png")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
     repository = cache / "models--timm--tf_efficientnet_lite0.in1k"
     weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"

@@ -25,6 +25,7 @@ from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.files import check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.importers.published import PACKAGES
 from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
@@ -190,7 +191,23 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         assert configure(Path("photos"), None, options)[0].model.name == network
 
 
-def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:
+def test_the_default_network_starts_from_the_weights_of_a_package_without_a_hub(server) -> None:
+    start_report = start().start
+    assert start_report is not None
+    assert (start_report.file, start_report.loaded) == ("efficientnet-lite0-57934424.pth", 294)
+    assert start_report.preprocess == LITE["efficientnet-lite0"]
+    assert server.requests == []
+
+
+def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) -> None:
+    packaged = PACKAGES["efficientnet-lite0"]._replace(sha256="0" * 64)
+    monkeypatch.setitem(PACKAGES, "efficientnet-lite0", packaged)
+    with pytest.raises(WeightsError, match=r"57934424.pth: 579344.*reinstall the package efficientnet-lite0"):
+        start()
+
+
+def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server, monkeypatch) -> None:
+    monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
     torch.manual_seed(2)
     given = create_model("efficientnet-lite0").state_dict()
     server.content = safetensors.torch.save(given)

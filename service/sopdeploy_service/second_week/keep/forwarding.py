@@ -1,8 +1,9 @@
 """Photographs on their way from processes of a server to the one that keeps them.
 
-All processes write to one end of a socket pair of messages, and the keeping process reads the other one. A
-message has a file in memory: the size of the record, the record as JSON, and the photograph. If too many are
-on their way, the socket is full and a photograph is dropped.
+Each process has a socket of messages of its own to the keeping process. A message has a sealed file in
+memory: the size of the record, the record as JSON, and the photograph. If too many are on their way, the
+socket is full and a photograph is dropped. The keeping process does not trust the others: it reads so many
+bytes per second from each, and drops the photographs beyond.
 """
 
 import asyncio
@@ -10,12 +11,19 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from sopdeploy.bundle.sealed import create_memory, read_memory
+from sopdeploy_service.http.api_keys import TokenBucket
+from sopdeploy_service.inference import results
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.second_week.kept import KeptRecord
 
-MAX_BYTES = 64_000_000  # of a message
+# Of a message; tokens are kilobytes, of which a message needs at least `MIN_TOKENS`.
+MAX_BYTES, MAX_RECORD_BYTES = 64_000_000, 1 << 17
+MIN_TOKENS, TOKENS_PER_SECOND, MAX_TOKENS = 640, 64_000, 160_000
+PAUSE_SECONDS = 0.1  # without tokens
 SIZE = struct.Struct("=I")  # bytes of the record
 Receive: TypeAlias = Callable[[bytes, KeptRecord], None]
 
@@ -25,33 +33,66 @@ log = logging.getLogger("sopdeploy.keep")
 def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
     """Send *image* with its *record*; return whether there was room. Thread-safe."""
     described = record.model_dump_json().encode()
-    file = os.memfd_create("sopdeploy-photo", os.MFD_CLOEXEC)
     try:
-        os.writev(file, [SIZE.pack(len(described)), described, image])
-        socket.send_fds(end, [b"photo"], [file])
+        file = create_memory("sopdeploy-photo", [SIZE.pack(len(described)), described, image])
+        try:
+            socket.send_fds(end, [b"photo"], [file])
+        finally:
+            os.close(file)
     except OSError:
         return False
-    finally:
-        os.close(file)
     return True
 
 
-def receive_next(end: socket.socket, receive: Receive) -> None:
-    """Pass the photograph that waits at *end*, which the running event loop reads, to *receive*."""
-    try:
-        message, files, _, _ = socket.recv_fds(end, 16, 1)
-    except BlockingIOError:
-        return
-    if not message:  # all other processes have ended
-        asyncio.get_running_loop().remove_reader(end)
-    for number in files:
-        with os.fdopen(number, "rb") as file:
-            file.seek(0)
-            data = file.read(MAX_BYTES)
+class Receiver:
+    """Passes the photographs that come from another process at *end* to *receive*, on the running loop."""
+
+    def __init__(self, end: socket.socket, receive: Receive, on_drop: Callable[[], None]) -> None:
+        """Begin; *on_drop* is called for a photograph that is not read."""
+        self._end, self._receive, self._on_drop = end, receive, on_drop
+        self._tokens = TokenBucket(TOKENS_PER_SECOND, MAX_TOKENS, [0.0, 0.0])
+        self._loop = asyncio.get_running_loop()
+        self._resume()
+
+    def _resume(self) -> None:
+        self._loop.add_reader(self._end, self._receive_next)
+
+    def _receive_next(self) -> None:
+        """Receive the photograph that waits; after one too many, pause."""
         try:
+            message, files, _, _ = socket.recv_fds(self._end, len(b"photo"), 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, files = b"", []
+        if not message:  # the other process has ended
+            self._loop.remove_reader(self._end)
+            self._end.close()
+            return
+        try:
+            data = self._read(files)
             (size,) = SIZE.unpack_from(data)
+            if size > MAX_RECORD_BYTES:
+                raise ValueError(f"a record of {size} bytes")
             record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
-        except (struct.error, ValueError):
-            log.error("another process has sent no photograph")
+        except RejectedError:
+            self._on_drop()
+            self._loop.remove_reader(self._end)
+            self._loop.call_later(PAUSE_SECONDS, self._resume)
+        except (OSError, struct.error, ValueError):
+            log.error("another process has sent no photograph; its next ones are not received")
+            self._loop.remove_reader(self._end)
+            self._end.close()
         else:
-            receive(data[SIZE.size + size :], record)
+            self._receive(data[SIZE.size + size :], record)
+
+    def _read(self, files: Sequence[int]) -> bytes:
+        """Read and close the one of *files*; raises `RejectedError` without it, or tokens for its bytes."""
+        if not files:  # this process can open no more
+            raise RejectedError(results.OUT_OF_MEMORY)
+        try:
+            self._tokens.spend(max(MIN_TOKENS, os.fstat(files[0]).st_size // 1000))
+        except RejectedError:
+            os.close(files[0])
+            raise
+        return read_memory(files[0], MAX_BYTES)

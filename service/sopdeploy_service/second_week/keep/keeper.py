@@ -8,7 +8,6 @@ how many were dropped, and what keeps them.
 If a server has several processes, each decides on its own photographs, and one stores those of all.
 """
 
-import asyncio
 import hashlib
 import logging
 import queue
@@ -85,14 +84,13 @@ def open_keeper(
     settings: Settings,
     metrics: Metrics,
     copy: CopyImage,
-    photo_socket: socket.socket | None,
     *,
     is_keeper: bool,
 ) -> "Keeper | None":
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
-    If one process keeps the photographs of several, *photo_socket* is its end of their socket if this one
-    *is_keeper*, otherwise the end of all others. Raises `ConfigError` if the folder cannot be used.
+    One process keeps the photographs of all, as far as they are connected (`Keeper.connect`); *is_keeper*
+    says whether it is this one. Raises `ConfigError` if the folder cannot be used.
     """
     if settings.keep is None:
         return None
@@ -106,7 +104,7 @@ def open_keeper(
             settings.keep_days,
             lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
-    return Keeper(folder, settings.keep_sample, metrics, copy, photo_socket)
+    return Keeper(folder, settings.keep_sample, metrics, copy)
 
 
 class WorthPhoto(NamedTuple):
@@ -120,18 +118,12 @@ class Keeper:
     """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
     The thread also deletes what is too old. Without a folder, another process keeps: photographs that are
-    worth a label go to *photo_socket*. With one, those of other processes come from there.
+    worth a label go to it. With one, those of other processes are kept, too.
     """
 
-    def __init__(
-        self,
-        folder: KeptFolder | None,
-        share: float,
-        metrics: Metrics,
-        copy: CopyImage,
-        photo_socket: socket.socket | None = None,
-    ) -> None:
-        self._folder, self._share, self._copy, self._socket = folder, share, copy, photo_socket
+    def __init__(self, folder: KeptFolder | None, share: float, metrics: Metrics, copy: CopyImage) -> None:
+        self._folder, self._share, self._copy = folder, share, copy
+        self._socket: socket.socket | None = None  # to the keeping process
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = queue.SimpleQueue()
         # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
@@ -145,11 +137,15 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; a keeper with a folder and a socket also begins to receive, on this loop."""
-        if self._socket is not None and self._folder is not None:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._socket, forwarding.receive_next, self._socket, self.receive)
+        """Start the thread."""
         self._thread.start()
+
+    def connect(self, end: socket.socket) -> None:
+        """Use *end*, a socket from another process or, without a folder, to the one that keeps now."""
+        if self._folder is not None:
+            forwarding.Receiver(end, self.receive, self._drop)
+        else:
+            self._socket = end  # the thread may still use an earlier one, whose other end is closed
 
     def stop(self) -> None:
         """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
@@ -170,11 +166,14 @@ class Keeper:
         """Queue *photo* for the thread; count it as dropped if the queue is full."""
         size, queued = _size_of(photo), self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
-            self._counts["dropped"].inc()
-            self._num_unqueued += 1
+            self._drop()
             return
         self._bytes_in += size
         self._photos.put(photo)
+
+    def _drop(self) -> None:
+        self._counts["dropped"].inc()
+        self._num_unqueued += 1
 
     def _run(self) -> None:
         """Keep photographs from the queue until None, clean up the folder, and log what was dropped."""
@@ -243,7 +242,8 @@ class Keeper:
         try:
             if self._folder is None:
                 record = _describe(photo, reasons, f"{name}.jpg")
-                is_taken = self._socket is not None and forwarding.forward(self._socket, photo.image, record)
+                end = self._socket
+                is_taken = end is not None and forwarding.forward(end, photo.image, record)
                 return None if is_taken else "dropped"
             if self._folder.has_duplicate(name, reasons, near):
                 return "near_duplicate"

@@ -37,10 +37,13 @@ from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import (
     SHRINKAGE,
+    Discriminant,
     LinearProblem,
+    OutOfFold,
     Scaling,
     Space,
     Targets,
+    estimate_excess,
     estimate_score,
     unit_length,
 )
@@ -78,7 +81,7 @@ def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None =
     return LinearProblem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
 
 
-UNSCALED = Scaling(temperature=1.0, exponent=0.0)
+UNSCALED = Scaling(temperature=1.0, excess=0.0)
 
 
 def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
@@ -141,22 +144,29 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     targets = softmax_targets(classes)
     assigned = targets.folds([str(number) for number in range(60)], 5, 0)
     problem = problem_of([random.normal(size=(60, 30))], targets)
-    scores = problem.cross_validate(assigned)
-    assert (scores.argmax(axis=1) == classes).mean() < 0.45
-    scaling = Scaling.fit(scores[None], targets)
-    assert targets.losses(problem.scale_scores(scores, scaling)).mean() < np.log(4) + 0.05
+    validation = problem.cross_validate(assigned)
+    scaling = Scaling.fit([validation], targets)
+    logits = problem.logits(validation, scaling)
+    assert (logits.argmax(axis=1) == classes).mean() < 0.45
+    assert targets.losses(logits).mean() < np.log(4) + 0.05
+
+
+def validation_of(scores: np.ndarray) -> OutOfFold:
+    """Build a cross-validation with *scores* (N, K), all by one head of equally large classes."""
+    zeros = np.zeros(scores.shape[1])
+    head = Discriminant(zeros, zeros, zeros, zeros + len(scores) / scores.shape[1], zeros + np.inf)
+    return OutOfFold(scores, [head], np.zeros(len(scores), np.intp))
 
 
 def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
     random, classes = np.random.default_rng(0), np.arange(80) % 4
     targets, right = softmax_targets(classes), 30 * np.eye(4)[classes]
-    sure = Scaling.fit(right[None], targets)
+    sure = Scaling.fit([validation_of(right)], targets)
     assert 1 < sure.temperature < 30
     probabilities = softmax(right / sure.temperature)[np.arange(80), classes]
     assert probabilities == pytest.approx(1 - 1 / 82, abs=1e-3)
-    unsure = Scaling.fit((right + 30 * random.normal(size=(80, 4)))[None], targets)
+    unsure = Scaling.fit([validation_of(right + 30 * random.normal(size=(80, 4)))], targets)
     assert unsure.temperature > 2 * sure.temperature
-    assert sure.exponent == unsure.exponent == 0  # the classes are equally large
 
 
 def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
@@ -167,13 +177,69 @@ def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
     targets = softmax_targets(classes[kept])
     problem = problem_of([features[kept]], targets)
     folds = targets.folds(list(map(str, kept)), 10, 0)
-    scaling = Scaling.fit(problem.cross_validate(folds)[None], targets)
-    assert scaling.exponent < 0
-    losses = []
-    for one in (scaling, scaling._replace(exponent=0.0)):
+    scaling = Scaling.fit([problem.cross_validate(folds)], targets)
+    recalls, losses = [], []
+    for one in (scaling, scaling._replace(excess=0.0)):
         head = problem.fit_all(one)
-        losses.append(softmax_targets(classes).losses(features @ head.weight.T + head.bias).mean())
+        logits = features @ head.weight.T + head.bias
+        recalls.append(
+            [float((logits[classes == label].argmax(axis=1) == label).mean()) for label in range(4)]
+        )
+        losses.append(softmax_targets(classes).losses(logits).mean())
     assert losses[0] < losses[1]
+    assert np.mean(recalls[0]) > np.mean(recalls[1])
+    assert recalls[0][0] > recalls[1][0] + 0.05
+
+
+def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.COMMON", 0.0)
+    features, classes = blobs(4000)
+    space = Space.of([features])
+
+    def lead(chosen: np.ndarray, *, is_corrected: bool) -> float:
+        """Return by how much the first class leads the others in the scores of all images on average."""
+        targets = softmax_targets(classes[chosen])
+        reduced = space.project(features[chosen])
+        problem = LinearProblem(space, reduced, unit_length(features[chosen]), targets)
+        head = problem.moments(np.ones(len(chosen), np.bool_)).discriminate("softmax")
+        folds = targets.folds(list(map(str, chosen)), 5, 0)
+        excess = estimate_excess([problem.cross_validate(folds)], targets.classes > 0)
+        bias = head.bias(excess if is_corrected else 0.0)
+        scores = (space.project(features) @ head.weight.T + bias).mean(axis=0)
+        return float(scores[0] - scores[1:].mean())
+
+    of_many = lead(np.arange(4000), is_corrected=False)
+    others = np.flatnonzero((classes > 0) & (np.arange(4000) < 400))
+    few = [np.flatnonzero(classes == 0)[first : first + 5] for first in range(0, 200, 10)]
+    plain, corrected = (
+        np.mean([lead(np.concatenate([own, others]), is_corrected=corrected) for own in few])
+        for corrected in (False, True)
+    )
+    assert plain < of_many - 1.5
+    assert abs(corrected - of_many) < abs(plain - of_many) / 2
+
+
+def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images():
+    features, classes = blobs(4000)
+    shown = np.eye(4)[classes] + np.eye(4)[(classes + 1) % 4]
+    kept = np.arange(24)
+    targets = Targets(shown[kept], classes[kept], "sigmoid")
+    problem = problem_of([features[kept]], targets)
+    scaling = Scaling.fit([problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets)
+    assert scaling.excess > 0
+    heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
+    losses = [Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean() for head in heads]
+    assert losses[0] <= losses[1]
+
+
+def test_copies_of_a_photograph_count_once_in_the_correction():
+    features, classes = blobs(40)
+    copied = np.concatenate([np.arange(40), np.repeat([0, 4, 8], 9)])  # ten of each of three of the class 0
+    targets, images = softmax_targets(classes[copied]), np.ones(67, np.bool_)
+    for groups, expected in ((None, 37), (copied, 37**2 / (3 * 10**2 + 7))):
+        problem = replace(problem_of([features[copied]], targets), groups=groups)
+        head = problem.moments(images).discriminate("softmax")
+        assert head.numbers == pytest.approx([expected, 10, 10, 10])
 
 
 def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
@@ -259,9 +325,9 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     labels = np.where(wrong, (classes + 1) % 4, classes)
     targets = softmax_targets(labels)
     problem, folds = problem_of([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
-    scores = problem.cross_validate(folds)
-    scaling = Scaling.fit(scores[None], targets)
-    first = problem.scale_scores(scores, scaling)
+    validation = problem.cross_validate(folds)
+    scaling = Scaling.fit([validation], targets)
+    first = problem.logits(validation, scaling)
     second = problem.logits_without_doubted(first, folds, scaling)
     before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02

@@ -1,0 +1,82 @@
+"""Buffers and caches that the first run of a network makes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, compute_outputs
+from sopdeploy_export.network import modules, tensors, unstored_buffers
+from sopdeploy_export.state import preserved
+
+
+def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
+    """Give *network* the buffers that its first run creates or replaces; return their names.
+
+    These are buffers that the state dict does not store, such as a table of positions for the size of the
+    images. They are those of a run on images without values, so a buffer that depends on the images is not
+    among them.
+    """
+    images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    device = next((tensor.device for tensor in tensors(network).values()), images.device)
+    pixels = Normalize(preprocess, images_format(network))(images).to(device)
+    before = unstored_buffers(network)
+    if not _changed_buffers(network, pixels, before):
+        return ()
+    # Only now, because a run without values can leave such tensors in objects that are not restored.
+    unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
+    created = _changed_buffers(network, unknown, before)
+    owners = dict(modules(network))
+    for name, tensor in created.items():
+        owner, _, key = name.rpartition(".")
+        owners[owner].register_buffer(key, tensor, persistent=False)
+    return tuple(created)
+
+
+def _changed_buffers(
+    network: nn.Module, pixels: Tensor, before: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Map the names of unstored buffers that a run on *pixels* creates or replaces to their tensors.
+
+    Tensors without values are left out. *network* is unchanged afterwards.
+    """
+    with preserved(network), torch.no_grad():
+        with suppress(Exception):  # of the user's code; a later run gives the message
+            compute_outputs(network, pixels)
+        after = unstored_buffers(network)
+    return {
+        name: tensor
+        for name, tensor in after.items()
+        if type(tensor) is Tensor and tensor is not before.get(name)
+    }
+
+
+def turn_into_attributes(network: nn.Module, names: Sequence[str]) -> None:
+    """Turn the buffers *names* of *network* into attributes, which a run may assign, as caches."""
+    owners = dict(modules(network))
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        if key in owners[owner]._buffers:  # it may not exist before the first run
+            tensor = owners[owner]._buffers[key]
+            delattr(owners[owner], key)
+            vars(owners[owner])[key] = tensor
+
+
+@contextmanager
+def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Preprocess) -> Iterator[None]:
+    """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers.
+
+    At the end, its attributes are as before.
+    """
+    with preserved(given):
+        given.eval()
+        for _, module in modules(given):
+            vars(module)["_compiled_call_impl"] = None
+        if logits is not None:
+            vars(given)[EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
+        create_buffers(given, preprocess)
+        yield

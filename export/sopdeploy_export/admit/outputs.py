@@ -1,0 +1,138 @@
+"""Checks of what a network returns and changes when it runs, and of how its graph ends."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.program import Captured
+from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
+from sopdeploy_export.state import (
+    NOT_IN_EVAL,
+    STATELESS,
+    InPlaceWrites,
+    PythonReads,
+    first_change,
+    read_state,
+)
+
+_IMAGES = 4  # probes that are computed eagerly
+SUM_TOLERANCE = 1e-3  # of probabilities
+# What torch says of `cond`, `while_loop`, `scan` and `map`.
+CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
+# Operators whose result has values of their first operand.
+KEEP_VALUES = {
+    *VALUE_LAYOUT, "aten._to_copy", "aten.permute", "aten.transpose", "aten.expand", "aten.slice",
+    "aten.select", "aten.dropout",
+}  # fmt: skip
+
+
+def check_outputs(
+    deployed: Deployed, preprocess: Preprocess, classes: int, role: str
+) -> tuple[str | None, tuple[str, ...]]:
+    """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
+
+    Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
+    change none; and warnings. Raises the errors of `check_finite`, and `LoweringError` if the network fails,
+    returns no (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last two
+    runs change its state or return other logits.
+    """
+    images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
+    before = read_state(network)
+    first_logits = run_and_check(deployed, images, role, classes)
+    run_and_check(deployed, images[:1], role, classes)
+    after_first = read_state(network)
+    # Writes and reads are recorded for one image only: four images cause the same.
+    with InPlaceWrites(network) as writes, PythonReads() as reads:
+        run_and_check(deployed, images[:1], role, classes)
+    logits = run_and_check(deployed, images, role, classes)
+    # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
+    changed = first_change(after_first, read_state(network)) or next(iter(writes.written), None)
+    if changed is not None:
+        raise LoweringError(f"{changed} changes while the {role} network runs; {NOT_IN_EVAL}")
+    if reads.first is not None:
+        raise LoweringError(
+            f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
+            "images and layouts, as with torch.where"
+        )
+    check_finite(logits, role)
+    if not torch.equal(first_logits, logits):
+        raise LoweringError(f"the {role} network returns other logits in a second run, as random numbers do")
+    warnings = []
+    if torch.equal(logits, logits[:1].expand_as(logits)):
+        warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
+    if bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
+        raise LoweringError(
+            f"the {role} network returns probabilities, to which the service would apply a softmax; return "
+            "the logits before its softmax, or the logarithms of the probabilities"
+        )
+    return first_change(before, after_first), tuple(warnings)
+
+
+def check_finite(logits: Tensor, role: str) -> None:
+    """Raise `LoweringError`, or `CertificateError` for the detached network, unless *logits* are finite."""
+    if not bool(torch.isfinite(logits).all()):
+        if role == "detached":  # those of the trained network were finite, so a stub's NaN is in these
+            raise CertificateError(
+                "the output depends on a removed part: without its values, the logits are NaN or infinite; "
+                "keep this part",
+                setting="training_only",
+            )
+        raise LoweringError(
+            f"the {role} network returns NaN or infinite logits for a probe image; the probes include "
+            "images of one color, so add a small constant wherever it divides, such as by a norm"
+        )
+
+
+def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor:
+    """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`."""
+    size = len(images)
+    try:
+        with torch.no_grad():
+            logits: Tensor = deployed(images)[0]
+    except SopdeployError:
+        raise
+    except Exception as error:  # the user's code
+        if operation := CONTROL_FLOW.search(str(error)):
+            raise LoweringError(
+                f"the {role} network uses torch.{operation[1]}; a graph has no control flow: compute all "
+                "branches, and choose with torch.where"
+            ) from error
+        raise LoweringError(f"the {role} network fails for {size} images: {first_line(error)}") from error
+    if type(logits) is not Tensor or tuple(logits.shape) != (size, classes):
+        raise LoweringError(
+            f"the {role} network returns {tuple(logits.shape)} for {size} images, not ({size}, {classes}): "
+            "one row per image, also for a single one, and one logit per label"
+        )
+    return logits
+
+
+def check_ends_in_logits(captured: Captured) -> None:
+    """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
+    aten = torch.ops.aten
+    for program in (captured.any_batch, captured.batch_of_one):
+        node, *_ = program.graph.output_node().args[0]  # the logits are the first output
+        while operator_name(node) in KEEP_VALUES:
+            node = node.args[0]
+        if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
+            raise LoweringError(
+                "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
+                "itself; return the logits before it and, if an image may have several classes,",
+                remedies={"several_classes": True},
+            )
+
+
+def check_unchanged_by_run(path: str, captured: Captured, filled: Captured) -> None:
+    """Check that a network computes the same after its first run, which changed the attribute at *path*.
+
+    *filled* are the programs after that run. Raises `LoweringError`.
+    """
+    pairs = ((captured.any_batch, filled.any_batch), (captured.batch_of_one, filled.batch_of_one))
+    if any(value_root(before).sha256 != value_root(after).sha256 for before, after in pairs):
+        raise LoweringError(
+            f"{path} changes while the trained network runs, which computes something else afterwards; "
+            f"{STATELESS}"
+        )

@@ -1,0 +1,203 @@
+"""The network as it is deployed: from uint8 images to its outputs; and the images that are generated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.detach.stubs import SIZES, answering
+from sopdeploy_export.network import modules, tensors
+from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, identify
+
+INPUT = "images"
+EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
+_SEED = 20_240_117
+GENERATED = 12
+
+
+class Deployed(nn.Module):
+    """Normalization followed by *network*: the module that is captured and exported.
+
+    Every run, also while it is captured, raises `LoweringError` if the network writes to one of its tensors.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.normalise = Normalize(preprocess, images_format(network))
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
+
+        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
+        """
+        before = {name: identify(tensor) for name, tensor in tensors(self.network).items()}
+        outputs = compute_outputs(self.network, self.normalise(images))
+        after = tensors(self.network)
+        for name, identity in before.items():
+            if name not in after or identify(after[name]) != identity:
+                owner = dict(modules(self.network)).get(name.rpartition(".")[0])
+                remedy = NOT_IN_EVAL
+                if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
+                    remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+                raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
+        return tuple(value if value.dtype == torch.float32 else value.float() for value in outputs)
+
+
+def output_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the exported outputs of *network*, class logits first."""
+    names = network.outputs if isinstance(network, Backbone) else Backbone.outputs
+    return (*names, EMBEDDING) if EXPORT_EMBEDDING in vars(network) else names
+
+
+def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
+
+    If *network* has an attribute `EXPORT_EMBEDDING`, the name of a linear layer, the input (B, D) of this
+    layer is the last output. Raises the errors of `_network_outputs`.
+    """
+    embedding_layer = vars(network).get(EXPORT_EMBEDDING)
+    with answering(pixels):
+        if embedding_layer is None:
+            return _network_outputs(network, pixels)
+        inputs: list[Tensor] = []
+        layer = network.get_submodule(embedding_layer)
+        with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
+            outputs = _network_outputs(network, pixels)
+        return (*outputs, inputs[0])
+
+
+def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
+
+    If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says which of the
+    tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
+    """
+    if isinstance(network, Backbone):
+        return network.outputs_tuple(pixels)
+    output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
+    if key is not None and not isinstance(output, Tensor):
+        output = choose_output(output, key)
+    if not isinstance(output, Tensor):
+        shapes = list_tensor_keys(output, "" if key is None else str(key))
+        choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
+        problem = f"the network returns {_describe_output(output)}; choose one as the logits: {choices}"
+        raise LoweringError(problem, remedies={"logits_key": None})
+    return (output,)
+
+
+def choose_output(output: Any, key: str | int) -> Any:
+    """Choose the tensor *key* of *output*: an attribute, key or index, or several of them, as `0.2`.
+
+    Raises `LoweringError` if *output* has none.
+    """
+    chosen = output
+    steps = [key] if isinstance(key, int) or _has_key(output, key) else key.split(".")
+    for step in steps:
+        if not _has_key(chosen, step):
+            paths = ", ".join(path for path, _ in list_tensor_keys(output))
+            problem = (
+                f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
+            )
+            raise LoweringError(problem, setting="logits_key", value=key)
+        chosen = _look_up(chosen, step)
+    return chosen
+
+
+def _has_key(output: Any, key: str | int) -> bool:
+    """Return whether *output*, what a network returned, has an attribute, key or index *key*."""
+    try:
+        _look_up(output, key)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _look_up(output: Any, key: str | int) -> Any:
+    """Return the attribute, key or index *key* of *output*; raises various errors if it has none."""
+    if isinstance(output, Mapping):
+        return output[key] if key in output else output[int(key)]
+    if isinstance(key, str) and hasattr(output, key):
+        return getattr(output, key)
+    return output[int(key)]
+
+
+def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
+    """List (key, shape) of the tensors in *output*, what a network returned.
+
+    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself. The deepest listed
+    tensor is in `DEPTH` + 2 containers.
+    """
+    if isinstance(output, Tensor):
+        sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
+        return [(path, f"({', '.join(sizes)})")]
+    if path.count(".") > DEPTH:  # outputs can refer to themselves
+        return []
+    fields = getattr(output, "_fields", None)  # of a named tuple
+    if isinstance(output, Mapping):
+        children = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, list | tuple) and fields is None:
+        children = [(str(index), value) for index, value in enumerate(output)]
+    else:
+        # A function or a module holds no outputs; some objects have no dict.
+        attributes = {} if callable(output) else getattr(output, "__dict__", {})
+        children = [(name, getattr(output, name)) for name in fields or attributes]
+    listed = []
+    for key, value in children:
+        listed += list_tensor_keys(value, f"{path}.{key}" if path else key)
+    return listed
+
+
+def _describe_output(output: Any) -> str:
+    """Describe *output*, the return value of a network: its type with its keys, fields or length."""
+    if isinstance(output, Mapping):
+        return f"a dict with {', '.join(map(repr, output))}"
+    if (fields := getattr(output, "_fields", None)) is not None:
+        return f"a named tuple with {', '.join(fields)}"
+    length = f" of {len(output)}" if isinstance(output, list | tuple) else ""
+    return f"a {type(output).__name__}{length}"
+
+
+def generated_images(side: int) -> NDArray[np.uint8]:
+    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones.
+
+    There are fewer if *side* is at most 4, because some are equal then.
+    """
+    random = np.random.default_rng(_SEED)
+    horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
+    square = np.arange(side) // 4  # number of the square, 4 pixels wide, that a row or column belongs to
+    checkerboard = 255.0 * ((square[:, None] + square) % 2)
+    colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    images = [
+        *(np.broadcast_to(color, (side, side, 3)) for color in colors),
+        np.stack([checkerboard] * 3, axis=2),
+        np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
+        random.integers(0, 256, (side, side, 3)),
+    ]
+    for i in range(GENERATED - len(images)):  # the others are enlarged noise, first the coarsest
+        size = min(side, 2 + 6 * i)
+        noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        images.append(np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)))
+    pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
+    return np.stack([*{image.tobytes(): image for image in pixels}.values()])
+
+
+def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
+    """Choose at most *most* of *count* positions, evenly spread."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
+
+
+def probe_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
+    images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
+    return Normalize(preprocess, images_format(network))(images)

@@ -1,0 +1,200 @@
+"""The network as it is deployed, captured as a torch.export program.
+
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns
+float32 outputs for any batch size of the bundle; a program that does not support the whole range is rejected.
+"""
+
+import gc
+import io
+import linecache
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import LoweringError, SopdeployError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.export_hints import ExportHints
+from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
+from sopdeploy_export.network import modules
+from sopdeploy_export.program_hashes import Trace, trace_hash
+from sopdeploy_export.state import preserved, recording_calls
+
+NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
+# How torch.export says that code depends on the batch size.
+BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+NO_GRAPH = "cannot be captured as one graph"
+BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
+SIZE_REMEDY = (
+    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
+    "compute all images of a batch at once instead of in a loop"
+)
+HASHED_SIZE = re.compile(r"unhashable type.*SymInt")
+SIZE_IS_KEY = "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
+DATA_DEPENDENT = re.compile(r"data-dependent expression")
+DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
+
+    `traces` are the hashes of both programs before they were made functional; None: it cannot be hashed.
+    """
+
+    any_batch: ExportedProgram
+    batch_of_one: ExportedProgram
+    traces: tuple[Trace | None, ...]
+
+
+def capture(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured] = ()
+) -> Captured:
+    """Capture *network*, in eval mode, for the batch range and for a batch of one.
+
+    torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
+    handles a single image differently. If torch.export gives the same two programs as for one of *known*,
+    this one is returned, because making programs functional takes longer than torch.export.
+    Raises `LoweringError` if the network cannot be captured.
+    """
+    # For one image, the program of the whole range is also that of a batch of one.
+    ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
+    traces = tuple(map(trace_hash, traced))
+    for captured in known:
+        if captured.traces == traces and None not in traces:
+            return captured
+    programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
+
+
+def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Capture *network* for every batch size of the range, as one functional program.
+
+    Raises the errors of `trace_network` and `make_functional`.
+    """
+    return make_functional(trace_network(network, preprocess, batch), batch)
+
+
+def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
+
+    Raises `LoweringError` with the first line of torch's message.
+    """
+    deployed = Deployed(network, preprocess).eval()
+    size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
+    images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
+    with (
+        capturing(),  # raises the `LoweringError`
+        SymbolicForms(),  # replaces functions that fit one batch size only
+        redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
+        preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
+        warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
+    ):
+        for _, module in modules(deployed):
+            if isinstance(module, ExportHints):
+                module.is_captured = True
+        try:
+            return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # the network's own code, which can raise anything
+            if not BATCH_GUARD.search(str(error)):
+                raise
+            with recording_fixed_sizes() as places, suppress(Exception):  # fails again
+                torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+            where = f" in {places[0]}" if places else ""
+            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+
+
+@contextmanager
+def recording_fixed_sizes() -> Iterator[list[str]]:
+    """Yield a list, and record in it the lines of code in the block that need sizes as numbers.
+
+    Code of torch and of this package does not count.
+    """
+    places: list[str] = []
+    needs_number, compares = SymNode.guard_int.__code__, SymNode.guard_bool.__code__
+
+    def record(frame: FrameType, event: str, _argument: object) -> None:
+        if event != "call" or frame.f_code not in (needs_number, compares):
+            return
+        caller = frame.f_back
+        while caller is not None:
+            module = str(caller.f_globals.get("__name__", ""))
+            if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
+                file, line = caller.f_code.co_filename, caller.f_lineno
+                places.append(f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})")
+                return
+            # A comparison in a network comes through these modules alone. Those of torch's operators, which
+            # come through others, fit every size.
+            if frame.f_code is compares and module not in ("torch", SymNode.__module__):
+                return
+            caller = caller.f_back
+
+    with recording_calls(record):
+        yield places
+
+
+def make_functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
+    """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
+
+    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
+    """
+    with capturing():
+        simplify_operators(program)
+        program = program.run_decompositions({})
+    if batch.maximum == 1:
+        return program
+    name = program.graph_signature.user_inputs[0]
+    dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
+    if isinstance(dimension, int):
+        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
+    # torch.export narrows the range that `trace_network` asks for, 1 to `batch.maximum`, if code requires it.
+    allowed = program.range_constraints[dimension.node.expr]
+    if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
+        raise LoweringError(
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
+            f"1 to {batch.maximum}; its code depends on the batch size"
+        )
+    return program
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
+
+    The garbage collector is off, because it would visit all nodes of a graph again and again, which takes a
+    tenth of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            yield
+    except SopdeployError:
+        raise
+    except Exception as error:  # tracing runs the network's own code, which can raise anything
+        causes = (error, error.__cause__, error.__context__)
+        text = "\n".join(str(cause) for cause in causes if cause is not None)
+        if BATCH_GUARD.search(text):
+            problem = f"{BY_SIZE}; {SIZE_REMEDY}"
+        elif HASHED_SIZE.search(text):
+            problem = SIZE_IS_KEY
+        elif DATA_DEPENDENT.search(text):
+            problem = DEPENDS_ON_VALUES
+        else:
+            problem = first_line(error)
+        raise LoweringError(f"{NO_GRAPH}: {problem}") from error
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,132 @@
+"""Forms of operators that torch captures for every batch size."""
+
+import inspect
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from sopdeploy_export.state import PythonNumbers
+
+
+def simplify_operators(program: ExportedProgram) -> None:
+    """Simplify average pooling, `ceil_mode` without effect, and ellipses in `einsum`, in place.
+
+    Average pooling to one position becomes the mean that ATen computes for it. ATen then restores the strides
+    of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which torch-tensorrt
+    cannot convert, and ONNX needs five operators for it.
+    """
+    aten = torch.ops.aten
+    poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
+    for num_axes, pooling in enumerate(poolings, start=1):
+        for node in program.graph.find_nodes(op="call_function", target=pooling.default):
+            x, output_size = node.args
+            if output_size == [1] * num_axes:
+                node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
+    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
+    for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
+        if len(node.args) == 6 and node.args[5]:  # the last argument is `ceil_mode`, by default False
+            x, kernel, stride, padding, dilation, _ = node.args
+            image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
+            floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
+            if floored.shape[-2:] == node.meta["val"].shape[-2:]:
+                node.args = (x, kernel, stride, padding, dilation)
+    # ONNX Runtime does not accept every form of an ellipsis.
+    for node in program.graph.find_nodes(op="call_function", target=aten.einsum.default):
+        equation, operands = node.args
+        if "..." in equation.partition("->")[0]:
+            ranks = [operand.meta["val"].ndim for operand in operands]
+            node.args = (_label_hidden_axes(equation, ranks), operands)
+    program.graph_module.recompile()
+
+
+def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
+    """Replace every "..." by labels: for *ranks* 4 and 3, "...ij,...jk" becomes "baij,ajk->baik"."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # then the result has the labels that occur once, in alphabetical order
+        result = "..." + "".join(sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1))
+    unused = [letter for letter in ascii_letters if letter not in terms]
+    labeled_terms, longest = [], ""
+    for term, rank in zip(terms.split(","), ranks, strict=True):
+        num_hidden = rank - len(term.replace("...", ""))
+        # Reversed, so that the last hidden axis, at which operands are aligned, is always unused[0].
+        labels = "".join(reversed(unused[:num_hidden]))
+        labeled_terms.append(term.replace("...", labels))
+        longest = max(longest, labels, key=len)  # the result has all hidden axes
+    return f"{','.join(labeled_terms)}->{result.replace('...', longest)}"
+
+
+class SymbolicForms(TorchFunctionMode):
+    """Replaces functions that torch.export captures for one batch size only, or not at all.
+
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
+    norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
+    Code that reads tensors of Python numbers gets their values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = PythonNumbers()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the other form of *function*, if there is one.
+
+        A Python value that is read from a tensor of Python numbers is returned without a call.
+        """
+        del types
+        known_value = self._numbers.compute(function, args, kwargs or {})
+        if known_value is not None and not isinstance(known_value, Tensor):
+            return known_value
+        result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
+        self._numbers.remember(result, known_value)
+        return result
+
+
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    """Divide the batch axis into *chunks* of equal size by a view; leave other axes to torch."""
+    if is_batch_axis(input, dim) and input.shape[0] % chunks == 0:
+        return input.view(chunks, -1, *input.shape[1:]).unbind(0)
+    return input.chunk(chunks, dim)
+
+
+def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
+    """Divide the batch axis into parts of *size* images by a view; leave other axes and sizes to torch."""
+    if is_batch_axis(x, dim) and not isinstance(size, list | tuple) and x.shape[0] % size == 0:
+        return x.view(-1, size, *x.shape[1:]).unbind(0)
+    return torch.split(x, size, dim)
+
+
+def is_batch_axis(x: Tensor, dim: int) -> bool:
+    """Return whether *dim* is the first axis of *x*, and *x* no weight."""
+    return dim in (0, -x.ndim) and not isinstance(x, nn.Parameter)
+
+
+def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
+    if dim is None:  # both are flattened
+        return torch.take_along_dim(input, indices)
+    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)  # (..., n) and (..., k)
+    shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
+    x, chosen = x.expand(*shape, x.shape[-1]), chosen.expand(*shape, chosen.shape[-1])
+    return x.gather(-1, chosen).movedim(-1, dim)
+
+
+def _instance_norm(*args: Any, **options: Any) -> Tensor:
+    """Normalize by running statistics, as a batch norm does, unless each image has its own."""
+    named = inspect.signature(F.instance_norm).bind(*args, **options).arguments
+    if named.pop("use_input_stats", True):
+        return F.instance_norm(*args, **options)
+    return F.batch_norm(**named)
+
+
+OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
+    F.instance_norm: _instance_norm,
+}

@@ -1,0 +1,191 @@
+"""Measure what a lower precision costs in accuracy and changes in logits, and reject large losses.
+
+A network with one frequent class keeps its classes although its logits are far off, so the logits are
+compared, too: the root mean square of their differences, in standard deviations of the float32 logits.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+from PIL import Image
+
+from sopdeploy.errors import ConfigError, DataError, ParityError
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos.copies import connect
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.photo import ImageFiles
+from sopdeploy_export.capture.deployed import INPUT, evenly_spread
+from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.runs import LOGITS, open_session
+from sopdeploy_export.subject import ExportSubject
+
+_BATCH = 8
+MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
+PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
+MIN_DISTINCT = 32
+# Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07 in int8
+# (docs/howto/int8.md), a file that returns the mean logits of all images 1.
+MAX_DEVIATION = 0.5
+EVERY = 4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
+ALIKE, GRAY_SIDE = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+
+
+class AccuracyCheck:
+    """Compares the top classes and the logits of graphs with those of the float32 graph.
+
+    The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`. `calibration`
+    holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
+    """
+
+    def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
+        """Open the folders of *options* for the network of *subject*.
+
+        Raises `DataError` if a folder has too few images or other classes than *subject*, and `ConfigError`
+        for one folder given twice or `evaluate` with a network that predicts several classes per image.
+        """
+        self.options, self._preprocess = options, subject.preprocess
+        self.calibration = np.empty((0, 0, 0, 3), np.uint8)
+        self._measured: NDArray[np.uint8] | None = None
+        self._labeled: ImageFiles | None = None
+        self._float32_logits: NDArray[np.float32] | None = None
+        if options.calibrate is not None:
+            images = calibration_images(options.calibrate, subject.preprocess)
+            is_measured = choose_measured(images)
+            self.calibration, self._measured = images[~is_measured], images[is_measured]
+        if options.evaluate is not None:
+            if subject.decision is not None and subject.decision.activation == "sigmoid":
+                raise ConfigError(
+                    "measures top-1, but this network predicts several classes per image; omit it and "
+                    "evaluate the checkpoint and the bundle",
+                    setting="evaluate",
+                )
+            if options.calibrate is not None and options.calibrate.resolve() == options.evaluate.resolve():
+                raise ConfigError("is the folder that calibrates; give other images", setting="evaluate")
+            self._labeled = open_evaluation_images(options.evaluate, subject.labels)
+
+    def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
+        """Compare the graphs on the images; the logits of *float32* are computed once and kept."""
+        if self._float32_logits is None:
+            self._float32_logits = self._logits(open_session(float32))
+        before, after = self._float32_logits, self._logits(exported)
+        truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
+        compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
+        return compared.model_copy(update={"deviation": logit_deviation(before, after)})
+
+    def images(self) -> MeasuringImages:
+        """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
+        files = self._labeled if self.options.precision == "fp16" else None
+        positions = () if files is None else evenly_spread(len(files), PHOTOGRAPHS).tolist()
+        decoded = () if files is None else map(files.decode, positions)
+        photographs = [preprocess_image(image, self._preprocess) for image in decoded]
+        return MeasuringImages(self.calibration, photographs)
+
+    def check_drop(self, report: PrecisionReport) -> None:
+        """Raise `ParityError` if *report* lost more than the limits, which `allow_drift` does not change.
+
+        These are `max_drop` for the accuracy and `MAX_DEVIATION` for the logits.
+        """
+        measured, limit = report.accuracy, self.options.max_drop
+        if measured is None:
+            return
+        advice = "" if report.quantisation is None else "; calibrate with images like those of production"
+        if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
+            raise ParityError(
+                f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
+                f"{measured.num_images} images, more than {MAX_DEVIATION:g}{advice or '; choose fp32'}"
+            )
+        if measured.drop <= limit:
+            return
+        metric = "agreement with float32" if measured.before is None else "top-1"  # which needs labels
+        raise ParityError(
+            f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
+            f"images, more than {limit:g}{advice}",
+            setting="max_drop",
+        )
+
+    def _logits(self, session: InferenceSession) -> NDArray[np.float32]:
+        """Run all images that measure in *session*; return the logits (P, C)."""
+        return np.concatenate([session.run([LOGITS], {INPUT: images})[0] for images in self._batches()])
+
+    def _batches(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` are batches of one."""
+        if self._labeled is not None:
+            size = min(_BATCH, self.options.batch.maximum)
+            for start in range(0, len(self._labeled), size):
+                files = (self._labeled.decode(i) for i in range(start, min(start + size, len(self._labeled))))
+                yield np.stack([preprocess_image(image, self._preprocess) for image in files])
+        elif self._measured is not None:
+            for image in self._measured:
+                yield image[None]
+
+
+def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:
+    """Compute the root mean square of *after* - *before*, logits (P, C), in standard deviations of *before*.
+
+    These are the deviations of a class over the images, also as a root mean square over the classes.
+    """
+    spread = float(np.sqrt(np.square(before - before.mean(axis=0), dtype=np.float64).mean()))
+    error = float(np.sqrt(np.square(after - before, dtype=np.float64).mean()))
+    return error / max(spread, float(np.finfo(np.float32).tiny))  # not 0, for equal logits
+
+
+def compare_top_classes(
+    float32: NDArray[np.int64], exported: NDArray[np.int64], truth: NDArray[np.int64] | None = None
+) -> Accuracy:
+    """Compare the classes that the *float32* graph and the *exported* graph predict.
+
+    The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the percentage of
+    images whose class differs, which is an upper bound of this loss.
+    """
+    count, agree = len(float32), int((float32 == exported).sum())
+    if truth is None:
+        drop = round(100 * (1 - agree / count), 6)
+        return Accuracy(num_images=count, before=None, after=None, num_agreeing=agree, drop=drop)
+    before, after = float((float32 == truth).mean()), float((exported == truth).mean())
+    drop = round(100 * (before - after), 6)
+    return Accuracy(num_images=count, before=before, after=after, num_agreeing=agree, drop=drop)
+
+
+def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Load at most 340 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
+
+    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
+    cannot be read.
+    """
+    try:
+        images = open_any_images(folder)
+    except DataError as error:
+        raise DataError(str(error), setting="calibrate") from error
+    positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
+    return np.stack(
+        [preprocess_image(images.decode(position), preprocess) for position in positions.tolist()]
+    )
+
+
+def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Mark a quarter (P,) of *images*, uint8 (P, H, W, 3), which measure the agreement.
+
+    Images whose thumbnails are alike count as one distinct image: all of them measure, or none. Raises
+    `DataError` for fewer than 32 distinct images.
+    """
+    size = (GRAY_SIDE, GRAY_SIDE)
+    thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
+    pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
+    distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
+    pairs = np.argwhere(distances <= ALIKE).T
+    groups = connect(len(images), pairs)  # (P,): images that are alike have the same number, from 0
+    count = int(groups.max()) + 1
+    if count < MIN_DISTINCT:
+        raise DataError(
+            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}: "
+            "some calibrate, the others measure the loss",
+            setting="calibrate",
+        )
+    measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1  # the distinct images 3, 7, 11 and so on
+    return measured

@@ -1,0 +1,286 @@
+"""Forms of operators that ONNX has, and that every runtime computes precisely.
+
+Among them are attention, Fourier transforms, norms and squeezed axes.
+"""
+
+import math
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+import torch._refs.fft
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+LARGEST_MATRIX = 256  # rows of the matrix of a Fourier transform, unless the size has no such factors
+BLOCK = 256  # numbers that are added one after the other
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+) -> Any:
+    """Write attention with a mask by `_masked_attention`, and other than four axes as matrix products.
+
+    `_masked_attention` calls it again, with a mask of numbers. `NotImplemented` leaves the operator as it is.
+    """
+    if mask is not None and not _handles_mask.get():
+        return _masked_attention(query, key, value, mask, *args, **options)
+    if query.dim() == 4:
+        return NotImplemented
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any
+) -> Any:
+    """Write *mask* as numbers that attention adds, 0 or -inf if it is boolean.
+
+    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
+    """
+    added, allowed = mask, mask != -torch.inf
+    if mask.dtype == torch.bool:
+        added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+    token = _handles_mask.set(True)
+    try:
+        result = ATTENTION(query, key, value, added, *args, **options)  # calls `_attention` again
+    finally:
+        _handles_mask.reset(token)
+    filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    # The strides stay those of attention, so that a view of the result stays possible.
+    axes = sorted(range(result.dim()), key=result.stride, reverse=True)
+    return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+
+
+# Whether `_attention` is called by `_masked_attention`.
+_handles_mask: ContextVar[bool] = ContextVar("_handles_mask", default=False)
+
+
+def _log1p(values: Tensor) -> Tensor:
+    """Write log(1 + x) without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    rounded = 1 + values
+    near = torch.where(rounded == 1, values, rounded.log() * (values / (rounded - 1)))
+    return torch.where(values.abs() < 0.5, near, rounded.log())
+
+
+def _expm1(values: Tensor) -> Tensor:
+    """Write exp(x) - 1 without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    power = values.exp()
+    near = torch.where(power == 1, values, (power - 1) * (values / power.log()))
+    return torch.where(values.abs() < 0.5, near, power - 1)
+
+
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
+    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
+    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)  # then the angle is that of a diagonal
+    divisor = torch.where((x == 0) & (y == 0), 1.0, x)
+    slope = torch.where(far, y.sign() * x.sign(), y / divisor)
+    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
+    angle = slope.atan()
+    half_turn = torch.where(below, -torch.pi, torch.pi)
+    return angle + torch.where(left, half_turn, 0.0)
+
+
+def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
+    """Write a stable sort as the choice of all elements: `TopK` is stable, and needs no shape at run time."""
+    if values.dim() == 0 or not isinstance(values.shape[dim], int):
+        return torch.ops.aten.sort.default(values, dim, descending)
+    return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
+
+
+def _index_put(
+    values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Tensor:
+    """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
+    is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+    if not is_mask or new.numel() != 1 or accumulate:
+        return NotImplemented  # the operator stays
+    mask = cast(Tensor, indices[0])
+    return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
+
+
+def norm(
+    values: Tensor,
+    order: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Write a 2-norm of many values as sums of sums; NotImplemented for others.
+
+    ONNX Runtime adds all squares one after the other, and the error of one sum grows with its length (Higham,
+    "Accuracy and Stability", section 4.2).
+    """
+    axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
+    sizes = [values.shape[axis] for axis in axes]
+    if order != 2 or dtype is not None or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented  # the operator stays
+    count = math.prod(sizes)
+    if count <= BLOCK:
+        return NotImplemented  # the operator stays
+    kept = [axis for axis in range(values.dim()) if axis not in axes]
+    squares = (values * values).permute(*kept, *axes).flatten(len(kept))
+    blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)
+    result = blocks.sum(-1).sum(-1).sqrt()
+    for axis in axes if keepdim else ():
+        result = result.unsqueeze(axis)
+    return result
+
+
+def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
+    """Remove those of the axes *dim* that have size 1, as torch does.
+
+    ONNX fails for other axes. Returns NotImplemented if all have size 1, or if a size is not fixed.
+    """
+    axes = [dim] if isinstance(dim, int) else list(dim)
+    sizes = {axis: values.shape[axis] for axis in axes}
+    if not all(isinstance(size, int) for size in sizes.values()) or all(size == 1 for size in sizes.values()):
+        return NotImplemented  # the operator stays
+    single = [axis for axis, size in sizes.items() if size == 1]
+    return torch.squeeze(values, tuple(single)) if single else values.clone()
+
+
+def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any:
+    """Write the Fourier transform of real *values* as products with constant matrices."""
+    if not _have_fixed_sizes(values, dim):
+        return NotImplemented  # the operator stays
+    real, imaginary = _transform_axis(values, None, dim[-1], inverse=False)
+    if onesided:
+        half = values.shape[dim[-1]] // 2 + 1
+        real, imaginary = (part.narrow(dim[-1], 0, half) for part in (real, imaginary))
+    for axis in dim[:-1]:
+        real, imaginary = _transform_axis(real, imaginary, axis, inverse=False)
+    return torch.complex(real, imaginary)
+
+
+def transform_complex(values: Tensor, *, dim: Sequence[int], forward: bool) -> Any:
+    """Write the Fourier transform of complex *values* as products with constant matrices."""
+    if not _have_fixed_sizes(values, dim):
+        return NotImplemented  # the operator stays
+    real, imaginary = torch.view_as_real(values).unbind(-1)
+    for axis in dim:
+        real, imaginary = _transform_axis(real, imaginary, axis, inverse=not forward)
+    return torch.complex(real, imaginary)
+
+
+def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int) -> Any:
+    """Write the inverse transform to *last_dim_size* real values as products with constant matrices.
+
+    *values* are the first half of the last axis of *dim*; the others are their conjugates.
+    """
+    size = last_dim_size
+    if not _have_fixed_sizes(values, dim) or not isinstance(size, int):
+        return NotImplemented  # the operator stays
+    real, imaginary = torch.view_as_real(values).unbind(-1)
+    for axis in dim[:-1]:
+        real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
+    last, mirrored = dim[-1], size - size // 2 - 1  # values 1 to `mirrored` occur again, in reverse
+    real, imaginary = (part.narrow(last, 0, size // 2 + 1) for part in (real, imaginary))
+    if mirrored:
+        real = torch.cat([real, real.narrow(last, 1, mirrored).flip(last)], last)
+        imaginary = torch.cat([imaginary, -imaginary.narrow(last, 1, mirrored).flip(last)], last)
+    result, _ = _transform_axis(real, imaginary, last, inverse=True)
+    return result
+
+
+def _have_fixed_sizes(values: Tensor, dim: Sequence[int]) -> bool:
+    return all(isinstance(values.shape[axis], int) for axis in dim)
+
+
+def _transform_axis(
+    real: Tensor, imaginary: Tensor | None, axis: int, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Transform one axis of complex values, without a factor; *imaginary* is None if all are real."""
+    moved = None if imaginary is None else imaginary.movedim(axis, -1)
+    results = _transform(real.movedim(axis, -1), moved, inverse=inverse)
+    return results[0].movedim(-1, axis), results[1].movedim(-1, axis)
+
+
+def _transform(real: Tensor, imaginary: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Transform the last axis, of size n, by a matrix, or if n is large by those of two factors of n.
+
+    With n = p q, the value at q i + j is in row i and column j. Transforms of the columns, factors
+    exp(-2 pi i j k / n) and transforms of the rows give the transform (Cooley and Tukey, 1965).
+    """
+    size = real.shape[-1]
+    root = math.isqrt(size)
+    rows = next((count for count in range(root, 1, -1) if size % count == 0), 1)
+    if size <= LARGEST_MATRIX or rows == 1:
+        cosines, sines = _waves(size, size, size, inverse=inverse)
+        if imaginary is None:
+            return real @ cosines, real @ sines
+        return real @ cosines - imaginary @ sines, real @ sines + imaginary @ cosines
+    columns = size // rows
+    shape = (*real.shape[:-1], rows, columns)
+    table = None if imaginary is None else imaginary.reshape(shape)
+    real, imaginary = _transform_axis(real.reshape(shape), table, -2, inverse=inverse)
+    cosines, sines = _waves(rows, columns, size, inverse=inverse)
+    real, imaginary = real * cosines - imaginary * sines, real * sines + imaginary * cosines
+    real, imaginary = _transform(real, imaginary, inverse=inverse)
+    return real.transpose(-1, -2).flatten(-2), imaginary.transpose(-1, -2).flatten(-2)
+
+
+def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of -2 pi j k / *size*, or of 2 pi j k / *size*, as float32 (*rows*, *columns*)."""
+    steps = torch.outer(torch.arange(rows), torch.arange(columns)) % size  # exact, unlike the angle of j k
+    angles = steps.double() * ((2 if inverse else -2) * math.pi / size)
+    return angles.cos().float(), angles.sin().float()
+
+
+_TRANSFORMS = [f"{kind}fft{axes}" for kind in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n")]
+# Operators whose form of the converter is missing, or wrong for some values
+DECOMPOSED = {
+    # torch's own forms of these call the three below.
+    **{
+        getattr(torch.ops.aten, f"fft_{name}").default: getattr(torch._refs.fft, name) for name in _TRANSFORMS
+    },
+    torch.ops.aten.linalg_vector_norm.default: norm,
+    torch.ops.aten.squeeze.dim: squeeze,
+    torch.ops.aten.squeeze.dims: squeeze,
+    torch.ops.prims.fft_r2c.default: transform_real,
+    torch.ops.prims.fft_c2c.default: transform_complex,
+    torch.ops.prims.fft_c2r.default: transform_to_real,
+    ATTENTION: _attention,
+    torch.ops.aten.atan2.default: _atan2,
+    torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.index_put.default: _index_put,
+    torch.ops.aten.log1p.default: _log1p,
+    torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
+    torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
+    torch.ops.aten.sort.stable: _sort,
+    # The converter writes these with a loop over the tensors.
+    torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
+    torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
+    torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
+    torch.ops.aten.hstack.default: lambda values: torch.cat(
+        [*map(torch.atleast_1d, values)], dim=0 if values[0].dim() < 2 else 1
+    ),
+    torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
+    torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
+    torch.ops.aten.column_stack.default: lambda values: torch.cat(
+        [value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1
+    ),
+}
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
+
+    The results of these forms, and the converter's of attention, have other strides than those of torch, with
+    which a view may be impossible. Every view therefore becomes a contiguous copy in another shape.
+    """
+    if not any(node.target in DECOMPOSED for node in program.graph.nodes):
+        return program
+    decomposed: ExportedProgram = program.run_decompositions(
+        {
+            **DECOMPOSED,
+            torch.ops.aten.view.default: lambda values, shape: torch.ops.aten._unsafe_view.default(
+                values.clone(memory_format=torch.contiguous_format), shape
+            ),
+        }
+    )
+    return decomposed

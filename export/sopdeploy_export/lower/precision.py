@@ -1,0 +1,269 @@
+"""Convert the certified network to the requested precision, and report its types.
+
+fp32 exports the certified graph. For fp16, casts are placed in a copy of the certified network, which is
+captured and converted again. int8 quantizes the convolutions of the certified graph.
+
+Types are read from the initializers of the exported graph, not from the options. A graph whose types differ
+from the requested ones is rejected.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from sopdeploy.bundle.manifest import Int8For, Precision
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import LoweringError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.float16 import float32_parts, in_float16, sum_in_float32, weight_dtypes
+from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.program_hashes import module_of
+from sopdeploy_export.runs import BatchRun, GateRun, file_outputs, find_gate, gate_logits, open_session
+
+OBSERVED_IMAGES = 2  # the smallest batch of several images
+HEADROOM = 8  # the largest finite value of float16 is at least so many times the largest value of an image
+HEADROOM_BATCH = 4
+TYPE_NAMES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.INT8: "int8",
+}
+
+
+class Quantization(StrictModel):
+    """The quantization to int8 for `runtime`: the numbers of calibration images and of int8 convolutions."""
+
+    runtime: Int8For
+    num_images: int
+    num_layers: int
+
+
+class Accuracy(StrictModel):
+    """The float32 graph compared with the exported one on the same images.
+
+    Attributes:
+        num_images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        num_agreeing: Number of images with the same top class.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+        deviation: Root mean square difference of the logits in standard deviations of those in float32.
+    """
+
+    num_images: int
+    before: float | None
+    after: float | None
+    num_agreeing: int
+    drop: float
+    deviation: float = 0.0
+
+
+class PrecisionReport(StrictModel):
+    """The content of `precision.json`; `parts` has the type of the weights of each part that has any."""
+
+    precision: Precision
+    parts: dict[str, str]
+    quantisation: Quantization | None = None
+    accuracy: Accuracy | None = None
+
+
+class MeasuringImages(NamedTuple):
+    """Images of the user: `calibration`, uint8 (P, H, W, 3), and `photographs`, uint8 (H, W, 3) each."""
+
+    calibration: NDArray[np.uint8]
+    photographs: Sequence[NDArray[np.uint8]]
+
+
+NO_IMAGES = MeasuringImages(np.empty((0, 0, 0, 3), np.uint8), ())
+
+
+class CapturedGraph(NamedTuple):
+    """A network, its program for any batch size, and the program as ONNX."""
+
+    network: nn.Module
+    program: ExportedProgram
+    model: onnx.ModelProto
+
+
+def weight_types(model: onnx.ModelProto) -> dict[str, str]:
+    """Map each part to the type of its largest weight in *model*."""
+    largest: dict[str, tuple[int, str]] = {}
+    for tensor in model.graph.initializer:
+        part = tensor.name.rpartition(".")[0]
+        size = len(tensor.raw_data)  # in bytes
+        size_before, _ = largest.get(part, (0, ""))
+        if part and tensor.data_type in TYPE_NAMES and size > size_before:
+            largest[part] = size, TYPE_NAMES[tensor.data_type]
+    return {part: name for part, (_, name) in largest.items()}
+
+
+def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
+    """Raise `LoweringError` if a weight of *model* is not in its type of `weight_dtypes`, or none is float16.
+
+    *network* is the certified network, without casts, so that a missing cast is detected.
+    """
+    in_graph, dtypes = weight_types(model), weight_dtypes(network)
+    expected = {
+        part: str(dtypes[part]).removeprefix("torch.")
+        for part, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
+    }
+    # Folding can remove the weights of a part from the graph.
+    if wrong := [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]:
+        raise LoweringError(
+            f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
+            f"{len(wrong)} of {len(expected)} parts have the wrong type"
+        )
+    if "float16" not in in_graph.values():
+        raise LoweringError("no part has weights in float16; choose precision fp32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertedGraph:
+    """The graph to export and how to check it.
+
+    Attributes:
+        model: The graph in the requested precision.
+        run: Runs the same computation without the runtime's fusions; its error is the noise floor.
+        gate: Computes the gate's logits in the same precision; called only if there is a gate.
+        precision: Report of the types.
+    """
+
+    model: onnx.ModelProto
+    run: BatchRun
+    gate: GateRun | None
+    precision: PrecisionReport
+
+
+def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
+    """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX.
+
+    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
+    """
+    for node in certified.program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            raise LoweringError(
+                f"{node.target} in {module_of(node)} computes complex numbers, which runtimes do not have in "
+                "float16; choose precision fp32"
+            )
+    images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
+    normalize = Normalize(preprocess, images_format(certified.network))
+    cast = in_float16(certified.network, certified.program, normalize(images))
+    program = capture_any_batch(cast, preprocess, options.batch)
+    program = sum_in_float32(program, images[: options.max_batch])
+    return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
+
+
+class _Headroom(fx.Interpreter):
+    """Runs a program, and raises `LoweringError` for a float16 value without headroom."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; refuse values close to float16's largest, but not infinite masks of attention."""
+        value = super().run_node(n)
+        if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
+            return value
+        unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
+        largest = float(unmasked.abs().max())
+        if largest * HEADROOM > torch.finfo(torch.float16).max:
+            raise LoweringError(
+                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
+                "8188, an eighth of the largest, are refused, because other images may overflow; train "
+                "longer, normalize the input of this part, or choose precision fp32"
+            )
+        return value
+
+
+@torch.no_grad()
+def check_headroom(program: ExportedProgram, images: Sequence[NDArray[np.uint8]], batch: int) -> None:
+    """Raise `LoweringError` if a float16 value of *program* exceeds an eighth of the largest one.
+
+    *images* are uint8 (H, W, 3), and run in batches of at most *batch*. The message names the part.
+    """
+    interpreter = _Headroom(program.module(check_guards=False))
+    size = min(batch, HEADROOM_BATCH)
+    for start in range(0, len(images), size):
+        interpreter.run(torch.from_numpy(np.stack(images[start : start + size])))
+
+
+def convert_precision(
+    certified: CapturedGraph,
+    preprocess: Preprocess,
+    options: ExportOptions,
+    images: MeasuringImages = NO_IMAGES,
+) -> ConvertedGraph:
+    """Convert the *certified* graph to the precision in *options*.
+
+    int8 needs *images* that calibrate. Nodes of the result lose their metadata; in fp32 and
+    int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not the requested
+    ones, or as `check_headroom` does.
+    """
+    source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
+    if options.precision == "fp16":
+        source = cast_types(certified, preprocess, options)
+        observed = [*images.photographs, *generated_images(preprocess.crop)]
+        check_headroom(source.program, observed, options.max_batch)
+        check_float16(source.model, certified.network)
+    for node in source.model.graph.node:
+        del node.metadata_props[:]  # the part of every node, which is needed for messages only
+    model = source.model
+    quantization: Quantization | None = None
+    if options.precision == "int8":
+        from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+
+        calibration, runtime = images.calibration, options.int8_for
+        quantizer = Int8Quantizer(source.model, calibration, float32_parts(source.network), runtime)
+        num_layers = len(quantizer.chosen)
+        quantization = Quantization(runtime=runtime, num_images=len(calibration), num_layers=num_layers)
+        try:
+            model = quantizer.quantize()
+        except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
+            problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
+            raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
+        run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
+    else:
+        run = deployed = Deployed(source.network, preprocess).eval()
+        gate = partial(gate_logits, deployed)
+    parts = weight_types(model)
+    report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
+    return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
+
+
+def unfused_runner(model: onnx.ModelProto) -> BatchRun:
+    """Build a function that runs *model* operator by operator, without fusions."""
+    session = open_session(model, optimized=False)
+    fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
+
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
+        outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
+        return tuple(torch.from_numpy(values) for values in outputs.values())
+
+    return run
+
+
+def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
+    """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
+    if (gate := find_gate(network)) is None:
+        return None
+    name = next(name for name, module in network.named_modules() if module is gate)
+    readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
+    if len(readers) != 1:
+        raise LoweringError(f"{len(readers)} nodes of the graph read the weights of {name}, expected one")
+    logits = readers[0].output[0]
+    with_gate = onnx.ModelProto()
+    with_gate.CopyFrom(model)
+    with_gate.graph.output.insert(0, onnx.ValueInfoProto(name=logits))
+    run = unfused_runner(with_gate)
+    return lambda pixels: run(pixels)[0].numpy()

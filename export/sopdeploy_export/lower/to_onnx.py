@@ -1,0 +1,188 @@
+"""Convert a program to one ONNX file.
+
+Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
+the lowest that torch writes and the most widely supported.
+"""
+
+import ast
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as common_rules
+from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.capture.deployed import INPUT
+from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX
+from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.forms import decompose
+from sopdeploy_export.program_hashes import module_of
+
+OPSET = 18
+# How the converter names the node that it cannot translate, and the operator of it.
+TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
+REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+PASSES = 2  # of the converter's optimizer: the second one simplifies what the first has made
+# The optimizer's rules that can change a result; `_simplify` leaves them out. The others are exact up to the
+# rounding of `fuse_batchnorm` (folded weights are rounded once more) and `cast_cast` (of 64-bit numbers).
+INEXACT = {
+    *_no_op.rules,  # x + c and x * c become x if c differs from 0 by 1e-8 or from 1 by 1e-5
+    *_fuse_relus_clips.rules,  # relu(clip(x, -2, -1)), which is 0, becomes clip(x, 0, -1), which is -1
+    common_rules.no_op_static_scatter_nd_rule,  # a sum into all positions becomes a copy
+    common_rules.slice_split_rule,  # of an odd number, the first half becomes the longer one
+}
+EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
+_MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
+
+
+def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
+
+    Weights have their names in the network. The metadata `part` of a node names the part of the network that
+    computes it; `convert_precision` removes it. Raises `LoweringError` if an operator has no ONNX form or the
+    weights exceed 2 GB.
+    """
+    for node in program.graph.nodes:
+        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
+        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
+            raise LoweringError(  # CPUs have no kernels for it
+                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
+                "from forward"
+            )
+    model = convert(evaluate_constant_parts(program), [INPUT], outputs)
+    _clear_metadata_and_inner_shapes(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
+        name_in_network = name.removeprefix(NETWORK_PREFIX)
+        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+            value.name = name_in_network
+    common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
+    model.graph.name = "sopdeploy"
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > _MAX_BYTES:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
+    proto: onnx.ModelProto = ir.to_proto(model)
+    check_graph(proto)
+    return proto
+
+
+def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
+    """Remove shapes of inner values, and metadata, such as source lines; keep the part of each node."""
+    # The modules of a node from the outermost to the innermost, then its operation, as the text of a list.
+    scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
+    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node, scope in scopes.items():
+        if scope is not None:
+            part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
+            node.metadata_props["part"] = part if part not in ("", "network") else "forward"
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+
+
+def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter warns about its own internals
+        try:
+            program = decompose(program)
+            converted: Any = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                external_data=False,
+                verbose=False,
+                optimize=False,
+            )
+            model: ir.Model = converted.model
+            _simplify(model)
+        except Exception as error:  # the converter does not limit what its passes raise
+            raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
+    return model
+
+
+def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
+    """Name the operator of *program* that the converter cannot translate, or else describe the first cause.
+
+    *error* is the last one of a chain, in which each names its cause.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    problems = [first_line(cause) for cause in causes]
+    for problem in problems:
+        if match := TRANSLATED.search(problem):
+            name, operator = match.groups()
+            places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
+            return f"{operator}{''.join(places)}; use other operators"
+    first_problem = problems[-1]
+    return DEPENDS_ON_VALUES if DATA_DEPENDENT.search(first_problem) else first_problem
+
+
+def _simplify(model: ir.Model) -> None:
+    """Simplify *model* as the converter's optimizer (onnxscript) does, but with exact rules only."""
+    common.InlinePass()(model)
+    for _ in range(PASSES):
+        fold_constants(model, onnx_shape_inference=True)
+        _bypass_constant_choices(model)
+        rewrite(model, EXACT_RULES)  # removes what nothing reads, too
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
+
+
+def _bypass_constant_choices(model: ir.Model) -> None:
+    """Bypass each `Where` with an all-false constant mask, if this keeps the shape."""
+    for node in model.graph:
+        if node.op_type != "Where":
+            continue
+        (mask, _, otherwise), result = node.inputs, node.outputs[0]
+        if mask is None or mask.const_value is None or mask.const_value.numpy().any():
+            continue
+        if otherwise is None or otherwise.shape is None or otherwise.shape != result.shape:
+            continue
+        if not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, otherwise)
+
+
+def check_graph(proto: onnx.ModelProto) -> None:
+    """Check that every runtime can execute *proto*; raises `LoweringError`.
+
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no
+    `NonZero`.
+    """
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
+    opsets = {imported.domain: imported.version for imported in proto.opset_import}
+    if opsets != {"": OPSET}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
+    for node in proto.graph.node:
+        if node.op_type in REJECTED:
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "forward")
+            reason = DEPENDS_ON_VALUES if node.op_type == "NonZero" else "control flow is not allowed"
+            raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

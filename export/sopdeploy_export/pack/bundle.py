@@ -1,0 +1,150 @@
+"""What a bundle holds besides the file: probes, golden examples, reports, model card and manifest."""
+
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import PIL
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle.golden import TOLERANCES, write_golden
+from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.probes import Probes
+from sopdeploy.models.describe import Counts, tally
+from sopdeploy.project import utc_now
+from sopdeploy.version import __version__
+from sopdeploy_export.capture.deployed import INPUT
+from sopdeploy_export.detach.stubs import answering
+from sopdeploy_export.network import copy_module
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pack.model_card import render_model_card
+from sopdeploy_export.pack.results import ExportResults
+from sopdeploy_export.prove.file import (
+    ParityReference,
+    ParityReport,
+    compared_images,
+)
+from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark_decided
+from sopdeploy_export.subject import ExportSubject
+
+
+def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
+    """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
+
+    Training-only parts may run in train mode only. If *network* fails in it, for example without targets, it
+    runs in eval mode.
+    """
+    copied = copy_module(network)  # because code can change what it holds in train mode
+    with torch.random.fork_rng(devices=()):  # dropout draws random numbers
+        try:
+            trained = tally(copied.train(), side)
+        except Exception:  # the network's own code, which can raise anything
+            trained = tally(copied.eval(), side)
+    with answering(torch.zeros(1, 3, side, side)):  # as `tally` runs it
+        return trained.total(), tally(shipped, side).total()
+
+
+def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
+    """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
+
+    If drift was allowed, the tolerance of an output is at least twice the difference that was measured from
+    float64 and between batch sizes.
+    """
+    compared = compared_images(parity.routing, len(images))
+    factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
+    return Probes(
+        images=images[compared],
+        expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
+        tolerance={
+            name: max(output.tolerance, factor * output.largest_drift, factor * output.batch_difference)
+            for name, output in parity.outputs.items()
+        },
+    )
+
+
+def write_golden_examples(
+    subject: ExportSubject,
+    folder: Path,
+    session: onnxruntime.InferenceSession,
+    gate: GateRun | None,
+    parity: ParityReport,
+    tolerance: float,
+) -> None:
+    """Write golden examples of *session*; leave out images for which rounding can change the gate's choice.
+
+    *gate* computes its logits. *tolerance* is that of the probes' logits.
+    """
+
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = file_outputs(session, pixels[None], 1)[LOGITS][0]
+        return logits
+
+    def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
+        """Return whether rounding cannot change the choice; True without a gate."""
+        if gate is None or parity.routing is None:
+            return True
+        logits, chosen = gate(torch.tensor(pixels[None])), find_gate(subject.network).chosen
+        return bool(mark_decided(logits, chosen, parity.routing.tolerance).all())
+
+    write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
+
+
+def write_reports(
+    subject: ExportSubject,
+    folder: Path,
+    options: ExportOptions,
+    probes: Probes,
+    results: ExportResults,
+    opset: int,
+) -> Manifest:
+    """Write the reports, class names, model card and manifest to *folder*; return the manifest.
+
+    *folder* has the other files already.
+    """
+    for name in ("parity", "precision"):
+        report = getattr(results, name).model_dump(mode="json")
+        (folder / f"{name}.json").write_bytes(to_json(report))
+    (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
+    certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
+    versions = {
+        "sopdeploy": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "pillow": PIL.__version__,
+    }
+    fields = {
+        "model": subject.name,
+        "project": subject.project,
+        "exported_at": utc_now(),
+        "origin": subject.origin,
+        "config": json.loads(json.dumps(subject.config)),  # with lists for tuples
+        "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
+        "outputs": tuple(
+            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
+            for name, values in probes.expected.items()
+        ),
+        "preprocess": subject.preprocess,
+        "decision": subject.decision,
+        "batch": options.batch,
+        "mixes_images": certificate.mixes_images,
+        "detached": certificate.detached,
+        "lineage": Lineage(
+            checkpoint_sha256=subject.sha256,
+            program_root=certificate.roots.any_batch,
+            onnx_root=certificate.roots.shipped,
+        ),
+        "versions": {**versions, **subject.plugins()},
+        "precision": precision,
+        "int8_for": options.int8_for if precision == "int8" else None,
+        "opset": opset,
+    }
+    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
+    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))

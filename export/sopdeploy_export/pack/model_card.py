@@ -1,0 +1,159 @@
+"""Write the model card of a bundle, `README.md`, and the page about an export."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from sopdeploy.environment import EXACT_INT8
+from sopdeploy.files import atomic_write, writing
+from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
+from sopdeploy_export.pack.results import Exported, ExportResults
+from sopdeploy_export.subject import ExportSubject
+
+MAX_LABELS = 20
+# An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".
+MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
+INT8_SESSION = f"""
+In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
+x86 processors without VNNI:
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("{EXACT_INT8[0]}", "{EXACT_INT8[1]}")
+    session = onnxruntime.InferenceSession("model.onnx", options)
+"""
+
+
+def write_page(exported: Exported, labels: Sequence[str]) -> Path:
+    """Write the page about the bundle of *exported*, for people, beside the bundle; return its path.
+
+    Raises `StorageError` if it cannot be written.
+    """
+    manifest, facts, bundle = exported.manifest, exported.facts(), str(exported.path)
+    path = exported.path.with_name(f"{exported.path.name}.html")
+    equal = "answers as the trained one" if exported.parity.passed else "differs from the trained one"
+    kept = labels[:MAX_LABELS]
+    more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
+    content = HtmlReport(
+        title=manifest.project,
+        text=[
+            f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
+            insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
+            insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
+        ],
+        tiles={
+            "megabytes": f"{exported.parity.file_bytes / 1e6:.1f}",
+            "million parameters": f"{exported.shipped.parameters / 1e6:.2f}",
+            "million multiply-adds": f"{exported.shipped.macs / 1e6:,.0f}",
+        },
+        sections=[
+            Section(title="Warnings", text=exported.warnings),
+            Section(
+                title="What was proved and measured",
+                tables=[Table(caption="All facts", columns=["what", "result"], rows=list(facts.items()))],
+            ),
+            Section(
+                title="Use",
+                text=[
+                    insert_names(
+                        "Check it on this machine: {}", f"sopdeploy verify {quote(bundle)}", tag="code"
+                    ),
+                    insert_names("Classify: {}", f"sopdeploy predict {quote(bundle)} photo.jpg", tag="code"),
+                    insert_names(
+                        "Serve, with a web page: {}", f"sopdeploy serve {quote(bundle)}", tag="code"
+                    ),
+                ],
+            ),
+        ],
+    )
+    with writing(path), atomic_write(path) as partial:
+        partial.write_text(render(content), encoding="utf-8")
+    return path
+
+
+def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:
+    """Render the model card as Markdown; *fields* are those of the manifest.
+
+    Names, classes, facts and training records, which a checkpoint contains, are text without markup.
+    """
+    preprocess, batch = subject.preprocess, fields["batch"]
+    labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
+    if len(subject.labels) > MAX_LABELS:
+        labels += f", ... ({len(subject.labels)} in total, see labels.json)"
+    outputs = ", ".join(
+        f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
+        for output in fields["outputs"]
+    )
+    rows = training_rows(subject.training)
+    training = "\n".join(f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows)
+    facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in results.facts().items())
+    resizing = {
+        "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}), then crop the center;",
+        "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
+        f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
+        "squash-crop": f"Resize both\nsides of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}) "
+        f"and crop the center to\n{preprocess.crop} x {preprocess.crop};",
+        "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
+    }[preprocess.fit]
+    int8 = results.precision.quantisation
+    session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
+    return f"""# {subject.project}
+
+An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
+
+Classes: {labels}
+
+## Use
+
+    sopdeploy verify .
+    sopdeploy predict . photo.jpg
+    sopdeploy serve .
+{session}
+## Input and output
+
+`{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
+the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
+{batch.maximum} images. {outputs}
+
+## Training
+
+{training or "Not recorded."}
+
+## Proof and measurements
+
+{facts}
+
+Noise floors are errors of the network's own {results.parity.precision} run against float64. model.onnx was
+compared in {results.parity.runtime} ({results.parity.provider}). `certificate.json` lists removed tensors
+and hashes, `parity.json` the drift of every output.
+"""
+
+
+def as_markdown(text: str) -> str:
+    """Write *text* on one line such that Markdown shows it as it is, without links, markup or HTML."""
+    shown = sanitize(" ".join(text.split()))
+    return MARKDOWN.sub(r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
+    """List scalars and the result of the training loop, or start weights and result of another procedure."""
+    if "procedure" not in training:  # nor a result
+        return _scalars(training)
+    from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
+
+    result = read_result(training)
+    rows = [] if result is None else list(result.rows())
+    if result is None or isinstance(result, LoopResult):
+        return [*_scalars(training), *rows]
+    if start := training.get("start"):
+        rows.insert(0, ("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
+    return rows
+
+
+def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """List the numbers and texts in the record of a training, but no truth values, sorted by key."""
+    scalars = ((key, value) for key, value in sorted(training.items()) if not isinstance(value, bool))
+    return [(key, value) for key, value in scalars if isinstance(value, int | float | str)]

@@ -1,0 +1,171 @@
+"""What an export proved and measured, in words for terminals and model cards."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sopdeploy.bundle.manifest import Int8For, Manifest
+from sopdeploy.decision import Decision
+from sopdeploy.errors import shorten
+from sopdeploy.models.describe import Counts
+from sopdeploy_export.lower.precision import PrecisionReport
+from sopdeploy_export.prove.certificate import Certificate
+from sopdeploy_export.prove.file import ParityReport
+
+SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
+WEAKER_PROOFS = {
+    "trained-detached": "no plain network was given; the detached network was compared with the trained one",
+    "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
+    "trained-detached-rebuilt": "no plain network was given; the detached network was compared with the "
+    "trained one, and with a new one of the same builder with its weights",
+    "trained-rebuilt": "no plain network was given; the trained network was compared with a new one of the "
+    "same builder with its weights",
+}
+TARGETS: Mapping[Int8For, str] = {
+    "cpu": "for CPUs (TensorRT does not accept this form)",
+    "tensorrt": "for TensorRT (CPUs run this form slower than float32)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResults:
+    """What an export removed, proved and measured."""
+
+    certificate: Certificate
+    parity: ParityReport
+    precision: PrecisionReport
+    trained: Counts
+    shipped: Counts
+    decision: Decision | None
+
+    def facts(self) -> dict[str, str]:
+        """Describe the results, one line for each."""
+        parity = self.parity
+        parts_by_type = sorted(Counter(self.precision.parts.values()).items())
+        types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
+        drift = (
+            f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
+            f"(limit {parity.floors_allowed:g})"
+        )
+        if not parity.passed:
+            drift += "; THE COMPARISON DID NOT PASS, which was allowed"
+        answers = f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
+        if parity.num_agreeing < parity.num_images:
+            flips = parity.flips
+            answers += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
+        if parity.routing is not None:
+            answers += f"; the gate is undecided on {parity.routing.num_undecided}"
+        return {
+            **_proof_facts(self.certificate),
+            "types": f"{self.precision.precision}: {types}",
+            "drift": drift,
+            "answers": answers,
+            **_precision_facts(self.precision),
+            **dict(() if self.decision is None else self.decision.rows()),
+            "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
+            f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
+            "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(ExportResults):
+    """The bundle that an export wrote, its results, its time in seconds, and the page about it."""
+
+    path: Path
+    page: Path | None = None
+    manifest: Manifest
+    warnings: tuple[str, ...] = ()
+    seconds: float
+
+    def lines(self) -> dict[str, str]:
+        """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
+        facts, certificate = self.facts(), self.certificate
+        compared = " = ".join(certificate.compared)
+        equal = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
+        proof = "; ".join(filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
+        drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
+        bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
+        return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
+
+    def summary(self) -> dict[str, object]:
+        """Build the output of `export --json`, with a decision if there is one."""
+        return {
+            "bundle": str(self.path),
+            "id": self.manifest.id,
+            "project": self.manifest.project,
+            "model": self.manifest.model,
+            **self.certificate.model_dump(include={"proof", "detached", "roots"}),
+            "num_tensors_removed": len(self.certificate.removed),
+            "bytes_removed": self.certificate.bytes_removed,
+            "num_tensors_kept": len(self.certificate.kept),
+            "num_tensors_unreached": len(self.certificate.unreached),
+            "parity": self.parity.model_dump(),
+            "precision": self.precision.model_dump(),
+            **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
+            "trained": self.trained.model_dump(),
+            "shipped": self.shipped.model_dump(),
+            "warnings": list(self.warnings),
+        }
+
+
+def _proof_facts(certificate: Certificate) -> dict[str, str]:
+    """Describe what was removed, kept and proved."""
+    used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
+    integers = [tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")]
+    # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
+    counters = {tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules}
+    unused = [tensor for tensor in certificate.unreached if tensor.name not in counters]
+    if certificate.detached:
+        tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
+        removed = f"{', '.join(certificate.detached)} ({tensors})"
+    elif unused:
+        names, size = shorten([tensor.name for tensor in unused]), sum(tensor.bytes for tensor in unused)
+        removed = (
+            f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
+        )
+    else:
+        removed = "nothing: the network has no training-only parts"
+    proof = {}
+    if certificate.proof in WEAKER_PROOFS:
+        proof["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
+    return {
+        "removed": removed,
+        "kept": f"{len(certificate.kept) + len(certificate.unreached)} tensors, sha256 equal before and "
+        f"after; the outputs depend on {len(certificate.kept)}",
+        **proof,
+        "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
+        f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",
+        "logits": f"bitwise equal on {certificate.num_images} probe images",
+        "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
+        if certificate.mixes_images
+        else "no output depends on other images",
+    }
+
+
+def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
+    """Describe the measured accuracy loss and the quantization."""
+    facts: dict[str, str] = {}
+    accuracy, int8 = precision.accuracy, precision.quantisation
+    if accuracy is not None:
+        top1, images = "", accuracy.num_images
+        if accuracy.before is not None and accuracy.after is not None:
+            before, after = (_share(round(top * images), images) for top in (accuracy.before, accuracy.after))
+            top1 = f"top-1 {before} before, {after} after; "
+        facts["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        facts["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
+        if images < SHOWS_ONE_POINT:
+            facts["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
+    if int8 is not None:
+        layers = f"{int8.num_layers} layers {TARGETS[int8.runtime]}"
+        facts["int8"] = f"{layers}, ranges of {int8.num_images} images"
+    return facts
+
+
+def _share(count: int, images: int) -> str:
+    """Write *count* of *images* images with the 95 % interval of this share."""
+    from sopdeploy.evaluation.metrics import wilson  # noqa: PLC0415 # only with photographs
+
+    low, high = wilson(count, images)
+    return f"{count} of {images} images (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"

@@ -1,0 +1,102 @@
+"""Statement 0, for a network of the user: its exported copy computes what the given network computes.
+
+The network that the user gave is captured, not a copy, because its classes can define how they are copied.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.admit.network import refusing_replaced_methods
+from sopdeploy_export.admit.outputs import check_finite, run_and_check
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.network import tensors
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.program_hashes import value_root
+from sopdeploy_export.prove.tensors import check_graph_ignores, randomized
+from sopdeploy_export.state import held_tensors, preserved
+
+MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
+LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
+GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
+OTHER_COPY = (
+    "a copy of the network with contiguous weights computes something else than the network: its code must "
+    "not depend on the memory layout, and its classes must not define how they are copied"
+)
+
+
+def capture_and_compare(
+    given: nn.Module,
+    copied: nn.Module,
+    preprocess: Preprocess,
+    classes: int,
+    options: ExportOptions,
+    parts: Sequence[str],
+) -> Captured:
+    """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
+
+    They can differ because a class can define how it is copied. Both networks run on probe images. Unless
+    *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
+    *given*. A graph must stay the same while the removed *parts* have random values. Raises `LoweringError`
+    if the networks differ, and `CertificateError` if the graph depends on the *parts*.
+    """
+    stored = list(tensors(given).values())
+    devices = {tensor.device for tensor in stored} or {torch.device("cpu")}
+    device = next(iter(devices))  # of the images; the network itself moves values between several
+    on_cpu = devices == {torch.device("cpu")}
+    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in stored)  # stored as in *copied*
+    tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
+    images = torch.from_numpy(generated_images(preprocess.crop))
+    deployed = Deployed(given, preprocess).eval()
+    deployed.normalise.to(device)
+    for batch in (images, images[:1]):
+        # Caches are empty again when the networks are captured.
+        with preserved(given), preserved(copied), refusing_replaced_methods(given):
+            expected = run_and_check(deployed, batch.to(device), "given", classes).cpu()
+            logits = run_and_check(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+        check_finite(expected, "given")
+        allowed = 0.0 if is_exact else tolerance * expected.abs().max()
+        if not bool(((logits - expected).abs() <= allowed).all()):
+            raise LoweringError(OTHER_COPY)
+    # `certify` compares the programs of *given* as those of "trained", unless features change the network.
+    if is_exact and not options.with_features:
+        captured = capture(given, preprocess, options.batch)
+        if parts:
+            check_graph_ignores(given, parts, preprocess, options.batch, captured)
+        return captured
+    captured = capture(copied, preprocess, options.batch)
+    if on_cpu:
+        with randomized(given, parts):
+            program = capture_any_batch(given, preprocess, options.batch)
+        if value_root(program).sha256 != value_root(captured.any_batch).sha256:  # these ignore the layout
+            raise LoweringError(OTHER_COPY)
+    elif parts:  # the graph of *given* names the GPU, so it cannot be compared
+        check_graph_ignores(copied, parts, preprocess, options.batch, captured)
+    return captured
+
+
+def check_constants(captured: Captured, network: nn.Module) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
+    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
+    for program in (captured.any_batch, captured.batch_of_one):
+        users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+        for spec in program.graph_signature.input_specs:
+            constant = program.constants.get(spec.target or "")
+            if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
+                continue
+            if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
+                continue
+            if constant.untyped_storage().data_ptr() not in registered:  # nor is it a view of such a tensor
+                held = held_tensors(network).items()
+                equal_paths = (path for path, tensor in held if tensor.equal(constant))
+                name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
+                raise LoweringError(
+                    f"the output depends on {name}, which is no parameter or buffer, so no weight file "
+                    "contains it; use ModuleList, ModuleDict or register_buffer",
+                    remedies={"plain": None, "allow_constants": True},
+                )

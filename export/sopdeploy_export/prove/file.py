@@ -1,0 +1,384 @@
+"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
+
+The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
+float64. The noise floor is the error of the network's own run in the exported precision. Every output must
+stay within its tolerance at every tested batch size, and must not depend on the other images of the batch. A
+changed top class is an error unless the network's margin is so small that rounding can change it.
+
+Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded batch norms cause
+1 to 4; 4 in a reduced precision, whose rounding the floor contains.
+
+The gate of a mixture that is nearly undecided may choose other components after rounding, and every later
+number then changes although nothing is wrong. Images for which the margin between its K-th and next logit is
+within the measured noise of these logits are left out. If that is every image, those are compared for which
+the network's own run in the exported precision chooses the same components as in float64.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ParityError
+from sopdeploy_export.capture.deployed import Deployed, output_names
+from sopdeploy_export.network import copy_module
+from sopdeploy_export.runs import (
+    LOGITS,
+    PROVIDER,
+    Arrays,
+    BatchRun,
+    GateRun,
+    InFloat64,
+    ReportsFloat32,
+    file_outputs,
+    find_gate,
+    gate_logits,
+    mark_decided,
+    run_in_batches,
+)
+
+STATEMENT = (
+    "The ONNX file, loaded and run, differs from a float64 run by at most 16 times the rounding error of "
+    "float32 (4 times for reduced precision), and no class flips without this error explaining it."
+)
+
+SINGLE_IMAGES, BATCH = 4, 16
+LARGEST_BATCH = 13  # an odd size above the 12 generated probes; larger ones take more time and memory
+BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
+UNDECIDED = "train longer"
+FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # four float32 rounding errors, relative to the value
+
+
+FlipCause = Literal["noise", "routing", "error"]
+FLOORS = 16.0
+FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "int8": 4.0}
+
+
+class OutputParity(StrictModel):
+    """The drift of one output, in the units of that output.
+
+    `drift` maps each batch size to the maximum absolute difference from the float64 network;
+    `batch_difference` is the maximum change caused by batching.
+    """
+
+    noise_floor: float
+    tolerance: float
+    drift: dict[str, float]
+    batch_difference: float
+
+    @property
+    def largest_drift(self) -> float:
+        """The maximum drift over all batch sizes."""
+        return max(self.drift.values())
+
+    @property
+    def drift_in_floors(self) -> float:
+        """The maximum drift in multiples of the noise floor."""
+        if self.noise_floor == 0:  # the output does not depend on the image
+            return math.inf if self.largest_drift else 0.0
+        return self.largest_drift / self.noise_floor
+
+
+class RoutingParity(StrictModel):
+    """How clearly the gate of a mixture chooses the components of the probe images.
+
+    The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
+    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `left_out` lists the
+    images excluded from the drift and from the probes.
+    """
+
+    noise_floor: float
+    tolerance: float
+    num_undecided: int
+    left_out: tuple[int, ...] = ()
+
+
+class ParityReport(StrictModel):
+    """The comparison of the exported file with its network, the content of `parity.json`.
+
+    `spread` is the largest range of a logit over the images. `flips` counts changed top classes by cause:
+    `routing` for images that are excluded for their route, `noise` if the network's margin between the two
+    classes is at most twice the tolerance, otherwise `error`.
+    """
+
+    precision: Precision = "fp32"
+    runtime: str
+    provider: str
+    num_images: int
+    floors_allowed: float = FLOORS
+    outputs: dict[str, OutputParity]
+    spread: float
+    flips: dict[FlipCause, int]
+    routing: RoutingParity | None = None
+    operators: dict[str, int]
+    file_bytes: int
+    drift_allowed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether all outputs are within their limits."""
+        # It is set only if a limit was exceeded; where the user did not allow this, the export has failed.
+        return not self.drift_allowed
+
+    @property
+    def num_agreeing(self) -> int:
+        """The number of images with the network's top class."""
+        return self.num_images - sum(self.flips.values())
+
+    @property
+    def unverifiable(self) -> bool:
+        """Whether a file that returns the same logits for every image could be within the tolerance.
+
+        A constant differs by at least half of a range from one of its ends. int8 is exempt: rounding may move
+        a single probe far, so agreement with float32 is measured on calibration or evaluation images instead.
+        """
+        return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
+
+    @property
+    def smallest_unverifiable_share(self) -> float:
+        """The share of the noise floor in the spread from which on the file is `unverifiable`.
+
+        The tolerance, floors_allowed * floor, is then at least spread / 2.
+        """
+        return 0.5 / self.floors_allowed
+
+    @property
+    def logits(self) -> OutputParity:
+        """The drift of the logits."""
+        return self.outputs[LOGITS]
+
+
+def compare_routes(exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float) -> RoutingParity:
+    """Find the images whose route to *chosen* components can be compared.
+
+    *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
+    is *floors* times their largest difference, or four roundings of the largest logit if these are more.
+    """
+    noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
+    decided = mark_decided(exact, chosen, floors * noise)
+    compared = decided
+    if not decided.any():  # then, rather than no image, those with the same route
+        # A stable sort resolves ties in favor of the lower index, as the gate does.
+        rankings = (np.argsort(-logits, axis=1, kind="stable") for logits in (exact, rounded))
+        route, rounded_route = (np.sort(ranking[:, :chosen], axis=1) for ranking in rankings)
+        compared = (route == rounded_route).all(axis=1)
+    return RoutingParity(
+        noise_floor=noise,
+        tolerance=floors * noise,
+        num_undecided=int((~decided).sum()),
+        left_out=tuple(np.flatnonzero(~compared).tolist()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParityReference:
+    """The float64 outputs of the network, its noise floor per output in *precision*, and undecided images."""
+
+    outputs: Arrays
+    noise_floor: dict[str, float]
+    precision: Precision = "fp32"
+    routing: RoutingParity | None = None
+
+
+def compute_reference(
+    deployed: Deployed,
+    images: NDArray[np.uint8],
+    run: BatchRun | None = None,
+    precision: Precision = "fp32",
+    gate: GateRun | None = None,
+) -> ParityReference:
+    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *run*.
+
+    *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
+    The images run in batches of 16, and the first four also alone. The noise floor of an output is the
+    largest of the errors of these runs and of four roundings of its largest value to float32.
+    Raises `ParityError` if outputs are not finite or the route of no image can be compared.
+    """
+    names, network64 = output_names(deployed.network), copy_module(deployed).double()
+    with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
+        exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
+    if run is None:
+        run = deployed
+    runs = run_in_batches(run, names, images, BATCH), run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    routing = None
+    if (gate_layer := find_gate(deployed.network)) is not None:
+        pixels = torch.from_numpy(images)
+        routing = compare_routes(
+            exact=gate_logits(network64, pixels),
+            rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
+            chosen=gate_layer.chosen,
+            floors=FLOORS_BY_PRECISION[precision],
+        )
+    compared = compared_images(routing, len(images))
+    if not compared.any():
+        raise ParityError(
+            f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
+            f"so no output can be compared; {UNDECIDED}"
+        )
+    noise_floor = {}
+    for name, values in exact.items():
+        rounded_values = [outputs[name] for outputs in runs]  # of all images, and of the first ones
+        _require_finite(name, values, rounded_values, precision)
+        noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
+        for rounded in rounded_values:
+            errors = np.abs(rounded - values[: len(rounded)])[compared[: len(rounded)]]
+            noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
+    return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
+
+
+def _require_finite(
+    name: str, exact: NDArray[Any], rounded: Sequence[NDArray[Any]], precision: Precision
+) -> None:
+    """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
+    if not np.isfinite(exact).all():
+        raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+    if not all(np.isfinite(values).all() for values in rounded):
+        if precision == "fp32":
+            remedy = "train it again with weight decay or a lower learning rate"
+        else:
+            remedy = "choose precision fp32"
+        raise ParityError(
+            f"the network's own {name} are not finite in {precision} on the probe images: activations "
+            f"overflow; {remedy}"
+        )
+
+
+def compared_images(routing: RoutingParity | None, count: int) -> NDArray[np.bool_]:
+    """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
+    compared = np.ones(count, dtype=np.bool_)
+    if routing is not None:
+        compared[list(routing.left_out)] = False
+    return compared
+
+
+def prove_file(
+    session: ort.InferenceSession,
+    model: onnx.ModelProto,
+    expected: ParityReference,
+    images: NDArray[np.uint8],
+    batch: BatchRange,
+    *,
+    allow_drift: bool = False,
+) -> ParityReport:
+    """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
+
+    *model* is the content of the file; its operators and its size are reported.
+    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed despite a
+    clear margin. With *allow_drift*, the report records these errors instead; values that are not finite
+    always raise.
+    """
+    # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
+    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
+    sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
+    by_size = {size: file_outputs(session, images, size) for size in sizes}
+    routing = expected.routing
+    compared = compared_images(routing, len(images))
+    floors_allowed = FLOORS_BY_PRECISION[expected.precision]
+    outputs = {}
+    for name, exact in expected.outputs.items():
+        single = by_size[1][name]
+        outputs[name] = OutputParity(
+            noise_floor=expected.noise_floor[name],
+            tolerance=floors_allowed * expected.noise_floor[name],
+            drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
+            batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
+        )
+    logits = expected.outputs[LOGITS]
+    report = ParityReport(
+        precision=expected.precision,
+        runtime=f"onnxruntime {ort.__version__}",
+        provider=PROVIDER,
+        num_images=len(images),
+        floors_allowed=floors_allowed,
+        outputs=outputs,
+        spread=logit_spread(logits[compared]),
+        flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared),
+        routing=routing,
+        operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
+        file_bytes=model.ByteSize(),
+        drift_allowed=False,
+    )
+    violation = _first_violation(report)
+    if violation is None:
+        return report
+    if allow_drift:
+        return report.model_copy(update={"drift_allowed": True})
+    if routing is not None and routing.num_undecided == report.num_images:
+        violation += f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
+    raise ParityError(f"the exported file {violation}; nothing was written")
+
+
+def count_flips(
+    values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
+) -> dict[FlipCause, int]:
+    """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
+
+    *rerouted* (P,) marks images whose gate chose other components.
+    """
+    top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
+    images = np.arange(len(expected))
+    margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
+    is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
+    by_cause: dict[FlipCause, NDArray[np.bool_]] = {
+        "noise": is_small & ~rerouted,
+        "routing": rerouted,
+        "error": ~is_small & ~rerouted,
+    }
+    flipped = top_of_network != top_of_file
+    return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
+
+
+def logit_spread(logits: NDArray[Any]) -> float:
+    """Compute the range over images of each class's logit in *logits* (P, C), and return the largest.
+
+    A single image gives the range over its classes. The tolerance must be below half of the spread: a file
+    that returns the middle of each range for every image has an error of half of the largest range.
+    """
+    return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
+
+
+def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]) -> float:
+    """Compute the maximum absolute difference over the *compared* images (P,).
+
+    Raises `ParityError` if the shapes differ or *values* are not finite.
+    """
+    if values.shape != expected.shape:
+        raise ParityError(f"the exported file gives {name} of shape {values.shape}, not {expected.shape}")
+    if not np.isfinite(values).all():
+        raise ParityError(f"the exported file gives {name} that are not finite")
+    return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
+
+
+def _first_violation(report: ParityReport) -> str | None:
+    """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
+    if report.unverifiable:
+        if report.spread == 0:
+            return "cannot be verified: the spread of the network's logits is 0; train longer"
+        floor = report.logits.noise_floor
+        advice = "train longer" if report.precision == "fp32" else "train longer, or choose precision fp32"
+        too_large_share = report.smallest_unverifiable_share
+        return (
+            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
+            f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "
+            f"a file that ignores its input would pass; {advice}"
+        )
+    for name, output in report.outputs.items():
+        if output.largest_drift > output.tolerance:
+            return (
+                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
+                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
+            )
+        if output.batch_difference > output.tolerance:
+            return f"changes {name} by {output.batch_difference:.3g} when images are batched"
+    if report.flips["error"]:
+        return f"changes the top class of {report.flips['error']} of {report.num_images} images"
+    return None

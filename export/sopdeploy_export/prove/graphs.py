@@ -1,0 +1,92 @@
+"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root."""
+
+from collections.abc import Mapping, Set
+
+from torch import nn
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import CertificateError, LoweringError, shorten
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import is_in
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.detach.stubs import removed_modules
+from sopdeploy_export.program_hashes import compute_roots, describe_difference
+
+STATEMENT = (
+    "The trained network's output, the detached network and a plain network built independently have one "
+    "Merkle root."
+)
+
+
+class Roots(StrictModel):
+    """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
+
+    any_batch: str
+    batch_of_one: str
+    num_operations: int
+
+
+def capture_networks(
+    networks: Mapping[str, nn.Module],
+    preprocess: Preprocess,
+    batch: BatchRange,
+    captured_trained: Captured | None,
+) -> dict[str, Captured]:
+    """Capture *networks*, and return their programs in the same order.
+
+    Networks with the same operations and weights share programs, with the names of the one captured first.
+    Therefore the detached network, if there is one, is captured before the others: the exported file has its
+    names. *captured_trained*, unless None, is reused as the programs of "trained"; a detached network with
+    the same operations and weights then shares these.
+    """
+    captured = {} if captured_trained is None else {"trained": captured_trained}
+    for role in ("detached", "trained", *networks):
+        if role in networks and role not in captured:
+            try:
+                captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
+            except LoweringError as error:
+                raise CertificateError(f"{role} network: {error}") from error
+    return {role: captured[role] for role in networks}
+
+
+def prove_graphs(
+    captured: Mapping[str, Captured], trained: nn.Module, training_only: tuple[str, ...]
+) -> tuple[Roots, Set[str]]:
+    """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
+
+    Returns the roots, and the names of the tensors that the outputs depend on. Raises `CertificateError` with
+    the removed weights or modules that an output depends on, or with the first operation that differs from
+    the first network.
+    """
+    first_role, first = next(iter(captured.items()))
+    expected = compute_roots(first.any_batch, first.batch_of_one)
+    removed = removed_modules(trained, training_only).keys()
+    reached: set[str] = set()
+    for role, programs in captured.items():
+        is_first = programs is first  # also if networks share programs
+        roots = expected if is_first else compute_roots(programs.any_batch, programs.batch_of_one)
+        for size, root in roots.items():
+            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
+            if leaking := sorted(name for name in weights if is_in(name, *training_only)):
+                raise CertificateError(
+                    f"the output still depends on training-only weights, for {size}: "
+                    f"{shorten(leaking)}; a branch affects the main output"
+                )
+            if role == "trained" and (leaking := sorted(root.modules & removed)):
+                raise CertificateError(
+                    f"the output depends on operations of {shorten(leaking)}, for {size}: a removed part "
+                    "changes a value that is needed; keep it"
+                )
+            if root.sha256 != expected[size].sha256:
+                difference = describe_difference(root, expected[size], first_role)
+                problem = f"the {role} network is not the {first_role} one, for {size}"
+                raise CertificateError(f"{problem}: {difference}")
+            if role in ("trained", "detached"):
+                reached |= weights
+    roots_of_all = Roots(
+        any_batch=expected["any batch size"].sha256,
+        batch_of_one=expected["a batch of one"].sha256,
+        num_operations=len(expected["any batch size"].nodes),
+    )
+    return roots_of_all, reached

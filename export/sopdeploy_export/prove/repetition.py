@@ -1,0 +1,108 @@
+"""Repeat the calls of a network: its outputs must not depend on how often it ran.
+
+The network runs on probe images, then `CALLS` times on another image, and on the probe images again: whatever
+holds the state, such as a context variable or a file, the outputs must be equal. State that changes outputs
+only after more calls is found by `state.read_state` in the objects that the network holds: once the network
+has run for both numbers of images, no call may change them.
+
+The repeated calls cost the time of Python code only. What the first of them computed from the image is
+returned again in the others, and no kernel runs for it. What the network computes from anything else, such as
+a counter, is computed every time.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sopdeploy.errors import CertificateError, first_line
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.capture.deployed import compute_outputs
+from sopdeploy_export.network import copy_module
+from sopdeploy_export.program_hashes import are_equal
+from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, first_change, read_state
+
+STATEMENT = (
+    "The detached network returns bitwise equal outputs after 300 calls on another image, and nothing "
+    "that it holds changes."
+)
+
+CALLS = 300
+PROBES = 4
+
+
+class _ReplayedCalls(TorchDispatchMode):
+    """Returns what the first call computed from *image* again, as long as the operations are the same."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._computed: list[tuple[Any, Any]] = []  # the operations on the image, and their results
+        self.position = 0  # among the operations on the image in this call
+        self._from_image = WeakIdKeyDictionary({image: True})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the result of one operation on the image again; run any other one."""
+        del types
+        on_image = [operand in self._from_image for operand in _tensors_in((*args, *(kwargs or {}).values()))]
+        writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
+        if not any(on_image) or writes_elsewhere:
+            return func(*args, **(kwargs or {}))
+        position = self.position
+        self.position += 1
+        is_known = position < len(self._computed) and self._computed[position][0] is func
+        # An alias is a view of an operand, or an operand that was written to.
+        returns_alias = any(returned.alias_info is not None for returned in func._schema.returns)
+        if is_known and not returns_alias:
+            return self._computed[position][1]
+        if is_known and func._schema.is_mutable:
+            return args[0]  # has its values from the first call
+        # A new operation, or a view, which torch does not allow to return twice; to make it takes no time.
+        result = func(*args, **(kwargs or {}))
+        if is_known:
+            self._computed[position] = func, result
+        else:  # from here on, this call does something else than the one before
+            self._computed[position:] = [(func, result)]
+        for computed in _tensors_in([result]):
+            self._from_image[computed] = True
+        return result
+
+
+def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among *operands* and in their lists; `tree_leaves` takes ten times as long."""
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            yield operand
+        elif isinstance(operand, list | tuple):
+            yield from _tensors_in(operand)
+
+
+@torch.no_grad()
+def prove_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
+    """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
+
+    Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
+    if a call fails.
+    """
+    copied = copy_module(network)
+    pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
+    images, other = pixels[:-1], pixels[-1:].clone()
+    before = compute_outputs(copied, images.clone())  # which the network may write to
+    try:
+        with _ReplayedCalls(other) as replay:
+            for call in range(CALLS):
+                replay.position = 0
+                compute_outputs(copied, other)
+                if call == 0:
+                    held = read_state(copied)  # with the caches for both numbers of images
+        after = compute_outputs(copied, images.clone())
+    except Exception as error:  # the network's own code, which can raise anything
+        problem = f"the network fails when it runs {CALLS} times: {first_line(error)}"
+        raise CertificateError(problem) from error
+    if not all(map(are_equal, after, before)):
+        raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
+    if (changed := first_change(held, read_state(copied))) is not None:
+        raise CertificateError(f"{changed} changes while the network runs; {NOT_IN_EVAL}")

@@ -1,0 +1,138 @@
+"""Runs of a network and of a file: in float64, in batches, in ONNX Runtime; and the gate of a mixture."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sopdeploy.bundle.manifest import GATES
+from sopdeploy.environment import EXACT_INT8, lacks_vnni
+from sopdeploy.errors import ParityError
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.capture.deployed import INPUT, Deployed
+
+PROVIDER = "CPUExecutionProvider"
+LOGITS = "logits"
+
+Arrays = dict[str, NDArray[Any]]
+BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
+GateRun = Callable[[Tensor], NDArray[Any]]
+GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+REDUCED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Compute in float64 also where the code of a network names another type, as `.float()` does.
+
+    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
+    operation combines them with float64. The code of a network reads float32 as the `dtype` of float64, so
+    that it takes the same path.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run *func* in float64 where the code of a network names a smaller type.
+
+        A `dtype` argument becomes float64, and so do the operands if one of them is, unless *func* writes to
+        an operand.
+        """
+        del types
+        args = tuple(map(widen_dtype, args))
+        kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
+        with torch._C.DisableTorchFunction():  # so that `ReportsFloat32` does not change `value.dtype` here
+            dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            # An operation that writes to an operand needs this operand itself, not a converted copy.
+            if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
+                args, kwargs = tree_map_only(
+                    Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
+                )
+            return func(*args, **kwargs)
+
+
+class ReportsFloat32(TorchFunctionMode):
+    """Returns float32 as the `dtype` of tensors in float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = function(*args, **(kwargs or {}))
+        return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
+
+
+def widen_dtype(value: Any) -> Any:
+    """Replace *value*, an argument of an operation, by `torch.float64` if it is a smaller `torch.dtype`."""
+    return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
+
+
+def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
+    """Load *model* on the CPU; without *optimized*, its operators are not fused."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if lacks_vnni():
+        options.add_session_config_entry(*EXACT_INT8)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(source, options, providers=[PROVIDER])
+
+
+def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
+
+    Raises `ParityError` if the file does not accept this batch size.
+    """
+    names = [output.name for output in session.get_outputs()]
+    chunks = []
+    for start in range(0, len(images), batch):
+        indices = np.arange(start, start + batch) % len(images)
+        try:
+            outputs = session.run(names, {INPUT: images[indices]})
+        except Exception as problem:  # onnxruntime's errors share no base class
+            reason = str(problem).strip().partition("\n")[0][:200]
+            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
+        chunks.append(dict(zip(names, outputs, strict=True)))
+    return {name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names}
+
+
+def find_gate(network: nn.Module) -> Any:
+    """Find the gate of *network*, a layer that declares `is_gate`.
+
+    Returns None unless there is exactly one and its weights are an output of *network*.
+    """
+    gates = [part for part in network.modules() if export_hints(part).is_gate]
+    return gates[0] if len(gates) == 1 and GATES in getattr(network, "outputs", ()) else None
+
+
+def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
+    """Compute the logits (P, N) of the gate, which exists, in the dtype that *deployed* uses for *pixels*."""
+    gate = find_gate(deployed.network)
+    computed: list[Tensor] = []
+    hook = gate.feature.register_forward_hook(lambda _, _args, feature: computed.append(gate.logits(feature)))
+    with hook, torch.no_grad():
+        deployed(pixels)
+    return computed[0].numpy()
+
+
+def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
+    """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
+    ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
+    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
+    margins = smallest_chosen - ranked[:, chosen:]  # to each logit that is not chosen (P, N - chosen)
+    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # the two logits may both drift
+
+
+def run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
+    by_name = [dict(zip(names, outputs, strict=True)) for outputs in chunks]
+    return {name: torch.cat([outputs[name] for outputs in by_name]).numpy() for name in names}

@@ -1,0 +1,90 @@
+"""What is exported: a trained network, the parts to remove from it, and the facts that its bundle records."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.decision import Decision
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier
+from sopdeploy.plugins import plugin_versions
+from sopdeploy.project import Origin
+from sopdeploy_export.capture.program import Captured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detachment:
+    """The modules to remove from a trained network, and the plain network that must remain.
+
+    Attributes:
+        training_only: Dotted names of the removed parts.
+        plain: Builds the plain network, with any weights; `None` if there is none to compare with.
+        reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
+            `rebuilt` one.
+        rename: Maps the name of a tensor of the trained network to its name in the plain network.
+        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
+    """
+
+    training_only: tuple[str, ...] = ()
+    plain: Callable[[], nn.Module] | None = None
+    reference: Literal["plain", "rebuilt"] = "plain"
+    rename: Callable[[str], str] = str
+    captured: Captured | None = None
+
+    @classmethod
+    def of(cls, network: Classifier) -> "Detachment":
+        """Build the detachment that *network*, a network of the catalog, declares."""
+
+        def plain() -> Backbone:
+            built = network.inference_model()
+            built.outputs = network.outputs  # so that both return the same values
+            return built
+
+        return cls(training_only=network.training_only, plain=plain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSubject:
+    """A trained network to export.
+
+    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any network.
+
+    Attributes:
+        name: Name of the network, such as `dsop-resnet18`.
+        project: Name of the project, which names the bundle.
+        network: The network as it was trained, in eval mode.
+        detachment: The training-only parts, and the plain network that must remain without them.
+        labels: Class names, in the order of the logits.
+        preprocess: Converts an image to the input of the network.
+        config: The options that the network was built with, for the manifest.
+        sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
+        decision: How logits become classes; `None` for softmax without thresholds.
+        training: Recipe, epoch and metrics, for the model card.
+        origin: The run and its images; `None` if `train` did not train the network.
+        warnings: Findings of the checks that do not stop the export.
+    """
+
+    name: str
+    project: str
+    network: nn.Module
+    detachment: Detachment
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    config: Mapping[str, Any]
+    sha256: str
+    decision: Decision | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    warnings: tuple[str, ...] = ()
+
+    def plugins(self) -> dict[str, str]:
+        """Return the versions of the plug-ins that define parts of the network or provided its images."""
+        recorded = self.training.get("plugins")
+        versions = recorded if isinstance(recorded, dict) else {}  # checkpoints can hold anything
+        return {
+            **{str(name): str(versions[name]) for name in versions},
+            **plugin_versions(self.network.modules()),
+        }

@@ -1,0 +1,58 @@
+"""What many clients ask for at no price: made once a second and shared, such as the page of metrics."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Generic, TypeVar
+
+SHARED_SECONDS = 1.0  # at most one in this time
+
+# A page of metrics, as prometheus_client writes it
+_PAGE = re.compile(rb"(?:# HELP [^\n]+\n# TYPE [^\n]+\n(?:\w+(?:\{[^\n]+\})? \S+\n)*)*")
+_UP = b"# HELP sopdeploy_worker_up Whether a process answers", b"# TYPE sopdeploy_worker_up gauge"
+
+_Value = TypeVar("_Value")
+
+
+class Shared(Generic[_Value]):
+    """What *make* returns: made at most once a second, and shared by all who ask. For one event loop.
+
+    However many ask, the cost is that of one. Who asks while it is made waits for it.
+    """
+
+    def __init__(self, make: Callable[[], Awaitable[_Value]]) -> None:
+        self._make = make
+        self._made: asyncio.Future[_Value] | None = None
+        self._next = 0.0  # the time from which another one may be made
+
+    async def get(self) -> _Value:
+        """Return what was made in the last second, or make it; raises what *make* raises."""
+        now = time.monotonic()
+        if self._made is None or (self._made.done() and now >= self._next):
+            self._made = asyncio.ensure_future(self._make())
+            self._next = now + SHARED_SECONDS
+        return await asyncio.shield(self._made)  # one who leaves does not cancel it for the others
+
+
+def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
+    """Merge the metrics *pages* of processes by name, and that of the *supervisor*.
+
+    Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that is empty or no
+    page of metrics.
+    """
+    valid = {process: page for process, page in pages.items() if page and _PAGE.fullmatch(page)}
+    up = [b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid) for name in pages]
+    merged, help_line, samples = {_UP: up}, b"", up
+    for process, page in {**valid, "supervisor": supervisor}.items():
+        label = b'process="%b"' % process.encode()
+        for line in page.split(b"\n")[:-1]:
+            if line.startswith(b"# HELP"):
+                help_line = line
+            elif line.startswith(b"# TYPE"):
+                samples = merged.setdefault((help_line, line), [])
+            else:
+                first = b"{" if b"{" in line else b" "  # after the name
+                name, _, rest = line.partition(first)
+                samples.append(b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest))
+    return b"\n".join(line for head, lines in merged.items() for line in (*head, *lines)) + b"\n"

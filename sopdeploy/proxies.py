@@ -1,0 +1,117 @@
+"""The proxy of a URL, from the variables of the environment that curl, pip and others read."""
+
+import os
+import re
+import socket
+from collections.abc import Collection
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from sopdeploy.errors import ConfigError
+
+HTTP_PROXIES, SOCKS_PROXIES = ("http", "https"), ("socks5", "socks5h")
+HOSTS = Path("/etc/hosts")
+
+
+class Proxy(NamedTuple):
+    """A proxy: its URL, which may contain a password, and the variable that names it."""
+
+    url: str
+    variable: str
+
+    def __str__(self) -> str:
+        """Describe the proxy for a message, without user and password."""
+        return f"the proxy {_without_password(self.url)} ({self.variable})"
+
+
+def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | None:
+    """Return the proxy through which *url* is requested, or None for a direct connection.
+
+    That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY; the names may be lower case. NO_PROXY lists hosts,
+    domains, addresses and networks without a proxy. A server on this machine never has one. Raises
+    `ConfigError` for a value that is not the URL of a proxy with one of *schemes*.
+    """
+    target, proxies = urlsplit(url), getproxies()
+    host = (target.hostname or "").rstrip(".")
+    kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
+    if kind is None or is_this_machine(host) or _is_excluded(host, target.port, proxies.get("no", "")):
+        return None
+    value = proxies[kind]
+    names = (name for name in os.environ if name.lower() == f"{kind}_proxy" and os.environ[name] == value)
+    proxy = Proxy(value if "://" in value else f"http://{value}", next(names, "settings of the system"))
+    advice = f"write http://HOST:PORT, or add {host} to NO_PROXY"
+    try:
+        parts = urlsplit(proxy.url)
+        if not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", proxy.url):
+            raise ValueError("no host")
+    except ValueError as error:  # also of an invalid port
+        shown = ascii(_without_password(value))
+        raise ConfigError(f"{proxy.variable}={shown}: not the URL of a proxy; {advice}") from error
+    if parts.scheme not in schemes:
+        raise ConfigError(f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}")
+    return proxy
+
+
+def describe_route(url: str, proxy: Proxy | None) -> str:
+    """Describe *url*, and the *proxy* on the way to it, for the start of a message."""
+    return url if proxy is None else f"{url}, through {proxy}"
+
+
+def store_options(url: str) -> dict[str, Any]:
+    """Return the arguments with which fsspec requests *url* through the proxy of `find_proxy`.
+
+    The clients of other stores read the variables themselves; that of S3 is told about a server on this
+    machine. Raises `ConfigError` for a proxy that cannot be used.
+    """
+    scheme = url.partition("://")[0]
+    if scheme in HTTP_PROXIES:
+        proxy = find_proxy(url)
+        return {} if proxy is None else {"proxy": proxy.url}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    is_local = scheme in ("s3", "s3a") and is_this_machine(urlsplit(endpoint).hostname or "")
+    return {"config_kwargs": {"proxies": {}}} if is_local else {}
+
+
+def is_this_machine(host: str) -> bool:
+    """Check for a name of this machine, or any spelling of one of its addresses; asks no name server."""
+    host = host.rstrip(".").lower()
+    if not host:
+        return False
+    if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
+        return True
+    with suppress(OSError, ValueError):  # ValueError: not UTF-8
+        lines = [line.partition("#")[0].lower().split() for line in HOSTS.read_text("utf-8").splitlines()]
+        host = next((address for address, *names in filter(None, lines) if host in names), host)
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, address = found[0]
+        if ip_address(address[0]).is_loopback:
+            return True
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing: the system chooses the address that it would send from
+            source = probe.getsockname()[0]
+    except (OSError, ValueError):  # a name, or an address without a route
+        return False
+    return source == address[0] or ip_address(source).is_loopback
+
+
+def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
+    """Check whether the list *no_proxy* has *host*; what is neither a name nor a network excludes nothing."""
+    host = host.lower()
+    for entry in no_proxy.lower().replace(",", " ").split():
+        with suppress(ValueError):  # one of them is a name
+            if ip_address(host) in ip_network(entry.strip("[]"), strict=False):
+                return True
+        name = entry.rpartition("://")[2].lstrip("*.")
+        ends = (host, f"{host}:{port}", f"[{host}]:{port}")
+        if entry == "*" or (name and any(f".{end}".endswith(f".{name}") for end in ends)):
+            return True
+    return False
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"^([\w+.-]+://)?.*@", r"\1", url, flags=re.DOTALL)

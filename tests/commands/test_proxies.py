@@ -1,0 +1,217 @@
+"""Which requests go through a proxy: one rule for the client, `health`, `pull` and `classify`."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy import proxies
+from sopdeploy.client import Client
+from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
+from sopdeploy.proxies import find_proxy, is_this_machine, store_options
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.transfer import pull
+from tests.support.stub_server import reply, stub_server
+
+FAR = "http://server.example:8000"
+PROXY = "http://proxy.example:3128"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset the variables of this machine."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(
+        "127.0.0.1 localhost\n::1 ip6-localhost ip6-loopback\n192.0.2.9 other  # 127.0.0.1 far\n\n"
+    )
+    monkeypatch.setattr(proxies, "HOSTS", file)
+
+
+THIS_MACHINE = [
+    *("localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.1", "127.9.9.9", "2130706433", "0x7f.1"),
+    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1", "ip6-loopback", "IP6-localhost"),
+    "0",  # the address of all interfaces
+    socket.gethostname(),
+]
+OTHERS = [
+    "server.example",
+    "192.0.2.1",
+    "2001:db8::1",
+    "other",
+    "far",
+    "localhost.example",
+    "127.0.0.1.example",
+    "",
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), [(THIS_MACHINE, True), (OTHERS, False)])
+def test_every_spelling_of_this_machine_is_recognized(hosts: None, names: list[str], expected: bool) -> None:
+    assert {name: is_this_machine(name) for name in names} == dict.fromkeys(names, expected)
+
+
+def test_a_server_on_this_machine_is_requested_directly_whatever_the_variables_are(
+    hosts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("http://127.0.0.1:9", "socks://127.0.0.1:9", "http://[::1", ":"):
+        monkeypatch.setenv("ALL_PROXY", value)
+        for host in THIS_MACHINE:
+            host = f"[{host}]" if ":" in host else host
+            assert find_proxy(f"http://{host}:8000/path") is None
+            if host[:4] not in {"0177", "0x7f"}:  # not the URL of a host for httpx
+                Client(f"http://{host}:8000").close()
+
+
+# Variables, and the one that is used for FAR.
+USED: dict[str, tuple[dict[str, str], str | None]] = {
+    "none": ({}, None),
+    "http": ({"HTTP_PROXY": PROXY, "ALL_PROXY": "http://other.example"}, "HTTP_PROXY"),
+    "lower case first": ({"HTTP_PROXY": "http://other.example", "http_proxy": PROXY}, "http_proxy"),
+    "all": ({"ALL_PROXY": PROXY, "HTTPS_PROXY": "http://other.example"}, "ALL_PROXY"),
+    "without a scheme": ({"HTTP_PROXY": PROXY.removeprefix("http://")}, "HTTP_PROXY"),
+    "empty": ({"HTTP_PROXY": ""}, None),
+}
+
+
+@pytest.mark.parametrize("case", USED)
+def test_the_variables_are_those_of_other_programs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, used = USED[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = find_proxy(FAR)
+    assert (found and found.variable) == used
+    assert found is None or found.url == PROXY
+
+
+# NO_PROXY, and whether it excludes: server.example:8000, 192.0.2.7:8000, [fd07::1]:8000.
+EXCLUDED: dict[str, tuple[bool, bool, bool]] = {
+    "*": (True, True, True),
+    "server.example": (True, False, False),
+    " other.example , .EXAMPLE": (True, False, False),
+    "*.example": (True, False, False),
+    "server.example:8000": (True, False, False),
+    "server.example:9000": (False, False, False),
+    "http://server.example": (True, False, False),
+    "er.example": (False, False, False),
+    "192.0.2.0/24": (False, True, False),
+    "192.0.2.7": (False, True, False),
+    "[fd07::1]": (False, False, True),
+    "fd07:0::1": (False, False, True),
+    "[fd07::1]:8000": (False, False, True),
+    "fd07::/64 192.0.2.7": (False, True, True),
+    "[::1]": (False, False, False),
+    "::/,,/,[,]:,:,.": (False, False, False),
+    "": (False, False, False),
+}
+
+
+@pytest.mark.parametrize("value", EXCLUDED)
+def test_no_proxy_lists_names_addresses_and_networks(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", PROXY)
+    monkeypatch.setenv("NO_PROXY", value)
+    urls = (FAR, "http://192.0.2.7:8000", "http://[fd07::1]:8000")
+    assert tuple(find_proxy(url) is None for url in urls) == EXCLUDED[value]
+    for url in urls:
+        Client(url).close()
+
+
+WRONG = [
+    *(
+        "socks://proxy.example:9",
+        "ftp://proxy.example",
+        "http://",
+        "http://:9",
+        "http://[::1",
+        "http://a:port",
+    ),
+    *("http://proxy.example:99999", "http://pro xy", "http://pr\noxy", "http://u:secret@", "u:secret@a:b:c"),
+    *(
+        "u:secret/1@proxy.example:9",
+        "http://u:secret@x@pröxy.example",
+        "://",
+        "socks4://u:secret@proxy.example:9",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_a_wrong_proxy_is_one_line_with_its_variable_and_without_its_password(
+    value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", value)
+    calls = (
+        lambda: Client(FAR),
+        lambda: store_options(FAR),
+        lambda: pull(f"{FAR}/a-0.tar", tmp_path / "pulled"),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"ALL_PROXY.*NO_PROXY") as caught:
+            call()  # type: ignore[no-untyped-call]
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    health = CliRunner().invoke(app, ["health", "--url", FAR])
+    assert (health.exit_code, health.stderr.count("\n"), "ALL_PROXY" in health.stderr) == (2, 1, True)
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """The address of a port on which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_a_proxy_that_does_not_answer_is_named_with_its_variable(
+    closed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://u:secret@{closed}")
+    named = f"through the proxy http://{closed} (HTTP_PROXY)"
+    with Client(FAR, retries=0) as client, pytest.raises(UnreachableError) as caught:
+        client.classify(b"x")
+    with pytest.raises(SopdeployError) as pulled:
+        pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
+    health = CliRunner().invoke(app, ["health", "--url", FAR])
+    assert health.exit_code == 1
+    for message in (str(caught.value), str(pulled.value), " ".join(health.stderr.split())):
+        assert named in message
+        assert "secret" not in message
+
+
+def test_a_request_through_a_proxy_has_its_url_and_its_password(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with stub_server(lambda _: reply(b'{"classes":[]}')) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//u:secret@"))
+        with Client(FAR) as client:
+            assert client.classify(b"x").classes == ()
+        assert CliRunner().invoke(app, ["health", "--url", f"{FAR}/root/"]).exit_code == 0
+        with pytest.raises(BundleError, match="not an archive"):
+            pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
+    heads = [request.head.decode() for request in proxy.received]
+    targets = {head.split()[1] for head in heads}
+    assert targets == {f"{FAR}/v1/classify", f"{FAR}/root/readyz", f"{FAR}/a-0.tar"}
+    assert all("proxy-authorization: basic dtpzzwnyzxq=" in head.lower() for head in heads)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_direct"), [("http://127.0.0.1:9000", True), ("http://store.example", False), ("", False)]
+)
+def test_a_store_on_this_machine_is_requested_directly(
+    endpoint: str, is_direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", PROXY)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    assert store_options("s3://bucket/a-0.tar") == ({"config_kwargs": {"proxies": {}}} if is_direct else {})
+    assert store_options("http://localhost/a-0.tar") == store_options("hf://owner/name") == {}
+    assert store_options(f"{FAR}/a-0.tar") == {"proxy": PROXY}

@@ -1,0 +1,95 @@
+"""Pages that many clients ask for: made once a second, and merged from those of several processes."""
+
+import asyncio
+import itertools
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sopdeploy_service.observability import pages
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.pages import Shared, merge_metrics
+
+
+def test_all_who_ask_within_a_second_share_what_was_made_once(monkeypatch) -> None:
+    monkeypatch.setattr(pages, "SHARED_SECONDS", 1.0)
+    monkeypatch.setattr(pages.time, "monotonic", lambda: now)
+    numbers, now = itertools.count(1), 100.0
+
+    async def make() -> int:
+        await asyncio.sleep(0)
+        return next(numbers)
+
+    async def scenario() -> None:
+        nonlocal now
+        shared = Shared(make)
+        impatient = asyncio.create_task(shared.get())
+        await asyncio.sleep(0)
+        impatient.cancel()  # this client has gone; the others wait for the same page
+        assert await asyncio.gather(*(shared.get() for _ in range(50))) == [1] * 50
+        now += 0.99
+        assert await shared.get() == 1
+        now += 0.02
+        assert await asyncio.gather(*(shared.get() for _ in range(50))) == [2] * 50
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_an_error_reaches_all_who_ask_and_the_next_second_tries_again(monkeypatch, seconds) -> None:
+    monkeypatch.setattr(pages, "SHARED_SECONDS", seconds)
+    numbers = itertools.count(1)
+
+    async def make() -> int:
+        if (number := next(numbers)) == 1:
+            raise OSError("no file")
+        return number
+
+    async def scenario() -> list[object]:
+        shared = Shared(make)
+        first = await asyncio.gather(*(shared.get() for _ in range(3)), return_exceptions=True)
+        return [*map(str, first), *await asyncio.gather(shared.get(), return_exceptions=True)]
+
+    *first, second = asyncio.run(scenario())
+    assert first == ["no file"] * 3
+    assert str(second) == ("no file" if seconds else "2")
+
+
+def page_of(model: str) -> bytes:
+    metrics = Metrics()
+    metrics.count_request("/v1/classify", 200, 0.01, model)
+    return generate_latest(metrics.registry)
+
+
+def test_the_pages_of_processes_are_merged_by_metric_with_the_label_process() -> None:
+    odd = 'a "model" {of, spaces} \\ and\nlines'
+    merged = merge_metrics({"front-0": page_of(odd), "front-1": page_of("b")}, b"").decode()
+    families = {family.name: family for family in text_string_to_metric_families(merged)}
+    assert merged.count("# HELP sopdeploy_requests_total ") == 1
+    counted = {
+        tuple(one.labels[name] for name in ("process", "model")): one.value
+        for one in families["sopdeploy_requests"].samples
+    }
+    assert counted == {("front-0", odd): 1.0, ("front-1", "b"): 1.0}
+    plain = [one.labels for one in families["sopdeploy_connections"].samples]  # without labels of its own
+    assert plain == [{"process": "front-0"}, {"process": "front-1"}]
+
+
+NO_PAGES = {
+    "nothing": b"",
+    "text": b"garbage\n",
+    "half a page": page_of("a")[:-20],
+    "a sample before any metric": b"sopdeploy_connections 1.0\n",
+    "a sample without a value": b"# HELP a b\n# TYPE a gauge\na\n",
+    "bytes": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("page", NO_PAGES.values(), ids=NO_PAGES)
+def test_a_process_without_a_valid_page_is_down_and_changes_nothing_else(page) -> None:
+    good = page_of("a")
+    merged = merge_metrics({"front-0": page, "front-1": good}, b"")
+    up = b'sopdeploy_worker_up{process="front-%d"} %d.0\n'
+    assert merged.replace(up % (0, 0), b"") == merge_metrics({"front-1": good}, b"")
+    assert up % (1, 1) in merged

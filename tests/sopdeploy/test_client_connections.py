@@ -1,0 +1,125 @@
+"""Which connections a client uses: in threads, after a fork, after Ctrl-C and after the server ended them."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from sopdeploy.client import Client
+from sopdeploy.errors import ConfigError, UnreachableError
+from tests.support.children import kills_itself
+from tests.support.stub_server import Received, StubServer, reply, stub_server
+
+FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def named(request: Received) -> bytes:
+    """The response whose class is the photograph, with the number of the connection as its digest."""
+    body = json.dumps({"classes": [{"label": request.body.decode(), "probability": 1}]})
+    return reply(body.encode(), "200 OK", f"X-Model-Digest: {request.connection}")
+
+
+@pytest.fixture
+def server() -> Iterator[StubServer]:
+    with stub_server(named) as found:
+        yield found
+
+
+def connection_of(client: Client, photograph: str) -> str:
+    """Classify *photograph*, check that the response is its own, and return the connection's number."""
+    found = client.classify(photograph.encode())
+    assert found.classes[0].label == photograph
+    return found.model_digest
+
+
+def in_fork(run: Callable[[], object]) -> None:
+    assert not kills_itself(run)
+
+
+@FORKS
+def test_a_process_has_connections_of_its_own(server: StubServer) -> None:
+    with Client(server.url, timeout=60) as client:
+        assert connection_of(client, "parent") == connection_of(client, "again") == "0"
+
+        def child() -> None:
+            with client:
+                assert connection_of(client, "child") == connection_of(client, "child again") == "1"
+                in_fork(lambda: connection_of(client, "grandchild"))
+                assert connection_of(client, "child after") == "1"
+
+        in_fork(child)
+        assert connection_of(client, "after") == "0"  # the child has closed its own
+    assert [request.connection for request in server.received] == [0, 0, 1, 1, 2, 1, 0]
+
+
+@FORKS
+def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child() -> None:
+    asked, forked = threading.Event(), threading.Event()
+
+    def answer(request: Received) -> bytes:
+        if request.body == b"slow":
+            asked.set()
+            forked.wait(60)
+        return named(request)
+
+    with (
+        stub_server(answer) as server,
+        ThreadPoolExecutor(1) as threads,
+        Client(server.url, timeout=60) as client,
+    ):
+        slow = threads.submit(connection_of, client, "slow")
+        assert asked.wait(60)
+        with client._connections()._transport._pool._optional_thread_lock:  # type: ignore[attr-defined]
+
+            def child() -> None:
+                assert connection_of(client, "child") == "1"
+                client.close()
+
+            in_fork(child)
+        forked.set()
+        assert slow.result() == connection_of(client, "after") == "0"
+
+
+@FORKS
+def test_threads_of_a_new_process_share_its_connections(server: StubServer) -> None:
+    client = Client(server.url, timeout=60)
+    connection_of(client, "parent")
+
+    def child() -> None:
+        start, pools = threading.Barrier(4), []
+
+        def ask(number: int) -> None:
+            start.wait(60)
+            pools.append(client._connections())
+            connection_of(client, f"thread {number}")
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(ask, range(4)))
+        assert len(set(map(id, pools))) == len(client._pools) == 1
+
+    in_fork(child)
+    client.close()
+
+
+@FORKS
+def test_a_transport_of_the_user_works_in_one_process() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"classes": []}))
+    with Client("http://server", transport=transport) as client:
+        client.classify(b"x")
+
+        def child() -> None:
+            with pytest.raises(ConfigError, match="one process"):
+                client.classify(b"x")
+
+        in_fork(child)
+
+
+def test_a_response_that_breaks_off_is_not_requested_again() -> None:
+    cut = reply(b'{"classes":[]}', "200 OK", "Connection: close")[:-1]
+    with stub_server(lambda _: cut) as server, Client(server.url, timeout=60) as client:
+        with pytest.raises(UnreachableError, match="status 200, but the response breaks off"):
+            client.classify(b"x")
+        assert len(server.received) == 1

@@ -1,0 +1,63 @@
+"""A server in threads of this process that answers each request with bytes, for tests of clients."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Received:
+    """One request: the number of its connection, and its head and body."""
+
+    connection: int
+    head: bytes
+    body: bytes
+
+
+@dataclass
+class StubServer:
+    """The `url` of the server, and the requests that it has received."""
+
+    url: str
+    received: list[Received] = field(default_factory=list)
+
+
+def reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+@contextmanager
+def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServer]:
+    """Serve on any port of this machine; a connection ends after None and `Connection: close`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = StubServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+        def serve(connection: socket.socket, number: int) -> None:
+            with connection, connection.makefile("rb") as file, suppress(OSError):
+                while head := b"".join(iter(file.readline, b"\r\n")):
+                    lengths = [
+                        line for line in head.lower().splitlines() if line.startswith(b"content-length:")
+                    ]
+                    size = int(lengths[0].partition(b":")[2]) if lengths else 0
+                    server.received.append(Received(number, head, file.read(size)))
+                    response = answer(server.received[-1])
+                    if response is None:
+                        return
+                    connection.sendall(response)
+                    if b"Connection: close" in response:
+                        return
+
+        def accept() -> None:
+            with suppress(OSError):  # the block ends
+                for number in range(10_000):
+                    connection, _ = listener.accept()
+                    threading.Thread(target=serve, args=(connection, number), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield server
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
