@@ -102,8 +102,9 @@ def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
     expected_PTT = _resample(small[images], whole, SIDE)[second]
     grid = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
-    points_K2 = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)  # row and column
-    slopes_P2K = np.stack(np.gradient(expected_PTT, 2 / SIDE, axis=(1, 2)), axis=1).reshape(num_pairs, 2, -1)
+    points_K2 = np.stack([np.repeat(grid, SIDE), np.tile(grid, SIDE)], axis=1)  # row and column
+    down_PTT, right_PTT = np.gradient(expected_PTT, 2 / SIDE, axis=(1, 2))
+    slopes_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(num_pairs, 2, -1)
     # Per row and column: by the four numbers of the matrix, and by the two of the shift.
     of_matrix = slopes_P2K[:, :, None] * points_K2.T
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
@@ -161,14 +162,15 @@ def _share_equal(shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[
 def _smooth(images: NDArray[np.uint8]) -> _Images:
     """Average each pixel of *images* (N, S, S) with its neighbors, as samples two pixels apart need."""
     side = images.shape[1]
-    filters = sum(
-        share * np.eye(side, k=shift, dtype=np.float32) for shift, share in ((-1, 1), (0, 2), (1, 1))
-    )
+    shifted = [np.eye(side, k=shift, dtype=np.float32) for shift in (-1, 0, 0, 1)]
+    filters = np.sum(shifted, axis=0)
     filters /= filters.sum(axis=1, keepdims=True)
     return filters @ images.astype(np.float32) @ filters.T
 
 
-def _sample(images: _Images, chosen: NDArray[np.intp], points: _Images) -> tuple[_Images, NDArray[np.bool_]]:
+def _sample(
+    images: _Images, chosen: NDArray[np.intp], points: NDArray[Any]
+) -> tuple[_Images, NDArray[np.bool_]]:
     """Interpolate *images* (N, S, S) at *points* (P, K, 2), pixels of the *chosen* (P,) images.
 
     Returns the samples (P, K), and which points are inside.
