@@ -184,6 +184,7 @@ class FewShotResult(StrictModel):
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
         alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        confused: Pairs of classes that are taken for each other as by chance, so that they may be one.
         diffuse: Classes whose images resemble each other far less than those of others, as of anything else.
         clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
         possible_clip: Two files of which this is not certain, if there are any.
@@ -216,6 +217,7 @@ class FewShotResult(StrictModel):
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    confused: tuple[tuple[str, str], ...] = ()
     diffuse: tuple[str, ...] = ()
     clip: tuple[str, ...] = ()
     possible_clip: tuple[str, ...] = ()
@@ -318,6 +320,13 @@ class FewShotResult(StrictModel):
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
                 "sopdeploy data check DIR --wrong-labels RUN"
             )
+        yield from self._describe_classes()
+
+    def _describe_classes(self) -> Iterator[str]:
+        """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
+        if self.confused:
+            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
         if self.diffuse:
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far less than those of other "

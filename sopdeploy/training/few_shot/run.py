@@ -76,6 +76,7 @@ FEW_GROUPS = 200
 # 93 % (docs/benchmarks/copied_photos.md).
 KEPT_WEIGHT = 0.125
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
+CHANCE, MIN_CONFUSED = 0.4, 3  # share and number of the images of a class that chance takes for another one
 UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
@@ -385,6 +386,7 @@ def _describe(
         two_groups=tuple(label for label, number in num_groups.items() if number == 2 and counts[label] > 2),
         contradictions=tuple(contradictions),
         alike=found.alike,
+        confused=_find_confused(found, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
         clip=tuple(map(images.identity, found.clips.found or ())),
         possible_clip=tuple(map(images.identity, found.clips.doubtful or ())),
@@ -394,6 +396,21 @@ def _describe(
         temperature=found.scaling.temperature,
         seconds=found.seconds,
     )
+
+
+def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Find the pairs of classes whose images are predicted as the other one as often as by chance.
+
+    Of the judged images of either class that are predicted as one of the two, at least `CHANCE` are wrong.
+    """
+    classes = found.problem.targets.strata[found.judged]
+    predicted = found.logits[found.judged].argmax(axis=1)
+    counts_KK = np.zeros((len(labels), len(labels)), np.int64)
+    np.add.at(counts_KK, (classes, predicted), 1)
+    right_K = np.diagonal(counts_KK)
+    is_by_chance_KK = counts_KK >= np.maximum(CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED)
+    pairs = np.argwhere(np.triu(is_by_chance_KK & is_by_chance_KK.T, 1))
+    return tuple((labels[one], labels[other]) for one, other in pairs.tolist())
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
