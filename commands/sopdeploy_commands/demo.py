@@ -70,7 +70,7 @@ def _classify_digits(url: str) -> float:
     rows, correct = [], 0
     with Client(url, timeout=_TIMEOUT) as client:
         for index in range(len(digits)):
-            best, truth = client.classify(digits.decode(index)).classes[0], digits.class_names(index)[0]
+            best, truth = client.classify(digits.read(index)).classes[0], digits.class_names(index)[0]
             correct += best.label == truth
             mark = "correct" if best.label == truth else "wrong"
             rows.append((truth, best.label, f"{best.probability:.4f}", mark))

@@ -118,8 +118,8 @@ class Process:
         """Send a message with *files*; return whether the child gets it."""
         if self.control is None or not control.send_message(self.control, kind, rest, *files):
             return False
-        if self.tokens is not None:
-            self.tokens.charge(-1)  # it will answer
+        if self.tokens is not None and kind == control.CLIENT:
+            self.tokens.charge(-1)  # for the report that follows
         return True
 
 
