@@ -12,7 +12,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
-from sopdeploy_export.capture.program import Captured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +24,6 @@ class Detachment:
         reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
-        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
         written: The attributes that each run writes and no run reads.
     """
 
@@ -33,7 +31,6 @@ class Detachment:
     plain: Callable[[], nn.Module] | None = None
     reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
-    captured: Captured | None = None
     written: tuple[str, ...] = ()
 
     @classmethod

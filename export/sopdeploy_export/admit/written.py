@@ -25,7 +25,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.capture.program import Programs, capture
 from sopdeploy_export.network import modules
 from sopdeploy_export.program_hashes import are_equal, value_root
 from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, preserved
@@ -147,7 +147,7 @@ def _poison(uses: list[str]) -> Any:
 
 
 def check_unread(
-    deployed: Deployed, names: tuple[str, ...], preprocess: Preprocess, batch: BatchRange, captured: Captured
+    deployed: Deployed, names: tuple[str, ...], preprocess: Preprocess, batch: BatchRange, captured: Programs
 ) -> None:
     """Check that the network of *deployed*, which has run, never reads what a run left in attributes *names*.
 
