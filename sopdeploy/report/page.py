@@ -231,7 +231,9 @@ def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
-    text = "Training images that show one photograph, the largest groups. A group is never divided."
+    text = (
+        "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
+    )
     return _show_photographs("Copies", text, images, captions)
 
 

@@ -183,7 +183,8 @@ class FewShotResult(StrictModel):
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
-        alike: Classes whose images nearly all resemble each other as copies do, but are no group.
+        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        confused: Pairs of classes that are taken for each other as by chance, so that they may be one.
         diffuse: Classes whose images resemble each other far less than those of others, as of anything else.
         clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
         possible_clip: Two files of which this is not certain, if there are any.
@@ -216,6 +217,7 @@ class FewShotResult(StrictModel):
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    confused: tuple[tuple[str, str], ...] = ()
     diffuse: tuple[str, ...] = ()
     clip: tuple[str, ...] = ()
     possible_clip: tuple[str, ...] = ()
@@ -298,7 +300,7 @@ class FewShotResult(StrictModel):
             yield describe_possible_clip(self.possible_clip, self.clip_pattern)
         if self.one_group:
             yield (
-                f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
+                f"all images of {shorten(self.one_group)} are one group (they look alike, or are in one "
                 "folder), so the accuracy of the class cannot be estimated; add different photographs"
             )
         if self.two_groups:
@@ -308,14 +310,23 @@ class FewShotResult(StrictModel):
             )
         if self.alike:
             yield (
-                f"the images of {shorten(self.alike)} resemble each other as frames of one clip do; if a "
-                "class shows fewer than three objects, the accuracy is too high: give each object a folder"
+                f"the images of {shorten(self.alike)} look too much alike to find copies: only those with "
+                "85 % of equal parts share a fold, and none of a class that would be one group; with other "
+                "copies, or fewer than three objects in a class, the accuracy is too high: give each object "
+                "a folder"
             )
         if self.num_doubted:
             yield (
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
                 "sopdeploy data check DIR --wrong-labels RUN"
             )
+        yield from self._describe_classes()
+
+    def _describe_classes(self) -> Iterator[str]:
+        """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
+        if self.confused:
+            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
         if self.diffuse:
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far less than those of other "
@@ -324,8 +335,8 @@ class FewShotResult(StrictModel):
             )
         if self.contradictions:
             yield (
-                "probably copies with different labels, as similar as half of all copies are; look at them "
-                f"before you correct or delete one: {shorten(self.contradictions, '; ')}"
+                "these have different labels, but look alike (at least 60 % of their parts are equal); look "
+                f"at them before you correct or delete one: {shorten(self.contradictions, '; ')}"
             )
 
     def describe_images(self) -> str:

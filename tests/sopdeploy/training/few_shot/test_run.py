@@ -470,7 +470,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
     assert result.procedure.alike == (sorted(COLORS)[0],)
-    alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
+    alike = f"the images of {sorted(COLORS)[0]} look too much alike to find copies"
     assert alike in "\n".join(result.procedure.lines())
 
 
@@ -898,3 +898,17 @@ def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
     random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
     own = unit_length(np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50)))
     assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
+
+
+def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
+    root = paint(tmp_path / "photos", 16)
+    one, other = sorted(COLORS)[0], root / "zebra"
+    other.mkdir()
+    for number in range(0, 16, 2):
+        (root / one / f"{number}.png").rename(other / f"{number}.png")
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"])
+    result = train_recipe(recipe, tmp_path / "run").procedure
+    assert result.confused == ((one, "zebra"),)
+    assert f"{one} and zebra are taken for each other as by chance; if they show one thing" in "\n".join(
+        result.lines()
+    )
