@@ -166,6 +166,26 @@ class LoopResult(StrictModel):
         return [("accuracy", self.describe())]
 
 
+class Gain(StrictModel):
+    """What more photographs of a class would give: an estimate for `more` instead of `count` of them.
+
+    `found` and `then` are the shares of new photographs of the class that are recognized.
+    """
+
+    label: str
+    count: int
+    found: Fraction
+    more: int
+    then: Fraction
+
+    def describe(self) -> str:
+        """Say what is found now, and with more photographs."""
+        return (
+            f"{self.count} of {self.label}: about {100 * self.found:.0f} % of them are found; "
+            f"with {self.more}, {100 * self.then:.0f} %"
+        )
+
+
 class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
@@ -194,6 +214,7 @@ class FewShotResult(StrictModel):
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
         num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
+        gains: Classes with too few photographs, and those that would gain most from more.
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
@@ -226,6 +247,7 @@ class FewShotResult(StrictModel):
     num_images: Count
     num_selected: int = 0
     num_doubted: int = 0
+    gains: tuple[Gain, ...] = ()
     head: str
     num_features: Count
     temperature: Positive | None = None
@@ -255,7 +277,7 @@ class FewShotResult(StrictModel):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (*lines, self.describe_score(), *tuning)
+        return (*lines, *describe_gains(self), self.describe_score(), *tuning)
 
     def describe_time(self) -> str:
         """Describe the time of each step."""
@@ -346,12 +368,20 @@ class FewShotResult(StrictModel):
         if self.is_uneven:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
-        few = [label for label, count in counts.items() if count < _FEW_IMAGES]
+        estimated = {gain.label for gain in self.gains}
+        few = [label for label, count in counts.items() if count < _FEW_IMAGES and label not in estimated]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
             text += f"; {amount(self.num_duplicates, 'duplicate')}"
         return text
+
+
+def describe_gains(result: LoopResult | FewShotResult) -> Iterator[str]:
+    """Yield a line for each class of which more photographs would help most, the first ten."""
+    gains = result.gains if isinstance(result, FewShotResult) else ()
+    for number, gain in enumerate(gains[:10]):
+        yield f"{'and' if number else 'more photographs would help:'} {gain.describe()}"
 
 
 class PageTexts(NamedTuple):

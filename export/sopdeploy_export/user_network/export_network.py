@@ -71,7 +71,7 @@ def export_network(
             `.`, `_` and `-`, the first not `.`.
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
-            there is no *plain* network to compare them with.
+            there is no *plain* network to compare them with, or it holds the same tensors.
         several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
             present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
@@ -117,7 +117,12 @@ def export_network(
     own_warnings += _check_usage(copied, programs, parts, preprocess, len(labels), proposes=options.detach)
     checked_builder = None
     if plain is not None:
-        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=())
+
+        def check(built: nn.Module) -> None:
+            if not allow_constants:
+                check_constants(programs, given, built)
+
+        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=(), check=check)
     elif rebuild is not None:  # which builds the training-only parts, too
         checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
@@ -228,10 +233,11 @@ def _checked_builder(
     logits_key: str | int | None,
     preprocess: Preprocess,
     removed: tuple[str, ...],
+    check: Callable[[nn.Module], None] = lambda _: None,
 ) -> Callable[[], nn.Module]:
     """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
-    The builder raises `CertificateError` if this network shares memory with *trained*.
+    The builder raises `CertificateError` if this network shares memory with *trained*, and as *check* does.
     """
 
     def addresses(network: nn.Module) -> set[int]:
@@ -245,6 +251,7 @@ def _checked_builder(
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
+        check(built)
         create_buffers(copied, preprocess)
         if not removed:
             return copied

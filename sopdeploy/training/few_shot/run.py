@@ -61,6 +61,7 @@ from sopdeploy.training.few_shot.features import (
     compute_features,
     full_head,
 )
+from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.fits import FewShotFit, Position, Start
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import last_few_shot_record, read_few_shot_fit, run_record
@@ -367,6 +368,8 @@ def _describe(
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
+    right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
+    gains = estimate_gains(found.problem, found.scaling.excess, found.judged, right, images.labels)
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
@@ -379,6 +382,7 @@ def _describe(
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),  # by a server
         num_doubted=num_doubted,
+        gains=gains,
         num_duplicates=len(images) - len(set(found.features.hashes)),
         num_groups=int(found.groups.max()) + 1,
         num_photographs=int(found.copies.max()) + 1,
