@@ -233,6 +233,8 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         first = rows.setdefault(path or str(file), row)
         if first is not row:
             raise DataError(f"{where}: {file} is listed in line {first.line}, too; keep one line per file")
+    if not rows:
+        raise DataError(f"{table}: lists no images; add a line per image")
     missing = [row for row in rows.values() if row.path is None]
     if missing:
         more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
@@ -242,12 +244,12 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
 
 
 def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells by column of each line; raises `DataError` for another format.
+    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one.
 
     A first line `sep=;` names the separator; without it, it is the most frequent one in the heading.
     """
+    text = read_table_text(table)
     try:
-        text = read_table_text(table)
         heading, _, rest = text.partition("\n")
         if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
             text, lines_before, separator = rest, 1, given_separator[1]
@@ -258,19 +260,17 @@ def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         )
         headings = [lookalike_key(column) for column in reader.fieldnames or ()]
         columns = reader.fieldnames = [_NAMES.get(column, column) for column in headings]
-        records = [(reader.line_num + lines_before, record) for record in reader]
+        if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
+            raise DataError(
+                f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
+                "split and group, remove others, or rename the file if the folders are the classes"
+            )
+        for record in reader:
+            line = reader.line_num + lines_before
+            if None in record or None in record.values():  # more or fewer cells than columns
+                raise DataError(
+                    f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
+                )
+            yield line, {name: value.strip() for name, value in record.items()}
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
-    if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
-        raise DataError(
-            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
-            "split and group, remove others, or rename the file if the folders are the classes"
-        )
-    if not records:
-        raise DataError(f"{table}: lists no images; add a line per image")
-    for line, record in records:
-        if None in record or None in record.values():  # more or fewer cells than columns
-            raise DataError(
-                f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
-            )
-        yield line, {name: value.strip() for name, value in record.items()}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import DAMAGED, RejectedError
+from sopdeploy_service.observability import pages
 from sopdeploy_service.origins import parse_host
 from sopdeploy_service.second_week.labelling.app import COOKIE, GivenLabel, create_label_app
 from sopdeploy_service.second_week.labelling.folders import LabelFolders
@@ -49,6 +50,7 @@ class Cost(NamedTuple):
 class Reply(NamedTuple):
     status: int
     body: bytes
+    headers: dict[str, str]
 
 
 class InThisThread(Executor):
@@ -69,6 +71,7 @@ class Site(NamedTuple):
     app: FastAPI
     loop: asyncio.AbstractEventLoop
     headers: dict[str, bytes]
+    limited: dict[str, bytes]  # headers with a key that has a rate
 
     def send(self, method: str, path: str, headers: dict[str, bytes], body: bytes, query: bytes) -> Reply:
         messages: list[Any] = []
@@ -90,7 +93,8 @@ class Site(NamedTuple):
         }  # fmt: skip
         self.loop.run_until_complete(self.app(scope, receive, send))
         content = b"".join(message.get("body", b"") for message in messages)
-        return Reply(messages[0]["status"], content)
+        sent = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
+        return Reply(messages[0]["status"], content, sent)
 
     def cost(self, *request: Any) -> tuple[Reply, Cost]:
         """Send *request* and count."""
@@ -125,7 +129,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.fixture(scope="module")
 def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
     keys = tmp_path_factory.mktemp("keys") / "keys.toml"
-    secret = new_key(keys, "app")
+    secret, limited = new_key(keys, "app"), new_key(keys, "limited", 1e-6)
     settings = Settings(keys=keys, trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example,bücher.example")
     model = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
     app = create_app({"tiny": model}, settings)
@@ -137,7 +141,11 @@ def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
         patch.setattr("sopdeploy_service.api.admission.AdmittedRequest.infer", infer)
         app.state.service._draining = False
         app.state.service.parsers = InThisThread()
-        yield Site(app, loop, {"host": b"localhost", "x-api-key": secret.encode()})
+        own, of_limited = (
+            {"host": b"localhost", "x-api-key": secret.encode()},
+            {"x-api-key": limited.encode()},
+        )
+        yield Site(app, loop, own, of_limited)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,7 @@ def label_page(loop, tmp_path_factory) -> Site:
         "cookie": f"{COOKIE.format(settings.port)}={KEY}".encode(),
         "content-type": b"application/json",
     }
-    return Site(app, loop, own)
+    return Site(app, loop, own, {})
 
 
 @pytest.fixture
@@ -495,22 +503,52 @@ def test_many_forwarded_names_and_schemes_cost_as_much_as_their_size(service) ->
         check_cost(service, HEADER_SIZE, request)
 
 
-ROUTES = {  # by site
+class Price(NamedTuple):
+    """Who pays for a request of a route, and the calls of functions of the smallest one, at most.
+
+    With keys, the tokens of a *key* pay, also for refused requests. What an *address* gets costs about as
+    much as `/livez`, and its share of connections limits how many there are at once. So does what is *cached*
+    for all clients: for a second, or for ever.
+    """
+
+    payer: Literal["key", "address", "cached"]
+    calls: int
+
+
+ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
     "service": {
-        *(("POST", route) for route in (*READ_ALIKE, *READ_ALIKE.values())),
-        *(
-            ("GET", route)
-            for route in ("/livez", "/readyz", "/metrics", "/info", "/v1/status", "/v1/card", "/openapi.json")
-        ),
-        *(("GET", f"/v2{route}") for route in ("", "/health/live", "/health/ready", "/models/{name}")),
-        *(("GET", f"/v2/models/{{name}}{route}") for route in ("/ready", "/versions/{version}")),
-        ("GET", "/v2/models/{name}/versions/{version}/ready"),
-        *(("GET", route) for route in ("/", "/docs", "/errors", "/examples", "/examples/{number}")),
-        *(("GET", route) for route in ("/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css")),
+        ("POST", "/v1/classify"): Price("key", 2000),
+        ("POST", "/v1/embed"): Price("key", 2000),
+        ("POST", INFER): Price("key", 2000),
+        ("POST", VERSIONED): Price("key", 2000),
+        ("GET", "/livez"): Price("address", 600),
+        ("GET", "/readyz"): Price("cached", 700),
+        ("GET", "/metrics"): Price("cached", 800),
+        ("GET", "/openapi.json"): Price("cached", 1200),
+        ("GET", "/info"): Price("address", 900),
+        ("GET", "/v1/status"): Price("address", 900),
+        ("GET", "/v1/card"): Price("cached", 1100),
+        ("GET", "/v2"): Price("address", 1000),
+        ("GET", "/v2/health/live"): Price("address", 900),
+        ("GET", "/v2/health/ready"): Price("address", 900),
+        ("GET", "/v2/models/{name}"): Price("address", 1400),
+        ("GET", "/v2/models/{name}/ready"): Price("address", 1400),
+        ("GET", "/v2/models/{name}/versions/{version}"): Price("address", 1400),
+        ("GET", "/v2/models/{name}/versions/{version}/ready"): Price("address", 1400),
+        ("GET", "/"): Price("cached", 1200),
+        ("GET", "/docs"): Price("cached", 1200),
+        ("GET", "/errors"): Price("cached", 1200),
+        ("GET", "/docs/swagger-ui-bundle.js"): Price("cached", 1200),
+        ("GET", "/docs/swagger-ui.css"): Price("cached", 1200),
+        ("GET", "/examples"): Price("address", 1200),
+        ("GET", "/examples/{number}"): Price("address", 1400),
     },
-    "label page": {
-        *(("GET", route) for route in ("/", "/state", "/images/{identity}")),
-        *(("POST", route) for route in ("/label", "/undo")),
+    "label page": {  # its only user has the key
+        ("GET", "/"): Price("key", 2500),
+        ("GET", "/state"): Price("key", 2500),
+        ("GET", "/images/{identity}"): Price("key", 2500),
+        ("POST", "/label"): Price("key", 2500),
+        ("POST", "/undo"): Price("key", 2500),
     },
 }
 QUERIES: dict[str, Callable[[int], bytes]] = {
@@ -533,7 +571,42 @@ def test_every_route_is_in_the_table(sites) -> None:
             for route in routes_of(site.app.routes)
             for method in route.methods - {"HEAD"}
         }
-        assert found == ROUTES[name]
+        assert found == ROUTES[name].keys()
+
+
+@pytest.mark.parametrize(
+    ("site", "route"), [(site, route) for site, routes in ROUTES.items() for route in routes], ids=str
+)
+def test_a_request_of_a_route_costs_what_the_table_says(
+    sites, bundle, monkeypatch, tmp_path, site, route
+) -> None:
+    monkeypatch.setattr(pages, "SHARED_SECONDS", 3600.0)
+    (tmp_path / "example.jpg").write_bytes(bytes(1000))
+    monkeypatch.setitem(sites["service"].app.state._state, "examples", [tmp_path / "example.jpg"])
+    method, template = route
+    request = method, path_of(template, bundle.manifest.id), {}, b"{}" if method == "POST" else b"", b""
+    sites[site].send(*request)  # what is cached is made now
+    _, cost = sites[site].cost(*request)
+    assert cost.calls <= ROUTES[site][route].calls
+
+
+def test_what_no_key_pays_for_costs_little_more_than_livez() -> None:
+    routes = ROUTES["service"]
+    free = {route: price.calls for route, price in routes.items() if price.payer != "key"}
+    # Half of the calls of the others are those of the router, which tries one route after the other: the
+    # time is at most twice that of `/livez` (`benchmarks/route_costs.py`).
+    assert max(free.values()) <= 2.5 * routes["GET", "/livez"].calls
+
+
+LIMITED = [route for (method, route), price in ROUTES["service"].items() if price.payer == "key"]
+
+
+@pytest.mark.parametrize("route", LIMITED)
+def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(service, bundle, route) -> None:
+    headers = {**service.limited, "content-type": b"application/json"}
+    request = "POST", path_of(route, bundle.manifest.id), headers, b"{", b""
+    before, after = (int(service.send(*request).headers["ratelimit-remaining"]) for _ in range(2))
+    assert after == before - 1
 
 
 def routes_of(routes: Iterable[Any]) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from sopdeploy_service.decoding import child
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-LOGGED_CHARACTERS = 500  # of what children write to standard error at once
+LOGGED_CHARACTERS, LOG_PAUSE_SECONDS = 500, 0.1  # of what children write to standard error at once
 
 # Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a signal.
 TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"
@@ -197,6 +197,7 @@ def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
     with cast(BinaryIO, process.stderr) as pipe:
         while text := os.read(pipe.fileno(), 1 << 16):
             log.warning("decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:])
+            time.sleep(LOG_PAUSE_SECONDS)
 
 
 @functools.cache

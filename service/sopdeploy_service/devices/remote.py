@@ -147,14 +147,15 @@ class EngineChannel(asyncio.Protocol):
         """Pass on the results of images and free their slots, or note which models are loaded."""
         if kind == channel.RESULTS:
             for slot, batch_size, queue, infer, load in channel.RESULT.iter_unpack(body):
-                future, shapes = self._images.pop(slot)
-                self._free_slots.append(slot)
+                future, shapes = self._images[slot]  # it stays there if an error follows
                 if batch_size == channel.FAILED:
                     settle(future, self._slots.read_error(slot))
                 else:
                     stages = {"load": load} if load else {}
                     stages |= {"queue": queue, "infer": infer}
                     settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))
+                del self._images[slot]
+                self._free_slots.append(slot)
             return
         known = orjson.loads(body)  # `LOADED`
         for number, facts in enumerate(self.models):

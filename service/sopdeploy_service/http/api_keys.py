@@ -126,16 +126,16 @@ class TokenBucket:
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
-            self.charge(work)
-            wait = math.ceil((num_images - self._state[_TOKENS]) / self._rate)
+            wait = math.ceil((num_images - self.charge(work)) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
             self._state[_TOKENS] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
 
-    def charge(self, num_tokens: int) -> None:
-        """Take *num_tokens*; up to *burst* of them are taken before they are there."""
-        self._state[_TOKENS] = max(-float(self.burst), self._fill() - num_tokens)
+    def charge(self, num_tokens: int) -> float:
+        """Take *num_tokens*, up to *burst* of them before they are there; return how many are left."""
+        tokens = self._state[_TOKENS] = max(-float(self.burst), self._fill() - num_tokens)
+        return tokens
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
@@ -145,8 +145,10 @@ class TokenBucket:
 
     def _fill(self) -> float:
         """Add the tokens gained since the last call; return how many there are now."""
-        now = time.monotonic()
-        gained = (now - self._state[_FILLED]) * self._rate
-        tokens = min(float(self.burst), self._state[_TOKENS] + gained)
+        now, burst = time.monotonic(), float(self.burst)
+        tokens, filled = self._state[_TOKENS], self._state[_FILLED]
+        if not (-burst <= tokens <= burst and filled <= now):  # of a process that writes nonsense
+            tokens, filled = burst, now
+        tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now
         return tokens

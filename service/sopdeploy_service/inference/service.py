@@ -181,8 +181,9 @@ class Service:
         self.num_front_ends = 0  # set if the server has several processes
         self.keep: KeepImage | None = None  # set by the app if it keeps results
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        # The number of images without an outcome, one cell per process: of this process only, until
-        # `share_admitted` gives shared memory. A request that is not parsed yet counts as one image.
+        # The number of images without an outcome. A request that is not parsed yet counts as one image.
+        # Processes tell each other in cells of shared memory, which `share_admitted` gives.
+        self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
         self.max_upload_bytes = upload_budget(settings)
@@ -198,16 +199,23 @@ class Service:
     @property
     def admitted(self) -> int:
         """The images that this process has admitted and not answered."""
-        return self._cells[self._position]
+        return self._admitted
 
     @admitted.setter
     def admitted(self, count: int) -> None:
-        self._cells[self._position] = count
+        self._admitted = self._cells[self._position] = count
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
         """Count in *cells*, one per process of the server; that of this one, at *position*, is set to 0."""
         self._cells, self._position = cells, position
         self.admitted = 0
+
+    def _count_admitted(self) -> int:
+        """Return the images of all processes; others, whatever they tell, leave this one its share."""
+        queue_size, num_processes = self.settings.queue_size, len(self._cells)
+        others = [min(max(0, count), queue_size) for count in self._cells]
+        others[self._position] = 0
+        return self._admitted + min(sum(others), queue_size - math.ceil(queue_size / num_processes))
 
     def _choose_num_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""
@@ -262,15 +270,16 @@ class Service:
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        if sum(self._cells) + num_images > self.settings.queue_size:
+        if self._count_admitted() + num_images > self.settings.queue_size:
             seconds = math.ceil(model.latency.total_seconds(self._count_earlier(model), model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        if self.num_front_ends:  # engines share the images of all front ends
-            return sum(self._cells) // model.num_engines
+        if self.num_front_ends:  # engines share the images of all front ends, which have about as many each
+            about = self.admitted * len(self._cells)
+            return min(about, self._count_admitted()) // model.num_engines
         return self.admitted  # each process has a device of its own
 
     async def infer(

@@ -74,9 +74,11 @@ def test_only_images_on_the_same_device_delay_an_image(
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
     served = service.Service(registry, Settings())
     served._draining, served.num_front_ends = False, front_ends
-    served.share_admitted(memoryview(bytearray(8 * len(admitted))).cast("q"), 0)
-    for position, count_of_process in enumerate(admitted):
-        served._cells[position] = count_of_process
+    cells = memoryview(bytearray(8 * len(admitted))).cast("q")
+    served.share_admitted(cells, 0)
+    served.admitted = admitted[0]
+    for position, count_of_process in enumerate(admitted[1:], 1):
+        cells[position] = count_of_process
     is_refused = False
     try:
         served.check_admission(registry.find(), time.monotonic() + 10)

@@ -16,6 +16,7 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
 from sopdeploy.photos.split import choose_held_out, divide
+from tests.support.counted import counted
 from tests.support.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
@@ -116,6 +117,22 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> No
     with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
         open_folder(path)
     assert "\n" not in str(caught.value)
+
+
+INVALID = ("../a.png,cat", "a.png,cat,dog", "a.png,cat||dog", "a.png,cat\na.png,dog", '"a.png"x,cat')
+
+
+@pytest.mark.parametrize("line", INVALID)
+def test_the_lines_after_an_invalid_one_are_not_read(folder: Path, line: str) -> None:
+    def refuse() -> None:
+        with pytest.raises(DataError):
+            open_folder(folder)
+
+    costs = []
+    for more in (0, 5000):
+        write(folder, f"file,classes\n{line}\n" + "b.png,cat\n" * more)
+        costs.append(counted(refuse).calls)
+    assert costs[1] < costs[0] + 100
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
