@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.images.decode import decode
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.base import Runtime
 
 LIMIT = 10**8  # bytes and pixels; larger than all images here

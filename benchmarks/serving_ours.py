@@ -14,9 +14,9 @@ import uvicorn
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
+from sopdeploy.images.decode import Decoded
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.device_memory import limit_heaps

@@ -214,7 +214,7 @@ def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
     assert in_server == listed[False]
     rules = bundle.manifest.preprocess.model_dump_json().encode()
     child.read_rules(rules)
-    options = child.ChildOptions(10**9, 0, False, 0, 10**7, 10**7, (), "off")
+    options = child.ChildOptions(10**9, 0, False, 10**7, 10**7, (), "off")
     entered.clear()
     sys.setprofile(enter)
     try:

@@ -86,7 +86,7 @@ def _digits(out: Path) -> None:
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as client:
-        answers = [client.classify(digits.decode(index)) for index in range(len(digits))]
+        answers = [client.classify(digits.read(index)) for index in range(len(digits))]
     rate = _show_answers(truths, answers, _ROWS)
     _expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
 

@@ -76,7 +76,10 @@ class NetworkOptions(Options):
     option: tuple[str, ...] = ()
     """Option KEY=VALUE of the network, a Python literal or text; repeatable."""
     preprocess: str | None = None
-    """imagenet, timm, clip or none, each also as NAME:SIDE; timm:NAME, torchvision:WEIGHTS or FILE.json."""
+    """imagenet, timm, clip or none, each also as NAME:SIDE; timm:NAME, torchvision:WEIGHTS or FILE.json.
+
+    scaled:RULES is one of these for large JPEGs that are decoded at a smaller scale.
+    """
     weights_key: str | None = None
     """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
     logits_key: str | None = None

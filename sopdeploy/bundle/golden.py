@@ -24,17 +24,20 @@ from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import StrictModel, Text, version_advice
 from sopdeploy.errors import BundleError, ParityError
-from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.decode import decode
+from sopdeploy.images.pixels import ORIENTATION
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
-NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
+MAX_EXAMPLES = 4
 # Limit in tolerances of the probes: an example compares two runtimes, and each may be one off the network.
 TOLERANCES = 2
 _MAX_LEVELS = 1  # gray levels between decoders
 _SEED = 11
-CELL = 8  # pixels per random color
+CELL, LARGE_CELL = 8, 12  # pixels per random color
+LARGE, TURNED = 5, 6  # shorter side of the large example relative to `resize`, and its orientation
+MAX_LARGE_RESIZE = 640  # of 13 megapixels; rules that resize to more have no large example
 
 RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logits (C,)
 
@@ -51,7 +54,7 @@ class GoldenIndex(StrictModel):
     """Content of `golden.json`; *tolerance* is the largest allowed absolute difference of a logit."""
 
     tolerance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=NUM_EXAMPLES)]
+    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=MAX_EXAMPLES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +68,35 @@ class Golden:
     tolerance: float
 
 
+def count_examples(preprocess: Preprocess) -> int:
+    """Return the number of examples of an export, of which a mixture leaves out some."""
+    return 4 if preprocess.decoding == "scaled" and preprocess.resize <= MAX_LARGE_RESIZE else 3
+
+
 def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     """Draw three JPEGs from a fixed seed: a wide one, a tall one that is enlarged, and a gray one.
 
-    The first has the chroma subsampling of cameras (4:2:0), the second none.
+    The first has the chroma subsampling of cameras (4:2:0), the second none. If JPEGs are decoded at a
+    smaller scale, a fourth one is large and turned, so that its pixels tell at which scale.
     """
     random = np.random.default_rng(_SEED)
     side, files = preprocess.resize, []
-    for width, height, mode, subsampling in (
+    large, turned = LARGE * side, Image.Exif()
+    turned[ORIENTATION] = TURNED
+    sizes = [
         (side * 3 // 2, side + 7, "RGB", 2),  # wide; with 7 more rows the last JPEG blocks are incomplete
         (max(1, side * 3 // 4), side, "RGB", 0),  # tall; the shorter side is enlarged to `resize`
         (side, side * 5 // 4, "L", 0),  # gray
-    ):
-        cells = (height // CELL + 2, width // CELL + 2)  # rows and columns, at least 2
+        (large * 5 // 4, large + 7, "RGB", 2),
+    ]
+    for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
+        cell = CELL if height < large else LARGE_CELL
+        cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
         coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=90, subsampling=subsampling)
+        quality, more = (60, {"exif": turned}) if height > large else (90, {})
+        image.save(file, "JPEG", quality=quality, subsampling=subsampling, **more)
         files.append(file.getvalue())
     return files
 
@@ -96,8 +111,7 @@ def write_golden(
     """Write the examples with *usable* pixels into *folder*; *run* computes logits with the exported file."""
     examples = []
     for number, body in enumerate(draw_jpegs(preprocess)):
-        with Image.open(io.BytesIO(body)) as image:
-            pixels = preprocess_image(image, preprocess)
+        pixels = decode(body, preprocess).pixels
         if not usable(pixels):
             continue
         jpeg, raw = f"golden-{number}.jpg", f"golden-{number}.rgb"
@@ -125,7 +139,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         is_strict = index.tolerance <= TOLERANCES * logit_tolerance  # otherwise a wrong runtime could pass
-        fits = is_strict and (is_mixture or len(examples) == NUM_EXAMPLES)
+        fits = is_strict and (is_mixture or len(examples) == count_examples(manifest.preprocess))
     except (KeyError, ValueError):
         fits = False
     if not fits:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
+from sopdeploy.images.pixels import RESAMPLING, View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.photo import FittedDataset, Window, crop_padded
+from sopdeploy.photos.photo import FittedDataset, LabeledImages, Window, crop_padded
 from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -159,7 +159,7 @@ class AugmentedDataset(FittedDataset):
         randoms = [Random(derive_seed(self.seed, "augment", self.epoch, index)) for index in indices]  # noqa: S311
         if isinstance(augmentation, BoxCrop):
             crops = [
-                _crop_box(self.images.decode(sample), augmentation, self.preprocess, random)
+                _crop_box(self.images, sample, augmentation, self.preprocess, random)
                 for sample, random in zip(samples, randoms, strict=True)
             ]
             arrays = np.stack(crops)
@@ -182,14 +182,22 @@ class AugmentedDataset(FittedDataset):
 
 
 def _crop_box(
-    image: Image.Image, augmentation: RandomResizedCrop | RandomSide, rules: Preprocess, random: Random
+    images: LabeledImages,
+    index: int,
+    augmentation: RandomResizedCrop | RandomSide,
+    rules: Preprocess,
+    random: Random,
 ) -> NDArray[np.uint8]:
-    """Crop a random box of *image* and resize it."""
+    """Crop a random box of an image and resize it; the size in the header determines the box."""
+    size = (rules.crop, rules.crop)
+
+    def choose_view(image_size: tuple[int, int]) -> View:
+        return View(augmentation.box(image_size, rules.crop, random), size)
+
     if rules.fit == "crop":
-        image = to_rgb(image, rules)
-    else:  # the square that evaluation sees, but larger, so that a small box of it keeps its details
-        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize})
-        image = Image.fromarray(preprocess_image(image, enlarged))
-    box = augmentation.box(image.size, rules.crop, random)
-    resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(resized, dtype=np.uint8)
+        return images.preprocess(index, rules, choose_view)
+    # The square that evaluation sees, but larger, so that a small box of it keeps its details.
+    enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize})
+    square = Image.fromarray(images.preprocess(index, enlarged))
+    box = choose_view(square.size).box
+    return np.asarray(square.resize(size, RESAMPLING[rules.interpolation], box=box), dtype=np.uint8)

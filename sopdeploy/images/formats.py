@@ -1,8 +1,7 @@
 """Which image files are accepted: formats, limits, and opening a file without decoding its pixels.
 
-Training, evaluation, `classify`, `predict` and the server open every image here, so that a network is never
-trained on files that the server refuses. Each check is cheaper than the next: size in bytes, file signature,
-header (pixels are counted before any is allocated). The work of a decoder is limited in a server only.
+Each check is cheaper than the next: size in bytes, file signature, header (pixels are counted before any is
+allocated). The work of a decoder is limited in a server only.
 """
 
 import contextlib
@@ -68,6 +67,8 @@ def open_image(
     Raises `ImageError` for a file that is not accepted, is not one of *formats* (names of `FORMATS`), is too
     large, or has a damaged header.
     """
+    if not body:
+        raise ImageError("this is not an image: it is empty", code="empty_body", status=400)
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     detected = detect_format(body, formats)
@@ -101,17 +102,6 @@ def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
         limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
         message = f"{width} x {height} is more than {limit}, the limit"
         raise ImageError(message, code="too_many_pixels", status=413)
-
-
-def load_pixels(image: Image.Image) -> Image.Image:
-    """Decode the pixels of an opened *image* in place and return it; raises `ImageError`."""
-    size = image.size
-    try:
-        image.load()
-        check_decoded_size(image, size)
-    except Exception as error:  # untrusted bytes: a decoder may raise anything
-        raise image_error(error) from error
-    return image
 
 
 def check_decoded_size(image: Image.Image, size: tuple[int, int]) -> None:

@@ -9,15 +9,15 @@ overlap: 5400 tags of 64 kB each fit into 64 kB and would take 350 MB.
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.images.preprocess import Pixels, Preprocess
+from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
 ORIENTATION, UPRIGHT = 0x0112, 1
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # formats of `struct` by the type of a tag
@@ -29,6 +29,7 @@ TURNS = dict(zip(range(2, 9), (
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip
+MIRRORED_X, MIRRORED_Y, TRANSPOSED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}  # orientations of EXIF
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
@@ -74,16 +75,76 @@ def _read_orientation(data: bytes) -> int | None:
     return None
 
 
-def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
-    """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
-    rgb = to_rgb(image, rules)
+class View(NamedTuple):
+    """The `box` of an upright image, in its pixels, that is resized to `size`, (width, height)."""
+
+    box: Box
+    size: tuple[int, int]
+
+    @property
+    def scale(self) -> int:
+        """The largest 8, 4, 2 or 1 by which the sides can be divided and have twice the pixels of `size`."""
+        left, top, right, bottom = self.box
+        ratio = min((right - left) / self.size[0], (bottom - top) / self.size[1])
+        return next(scale for scale in (8, 4, 2, 1) if ratio >= 2 * scale or scale == 1)
+
+
+ChooseView = Callable[[tuple[int, int]], View]  # by the size of the upright image
+
+
+def preprocess_image(
+    image: Image.Image,
+    rules: Preprocess,
+    view: View | None = None,
+    size: tuple[int, int] | None = None,
+    scale: int = 1,
+) -> Pixels:
+    """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8.
+
+    A *view* replaces that of *rules*. If *image* was decoded at 1/*scale*, *size* is that of the whole image,
+    upright; *rules* with the decoding "full" do not allow it.
+    """
+    resampling = RESAMPLING[rules.interpolation]
+    if rules.decoding == "scaled":
+        fitted = _resize_box(image, rules, view, size, scale)
+    else:
+        rgb = to_rgb(image, rules)
+        if view is not None:
+            fitted = rgb.resize(view.size, resampling, view.box)
+        elif rules.fit == "pad":
+            fitted = rgb.resize(resized_size(rgb.size, rules), resampling)
+        else:
+            return center_crop(rgb, rules)
     if rules.fit != "pad":
-        return center_crop(rgb, rules)
-    size = resized_size(rgb.size, rules)
+        return np.asarray(fitted)
     canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
-    left, top = (round((rules.crop - side) / 2) for side in size)
-    canvas.paste(rgb.resize(size, RESAMPLING[rules.interpolation]), (left, top))
+    left, top = (round((rules.crop - side) / 2) for side in fitted.size)
+    canvas.paste(fitted, (left, top))
     return np.asarray(canvas)
+
+
+def _resize_box(
+    image: Image.Image, rules: Preprocess, view: View | None, size: tuple[int, int] | None, scale: int
+) -> Image.Image:
+    """Resize the box of *view* in *image*, then turn it; the arguments are those of `preprocess_image`."""
+    orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
+    width, height = size or turned_size(image.size, orientation)
+    (left, top, right, bottom), new_size = view or center_view((width, height), rules)
+    if orientation in MIRRORED_X:
+        left, right = width - right, width - left
+    if orientation in MIRRORED_Y:
+        top, bottom = height - bottom, height - top
+    if orientation in TRANSPOSED:
+        left, top, right, bottom = top, left, bottom, right
+    box = (left / scale, top / scale, min(image.width, right / scale), min(image.height, bottom / scale))
+    rgb = to_rgb(image, rules, UPRIGHT)
+    fitted = rgb.resize(turned_size(new_size, orientation), RESAMPLING[rules.interpolation], box)
+    return fitted.transpose(TURNS[orientation]) if orientation != UPRIGHT else fitted
+
+
+def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the (width, height) of an image of *size* after or before it is turned by *orientation*."""
+    return (size[1], size[0]) if orientation in TRANSPOSED else size
 
 
 def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
@@ -100,18 +161,21 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
 
-def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
+def to_rgb(image: Image.Image, rules: Preprocess, orientation: int | None = None) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
-    An unreadable EXIF orientation is ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to
-    white. An image that is upright and RGB is returned itself, not copied.
+    Its *orientation* is by default that of EXIF, or upright if *rules* do not apply it. An unreadable one is
+    ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to white. An image that is upright and
+    RGB is returned itself, not copied.
     """
     image.load()
     frame_alpha: Image.Image | None = None  # of a GIF whose first frame covers a part of the canvas
     if FRAME_BOX in image.info:
         frame_alpha = Image.new("L", image.size)
         frame_alpha.paste(255, image.info[FRAME_BOX])
-    if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
+    if orientation is None:
+        orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
+    if orientation != UPRIGHT:
         image = image.transpose(TURNS[orientation])
         frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])
     is_opaque = not image.has_transparency_data and frame_alpha is None
@@ -175,6 +239,18 @@ def correct_transparency_info(image: Image.Image) -> None:
         image.info[FRAME_BOX] = box
 
 
+def center_view(size: tuple[int, int], rules: Preprocess) -> View:
+    """Compute what the network sees of an image of *size*: all if *rules* pad it, else the center."""
+    width, height = resized_size(size, rules)
+    if rules.fit == "pad":
+        return View((0, 0, *size), (width, height))
+    x, y = size[0] / width, size[1] / height  # source pixels per pixel of the resized image
+    left, top = (round((side - rules.crop) / 2.0) for side in (width, height))  # not negative: crop <= resize
+    # Rounding may move right and bottom out of the image.
+    right, bottom = min(size[0], (left + rules.crop) * x), min(size[1], (top + rules.crop) * y)
+    return View((left * x, top * y, right, bottom), (rules.crop, rules.crop))
+
+
 def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     """Resize an RGB *image* to `resized_size` and crop its center; returns (crop, crop, 3) uint8.
 
@@ -184,14 +260,12 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     """
     width, height = resized_size(image.size, rules)
     resampling = RESAMPLING[rules.interpolation]
+    if max(width, height) > MAX_ASPECT_RATIO * rules.resize:
+        view = center_view(image.size, rules)
+        return np.asarray(image.resize(view.size, resampling, view.box))
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     window = (left, top, left + rules.crop, top + rules.crop)
-    if max(width, height) <= MAX_ASPECT_RATIO * rules.resize:
-        return np.asarray(image.resize((width, height), resampling).crop(window))
-    x, y = image.width / width, image.height / height  # source pixels per pixel of the resized image
-    # Rounding may move right and bottom out of the image. Left and top are not negative: crop <= resize.
-    box = (left * x, top * y, min(image.width, window[2] * x), min(image.height, window[3] * y))
-    return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
+    return np.asarray(image.resize((width, height), resampling).crop(window))
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from sopdeploy.errors import ConfigError
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
+Decoding = Literal["full", "scaled"]
 Fit = Literal["crop", "pad", "squash", "squash-crop"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
@@ -33,6 +34,11 @@ class Preprocess(StrictModel):
     resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `resize` is
     used by "crop" and "squash-crop" only; without it, it follows `crop`. `mean` and `std` refer to pixel
     values in [0, 1]. Transparent pixels are composited onto `background`.
+
+    `decoding` says how many pixels of a JPEG are decoded. "full" decodes all and resizes the whole image.
+    "scaled" decodes at the smallest scale of JPEG, 1/8, 1/4, 1/2 or 1, at which both sides have at least
+    twice the pixels that they are resized to, and resizes only the box that the crop keeps. It is left out of
+    what is written if it is "full", as in files of versions that do not know it.
     """
 
     resize: Side = 256
@@ -43,6 +49,7 @@ class Preprocess(StrictModel):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     exif_orientation: bool = True
+    decoding: Annotated[Decoding, pydantic.Field(exclude_if=lambda decoding: decoding == "full")] = "full"
 
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":

@@ -22,10 +22,11 @@ from PIL import Image
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
 from sopdeploy.files import read_file
-from sopdeploy.images.formats import load_pixels, open_image
+from sopdeploy.images.decode import decode, decode_upright
+from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
-from sopdeploy.images.pixels import preprocess_image, to_rgb
+from sopdeploy.images.pixels import ChooseView, preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
@@ -33,7 +34,8 @@ from sopdeploy.photos.files import normalize
 UNREADABLE = 0  # the hash of a file that cannot be read
 MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
-_RULES = Preprocess()  # for the conversion to upright RGB
+SHOWN = Preprocess(decoding="scaled")  # how much of a photograph is decoded to compare it, or to show it
+SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
 
@@ -54,39 +56,39 @@ class Photo:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The image, decoded when it is used; raises `DataError` if it is none."""
+        """The image, of which only the header is read; raises `DataError` if it is none."""
         with image_errors(self.name):
             return open_image(self.content)
 
     @cached_property
     def taken(self) -> int:
         """When the photograph was taken, in seconds of the camera's clock, or `NO_TIME`."""
-        with image_errors(self.name):  # not `image`: once decoded, it also has EXIF behind the pixels
-            return capture_time(open_image(self.content))
+        return capture_time(self.image)
 
     @cached_property
     def pixels(self) -> Image.Image:
-        """The upright RGB pixels; raises `DataError` if they cannot be decoded."""
+        """The upright RGB pixels, of a large JPEG at a smaller scale; raises `DataError` if damaged."""
         with image_errors(self.name):
-            return to_rgb(load_pixels(self.image), _RULES)
+            return decode_upright(self.content, SHOWN)
 
-    def preprocess(self, rules: Preprocess) -> NDArray[np.uint8]:
-        """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does."""
+    def preprocess(self, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
+        """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does.
+
+        With *choose_view*, these are the pixels of its view. Raises `DataError` if the image is damaged.
+        """
         with image_errors(self.name):
-            return preprocess_image(load_pixels(self.image), rules)
+            return decode(self.content, rules, choose_view=choose_view).pixels
 
     @cached_property
     def pixel_hash(self) -> str:
-        """The identity of the pixels: equal for files that show the same ones."""
+        """The identity of `pixels`: equal for files of a format that show the same ones."""
         return hashlib.blake2b(
-            f"{self.pixels.size} ".encode() + self.pixels.tobytes(), digest_size=16
+            f"{self.image.size} {self.pixels.size} ".encode() + self.pixels.tobytes(), digest_size=16
         ).hexdigest()
 
     def check(self) -> None:
         """Raise `DataError` if the file cannot be decoded; a JPEG is decoded at 1/8 of its size."""
-        with image_errors(self.name):
-            self.image.draft(None, (1, 1))  # still reads every byte
-            load_pixels(self.image)
+        self.preprocess(SMALLEST)
 
 
 class LabeledImages(ABC):
@@ -129,9 +131,9 @@ class LabeledImages(ABC):
         """Read a photograph; raises `DataError` naming it."""
         return Photo(self.describe(index), self.read(index))
 
-    def open(self, index: int) -> Image.Image:
-        """Open an image without decoding its pixels; raises `DataError` naming it."""
-        return self.photo(index).image
+    def preprocess(self, index: int, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
+        """Compute the pixels of an image as `Photo.preprocess` does; raises `DataError` naming it."""
+        return self.photo(index).preprocess(rules, choose_view)
 
     @property
     def is_multi_label(self) -> bool:
@@ -140,11 +142,6 @@ class LabeledImages(ABC):
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    def decode(self, index: int) -> Image.Image:
-        """Decode an image, in its own mode and orientation; raises `DataError` naming it."""
-        with image_errors(self.describe(index)):
-            return load_pixels(self.open(index))
 
     def class_names(self, index: int) -> list[str]:
         """List the classes of an image."""
@@ -188,16 +185,17 @@ class ArrayImages(LabeledImages):
     def read(self, index: int) -> bytes:
         """Encode an image as BMP, which loses no pixel."""
         file = BytesIO()
-        self.open(index).save(file, "BMP")
+        Image.fromarray(self.images[index]).save(file, "BMP")
         return file.getvalue()
 
     def identity(self, index: int) -> str:
         """Return the position of an image."""
         return str(index)
 
-    def open(self, index: int) -> Image.Image:
-        """Return an image."""
-        return Image.fromarray(self.images[index])
+    def preprocess(self, index: int, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
+        """Compute the pixels of an image as `Photo.preprocess` does, without encoding it first."""
+        image = Image.fromarray(self.images[index])
+        return preprocess_image(image, rules, choose_view and choose_view(image.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +293,11 @@ class FittedPixels:
         If pixels are kept, they are computed at their first use only. Raises `DataError` for a damaged image.
         """
         if not self.is_kept:
-            return np.stack([preprocess_image(self.images.decode(sample), self.rules) for sample in samples])
+            return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]
         missing = {samples[position] for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()}
         for sample in sorted(missing):
-            self.pixels[self.rows[sample]] = preprocess_image(self.images.decode(sample), self.rules)
+            self.pixels[self.rows[sample]] = self.images.preprocess(sample, self.rules)
         self.is_computed[rows] = 1  # after the pixels, which other processes read then
         pixels: Pixels = self.pixels[rows]
         return pixels
@@ -342,7 +340,7 @@ class FittedDataset(Dataset):
         """
         if self.fitted is not None:
             return self.fitted.read(indices)
-        return np.stack([preprocess_image(self.images.decode(index), rules) for index in indices])
+        return np.stack([self.images.preprocess(index, rules) for index in indices])
 
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true."""

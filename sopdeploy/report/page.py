@@ -23,8 +23,6 @@ from sopdeploy.evaluation.predictions import (
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, percent, render
-from sopdeploy.images.pixels import to_rgb
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
@@ -73,9 +71,9 @@ def write_run_page(
     sections: list[Section] = []
     if is_measured:
         sections.append(describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."))
-        sections.append(_show_mistakes(predicted, images, rules))
+        sections.append(_show_mistakes(predicted, images))
     if isinstance(fit, FewShotFit):
-        sections += [_show_wrong_labels(train, fit, rules), _show_copies(train, fit, rules)]
+        sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
     weights, side = "random weights", rules.crop
     if start.weights is not None:
         weights = f"the weights of {start.weights.file} ({start.weights.network})"
@@ -191,7 +189,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Section:
+def _show_mistakes(predicted: Predictions, images: LabeledImages) -> Section:
     """Show the *images* that are predicted wrongly with the greatest confidence, if each has one class."""
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
@@ -202,10 +200,10 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
         template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
         captions.append((index, insert_names(template, true, answer)))
     text = "Sorted by confidence. Check for wrong labels before you look for a better network."
-    return _show_photographs("Worst mistakes", text, images, captions, rules)
+    return _show_photographs("Worst mistakes", text, images, captions)
 
 
-def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Section:
+def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
     """Show the training *images* whose label is probably wrong by *fit*."""
     wrong_labels = [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
     captions = []
@@ -220,10 +218,10 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, rules: Preprocess
         "sopdeploy data check DIR --wrong-labels RUN",
         tag="code",
     )
-    return _show_photographs("Probably wrong labels", text, images, captions, rules)
+    return _show_photographs("Probably wrong labels", text, images, captions)
 
 
-def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> Section:
+def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
     """Show the largest groups of copies among training *images*."""
     group_N = fit.copies
     sizes = np.bincount(group_N)
@@ -234,16 +232,16 @@ def _show_copies(images: LabeledImages, fit: FewShotFit, rules: Preprocess) -> S
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
     text = "Training images that show one photograph, the largest groups. A group is never divided."
-    return _show_photographs("Copies", text, images, captions, rules)
+    return _show_photographs("Copies", text, images, captions)
 
 
 def _show_photographs(
-    title: str, text: str, images: LabeledImages, captions: list[tuple[int, Any]], rules: Preprocess
+    title: str, text: str, images: LabeledImages, captions: list[tuple[int, Any]]
 ) -> Section:
     """Show the images of *captions*, (index, caption as markup), as JPEGs; an empty section without them."""
     figures = []
     for index, caption in captions:
-        small = to_rgb(images.decode(index), rules).copy()
+        small = images.photo(index).pixels.copy()
         small.info.clear()  # Pillow would write the comment of the file
         small.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()

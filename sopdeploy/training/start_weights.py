@@ -148,7 +148,7 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
 
     If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*. Raises `ConfigError`.
     """
-    set_values = recipe.preprocess.model_dump(exclude_unset=True)
+    set_values = {name: getattr(recipe.preprocess, name) for name in recipe.preprocess.model_fields_set}
     if "crop" in set_values and "resize" not in set_values:
         set_values["resize"] = Preprocess.scaled_resize(set_values["crop"], base.resize, base.crop)
     try:

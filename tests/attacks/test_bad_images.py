@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from PIL import Image, ImageFile
 
 from sopdeploy.errors import DataError, ImageError
+from sopdeploy.images.decode import decode
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
@@ -21,7 +22,6 @@ from sopdeploy.photos.folder import open_folder
 from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
 from sopdeploy_commands.bundles.predict import read_image
 from sopdeploy_export.lower.accuracy import calibration_images
-from sopdeploy_service.images.decode import decode
 from tests.support.counted import counted, record_images
 from tests.support.pictures import chunk, encoded, png
 from tests.support.small_data import jpeg, write_classes
@@ -140,7 +140,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     split = open_folder(root)
     parts = split.train, split.held_out
     assert f"{listed}cannot be read" in fails(
-        lambda: [part.decode(index) for part in parts for index in range(len(part))]
+        lambda: [part.preprocess(index, Preprocess()) for part in parts for index in range(len(part))]
     )
     assert [error.startswith(listed) for error in check_data(root).unreadable] == [True]
     assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(f"{listed}cannot be read")

@@ -92,9 +92,11 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("`max_upload_bytes` {:.0f} MB", SETTINGS.max_upload_bytes / MEGA),
     ("reserved for bodies up to {:.0f} MB", admission.SMALL_BODY / MEGA),
     (
-        "up to {:.0f} megapixels, {:.0f} MB and {} s of CPU time | {:.0f} MiB",
+        "up to {:.0f} megapixels, {:.0f} MB and {} s of CPU time; a JPEG with one scan up to {:.0f} MB and "
+        "{:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
         *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA, decoders.LIGHT_SECONDS),
-        decoders.LIGHT_MEMORY / MIB,
+        *(decoders.PROPORTIONAL_BODY / MEGA, decoders.PROPORTIONAL_PIXELS / MEGA),
+        *(1e9 * decoders.SECONDS_PER_BYTE, decoders.LIGHT_MEMORY / MIB),
     ),
     ("light children x {:.0f} MiB", (decoders.LIGHT_MEMORY + decoders.OWN_MEMORY) / MIB),
     ("(theirs + {:.0f} MiB)", decoders.OWN_MEMORY / MIB),
@@ -102,6 +104,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
+    ("{:.0f} s suffice for one that does not run", supervisor.IDLE_SECONDS),
     ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),

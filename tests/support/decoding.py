@@ -23,18 +23,19 @@ class Child(pool.DecoderProcess):
         self._waiting: list[pool.Request] = []
         self.restrictions = asyncio.run_coroutine_threadsafe(self.start(), loop).result(60)
 
-    def decode(self, image: bytes) -> pool.Reply | pool.ChildEnded:
+    def decode(self, image: bytes, seconds: float = 0.0) -> pool.Reply | pool.ChildEnded:
         """Let the child decode *image*."""
-        return self.decode_all([image])[0]
+        return self.decode_all([image], seconds)[0]
 
-    def decode_all(self, images: Sequence[bytes]) -> list[pool.Reply | pool.ChildEnded]:
+    def decode_all(self, images: Sequence[bytes], seconds: float = 0.0) -> list[pool.Reply | pool.ChildEnded]:
         """Let the child decode *images*, each as soon as it has the one before."""
 
         async def run() -> list[pool.Reply | pool.ChildEnded]:
             size, loop = math.prod((RULES.crop, RULES.crop, 3)), asyncio.get_running_loop()
             rules, sizes = RULES.model_dump_json().encode(), range(size, size + 1)
             requests = [
-                pool.Request(image, rules, child.PIXELS, sizes, loop.create_future()) for image in images
+                pool.Request(image, rules, child.PIXELS, sizes, loop.create_future(), 0, seconds)
+                for image in images
             ]
             self._waiting = list(requests)
             self._run_next()
@@ -62,9 +63,7 @@ def running_child(template: pool.Template, options: child.ChildOptions) -> Itera
 
 
 def error_of(reply: pool.Reply | pool.ChildEnded) -> str:
-    """Return the code of an error, `larger`, `ended` or an empty string."""
+    """Return the code of an error, `ended` or an empty string."""
     if isinstance(reply, pool.ChildEnded):
         return "ended"
-    if reply.kind == child.LARGER:
-        return "larger"
     return "" if reply.kind == child.PIXELS else child.ERRORS[reply.kind - child.FIRST_ERROR][0]

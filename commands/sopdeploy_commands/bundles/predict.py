@@ -15,12 +15,12 @@ from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
+from sopdeploy.images.decode import Decoded, decode
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import correct_transparency_info, list_changes, preprocess_image
 from sopdeploy.photos.files import is_image
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
-from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import translating_errors

@@ -12,7 +12,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.errors import BundleError
-from sopdeploy_service.images.decode import decode
+from sopdeploy.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings

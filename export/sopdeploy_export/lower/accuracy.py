@@ -14,7 +14,6 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 from sopdeploy.errors import ConfigError, DataError, ParityError
-from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
@@ -82,8 +81,7 @@ class AccuracyCheck:
         """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
         files = self._labeled if self.options.precision == "fp16" else None
         positions = () if files is None else evenly_spread(len(files), PHOTOGRAPHS).tolist()
-        decoded = () if files is None else map(files.decode, positions)
-        photographs = [preprocess_image(image, self._preprocess) for image in decoded]
+        photographs = [] if files is None else [files.preprocess(one, self._preprocess) for one in positions]
         return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
@@ -118,8 +116,10 @@ class AccuracyCheck:
         if self._labeled is not None:
             size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
-                files = (self._labeled.decode(i) for i in range(start, min(start + size, len(self._labeled))))
-                yield np.stack([preprocess_image(image, self._preprocess) for image in files])
+                positions = range(start, min(start + size, len(self._labeled)))
+                yield np.stack(
+                    [self._labeled.preprocess(position, self._preprocess) for position in positions]
+                )
         elif self._measured is not None:
             for image in self._measured:
                 yield image[None]
@@ -163,9 +163,7 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
     positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
-    return np.stack(
-        [preprocess_image(images.decode(position), preprocess) for position in positions.tolist()]
-    )
+    return np.stack([images.preprocess(position, preprocess) for position in positions.tolist()])
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -22,28 +22,30 @@ from typing import NamedTuple, NoReturn
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import webp_size
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
-# Number of the request; bytes of the rules (none: copy the image) and of the image.
-REQUEST = struct.Struct("<QII")
+# Number of the request; bytes of the rules (none: copy the image) and of the image; seconds of CPU time after
+# which the child ends (0: no limit).
+REQUEST = struct.Struct("<QIId")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
 # The id of the child that a template has forked or ended; of an ended one, its exit code, -N after signal N.
 # The id 0 and an error number if the system forks no other process.
 TEMPLATE_REPLY = struct.Struct("<Ii")
 UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
-READY, FAILED, PIXELS, COPY, LARGER, FIRST_ERROR = range(6)
+READY, FAILED, PIXELS, COPY, FIRST_ERROR = range(5)
 MAX_MESSAGE = 500
+TOO_MUCH_MEMORY = "too_much_memory"
 ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
     ("empty_body", 400),
     ("too_large", 413),
     ("too_many_pixels", 413),
-    ("too_much_memory", 413),
+    (TOO_MUCH_MEMORY, 413),
     ("unsupported_format", 415),
     ("not_an_image", 415),
     ("truncated_image", 422),
@@ -57,14 +59,12 @@ PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless
 class ChildOptions(NamedTuple):
     """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`.
 
-    A light child passes on images of more than *max_pixels*, others refuse them. A child ends if an image
-    takes *cpu_seconds* of CPU time (0: no limit). Empty *formats* accept all.
+    Empty *formats* accept all.
     """
 
     memory: int
     niceness: int
     is_light: bool
-    cpu_seconds: float
     max_bytes: int
     max_pixels: int
     formats: tuple[str, ...]
@@ -83,21 +83,24 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         if not rules:
             copy, suffix = copy_without_metadata(image, options.max_pixels)
             return [REPLY.pack(number, COPY, int(suffix == ".png"), len(copy)), copy]
-        limits = {"max_bytes": options.max_bytes, "max_pixels": options.max_pixels}
-        decoded = decode(image, read_rules(rules), **limits, formats=options.formats or None)
+        decoded = decode(
+            image,
+            read_rules(rules),
+            max_bytes=options.max_bytes,
+            max_pixels=options.max_pixels,
+            formats=options.formats or None,
+        )
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
         return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]  # one part wakes the server once
     except ImageError as error:
-        if options.is_light and error.code == "too_many_pixels":
-            return [REPLY.pack(number, LARGER, 0, 0)]
         # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
         code, status, message = error.code, error.status, str(error)
         # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is damaged.
         width, height = webp_size(image)
         is_large_webp = width * height * PIXEL_BYTES > options.memory
         if isinstance(error.__cause__, MemoryError) or (code == "damaged_image" and is_large_webp):
-            code, status = "too_much_memory", 413
+            code, status = TOO_MUCH_MEMORY, 413
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             message = f"decoding needs more than {limit}; send it smaller"
     except Exception:  # a bug fails its own image
@@ -146,10 +149,10 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
         # After FAILED, a server that requires a sandbox closes its end; others use this child without one.
         while True:
-            number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
+            number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
             rules, image = receive(end, rules_size), receive(end, size)
             # SIGPROF ends this process; with 0 seconds there is no timer.
-            signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             reply = answer(number, rules, image, options)
             signal.setitimer(signal.ITIMER_PROF, 0)
             del image  # frees it before the reply is sent

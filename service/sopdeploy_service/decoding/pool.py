@@ -57,7 +57,8 @@ class Request:
     """An *image* to decode by *rules*, or to copy without them.
 
     A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a `Reply`,
-    `ChildEnded`, or the reason why no child runs the request.
+    `ChildEnded`, or the reason why no child runs the request. While it waits, it counts as *pixels*; a child
+    ends if it takes more than *seconds* of CPU time (0: no limit).
     """
 
     image: bytes = field(repr=False)
@@ -65,6 +66,8 @@ class Request:
     expected_kind: int
     sizes: range
     result: "asyncio.Future[Any]"
+    pixels: int = 0
+    seconds: float = 0.0
 
     def settle(self, result: object) -> None:
         """Set *result* unless nobody waits for one any more."""
@@ -275,7 +278,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     def _send(self, transport: asyncio.Transport, request: Request) -> None:
         self._number += 1
-        header = child.REQUEST.pack(self._number, len(request.rules), len(request.image))
+        sizes = (len(request.rules), len(request.image))
+        header = child.REQUEST.pack(self._number, *sizes, request.seconds)
         transport.write(header + request.rules)
         transport.write(request.image)
         self._timer = self._loop.call_later(self._seconds, self._end_child, TIME)
@@ -296,7 +300,6 @@ class DecoderProcess(asyncio.BufferedProtocol):
         number, kind, bits, size = child.REPLY.unpack(self._header)
         if self._data is None:  # the header is complete
             is_known = kind == request.expected_kind or kind in ERROR_KINDS
-            is_known |= kind == child.LARGER and self._options.is_light  # from others, it would never end
             sizes = request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
             if number != self._number or not is_known or size not in sizes:
                 self._end_child(WRONG_REPLY)

@@ -33,7 +33,7 @@ LATE_MODULES = (
     "PIL.MpoImagePlugin",
     "PIL.TiffImagePlugin",  # EXIF
     "PIL.WebPImagePlugin",
-    "sopdeploy.images.pixels",
+    "sopdeploy.images.decode",
 )
 
 # name: number on x86-64, number on aarch64. The most frequent ones first.

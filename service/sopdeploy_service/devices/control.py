@@ -31,7 +31,7 @@ STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
 SPEED = b"speed"  # seconds that the loaded models of a device need for an image; `FRONT_ENDS` is the answer
 NEW_MODELS, BAD_FRONT_END = b"models", b"bad"  # of an engine: after a reload; with the name of a front end
 COSTS = {STATUS: 1, METRICS: 1, SPEED: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
-# Tokens of a process. It gets another one for each message to it, because it answers with a report.
+# Tokens of a process. It gets another one for each client, because it reports its arrival.
 TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
 MAX_MESSAGE = 1 << 14
 BUFFER_BYTES = 1 << 16  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`

@@ -1,15 +1,16 @@
 """Decode images in child processes: children for light images, and others for large ones.
 
-Light children are small and have normal priority; an image that is too large or takes too long for them is
-tried again by a child for large images, which has more memory and low priority. So light images pass large
-ones, and the memory of all children is limited.
+Light children have little memory and normal priority. The header of an image tells how many pixels its
+decoder holds (`sopdeploy.images.cost`): a JPEG of 12 megapixels that is decoded at a quarter of its sides is
+light. Children for large images have more memory and low priority; they also get what a light child fails on
+for time or memory. So light images pass large ones, and the memory of all children is limited.
 
 A child can also end without any fault of its image, as when the system runs out of memory. An image whose
 child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
 
 Clients share the children for large images. Each has two groups of images there: slow ones, which are small
 but took too long for a light child, and large ones. The groups take turns, and if too many images wait, the
-group with most of them loses its last one.
+group with most pixels loses its last one.
 """
 
 import asyncio
@@ -25,6 +26,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.cost import Cost, estimate_cost
+from sopdeploy.images.decode import Decoded
+from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import child, pool
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
@@ -36,7 +40,6 @@ from sopdeploy_service.decoding.pool import (
     is_stopped,
     shared_template,
 )
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -46,13 +49,16 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 _MIB = 1 << 20
 LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
 LIGHT_SECONDS = 0.06  # of CPU time; a JPEG of 3 megapixels takes 0.03
+# Of a file whose bytes and pixels limit its time. A photograph of 12 megapixels takes 30 ns per byte, and
+# twice that beside other load.
+PROPORTIONAL_BODY, PROPORTIONAL_PIXELS, SECONDS_PER_BYTE = 8_000_000, 25_000_000, 60e-9
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
 NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_COPY_BYTES = 1 << 26
-MAX_WAITING_LARGE = 8  # large images; for one more, one of the largest group gets 503
+MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
@@ -102,6 +108,17 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
+def light_seconds(length: int, cost: Cost | None) -> float:
+    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
+    if cost is None or cost.pixels > LIGHT_PIXELS:
+        return 0.0
+    if not cost.is_proportional:
+        return LIGHT_SECONDS if length <= LIGHT_BODY else 0.0
+    if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
+        return 0.0
+    return LIGHT_SECONDS + length * SECONDS_PER_BYTE
+
+
 class SharedChildren:
     """Children of a kind, which clients share: those that are idle, or the requests that wait for one.
 
@@ -109,8 +126,8 @@ class SharedChildren:
     whether its images are slow ones; that of light images and of the server's own requests is None.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, max_pixels: int = MAX_PIXELS) -> None:
+        self._metrics, self._max_waiting_pixels = metrics, MAX_WAITING * max_pixels
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
         # By group: the requests that wait, in order.
@@ -119,9 +136,9 @@ class SharedChildren:
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        If `MAX_WAITING_LARGE` requests wait, the last one of the largest group is refused. This is *request*
-        unless another group is larger than its own, in which it is counted. Those of the group None are
-        refused only after `close`, as every request is then.
+        While the images that wait have too many pixels, the last one of the group with most pixels is
+        refused. This is *request* unless another group has more than its own, in which it is counted. Those
+        of the group None are refused only after `close`, as every request is then.
         """
         if self._is_closed:
             request.settle(results.DRAINING)
@@ -129,18 +146,26 @@ class SharedChildren:
         if self.idle:
             self.idle.pop().run(request)
             return
-        if group is not None and sum(map(len, self._groups.values())) >= MAX_WAITING_LARGE:
-            sizes = Counter(
-                {other: len(waiting) for other, waiting in self._groups.items() if other is not None}
-            )
-            sizes[group] += 1  # with *request*
-            largest, size = sizes.most_common(1)[0]
-            if sizes[group] == size:
-                request.settle(results.DECODERS_BUSY)
-                return
-            self._groups[largest].popitem()[0].settle(results.DECODERS_BUSY)
+        if group is not None and not self._make_room(request, group):
+            request.settle(results.DECODERS_BUSY)
+            return
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
+
+    def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
+        """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
+        pixels = Counter({other: sum(one.pixels for one in self._groups[other]) for other in self._groups})
+        pixels[group] += request.pixels
+        while pixels.total() > self._max_waiting_pixels:
+            largest = max((other for other in pixels if other is not None), key=lambda other: pixels[other])
+            if pixels[group] == pixels[largest]:
+                return False
+            refused, _ = self._groups[largest].popitem()
+            pixels[largest] -= refused.pixels
+            if not self._groups[largest]:
+                del self._groups[largest]
+            refused.settle(results.DECODERS_BUSY)
+        return True
 
     def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Forget *request* of *group*, for which nobody waits any more, and its image."""
@@ -176,7 +201,8 @@ class Decoders:
     def __init__(self, max_children: int, settings: Settings, metrics: Metrics) -> None:
         """Decode light images in up to *max_children* children."""
         self._max_children, self._settings, self._metrics = max_children, settings, metrics
-        self.light, self.large = SharedChildren(metrics), SharedChildren(metrics)
+        self.light = SharedChildren(metrics)
+        self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
         self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
         self._children: list[DecoderProcess] = []
@@ -196,19 +222,12 @@ class Decoders:
             memory=plan.large_memory,
             niceness=NICENESS,
             is_light=False,
-            cpu_seconds=0.0,  # no limit
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
             formats=settings.formats,
             sandbox=settings.sandbox,
         )
-        light = large._replace(
-            memory=LIGHT_MEMORY,
-            niceness=0,
-            is_light=True,
-            cpu_seconds=LIGHT_SECONDS,
-            max_pixels=min(LIGHT_PIXELS, settings.max_pixels),
-        )
+        light = large._replace(memory=LIGHT_MEMORY, niceness=0, is_light=True)
         restrictions: set[str] = set()  # usually the same of all children
         for options in [light] * plan.light + [large] * plan.large:
             children = self.light if options.is_light else self.large
@@ -248,15 +267,14 @@ class Decoders:
         """
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
-        rules = _write_rules(preprocess)
-        reply = await self._run_with_retries(image, rules, child.PIXELS, sizes, deadline, client)
+        reply = await self._run_with_retries(image, preprocess, child.PIXELS, sizes, deadline, client)
         warnings = tuple(name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index))
         return Decoded(reply.data.reshape(shape), warnings)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
         reply = await self._run_with_retries(
-            image, b"", child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
+            image, None, child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
         )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
@@ -265,17 +283,28 @@ class Decoders:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _run_with_retries(
-        self, image: bytes, rules: bytes, kind: int, sizes: range, deadline: float, client: str | None
+        self,
+        image: bytes,
+        preprocess: Preprocess | None,
+        kind: int,
+        sizes: range,
+        deadline: float,
+        client: str | None,
     ) -> Reply:
-        """Run a request in a light child or, if *image* is large or that child ends, in one for large images.
+        """Run a request in a light child or, if *image* is too much for one, in one for large images.
 
         If a child for large images ends without the fault of the image, the request runs again, unless a
         child of either kind has ended so before. Raises as `decode` does.
         """
-        is_light, is_slow = len(image) <= LIGHT_BODY, False
+        rules = b"" if preprocess is None else _write_rules(preprocess)
+        cost = estimate_cost(image, preprocess)
+        seconds = light_seconds(len(image), cost)
         num_crashes = 0  # of children, without the fault of the image
+        # A slow one, or one whose pixels are not known, counts as one of the largest.
+        pixels = self._settings.max_pixels if cost is None else min(cost.pixels, self._settings.max_pixels)
+        is_light, is_slow = seconds > 0, False
         while True:
-            request = Request(image, rules, kind, sizes, self._loop.create_future())
+            request = Request(image, rules, kind, sizes, self._loop.create_future(), pixels, seconds)
             late = results.DEADLINE if is_light else results.DECODERS_BUSY
             timer = self._loop.call_at(deadline, request.settle, late) if deadline < math.inf else None
             if is_light:
@@ -298,12 +327,15 @@ class Decoders:
                     is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}  # by the system or a user
                     raise RejectedError(results.DECODER_KILLED if is_kill else results.DECODER_CRASHED)
                 is_slow = is_light and is_fault_of_image  # then waits among slow images of its client
+                pixels = self._settings.max_pixels if is_slow else pixels
             elif reply.kind == kind:
                 return reply
-            elif reply.kind != child.LARGER:  # which only light children answer
+            else:
                 code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
-                raise ImageError(reply.data.tobytes().decode(errors="replace"), code=code, status=status)
-            is_light = False
+                if not (is_light and code == child.TOO_MUCH_MEMORY):  # which a child for large images has
+                    message = reply.data.tobytes().decode(errors="replace")
+                    raise ImageError(message, code=code, status=status)
+            is_light, seconds = False, 0.0
 
     async def _watch(self) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""

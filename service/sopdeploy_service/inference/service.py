@@ -22,8 +22,8 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import ImageError, SopdeployError
+from sopdeploy.images.decode import Decoded
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget

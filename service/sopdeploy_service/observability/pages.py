@@ -8,8 +8,12 @@ from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
 
-# A page of metrics, as prometheus_client writes it
-_PAGE = re.compile(rb"(?:# HELP [^\n]+\n# TYPE [^\n]+\n(?:\w+(?:\{[^\n]+\})? \S+\n)*)*")
+# A page of metrics, as prometheus_client writes it; the label `process` is not for a process to write.
+_NAME = rb"[A-Za-z_:][A-Za-z0-9_:]*"
+_LABEL = rb'(?!process=)[A-Za-z_]\w*="(?:[^"\\\n]|\\[\\"n])*"'
+_VALUE = rb"(?:[+-]?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|Inf)|NaN)"
+_SAMPLE = rb"%b(?:\{%b(?:,%b)*\})? %b\n" % (_NAME, _LABEL, _LABEL, _VALUE)
+_PAGE = re.compile(rb"(?:# HELP %b [^\n]*\n# TYPE %b [a-z]+\n(?:%b)*)*" % (_NAME, _NAME, _SAMPLE))
 _UP = b"# HELP sopdeploy_worker_up Whether a process answers", b"# TYPE sopdeploy_worker_up gauge"
 
 _Value = TypeVar("_Value")
@@ -41,18 +45,27 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
     Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that is empty or no
     page of metrics.
     """
-    valid = {process: page for process, page in pages.items() if page and _PAGE.fullmatch(page)}
+    valid = {process: page for process, page in pages.items() if _is_page(page)}
     up = [b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid) for name in pages]
-    merged, help_line, samples = {_UP: up}, b"", up
+    merged, help_line, samples = {_UP[1].split()[2]: (_UP, up)}, b"", up
     for process, page in {**valid, "supervisor": supervisor}.items():
         label = b'process="%b"' % process.encode()
         for line in page.split(b"\n")[:-1]:
             if line.startswith(b"# HELP"):
                 help_line = line
             elif line.startswith(b"# TYPE"):
-                samples = merged.setdefault((help_line, line), [])
+                # A metric has one type, that of the first process.
+                _, samples = merged.setdefault(line.split()[2], ((help_line, line), list[bytes]()))
             else:
                 first = b"{" if b"{" in line else b" "  # after the name
                 name, _, rest = line.partition(first)
                 samples.append(b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest))
-    return b"\n".join(line for head, lines in merged.items() for line in (*head, *lines)) + b"\n"
+    return b"\n".join(line for head, lines in merged.values() for line in (*head, *lines)) + b"\n"
+
+
+def _is_page(page: bytes) -> bool:
+    """Tell whether *page* is one of metrics, without labels that are given twice."""
+    if not page or not _PAGE.fullmatch(page):
+        return False
+    labels = (re.findall(rb'[{,](\w+)="', line) for line in page.splitlines())
+    return all(len(set(names)) == len(names) for names in labels)

@@ -283,7 +283,7 @@ class CachedNetwork:
                     return
             for position, entry in enumerate(entries):
                 if entry is None and not are_decoded[position]:  # the cache has an entry, but it is damaged
-                    decoded = images.photo(batch[position]).preprocess(self.recipe.preprocess)
+                    decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)

@@ -288,7 +288,7 @@ def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, g
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
         members = np.flatnonzero(copies_N == group)
-        num_pixels = [np.prod(images.open(index).size) for index in members.tolist()]
+        num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:

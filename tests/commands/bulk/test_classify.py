@@ -14,12 +14,12 @@ import pytest
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
+from sopdeploy.images.decode import decode
 from sopdeploy_commands.bulk import classifier, run
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings

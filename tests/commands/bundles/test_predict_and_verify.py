@@ -25,6 +25,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.http_api import ClassProbability
+from sopdeploy.images.decode import decode
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles import bench as timing
 from sopdeploy_commands.bundles import scores as evaluate
@@ -32,7 +33,6 @@ from sopdeploy_commands.bundles.bench import parse_batch_sizes
 from sopdeploy_commands.bundles.predict import FilePrediction, _print_prediction, predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.decode import decode
 from sopdeploy_service.api.admission import parse_upload
 from sopdeploy_service.http.strict_json import decode_text
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 from tests.support.pictures import encoded, png

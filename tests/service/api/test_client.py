@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.client import Client
-from sopdeploy_service.images.decode import decode
+from sopdeploy.images.decode import decode
 from tests.support.service import LABELS, picture_bytes
 
 

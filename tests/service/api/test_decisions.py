@@ -16,6 +16,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.errors import BundleError
+from sopdeploy.images.decode import decode
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.predict import predict
@@ -23,7 +24,6 @@ from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once

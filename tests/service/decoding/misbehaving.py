@@ -24,8 +24,6 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
         return [bytes(range(256)) * 1000]
     if image == b"too little":
         return [header(number, child.PIXELS, 0, 3 * child.read_rules(rules).crop ** 2), b"x"]
-    if image == b"larger":
-        return [header(number, child.LARGER, 0, 0)]
     if image == b"long message":
         return [header(number, child.FIRST_ERROR, 0, 65_000), bytes(65_000)]
     if image == b"forbidden":

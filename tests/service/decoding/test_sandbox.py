@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.decode import decode
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.daemon_threads import running_loop
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.observability.metrics import Metrics

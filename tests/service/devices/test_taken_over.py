@@ -218,8 +218,8 @@ def test_a_process_that_sends_too_many_messages_is_replaced(name, monkeypatch) -
                 server.receive("front-1")
                 count += 1
             assert server.killed == ["front-1"]
-            for _ in range(2 * control.MAX_TOKENS):  # who has been sent as many may answer
-                assert server.processes["front-0"].send(control.RELOAD)
+            for _ in range(2 * control.MAX_TOKENS):  # who has got as many clients may report them
+                assert server.processes["front-0"].send(control.CLIENT)
                 control.receive_message(server.ends["front-0"])
                 server.ends["front-0"].send(FLOODS["reports"])
                 server.receive("front-0")

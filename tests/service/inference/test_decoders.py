@@ -19,17 +19,24 @@ from types import SimpleNamespace
 
 import pytest
 from hostile_load import can_limit_memory
+from PIL import Image
 
 from sopdeploy import environment
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy.images.cost import estimate_cost
+from sopdeploy.images.limits import MAX_PIXELS
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
+    LIGHT_BODY,
     LIGHT_MEMORY,
-    LIGHT_PIXELS,
+    LIGHT_SECONDS,
     OWN_MEMORY,
+    PROPORTIONAL_BODY,
+    light_seconds,
     plan_children,
 )
 from sopdeploy_service.inference.results import DRAINING
@@ -49,13 +56,12 @@ OPTIONS = ChildOptions(
     memory=LIGHT_MEMORY,
     niceness=0,
     is_light=True,
-    cpu_seconds=0.0,
     max_bytes=20_000_000,
-    max_pixels=LIGHT_PIXELS,
+    max_pixels=70_000_000,
     formats=("jpeg", "png", "webp"),
     sandbox="auto",
 )
-LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False, max_pixels=70_000_000)
+LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False)
 
 
 BUDGETS = {  # budget and wanted children: light ones, large ones, memory of a large one
@@ -107,7 +113,7 @@ def template(monkeypatch) -> Iterator[pool.Template]:
 @pytest.mark.usefixtures("template")
 def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decode_seconds=4, request_timeout=120)
-    misused = (b"hang", b"nonsense", b"too little", b"larger", b"long message")
+    misused = (b"hang", b"nonsense", b"too little", b"long message")
     expected = dict.fromkeys(misused, (422, "damaged_image"))
     expected |= {b"bug": (500, "decoder_failed"), b"die": (422, "decoder_crashed")}
     with ThreadPoolExecutor(8) as threads:
@@ -227,8 +233,7 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
 COSTLY = {  # options, file, error
     "one prefix code per block": (OPTIONS, lambda: hostile.webp_codes(868, 868), "damaged_image"),
     "the same for a large child": (LARGE, lambda: hostile.webp_codes(2000, 1500), "damaged_image"),
-    "too large for a light child": (OPTIONS, lambda: hostile.jpeg(4000, 3000), "larger"),
-    "a WebP that is too large": (OPTIONS, lambda: hostile.webp_lossless(6000, 4000), "larger"),
+    "a WebP that is too large": (OPTIONS, lambda: hostile.webp_lossless(6000, 4000), "too_much_memory"),
     "more than the memory": (LARGE, lambda: hostile.webp_lossless(8000, 6000), "too_much_memory"),
 }
 
@@ -247,8 +252,68 @@ def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_de
 @linux
 def test_a_light_child_ends_at_its_cpu_time() -> None:
     body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
-    with running_child(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01)) as child:
-        assert child.decode(body) == pool.ChildEnded(pool.TIME)
+    with running_child(pool.shared_template(), OPTIONS) as child:
+        assert child.decode(body, seconds=0.01) == pool.ChildEnded(pool.TIME)
+
+
+def photograph(**options: object) -> bytes:
+    """Encode 12 megapixels of two colors, a small file."""
+    file = BytesIO()
+    Image.linear_gradient("L").convert("RGB").resize((4000, 3000)).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+SCALED, FULL = Preprocess(decoding="scaled"), Preprocess()
+LIGHT = {  # file, rules, length of the file if it had more metadata, whether it is light
+    "a photograph at a quarter of its sides": (photograph, SCALED, LIGHT_BODY, True),
+    "one with more metadata": (photograph, SCALED, PROPORTIONAL_BODY, True),
+    "and with even more": (photograph, SCALED, PROPORTIONAL_BODY + 1, False),
+    "one that is decoded in full": (photograph, FULL, LIGHT_BODY, False),
+    "one that is copied": (photograph, None, LIGHT_BODY, False),
+    "one that needs its coefficients": (lambda: photograph(progressive=True), SCALED, LIGHT_BODY, False),
+    "one of several scans": (lambda: hostile.jpeg(4000, 3000, scans=4), SCALED, LIGHT_BODY, False),
+    "one of 70 megapixels": (lambda: hostile.jpeg(10_000, 7_000), SCALED, LIGHT_BODY, False),
+    "a PNG": (lambda: picture_bytes(kind="PNG"), FULL, LIGHT_BODY, True),
+    "a PNG that is a large file": (lambda: picture_bytes(kind="PNG"), FULL, LIGHT_BODY + 1, False),
+    "a WebP of 24 megapixels": (lambda: hostile.webp_lossless(6000, 4000), FULL, LIGHT_BODY, False),
+    "a GIF": (lambda: picture_bytes(kind="GIF"), FULL, LIGHT_BODY, True),
+    "a BMP": (lambda: picture_bytes(kind="BMP"), FULL, LIGHT_BODY, True),
+    "a HEIC": (lambda: b"\0\0\0\x18ftypheic", FULL, LIGHT_BODY, False),
+    "no image": (lambda: b"\xff\xd8\xff", FULL, LIGHT_BODY, False),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> None:
+    make, rules, length, is_light = LIGHT[name]
+    cost = estimate_cost(make(), rules)
+    assert (light_seconds(length, cost) > 0) == is_light
+
+
+def test_only_a_file_whose_bytes_limit_its_time_holds_a_light_child_longer() -> None:
+    for body in (picture_bytes(kind="PNG"), hostile.webp_codes(868, 868), hostile.jpeg(1000, 1000, scans=98)):
+        assert light_seconds(len(body), estimate_cost(body, SCALED)) == LIGHT_SECONDS
+    small, large = (light_seconds(size, estimate_cost(photograph(), SCALED)) for size in (0, 1_600_000))
+    assert (small, large) == (LIGHT_SECONDS, pytest.approx(0.156))
+
+
+def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(serve_with, monkeypatch) -> None:
+    body = hostile.webp_lossless(3000, 2000)  # needs 120 MB
+    monkeypatch.setattr(decoders, "light_seconds", lambda *_: 10.0)
+    client = serve_with(FakeRuntime(num_classes=7))
+    assert client.post("/v1/classify", content=body).status_code == 200
+
+
+def test_many_photographs_that_are_decoded_in_full_wait(serve_with) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), request_timeout=120)
+    body = photograph()
+    with ThreadPoolExecutor(32) as threads:
+        with holding_large(client):
+            posted = [threads.submit(client.post, "/v1/classify", content=body) for _ in range(32)]
+            wait_for(lambda: sum(map(len, client.app.state.service.decoders.large._groups.values())) == 32)
+            for one in posted[:-1]:
+                one.cancel()
+        assert {one.result().status_code for one in posted if not one.cancelled()} == {200}
 
 
 @contextmanager
@@ -262,7 +327,7 @@ def holding_large(client: Client) -> Iterator[None]:
 
 
 def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, monkeypatch) -> None:
-    monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 0)
+    monkeypatch.setattr(decoders, "MAX_WAITING", 0)
     client = serve_with(FakeRuntime(num_classes=7))
     with holding_large(client):
         refused = client.post("/v1/classify", content=hostile.jpeg(4000, 3000))
@@ -289,7 +354,7 @@ ARRIVALS = {
 @pytest.mark.parametrize(("arrivals", "refused", "order"), ARRIVALS.values(), ids=ARRIVALS)
 def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refused, order) -> None:
     children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
-    requests = [pool.Request(b"", b"", 0, range(0), loop.create_future()) for _ in arrivals]
+    requests = [pool.Request(b"", b"", 0, range(0), loop.create_future(), MAX_PIXELS) for _ in arrivals]
     for request, client in zip(requests, arrivals, strict=True):
         children.put(request, None if client == "." else (client.lower(), client.isupper()))
     ended = {number for number, request in enumerate(requests) if request.result.done()}
@@ -308,7 +373,7 @@ def test_images_for_which_nobody_waits_free_their_places_and_their_memory(client
         children, loop = decoders.SharedChildren(Metrics()), asyncio.get_running_loop()
 
         def put(client: str) -> pool.Request:
-            request = pool.Request(BytesIO(), b"", 0, range(0), loop.create_future())
+            request = pool.Request(BytesIO(), b"", 0, range(0), loop.create_future(), MAX_PIXELS)
             children.put(request, (client, False))
             return request
 
@@ -326,8 +391,10 @@ def test_images_for_which_nobody_waits_free_their_places_and_their_memory(client
     asyncio.run(scenario())
 
 
-def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), decoders=1, trusted_proxies="127.0.0.1")
+def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with, monkeypatch) -> None:
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 12_000_000)  # eight of these have room
+    options = {"decoders": 1, "trusted_proxies": "127.0.0.1", "max_pixels": 12_000_000}
+    client = serve_with(FakeRuntime(num_classes=7), **options)
     large = hostile.jpeg(4000, 3000)
 
     def post(number: int, address: str) -> int:

@@ -76,6 +76,7 @@ def test_the_pages_of_processes_are_merged_by_metric_with_the_label_process() ->
     assert plain == [{"process": "front-0"}, {"process": "front-1"}]
 
 
+HEAD = b"# HELP a b\n# TYPE a gauge\n"
 NO_PAGES = {
     "nothing": b"",
     "text": b"garbage\n",
@@ -83,6 +84,13 @@ NO_PAGES = {
     "a sample before any metric": b"sopdeploy_connections 1.0\n",
     "a sample without a value": b"# HELP a b\n# TYPE a gauge\na\n",
     "bytes": bytes(range(256)),
+    "a sample of another process": HEAD + b'a{process="front-1"} 1.0\n',
+    "a sample of another process beside": HEAD + b'a{b="c",process="front-1"} 1.0\n',
+    "a value that is no number": HEAD + b"a one\n",
+    "labels without an end": HEAD + b'a{b="c\\"} 1.0\n',
+    "a label twice": HEAD + b'a{b="c",b="d"} 1.0\n',
+    "a comment": HEAD + b"# EOF\n",
+    "a metric of two lines": b"# HELP a b\n# TYPE a gauge\n# TYPE b gauge\n",
 }
 
 
@@ -93,3 +101,14 @@ def test_a_process_without_a_valid_page_is_down_and_changes_nothing_else(page) -
     up = b'sopdeploy_worker_up{process="front-%d"} %d.0\n'
     assert merged.replace(up % (0, 0), b"") == merge_metrics({"front-1": good}, b"")
     assert up % (1, 1) in merged
+
+
+def test_a_process_that_calls_a_metric_of_others_another_type_does_not_repeat_its_head() -> None:
+    good = page_of("a")
+    wrong = (
+        b"# HELP sopdeploy_connections x\n# TYPE sopdeploy_connections counter\nsopdeploy_connections 1.0\n"
+    )
+    merged = merge_metrics({"front-0": good, "front-1": wrong}, b"")
+    assert merged.count(b"# TYPE sopdeploy_connections ") == 1
+    assert b"# TYPE sopdeploy_connections gauge\n" in merged
+    assert b'sopdeploy_connections{process="front-1"} 1.0\n' in merged

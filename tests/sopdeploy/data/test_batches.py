@@ -77,7 +77,7 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
         rules = Preprocess(resize=resize, crop=crop)
         prepared = PreprocessedDataset(split.held_out, rules)
         (array,), (label,) = prepared.batch([7])
-        image, expected = split.held_out.decode(7), split.held_out.targets[7]
+        image, expected = split.held_out.photo(7).image, split.held_out.targets[7]
         assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
         assert np.array_equal(array, preprocess_image(image, rules))
         assert len(prepared) == 359
@@ -141,7 +141,8 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
         train_recipe(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
     assert text.startswith("3 images cannot be used (`sopdeploy data check --json` lists all): ")
-    assert re.search("train/cat/1.jpg, .*val/dog/0.jpg: this is not.*; .*train/dog/2.jpg: the image", text)
+    assert re.search("val/dog/0.jpg: this is not an image: it is empty", text)
+    assert re.search("train/cat/1.jpg: this is not.*; .*train/dog/2.jpg: the image", text)
     assert "\n" not in text
     met = DataError("a/5.jpg: cannot be read")  # a single unreadable image keeps its own error
     assert unreadable_images_error(met, open_data(recipe_for(spoilt).data).held_out) is met
@@ -152,9 +153,9 @@ class CountedImages(ArrayImages):
 
     opened: list[int] = []  # noqa: RUF012
 
-    def open(self, index: int):
+    def preprocess(self, index: int, *rules):
         self.opened.append(index)
-        return super().open(index)
+        return super().preprocess(index, *rules)
 
 
 def counted_images(monkeypatch, count: int = 30) -> CountedImages:

@@ -37,7 +37,7 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
     assert (len(split.train), len(split.held_out)) == (train, 4)
     stored = pickle.loads((folder / test).read_bytes())  # noqa: S301
     assert np.array_equal(
-        np.asarray(split.held_out.decode(2)).transpose(2, 0, 1).reshape(-1), stored["data"][2]
+        np.asarray(split.held_out.photo(2).pixels).transpose(2, 0, 1).reshape(-1), stored["data"][2]
     )
     assert split.held_out.targets[2] == stored[key][2]
     (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -62,7 +62,7 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     assert split.held_out.targets.tolist() == [0, 1, 2]
     files = {part.path(index) for part in (split.train, split.held_out) for index in range(len(part))}
     assert len(files) == len(split.train) + len(split.held_out)
-    assert all(split.train.decode(index).size == size for index in range(len(split.train)))
+    assert all(split.train.photo(index).image.size == size for index in range(len(split.train)))
     held_out = open_evaluation_images(tmp_path, labels[::-1])
     assert (held_out.labels, held_out.targets.tolist()) == (labels[::-1], [2, 1, 0])
     checked = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json"])
@@ -123,7 +123,7 @@ def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(tmp_pa
         assert kept == tuple(label for label in whole.train.labels if label in kept)
         assert classes_of(some) == [label for label in classes_of(whole) if label in kept]
         index = classes_of(whole).index(classes_of(some)[0])
-        assert np.array_equal(some.train.decode(0), whole.train.decode(index))
+        assert np.array_equal(some.train.read(0), whole.train.read(index))
     assert digits(4).train.labels == ("2", "3", "6", "9")
 
 

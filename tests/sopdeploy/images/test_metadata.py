@@ -135,7 +135,7 @@ def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        (b"", "not_an_image"),
+        (b"", "empty_body"),
         (b"no image", "not_an_image"),
         (encoded(scene(), "PNG")[:-900], "damaged_image"),
         (encoded(Image.new("1", (11_000, 4000)), "PNG"), "too_many_pixels"),

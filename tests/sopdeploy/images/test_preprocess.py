@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from torchvision.transforms.functional import center_crop, resize
 
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
+from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.photo import image_errors
-from sopdeploy_service.images.decode import decode
+from sopdeploy.photos.photo import Photo
 from sopdeploy_service.settings import Settings
 from tests.service.api.test_bad_inputs import BAD_BODIES
 from tests.support.counted import record_images
@@ -303,7 +302,6 @@ def test_around_a_first_frame_smaller_than_its_canvas_is_the_background(case):
 
 
 RULES = Preprocess(resize=36, crop=32)
-FILE = Path("photo")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "HEIF": ".heic"}
 
 
@@ -313,18 +311,12 @@ def gradient(width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def load(body: bytes) -> Image.Image:
-    """Decode *body* as training does."""
-    with image_errors(FILE):
-        return formats.load_pixels(formats.open_image(body))
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) -> None:
     assert FORMATS[kind] in SUFFIXES
     body = encoded(gradient(), kind)
-    trained = preprocess_image(load(body), RULES)
     served = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
+    trained = Photo("photo", body).preprocess(RULES)
     assert np.array_equal(trained, served.pixels)
     assert served.warnings == ()
 
@@ -352,14 +344,14 @@ REFUSED_FORMATS = [
 @pytest.mark.parametrize("body", REFUSED_FORMATS)
 def test_training_refuses_what_the_server_refuses(body: bytes) -> None:
     with pytest.raises(DataError, match=r"^photo: ") as caught:
-        load(body)
+        Photo("photo", body).preprocess(RULES)
     assert "\n" not in str(caught.value)
 
 
 def test_one_set_of_limits_holds_for_training_and_server() -> None:
     assert (Settings().max_body_bytes, Settings().max_pixels) == (formats.MAX_BYTES, formats.MAX_PIXELS)
     with pytest.raises(DataError, match="larger than 20000000 bytes, the limit; "):
-        load(b"\xff\xd8\xff" + bytes(20_000_000))
+        Photo("photo", b"\xff\xd8\xff" + bytes(20_000_000)).preprocess(RULES)
 
 
 def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +359,7 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DataError, match=r'pip install "sopdeploy\[heif\]" \(phones take JPEG'):
-        load(body)
+        Photo("photo", body).preprocess(RULES)
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
         formats.open_image(body)
     assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)

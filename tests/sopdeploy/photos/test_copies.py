@@ -101,7 +101,8 @@ def test_the_copies_that_measure_the_threshold_keep_85_or_70_percent_of_each_sid
     keys = [f"image {number}" for number in range(80)]
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (80, 200, 200))
     copies = Copies.choose(ArrayImages(("a",), ramp, np.zeros(80, np.int64)), keys)
-    spreads = [float(np.ptp(np.asarray(copies.open(index).convert("L"), float))) for index in range(10)]
+    pixels = [copies.photo(index).pixels.convert("L") for index in range(10)]
+    spreads = [float(np.ptp(np.asarray(one, float))) for one in pixels]
     assert sorted(spread / 1.15 / 200 for spread in spreads) == pytest.approx(
         5 * [0.7] + 5 * [0.85], abs=0.02
     )

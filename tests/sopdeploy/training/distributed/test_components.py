@@ -132,8 +132,8 @@ class ManyClasses:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def decode(self, index: int):
-        return self.images.decode(index)
+    def preprocess(self, index: int, *rules):
+        return self.images.preprocess(index, *rules)
 
 
 def evaluate_fixed_network(group) -> dict[str, float]:

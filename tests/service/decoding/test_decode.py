@@ -13,13 +13,13 @@ from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.errors import ImageError
+from sopdeploy.images.decode import decode, is_truncated
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.folder import open_evaluation_images
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
 from sopdeploy_commands.bundles import predict as predict_command
 from sopdeploy_export.lower.accuracy import calibration_images
-from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
 from tests.support import hostile_images as hostile

@@ -1,0 +1,74 @@
+"""What decoding a file costs, told from the first fields of the file, before a decoder sees it.
+
+A server chooses the decoder by it. Nothing depends on it being right: each decoder limits its work itself.
+"""
+
+from typing import NamedTuple
+
+from sopdeploy.images.formats import FRAMES, SCAN, webp_size
+from sopdeploy.images.pixels import center_view
+from sopdeploy.images.preprocess import Preprocess
+
+MAX_SEGMENTS = 400  # before the first scan of a JPEG: its metadata, in segments of up to 64 kB
+PROGRESSIVE = 0xC2
+
+
+class Cost(NamedTuple):
+    """The work of decoding an image.
+
+    Attributes:
+        pixels: How many pixels the decoder holds at once. The coefficients of a JPEG with several scans count
+            as pixels of the whole image.
+        encoded: How many pixels the whole image has.
+        is_proportional: Whether the time is proportional to the bytes and pixels, as that of a JPEG with one
+            scan. Other formats can repeat work.
+    """
+
+    pixels: int
+    encoded: int
+    is_proportional: bool
+
+
+def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
+    """Estimate the cost of decoding *body* by *rules* (None: in full); None if it does not tell."""
+    width, height, num_scans = 0, 0, 0  # several scans are 2
+    if body.startswith(b"\xff\xd8\xff"):
+        width, height, num_scans = _jpeg_fields(body)
+    elif body.startswith(b"\x89PNG"):
+        width, height = (int.from_bytes(body[start : start + 4]) for start in (16, 20))
+    elif body.startswith(b"GIF8"):
+        width, height = (int.from_bytes(body[start : start + 2], "little") for start in (6, 8))
+    elif body.startswith(b"RIFF"):
+        width, height = webp_size(body)
+    elif body.startswith(b"BM"):
+        is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
+        starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
+        width, height = (
+            abs(int.from_bytes(body[start : start + length], "little", signed=not is_old)) for start in starts
+        )
+    encoded = width * height
+    if not encoded:
+        return None
+    pixels = encoded
+    if num_scans and rules is not None and rules.decoding == "scaled":
+        scale = center_view((width, height), rules).scale
+        pixels = -(-width // scale) * -(-height // scale)
+    return Cost(pixels + encoded * (num_scans > 1), encoded, num_scans == 1)
+
+
+def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
+    """Read width, height and number of scans (1, or 2 for several) of the JPEG *body*; zeros if unclear."""
+    position, frame = 2, (0, 0, 0)  # `frame`: width, height, number of components
+    is_progressive = False
+    for _ in range(MAX_SEGMENTS):
+        if body[position : position + 1] != b"\xff" or position + 4 > len(body):
+            break
+        marker, length = body[position + 1], int.from_bytes(body[position + 2 : position + 4])
+        if marker in FRAMES:
+            height, width = (int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7))
+            frame, is_progressive = (width, height, body[position + 9]), marker == PROGRESSIVE
+        if marker == SCAN:
+            has_one_scan = not is_progressive and body[position + 4] == frame[2]
+            return frame[0], frame[1], 1 if has_one_scan else 2
+        position += 2 + length
+    return 0, 0, 0

@@ -1,0 +1,159 @@
+"""From the bytes of an image file to pixels: the one way of training, evaluation, export and service.
+
+So a network is never trained on files that the server refuses, nor on other pixels than the server gives it.
+Each step is cheaper than the next and may reject the image: opening the file (`formats`), decoding at the
+scale that the rules allow, fitting. The bytes decide the format. Invalid bytes raise only `ImageError`.
+"""
+
+import io
+import itertools
+import random
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from PIL import Image
+
+from sopdeploy.images.formats import (
+    MARKER_BYTES,
+    SCAN,
+    check_decoded_size,
+    image_error,
+    jpeg_segments,
+    open_image,
+)
+from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.pixels import (
+    UPRIGHT,
+    ChooseView,
+    View,
+    center_view,
+    exif_orientation,
+    list_changes,
+    preprocess_image,
+    to_rgb,
+    turned_size,
+)
+from sopdeploy.images.preprocess import Pixels, Preprocess
+
+ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
+JPEG = {"JPEG", "MPO"}  # MPO: has further images
+FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
+NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # a restart marker, number 0 to 7 in turn
+FIRST_RESTART, NUM_RESTARTS = 0xD0, 8
+
+
+class Decoded(NamedTuple):
+    """The network's input (crop, crop, 3) uint8, and warning codes for changes made while decoding."""
+
+    pixels: Pixels
+    warnings: tuple[str, ...]
+
+
+class _Loaded(NamedTuple):
+    """The upright `size` of an image, which is decoded at 1/`scale`, and what is seen of it."""
+
+    size: tuple[int, int]
+    scale: int
+    view: View
+
+
+def decode(
+    body: bytes,
+    rules: Preprocess,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    formats: Collection[str] | None = None,
+    choose_view: ChooseView | None = None,
+) -> Decoded:
+    """Decode the file *body* to the pixels that a network with *rules* reads; raises `ImageError`.
+
+    The limits are those of `open_image`. Of an animation, this is the first frame. With *choose_view*, these
+    are the pixels of its view.
+    """
+    limits = {"max_bytes": max_bytes, "max_pixels": max_pixels}
+    with (
+        open_image(body, **limits, formats=formats) as image,
+        _loaded(image, body, rules, max_pixels, choose_view) as (size, scale, view),
+    ):
+        has_own_view = choose_view is not None or rules.decoding == "scaled"
+        pixels = preprocess_image(image, rules, view if has_own_view else None, size, scale)
+        warnings = list(list_changes(image, rules))
+        if image.format in ANIMATED and _has_more_frames(image):
+            warnings.append("first_frame_only")
+        return Decoded(pixels, tuple(sorted(warnings)))
+
+
+def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
+    """Decode the file *body* to upright RGB, at the scale that *rules* allow; raises `ImageError`."""
+    with open_image(body) as image, _loaded(image, body, rules, MAX_PIXELS, None):
+        return to_rgb(image, rules)
+
+
+@contextmanager
+def _loaded(
+    image: Image.Image, body: bytes, rules: Preprocess, max_pixels: int, choose_view: ChooseView | None
+) -> Iterator[_Loaded]:
+    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it.
+
+    Raises `ImageError`, also for what a decoder or the block of the caller raises.
+    """
+    try:
+        opened_size, scale = image.size, 1
+        if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels
+            image.load()
+            check_decoded_size(image, opened_size)
+        orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
+        size = turned_size(opened_size, orientation)
+        view = center_view(size, rules) if choose_view is None else choose_view(size)
+        if image.format in JPEG:
+            if rules.decoding == "scaled" and view.scale > 1:
+                scale = view.scale
+                image.draft(None, (image.width // scale, image.height // scale))
+            image.load()
+            if is_truncated(image, body):
+                raise EOFError("the data ends before the last pixel")
+        yield _Loaded(size, scale, view)
+    except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
+        raise image_error(error, max_pixels) from error
+
+
+def is_truncated(image: Image.Image, body: bytes) -> bool:
+    """Check whether the data of the JPEG *body*, decoded as *image*, ends before the last pixel.
+
+    libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has this gray, the
+    image is decoded twice more at 1/8 scale, once with noise appended to its first scan. The noise changes
+    the pixels of a truncated file and has no effect on a complete one.
+    """
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
+        return False
+    scan_end = len(body)
+    for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
+        if marker == SCAN:
+            scan_end = next_begin - MARKER_BYTES  # the content of the next segment begins after its marker
+            break
+    # A decoder that expects a certain restart marker skips everything before it. So the noise is repeated
+    # after each of the markers, in their order, beginning with the one that follows the last in the scan.
+    restarts = RESTART.findall(body[:scan_end])
+    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0  # number of the next marker, modulo 8
+    noise = NOISE
+    for number in range(due, due + NUM_RESTARTS):
+        noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE
+    thumbnails = []
+    for data in (body, body[:scan_end] + noise + body[scan_end:]):
+        thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))
+        thumbnail.draft(thumbnail.mode, (1, 1))  # at the smallest scale, 1/8
+        thumbnails.append(thumbnail.tobytes())
+    return thumbnails[0] != thumbnails[1]
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Tell whether *image* has several frames, even damaged ones."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # untrusted bytes after the first frame
+        return True
