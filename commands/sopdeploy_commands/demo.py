@@ -55,7 +55,7 @@ def _photographs(out: Path) -> None:
     """Train on fifty photographs of clothing, and classify others, and those of other things."""
     from sopdeploy.checkpoint import read_checkpoint
 
-    say("Five kinds of clothing, ten photographs each; without a GPU and without a network", style="bold")
+    say("Five kinds of clothing, ten photographs each; without a GPU or the internet", style="bold")
     _run(PHOTOGRAPHS, out)
     top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
     _expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
