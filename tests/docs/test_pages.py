@@ -111,6 +111,9 @@ TASKS = {  # what a stranger looks for, and its page
     "your own network": "howto/your-network.md",
     "tables of the papers": "howto/reproduce.md",
     "monitoring": "howto/monitoring.md",
+    "alerts": "howto/alerts.md",
+    "write a plug-in": "howto/plug-in.md",
+    "examples": "examples.md",
     "keys": "keys.md",
     "roll back": "howto/roll-back.md",
     "gpu in docker": "howto/gpu.md",
@@ -125,7 +128,17 @@ def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
     linked = re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text)
     assert [page for words, page in linked if words.lower() == task] == [TASKS[task]]
     title = (ROOT / "docs" / TASKS[task]).read_text(encoding="utf-8").partition("\n")[0].lower()
-    assert set(task.split()) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+    assert set(re.findall(r"\w+", task)) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+
+
+def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
+    chart = yaml.safe_load(
+        (ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml").read_text(encoding="utf-8")
+    )
+    rules = [rule for group in chart["groups"] for rule in group["rules"]]
+    page = (ROOT / "docs" / "howto" / "alerts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE)
+    assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
 
 
 def test_code_of_the_readme_fits_the_width_of_a_forge() -> None:
