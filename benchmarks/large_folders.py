@@ -19,12 +19,11 @@ import numpy as np
 from measure import Result, make_parser, report
 from numpy.typing import NDArray
 
-from sopdeploy.photos.copies import connect, find_pairs
+from sopdeploy.photos.copies import SMALL, connect, find_near_duplicates
 from sopdeploy.training.few_shot.classifier import LinearProblem, Scaling, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds
 
 CLASSES, VIEWS, CHANNELS, OWN, RANK, FOLDS = 10, 5, (112, 320), 1280, 1024, 10
-COPIES = 32  # photographs whose copies tell what copies reach
 Array = NDArray[Any]
 
 
@@ -48,13 +47,10 @@ def search(count: int) -> float:
         for corner in range(1, VIEWS):
             part[:, corner] = part[:, 0] + 0.5 * random.standard_normal((count, width), np.float32)
         views.append(part)
-    originals = np.arange(0, count, count // COPIES)[:COPIES]
-    copies = [
-        part[originals, 0] + 0.1 * random.standard_normal((len(originals), part.shape[2]), np.float32)
-        for part in views
-    ]
+    small = random.integers(0, 256, (count, SMALL, SMALL), np.uint8)
+    small[1::100] = small[0::100][: len(small[1::100])]
     since = time.process_time()
-    pairs = find_pairs(views, copies, originals, classes, list(map(str, range(count)))).pairs
+    pairs = find_near_duplicates(views, small, classes, list(map(str, range(count)))).pairs
     groups = connect(count, pairs)
     seconds = time.process_time() - since
     if len(set(groups.tolist())) != count - len(range(1, count, 100)):

@@ -1,7 +1,6 @@
 """The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import check_exportable
 from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names, probe_pixels
-from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.capture.program import Captures, capture_any_batch
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
@@ -34,13 +33,11 @@ from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_ex
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.prove.certificate import Certificate, FileRoots, certify
-from sopdeploy_export.prove.file import (
-    compute_reference,
-    prove_file,
-)
+from sopdeploy_export.prove.certificate import Certificate, FileRoots, Step, announce, certify
+from sopdeploy_export.prove.file import compute_reference, prove_file
 from sopdeploy_export.prove.images import prove_images
 from sopdeploy_export.prove.onnx_graphs import prove_onnx
+from sopdeploy_export.prove.outputs import ProbeOutputs
 from sopdeploy_export.runs import LOGITS, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
@@ -53,7 +50,7 @@ def export_checkpoint(
     destination: Path,
     *,
     options: ExportOptions | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    on_step: Step = lambda _: None,
 ) -> Exported:
     """Convert the checkpoint at *path* to a bundle in *destination*, as `sopdeploy.export` does.
 
@@ -131,9 +128,16 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
 
 
 def export_subject(
-    subject: ExportSubject, destination: Path, options: ExportOptions, on_step: Callable[[str], None]
+    subject: ExportSubject,
+    destination: Path,
+    options: ExportOptions,
+    on_step: Step,
+    captures: Captures | None = None,
 ) -> Exported:
-    """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
+    """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
+
+    *captures* has the programs of networks that were captured before.
+    """
     check_exportable(subject.network, subject.detachment.training_only)
     if problem := label_problem(subject.labels):
         raise ConfigError(f"{problem}; rename the class and train again")
@@ -146,25 +150,27 @@ def export_subject(
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
         trained, detached = _prepare_networks(subject, images, options)
-        on_step("proving that the detached network equals the plain network")
-        # Statements 1 to 5: tensors, graphs, batch sizes, outputs, repetition
-        proof, captured = certify(
+        captures = captures or Captures(preprocess, options.batch)
+        images_BHWC = torch.from_numpy(images)
+        proof, captured, probe_outputs = certify(  # statements 1 to 5
             trained,
             detached,
-            preprocess,
-            torch.from_numpy(images),
+            captures,
+            images_BHWC,
             model=subject.name,
-            batch=options.batch,
             detachment=subject.detachment,
+            on_step=on_step,
         )
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
         certified = CapturedGraph(detached, program, lower(program, outputs))
-        # Statement 6: ONNX. Networks may share programs, which then have one graph.
+        on_step(announce("ONNX"))
+        # Networks may share programs, which then have one graph.
         others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
         root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
-        # Statement 7: images
+        on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
+        on_step("comparing operators with their ONNX forms")
         check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
@@ -181,9 +187,11 @@ def export_subject(
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
-        on_step("comparing the file with the network")  # Statement 8: file
+        on_step(announce("File"))
         deployed = Deployed(certified.network, preprocess).eval()
-        exact = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+        if options.precision != "fp32":
+            probe_outputs = ProbeOutputs.of(converted.run, images_BHWC)
+        exact = compute_reference(deployed, images, probe_outputs, options.precision, converted.gate)
         parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(

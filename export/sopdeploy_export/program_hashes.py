@@ -88,11 +88,6 @@ def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
     return needed
 
 
-def compute_roots(any_batch: ExportedProgram, batch_of_one: ExportedProgram) -> dict[str, ProgramRoot]:
-    """Compute the roots of both programs of a network; the keys describe their batch sizes."""
-    return {"any batch size": program_root(any_batch), "a batch of one": program_root(batch_of_one)}
-
-
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
     extra = next((name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None)
@@ -182,6 +177,16 @@ def hashing_once() -> Iterator[None]:
     """
     outer = _stored_hashes.get()
     token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
+    try:
+        yield
+    finally:
+        _stored_hashes.reset(token)
+
+
+@contextmanager
+def hashing_again() -> Iterator[None]:
+    """Let `stored_hash` compute each hash in the block, as an alias of a written one has an old version."""
+    token = _stored_hashes.set(None)
     try:
         yield
     finally:

@@ -95,14 +95,14 @@ def read_state(network: nn.Module) -> dict[str, object]:
             if attribute.startswith("_flat_weight") and isinstance(module, nn.RNNBase):
                 continue  # torch updates these lists of parameters itself
             if attribute in ("_parameters", "_buffers", "_modules"):
-                state |= {f"{prefix}{key}": identify(item) for key, item in value.items()}
+                state |= {f"{prefix}{key}": object_id(item) for key, item in value.items()}
             else:
                 unread.append((f"{prefix}{attribute}", value))
         unread += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
     while unread:
         path, value = unread.pop()
         content = _comparable_content(value)
-        state[path] = identify(value) if content is None else content
+        state[path] = object_id(value) if content is None else content
         # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
         can_hold_more = content is None or not _is_of_library(type(value))
         if can_hold_more and id(value) not in seen:
@@ -210,7 +210,7 @@ def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     yield " (defaults)", function.__defaults__
 
 
-def identify(value: object) -> ObjectId:
+def object_id(value: object) -> ObjectId:
     """Identify *value*; writes change the version and the memory of a tensor, and the length of a set."""
     # Sparse tensors, and those of torch.export's tracing, whose types are others, have no address of memory.
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
@@ -274,6 +274,8 @@ class PythonNumbers:
         Returns the value, which the caller passes to `remember`, so that the result of the call is a known
         tensor; None for any other call, which makes all tensors unknown if it has a known one as operand.
         """
+        if not len(self._values) and function not in self.MAKERS:  # most calls
+            return None
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]
         if operands:

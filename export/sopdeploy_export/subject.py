@@ -12,7 +12,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
-from sopdeploy_export.capture.program import Captured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,14 +24,12 @@ class Detachment:
         reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
-        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
     """
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
     reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
-    captured: Captured | None = None
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":

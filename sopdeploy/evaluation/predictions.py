@@ -4,7 +4,8 @@ This module does not import torch.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -74,10 +75,17 @@ def measure_predictions(
     return metrics
 
 
-def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
-    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
+def describe_predictions(
+    metrics: ClassificationReport | MultiLabelReport,
+    images: str,
+    links: Mapping[tuple[int, int], str] = MappingProxyType({}),
+) -> Section:
+    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first.
+
+    *links* are those of the confusion matrix (`Table.links`).
+    """
     if isinstance(metrics, ClassificationReport):
-        return _describe_classes(metrics, images)
+        return _describe_classes(metrics, images, links)
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
     rows = []
@@ -93,7 +101,9 @@ def describe_predictions(metrics: ClassificationReport | MultiLabelReport, image
     return Section(title="Predictions", text=[images, explained], tables=tables)
 
 
-def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
+def _describe_classes(
+    metrics: ClassificationReport, images: str, links: Mapping[tuple[int, int], str]
+) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
     scores = f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}."
@@ -104,7 +114,9 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: rows are true classes, columns are predicted classes"
-        tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True))
+        if links:
+            caption += "; a number leads to its photographs"
+        tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links))
     mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
     tables.append(
         Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=mistakes)

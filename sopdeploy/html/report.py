@@ -17,6 +17,7 @@ class Table:
     """A table; the first cell of each row is its header. A folded table is opened by its caption.
 
     The cells of a *matrix* are colored by their share of the row: the diagonal as right, others as wrong.
+    `links` are the figures, by `Figure.name`, that cells (row, column) of a matrix lead to.
     """
 
     caption: str
@@ -24,15 +25,20 @@ class Table:
     rows: Sequence[Sequence[object]]
     folded: bool = False
     matrix: bool = False
+    links: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A chart or a photograph, as a `data:` URL, with its caption. `opens`: a click enlarges it."""
+    """A chart or a photograph, as a `data:` URL, with its caption. `opens`: a click enlarges it.
+
+    `name` is what links lead to, if any do.
+    """
 
     image: str
     caption: str
     opens: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.clips import describe_possible_clip, find_clips
-from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, fit_and_whiten, group_by_edges, signature
+from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, fit_and_whiten, group_by_edges, shrink, signature
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.photo import ImageFiles, map_threaded
@@ -22,7 +22,7 @@ from sopdeploy.photos.table import SEPARATOR
 
 MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU
 EDGES_MISS = (
-    "near-duplicates were found by edges, which miss mirrored copies and strong crops; up to "
+    "near-duplicates were found by edges, which miss some of the strong crops; up to "
     f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "
     "downloaded its weights"
 )
@@ -95,7 +95,7 @@ class _FileInfo:
     size: tuple[int, int] = (0, 0)
     pixel_hash: str = ""
     taken: int = NO_TIME
-    signature: NDArray[np.float32] | None = None
+    small: NDArray[np.uint8] | None = None
 
 
 def check_data(
@@ -114,11 +114,11 @@ def check_data(
     if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
-    has_signatures = near_by_edges or num_images <= MAX_SIGNATURES
+    keeps_small = near_by_edges or num_images <= MAX_SIGNATURES
     infos: list[_FileInfo] = []
     parts = []
     for name, images in opened.parts.items():
-        inspect = partial(_inspect_file, images, name, has_signatures)
+        inspect = partial(_inspect_file, images, name, keeps_small)
         infos_of_part = list(map_threaded(inspect, len(images)))
         infos += infos_of_part
         counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
@@ -128,7 +128,7 @@ def check_data(
     notes = [*opened.notes]
     if near_by_edges:
         notes.append(EDGES_MISS)
-    if has_signatures and (possible_clip := _describe_clip(readable)):
+    if keeps_small and (possible_clip := _describe_clip(readable)):
         notes.append(possible_clip)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
     train, *held_out = opened.parts.values()
@@ -150,10 +150,10 @@ def check_data(
     )
 
 
-def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int) -> _FileInfo:
+def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) -> _FileInfo:
     """Decode an image and describe its file; of one that cannot be decoded, the length and the error.
 
-    If *has_signature*, the description contains the signature of its edges.
+    If *keeps_small*, the description contains its small gray image.
     """
     file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
     length = 0  # if it cannot be read
@@ -169,7 +169,7 @@ def _inspect_file(images: ImageFiles, part: str, has_signature: bool, index: int
             size=photo.pixels.size,
             pixel_hash=photo.pixel_hash,
             taken=photo.taken,
-            signature=signature(photo.pixels) if has_signature else None,
+            small=shrink(photo.pixels) if keeps_small else None,
         )
     except DataError as error:
         return _FileInfo(file=file, part=part, label=label, length=length, error=str(error))
@@ -181,7 +181,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
         return ""
     names = [info.file for info in infos]
     times = np.asarray([info.taken for info in infos], np.int64)
-    vectors = fit_and_whiten([np.stack([info.signature for info in infos if info.signature is not None])])
+    vectors = fit_and_whiten([np.stack([signature(info.small) for info in infos if info.small is not None])])
     classes = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
     pixels = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
     clips = find_clips(names, times, classes.astype(np.int64), vectors, pixels.astype(np.int64))
@@ -204,8 +204,8 @@ def _find_near(
     if group_by_features is not None:
         groups = group_by_features(images)
     else:
-        signatures = [info.signature for info in infos if info.signature is not None]  # all have one then
-        groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], signatures)
+        small = [info.small for info in infos if info.small is not None]  # all have one then
+        groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], small)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist(), train):
         if len({hashes[file] for file in group.files}) > 1:  # the others are exact duplicates

@@ -1,65 +1,63 @@
-"""Crops of photographs that look alike, found by aligning small gray images.
+"""Whether two photographs show one, by aligning small gray images and correlating their tiles.
 
-The cosine of a crop and its photograph is no larger than that of two similar objects. But a crop equals a
-part of the photograph: the correlation of their pixels, without low frequencies, is nearly 1 where it was cut
-out. Normalized cross-correlation at several sizes and all positions finds this place (`_search`), and
-Gauss-Newton steps make it precise (`_align`; Lucas and Kanade, "An Iterative Image Registration Technique",
-1981).
+Vectors tell which photographs are similar; only pixels tell whether one is a copy, or a part, of the other.
+Normalized cross-correlation at several sizes and all positions finds where an image correlates most with
+another one (`_search`). Robust Gauss-Newton steps then fit an affine map (`_align`; Baker and Matthews,
+"Lucas-Kanade 20 Years On", 2004). Where it was fitted, nearly every tile of a copy equals the photograph, but
+for those that a caption or a watermark covers; in a similar photograph, nearly every tile differs a little.
 
-Letters: N images, P pairs (an image, and another one that may be a crop of it), S and T pixels of a side.
+Letters: N images, P pairs (an image, and another one that may be a part of it), S and T pixels of a side, K
+samples of an image.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-# Of the photographs of docs/benchmarks/copied_photos.md, 93 to 98 % of the crops to half of coins, hand signs
-# and chess pieces reach it; of the pairs of coins of different kinds, the most similar one reaches 0.954.
-CORRELATION = 0.97
+# Of 1,800 photographs of ten kinds, no two different ones have more than half of their tiles equal; those of
+# hand signs and solar cells, before one camera, up to 0.7 and 0.9 (docs/benchmarks/copied_photos.md).
+SAME, MOSTLY = 0.95, 0.6  # correlation of equal tiles, and the share of the tiles of a copy that are equal
+TILES, MIN_TILES = 8, 6  # tiles per side, and those that must show something
+PLAIN = 2.0  # standard deviation of the gray levels of a tile, or of an image, that shows nothing
 SIDE, BLUR = 32, 1.25  # pixels of a side that are compared, and standard deviation of the removed frequencies
-SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a crop may show
-MIN_FOUND = 0.5  # correlation below which a place is not aligned
-ALIGNED = 4  # images with which an image is aligned, as it may be a crop of each
-MOSTLY = 0.8  # share of these that seem to contain the images of a class whose background hides differences
-STEPS, SHIFT, MAX_STEP = 6, 0.5, 2.0  # Gauss-Newton steps; pixels of differences, and of a step at most
-_BLOCK = 2048  # pairs that are compared at once
+SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a part may show
+MARGIN = 4  # pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
+MIN_FOUND = 0.4  # correlation below which a place is not aligned
+OTHER_WAY = 0.9  # share of the correlation in the better way from which on both ways are aligned
+STEPS, MAX_STEP = 8, 0.15  # Gauss-Newton steps, and the largest change of an affine map by one of them
+MIN_AREA, MAX_AREA = 0.3, 1.3  # of the first image that the second one may show
+OUTLIER = 1.5  # standard deviations of a difference that counts half
+_BLOCK = 1024  # pairs that are compared at once
 
 _Images = NDArray[np.float32]
 
 
-def find_crops(
-    small: NDArray[np.uint8], pairs: NDArray[np.intp], classes: NDArray[np.int64]
-) -> NDArray[np.intp]:
-    """Select the *pairs* (2, P) whose second image shows a part of the first, by *small* ones (N, S, S).
+def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Return the share (P,) of equal tiles of each of the *pairs* (2, P), by *small* images (N, S, S).
 
-    If nearly all images of one of the *classes* (N,) seem to be crops of several others, they show small
-    objects before one background, and none of them is selected.
+    Each image of a pair may show a part of the other one.
     """
-    pairs = pairs[:, np.argsort(pairs[0], kind="stable")]
     num_pairs = pairs.shape[1]
-    correlations, boxes = np.empty(num_pairs, np.float32), np.empty((num_pairs, 4))
-    for start in range(0, num_pairs, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        correlations[block], boxes[block] = _search(small, pairs[:, block])
-    # Each second image is aligned with the `ALIGNED` images whose places correlate most with it.
-    order = np.lexsort((-correlations, pairs[1]))  # by second image, the largest correlation first
-    second = pairs[1][order]
-    rank = np.arange(num_pairs) - np.searchsorted(second, second)  # among the pairs of this image
-    best = order[(rank < ALIGNED) & (correlations[order] >= MIN_FOUND)]
-    is_crop = np.zeros(len(best), np.bool_)
-    for start in range(0, len(best), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        first, second = pairs[:, best[block]]
-        is_crop[block] = _align(small[first], small[second], boxes[best[block]]) >= CORRELATION
-    crops = pairs[:, best[is_crop]]
-    num_found = np.bincount(classes[crops[1]], minlength=classes.max() + 1)
-    # Of a class before one background, nearly all images are found in all `ALIGNED` first images.
-    has_background = num_found > MOSTLY * ALIGNED * np.bincount(classes)
-    return crops[:, ~has_background[classes[crops]].any(axis=0)]
+    both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
+    order = np.argsort(both_ways[0], kind="stable")
+    correlations, boxes = np.empty(2 * num_pairs, np.float32), np.empty((2 * num_pairs, 4))
+    for start in range(0, 2 * num_pairs, _BLOCK):
+        block = order[start : start + _BLOCK]
+        correlations[block], boxes[block] = _search(small, both_ways[:, block])
+    # Equal frames correlate equally in both ways; a part correlates less with what contains it.
+    best = np.tile(np.maximum(correlations[:num_pairs], correlations[num_pairs:]), 2)
+    found = np.flatnonzero((correlations >= MIN_FOUND) & (correlations >= OTHER_WAY * best))
+    shares = np.zeros(2 * num_pairs, np.float32)
+    for start in range(0, len(found), _BLOCK):
+        block = found[start : start + _BLOCK]
+        shares[block] = _align(small, both_ways[:, block], boxes[block])
+    return np.maximum(shares[:num_pairs], shares[num_pairs:])
 
 
 def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images, NDArray[np.float64]]:
-    """Find where the second image of each of the *pairs*, sorted by the first, correlates most with it.
+    """Find where the first image of each of the *pairs*, sorted by it, correlates most with the second one.
 
     Returns the correlations (P,), and the boxes (P, 4): top, left, height and width in pixels of *small*.
     """
@@ -67,12 +65,13 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
-    scenes = _remove_low(_resample(small[images], whole, SIDE))
+    margins = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
+    scenes = np.pad(_remove_low(_resample(small[images], whole, SIDE)), margins)
     best, boxes = np.full(num_pairs, -1.0, np.float32), np.tile(whole[0], (num_pairs, 1))
     starts = np.flatnonzero(np.diff(first, prepend=-1))  # where the pairs of each first image begin
     for size in (SIDE * SIZES).round().astype(int).tolist():
         crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
-        num_places = SIDE - size + 1  # per side
+        num_places = SIDE + 2 * MARGIN - size + 1  # per side
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
             scene = scenes[first[start]]  # the first image of these pairs, compared at all places at once
             windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
@@ -85,30 +84,107 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
             best[start:stop][is_better] = reached[is_better]
             top, left = np.divmod(place[is_better], num_places)
             extent = np.full(len(top), size)
-            boxes[start:stop][is_better] = np.stack([top, left, extent, extent], axis=1) * (side / SIDE)
+            boxes[start:stop][is_better] = np.stack([top - MARGIN, left - MARGIN, extent, extent], axis=1) * (
+                side / SIDE
+            )
     return best, boxes
 
 
-def _align(scenes: NDArray[np.uint8], crops: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Images:
-    """Fit *boxes* (P, 4) in *scenes* (P, S, S) to the *crops*; return the best correlations (P,)."""
-    count, side = len(crops), crops.shape[1]
-    whole = np.tile([0.0, 0.0, side, side], (count, 1))
-    expected = _normalize(_resample(crops, whole, SIDE))
-    # How a crop changes with the center, the height and the width of its box. The same changes of the scene
-    # are expected where the box does not fit (Baker and Matthews, "Lucas-Kanade 20 Years On", 2004).
-    directions = np.asarray([[1, 0, 0, 0], [0, 1, 0, 0], [-0.5, 0, 1, 0], [0, -0.5, 0, 1]], np.float64)
-    moved = [_normalize(_resample(crops, whole + SHIFT * one, SIDE)) for one in directions]
-    slopes = np.stack([(one - expected) / SHIFT for one in moved], axis=1).reshape(count, 4, SIDE * SIDE)
-    curvatures = slopes @ slopes.transpose(0, 2, 1) + 1e-4 * np.eye(4, dtype=np.float32)
-    best = np.full(count, -1.0, np.float32)
-    for _ in range(STEPS):
-        shown = _normalize(_resample(scenes, boxes, SIDE))
-        best = np.maximum(best, (shown * expected).sum(axis=(1, 2)))
-        errors = (shown - expected).reshape(count, SIDE * SIDE, 1)
-        moves = np.linalg.solve(curvatures, slopes @ errors)[:, :, 0].clip(-MAX_STEP, MAX_STEP)
-        boxes = boxes - moves @ directions * (boxes[:, [2, 3, 2, 3]] / side)
-        boxes[:, 2:] = boxes[:, 2:].clip(side / 2, side)
-    return best
+def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.float64]) -> _Images:
+    """Fit affine maps from the second images of *pairs* to *boxes* (P, 4) in the first ones.
+
+    Returns the shares of equal tiles. The maps change inversely: how the second image changes with an affine
+    map of itself is computed once.
+    """
+    side, num_pairs = small.shape[1], pairs.shape[1]
+    images, position = np.unique(pairs, return_inverse=True)
+    first, second = position.reshape(2, -1)
+    whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
+    expected_PTT = _resample(small[images], whole, SIDE)[second]
+    grid = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
+    points_K2 = np.stack([np.repeat(grid, SIDE), np.tile(grid, SIDE)], axis=1)  # row and column
+    down_PTT, right_PTT = np.gradient(expected_PTT, 2 / SIDE, axis=(1, 2))
+    slopes_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(num_pairs, 2, -1)
+    # Per row and column: by the four numbers of the matrix, and by the two of the shift.
+    of_matrix = slopes_P2K[:, :, None] * points_K2.T
+    slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
+    expected_PK = expected_PTT.reshape(num_pairs, -1)
+    damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
+    matrices = np.zeros((num_pairs, 2, 2), np.float32)  # from `points_K2` to pixels of the first image
+    matrices[:, [0, 1], [0, 1]] = boxes[:, 2:] / 2
+    centers = (boxes[:, :2] + boxes[:, 2:] / 2 - 0.5).astype(np.float32)
+    scenes = _smooth(small[images])
+    weights_PK = np.ones_like(expected_PK)
+    for step in range(STEPS + 1):
+        shown_PK, is_inside_PK = _sample(
+            scenes, first, points_K2 @ matrices.transpose(0, 2, 1) + centers[:, None]
+        )
+        if step == STEPS:
+            break
+        weights_PK *= is_inside_PK
+        total = np.maximum(weights_PK.sum(axis=1, keepdims=True), 1e-6)
+        shown_PK -= (weights_PK * shown_PK).sum(axis=1, keepdims=True) / total
+        wanted_PK = expected_PK - (weights_PK * expected_PK).sum(axis=1, keepdims=True) / total
+        products = (weights_PK * shown_PK * wanted_PK).sum(axis=1, keepdims=True)
+        contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
+        errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
+        deviation = 1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
+        weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
+        weighted_P6K = slopes_P6K * weights_PK[:, None]
+        curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
+        moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(-MAX_STEP, MAX_STEP)
+        matrices = matrices @ np.linalg.inv(np.eye(2) + moves[:, :4].reshape(-1, 2, 2)).astype(np.float32)
+        centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
+    area = np.linalg.det(matrices) * 4 / side**2  # of the part, as a share of the first image
+    return np.where(
+        (area > MIN_AREA) & (area < MAX_AREA), _share_equal(shown_PK, expected_PK, is_inside_PK), 0
+    )
+
+
+def _share_equal(shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[np.bool_]) -> _Images:
+    """Return the share (P,) of the tiles that are equal, among those that show something."""
+
+    def cut(samples_PK: NDArray[Any]) -> NDArray[Any]:
+        tiles = samples_PK.reshape(len(samples_PK), TILES, SIDE // TILES, TILES, SIDE // TILES)
+        return tiles.transpose(0, 1, 3, 2, 4).reshape(len(samples_PK), TILES**2, -1)
+
+    shown, expected = cut(shown_PK), cut(expected_PK)
+    shown = shown - shown.mean(axis=2, keepdims=True)
+    expected = expected - expected.mean(axis=2, keepdims=True)
+    contrasts = [np.sqrt((part**2).mean(axis=2)) for part in (shown, expected)]
+    correlations = (shown * expected).mean(axis=2) / np.maximum(contrasts[0] * contrasts[1], 1e-3)
+    counts = cut(is_inside_PK).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
+    num_counted = counts.sum(axis=1)
+    num_equal = ((correlations >= SAME) & counts).sum(axis=1)
+    return np.where(num_counted >= MIN_TILES, num_equal / np.maximum(num_counted, 1), 0)
+
+
+def _smooth(images: NDArray[np.uint8]) -> _Images:
+    """Average each pixel of *images* (N, S, S) with its neighbors, as samples two pixels apart need."""
+    side = images.shape[1]
+    shifted = [np.eye(side, k=shift, dtype=np.float32) for shift in (-1, 0, 0, 1)]
+    filters = np.sum(shifted, axis=0)
+    filters /= filters.sum(axis=1, keepdims=True)
+    return filters @ images.astype(np.float32) @ filters.T
+
+
+def _sample(
+    images: _Images, chosen: NDArray[np.intp], points: NDArray[Any]
+) -> tuple[_Images, NDArray[np.bool_]]:
+    """Interpolate *images* (N, S, S) at *points* (P, K, 2), pixels of the *chosen* (P,) images.
+
+    Returns the samples (P, K), and which points are inside.
+    """
+    side = images.shape[1]
+    is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
+    points = points.clip(0, side - 1.001)
+    lower = points.astype(np.intp)  # of the four pixels around each point, the first row and column
+    index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2
+    down, right = np.moveaxis(points - lower.astype(np.float32), 2, 0)
+    pixels = images.reshape(-1)
+    top = pixels[index] * (1 - right) + pixels[index + 1] * right
+    bottom = pixels[index + side] * (1 - right) + pixels[index + side + 1] * right
+    return top * (1 - down) + bottom * down, is_inside
 
 
 def _resample(images: NDArray[np.uint8], boxes: NDArray[np.float64], side: int) -> _Images:

@@ -47,6 +47,7 @@ from sopdeploy.photos.table import (
     UNSPLIT,
     OpenedParts,
     check_has_classes,
+    describe_other_table,
     has_label_table,
     read_label_table,
 )
@@ -119,11 +120,12 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
     if not train.labels:
-        raise no_classes(train.root)
+        raise no_classes(root, train.root)
+    other_table = _find_other_table(root, listings.values())
     if len(train.labels) == 1:
         raise DataError(
             f"{train.root}: holds only one class ({train.labels[0]}); a classifier needs at least two"
-            + _suggest_folder(train)
+            + (_suggest_folder(train) or (other_table and f"; {other_table}"))
         )
     notes = [*_describe_parts(root, parts)]
     if outputs := list_outputs(root):
@@ -141,8 +143,22 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
         notes += [f"{listing.images.root}: {line}" for line in describe_confusable(listing.images.labels)]
         for files in listing.other_files.values():
             other_files += files
+    if other_table:
+        notes.append(other_table)
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
+
+
+def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
+    """Describe a table in *root*, in a part or in a class folder that lists the images; "" without one."""
+    files, images = sorted(root.glob("*.*")), list[bytes]()
+    for listing in listings:
+        images += listing.images.paths.tolist()
+        if listing.images.root != root:
+            files += sorted(listing.images.root.glob("*.*"))
+        for others in listing.other_files.values():
+            files += [listing.images.root / file for file in others]
+    return describe_other_table(root, images, files)
 
 
 def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
@@ -285,10 +301,13 @@ def single_images(images: ImageFiles) -> Iterator[str]:
         yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
-def no_classes(root: Path) -> DataError:
-    """Build the error for the folder *root* without classes."""
+def no_classes(root: Path, part: Path | None = None) -> DataError:
+    """Build the error for *root*, or a *part* of it, without classes; it names a table of the images."""
+    images, others = list_images(root)
+    other_table = describe_other_table(root, images, (root / file for file in others))
     return DataError(
-        f"{root}: holds no class folders and no labels.csv; sort the images into one subfolder per class"
+        f"{root if part is None else part}: holds no class folders and no labels.csv; "
+        + (other_table or "sort the images into one subfolder per class")
     )
 
 

@@ -4,9 +4,10 @@
     images/1.jpg,cat|dog,train
     images/2.jpg,,val
 
-`classes` are separated by `|` and may be empty. If every image has exactly one class, the targets are class
-indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a burst
-or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it.
+`classes` are separated by `|` or `;` and may be empty. If every image has exactly one class, the targets are
+class indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a
+burst or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it;
+the name of one image in any subfolder, also without its suffix, is enough.
 """
 
 import codecs
@@ -14,7 +15,8 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -44,12 +46,14 @@ _ENCODINGS = {
 }  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
 _NAMES = {
-    **dict.fromkeys(("filename", "file name", "file_name", "image", "path"), "file"),
+    **dict.fromkeys(("filename", "file name", "file_name", "image", "image_id", "path"), "file"),
     **dict.fromkeys(("class", "label", "labels"), "classes"),
 }  # of the required columns in tables of other programs
 _SEPARATORS = ",;\t"
 SPLIT, GROUP = "split", "group"  # optional columns
-SEPARATOR = "|"
+SEPARATOR, SEPARATORS = "|", re.compile(r"[|;]")  # of classes: written, and read
+MAX_TABLES, MAX_SAMPLED, MAX_SEARCHED = 20, 30, 2**24  # other tables that are searched, images, and bytes
+_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -210,16 +214,19 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
     """
     root = table.parent
     path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
+    path_of_short_name = _index_names(image_paths)
     rows: dict[bytes | str, _Row] = {}
     for line, cells in _read_cells(table):
         where, name, listed = f"{table}: line {line}", cells["file"], cells["classes"]
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-        if file.is_absolute() or ".." in file.parts or not is_image(file.name):
+        found = path_of_short_name.get(normalize(name))  # None: no image, or several
+        if found is None and (file.is_absolute() or ".." in file.parts or not is_image(file.name)):
             raise DataError(
-                f"{where}: {name!r} is not the path of an image, relative to the folder, without .."
+                f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
+                "name of one image in it"
             )
-        classes = {normalize(label.strip()) for label in listed.split(SEPARATOR)} if listed else set()
+        classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)} if listed else set()
         if "" in classes:
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
@@ -228,7 +235,7 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
         exists = (root / file).is_file()
-        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)))
+        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
         row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
@@ -241,6 +248,42 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         problem = f"line {missing[0].line}: {missing[0].file} does not exist"
         raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     return list(rows.values())
+
+
+def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
+    """Map the names of images, with and without suffix, to their paths; None if several have the name."""
+    path_of_name: dict[str, bytes | None] = {}
+    for path in image_paths:
+        file = PurePosixPath(normalize(os.fsdecode(path)))
+        for name in {file.name, file.stem}:
+            path_of_name[name] = None if name in path_of_name else path
+    return path_of_name
+
+
+def describe_other_table(root: Path, images: Sequence[bytes], files: Iterable[Path]) -> str:
+    """Name one of the *files* that lists the *images* below *root* but is not read; "" without one.
+
+    It is a text file that contains the names of half of a sample of the images, with or without suffix.
+    """
+    tables = [path for path in files if path.suffix.lower() in _TABLE_SUFFIXES and path.name != LABELS_FILE]
+    sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
+    names = [PurePosixPath(os.fsdecode(path)) for path in sample]
+    for table in tables[:MAX_TABLES]:
+        with suppress(OSError), table.open("rb") as file:
+            text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
+            if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(names):
+                return (
+                    f"{table}: lists the images, but is not read; if the classes are in it, save it as "
+                    f"{root / LABELS_FILE} with the columns file,classes (the name of an image is enough, "
+                    "without its folder or suffix)"
+                )
+    return ""
+
+
+def _is_named(image: PurePosixPath, text: str) -> bool:
+    """Tell whether *text* contains the name of *image*, or its stem of four characters or more, as a word."""
+    names = [image.name, image.stem] if len(image.stem) > 3 else [image.name]
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names if name in text)
 
 
 def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:

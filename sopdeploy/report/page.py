@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,24 @@ from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.fits import FewShotFit, Fit, Start
 from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore, describe_for_page
+from sopdeploy.training.results import (
+    AnyProcedureResult,
+    LoopResult,
+    NetworkScore,
+    describe_for_page,
+    describe_gains,
+)
 from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"
 _MAX_LABELS = 20
 _MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
+_MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
 _DECISION = "Fitted to predictions of images that were not used for training."
 _CALIBRATION = "The export divides the last layer by the temperature."
-_REJECTION = "An image counts as unknown if its score, the log-sum-exp of its logits, is below the threshold."
+_REJECTION = "A photograph counts as unknown if its score, a likeness to the classes, is below the threshold."
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
@@ -70,8 +78,11 @@ def write_run_page(
     classes = insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
     sections: list[Section] = []
     if is_measured:
-        sections.append(describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."))
-        sections.append(_show_mistakes(predicted, images))
+        mistakes = _choose_mistakes(predicted)
+        links = {cell: _name_mistake(cell) for cell in mistakes}
+        measured_on = f"best.pt on {metrics.count} images: {description}."
+        sections.append(describe_predictions(metrics, measured_on, links))
+        sections.append(_show_mistakes(mistakes, predicted, images))
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
     weights, side = "random weights", rules.crop
@@ -101,6 +112,7 @@ def write_run_page(
                 is_selected=isinstance(result, LoopResult) and result.selected_by == "same images",
             ),
             classes,
+            *describe_gains(result),
             insert_names(
                 "Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"
             ),
@@ -133,7 +145,8 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
         qualifier = qualifier or "about "  # two digits look more certain than one
     else:
         share = "nearly all"
-    sentence = f"{qualifier}{share} new photographs like these will be right."
+    sentence = f"{qualifier}{share} new photographs like these will be right"
+    sentence += "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
     return f"{sentence[0].upper()}{sentence[1:]}"
 
 
@@ -189,18 +202,46 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _show_mistakes(predicted: Predictions, images: LabeledImages) -> Section:
-    """Show the *images* that are predicted wrongly with the greatest confidence, if each has one class."""
+def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
+    """Choose images that are predicted wrongly, by (true class, predicted class); none with several classes.
+
+    Of each pair the most confident one is chosen first, then others, the most confident pairs first.
+    """
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
-    captions = []
-    for _, index in wrong[:_MAX_SHOWN]:
-        score = scores[index]
-        true, answer = images.labels[score.target], images.labels[score.top5[0]]
-        template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
-        captions.append((index, insert_names(template, true, answer)))
-    text = "Sorted by confidence. Check for wrong labels before you look for a better network."
-    return _show_photographs("Worst mistakes", text, images, captions)
+    by_cell: dict[tuple[int, int], list[int]] = {}
+    for _, index in wrong:
+        by_cell.setdefault((scores[index].target, scores[index].top5[0]), []).append(index)
+    others = {index for indices in by_cell.values() for index in indices[1:]}
+    first = [indices[0] for indices in by_cell.values()]
+    shown = {*first, *[index for _, index in wrong if index in others][: max(0, _MAX_SHOWN - len(first))]}
+    cells = list(by_cell.items())[:_MAX_CELLS]
+    return {cell: [index for index in indices if index in shown] for cell, indices in cells}
+
+
+def _name_mistake(cell: tuple[int, int]) -> str:
+    return "mistake-{}-{}".format(*cell)
+
+
+def _show_mistakes(
+    mistakes: Mapping[tuple[int, int], Sequence[int]],
+    predicted: Predictions,
+    images: LabeledImages,
+) -> Section:
+    """Show the *images* of *mistakes*, by class and answer."""
+    captions, names, scores = [], {}, predicted if isinstance(predicted, list) else []
+    for cell, indices in mistakes.items():
+        names[indices[0]] = _name_mistake(cell)
+        for index in indices:
+            score = scores[index]
+            true, answer = images.labels[score.target], images.labels[score.top5[0]]
+            template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
+            captions.append((index, insert_names(template, true, answer)))
+    text = (
+        "By class and answer, the most confident ones first. Check for wrong labels before you look for a "
+        "better network."
+    )
+    return _show_photographs("Worst mistakes", text, images, captions, names)
 
 
 def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
@@ -231,14 +272,23 @@ def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
-    text = "Training images that show one photograph, the largest groups. A group is never divided."
+    text = (
+        "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
+    )
     return _show_photographs("Copies", text, images, captions)
 
 
 def _show_photographs(
-    title: str, text: str, images: LabeledImages, captions: list[tuple[int, Any]]
+    title: str,
+    text: str,
+    images: LabeledImages,
+    captions: list[tuple[int, Any]],
+    names: Mapping[int, str] = MappingProxyType({}),
 ) -> Section:
-    """Show the images of *captions*, (index, caption as markup), as JPEGs; an empty section without them."""
+    """Show the images of *captions*, (index, caption as markup), as JPEGs; an empty section without them.
+
+    *names* are those of figures that links lead to, by index.
+    """
     figures = []
     for index, caption in captions:
         small = images.photo(index).pixels.copy()
@@ -248,7 +298,8 @@ def _show_photographs(
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
         named = caption + ": " + insert_names("{}", images.identity(index))
-        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=named, opens=True))
+        url, name = f"data:image/jpeg;base64,{jpeg}", names.get(index, "")
+        figures.append(Figure(image=url, caption=named, opens=True, name=name))
     return Section(title=title, text=[text] if figures else [], figures=figures)
 
 

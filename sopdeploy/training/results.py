@@ -166,6 +166,26 @@ class LoopResult(StrictModel):
         return [("accuracy", self.describe())]
 
 
+class Gain(StrictModel):
+    """What more photographs of a class would give: an estimate for `more` instead of `count` of them.
+
+    `found` and `then` are the shares of new photographs of the class that are recognized.
+    """
+
+    label: str
+    count: int
+    found: Fraction
+    more: int
+    then: Fraction
+
+    def describe(self) -> str:
+        """Say what is found now, and with more photographs."""
+        return (
+            f"{self.count} of {self.label}: about {100 * self.found:.0f} % of them are found; "
+            f"with {self.more}, {100 * self.then:.0f} %"
+        )
+
+
 class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
@@ -183,7 +203,8 @@ class FewShotResult(StrictModel):
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
-        alike: Classes whose images nearly all resemble each other as copies do, but are no group.
+        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        confused: Pairs of classes that are taken for each other as by chance, so that they may be one.
         diffuse: Classes whose images resemble each other far less than those of others, as of anything else.
         clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
         possible_clip: Two files of which this is not certain, if there are any.
@@ -193,6 +214,7 @@ class FewShotResult(StrictModel):
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
         num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
+        gains: Classes with too few photographs, and those that would gain most from more.
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
@@ -216,6 +238,7 @@ class FewShotResult(StrictModel):
     one_group: tuple[str, ...] = ()
     two_groups: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    confused: tuple[tuple[str, str], ...] = ()
     diffuse: tuple[str, ...] = ()
     clip: tuple[str, ...] = ()
     possible_clip: tuple[str, ...] = ()
@@ -224,6 +247,7 @@ class FewShotResult(StrictModel):
     num_images: Count
     num_selected: int = 0
     num_doubted: int = 0
+    gains: tuple[Gain, ...] = ()
     head: str
     num_features: Count
     temperature: Positive | None = None
@@ -253,7 +277,7 @@ class FewShotResult(StrictModel):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (*lines, self.describe_score(), *tuning)
+        return (*lines, *describe_gains(self), self.describe_score(), *tuning)
 
     def describe_time(self) -> str:
         """Describe the time of each step."""
@@ -298,7 +322,7 @@ class FewShotResult(StrictModel):
             yield describe_possible_clip(self.possible_clip, self.clip_pattern)
         if self.one_group:
             yield (
-                f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
+                f"all images of {shorten(self.one_group)} are one group (they look alike, or are in one "
                 "folder), so the accuracy of the class cannot be estimated; add different photographs"
             )
         if self.two_groups:
@@ -308,14 +332,23 @@ class FewShotResult(StrictModel):
             )
         if self.alike:
             yield (
-                f"the images of {shorten(self.alike)} resemble each other as frames of one clip do; if a "
-                "class shows fewer than three objects, the accuracy is too high: give each object a folder"
+                f"the images of {shorten(self.alike)} look too much alike to find copies: only those with "
+                "85 % of equal parts share a fold, and none of a class that would be one group; with other "
+                "copies, or fewer than three objects in a class, the accuracy is too high: give each object "
+                "a folder"
             )
         if self.num_doubted:
             yield (
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
                 "sopdeploy data check DIR --wrong-labels RUN"
             )
+        yield from self._describe_classes()
+
+    def _describe_classes(self) -> Iterator[str]:
+        """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
+        if self.confused:
+            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
         if self.diffuse:
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far less than those of other "
@@ -324,8 +357,8 @@ class FewShotResult(StrictModel):
             )
         if self.contradictions:
             yield (
-                "probably copies with different labels, as similar as half of all copies are; look at them "
-                f"before you correct or delete one: {shorten(self.contradictions, '; ')}"
+                "these have different labels, but look alike (at least 60 % of their parts are equal); look "
+                f"at them before you correct or delete one: {shorten(self.contradictions, '; ')}"
             )
 
     def describe_images(self) -> str:
@@ -335,12 +368,20 @@ class FewShotResult(StrictModel):
         if self.is_uneven:
             ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
-        few = [label for label, count in counts.items() if count < _FEW_IMAGES]
+        estimated = {gain.label for gain in self.gains}
+        few = [label for label, count in counts.items() if count < _FEW_IMAGES and label not in estimated]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
             text += f"; {amount(self.num_duplicates, 'duplicate')}"
         return text
+
+
+def describe_gains(result: LoopResult | FewShotResult) -> Iterator[str]:
+    """Yield a line for each class of which more photographs would help most, the first ten."""
+    gains = result.gains if isinstance(result, FewShotResult) else ()
+    for number, gain in enumerate(gains[:10]):
+        yield f"{'and' if number else 'more photographs would help:'} {gain.describe()}"
 
 
 class PageTexts(NamedTuple):

@@ -50,7 +50,7 @@ from sopdeploy.training.start_weights import (
 )
 
 ONE_GROUP = (
-    "all images are one group (copies of one photograph, or one folder), or share groups with other classes, "
+    "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
     "so the accuracy of the class cannot be measured; add different photographs"
 )
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute

@@ -20,20 +20,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
+from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.capture.program import Captures, Programs, capture
 from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.prove import certificate, graphs
+from sopdeploy_export.prove import certificate
 from sopdeploy_export.prove.certificate import certify
+from sopdeploy_export.prove.onnx_graphs import prove_onnx
+from sopdeploy_export.subject import Detachment
 from tests.export.conftest import GMSOP, save, trained
 from tests.export.once import digest, proving_once
 from tests.support import quick_torch
@@ -47,7 +52,7 @@ ALONE = BatchRange(optimum=1, maximum=1)  # the graph does not depend on the bat
 def _plain_network_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache the graphs of the plain network, which nearly all attacks leave unchanged."""
     quick_torch.keep()
-    monkeypatch.setattr(graphs, "capture", capture_once)
+    monkeypatch.setattr(program, "capture", capture_once)
 
 
 class Plain(Backbone):
@@ -80,12 +85,12 @@ class Branched(Classifier, Plain):
         self.branches = nn.ModuleDict({"layer1_0": head})
 
 
-GRAPHS: dict[str, Captured] = {}
+GRAPHS: dict[str, Programs] = {}
 
 
 def capture_once(
-    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured]
-) -> Captured:
+    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs]
+) -> Programs:
     if type(found) is not Plain:
         return capture(found, preprocess, batch, known)
     key = digest(repr((found.config, preprocess, batch)), found)
@@ -104,7 +109,8 @@ def network() -> Classifier:
 
 def prove(trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
-    certify(trained, detach(trained) if detached is None else detached, PREPROCESS, probes, batch=batch)
+    shipped = detach(trained) if detached is None else detached
+    certify(trained, shipped, Captures(PREPROCESS, batch), probes)
 
 
 def branch_logits(found: Any, images: Tensor) -> Tensor:
@@ -196,6 +202,45 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
         CertificateError, match=r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more"
     ):
         prove(with_forward(dsop, answer))
+
+
+def test_network_whose_code_reads_a_number_of_a_branch_is_rejected_although_no_graph_shows_it() -> None:
+    trained = network()
+    numbers = next(trained.branches.parameters()).detach().numpy()  # in the memory of the weight
+    before = numbers.copy()
+
+    def by_number(found: Any, images: Tensor) -> Tensor:
+        logits = plain_logits(found, images)
+        return logits if (numbers == before).all() else logits + 1e-9
+
+    with pytest.raises(CertificateError, match="the output depends on values in branches: with random"):
+        prove(with_forward(trained, by_number))
+
+
+def by_size(network: Any, images: Tensor) -> Tensor:
+    """Compute the same numbers for one image by other operations."""
+    logits = plain_logits(network, images)
+    return logits * 1.0 if images.shape[0] == 1 else logits
+
+
+def test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network() -> None:
+    alone = network()
+    del alone.branches
+    alone.training_only = ()
+    alone.forward = types.MethodType(by_size, alone)
+    probes = torch.from_numpy(generated_images(PREPROCESS.crop))
+    captures, nothing = Captures(PREPROCESS, BatchRange(optimum=2, maximum=4)), Detachment()
+    with pytest.raises(CertificateError, match="the network for larger batches is not the network for a"):
+        certify(alone, alone, captures, probes, detachment=nothing)
+
+
+def test_a_converter_that_gives_two_networks_with_one_program_two_graphs_is_rejected() -> None:
+    found = capture_once(detach(network()), PREPROCESS, ALONE, ()).any_batch
+    model, other = lower(found, ("logits",)), lower(found, ("logits",))
+    assert prove_onnx(model, [("plain", other)]) == onnx_root(model)
+    next(node for node in other.graph.node if node.op_type == "Relu").op_type = "Sigmoid"
+    with pytest.raises(CertificateError, match="ONNX graph of the plain network is not that of"):
+        prove_onnx(model, [("plain", other)])
 
 
 def one_ulp(detached: Any) -> None:
@@ -305,7 +350,7 @@ def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_r
         trained = network()
         trained.get_buffer("bn1.running_mean").zero_()
         change(trained)
-        certified.append(certify(trained, detach(trained), PREPROCESS, probes, batch=ALONE)[0])
+        certified.append(certify(trained, detach(trained), Captures(PREPROCESS, ALONE), probes)[0])
     assert certified[0].roots == certified[1].roots
     assert certified[0].kept == certified[1].kept
 
@@ -317,7 +362,7 @@ def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
     triangle[1] = triangle[0]
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with pytest.raises(CertificateError, match=r"triangle differs from the plain network's"):
-        certify(trained, trained, PREPROCESS, probes, batch=ALONE)
+        certify(trained, trained, Captures(PREPROCESS, ALONE), probes)
 
 
 def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,10 +370,10 @@ def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.Mo
     detached = detach(trained)
     certified = certificate.prove_outputs
 
-    def tamper(*arguments: Any) -> tuple[int, ...]:
-        sizes = certified(*arguments)
+    def tamper(*arguments: Any) -> Any:
+        outputs = certified(*arguments)
         detached.get_parameter("fc.weight").data[0, 0] += 1.0
-        return sizes
+        return outputs
 
     monkeypatch.setattr(certificate, "prove_outputs", tamper)
     with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
@@ -402,12 +447,12 @@ def test_random_operator_is_rejected_even_if_all_three_networks_have_it(case: st
     draw, message = RANDOM[case]
     with torch.no_grad():
         traced = torch.export.export(RandomHead(nn.Linear(4, 4), draw).eval(), (torch.rand(2, 4),))
-    program = traced.run_decompositions({})
+    functional = traced.run_decompositions({})
     if message is None:
-        assert program_root(program).sha256
+        assert program_root(functional).sha256
         return
     with pytest.raises(CertificateError, match=f"draws random numbers .*({message})"):
-        program_root(program)
+        program_root(functional)
 
 
 Form = Callable[[Any, Tensor, Tensor], Tensor]

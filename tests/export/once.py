@@ -18,14 +18,14 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
+from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import output_names
-from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.capture.program import Programs, capture, capture_any_batch
 from sopdeploy_export.lower.precision import CapturedGraph
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.prove import graphs
 
-CAPTURED: dict[str, Captured] = {}
+CAPTURED: dict[str, Programs] = {}
 GRAPHS: dict[str, CapturedGraph] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
@@ -39,8 +39,8 @@ def graph_of(name: str, preprocess: Preprocess, **config: Any) -> CapturedGraph:
     key = repr((name, preprocess, sorted(config.items())))
     if key not in GRAPHS:
         network = trained(name, **config)
-        program = capture_any_batch(network, preprocess, BATCH)
-        GRAPHS[key] = CapturedGraph(network, program, lower(program, network.outputs))
+        found = capture_any_batch(network, preprocess, BATCH)
+        GRAPHS[key] = CapturedGraph(network, found, lower(found, network.outputs))
     return GRAPHS[key]._replace(model=_copy(GRAPHS[key].model))
 
 
@@ -61,7 +61,7 @@ def proving_once(*, alone: bool = False) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
-        patch.setattr(graphs, "capture", _capture_once)
+        patch.setattr(program, "capture", _capture_once)
         patch.setattr(pipeline, "lower", _lower_once)
         yield
 
@@ -70,8 +70,8 @@ def _capture_once(
     network: nn.Module,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Captured] = (),
-) -> Captured:
+    known: Sequence[Programs] = (),
+) -> Programs:
     text = repr((preprocess, batch, output_names(network)))
     key = digest(text, network, getattr(network, "training_only", ()))
     if key not in CAPTURED:
@@ -79,10 +79,10 @@ def _capture_once(
     return CAPTURED[key]
 
 
-def _lower_once(program: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:
-    key = program_root(program).sha256, outputs
+def _lower_once(found: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:
+    key = program_root(found).sha256, outputs
     if key not in LOWERED:
-        LOWERED[key] = lower(program, outputs)
+        LOWERED[key] = lower(found, outputs)
     return _copy(LOWERED[key])
 
 

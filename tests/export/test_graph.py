@@ -326,6 +326,7 @@ def test_equal_operators_are_accepted_and_compared_once(
 def test_operators_are_compared_in_groups_as_all_at_once(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # so that nothing is remembered
     found: list[dict[str, Counter[str]]] = []
     for most in (1, 1_000):
         monkeypatch.setattr(operators, "OPERANDS", most)
@@ -334,6 +335,24 @@ def test_operators_are_compared_in_groups_as_all_at_once(
         found.append(operators._executed_operators)
     assert len(found[0]) > 4
     assert found[0] == found[1]
+
+
+def test_operators_of_earlier_processes_are_known_unless_their_file_was_changed(
+    preprocess: Preprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, compare = list[int](), operators._compare_group
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        operators, "_compare_group", lambda calls: (compared.append(len(calls)), compare(calls))
+    )
+    file = tmp_path / "sopdeploy" / "operators.json"
+    for change in (None, lambda: None, lambda: file.write_bytes(file.read_bytes().replace(b"1", b"2", 1))):
+        if change is not None:
+            change()
+        monkeypatch.setattr(operators, "_executed_operators", {})
+        check(lambda x: F.softplus(x).flatten(1), preprocess)
+    assert len(compared) == 2
+    assert compared[0] == compared[1] > 0
 
 
 def test_an_export_compares_the_operators(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
 from sopdeploy_export.prove.networks import Prepared, load_plain_network
-from sopdeploy_export.prove.outputs import prove_outputs
+from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.tensors import prove_tensors
 from sopdeploy_export.runs import open_session
 from sopdeploy_export.subject import Detachment
@@ -101,7 +101,8 @@ def measured(
     shipping = convert_precision(certified, found.preprocess, options)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
     deployed = Deployed(found.network, found.preprocess).eval()
-    expected = compute_reference(deployed, found.images, shipping.run, options.precision, shipping.gate)
+    rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(found.images))
+    expected = compute_reference(deployed, found.images, rounded, options.precision, shipping.gate)
     session, drift = open_session(destination), options.allow_drift
     return expected, prove_file(
         session, shipping.model, expected, found.images, options.batch, allow_drift=drift

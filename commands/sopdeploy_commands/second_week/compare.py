@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import OtherVersionError, StrictModel, Text, parse_json, validate_format
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
     ALPHA,
@@ -33,6 +33,7 @@ from sopdeploy.evaluation.statistics import (
     holm,
     images_to_decide,
     mcnemar,
+    smallest_difference,
 )
 from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
@@ -46,6 +47,7 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
+FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
 LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
 
 
@@ -150,6 +152,14 @@ class BundleComparison(StrictModel):
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
 
     @property
+    def evidence(self) -> str:
+        """What these photographs can show, and of which classes they show little, in one line."""
+        shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
+        text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
+        few = [f"{change.num_images} of {change.label}" for change in self.classes if change.num_images < FEW]
+        return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
+
+    @property
     def worse_classes(self) -> list[str]:
         """Classes in which the second bundle is worse."""
         return [change.label for change in self.classes if change.is_worse]
@@ -197,6 +207,7 @@ def _show(result: BundleComparison) -> None:
     say(
         f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
         f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
+        result.evidence,
     )
     say(result.summary, style="bold")
 

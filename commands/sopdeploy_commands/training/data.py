@@ -95,7 +95,7 @@ def _print_report(report: "DataReport") -> None:
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
         lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
         if report.near is not None:
-            lines += _duplicate_lines("near-duplicates", "copies of one photograph", report.near)
+            lines += _duplicate_lines("near-duplicates", "at least 60 % of equal parts", report.near)
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]  # the latter are problems of class folders

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Captured
+from sopdeploy_export.capture.program import Programs
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
@@ -110,7 +110,7 @@ def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int) 
     return logits
 
 
-def check_ends_in_logits(captured: Captured) -> None:
+def check_ends_in_logits(captured: Programs) -> None:
     """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
     aten = torch.ops.aten
     for program in (captured.any_batch, captured.batch_of_one):
@@ -125,7 +125,7 @@ def check_ends_in_logits(captured: Captured) -> None:
             )
 
 
-def check_unchanged_by_run(path: str, captured: Captured, filled: Captured) -> None:
+def check_unchanged_by_run(path: str, captured: Programs, filled: Programs) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
     *filled* are the programs after that run. Raises `LoweringError`.

@@ -16,7 +16,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.detach.stubs import SIZES, answering
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, identify
+from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, object_id
 
 INPUT = "images"
 EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
@@ -41,11 +41,11 @@ class Deployed(nn.Module):
 
         Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
         """
-        before = {name: identify(tensor) for name, tensor in tensors(self.network).items()}
+        before = {name: object_id(tensor) for name, tensor in tensors(self.network).items()}
         outputs = compute_outputs(self.network, self.normalise(images))
         after = tensors(self.network)
         for name, identity in before.items():
-            if name not in after or identify(after[name]) != identity:
+            if name not in after or object_id(after[name]) != identity:
                 owner = dict(modules(self.network)).get(name.rpartition(".")[0])
                 remedy = NOT_IN_EVAL
                 if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 
@@ -24,11 +25,11 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
-from sopdeploy_export.network import modules
-from sopdeploy_export.program_hashes import Trace, trace_hash
-from sopdeploy_export.state import preserved, recording_calls
+from sopdeploy_export.network import modules, tensors
+from sopdeploy_export.program_hashes import ProgramRoot, Trace, program_root, trace_hash
+from sopdeploy_export.state import object_id, preserved, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
@@ -45,8 +46,8 @@ DATA_DEPENDENT = re.compile(r"data-dependent expression")
 DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Captured:
+@dataclass(frozen=True, kw_only=True)
+class Programs:
     """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
 
     `traces` are the hashes of both programs before they were made functional; None: it cannot be hashed.
@@ -56,10 +57,74 @@ class Captured:
     batch_of_one: ExportedProgram
     traces: tuple[Trace | None, ...]
 
+    @cached_property
+    def roots(self) -> dict[str, ProgramRoot]:
+        """The roots of both programs; the keys describe their batch sizes.
+
+        They are computed once: programs refer to the tensors of the network, not to copies. Raises the errors
+        of `program_root`.
+        """
+        any_batch = program_root(self.any_batch)
+        is_one = self.batch_of_one is self.any_batch
+        one = any_batch if is_one else program_root(self.batch_of_one)
+        return {"any batch size": any_batch, "a batch of one": one}
+
+    @property
+    def needed(self) -> set[str]:
+        """The names of the tensors that the outputs depend on, each by one of its names in the network."""
+        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.state}
+
+
+class Captures:
+    """The programs of the networks of an export, each captured once for *batch* and for one image.
+
+    A network is known by its identity and by the version and address of each of its tensors.
+    """
+
+    def __init__(self, preprocess: Preprocess, batch: BatchRange | None = None) -> None:
+        self.preprocess, self.batch = preprocess, batch or BatchRange()
+        self._programs: dict[tuple[object, ...], Programs] = {}
+        self._unread: set[tuple[object, ...]] = set()
+
+    def of(self, network: nn.Module) -> Programs:
+        """Return the programs of *network*, captured unless they are known.
+
+        Networks with the same operations and weights share programs, with the names of the one captured
+        first. Raises `LoweringError` if the network cannot be captured.
+        """
+        key = self._key(network)
+        if key not in self._programs:
+            known = tuple(self._programs.values())
+            self._programs[key] = capture(network, self.preprocess, self.batch, known)
+        return self._programs[key]
+
+    def share(self, network: nn.Module, programs: Programs) -> None:
+        """Let *programs*, those of a network that computes the same, be those of *network*."""
+        self._programs[self._key(network)] = programs
+
+    def forget_roots(self) -> None:
+        """Let roots be computed again: code of the user may have changed tensors of the programs."""
+        for programs in self._programs.values():
+            vars(programs).pop("roots", None)
+
+    def note_unread(self, network: nn.Module, parts: tuple[str, ...]) -> None:
+        """Note that the programs of *network* stay the same while its *parts* have random values."""
+        self._unread.add((*self._key(network), parts))
+
+    def are_unread(self, network: nn.Module, parts: tuple[str, ...]) -> bool:
+        """Return whether this was noted."""
+        return (*self._key(network), parts) in self._unread
+
+    @staticmethod
+    def _key(network: nn.Module) -> tuple[object, ...]:
+        """Identify *network*, the outputs that are chosen, and its tensors."""
+        chosen = (vars(network).get(attribute) for attribute in (EXPORT_LOGITS, EXPORT_EMBEDDING))
+        return (object_id(network), *chosen, *map(object_id, tensors(network).values()))
+
 
 def capture(
-    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured] = ()
-) -> Captured:
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs] = ()
+) -> Programs:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
@@ -75,7 +140,7 @@ def capture(
         if captured.traces == traces and None not in traces:
             return captured
     programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
-    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
+    return Programs(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
@@ -170,16 +235,25 @@ def make_functional(program: ExportedProgram, batch: BatchRange) -> ExportedProg
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
-    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
+def garbage_kept() -> Iterator[None]:
+    """Switch the garbage collector off: it would visit all nodes of a graph again and again.
 
-    The garbage collector is off, because it would visit all nodes of a graph again and again, which takes a
-    tenth of the time.
+    This takes a tenth of the time of a capture or a conversion.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with torch.no_grad():
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails."""
+    try:
+        with garbage_kept(), torch.no_grad():
             yield
     except SopdeployError:
         raise
@@ -195,6 +269,3 @@ def capturing() -> Iterator[None]:
         else:
             problem = first_line(error)
         raise LoweringError(f"{NO_GRAPH}: {problem}") from error
-    finally:
-        if was_enabled:
-            gc.enable()

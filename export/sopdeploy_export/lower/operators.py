@@ -11,6 +11,7 @@ The converter and ONNX Runtime can make one operator of two, such as a cast to i
 successive operators for which others are executed than for each of them are compared as a pair, too.
 """
 
+import hashlib
 import math
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.program import capturing
+from sopdeploy_export.lower.known_operators import read_known, write_known
 from sopdeploy_export.lower.to_onnx import convert
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.runs import PROVIDER
@@ -64,7 +66,7 @@ CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 OPERANDS = 400  # of the calls that are captured at once; a capture also takes a constant time
 FAR = 1e18  # products of such values can overflow
 
-# The ONNX operators of what this process has compared, by description.
+# The ONNX operators of what this process, or an earlier one, has compared, by description.
 _executed_operators: dict[str, Counter[str]] = {}
 
 
@@ -172,8 +174,10 @@ class _Call(NamedTuple):
         return any(operator.name in names for operator in self.operators)
 
     def describe(self) -> str:
-        """Describe the operators; calls with equal descriptions are compared once."""
-        return f" -> {sorted(self.reads_first_at)} ".join(operator.describe() for operator in self.operators)
+        """Hash the description of the operators; calls with equal descriptions are compared once."""
+        described = (operator.describe() for operator in self.operators)
+        text = f" -> {sorted(self.reads_first_at)} ".join(described)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def cropped(self) -> "_Call":
         """Return the call with a part of large operands, unless an operator needs whole operands."""
@@ -330,9 +334,10 @@ def _as_operator(
 def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    An operator with the same attributes and shapes is compared once per process. Raises `LoweringError` with
-    the operator, the part of the network and the values if they differ.
+    An operator with the same attributes and shapes is compared once, also by other exports. Raises
+    `LoweringError` with the operator, the part of the network and the values if they differ.
     """
+    _executed_operators.update(read_known())
     pixels = torch.from_numpy(images)
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     unbounded, undefined = set[str](), set[str]()
@@ -354,6 +359,8 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
             group, num_operands = {}, 0
     if group:
         _compare_group(group)
+    if recorder.calls:
+        write_known(_executed_operators)
 
 
 class _CapturedCall(NamedTuple):

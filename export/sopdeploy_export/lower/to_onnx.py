@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX
+from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX, garbage_kept
 from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
@@ -99,7 +99,7 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
 
 def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
-    with warnings.catch_warnings():
+    with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
             program = decompose(program)

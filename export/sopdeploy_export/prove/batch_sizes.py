@@ -1,16 +1,19 @@
 """Statement 3: the graph for any batch size, with one image, computes what the graph for one image computes.
 
-torch.export itself checks that all batch sizes of at least 2 have one graph.
+torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not compared.
+
+Refused: other operations for one image
+(`test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network`).
 """
 
 from sopdeploy.errors import CertificateError
-from sopdeploy_export.capture.program import Captured
+from sopdeploy_export.capture.program import Programs
 from sopdeploy_export.program_hashes import describe_difference, value_root
 
 STATEMENT = "The graph for any batch size, with one image, computes what the graph for one image computes."
 
 
-def prove_batch_sizes(captured: Captured) -> None:
+def prove_batch_sizes(captured: Programs) -> None:
     """Raise `CertificateError` if the program for any batch size, with one image, is another one."""
     if captured.batch_of_one is captured.any_batch:
         return

@@ -12,15 +12,16 @@ networks were compared. Without a plain network, the proof cannot detect changes
 share: frozen buffers, constants and patched methods.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import PROOFS, BatchRange, Precision, ProofKind
+from sopdeploy.bundle.manifest import PROOFS, Precision, ProofKind
 from sopdeploy.config import StrictModel
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import Deployed
-from sopdeploy_export.capture.program import Captured
+from sopdeploy_export.capture.program import Captures, Programs
 from sopdeploy_export.program_hashes import hashing_once
 from sopdeploy_export.prove import (
     batch_sizes,
@@ -35,9 +36,9 @@ from sopdeploy_export.prove import (
 from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Prepared, load_plain_network
-from sopdeploy_export.prove.outputs import prove_outputs
+from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.repetition import prove_repetition
-from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors
+from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors, prove_values_unread
 from sopdeploy_export.subject import Detachment
 
 STATEMENTS = {
@@ -50,6 +51,9 @@ STATEMENTS = {
     "Images": images.STATEMENT,
     "File": file.STATEMENT,
 }
+
+
+Step = Callable[[str], None]
 
 
 class FileRoots(Roots):
@@ -101,60 +105,66 @@ class Certificate(NetworkProof):
 def certify(
     trained: nn.Module,
     detached: nn.Module,
-    preprocess: Preprocess,
+    captures: Captures,
     probes: Tensor,
     *,
     model: str = "network",
-    batch: BatchRange | None = None,
     detachment: Detachment | None = None,
-) -> tuple[NetworkProof, dict[str, Captured]]:
+    on_step: Step = lambda _: None,
+) -> tuple[NetworkProof, dict[str, Programs], ProbeOutputs]:
     """Prove statements 1 to 5: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the proof and the captured networks: `trained`, `detached`, and `plain` or
-    `rebuilt` if it exists. Raises `CertificateError` with the violated statement; no network is changed.
+    declares its own. Returns the proof, the programs by network and their outputs; the trained network stands
+    for a detached one. Raises `CertificateError` with the violated statement; no network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    is_detached, training_only = detached is not trained, detachment.training_only
+    parts = detachment.training_only if detached is not trained else ()
     with hashing_once():  # at the end, `check_unchanged` computes all hashes again
+        on_step(announce("Tensors"))
         check_torch_state()
-        # Without a detached network, also the training-only parts, which have no tensors, must be in order.
-        prepared_trained = Prepared.of("trained", trained, training_only if is_detached else ())
-        prepared = {"trained": prepared_trained}
-        if is_detached:
-            prepared["detached"] = Prepared.of("detached", detached)
-        shipped = prepared["detached" if is_detached else "trained"]
-        # 1. Tensors
-        removed, kept = prove_tensors(prepared_trained, shipped, training_only)
+        compared = {"trained": Prepared.of("trained", trained, parts)}
+        if detached is not trained:
+            compared["detached"] = Prepared.of("detached", detached)
+        shipped = [*compared.values()][-1]
+        removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
-            prepared = {detachment.reference: load_plain_network(detachment, shipped), **prepared}
-        # 2. Graphs
-        networks = {role: of_role.network for role, of_role in prepared.items()}
-        captured = capture_networks(networks, preprocess, batch or BatchRange(), detachment.captured)
-        roots, reached = prove_graphs(captured, trained, training_only)
-        # 3. Batch sizes
-        prove_batch_sizes(next(iter(captured.values())))
-    # 4. Outputs
-    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
-    sizes = prove_outputs(deployed, probes)
-    # 5. Repetition
-    prove_repetition(shipped.network, preprocess, probes)
-    for of_role in prepared.values():
+            compared = {detachment.reference: load_plain_network(detachment, shipped), **compared}
+        networks = {role: of_role.network for role, of_role in compared.items()}
+        on_step(announce("Graphs"))
+        captures.forget_roots()
+        programs = capture_networks(networks, captures)
+        roots, needed = prove_graphs(programs, trained, detachment.training_only)
+        if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
+            prove_values_unread(networks["trained"], parts, captures, programs["trained"])
+        on_step(announce("Batch sizes"))
+        prove_batch_sizes(next(iter(programs.values())))
+    on_step(announce("Outputs"))
+    deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
+    outputs = prove_outputs(deployed, probes)
+    on_step(announce("Repetition"))
+    prove_repetition(shipped.network, captures.preprocess, probes)
+    for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
-    used, _ = find_usage(shipped.network, reached)
+    used, _ = find_usage(shipped.network, needed)
     kind = next(kind for kind, roles in PROOFS.items() if set(roles) == networks.keys())
     proof = NetworkProof(
         model=model,
         proof=kind,
-        detached=training_only if is_detached else (),
+        detached=parts,
         removed=removed,
         kept=tuple(entry for entry in kept if entry.name in used),
         unreached=tuple(entry for entry in kept if entry.name not in used),
         roots=roots,
         compared=PROOFS[kind],
-        batches=sizes,
+        batches=outputs.sizes,
         num_images=len(probes),
     )
-    # Without a detached network, the trained one stands for it.
-    return proof, {"detached": captured["trained"], **captured}
+    return proof, {"detached": programs["trained"], **programs}, outputs
+
+
+def announce(statement: str) -> str:
+    """Describe the step that proves *statement*, a key of `STATEMENTS`."""
+    number = [*STATEMENTS].index(statement) + 1
+    return f"proving statement {number} of {len(STATEMENTS)}: {statement}"

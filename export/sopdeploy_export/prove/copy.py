@@ -1,26 +1,25 @@
 """Statement 0, for a network of the user: its exported copy computes what the given network computes.
 
 The network that the user gave is captured, not a copy, because its classes can define how they are copied.
-"""
 
-from collections.abc import Sequence
+Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.network import refusing_replaced_methods
 from sopdeploy_export.admit.outputs import check_finite, run_and_check
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Captured, capture, capture_any_batch
+from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
 from sopdeploy_export.network import tensors
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
-from sopdeploy_export.prove.tensors import check_graph_ignores, randomized
+from sopdeploy_export.prove.tensors import prove_values_unread, randomized
 from sopdeploy_export.state import held_tensors, preserved
 
+STATEMENT = "The exported copy of a network of your own computes what the given network computes."
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
@@ -30,21 +29,24 @@ OTHER_COPY = (
 )
 
 
-def capture_and_compare(
+def prove_copy(
     given: nn.Module,
     copied: nn.Module,
-    preprocess: Preprocess,
+    captures: Captures,
     classes: int,
-    options: ExportOptions,
-    parts: Sequence[str],
-) -> Captured:
+    parts: tuple[str, ...],
+    *,
+    with_features: bool,
+) -> Programs:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
-    *given* is on a GPU, their graphs are compared, too: here, or by `certify` if the result is the graph of
-    *given*. A graph must stay the same while the removed *parts* have random values. Raises `LoweringError`
-    if the networks differ, and `CertificateError` if the graph depends on the *parts*.
+    *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
+    the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
+    have random values, which something that was not copied with them can read. Raises `LoweringError` if the
+    networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
+    preprocess = captures.preprocess
     stored = list(tensors(given).values())
     devices = {tensor.device for tensor in stored} or {torch.device("cpu")}
     device = next(iter(devices))  # of the images; the network itself moves values between several
@@ -63,27 +65,34 @@ def capture_and_compare(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    # `certify` compares the programs of *given* as those of "trained", unless features change the network.
-    if is_exact and not options.with_features:
-        captured = capture(given, preprocess, options.batch)
+    # With features, the exported network has one output more than *given*.
+    if is_exact and not with_features:
+        programs = captures.of(given)
+        captures.share(copied, programs)
         if parts:
-            check_graph_ignores(given, parts, preprocess, options.batch, captured)
-        return captured
-    captured = capture(copied, preprocess, options.batch)
-    if on_cpu:
+            prove_values_unread(given, parts, captures, programs)
+            captures.note_unread(copied, parts)
+        return programs
+    programs = captures.of(copied)
+    if on_cpu:  # the graph of a network on a GPU names it, so it cannot be compared
         with randomized(given, parts):
-            program = capture_any_batch(given, preprocess, options.batch)
-        if value_root(program).sha256 != value_root(captured.any_batch).sha256:  # these ignore the layout
+            program = capture_any_batch(given, preprocess, captures.batch)
+        captures.note_unread(copied, parts)
+        if value_root(program).sha256 != value_root(programs.any_batch).sha256:  # these ignore the layout
             raise LoweringError(OTHER_COPY)
-    elif parts:  # the graph of *given* names the GPU, so it cannot be compared
-        check_graph_ignores(copied, parts, preprocess, options.batch, captured)
-    return captured
+    return programs
 
 
-def check_constants(captured: Captured, network: nn.Module) -> None:
-    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
+def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | None = None) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered.
+
+    With a *plain* network, which has been built, only a tensor counts that both networks hold: a global
+    variable, for example, makes both graphs equal whatever its values are.
+    """
     registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
-    for program in (captured.any_batch, captured.batch_of_one):
+    of_plain = {} if plain is None else held_tensors(plain)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in of_plain.values()}
+    for program in (programs.any_batch, programs.batch_of_one):
         users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
         for spec in program.graph_signature.input_specs:
             constant = program.constants.get(spec.target or "")
@@ -91,12 +100,13 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
                 continue
             if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
                 continue
-            if constant.untyped_storage().data_ptr() not in registered:  # nor is it a view of such a tensor
+            address = constant.untyped_storage().data_ptr()  # also that of a view
+            if address not in registered and (plain is None or address in shared):
                 held = held_tensors(network).items()
                 equal_paths = (path for path, tensor in held if tensor.equal(constant))
                 name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={"plain": None, "allow_constants": True},
+                    remedies={**({"plain": None} if plain is None else {}), "allow_constants": True},
                 )

@@ -1,4 +1,4 @@
-"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
+"""Statement 8: the file, loaded from disk, differs from the network in float64 by rounding only.
 
 The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
 float64. The noise floor is the error of the network's own run in the exported precision. Every output must
@@ -12,6 +12,10 @@ The gate of a mixture that is nearly undecided may choose other components after
 number then changes although nothing is wrong. Images for which the margin between its K-th and next logit is
 within the measured noise of these logits are left out. If that is every image, those are compared for which
 the network's own run in the exported precision chooses the same components as in float64.
+
+Images other than the probes are not compared.
+
+Refused: other components of a mixture (`test_another_form_than_the_dense_one_is_refused`).
 """
 
 import math
@@ -31,11 +35,11 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.network import copy_module
+from sopdeploy_export.prove.outputs import ProbeOutputs
 from sopdeploy_export.runs import (
     LOGITS,
     PROVIDER,
     Arrays,
-    BatchRun,
     GateRun,
     InFloat64,
     ReportsFloat32,
@@ -51,7 +55,6 @@ STATEMENT = (
     "float32 (4 times for reduced precision), and no class flips without this error explaining it."
 )
 
-SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # an odd size above the 12 generated probes; larger ones take more time and memory
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
@@ -192,23 +195,22 @@ class ParityReference:
 def compute_reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
-    run: BatchRun | None = None,
+    rounded: ProbeOutputs | None = None,
     precision: Precision = "fp32",
     gate: GateRun | None = None,
 ) -> ParityReference:
-    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *run*.
+    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise floor.
 
-    *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
-    The images run in batches of 16, and the first four also alone. The noise floor of an output is the
-    largest of the errors of these runs and of four roundings of its largest value to float32.
+    *rounded* are the outputs in *precision*, by default of *deployed* itself, and *gate* computes the gate
+    logits in it. The noise floor of an output is the largest of the errors of *rounded* and of four roundings
+    of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
-    if run is None:
-        run = deployed
-    runs = run_in_batches(run, names, images, BATCH), run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    if rounded is None:
+        rounded = ProbeOutputs.of(deployed, torch.from_numpy(images))
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
@@ -225,12 +227,13 @@ def compute_reference(
             f"so no output can be compared; {UNDECIDED}"
         )
     noise_floor = {}
-    for name, values in exact.items():
-        rounded_values = [outputs[name] for outputs in runs]  # of all images, and of the first ones
+    for name, *of_output in zip(names, rounded.batched, rounded.single, strict=True):
+        values = exact[name]
+        rounded_values = [tensor.numpy() for tensor in of_output]  # of all images, and of the first ones
         _require_finite(name, values, rounded_values, precision)
         noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
-        for rounded in rounded_values:
-            errors = np.abs(rounded - values[: len(rounded)])[compared[: len(rounded)]]
+        for found in rounded_values:
+            errors = np.abs(found - values[: len(found)])[compared[: len(found)]]
             noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 

@@ -1,17 +1,21 @@
-"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root."""
+"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root.
+
+No operation of a removed part is behind an output. What all networks share, such as a frozen buffer, is not
+compared with anything.
+
+Refused: a branch times zero (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+"""
 
 from collections.abc import Mapping, Set
 
 from torch import nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Captures, Programs
 from sopdeploy_export.detach.stubs import removed_modules
-from sopdeploy_export.program_hashes import compute_roots, describe_difference
+from sopdeploy_export.program_hashes import describe_difference
 
 STATEMENT = (
     "The trained network's output, the detached network and a plain network built independently have one "
@@ -27,31 +31,24 @@ class Roots(StrictModel):
     num_operations: int
 
 
-def capture_networks(
-    networks: Mapping[str, nn.Module],
-    preprocess: Preprocess,
-    batch: BatchRange,
-    captured_trained: Captured | None,
-) -> dict[str, Captured]:
-    """Capture *networks*, and return their programs in the same order.
+def capture_networks(networks: Mapping[str, nn.Module], captures: Captures) -> dict[str, Programs]:
+    """Return the programs of *networks*, in the same order.
 
-    Networks with the same operations and weights share programs, with the names of the one captured first.
-    Therefore the detached network, if there is one, is captured before the others: the exported file has its
-    names. *captured_trained*, unless None, is reused as the programs of "trained"; a detached network with
-    the same operations and weights then shares these.
+    The detached network, if there is one, is captured before the others: networks that share programs have
+    the names of the first one, and so has the exported file. Raises `CertificateError` with the role.
     """
-    captured = {} if captured_trained is None else {"trained": captured_trained}
+    programs = {}
     for role in ("detached", "trained", *networks):
-        if role in networks and role not in captured:
-            try:
-                captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
-            except LoweringError as error:
-                raise CertificateError(f"{role} network: {error}") from error
-    return {role: captured[role] for role in networks}
+        try:
+            if role in networks:
+                programs[role] = captures.of(networks[role])
+        except LoweringError as error:
+            raise CertificateError(f"{role} network: {error}") from error
+    return {role: programs[role] for role in networks}
 
 
 def prove_graphs(
-    captured: Mapping[str, Captured], trained: nn.Module, training_only: tuple[str, ...]
+    captured: Mapping[str, Programs], trained: nn.Module, training_only: tuple[str, ...]
 ) -> tuple[Roots, Set[str]]:
     """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
 
@@ -60,13 +57,11 @@ def prove_graphs(
     the first network.
     """
     first_role, first = next(iter(captured.items()))
-    expected = compute_roots(first.any_batch, first.batch_of_one)
+    expected = first.roots
     removed = removed_modules(trained, training_only).keys()
     reached: set[str] = set()
     for role, programs in captured.items():
-        is_first = programs is first  # also if networks share programs
-        roots = expected if is_first else compute_roots(programs.any_batch, programs.batch_of_one)
-        for size, root in roots.items():
+        for size, root in programs.roots.items():
             weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
             if leaking := sorted(name for name in weights if is_in(name, *training_only)):
                 raise CertificateError(
@@ -82,8 +77,8 @@ def prove_graphs(
                 difference = describe_difference(root, expected[size], first_role)
                 problem = f"the {role} network is not the {first_role} one, for {size}"
                 raise CertificateError(f"{problem}: {difference}")
-            if role in ("trained", "detached"):
-                reached |= weights
+        if role in ("trained", "detached"):
+            reached |= programs.needed
     roots_of_all = Roots(
         any_batch=expected["any batch size"].sha256,
         batch_of_one=expected["a batch of one"].sha256,

@@ -1,36 +1,64 @@
-"""Statement 4: the networks return bitwise equal outputs for probe images, alone and in batches."""
+"""Statement 4: the networks return bitwise equal outputs for probe images, alone and in batches.
 
-from collections.abc import Mapping
+This says nothing of other images, of which only the graphs do.
+
+Refused: other numbers outside of the graph (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.program_hashes import are_equal
 
 STATEMENT = "These networks return bitwise equal outputs for probe images, alone and in batches."
-
-_SINGLE_PROBES = 4  # compared one by one
+SINGLE_PROBES = 4  # that run alone, too
 MAX_BATCH = 16  # largest batch of probes
+Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def prove_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Compare the outputs of *networks* for *probes* with those of the first one; return the batch sizes.
+@dataclass(frozen=True, slots=True)
+class ProbeOutputs:
+    """The outputs of a run for probes: of the first ones alone, and of all in batches of `MAX_BATCH`.
 
-    Raises `CertificateError` unless they are bitwise equal.
+    Each has one tensor of shape (P, ...) for every output of the network.
     """
-    single = [probes[i : i + 1] for i in range(min(_SINGLE_PROBES, len(probes)))]
-    batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
-    reference = next(iter(networks))
-    for images in (*single, *batches):
-        with torch.no_grad():
-            outputs = {role: network(images) for role, network in networks.items()}
-        for role in outputs:
-            for values, expected in zip(outputs[role], outputs[reference], strict=True):
+
+    single: tuple[Tensor, ...]
+    batched: tuple[Tensor, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, run: Run, probes: Tensor) -> "ProbeOutputs":
+        """Run uint8 *probes* (P, H, W, 3)."""
+        single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
+        batched = [run(probes[i : i + MAX_BATCH]) for i in range(0, len(probes), MAX_BATCH)]
+        return cls(*(tuple(map(torch.cat, zip(*runs, strict=True))) for runs in (single, batched)))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes of the batches; the last one may be smaller."""
+        return 1, min(len(self.batched[0]), MAX_BATCH)
+
+
+def prove_outputs(networks: Mapping[str, Run], probes: Tensor) -> ProbeOutputs:
+    """Return the outputs of *networks* for uint8 *probes* (P, H, W, 3).
+
+    Raises `CertificateError` unless all have those of the first network, bit for bit.
+    """
+    outputs = {role: ProbeOutputs.of(network, probes) for role, network in networks.items()}
+    reference, first = next(iter(outputs.items()))
+    for role, found in outputs.items():
+        runs = ((found.single, first.single), (found.batched, first.batched))
+        for size, (values_by_output, expected_by_output) in zip(found.sizes, runs, strict=True):
+            for values, expected in zip(values_by_output, expected_by_output, strict=True):
                 if not are_equal(values, expected):
                     difference = (values - expected).abs().max().item()
                     raise CertificateError(
-                        f"the {role} network gives other logits than the {reference} one at batch "
-                        f"{len(images)}: largest difference {difference:.3g}"
+                        f"the {role} network gives other logits than the {reference} one at batch {size}: "
+                        f"largest difference {difference:.3g}"
                     )
-    return (1, len(batches[0]))  # the last batch may be smaller
+    return first

@@ -1,4 +1,4 @@
-"""Repeat the calls of a network: its outputs must not depend on how often it ran.
+"""Statement 5: outputs do not depend on how often the network ran, and nothing that it holds changes.
 
 The network runs on probe images, then `CALLS` times on another image, and on the probe images again: whatever
 holds the state, such as a context variable or a file, the outputs must be equal. State that changes outputs
@@ -8,6 +8,10 @@ has run for both numbers of images, no call may change them.
 The repeated calls cost the time of Python code only. What the first of them computed from the image is
 returned again in the others, and no kernel runs for it. What the network computes from anything else, such as
 a counter, is computed every time.
+
+A change that comes after more than `CALLS` calls, and that nothing the network holds shows, is not found.
+
+Refused: a counter, in whatever holds it (`tests/export/proof/test_repetition.py`).
 """
 
 from collections.abc import Iterable, Iterator

@@ -19,17 +19,17 @@ from sopdeploy_export.admit.network import copy_for_export, unwrap, unwrap_and_c
 from sopdeploy_export.admit.outputs import check_ends_in_logits, check_outputs, check_unchanged_by_run
 from sopdeploy_export.admit.state import check_network_state, check_torch_state
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
-from sopdeploy_export.capture.program import Captured, capture
+from sopdeploy_export.capture.program import Captures, Programs
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import copy_module, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
-from sopdeploy_export.program_hashes import tensor_hash
-from sopdeploy_export.prove.copy import capture_and_compare, check_constants
+from sopdeploy_export.program_hashes import stored_hash
+from sopdeploy_export.prove.copy import check_constants, prove_copy
 from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
 from sopdeploy_export.subject import Detachment, ExportSubject
-from sopdeploy_export.user_network.unused import match_parts, reached_names, removable_parts
+from sopdeploy_export.user_network.unused import match_parts, removable_parts
 
 
 def export_network(
@@ -71,7 +71,7 @@ def export_network(
             `.`, `_` and `-`, the first not `.`.
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
-            there is no *plain* network to compare them with.
+            there is no *plain* network to compare them with, or it holds the same tensors.
         several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
             present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
@@ -107,15 +107,22 @@ def export_network(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
         {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
-    captured, own_warnings = _run_and_capture(
-        given, copied, preprocess, logits_key, len(labels), options, parts
+    captures = Captures(preprocess, options.batch)
+    with_features = options.with_features
+    programs, own_warnings = _run_and_capture(
+        given, copied, captures, logits_key, len(labels), parts, with_features=with_features
     )
     if plain is None and not allow_constants:
-        check_constants(captured, given)
-    own_warnings += _check_usage(copied, captured, parts, preprocess, len(labels), proposes=options.detach)
+        check_constants(programs, given)
+    own_warnings += _check_usage(copied, programs, parts, preprocess, len(labels), proposes=options.detach)
     checked_builder = None
     if plain is not None:
-        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=())
+
+        def check(built: nn.Module) -> None:
+            if not allow_constants:
+                check_constants(programs, given, built)
+
+        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=(), check=check)
     elif rebuild is not None:  # which builds the training-only parts, too
         checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
     class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
@@ -129,7 +136,6 @@ def export_network(
             plain=checked_builder,
             reference="plain" if plain is not None else "rebuilt",
             rename=rename or str,
-            captured=None if options.with_features else captured,  # features change the programs
         ),
         labels=tuple(labels),
         preprocess=preprocess,
@@ -139,36 +145,38 @@ def export_network(
         warnings=(*warnings, *own_warnings),
     )
     options = options.model_copy(update={"detach": bool(parts)})
-    return export_subject(subject, Path(destination), options, on_step)
+    return export_subject(subject, Path(destination), options, on_step, captures)
 
 
 def _run_and_capture(
     given: nn.Module,
     copied: nn.Module,
-    preprocess: Preprocess,
+    captures: Captures,
     logits_key: str | int | None,
     classes: int,
-    options: ExportOptions,
     parts: tuple[str, ...],
-) -> tuple[Captured, tuple[str, ...]]:
+    *,
+    with_features: bool,
+) -> tuple[Programs, tuple[str, ...]]:
     """Check the outputs of *copied*, a copy of *given*, capture both, and return the programs and warnings.
 
     *copied* gets the buffers that its first run creates. Raises `LoweringError` if the two compute different
     things, or something else after a run.
     """
+    preprocess = captures.preprocess
     created = create_buffers(copied, preprocess)
     trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, own_warnings = check_outputs(trial, preprocess, classes, "trained")
     with prepared_in_place(given, logits_key, preprocess):
-        captured = capture_and_compare(given, copied, preprocess, classes, options, parts)
+        programs = prove_copy(given, copied, captures, classes, parts, with_features=with_features)
     if cache is not None:
-        check_unchanged_by_run(cache, captured, capture(trial.network, preprocess, options.batch))
+        check_unchanged_by_run(cache, programs, captures.of(trial.network))
     if created:
         unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
         turn_into_attributes(unrun, created)
-        check_unchanged_by_run(created[0], capture(unrun, preprocess, options.batch), captured)
-    check_ends_in_logits(captured)
-    return captured, own_warnings
+        check_unchanged_by_run(created[0], captures.of(unrun), programs)
+    check_ends_in_logits(programs)
+    return programs, own_warnings
 
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
@@ -183,7 +191,7 @@ def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -
 
 def _check_usage(
     network: nn.Module,
-    captured: Captured,
+    programs: Programs,
     parts: tuple[str, ...],
     preprocess: Preprocess,
     classes: int,
@@ -195,7 +203,7 @@ def _check_usage(
     Raises `CertificateError` if one does. With *proposes* and without *parts*, always raises `DetachError`,
     which names the parts to remove or says that there are none.
     """
-    used, unused = find_usage(network, reached_names(captured))
+    used, unused = find_usage(network, programs.needed)
     reached = sorted(name for name in used if is_in(name, *parts))
     if reached:
         raise CertificateError(
@@ -225,10 +233,11 @@ def _checked_builder(
     logits_key: str | int | None,
     preprocess: Preprocess,
     removed: tuple[str, ...],
+    check: Callable[[nn.Module], None] = lambda _: None,
 ) -> Callable[[], nn.Module]:
     """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
-    The builder raises `CertificateError` if this network shares memory with *trained*.
+    The builder raises `CertificateError` if this network shares memory with *trained*, and as *check* does.
     """
 
     def addresses(network: nn.Module) -> set[int]:
@@ -242,6 +251,7 @@ def _checked_builder(
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
+        check(built)
         create_buffers(copied, preprocess)
         if not removed:
             return copied
@@ -252,5 +262,5 @@ def _checked_builder(
 
 def _hash_tensors(network: nn.Module) -> str:
     """Hash the names and contents of all tensors."""
-    lines = [f"{name} {tensor_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
+    lines = [f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import DetachError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
@@ -15,11 +14,10 @@ from sopdeploy_export.admit.first_run import create_buffers
 from sopdeploy_export.admit.network import copy_for_export
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import compute_outputs, probe_pixels
-from sopdeploy_export.capture.program import NETWORK_PREFIX, Captured, capture
+from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.detach.stubs import ReadError
 from sopdeploy_export.network import modules, tensors, with_contiguous_tensors
-from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.prove.tensors import find_usage, outermost_unused
 
 
@@ -34,7 +32,7 @@ def unused_modules(
     check_torch_state()
     copied = with_contiguous_tensors(copy_for_export(network, "given", logits_key))
     create_buffers(copied, preprocess)
-    _, unused = find_usage(copied, reached_names(capture(copied, preprocess, BatchRange())))
+    _, unused = find_usage(copied, Captures(preprocess).of(copied).needed)
     return removable_parts(copied, outermost_unused(copied, unused), preprocess)
 
 
@@ -60,12 +58,6 @@ def removable_parts(network: nn.Module, parts: tuple[str, ...], preprocess: Prep
         else:
             return parts
     return parts
-
-
-def reached_names(captured: Captured) -> set[str]:
-    """Name the tensors that the outputs of *captured* programs depend on, each by one name."""
-    roots = [program_root(program) for program in (captured.any_batch, captured.batch_of_one)]
-    return {name.removeprefix(NETWORK_PREFIX) for root in roots for name in root.state}
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError
 from sopdeploy.importers.published import find_lite_weights
-from sopdeploy.photos.copies import Groups, connect
+from sopdeploy.photos.copies import Groups, connect, find_near_duplicates
 from sopdeploy.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.features import (
     CachedNetwork,
     compute_features,
-    find_near_duplicates,
     full_head,
 )
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -37,7 +36,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
     """
     outputs = _open_default_network()
     features = compute_features(outputs, "gap", images, on_image)
-    near = find_near_duplicates(outputs, features, images)
+    near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
     return connect(len(images), near.pairs, features.hashes, images.groups)
 
 

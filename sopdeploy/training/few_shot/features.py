@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from sopdeploy.data.batches import load_batches
@@ -17,18 +18,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
-from sopdeploy.photos.copies import (
-    CANDIDATES,
-    MAX_SIGNATURES,
-    SMALL,
-    Copies,
-    NearDuplicates,
-    find_pairs,
-    find_turned,
-    number_classes,
-    shrink,
-)
-from sopdeploy.photos.crops import find_crops
+from sopdeploy.photos.copies import SMALL, shrink
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
@@ -142,31 +132,6 @@ class _Projection:
             self.space = Space.of([part[:MAX_RANK] for part in parts])
             self.reduced = np.zeros((self.count, self.space.basis.shape[1]), np.float32)
         self.reduced[waiting_indices] = self.space.project(np.concatenate(parts, axis=1))
-
-
-@torch.no_grad()
-def find_near_duplicates(
-    outputs: "CachedNetwork", features: Features, images: LabeledImages
-) -> NearDuplicates:
-    """Find the near-duplicates among *images* by the averages of the feature maps, and by pixels."""
-    copies = Copies.choose(images, features.hashes)  # made here, to measure how similar near-duplicates are
-    batches = outputs.batches(copies, list(range(len(copies))))
-    views_of_batches = [average_views(batch.own_vectors, batch.maps) for batch in batches]
-    views_of_maps = [np.concatenate(views) for views in zip(*views_of_batches, strict=True)]  # (M, V, C)
-    whole = [views[:, 0] for views in views_of_maps]  # the first view, not those of the corners
-    compares_pixels = len(images) <= MAX_SIGNATURES
-    num_candidates = CANDIDATES if compares_pixels else 0
-    found = find_pairs(
-        features.views, whole, copies.originals, images.targets, features.hashes, num_candidates
-    )
-    if not compares_pixels:
-        return found
-    crops = find_crops(features.small, found.candidates, number_classes(images.targets))
-    by_pixels = [find_turned(features.small), crops]
-    return found._replace(
-        pairs=np.concatenate([found.pairs, *by_pixels], axis=1),
-        certain=np.concatenate([found.certain, *by_pixels], axis=1),
-    )
 
 
 @torch.no_grad()
@@ -318,7 +283,9 @@ class CachedNetwork:
         entries = []
         for position, image in enumerate(pixels.numpy()):
             pixel_hash = np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8)
-            entries.append([pixel_hash, shrink(image), *(output[position] for output in outputs)])
+            entries.append(
+                [pixel_hash, shrink(Image.fromarray(image)), *(output[position] for output in outputs)]
+            )
         return entries
 
 

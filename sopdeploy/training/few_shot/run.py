@@ -29,7 +29,13 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
-from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, number_classes
+from sopdeploy.photos.copies import (
+    NO_PAIRS,
+    NearDuplicates,
+    connect,
+    find_near_duplicates,
+    number_classes,
+)
 from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
@@ -53,9 +59,9 @@ from sopdeploy.training.few_shot.features import (
     Features,
     build_fitted,
     compute_features,
-    find_near_duplicates,
     full_head,
 )
+from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.fits import FewShotFit, Position, Start
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.record import last_few_shot_record, read_few_shot_fit, run_record
@@ -71,6 +77,7 @@ FEW_GROUPS = 200
 # 93 % (docs/benchmarks/copied_photos.md).
 KEPT_WEIGHT = 0.125
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
+CHANCE, MIN_CONFUSED = 0.4, 3  # share and number of the images of a class that chance takes for another one
 UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
 
 
@@ -161,7 +168,6 @@ class CrossValidation:
         alike: The classes of `NearDuplicates.alike`.
         clips: The `groups` and images that tell how they were found.
         copies: The photograph (N,) that each image shows; those of an object are a group, too.
-        certain_copies: The same (N,), only by copies that resemble each other most.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
@@ -178,7 +184,6 @@ class CrossValidation:
     alike: tuple[str, ...]
     clips: Clips
     copies: Indices
-    certain_copies: Indices
     judged: Indices
     folds: Indices
     logits: Array
@@ -218,7 +223,7 @@ def cross_validate(
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     if config.group_copies:
-        near = find_near_duplicates(outputs, features, images)
+        near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
@@ -253,7 +258,6 @@ def cross_validate(
         features=features,
         problem=problem,
         copies=copies_N,
-        certain_copies=connect(count, clips.select_pairs(near.certain), features.hashes),
         groups=groups_N,
         alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
         clips=clips,
@@ -356,14 +360,16 @@ def _describe(
     groups = _groups_of_classes(targets, found.groups)
     num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
     contradictions, labels_N = [], number_classes(images.targets)
-    for photograph in np.flatnonzero(np.bincount(found.certain_copies) > 1):
-        indices = np.flatnonzero(found.certain_copies == photograph)
+    for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
+        indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
             if len(indices) > MAX_COPIES:  # such as the frames of a clip: one image of each class
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
+    right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
+    gains = estimate_gains(found.problem, found.scaling.excess, found.judged, right, images.labels)
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
@@ -376,6 +382,7 @@ def _describe(
         num_images=len(images),
         num_selected=int((~select_typical(images)).sum()),  # by a server
         num_doubted=num_doubted,
+        gains=gains,
         num_duplicates=len(images) - len(set(found.features.hashes)),
         num_groups=int(found.groups.max()) + 1,
         num_photographs=int(found.copies.max()) + 1,
@@ -383,6 +390,7 @@ def _describe(
         two_groups=tuple(label for label, number in num_groups.items() if number == 2 and counts[label] > 2),
         contradictions=tuple(contradictions),
         alike=found.alike,
+        confused=_find_confused(found, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
         clip=tuple(map(images.identity, found.clips.found or ())),
         possible_clip=tuple(map(images.identity, found.clips.doubtful or ())),
@@ -392,6 +400,21 @@ def _describe(
         temperature=found.scaling.temperature,
         seconds=found.seconds,
     )
+
+
+def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Find the pairs of classes whose images are predicted as the other one as often as by chance.
+
+    Of the judged images of either class that are predicted as one of the two, at least `CHANCE` are wrong.
+    """
+    classes = found.problem.targets.strata[found.judged]
+    predicted = found.logits[found.judged].argmax(axis=1)
+    counts_KK = np.zeros((len(labels), len(labels)), np.int64)
+    np.add.at(counts_KK, (classes, predicted), 1)
+    right_K = np.diagonal(counts_KK)
+    is_by_chance_KK = counts_KK >= np.maximum(CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED)
+    pairs = np.argwhere(np.triu(is_by_chance_KK & is_by_chance_KK.T, 1))
+    return tuple((labels[one], labels[other]) for one, other in pairs.tolist())
 
 
 def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:

@@ -95,6 +95,7 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert found.summary.startswith(f"better: +{100 * found.difference:.1f} points (+")
     assert [one.label for one in found.classes] == sorted(set(answers[1]))
     assert sum(one.num_images for one in found.classes) == 40
+    assert found.evidence.startswith("40 photographs show differences from about ")
     assert found.first.accepted is None
     known = [one.known for one in predict(second, paths, threads=1)]
     unknown = [one.known for one in predict(second, sorted(strangers.rglob("*.png")), threads=1)]

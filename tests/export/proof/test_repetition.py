@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.prove import certificate
+from sopdeploy_export.capture.program import Captures
+from sopdeploy_export.prove import certificate, copy
 from sopdeploy_export.prove.repetition import CALLS, prove_repetition
 from tests.docs.reading import ROOT
 
@@ -114,6 +115,7 @@ def test_the_page_of_concepts_lists_the_statements_of_the_certificate() -> None:
     lines = [f"{number}. **{name}.** {sentence}" for number, (name, sentence) in listed]
     page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     assert " ".join(lines) in " ".join(page.split())
+    assert f"**Copy.** {copy.STATEMENT}" in page
 
 
 def test_a_certificate_repeats_the_calls(
@@ -122,5 +124,5 @@ def test_a_certificate_repeats_the_calls(
     repeated = []
     monkeypatch.setattr(certificate, "prove_repetition", lambda network, *_: repeated.append(network))
     network = make("resnet8")
-    certificate.certify(network, network, preprocess, probes)
+    certificate.certify(network, network, Captures(preprocess), probes)
     assert repeated == [network]

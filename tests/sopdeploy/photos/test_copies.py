@@ -19,14 +19,13 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
 from sopdeploy.photos.copies import (
     NO_PAIRS,
-    Copies,
     NearDuplicates,
-    _upper_bound,
     connect,
-    find_pairs,
+    find_near_duplicates,
     find_turned,
     group_photographs,
     shrink,
+    signature,
 )
 from sopdeploy.photos.folder import list_classes, open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen, hash_images
@@ -97,134 +96,96 @@ def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies:
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
 
-def test_the_copies_that_measure_the_threshold_keep_85_or_70_percent_of_each_side_equally_often():
-    keys = [f"image {number}" for number in range(80)]
-    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (80, 200, 200))
-    copies = Copies.choose(ArrayImages(("a",), ramp, np.zeros(80, np.int64)), keys)
-    pixels = [copies.photo(index).pixels.convert("L") for index in range(10)]
-    spreads = [float(np.ptp(np.asarray(one, float))) for one in pixels]
-    assert sorted(spread / 1.15 / 200 for spread in spreads) == pytest.approx(
-        5 * [0.7] + 5 * [0.85], abs=0.02
-    )
+def compare(images: list[Image.Image], classes: list[int]) -> NearDuplicates:
+    """Find the near-duplicates among *images*, by their edges as vectors."""
+    small = np.stack([shrink(image) for image in images])
+    views = np.stack([signature(one) for one in small])[:, None]
+    hashes = [image.tobytes().hex() for image in images]
+    return find_near_duplicates([views], small, np.asarray(classes), hashes)
 
 
-def test_an_added_image_changes_few_copies():
-    ramp = np.random.default_rng(0).integers(0, 256, (89, 20, 20, 3), dtype=np.uint8)
-    keys = [f"image {number}" for number in range(89)]
-    before, after = (
-        Copies.choose(ArrayImages(("a",), ramp[chosen], np.zeros(count, np.int64)), keys[chosen])
-        for count, chosen in ((88, slice(1, None)), (89, slice(None)))
-    )
-    kept = {before.read(index) for index in range(10)} & {after.read(index) for index in range(10)}
-    assert len(kept) >= 9
+def pairs_of(found: NearDuplicates) -> list[list[int]]:
+    """List the pairs, each once and in ascending order, sorted."""
+    return np.unique(np.sort(found.pairs, axis=0), axis=1).T.tolist()
 
 
-def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
-    random, classes = np.random.default_rng(0), np.arange(40) % 4
-    vectors = np.eye(4, 16)[classes] + 0.01 * random.normal(size=(40, 16))
-    originals = np.arange(8)
-    copies = random.normal(size=(8, 16))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes))).pairs
-    assert (pairs[0] == pairs[1]).all()
+def captioned(image: Image.Image) -> Image.Image:
+    """Cover the lowest part of *image*."""
+    covered = image.copy()
+    covered.paste("white", (0, 102, 160, 120))
+    return covered
 
 
-def test_pairs_are_the_same_however_many_images_are_compared_at_once(monkeypatch: pytest.MonkeyPatch):
-    random = np.random.default_rng(0)
-    vectors = np.repeat(random.normal(size=(30, 3, 64)), 2, axis=0)  # three views
-    found, classes = [], np.arange(60) % 4
-    for cosines in (60 * 60, 60 * 7, 1):
-        monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
-        found.append(find_pairs([vectors], [vectors[:8, 0]], np.arange(8), classes, range(60)).pairs.tolist())
-    assert found[0] == found[1] == found[2]
-    assert len(found[0][0]) >= 60
+CHANGES = {
+    "encoded": lambda image: Image.open(io.BytesIO(encoded(image))),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "cropped": lambda image: image.crop((8, 6, 144, 108)),
+    "turned by 3 degrees": lambda image: image.rotate(3, Image.Resampling.BICUBIC).crop((10, 10, 150, 110)),
+    "captioned": captioned,
+    "mirrored": ImageOps.mirror,
+}
 
 
-def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
-    random, classes = np.random.default_rng(0), np.arange(60) % 4
-    vectors = random.normal(size=(60, 64))
-    vectors[1:25:8] = vectors[:24:8] + 0.05 * random.normal(size=(3, 64))  # 3 photographs in two classes
-    originals = np.arange(30, 38)
-    copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, range(len(classes))).pairs
-    assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_photograph_is_found_in_either_class_and_others_are_not(change: str):
+    images = [scene(number) for number in range(20)]
+    copies = [CHANGES[change](images[number]) for number in (3, 8)]
+    assert pairs_of(compare(images + copies, [0, 1] * 11)) == [[3, 20], [8, 21]]
 
 
-@pytest.mark.parametrize(("scenes", "times"), [(3, 3), (3, 4), (2, 4), (12, 2)])
-def test_copies_are_found_in_a_folder_with_one_class(scenes: int, times: int):
-    random, count = np.random.default_rng(0), scenes * times
-    vectors = np.repeat(random.normal(size=(scenes, 64)), times, axis=0)
-    vectors += 0.05 * random.normal(size=vectors.shape)
-    originals = np.arange(0, count, max(1, count // 8))
-    copies = vectors[originals] + 0.3 * random.normal(size=(len(originals), 64))
-    one_class = np.zeros(count, np.int64)
-    pairs = find_pairs([vectors[:, None]], [copies], originals, one_class, range(count)).pairs
-    assert connect(count, pairs).tolist() == [number // times for number in range(count)]
+def test_all_copies_of_a_photograph_are_its_group():
+    changes = [change for name, change in CHANGES.items() if name not in {"cropped", "captioned"}]
+    images = [scene(number) for number in range(12)]
+    copies = [change(image).resize((160, 120)) for image in images for change in changes]
+    groups = connect(60, compare(images + copies, [number % 2 for number in range(60)]).pairs)
+    assert groups.tolist() == [*range(12), *np.repeat(np.arange(12), 4)]
 
 
-def test_identical_images_of_two_classes_do_not_raise_the_threshold():
-    random, classes = np.random.default_rng(0), np.arange(60) % 2
-    vectors = np.repeat(random.normal(size=(30, 64)), 2, axis=0)  # every image is in both classes
-    vectors[1] += 0.05 * random.normal(size=64)  # but this one is a near-duplicate
-    photographs = [0, 1, *np.repeat(np.arange(1, 30), 2) + 1]
-    originals = np.arange(30, 38)
-    copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([vectors[:, None]], [copies], originals, classes, photographs).pairs
-    expected = {(first, second) for first in range(60) for second in range(60) if first // 2 == second // 2}
-    assert set(map(tuple, pairs.T.tolist())) == expected
+def test_objects_before_one_background_are_not_grouped_and_their_class_is_named():
+    scenes, objects = [scene(number) for number in range(12)], [scene(50) for _ in range(12)]
+    for number, image in enumerate(objects):
+        image.paste((250, 10, 10), (10 * number, 50, 10 * number + 14, 64))
+    found = compare(scenes + objects, [0] * 12 + [1] * 12)
+    assert not found.pairs.size
+    assert found.alike.tolist() == [False] * 12 + [True] * 12
 
 
-# Clips of a class, frames of a clip, single photographs of the class, and what the clips of a class end with.
-CLIPS = [(1, 30, 0, 0), (1, 4, 0, 0), (2, 12, 0, 0), (3, 10, 0, 0), (10, 4, 0, 0), (1, 15, 10, 0)]
-CLIPS += [(2, 10, 5, 0), (0, 0, 30, 0), (2, 4, 0, 2)]
-
-
-@pytest.mark.parametrize(("clips", "frames", "singles", "end"), CLIPS)
-def test_the_frames_of_a_clip_are_a_group_however_many_pairs_of_a_class_they_are(
-    clips: int, frames: int, singles: int, end: int
-):
-    random, vectors, classes, scenes = np.random.default_rng(0), [], [], []
-    for one_class, center in enumerate(0.5 * random.normal(size=(3, 64))):
-        last = end * random.normal(size=64) if end else 0
-        for number in range(clips + singles):
-            scene, drift = center + random.normal(size=64), 0.5 * random.normal(size=64) + last
-            count = frames if number < clips else 1
-            times = np.linspace(0, 1, count)[:, None]  # the camera moves
-            vectors += [*(scene + times * drift + 0.1 * random.normal(size=(count, 64)))]
-            classes += [one_class] * count
-            scenes += [f"{one_class} {number}"] * count
-    originals = np.arange(0, len(classes), max(1, len(classes) // 8))
-    copies = np.asarray(vectors)[originals] + 0.4 * random.normal(size=(len(originals), 64))
-    views = [np.asarray(vectors)[:, None]]
-    found = find_pairs(views, [copies], originals, np.asarray(classes), range(len(classes)))
-    groups = connect(len(classes), found.pairs)
-    assert groups.tolist() == [list(dict.fromkeys(scenes)).index(scene) for scene in scenes]
-    assert not found.alike.any()
-
-
-def film(clips: int, frames: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw *clips* of a standing camera in two classes: vectors, copies with *noise*, and their originals."""
-    random = np.random.default_rng(0)
-    vectors = np.repeat(random.normal(size=(2 * clips, 64)), frames, axis=0)
-    vectors += 0.1 * random.normal(size=vectors.shape)
-    originals = np.arange(0, len(vectors), len(vectors) // 8)
-    return vectors, vectors[originals] + noise * random.normal(size=(len(originals), 64)), originals
-
-
-def test_one_of_many_pairs_of_frames_does_not_join_clips_of_different_objects():
-    clips, frames = 6, 10
-    vectors, copies, originals = film(clips, frames, noise=1.5)
-    vectors[5] += 0.7 * vectors[15]  # for a moment, a clip resembles another one of its class
-    classes, numbers = np.arange(2 * clips * frames) // (clips * frames), range(2 * clips * frames)
-    found = find_pairs([vectors[:, None]], [copies], originals, classes, numbers)
-    assert connect(len(classes), found.pairs).tolist() == [number // frames for number in numbers]
-
-
-def test_classes_of_one_clip_are_named_if_its_frames_could_be_different_objects():
-    vectors, copies, originals = film(clips=1, frames=12, noise=0.4)
-    classes = np.arange(24) // 12
-    found = find_pairs([vectors[:, None]], [copies], originals, classes, range(24))
-    assert connect(24, found.pairs).tolist() == [*range(24)]
+def test_where_images_look_alike_only_nearly_equal_ones_are_copies():
+    images = [scene(50) for _ in range(12)]
+    for number, image in enumerate(images):  # a bit less than half of each image is its own
+        image.paste(scene(number).resize((100, 96)), (30, 12))
+    copies = [ImageEnhance.Brightness(images[0]).enhance(0.9), captioned(captioned(images[1]).rotate(180))]
+    found = compare(images + copies, [0] * 14)
+    assert pairs_of(found) == [[0, 12]]
     assert found.alike.all()
+
+
+def test_equal_images_are_compared_once():
+    images = [scene(number) for number in range(6)] * 10 + [CHANGES["darker"](scene(2))]
+    assert pairs_of(compare(images, [0, 1] * 30 + [0])) == [[2, 60]]
+
+
+def test_candidates_are_the_same_however_many_images_are_compared_at_once(monkeypatch: pytest.MonkeyPatch):
+    images, found = [scene(number) for number in range(20)] + [CHANGES["darker"](scene(4))], []
+    for cosines in (21 * 21, 21 * 5, 1):
+        monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
+        found.append(pairs_of(compare(images, [0] * 21)))
+    assert found == [[[4, 20]]] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_folder_of_one_or_two_images_has_no_near_duplicates(count: int):
+    assert not compare([scene(number) for number in range(count)], [0] * count).pairs.size
+
+
+def test_an_image_that_resembles_a_corner_of_another_one_is_its_candidate():
+    random = np.random.default_rng(0)
+    views = random.normal(size=(60, 5, 64))
+    views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
+    small = np.stack([shrink(scene(number)) for number in range(60)])
+    small[24] = shrink(scene(3).crop((60, 45, 160, 120)))
+    found = find_near_duplicates([views], small, np.arange(60) % 4, list(map(str, range(60))), 1)
+    assert pairs_of(found) == [[3, 24]]
 
 
 @pytest.mark.parametrize("choice", [[NONE, 0, NONE, 3, 0], [NONE] * 5])
@@ -251,7 +212,7 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
         monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
-    monkeypatch.setattr("sopdeploy.photos.copies.find_pairs", lambda *_: NO_DUPLICATES)
+    monkeypatch.setattr("sopdeploy.photos.copies.find_near_duplicates", lambda *_: NO_DUPLICATES)
     images = list_classes(tmp_path).images
     choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
@@ -259,16 +220,6 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
         sides.setdefault(Path(path.decode()).stem, set()).add(bool(group != NONE))
     assert {len(side) for side in sides.values()} == {1}
     assert len(set(choice[choice != NONE].tolist())) == 9
-
-
-def test_an_image_that_equals_a_corner_of_another_one_is_its_crop():
-    random, classes = np.random.default_rng(0), np.arange(60) % 4
-    views = random.normal(size=(60, 5, 64))
-    views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
-    originals = np.arange(30, 38)
-    copies = views[originals, 2] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([views], [copies], originals, classes, range(len(classes))).pairs
-    assert [pair for pair in pairs.T.tolist() if pair[0] != pair[1]] == [[3, 24]]
 
 
 def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
@@ -389,7 +340,7 @@ def test_a_split_and_a_check_read_each_photograph_once(tmp_path: Path, monkeypat
     ):
         reads.clear()
         use()
-        assert 48 <= len(reads) <= 48 + 8  # of eight, copies are made to measure how similar copies are
+        assert len(reads) == 48
 
 
 def test_train_lists_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -434,7 +385,7 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     leaked = next(group.files for group in across if any("leak" in file for file in group.files))
     assert {Path(file).name for file in leaked} == {"5.png", "5-0.jpg", "leak.jpg"}
     shown = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near"])
-    assert "copies of one photograph" in shown.stdout
+    assert "with at least 60 % of equal parts" in shown.stdout
     listed = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near", "--json"])
     assert len(json.loads(listed.stdout)["near"]) == len(found.near)
 
@@ -470,7 +421,7 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     ImageOps.mirror(scene(3)).save(root / "cat" / "mirror.png")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
-    assert near_by_command(root) == ([], [EDGES_MISS])
+    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
     repository = cache / "models--timm--tf_efficientnet_lite0.in1k"
     weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"
     for folder in (repository / "refs", weights.parent):
@@ -480,17 +431,16 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     network = create_model("efficientnet-lite0", num_classes=1000)
     safetensors.torch.save_file(network.state_dict(), weights)
 
-    def compare(views: list[np.ndarray], copies: list[np.ndarray], *_: np.ndarray) -> NearDuplicates:
+    def compare_features(views: list[np.ndarray], *_: np.ndarray) -> NearDuplicates:
         assert [view.shape[:2] for view in views] == [(25, 5)] * 2  # of two maps: whole, corners
-        assert [len(part) for part in copies] == [8] * 2
-        assert all(np.ptp(part, axis=0).max() > 0 for part in (*views, *copies))
-        # Features of random weights do not show which images are copies.
-        return NearDuplicates(np.asarray([[5], [12]]), np.zeros(25, np.bool_))
+        assert all(np.ptp(part, axis=0).max() > 0 for part in views)
+        # Features of random weights do not show which images are similar.
+        return NearDuplicates(np.asarray([[0], [1]]), np.zeros(25, np.bool_))
 
-    monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)
-    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [])
+    monkeypatch.setattr("sopdeploy.training.few_shot.copies.find_near_duplicates", compare_features)
+    assert near_by_command(root) == ([{"0.png", "1.png"}], [])
     monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
-    assert near_by_command(root) == ([], [EDGES_MISS])
+    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
 
 
 @pytest.fixture
@@ -561,34 +511,6 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
     assert check_data(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
 
 
-@pytest.mark.parametrize("copied", [0, 20, 60, 120])
-def test_copies_are_found_however_many_have_other_labels(copied: int):
-    random, classes = np.random.default_rng(0), np.arange(300) % 4
-    vectors = random.normal(size=(300, 64))
-    noise = 0.2 * random.normal(size=(copied + 1, 64))
-    vectors[copied : 2 * copied] = np.roll(vectors[:copied], 1, axis=0) + noise[1:]  # with other labels
-    vectors[-2] = vectors[-6] + noise[0]  # a copy within a class
-    originals = np.arange(16)
-    copies = vectors[originals] + 0.4 * random.normal(size=(16, 64))
-    found = find_pairs([vectors[:, None]], [copies], originals, classes, range(300))
-    groups = connect(300, found.pairs)
-    assert groups[copied : 2 * copied].tolist() == np.roll(groups[:copied], 1).tolist()
-    assert groups[-2] == groups[-6]
-    assert len(set(groups.tolist())) == 300 - copied - 1
-
-
-def test_photographs_of_classes_that_look_alike_are_not_named_as_copies_with_different_labels():
-    random, classes = np.random.default_rng(0), np.arange(80) % 4
-    vectors = random.normal(size=(80, 64))
-    alike = np.arange(0, 40, 4)  # half of the first class resemble images of the next one
-    vectors[alike + 1] = vectors[alike] + 0.9 * random.normal(size=(10, 64))
-    vectors[2] = vectors[3] + 0.05 * random.normal(size=64)  # a copy with another label
-    originals = np.arange(40, 56)
-    copies = vectors[originals] + 0.4 * random.normal(size=(16, 64))
-    certain = find_pairs([vectors[:, None]], [copies], originals, classes, range(80)).certain
-    assert {(int(one), int(other)) for one, other in certain.T if one < other} == {(2, 3)}
-
-
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", range(4))
 def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(turns: int, *, mirrored: bool):
@@ -596,15 +518,11 @@ def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(turns: 
     turned = np.rot90(scenes[7][:, ::-1] if mirrored else scenes[7], turns)
     copy = Image.open(io.BytesIO(encoded(Image.fromarray(turned).resize((72, 72)), 60)))
     darker = np.asarray(ImageEnhance.Brightness(copy).enhance(0.85).resize((120, 120)))
-    small = np.stack([shrink(np.ascontiguousarray(one)) for one in (*scenes, darker)])
+    small = np.stack([shrink(Image.fromarray(np.ascontiguousarray(one))) for one in (*scenes, darker)])
     assert find_turned(small).T.tolist() == [[7, 20]]
 
 
 def test_plain_images_are_no_copies_of_each_other():
     plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
-    assert not find_turned(np.stack([shrink(one) for one in (*plain, *scenes)])).size
-
-
-def test_a_bound_of_cosines_is_at_most_one():
-    assert _upper_bound(np.asarray([0.1, 0.5, 0.9, 0.95, 0.99], np.float32)) == 1.0
+    assert not find_turned(np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])).size

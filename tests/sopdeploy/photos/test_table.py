@@ -47,6 +47,8 @@ def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, li
         "\ufeff" + GOOD.replace("\n", "\r\n"),
         'classes,file\n"cat|dog",./a.png\n\n,b.png\ndog,sub/c.png\n',
         'file, Classes \na.png, "cat|dog"\nb.png, \nsub\\c.png, dog\n',
+        "file_name,label\na.png,cat;dog\nb.png,\nc.png,dog\n",
+        "image_id\tclasses\na\tcat ; dog\nb\t\nc\tdog\n",
     ],
 )
 def test_targets_have_a_one_for_every_class_of_an_image(folder: Path, text: str) -> None:
@@ -249,3 +251,55 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
     assert found["notes"] == [f"not listed in labels.csv: 1 image: {folder / 'd.png'}"]
     assert "sub/c.png: this is not an image" in found["unreadable"][0]
     assert "cat: only one image" in found["too_few"][0]
+
+
+def test_a_name_of_two_images_needs_its_folder(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "sub" / "a.png")
+    with pytest.raises(
+        DataError, match=r"line 2: 'a' is not the path of an image.* or the name of one image"
+    ):
+        open_folder(write(folder, "file,classes\na,cat\nb,dog\n"))
+    assert rows(write(folder, "file,classes\na.png,cat\nb,dog\n")) == {"a.png": [1, 0], "b.png": [0, 1]}
+
+
+LISTED = [f"{label}_{number:03}" for label in ("nevus", "melanoma") for number in range(6)]
+TABLES = {
+    "HAM_metadata.csv": "image_id,dx\n" + "".join(f"{name},{name[:5]}\n" for name in LISTED),
+    "list.txt": "".join(f"{name}.png {number}\n" for number, name in enumerate(LISTED)),
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": f"{name}.png", "text": "x"}) + "\n" for name in LISTED
+    ),
+    "_annotations.coco.json": json.dumps({"images": [{"file_name": f"all/{name}.png"} for name in LISTED]}),
+    "anything.tsv": "\n".join(f"x\ty/{name}.png" for name in LISTED),
+}
+
+
+@pytest.mark.parametrize("layout", ["shards", "one folder", "train"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_lists_the_images_is_named_with_the_next_step(
+    tmp_path: Path, name: str, layout: str
+) -> None:
+    for number, image in enumerate(LISTED):
+        shard = {"shards": f"part_{number % 2}", "one folder": "images", "train": "train"}[layout]
+        (tmp_path / shard).mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), (9 * number, 9, 9)).save(tmp_path / shard / f"{image}.png")
+    beside = tmp_path / "train" if layout == "train" else tmp_path
+    (beside / name).write_text(TABLES[name], encoding="utf-8")
+    if layout == "shards":
+        told = "\n".join(open_folder(tmp_path).notes)
+    else:
+        with pytest.raises(DataError) as caught:
+            open_folder(tmp_path)
+        told = str(caught.value)
+    assert f"{beside / name}: lists the images, but is not read; if the classes are in it, save it" in told
+    assert f"{tmp_path}/labels.csv with the columns file,classes" in told
+
+
+@pytest.mark.parametrize("text", ["", "one cat and two dogs, photographed in 2026\n", "1,2,3\n4,5,6\n"])
+def test_a_text_that_lists_no_images_is_not_named(tmp_path: Path, text: str) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(tmp_path / label / f"{number}.png")
+    (tmp_path / "notes.txt").write_text(text, encoding="utf-8")
+    assert not [note for note in open_folder(tmp_path).notes if "lists the images" in note]

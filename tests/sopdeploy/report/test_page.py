@@ -42,7 +42,8 @@ def page(run: Path) -> str:
 def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     reader = Reader(page)
     assert page.startswith("<!DOCTYPE html>")
-    assert {name for name, _ in reader.met} <= ALLOWED
+    assert {name for name, _ in reader.met} <= ALLOWED | {"a"}
+    assert all((found["href"] or "").startswith("#mistake-") for name, found in reader.met if name == "a")
     images = [found for name, found in reader.met if name == "img"]
     assert all(re.match("data:image/(jpeg|svg.xml);base64,", image["src"] or "") for image in images)
     assert all(image.get("alt") for image in images)
@@ -63,11 +64,21 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(ru
     assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), "half an epoch"
     assert '<td class="number zero"><bdi>0</bdi></td>' in page
     photographs = [found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")]
-    assert 0 < len(photographs) <= 24
+    assert 0 < len(photographs) <= 60
     image = Image.open(io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2])))
     assert (image.format, max(image.size) <= 128) == ("JPEG", True)
+    pairs = [tuple(re.findall(r"(?:^|predicted as )(\w+) \(", found["alt"] or "")) for found in photographs]
     confidences = [float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs]
-    assert confidences == sorted(confidences, reverse=True)
+    best = [confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)]  # each pair is together
+    assert best == sorted(best, reverse=True)
+    assert all(
+        confidence <= confidences[pairs.index(pair)]
+        for pair, confidence in zip(pairs, confidences, strict=True)
+    )
+    links = re.findall('<a href="#(mistake-[0-9]+-[0-9]+)">[0-9]+</a>', page)
+    anchors = re.findall('<figure id="(mistake-[0-9]+-[0-9]+)">', page)
+    assert len(anchors) == len(dict.fromkeys(pairs)) == len(set(links)) > 1
+    assert set(links) == set(anchors)
 
 
 def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: None) -> None:
@@ -111,9 +122,15 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
 
 
 SENTENCES = {
-    "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right."),
-    "nearly all": (Rate.of(987, 1000), "About 98 of 100 new photographs like these will be right."),
-    "all that were seen": (Rate.of(40, 40), "Nearly all new photographs like these will be right."),
+    "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right; likely 74 to 89 %."),
+    "nearly all": (
+        Rate.of(987, 1000),
+        "About 98 of 100 new photographs like these will be right; likely 98 to 99 %.",
+    ),
+    "all that were seen": (
+        Rate.of(40, 40),
+        "Nearly all new photographs like these will be right; likely 91 to 100 %.",
+    ),
     "the mAP of an epoch": (
         0.25,
         "On new photographs like these, the mean average precision will be 25\N{NO-BREAK SPACE}%.",
@@ -128,7 +145,8 @@ def test_the_first_sentence_says_what_the_score_means(case: str) -> None:
     assert describe_in_a_sentence(score) == text
     if score is not None:
         selected = describe_in_a_sentence(score, is_selected=True).lower()
-        assert selected.replace("at most ", "") == text.lower().replace("about ", "")
+        without_interval = text.partition(";")[0].rstrip(".").lower() + "."
+        assert selected.replace("at most ", "") == without_interval.replace("about ", "")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,9 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
 ) -> None:
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header)
-    assert re.fullmatch(r"\d of 10 new photographs like these will be right\.", sentences[0])  # corrected
+    assert re.fullmatch(
+        r"\d of 10 new photographs like these will be right; likely \d+ to \d+ %\.", sentences[0]
+    )  # corrected
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
     matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)

@@ -31,7 +31,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, r
 from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
-from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
@@ -48,6 +48,7 @@ from sopdeploy.training.few_shot.classifier import (
     unit_length,
 )
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
+from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.run import select_typical
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
@@ -230,6 +231,31 @@ def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images
     heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
     losses = [Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean() for head in heads]
     assert losses[0] <= losses[1]
+
+
+def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
+    features, classes = blobs(400)
+    features += np.random.default_rng(1).normal(size=features.shape)  # so that more photographs help
+    kept = np.concatenate([np.flatnonzero(classes == label)[: 2 if label == 3 else 12] for label in range(4)])
+    targets = softmax_targets(classes[kept])
+    problem = problem_of([features[kept]], targets)
+    validation = problem.cross_validate(targets.folds(list(map(str, kept)), 10, 0))
+    scaling = Scaling.fit([validation], targets)
+    right = problem.logits(validation, scaling).argmax(axis=1) == classes[kept]
+    labels = ("bar", "gym", "hall", "hotel")
+    few, *others = estimate_gains(problem, scaling.excess, np.arange(len(kept)), right, labels)
+    assert (few.label, few.count, few.more) == ("hotel", 2, 5)
+    assert few.describe().startswith("2 of hotel: about ")
+    with_five = np.concatenate([kept[:-2], np.flatnonzero(classes == 3)[:5]])
+    of_class, found = classes == 3, []
+    for chosen in (kept, with_five):
+        head = problem_of([features[chosen]], softmax_targets(classes[chosen])).fit_all(scaling)
+        found.append(float((head.logits(features)[of_class].argmax(axis=1) == 3).mean()))
+    assert few.found < few.then
+    assert [few.found, few.then] == pytest.approx(found, abs=0.15)
+    assert all(gain.more == 2 * gain.count == 24 for gain in others)
+    several = replace(problem, targets=replace(targets, activation="sigmoid"))
+    assert estimate_gains(several, 0.0, np.arange(len(kept)), right, labels) == ()
 
 
 def test_copies_of_a_photograph_count_once_in_the_correction():
@@ -470,7 +496,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: P
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
     assert result.procedure.alike == (sorted(COLORS)[0],)
-    alike = f"the images of {sorted(COLORS)[0]} resemble each other as frames of one clip do"
+    alike = f"the images of {sorted(COLORS)[0]} look too much alike to find copies"
     assert alike in "\n".join(result.procedure.lines())
 
 
@@ -600,7 +626,7 @@ def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image
     for number in range(12):
         shutil.copy(photos / "red" / "0.png", photos / "red" / f"copy{number}.png")
     shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
-    monkeypatch.setattr(ImageFiles, "decode", None)  # the features need no image of any size
+    monkeypatch.setattr(Photo, "pixels", None)  # the features need no image of any size
     settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
     assert result.contradictions == ("blue/copy.png = red/0.png",)
@@ -898,3 +924,17 @@ def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
     random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
     own = unit_length(np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50)))
     assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
+
+
+def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
+    root = paint(tmp_path / "photos", 16)
+    one, other = sorted(COLORS)[0], root / "zebra"
+    other.mkdir()
+    for number in range(0, 16, 2):
+        (root / one / f"{number}.png").rename(other / f"{number}.png")
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"])
+    result = train_recipe(recipe, tmp_path / "run").procedure
+    assert result.confused == ((one, "zebra"),)
+    assert f"{one} and zebra are taken for each other as by chance; if they show one thing" in "\n".join(
+        result.lines()
+    )

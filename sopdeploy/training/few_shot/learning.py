@@ -1,0 +1,71 @@
+"""What more photographs of a class would give: classes of the folder are reduced, and found less often."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearProblem
+from sopdeploy.training.results import Gain
+
+ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
+MIN_JUDGED = 20  # photographs; a share of fewer says little
+MAX_REDUCED = 20  # classes, by lot
+PRIOR = 4  # photographs of average classes that judge a class, too
+CLEAR, MAX_GAINS = 0.03, 3  # smallest gain of a class of `ENOUGH` photographs, and number of them
+
+
+def found_when_reduced(problem: LinearProblem, excess: float, number: int) -> NDArray[np.bool_]:
+    """Tell which photographs are found if their class has only *number* others, and all classes keep theirs.
+
+    Each class is reduced in turn; its other photographs are judged, one of each group.
+    """
+    random, labels_N = np.random.default_rng(number), problem.targets.strata
+    groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
+    found_K = [np.zeros(0, np.bool_)]
+    for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
+        of_class = random.permutation(np.flatnonzero(labels_N == label))
+        different = of_class[np.unique(groups_N[of_class], return_index=True)[1]]
+        kept, judged = different[:number], different[number:]
+        if len(kept) == number and len(judged):
+            fitted_N = labels_N != label
+            fitted_N[kept] = True
+            head = problem.moments(fitted_N).discriminate("softmax")
+            scores = problem.reduced[judged] @ head.weight.T + head.bias(excess)
+            found_K.append(scores.argmax(axis=1) == label)
+    return np.concatenate(found_K)
+
+
+def estimate_gains(
+    problem: LinearProblem, excess: float, judged: Indices, right: NDArray[np.bool_], labels: tuple[str, ...]
+) -> tuple[Gain, ...]:
+    """Estimate what more photographs of a class would give: of those with few, and of those that gain most.
+
+    *right* tells which of the *judged* images are classified correctly by a head without them. A class with
+    fewer than `ENOUGH` photographs is found as the others are with as few. The errors of another one fall
+    with twice as many as they fall on average between half of the photographs and all. Nothing is estimated
+    of more than `MAX_RANK` images, or with several classes per image.
+    """
+    classes_NK = problem.targets.classes
+    if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):
+        return ()
+    numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).discriminate("softmax").numbers
+    numbers_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(int)
+    judged_K, error_K = classes_NK[judged].sum(axis=0), classes_NK[judged][~right].sum(axis=0)
+    half = max(1, int(np.median(numbers_K)) // 2)
+    found: dict[int, float] = {}
+    for number in {half, ENOUGH, *numbers_K[(numbers_K > 0) & (numbers_K < ENOUGH)].tolist()}:
+        of_number = found_when_reduced(problem, excess, number)
+        if len(of_number) >= MIN_JUDGED:
+            found[number] = float(of_number.mean())
+    mean_error = float((~right).mean())
+    remaining = min(1.0, mean_error / max(1e-9, 1 - found.get(half, 1.0)))
+    few, others = [], []
+    for label, number, judged_of, errors in zip(labels, numbers_K.tolist(), judged_K, error_K, strict=True):
+        if 0 < number < ENOUGH and number in found and found[number] < found.get(ENOUGH, 0.0):
+            few.append(Gain(label=label, count=number, found=found[number], more=ENOUGH, then=found[ENOUGH]))
+        elif number >= ENOUGH:
+            error = (errors + PRIOR * mean_error) / (judged_of + PRIOR)
+            then = 1 - error * remaining
+            others.append(Gain(label=label, count=number, found=1 - error, more=2 * number, then=then))
+    others = [gain for gain in others if gain.then - gain.found >= CLEAR]
+    others.sort(key=lambda gain: gain.found - gain.then)
+    return (*few, *others[:MAX_GAINS])
