@@ -105,7 +105,7 @@ class NetworkExportOptions(NetworkOptions):
     labels: Path | None = None
     """File with one class name per line, or in JSON; by default class_to_idx of the weight file."""
     allow_constants: bool = False
-    """Accept large tensors that are neither weights nor buffers, without --plain."""
+    """Accept large tensors that are neither weights nor buffers."""
 
     several_classes: bool = False
     """An image may have several classes: the logits are those of sigmoids."""

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
@@ -68,6 +68,20 @@ def test_network_that_is_not_its_graph_is_refused_in_one_line(group: str, name: 
         export(network, plain, tmp_path, **({} if group == "SIZES" else {"options": QUICK}))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+TABLE = torch.linspace(0, 1, 2 * u.WIDTH * u.CLASSES).reshape(2, u.WIDTH, u.CLASSES)
+
+
+class ReadsTable(u.Small):
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        return self.fc(features) + features @ TABLE[0]
+
+
+def test_a_global_tensor_that_the_plain_network_reads_too_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SopdeployError, match=r"is no parameter or buffer, .*; try allow_constants=True$"):
+        export(build(ReadsTable), lambda: ReadsTable(branch=False), tmp_path, options=QUICK)
 
 
 def unseen_images() -> NDArray[np.uint8]:

@@ -136,6 +136,8 @@ Image resize(const Image& image, int width, int height, const std::string& inter
 
 // The network's input (crop, crop, 3) by the rules `preprocess` of the manifest.
 std::vector<uint8_t> preprocess(const Image& image, const json& rules) {
+  if (rules.value("decoding", "full") != "full")
+    throw std::runtime_error("this program decodes all pixels of a JPEG; train with preprocess.decoding=full");
   const int crop = rules["crop"];
   const std::string fit = rules.value("fit", "crop");
   const int shorter = std::min(image.width, image.height), longer = std::max(image.width, image.height);

@@ -88,7 +88,10 @@ function nearest(value) {
 
 // The network's input (crop, crop, 3) by the rules `preprocess` of the manifest.
 function preprocess(image, rules) {
-  const { crop, fit = "crop" } = rules;
+  const { crop, fit = "crop", decoding = "full" } = rules;
+  if (decoding !== "full") {
+    throw new Error("this program decodes all pixels of a JPEG; train with preprocess.decoding=full");
+  }
   const [shorter, longer] = [image.width, image.height].sort((a, b) => a - b);
   let [small, large] = [crop, crop];
   if (fit === "crop") [small, large] = [rules.resize, Math.max(1, Math.trunc((rules.resize * longer) / shorter))];

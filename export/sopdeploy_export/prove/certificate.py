@@ -115,9 +115,8 @@ def certify(
     """Prove statements 1 to 5: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the proof; the programs of the networks: `trained`, `detached`, and `plain` or
-    `rebuilt` if it exists; and their outputs. Raises `CertificateError` with the violated statement; no
-    network is changed.
+    declares its own. Returns the proof, the programs by network and their outputs; the trained network stands
+    for a detached one. Raises `CertificateError` with the violated statement; no network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
@@ -125,7 +124,6 @@ def certify(
     with hashing_once():  # at the end, `check_unchanged` computes all hashes again
         on_step(announce("Tensors"))
         check_torch_state()
-        # Without a detached network, also the training-only parts, which have no tensors, must be in order.
         compared = {"trained": Prepared.of("trained", trained, parts)}
         if detached is not trained:
             compared["detached"] = Prepared.of("detached", detached)
@@ -146,7 +144,7 @@ def certify(
     deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
     outputs = prove_outputs(deployed, probes)
     on_step(announce("Repetition"))
-    prove_repetition(shipped.network, captures.preprocess, probes)
+    prove_repetition(shipped.network, captures.preprocess, probes, detachment.written)
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, needed)
@@ -163,7 +161,6 @@ def certify(
         batches=outputs.sizes,
         num_images=len(probes),
     )
-    # Without a detached network, the trained one stands for it.
     return proof, {"detached": programs["trained"], **programs}, outputs
 
 

@@ -83,9 +83,15 @@ def prove_copy(
     return programs
 
 
-def check_constants(programs: Programs, network: nn.Module) -> None:
-    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
+def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | None = None) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered.
+
+    With a *plain* network, which has been built, only a tensor counts that both networks hold: a global
+    variable, for example, makes both graphs equal whatever its values are.
+    """
     registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
+    of_plain = {} if plain is None else held_tensors(plain)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in of_plain.values()}
     for program in (programs.any_batch, programs.batch_of_one):
         users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
         for spec in program.graph_signature.input_specs:
@@ -94,12 +100,13 @@ def check_constants(programs: Programs, network: nn.Module) -> None:
                 continue
             if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
                 continue
-            if constant.untyped_storage().data_ptr() not in registered:  # nor is it a view of such a tensor
+            address = constant.untyped_storage().data_ptr()  # also that of a view
+            if address not in registered and (plain is None or address in shared):
                 held = held_tensors(network).items()
                 equal_paths = (path for path, tensor in held if tensor.equal(constant))
                 name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={"plain": None, "allow_constants": True},
+                    remedies={**({"plain": None} if plain is None else {}), "allow_constants": True},
                 )

@@ -74,7 +74,7 @@ BAD_BODIES = {
         "20 bytes of JPEG": JPEG_IMAGE[:20],
         "PNG without a width": png(0, 10),
         "PNG without its pixels": png(500, 500, depth=8),
-        "PNG with 20000 broken chunks": png(8, 8, extra=b"\0\0\0\0tEXt\0\0\0\0" * 20_000),
+        "PNG with 20000 broken chunks": png(8, 8, extra=b"\0\0\0\0TEXT\0\0\0\0" * 20_000),
         "PNG with a broken checksum": saved("PNG")[:29] + b"oops" + saved("PNG")[33:],
         "GIF without a width": b"GIF89a" + bytes(100),
     },

@@ -31,7 +31,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, r
 from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
-from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.distributed import Strategy
@@ -626,7 +626,7 @@ def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image
     for number in range(12):
         shutil.copy(photos / "red" / "0.png", photos / "red" / f"copy{number}.png")
     shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
-    monkeypatch.setattr(ImageFiles, "decode", None)  # the features need no image of any size
+    monkeypatch.setattr(Photo, "pixels", None)  # the features need no image of any size
     settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
     assert result.contradictions == ("blue/copy.png = red/0.png",)
@@ -938,3 +938,13 @@ def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
     assert f"{one} and zebra are taken for each other as by chance; if they show one thing" in "\n".join(
         result.lines()
     )
+
+
+def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", 4)
+    (photos / "red" / "0.png").write_bytes((photos / "red" / "0.png").read_bytes()[:60])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={photos}"])
+    result = train_recipe(recipe, tmp_path / "run").procedure
+    assert (result.class_counts["red"], result.left_out[0].split(": ")[0]) == (3, "red/0.png")
+    assert any("1 damaged image left out: red/0.png: " in line for line in result.lines())
+    assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result
