@@ -32,7 +32,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.network import modules
 
 STATELESS = "an exported network must be stateless"
-NOT_IN_EVAL = f"{STATELESS}: keep values only if self.training"
+NOT_IN_EVAL = f"{STATELESS}: keep values in local variables, or only if self.training"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
@@ -219,10 +219,14 @@ def object_id(value: object) -> ObjectId:
     return ObjectId(value, id(value), (len(value),) if isinstance(value, set) else ())
 
 
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paths that were added, removed or changed."""
+    return (path for path in {**before, **after} if before.get(path) != after.get(path))
+
+
 def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """Name the first path that was added, removed or changed."""
-    changed = (path for path in {**before, **after} if before.get(path) != after.get(path))
-    return next(changed, None)
+    return next(changes(before, after), None)
 
 
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -24,12 +24,14 @@ class Detachment:
         reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
+        written: The attributes that each run writes and no run reads.
     """
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
     reference: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
+    written: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":

@@ -22,6 +22,7 @@ from sopdeploy.images.formats import (
     image_error,
     jpeg_segments,
     open_image,
+    without_metadata,
 )
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 from sopdeploy.images.pixels import (
@@ -131,6 +132,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
+    body = without_metadata(body)  # as it was opened
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:

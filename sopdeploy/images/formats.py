@@ -9,6 +9,7 @@ import importlib
 import io
 import re
 import warnings
+import zlib
 from collections.abc import Collection, Iterator
 
 from PIL import Image
@@ -53,6 +54,15 @@ ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # T.81, table B.1
 SCAN = 0xDA
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length, and of the end
 MARKER_BYTES = 2
+COMMENT, END = 0xFE, 0xD9
+# Of the segments of applications, those that the colors depend on, with the least length that libjpeg reads.
+COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
+APPLICATION_1, EXIF, XMP = 0xE1, b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+# Of the chunks of PNG files that a decoder may ignore, those that hold frames, and texts with an orientation.
+FRAME_CHUNKS = {b"acTL", b"fcTL", b"fdAT"}
+TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
+TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
+MAX_TEXT = 1_000_000  # bytes of all such texts of a file, unpacked
 
 
 def open_image(
@@ -84,8 +94,10 @@ def open_image(
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
                     break
-        image = Image.open(io.BytesIO(body), formats=(detected,))
+        image = Image.open(io.BytesIO(without_metadata(body)), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
+        if detected == "JPEG":
+            image.info.update(_jpeg_orientation_info(body).items())
         if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
@@ -93,6 +105,79 @@ def open_image(
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
+
+
+def without_metadata(body: bytes) -> bytes:
+    """Leave out the metadata of the JPEG or PNG file *body* that its decoder does not need.
+
+    Pillow parses them, and refuses the image if they are damaged or large when unpacked. The decoders of
+    other formats do not read theirs. A PNG keeps what may tell the orientation.
+    """
+    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata}.get(body[:2])
+    parts, begin = [], 0
+    for start, end in () if find is None else find(body):
+        parts.append(body[begin:start])
+        begin = end
+    return b"".join((*parts, body[begin:])) if parts else body
+
+
+def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the segments before the first scan that `without_metadata` leaves out."""
+    for marker, position in jpeg_segments(body):
+        length = int.from_bytes(body[position : position + 2])
+        if marker in {SCAN, END} or length < 2 or position + length > len(body):
+            return
+        if marker == COMMENT or 0xE0 <= marker <= 0xEF:
+            name, least = COLOR_SEGMENTS.get(marker, (b"", MAX_BYTES))
+            if length - 2 < least or not body.startswith(name, position + 2):
+                yield position - MARKER_BYTES, position + length
+
+
+def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
+    """Read EXIF and XMP of the JPEG *body*, as Pillow has them in `info`, without parsing all tags."""
+    info: dict[str, bytes] = {}
+    for start, end in _jpeg_metadata(body):
+        content = start + MARKER_BYTES + 2
+        if body[start + 1] == APPLICATION_1 and body.startswith(EXIF, content):
+            info["exif"] = info.get("exif", EXIF) + body[content + len(EXIF) : end]
+        elif body[start + 1] == APPLICATION_1 and body.startswith(XMP, content):
+            info["xmp"] = body[content + len(XMP) : end]
+    return info
+
+
+def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the chunks that `without_metadata` leaves out."""
+    begin, remaining = 8, MAX_TEXT  # after the signature; bytes of texts that may be unpacked
+    while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
+        name, content = body[begin + 4 : begin + 8], slice(begin + 8, end - 4)
+        if name == b"IEND" or not name.isalpha():
+            return
+        if name[:1].islower() and name not in FRAME_CHUNKS:
+            is_needed = name == b"eXIf"
+            if name == b"tRNS":
+                is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
+            elif name in {b"tEXt", b"zTXt", b"iTXt"} and remaining and TEXTS.match(body, begin + 8):
+                remaining = max(0, remaining - _count_text(name, body[content], remaining))
+                is_needed = remaining > 0
+            checksum = int.from_bytes(body[end - 4 : end])
+            if not is_needed or zlib.crc32(body[begin + 4 : end - 4]) != checksum:
+                yield begin, end
+        begin = end
+
+
+def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
+    """Count the bytes of the text in the *content* of a *chunk* of a PNG: at most *limit*, also if damaged.
+
+    No more than *limit* bytes are unpacked. Source: the PNG specification, section 11.3.3.
+    """
+    text = content.partition(b"\0")[2]
+    if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
+        return min(len(content), limit)
+    method, packed = (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
+    try:
+        return limit if method != b"\0" else len(zlib.decompressobj().decompress(packed, limit))
+    except zlib.error:
+        return limit
 
 
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:

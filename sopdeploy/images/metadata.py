@@ -14,7 +14,7 @@ from contextlib import suppress
 from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.formats import FRAMES, MARKER_BYTES, SCAN, jpeg_segments, open_image
+from sopdeploy.images.formats import END, FRAMES, MARKER_BYTES, SCAN, jpeg_segments, open_image
 from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.pixels import ORIENTATION, UPRIGHT, exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
@@ -23,7 +23,7 @@ MAX_COPIED_PIXELS = 12_000_000  # of a file that is written as PNG
 HASHED_ROWS = 256
 NO_TIME = -1
 _EXIF_IFD, _TIME_TAKEN = 0x8769, 0x9003
-JFIF, _END = 0xE0, 0xD9
+JFIF = 0xE0
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
 # Huffman code and quantization, number of lines, restart interval.
 NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD), b"")
@@ -101,7 +101,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         if data_begin is not None:  # they end where this segment begins
             parts.append(body[data_begin:begin])
         data_begin = end if marker == SCAN else None
-        if marker == _END:
+        if marker == END:
             break
         content = body[position + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):

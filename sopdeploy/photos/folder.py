@@ -68,7 +68,7 @@ def open_folder(path: Path) -> Split:
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
     if opened.problems:  # only then, because training finds unreadable images itself
-        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part))
+        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part).values())
         problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()

@@ -233,8 +233,72 @@ COUNTERS: dict[str, type[Small]] = {
     ),
 }
 
+
+def keeping(use: Callable[[Any, Any, Tensor], Tensor], keep: Any = None) -> type[Small]:
+    """Define a network that replaces what it keeps in every run, and returns `use(network, kept, logits)`.
+
+    *kept* is what the last run has left, None in the first one. By default, it keeps how far the largest
+    logit is above the limit.
+    """
+
+    def answer(self: Any, features: Tensor) -> Tensor:
+        kept, logits = vars(self).get("kept"), self.fc(features)
+        self.kept = (logits.amax() - self.limit).relu() if keep is None else keep(kept, features, logits)
+        return use(self, kept, logits)
+
+    return small(answer)
+
+
+def halved(kept: Any, logits: Tensor) -> Tensor:
+    return torch.where(kept > 0, 0.5 * logits, logits)
+
+
+def swallows(_network: Any, kept: Any, logits: Tensor) -> Tensor:
+    with suppress(Exception):
+        return logits if len(kept) < 300 else 0.5 * logits
+    return logits
+
+
+def marked(kept: Any, _features: Tensor, logits: Tensor) -> Tensor:
+    vars(logits)["runs"] = vars(kept)["runs"] + 1 if type(kept) is Tensor else 0
+    return logits
+
+
+# Each hides that it reads what the last run left: by its type, which nothing can record, or by `except`.
+KEPT: dict[str, type[Small]] = {
+    "the peak of the last image": keeping(lambda _, kept, y: y if kept is None else halved(kept, y)),
+    "the peak, if it is a tensor": keeping(lambda _, kept, y: halved(kept, y) if type(kept) is Tensor else y),
+    "the size of the last batch": keeping(
+        lambda _, kept, y: 0.5 * y if type(kept) is Tensor and kept.shape[0] > 64 else y,
+        lambda _kept, features, _logits: features,
+    ),
+    "a number of the last batch": keeping(
+        lambda _, kept, y: 0.5 * y if type(kept) is int and kept > 64 else y,
+        lambda _kept, features, _logits: features.shape[0],
+    ),
+    "that there was a run": keeping(lambda n, kept, y: y if kept is None else y.clamp(max=n.limit)),
+    "a count in a new tuple": keeping(
+        lambda n, _, y: y if n.kept[0] < 200 else 0.5 * y,
+        lambda kept, _features, _logits: (kept[0] + 1 if type(kept) is tuple else 0,),
+    ),
+    "a count on a new tensor": keeping(lambda n, _, y: y if vars(n.kept)["runs"] < 200 else 0.5 * y, marked),
+    "a count in another object": keeping(
+        lambda n, _, y: y if n.kept.n < 200 else 0.5 * y,
+        lambda kept, _features, _logits: Namespace(n=kept.n + 1 if type(kept) is Namespace else 0),
+    ),
+    "a list that grows, if it can": keeping(
+        swallows, lambda kept, _features, logits: [*kept, logits] if type(kept) is list else [logits]
+    ),
+    "its own memory, with another view": keeping(
+        lambda _, kept, y: y + 0 * kept.data.view(-1)[:1] if type(kept) is Tensor else y,
+        lambda _kept, features, _logits: features,
+    ),
+}
+
+
 STATE: dict[str, type[Small]] = {
     **COUNTERS,
+    **KEPT,
     "a buffer is assigned": peaking(lambda n: n.peak, lambda n, peak: setattr(n, "peak", peak), PEAK),
     "a buffer is written through .data": peaking(
         lambda n: n.peak, lambda n, peak: n.peak.data.copy_(peak), PEAK

@@ -192,7 +192,7 @@ class Inspection(StrictModel):
     """The parts of a network that its output ignores; `table` names the table of weights in the file.
 
     `command` exports the network without these parts. `ignored` are the tensors of the file that the network
-    does not have.
+    does not have; `labels` are the class names in the file, if any.
     """
 
     network: str
@@ -201,6 +201,7 @@ class Inspection(StrictModel):
     unused: tuple[str, ...]
     command: str
     ignored: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
 
 
 def _show_unused(inspected: Inspection) -> None:
@@ -209,8 +210,11 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
-    print_field("next", f"write one class name per line to {CLASS_NAMES_FILE}, then", style="dim")
-    print_field("", inspected.command, style="dim")
+    if inspected.labels is None:
+        print_field("next", f"write one class name per line to {CLASS_NAMES_FILE}, then", style="dim")
+        print_field("", inspected.command, style="dim")
+    else:
+        print_field("next", inspected.command, style="dim")
 
 
 @command(_show_unused)
@@ -237,7 +241,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     network = network_builder("network", options.network, options.option)()
     loaded = load_weights(network, file, options.weights_key)
     unused = unused_modules(network, preprocess, options.logits_key)
-    export_options = {**vars(options), "training_only": tuple(unused), "labels": CLASS_NAMES_FILE}
+    names_file = CLASS_NAMES_FILE if loaded.labels is None else None
+    export_options = {**vars(options), "training_only": tuple(unused), "labels": names_file}
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -249,6 +254,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         unused=tuple(unused),
         command=" ".join(words),
         ignored=loaded.ignored,
+        labels=loaded.labels,
     )
 
 

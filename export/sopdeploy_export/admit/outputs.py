@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Programs
 from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
@@ -15,6 +16,7 @@ from sopdeploy_export.state import (
     STATELESS,
     InPlaceWrites,
     PythonReads,
+    changes,
     first_change,
     read_state,
 )
@@ -32,13 +34,14 @@ KEEP_VALUES = {
 
 def check_outputs(
     deployed: Deployed, preprocess: Preprocess, classes: int, role: str
-) -> tuple[str | None, tuple[str, ...]]:
+) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
     Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
-    change none; and warnings. Raises the errors of `check_finite`, and `LoweringError` if the network fails,
+    change none; the attributes that the last two runs change, too, which no run may read (`check_unread`);
+    and warnings. Raises the errors of `check_finite`, and `LoweringError` if the network fails,
     returns no (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last two
-    runs change its state or return other logits.
+    runs change other state than attributes of modules, or return other logits.
     """
     images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = read_state(network)
@@ -50,9 +53,10 @@ def check_outputs(
         run_and_check(deployed, images[:1], role, classes)
     logits = run_and_check(deployed, images, role, classes)
     # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
-    changed = first_change(after_first, read_state(network)) or next(iter(writes.written), None)
-    if changed is not None:
-        raise LoweringError(f"{changed} changes while the {role} network runs; {NOT_IN_EVAL}")
+    changed = [*changes(after_first, read_state(network)), *writes.written]
+    written = () if writes.written else written_attributes(network, changed)
+    if changed and not written:
+        raise LoweringError(f"{changed[0]} changes while the {role} network runs; {NOT_IN_EVAL}")
     if reads.first is not None:
         raise LoweringError(
             f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
@@ -69,7 +73,7 @@ def check_outputs(
             f"the {role} network returns probabilities, to which the service would apply a softmax; return "
             "the logits before its softmax, or the logarithms of the probabilities"
         )
-    return first_change(before, after_first), tuple(warnings)
+    return first_change(before, after_first), written, tuple(warnings)
 
 
 def check_finite(logits: Tensor, role: str) -> None:

@@ -144,7 +144,7 @@ def certify(
     deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
     outputs = prove_outputs(deployed, probes)
     on_step(announce("Repetition"))
-    prove_repetition(shipped.network, captures.preprocess, probes)
+    prove_repetition(shipped.network, captures.preprocess, probes, detachment.written)
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, needed)

@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sopdeploy.errors import CertificateError, first_line
+from sopdeploy.errors import CertificateError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
+from sopdeploy_export.admit.written import constant_content, owning_attribute
 from sopdeploy_export.capture.deployed import compute_outputs
 from sopdeploy_export.network import copy_module
 from sopdeploy_export.program_hashes import are_equal
-from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, first_change, read_state
+from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, changes, read_state
 
 STATEMENT = (
     "The detached network returns bitwise equal outputs after 300 calls on another image, and nothing "
-    "that it holds changes."
+    "that it reads again changes."
 )
 
 CALLS = 300
@@ -85,9 +86,12 @@ def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def prove_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor) -> None:
+def prove_repetition(
+    network: nn.Module, preprocess: Preprocess, probes: Tensor, written: tuple[str, ...] = ()
+) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
+    The attributes *written* may change, because no run reads them (`check_unread`): only tensors in them may.
     Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
     if a call fails.
     """
@@ -102,11 +106,17 @@ def prove_repetition(network: nn.Module, preprocess: Preprocess, probes: Tensor)
                 compute_outputs(copied, other)
                 if call == 0:
                     held = read_state(copied)  # with the caches for both numbers of images
+                    content = constant_content(copied, written) if written else []
+                if written and constant_content(copied, written) != content:
+                    raise CertificateError(f"{written[0]} changes while the network runs; {NOT_IN_EVAL}")
         after = compute_outputs(copied, images.clone())
+    except SopdeployError:
+        raise
     except Exception as error:  # the network's own code, which can raise anything
         problem = f"the network fails when it runs {CALLS} times: {first_line(error)}"
         raise CertificateError(problem) from error
     if not all(map(are_equal, after, before)):
         raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
-    if (changed := first_change(held, read_state(copied))) is not None:
-        raise CertificateError(f"{changed} changes while the network runs; {NOT_IN_EVAL}")
+    for changed in changes(held, read_state(copied)):
+        if owning_attribute(changed, written) is None:
+            raise CertificateError(f"{changed} changes while the network runs; {NOT_IN_EVAL}")

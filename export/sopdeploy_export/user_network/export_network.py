@@ -18,6 +18,7 @@ from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, 
 from sopdeploy_export.admit.network import copy_for_export, unwrap, unwrap_and_check
 from sopdeploy_export.admit.outputs import check_ends_in_logits, check_outputs, check_unchanged_by_run
 from sopdeploy_export.admit.state import check_network_state, check_torch_state
+from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
 from sopdeploy_export.capture.program import Captures, Programs
 from sopdeploy_export.detach.detach import detach
@@ -28,6 +29,7 @@ from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import stored_hash
 from sopdeploy_export.prove.copy import check_constants, prove_copy
 from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
+from sopdeploy_export.state import NOT_IN_EVAL
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network.unused import match_parts, removable_parts
 
@@ -109,12 +111,14 @@ def export_network(
     )
     captures = Captures(preprocess, options.batch)
     with_features = options.with_features
-    programs, own_warnings = _run_and_capture(
+    programs, written, own_warnings = _run_and_capture(
         given, copied, captures, logits_key, len(labels), parts, with_features=with_features
     )
     if plain is None and not allow_constants:
         check_constants(programs, given)
-    own_warnings += _check_usage(copied, programs, parts, preprocess, len(labels), proposes=options.detach)
+    own_warnings += _check_usage(
+        copied, programs, parts, preprocess, len(labels), written, proposes=options.detach
+    )
     checked_builder = None
     if plain is not None:
 
@@ -136,6 +140,7 @@ def export_network(
             plain=checked_builder,
             reference="plain" if plain is not None else "rebuilt",
             rename=rename or str,
+            written=written,
         ),
         labels=tuple(labels),
         preprocess=preprocess,
@@ -157,26 +162,29 @@ def _run_and_capture(
     parts: tuple[str, ...],
     *,
     with_features: bool,
-) -> tuple[Programs, tuple[str, ...]]:
-    """Check the outputs of *copied*, a copy of *given*, capture both, and return the programs and warnings.
+) -> tuple[Programs, tuple[str, ...], tuple[str, ...]]:
+    """Check the outputs of *copied*, a copy of *given*, and capture both.
 
-    *copied* gets the buffers that its first run creates. Raises `LoweringError` if the two compute different
-    things, or something else after a run.
+    Returns the programs, the attributes that are written and never read, and warnings. *copied* gets the
+    buffers that its first run creates. Raises `LoweringError` if the two compute different things, or
+    something else after a run.
     """
     preprocess = captures.preprocess
     created = create_buffers(copied, preprocess)
     trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, own_warnings = check_outputs(trial, preprocess, classes, "trained")
+    cache, written, own_warnings = check_outputs(trial, preprocess, classes, "trained")
     with prepared_in_place(given, logits_key, preprocess):
         programs = prove_copy(given, copied, captures, classes, parts, with_features=with_features)
     if cache is not None:
         check_unchanged_by_run(cache, programs, captures.of(trial.network))
+    if written:
+        check_unread(trial, written, captures.preprocess, captures.batch, programs)
     if created:
         unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
         turn_into_attributes(unrun, created)
         check_unchanged_by_run(created[0], captures.of(unrun), programs)
     check_ends_in_logits(programs)
-    return programs, own_warnings
+    return programs, written, own_warnings
 
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
@@ -195,6 +203,7 @@ def _check_usage(
     parts: tuple[str, ...],
     preprocess: Preprocess,
     classes: int,
+    written: tuple[str, ...],
     *,
     proposes: bool,
 ) -> tuple[str, ...]:
@@ -213,7 +222,9 @@ def _check_usage(
     undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
     if parts:
         detached = detach(network, parts, probe_pixels(network, preprocess))
-        check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+        _, changed, _ = check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+        if other := [name for name in changed if name not in written]:
+            raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
     else:
         undeclared = removable_parts(network, undeclared, preprocess)
         if proposes and not undeclared:

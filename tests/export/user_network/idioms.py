@@ -363,7 +363,22 @@ def keeps_features(net: Any, x: Tensor) -> Tensor:
     return net.fc(net.last)
 
 
+def lists_features(net: Any, x: Tensor) -> Tensor:
+    net.stages = []
+    net.stages.append(net.stem(x))
+    net.maps["stem"] = net.stages[0]
+    return net.fc(net.stages[-1].mean((2, 3)))
+
+
+def keeps_size(net: Any, x: Tensor) -> Tensor:
+    net.size, net.shown = x.shape[2:], {"stem": net.stem(x).detach(), "name": "stem"}
+    return net.fc(net.features(x))
+
+
 EXPORTED: dict[str, Case] = {
+    "features that are kept": (forward(keeps_features), {}, ONLY),
+    "a list that starts anew, and a dict of maps": (with_parts(lists_features, maps=dict), {}, ONLY),
+    "a size and a map for a picture": (forward(keeps_size), {}, ONLY),
     "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
     "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
     "view of a batch and the rest": (
@@ -584,11 +599,6 @@ REFUSED: dict[str, Case] = {
         pooled(adds_by_mask),
         {},
         r"^no ONNX form: its code depends on values of the image, .*: use torch\.where$",
-    ),
-    "features that are kept": (
-        forward(keeps_features),
-        {},
-        r"^last changes while the trained network runs; .*: keep values only if self\.training$",
     ),
     "a buffer made from the first image": (
         with_buffer(of_first_image),

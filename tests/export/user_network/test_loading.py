@@ -507,7 +507,7 @@ def test_the_key_of_the_logits_stays_text(tmp_path: Path, monkeypatch: pytest.Mo
         chosen.append(choose_output(outputs, key))
         return ()
 
-    monkeypatch.setattr("sopdeploy_export.user_network.export_network.unused_modules", choose)
+    monkeypatch.setattr("sopdeploy_export.user_network.unused.unused_modules", choose)
     given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Small", "--preprocess", "imagenet")
     assert run("inspect", *given, "--logits-key", "1").startswith("0 ")
     assert chosen == [outputs["1"]]
@@ -608,3 +608,15 @@ def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str
     assert printed.startswith("2 ")
     assert message in printed
     assert ("sopdeploy pull" in printed) == ("pull" in message)
+
+
+def test_inspect_asks_for_class_names_only_if_the_file_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sopdeploy_export.user_network.unused.unused_modules", lambda *_: ())
+    given = ("--network", f"{MODULE}:Small", "--preprocess", "imagenet:12")
+    for names, asks in (({}, True), ({"class_to_idx": {"a": 0, "b": 1, "c": 2, "d": 3}}, False)):
+        torch.save({"model": STATE, **names}, tmp_path / "w.pth")
+        printed = run("inspect", str(tmp_path / "w.pth"), *given)
+        assert printed.startswith("0 ")
+        assert ("labels.txt" in printed) is asks
