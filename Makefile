@@ -66,7 +66,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
-demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
+demo: $(STAMP)  ## train on photographs and on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds

@@ -102,7 +102,7 @@ WHAT_TO_DO = {
 COMPOSED = {
     "decoder_failed": "the decoder failed on this image",
     "duplicate_output": "output 'logits' occurs twice",
-    "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
+    "invalid_parameter": "query.top_k: must be at least 1",
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
     "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
     "not_an_image": "this is not an image; use {formats} (the setting formats)",

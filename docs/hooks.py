@@ -1,4 +1,5 @@
-"""Hooks of MkDocs: the search ranks how-to pages first; linked files of `deploy/` are on the site."""
+"""Hooks of MkDocs: the search ranks how-to pages first; linked files of `deploy/` and `examples/`
+are on the site; names in code do not break."""
 
 import re
 import shutil
@@ -7,19 +8,25 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LAST = "Research notes"  # a tab of mkdocs.yml
-LINK = re.compile(r"\]\(\.\./(deploy/[\w./-]+)\)")  # from a page in docs/ to the checkout
+LINK = re.compile(r"\]\(\.\./((?:\.\./)*)((?:deploy|examples)/[\w./-]+)\)")  # from a page to the checkout
+NAME = re.compile(r"<code>([^\s<]{1,32})</code>")  # in the HTML of a page
 
 linked: set[str] = set()
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Set the rank of *page* in the search, and replace links to files of `deploy/`."""
+    """Set the rank of *page* in the search, and replace links to files of the checkout."""
     if any(section.title == LAST for section in page.ancestors):
         page.meta["search"] = {"boost": 0.01}
     elif page.file.src_uri.startswith("howto/"):
         page.meta["search"] = {"boost": 2}
-    linked.update(LINK.findall(markdown))
-    return LINK.sub(r"](\1)", markdown)
+    linked.update(path for _, path in LINK.findall(markdown))
+    return LINK.sub(r"](\1\2)", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark short names in code, such as options: a browser would break them after each hyphen."""
+    return NAME.sub(r'<code class="name">\1</code>', html)
 
 
 def on_post_build(config: Any) -> None:

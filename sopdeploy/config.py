@@ -1,5 +1,6 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
+import difflib
 import math
 import re
 import reprlib
@@ -161,18 +162,26 @@ def with_registered(
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
-        """Validate *value* by the union, or, if its `kind` is that of no member, by the registered config."""
+        """Validate *value* by the union, or, if its `kind` is that of no member, by the registered config.
+
+        The error of an unknown or missing `kind` names those of the members and the registered ones.
+        """
         try:
             return validate_union(value)
         except pydantic.ValidationError as error:
             problem: Any = error.errors()[0]
+            if problem["type"] == "union_tag_not_found" and isinstance(value, Mapping):
+                return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":
                 raise
             if isinstance(value, base):  # a plugin's config, which was validated when it was built
                 return value
-            registered = registry.find(problem["ctx"]["tag"])  # the `kind` as text, whatever its type
+            context = problem["ctx"]
+            registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:
-                raise
+                names = ", ".join([context["expected_tags"], *map(repr, registry.names())])
+                known = {**context, "expected_tags": names}
+                raise pydantic_core.PydanticKnownError("union_tag_invalid", known) from error
             return registered.model_validate(value)
 
     return pydantic.WrapValidator(validate)
@@ -195,9 +204,10 @@ class Options(StrictModel):
         try:
             return validate(values)
         except pydantic.ValidationError as error:
-            problem: Any = error.errors(include_url=False)[0]
+            problem = error.errors(include_url=False)[0]
             name = str(problem["loc"][0]) if problem["loc"] else None
-            raise ConfigError(f"{problem['msg']} (got {shown(problem['input'])})", setting=name) from error
+            reason = f"{reason_of(problem)} (got {shown(problem['input'])})"
+            raise ConfigError(reason, setting=name) from error
 
 
 def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
@@ -250,7 +260,7 @@ def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     except pydantic.ValidationError as error:
         advice = version_advice(written_by)
         problem = OtherVersionError if advice else ValueError
-        raise problem(first_problem(error) + advice) from error
+        raise problem(first_problem(error, fields) + advice) from error
 
 
 def version_advice(written_by: Any) -> str:
@@ -287,17 +297,125 @@ def shown(value: Any) -> str:
     return repr(text[:MAX_SHOWN])
 
 
-def first_problem(error: pydantic.ValidationError) -> str:
-    """Describe the first problem in *error* as `key: reason (got value)` on one line."""
-    problem: Any = error.errors(include_url=False)[0]
-    where = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"]) or "value"
-    if problem["type"] == "missing":
-        return f"{where}: missing"
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: unknown key"
-    reason = str(problem["msg"])[: 10 * MAX_SHOWN].removeprefix("Value error, ")
-    is_of_validator = problem["type"] == "value_error"  # a validator of this package raised it
-    checked_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
-    if is_of_validator and checked_whole_model:  # the message names the wrong values
-        return f"{where}: {reason}" if problem["loc"] else reason
-    return f"{where}: {reason} (got {shown(problem['input'])})"
+def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
+    """Describe the first problem in *error* as `key: reason (got value)` on one line, in our own words.
+
+    *values* are what was validated, if known: the key has no parts that they do not have.
+    """
+    return describe_problem(error.errors(include_url=False)[0], values)
+
+
+def describe_problem(problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None) -> str:
+    """Describe *problem*, an entry of `pydantic.ValidationError.errors`, as `first_problem` does."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
+    reason = reason_of(problem)
+    if kind.startswith("union_tag_"):
+        where = ".".join(filter(None, (where, str(context["discriminator"]).strip("'"))))
+    if kind.startswith(("missing", "union_tag_", *_UNKNOWN_KEY)):
+        return f"{where or 'value'}: {reason}"
+    checked_whole_model = not where or isinstance(problem["input"], dict)
+    if kind in _OF_VALIDATOR and checked_whole_model:  # the message names the wrong values
+        return f"{where}: {reason}" if where else reason
+    return f"{where or 'value'}: {reason} (got {shown(problem['input'])}){_suggest(problem)}"
+
+
+def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
+    """Say what is wrong with the value of *problem*; a kind of error without words here is "not accepted"."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _OF_VALIDATOR and "error" in context:
+        return str(context["error"])[: 10 * MAX_SHOWN]
+    if kind.startswith("missing"):
+        return "missing"
+    if kind in _UNKNOWN_KEY:
+        return "unknown key"
+    if kind == "union_tag_not_found":
+        return "missing"
+    if kind == "union_tag_invalid":
+        tag, known = str(context["tag"])[:MAX_SHOWN], context["expected_tags"]
+        return f"{tag!r} is none of {known}" + _suggest(problem) if tag else f"missing; choose one of {known}"
+    if kind in _REASONS:
+        whole = {name: int(n) for name, n in context.items() if isinstance(n, float) and n.is_integer()}
+        return _REASONS[kind].format(**{**context, **whole})[: 10 * MAX_SHOWN]
+    noun = _NOUNS.get(kind.removesuffix("_type").removesuffix("_parsing"))
+    return f"must be {noun}" if noun else "not accepted"
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+_OF_VALIDATOR = ("value_error", "assertion_error")  # a validator of this package or a plug-in raised it
+_REASONS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "finite_number": "must be a finite number",
+    **dict.fromkeys(
+        ("too_short", "string_too_short", "bytes_too_short"), "needs a length of {min_length} or more"
+    ),
+    **dict.fromkeys(
+        ("too_long", "string_too_long", "bytes_too_long", "url_too_long"),
+        "needs a length of at most {max_length}",
+    ),
+    "string_pattern_mismatch": "must match {pattern}",
+    **dict.fromkeys(("literal_error", "enum"), "must be {expected}"),
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "has too many digits",
+    "string_unicode": "must be text in UTF-8",
+    "json_invalid": "{error}",
+    "invalid_key": "has a key that is no text",
+    "recursion_loop": "contains itself",
+    "frozen_field": "cannot be changed",
+    "frozen_instance": "cannot be changed",
+}
+_NOUNS = {  # of the types `NOUN_type` and `NOUN_parsing`
+    "bool": "true or false",
+    "int": "a whole number",
+    **dict.fromkeys(("float", "decimal", "fraction"), "a number"),
+    "string": "text",
+    "path": "a path",
+    **dict.fromkeys(("list", "tuple", "set", "frozen_set", "iterable"), "a list"),
+    **dict.fromkeys(
+        ("dict", "mapping", "model", "model_attributes", "dataclass"), "a table of keys and values"
+    ),
+    "date": "a date, such as 2026-01-31",
+    "datetime": "a date and time, such as 2026-01-31T12:00:00Z",
+}
+
+
+def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
+    """Return the end of a message: the accepted name that is most like the text of *problem*, if one is."""
+    context = problem.get("ctx", {})
+    wanted = context.get("tag", problem["input"])
+    names = re.findall(r"'([^']+)'", str(context.get("expected_tags", context.get("expected", ""))))
+    close = difflib.get_close_matches(wanted[:MAX_SHOWN], names, n=1) if isinstance(wanted, str) else ()
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:
+    """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
+
+    That is the `kind` of a table behind its key, and the type behind the key of another value: the key of
+    ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str") `data.path`.
+    Only a missing key, the last part, is none of *values*. Without these, types with brackets are left out.
+    """
+    parts = list(path)
+    keys = []
+    is_known, value = values is not None, values
+    for index, part in enumerate(parts):
+        if isinstance(value, pydantic.BaseModel):
+            value = dict(value)
+        if not is_known:
+            is_key = not re.search(r"[\[(]", str(part))
+        elif isinstance(value, Mapping):
+            is_key = part in value or (is_missing and index == len(parts) - 1)
+        else:
+            is_key = isinstance(value, list | tuple) and isinstance(part, int)
+        if not is_key:
+            continue
+        keys.append(str(part)[:MAX_SHOWN])
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif is_known:
+            value = value[part] if part < len(value) else None
+    return ".".join(keys)

@@ -19,6 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import SopdeployError
+from sopdeploy.evaluation.metrics import Rate
 from sopdeploy_commands import demo
 from sopdeploy_commands.app import app
 from tests.export.once import proving_once
@@ -151,14 +153,48 @@ def run_here(command: list[str], *, cwd: Path, check: bool) -> CompletedProcess[
     return CompletedProcess(command, done.exit_code)
 
 
-def test_the_demo_trains_exports_verifies_serves_and_classifies(
+def test_the_demo_detaches_branches_serves_and_classifies_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run_here}))
+    monkeypatch.setattr(demo, "_photographs", lambda out: None)  # the next test
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "held-out digits classified correctly over HTTP" in done.stdout
+    assert re.search(r"35\d of 359 right: the held-out digits, .* \(95 % interval 9\d to ", done.stdout)
     assert "Next: use your own photos" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> None:
+    unreachable = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    environment = os.environ | unreachable | {"HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "sopdeploy", "demo"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = re.findall(
+        r"^(\d+) of (\d+) right: .* \(95 % interval \d+ to \d+ %\)$", done.stdout, re.MULTILINE
+    )
+    assert [int(count) for _, count in rates] == [50, 10, 10, 359]
+    assert re.search("^removed  .*branches", done.stdout, re.MULTILINE)
+
+
+def test_the_demo_fails_if_fewer_answers_are_right_than_it_expects(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    demo._expect("the photographs", Rate.of(8, 10), 0.8)
+    assert "8 of 10 right: the photographs 80.0 % (95 % interval 49 to 94 %)" in capsys.readouterr().out
+    with pytest.raises(SopdeployError, match=r"only 70\.0 % right: .* at least 80 % are expected"):
+        demo._expect("the photographs", Rate.of(7, 10), 0.8)
+
+
+def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> None:
+    photos = list(demo.PHOTOS.rglob("*.jpg"))
+    counts = {name: len(list((demo.PHOTOS / name).rglob("*.jpg"))) for name in ("clothing", "new", "others")}
+    assert counts == {"clothing": 50, "new": 10, "others": 10}
+    assert sum(path.stat().st_size for path in photos) < 2_500_000
+    of_tests = {path.name for path in (ROOT / "tests").rglob("*.jpg")}
+    contents = {path.read_bytes() for path in photos}
+    assert (len(contents), {path.name for path in photos} & of_tests) == (len(photos), set())
 
 
 SESSION = "onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=['CPUExecutionProvider'])"

@@ -47,7 +47,7 @@ TOPICS = {
         "pull": (".bundles.transfer:pull", "download and check a bundle"),
         "engine": (".bundles.export:engine", "build the TensorRT engine of a bundle"),
         "triton": (".bundles.export:triton", "add a bundle to a Triton model repository"),
-        "demo": (".demo:demo", "run the whole workflow in a minute"),
+        "demo": (".demo:demo", "run the whole workflow on packaged photographs"),
         "env": (".env:env", "versions and hardware, for a bug report"),
     },
     "Research": {

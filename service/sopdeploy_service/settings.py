@@ -241,7 +241,7 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
         elif first["type"] == "extra_forbidden":
             hint = "; `sopdeploy serve --print-config` lists all settings"
-        raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
+        raise ConfigError(f"settings: {first_problem(problem, values)}{hint}") from problem
 
 
 def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def open_image(
         image = Image.open(io.BytesIO(without_metadata(body)), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
         if detected == "JPEG":
-            image.info |= _jpeg_orientation_info(body)
+            image.info.update(_jpeg_orientation_info(body).items())
         if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)

@@ -304,7 +304,7 @@ def parse_options(name: str, options: type[StrictModel], values: Mapping[str, An
         return options(**values)
     except pydantic.ValidationError as problem:
         known = ", ".join(options.model_fields)
-        raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
+        raise ConfigError(f"{name}: {first_problem(problem, values)}; its keys are {known}") from problem
 
 
 class CatalogModel(StrictModel):

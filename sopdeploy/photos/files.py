@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
@@ -45,6 +45,11 @@ def is_hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Check whether the file *name* is visible and has an image suffix."""
     return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of the file *name* in lower case, as counts of skipped files show it."""
+    return PurePath(name).suffix.lower() or "without an ending"
 
 
 def part_kind(name: str) -> str:

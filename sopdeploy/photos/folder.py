@@ -38,6 +38,7 @@ from sopdeploy.photos.files import (
     normalize,
     part_folder,
     part_kind,
+    suffix_of,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
@@ -68,7 +69,7 @@ def open_folder(path: Path) -> Split:
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
     if opened.problems:  # only then, because training finds unreadable images itself
-        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part))
+        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part).values())
         problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()
@@ -281,7 +282,7 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
 
 def _count_suffixes(names: Iterable[str]) -> dict[str, int]:
     """Count the files *names* by suffix, the most frequent one first."""
-    return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
+    return dict(Counter(map(suffix_of, names)).most_common())
 
 
 def describe_suffixes(counts: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.environment import usable_cores
-from sopdeploy.errors import DataError, ImageError, shorten, shorten_problems
+from sopdeploy.errors import DataError, ImageError, amount, shorten, shorten_problems
 from sopdeploy.files import read_file
 from sopdeploy.images.decode import decode, decode_upright
 from sopdeploy.images.formats import open_image
@@ -32,6 +32,8 @@ from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
 
 UNREADABLE = 0  # the hash of a file that cannot be read
+# A run leaves damaged images out, up to this share and fewer than this number of them.
+MAX_DAMAGED, MANY_DAMAGED = 0.05, 3
 MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 SHOWN = Preprocess(decoding="scaled")  # how much of a photograph is decoded to compare it, or to show it
@@ -230,22 +232,46 @@ class ImageFiles(LabeledImages):
         return self.root / os.fsdecode(self.paths[index])
 
 
+class LeftOut(NamedTuple):
+    """A damaged image that a run leaves out: its part ("train" or "held_out"), identity, and the reason."""
+
+    part: str
+    identity: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.identity}: {self.reason}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Training and held-out images with the same labels.
 
     `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
     holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
-    have intended, such as files and folders that are not used.
+    have intended, such as files and folders that are not used. `left_out` are the damaged images that are
+    no longer in the parts.
     """
 
     train: LabeledImages
     held_out: LabeledImages
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         if problem := label_problem(self.train.labels):  # of data sources that plug-ins register
             raise DataError(f"{problem}; rename the class")
+
+    def without(self, left_out: Sequence[LeftOut]) -> "Split":
+        """Leave the images *left_out* out, and record them."""
+        if not left_out:
+            return self
+        parts: dict[str, LabeledImages] = {"train": self.train, "held_out": self.held_out}
+        for name, images in parts.items():
+            identities = {one.identity for one in left_out if one.part == name}
+            kept = [images.identity(index) not in identities for index in range(len(images))]
+            parts[name] = images.select(np.asarray(kept, np.bool_))
+        return replace(self, train=parts["train"], held_out=parts["held_out"], left_out=tuple(left_out))
 
     @classmethod
     def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
@@ -462,8 +488,8 @@ def describe_seen(
     )
 
 
-def find_unreadable(images: LabeledImages) -> list[str]:
-    """Return the messages of the errors of the images that cannot be decoded."""
+def find_unreadable(images: LabeledImages) -> dict[int, str]:
+    """Return the messages of the errors of the images that cannot be decoded, by index."""
 
     def error_of(index: int) -> str:
         try:
@@ -472,12 +498,15 @@ def find_unreadable(images: LabeledImages) -> list[str]:
             return str(error)
         return ""
 
-    return [error for error in map_threaded(error_of, len(images)) if error]
+    return {index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error}
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
     """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
-    errors = [error for part in parts for error in find_unreadable(part)]
+    return _name_all(first, [error for part in parts for error in find_unreadable(part).values()])
+
+
+def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
     if len(errors) < 2:
         return first
     return DataError(
@@ -485,3 +514,33 @@ def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataErro
         f"{shorten_problems(errors)}",
         lists={"images": errors},
     )
+
+
+def leave_out_unreadable(split: Split, first: DataError) -> Split:
+    """Leave the damaged images of *split* out, after *first*, the error of one; its note names them.
+
+    Raises *first* if none is damaged, and an error with all of them if they are too many (`MAX_DAMAGED`,
+    `MANY_DAMAGED`), or if too few remain: none of a class, or one if images are held out from it, or none of
+    those that are held out.
+    """
+    found, errors = list[LeftOut](), list[str]()
+    for name, images in (("train", split.train), ("held_out", split.held_out)):
+        for index, error in find_unreadable(images).items():
+            reason = error.removeprefix(f"{images.describe(index)}: ")
+            found.append(LeftOut(name, images.identity(index), reason))
+            errors.append(error)
+    if not found:
+        raise first
+    count, remaining = len(split.train) + len(split.held_out), split.without(found)
+    least = np.minimum(split.train.class_counts(), 1 if len(split.held_out) else 2)
+    too_few = (remaining.train.class_counts() < least).any() or (
+        len(split.held_out) and not len(remaining.held_out)
+    )
+    if too_few or (len(found) >= MANY_DAMAGED and len(found) > MAX_DAMAGED * count):
+        raise _name_all(first, errors)
+    return replace(remaining, notes=(describe_left_out(errors),))
+
+
+def describe_left_out(errors: Sequence[str]) -> str:
+    """Name the damaged images that a run leaves out, given as texts `IMAGE: REASON`."""
+    return f"{amount(len(errors), 'damaged image')} left out: {shorten_problems(errors)}"

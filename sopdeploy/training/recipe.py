@@ -377,43 +377,15 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
 
 
 def _explain(error: pydantic.ValidationError, values: Any) -> str:
-    """Describe the first problem on one line, without pydantic's union tags."""
-    problem: Any = error.errors(include_url=False)[0]
-    if not problem["loc"]:  # several values that do not fit together; the message names them
-        return str(problem["msg"]).removeprefix("Value error, ")
-    key = _name_key(problem["loc"], values)
-    match problem["type"]:
-        case "union_tag_not_found":
-            return f"{key}.kind: missing"
-        case "union_tag_invalid":
-            return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
-        case "extra_forbidden":
-            if key in set(_list_keys(Recipe)):
-                return f"{key}: unknown key of this kind"  # such as `optimizer.nesterov` of the kind adamw
-            close = suggest_keys(key)
-            return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
-    path_with_tags = ".".join(map(str, problem["loc"]))
-    reason = first_problem(error).removeprefix(f"{path_with_tags}: ")
-    return f"{key}: {reason}"
-
-
-def _name_key(path: Sequence[str | int], values: Any) -> str:
-    """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
-
-    That is the `kind` of a table behind its key, and the type behind the key of another value: the key of
-    ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str") `data.path`.
-    """
-    keys = []
-    value, kind = values, None  # of the last key: its value, and its `kind` if it is a table
-    for part in path:
-        is_inserted = part == kind or not isinstance(value, dict | list)
-        if is_inserted:
-            kind = None  # only the part right behind the key is a kind
-            continue
-        keys.append(str(part))
-        value = value.get(part) if isinstance(value, dict) else None
-        kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only optimizers may omit it
-    return ".".join(keys)
+    """Describe the first problem on one line; suggest a key for one that is unknown."""
+    described = first_problem(error, values)
+    key, _, reason = described.partition(": ")
+    if reason != "unknown key":
+        return described
+    if key in set(_list_keys(Recipe)):
+        return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
+    close = suggest_keys(key)
+    return described + (f"; did you mean {close[0]}?" if close else "")
 
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:

@@ -26,7 +26,7 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, TrainingError
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.layers.normalize import images_format
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.photo import LabeledImages, LeftOut
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.fits import FewShotFit, Fit, Position, Start
@@ -39,12 +39,14 @@ from sopdeploy.version import __version__
 class ResumeState(TypedDict, total=False):
     """What `last.pt` contains to resume a run, in the types of PyTorch's files.
 
-    The last four are of a loop: `frozen` is the content of a checkpoint.
+    The last four are of a loop: `frozen` is the content of a checkpoint. `left_out` are the fields of each
+    `LeftOut`, if there are any.
     """
 
     position: FieldValues
     train_count: int
     held_out: Tensor
+    left_out: list[tuple[str, str, str]]
     weights: dict[str, Tensor]
     procedure: dict[str, Tensor]
     optimizer: FieldValues
@@ -128,7 +130,9 @@ def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision
 
 def resume_of(start: Start, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
+    left_out = [(*one,) for one in start.data.left_out]
     return {
+        **({"left_out": left_out} if left_out else {}),
         "position": position.model_dump(mode="json"),
         "train_count": len(start.data.train),
         "held_out": torch.from_numpy(start.held_out),
@@ -193,6 +197,12 @@ def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
     """Return the record of the images that the run of *last* holds out, (M, 2); None if it has no record."""
     record = (last.resume or {}).get("held_out")
     return None if record is None else record.numpy()
+
+
+def read_left_out(last: Checkpoint, source: Path) -> list[LeftOut]:
+    """Return the damaged images that the run of *last* left out; raises `CheckpointError`."""
+    with state_errors(last, source):
+        return [LeftOut(*map(str, fields)) for fields in (last.resume or {}).get("left_out", [])]
 
 
 class Resumed(NamedTuple):

@@ -15,6 +15,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
 from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
+from sopdeploy.photos.photo import describe_left_out
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
@@ -103,6 +104,10 @@ class Tuning(StrictModel):
         return f"{figures}; too few to decide: they show differences from about {smallest:.2g} points; {kept}"
 
 
+def _list_left_out(result: "AnyProcedureResult") -> list[str]:
+    return [describe_left_out(result.left_out)] if result.left_out else []
+
+
 class LoopResult(StrictModel):
     """Top-1 accuracy or mAP of the best of `num_epochs` epochs on `count` held-out images.
 
@@ -114,6 +119,7 @@ class LoopResult(StrictModel):
             `same images`. The score is too high in the last case only.
         mirrored: Whether the score is that of the mean logits of an image and its mirror image.
         tuning: The comparison with the frozen network, if the loop started from it.
+        left_out: The damaged images that the run left out, each with the reason.
     """
 
     kind: Literal["loop"] = "loop"
@@ -125,6 +131,7 @@ class LoopResult(StrictModel):
     selected_by: SelectedBy
     mirrored: bool = False
     tuning: Tuning | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def score(self) -> Rate | float:
@@ -155,7 +162,7 @@ class LoopResult(StrictModel):
     def lines(self) -> tuple[str, ...]:
         """Describe the best epoch and its score."""
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}", *tuning)
+        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}", *tuning, *_list_left_out(self))
 
     def describe_time(self) -> str:
         """Return nothing: the epochs show their times."""
@@ -222,6 +229,7 @@ class FewShotResult(StrictModel):
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
         tuning: The comparison with the network that was fine-tuned from this one, which was not better.
+        left_out: The damaged images that the run left out, each with the reason.
     """
 
     model_config = pydantic.ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -255,6 +263,7 @@ class FewShotResult(StrictModel):
     unknown: str = ""
     seconds: dict[str, float]
     tuning: Tuning | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def score(self) -> Rate | MeanPrecision | None:
@@ -272,7 +281,7 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe images, classifier and score."""
-        lines = [f"images: {self.describe_images()}", *self.describe_groups()]
+        lines = [f"images: {self.describe_images()}", *_list_left_out(self), *self.describe_groups()]
         lines.append(f"classifier: {self.head}, {self.num_features:,} features")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")

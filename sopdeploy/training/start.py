@@ -39,6 +39,7 @@ from sopdeploy.training.recipe import (
 from sopdeploy.training.record import (
     has_same_images,
     read_held_out,
+    read_left_out,
     read_recorded_recipe,
     read_resumed,
 )
@@ -100,6 +101,8 @@ def start_run(
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
     opened = open_data(recipe.data) if given.data is None else given.data
+    if last is not None:
+        opened = opened.without(read_left_out(last, folder.last))
     for note in opened.notes:
         callback.on_warning(note)
     selected, reason = select_procedure(

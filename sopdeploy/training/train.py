@@ -11,8 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
+from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
+from sopdeploy.errors import DataError
+from sopdeploy.photos.photo import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.fits import Fit, Start
@@ -87,7 +91,8 @@ def train_run(
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
-    first process only. *strategy* defaults to the processes that torchrun started. A recipe key
+    first process only. If a new run of one process meets a damaged image, it begins again without all damaged
+    ones (`leave_out_unreadable`). *strategy* defaults to the processes that torchrun started. A recipe key
     of *given* that has no effect is a `ConfigError`.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
@@ -103,29 +108,41 @@ def train_run(
     try:
         last = folder.open(resume=resume)
         start = start_run(recipe, folder, last, callback, given)
-        if start.uses_loop:
-            from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
-            from sopdeploy.training.loop.state import LoopRun, restore_loop  # noqa: PLC0415
-
-            run = LoopRun(start)
-            if last is not None:
-                restore_loop(run, last, folder.last)  # the last check
-            fit: Any = partial(fit_loop, run)
-        elif start.is_few_shot:
-            from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415
-
-            fit = partial(fit_few_shot, start, last)
-        else:
-            from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
-
-            fit = partial(fit_fine_tune, start, last)
-        if last is None:
-            folder.lock()  # `open` has locked that of a resumed run
-        for line in start.describe(is_new=last is None):
-            callback.on_message(line)
-        return FinishedRun(start, *fit(folder, callback))
+        try:
+            return _fit(start, last, folder, callback)
+        except DataError as error:  # perhaps of a damaged image
+            if last is not None or strategy.world > 1:
+                raise unreadable_images_error(error, start.data.train, start.data.held_out) from None
+            opened = open_data(recipe.data) if given.data is None else given.data
+            given = given._replace(data=leave_out_unreadable(opened, error))
+        return _fit(start_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
+
+
+def _fit(start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback) -> FinishedRun:
+    """Train by the procedure of *start*, from *last* or anew; locks *folder* before it writes."""
+    if start.uses_loop:
+        from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
+        from sopdeploy.training.loop.state import LoopRun, restore_loop  # noqa: PLC0415
+
+        run = LoopRun(start)
+        if last is not None:
+            restore_loop(run, last, folder.last)  # the last check
+        fit: Any = partial(fit_loop, run)
+    elif start.is_few_shot:
+        from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415
+
+        fit = partial(fit_few_shot, start, last)
+    else:
+        from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
+
+        fit = partial(fit_fine_tune, start, last)
+    if last is None and not start.data.left_out:
+        folder.lock()  # `open` has locked that of a resumed run, an earlier attempt that of this one
+    for line in start.describe(is_new=last is None):
+        callback.on_message(line)
+    return FinishedRun(start, *fit(folder, callback))
 
 
 def summarize_run(

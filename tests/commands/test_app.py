@@ -154,7 +154,7 @@ def test_recipes_lists_every_recipe() -> None:
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "options of no model": (("models", "--num-classes", "7"), "no network to describe; give a name"),
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
-    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: Input should be greater than"),
+    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: must be at least"),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (("exprt",), "sopdeploy: No such command 'exprt'. Did you mean 'export'"),
     "a mistyped option": (("models", "--jsn"), r"sopdeploy models: .*--json.*; see sopdeploy models --help"),

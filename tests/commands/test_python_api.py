@@ -27,11 +27,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_error_names_arguments_in_python_and_options_on_the_command_line() -> None:
-    with pytest.raises(ConfigError, match=r"^max_batch: Input should be greater than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"^max_batch: must be at least 1"):
         sopdeploy.export("ckpt.pt", max_batch=0)
     error = CliRunner().invoke(app, ["export", "ckpt.pt", "--max-batch", "0"])
     assert (error.exit_code, error.stdout, error.stderr.count("\n")) == (2, "", 1)
-    assert "--max-batch: Input should be greater than or equal to 1" in error.stderr
+    assert "--max-batch: must be at least 1" in error.stderr
 
 
 ERRORS = {

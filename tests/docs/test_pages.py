@@ -80,29 +80,40 @@ def test_a_first_page_is_short(page: Path, most: int) -> None:
     assert num_words(page) <= most
 
 
-def test_the_readme_sets_up_with_two_commands_and_ci_runs_the_second() -> None:
-    before, _, rest = README.read_text(encoding="utf-8").partition("## Try it, test it\n")
-    assert len(before.splitlines()) < 40  # the first screen
-    commands = re.search(r"```sh\n(.*?)```", rest, re.DOTALL)
-    assert commands
-    first, second = (line.partition("#")[0].strip() for line in commands[1].splitlines())
-    assert (first, second) == ("make demo", "make test")
-    assert re.search(r"\d+ minutes", rest.partition("\n## ")[0])
+def test_the_readme_installs_then_tries_then_trains_on_own_photos_on_the_first_screen() -> None:
+    before = README.read_text(encoding="utf-8").partition("\n## ")[0]
+    assert len(before.splitlines()) < 40
+    commands = [
+        line.partition("#")[0].strip() for block in blocks(README, "sh")[:3] for line in block.splitlines()
+    ]
+    starts = ("git clone ", "python3 -m venv ", "pip install ", *(f"sopdeploy {name}" for name in FIRST))
+    assert [one for one, start in zip(commands, starts, strict=True) if not one.startswith(start)] == []
+
+
+FIRST = ("demo", "train", "export", "serve")
+
+
+def test_the_readme_names_the_command_of_the_tests_that_ci_runs_and_its_cpu_minutes() -> None:
+    assert re.search(r"`make test` [^`]*\b\d+ CPU minutes", README.read_text(encoding="utf-8"))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"demo", "test"} <= set(targets)
-    assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("page", ["index", "quickstart"])
 def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
     own = next(block for block in blocks(README, "sh") if "sopdeploy train" in block)
     assert own in blocks(ROOT / "docs" / f"{page}.md", "sh")
+    assert 'pip install "./sopdeploy[train,cpu]"' in blocks(ROOT / "docs" / f"{page}.md", "sh")[0]
 
 
 TASKS = {  # what a stranger looks for, and its page
     "your own network": "howto/your-network.md",
     "tables of the papers": "howto/reproduce.md",
     "monitoring": "howto/monitoring.md",
+    "alerts": "howto/alerts.md",
+    "write a plug-in": "howto/plug-in.md",
+    "examples": "examples.md",
     "keys": "keys.md",
     "roll back": "howto/roll-back.md",
     "gpu in docker": "howto/gpu.md",
@@ -117,7 +128,17 @@ def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
     linked = re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text)
     assert [page for words, page in linked if words.lower() == task] == [TASKS[task]]
     title = (ROOT / "docs" / TASKS[task]).read_text(encoding="utf-8").partition("\n")[0].lower()
-    assert set(task.split()) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+    assert set(re.findall(r"\w+", task)) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+
+
+def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
+    chart = yaml.safe_load(
+        (ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml").read_text(encoding="utf-8")
+    )
+    rules = [rule for group in chart["groups"] for rule in group["rules"]]
+    page = (ROOT / "docs" / "howto" / "alerts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE)
+    assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
 
 
 def test_code_of_the_readme_fits_the_width_of_a_forge() -> None:

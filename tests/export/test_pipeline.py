@@ -141,7 +141,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
 
 
-def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
+def test_an_export_hashes_no_tensor_four_times_and_opens_its_file_once(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[torch.Tensor] = []
@@ -160,7 +160,7 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
         monkeypatch.setattr(module, "tensor_hash", count_hash)
     monkeypatch.setattr(runs.ort, "InferenceSession", count_session)
     export_checkpoint(checkpoint, tmp_path, options=DETACH)
-    assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
+    assert max(Counter(map(id, hashed)).values()) == 3  # before and after the proof; with random branches
     assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
 
 

@@ -178,7 +178,7 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "is the evaluated checkpoint; give another file"),
-    "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
+    "no images to accept": ({"accepts": 0.0}, "accepts: must be greater than 0"),
     "mirror images": (
         {"mirror": True},
         "fit_decision: decides about the image alone, as a server does; omit",

@@ -2,10 +2,13 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from sopdeploy.cli.command import SettingOptions, command, expand_options
 from sopdeploy.cli.console import print_field
@@ -29,15 +32,21 @@ class Classified(StrictModel):
         rows: The folder of the parquet files, or the CSV file.
         num_images: Number of images and of rows.
         num_errors: Number of images that have an error and no prediction.
+        skipped: Number of files of the sources that are no images by their names, by suffix.
     """
 
     rows: Path
     num_images: int
     num_errors: int
+    skipped: dict[str, int] = pydantic.Field(default_factory=dict)
 
 
 def _show(classified: Classified) -> None:
     print_field("images", f"{classified.num_images:,}; {classified.num_errors:,} with an error")
+    if classified.skipped:
+        from sopdeploy.photos.folder import describe_skipped
+
+        print_field("skipped", describe_skipped(classified.skipped))
     print_field("rows", str(classified.rows), style="bold green")
 
 
@@ -94,9 +103,9 @@ def classify(
 
     if any("://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names):
         raise ConfigError("is a source; choose another folder", setting="out", value=out)
-    folder, done = OutputFolder(Path(out)), 0
+    folder, done, skipped = OutputFolder(Path(out)), 0, Counter[str]()
     with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():
-        folder.begin(list_sources(names), options.part_images, classifier.state)
+        folder.begin(list_sources(names, skipped), options.part_images, classifier.state)
         sizes = folder.sizes()
         total = sum(sizes)
 
@@ -114,7 +123,8 @@ def classify(
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
     num_errors = sum(count for count in error_counts if count is not None)  # now all parts are written
-    return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
+    rows = folder.path / ROWS_FOLDER
+    return Classified(rows=rows, num_images=done, num_errors=num_errors, skipped=dict(skipped))
 
 
 def _classify_to_csv(
@@ -139,7 +149,8 @@ def _classify_to_csv(
     for name in options.model_fields_set:
         if getattr(options, name) != ClassifyOptions.model_fields[name].default:
             raise ConfigError("only with a folder of parquet files; give one as out", setting=name)
-    images, num_errors = list(list_sources(sources)), 0
+    skipped = Counter[str]()
+    images, num_errors = list(list_sources(sources, skipped)), 0
     loaded = load_model(bundle, settings)
     is_multi_label = loaded.bundle.manifest.rules.is_multi_label
     with (
@@ -161,7 +172,7 @@ def _classify_to_csv(
                 num_errors += 1
             rows.writerow(_csv_cells(prediction, is_multi_label=is_multi_label))
             on_image(done, len(images))
-    return Classified(rows=out, num_images=len(images), num_errors=num_errors)
+    return Classified(rows=out, num_images=len(images), num_errors=num_errors, skipped=dict(skipped))
 
 
 def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:

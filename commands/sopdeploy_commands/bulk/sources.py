@@ -7,6 +7,7 @@ names sorted in a folder, members of archives and lines of lists as stored.
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy.photos.files import is_hidden, is_image, walk
+from sopdeploy.photos.files import is_hidden, is_image, suffix_of, walk
 from sopdeploy.proxies import store_options
 
 _TAR, _LIST = ".tar", ".txt"
@@ -39,14 +40,18 @@ class ListedImage(NamedTuple):
     size: int = UNKNOWN
 
 
-def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
-    """Yield the images of *sources*; raise `DataError` for one that is missing, damaged or has no images."""
+def list_sources(sources: Sequence[str], skipped: Counter[str] | None = None) -> Iterator[ListedImage]:
+    """Yield the images of *sources*; raise `DataError` for one that is missing, damaged or has no images.
+
+    *skipped* counts the other visible files of folders and archives, by suffix.
+    """
+    skipped = Counter() if skipped is None else skipped
     if not sources or "" in sources:
         raise DataError("no source, or an empty one; name a folder, or . for this one")
     for source in sources:
         empty = True
         with _naming(source):
-            for image in _list_source(source):
+            for image in _list_source(source, skipped):
                 empty = False
                 image.location.encode()  # raises an error for bytes that are not UTF-8
                 yield image
@@ -86,29 +91,39 @@ def _naming(source: str) -> Iterator[None]:
         raise DataError(f"{source}: {message}") from error
 
 
-def _list_source(source: str) -> Iterator[ListedImage]:
+def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of *source*: an archive, a list, an address, a folder or a file; else `DataError`."""
     path = Path(source)
     if source.lower().endswith(_TAR):
-        yield from _list_tar(source)
+        yield from _list_tar(source, skipped)
     elif source.lower().endswith(_LIST):
-        yield from _list_lines(source)
+        yield from _list_lines(source, skipped)
     elif _is_address(source):  # the images at or below it, without hidden ones
         store, root = _open_store(source)
         for name, metadata in sorted(store.find(root, detail=True).items()):
-            if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
+            if any(map(is_hidden, name.removeprefix(root).split("/"))):
+                continue
+            if _is_used(name, skipped):
                 location = store.unstrip_protocol(name)
                 size = metadata.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
                 yield ListedImage(path=location, location=location, size=size)
     elif is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     elif path.is_dir():
-        yield from (_describe_file(str(file)) for file in walk(path) if is_image(file.name))
+        yield from (_describe_file(str(file)) for file in walk(path) if _is_used(file.name, skipped))
     elif path.exists() and is_image(path.name):
         yield _describe_file(source)
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")
+
+
+def _is_used(name: str, skipped: Counter[str]) -> bool:
+    """Check whether the visible file *name* is an image; count it as skipped if it is not."""
+    if is_image(name):
+        return True
+    skipped[suffix_of(name)] += 1
+    return False
 
 
 def _describe_file(path: str) -> ListedImage:
@@ -119,7 +134,7 @@ def _describe_file(path: str) -> ListedImage:
     return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
 
 
-def _list_tar(name: str) -> Iterator[ListedImage]:
+def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of the archive *name* as if it were a folder with this name."""
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
@@ -132,7 +147,7 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
             if archive.offset <= member.offset:  # the next entry: tarfile would read the same ones for ever
                 raise ValueError(f"an entry of {member.size} bytes")
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
+            if not parts or any(map(is_hidden, parts)) or member.isdir() or not _is_used(parts[-1], skipped):
                 continue
             if member.islnk():
                 raise DataError(f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`")
@@ -142,7 +157,7 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
                 yield ListedImage(path, location, offset=member.offset_data, size=member.size)
 
 
-def _list_lines(location: str) -> Iterator[ListedImage]:
+def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of the list *location*: one image or archive per line, relative to its folder.
 
     Raises `ValueError` for a line that is too long for an address.
@@ -158,7 +173,7 @@ def _list_lines(location: str) -> Iterator[ListedImage]:
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
             if name.lower().endswith(_TAR):
                 with _naming(name):  # the archive, not the list
-                    yield from _list_tar(name)
+                    yield from _list_tar(name, skipped)
             elif _is_address(name):
                 yield ListedImage(name, name)
             else:

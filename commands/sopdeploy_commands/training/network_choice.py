@@ -26,7 +26,7 @@ from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.choices import file_stem
 from sopdeploy.models.registry import create_model, entry
-from sopdeploy.photos.photo import LabeledImages, Split
+from sopdeploy.photos.photo import LabeledImages, Split, leave_out_unreadable
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.features import unfitted_network
@@ -96,7 +96,11 @@ def choose_network(
     validated = {}
     for name in fetch_weights(candidates, callback, may_skip=may_skip):
         weights = configured[name][1].weights
-        validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
+        try:
+            validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
+        except DataError as error:  # perhaps of a damaged image, which the run names
+            data = leave_out_unreadable(data, error)
+            validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
     as_good = [name for name, network in validated.items() if not is_significantly_better(best, network)]

@@ -1,6 +1,7 @@
 """Error responses: `application/problem+json` (RFC 9457) for every error status."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -11,10 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from sopdeploy.config import describe_problem
 from sopdeploy.http_api import Problem
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
+# Parts of the paths at which servers of MLflow, SageMaker, TorchServe, TensorFlow and others classify.
+PATHS_OF_OTHERS = {"predict", "predictions", "invocations", "infer", "inference"}
 INTERNAL = HttpError("internal_error", 500, "internal error; the server log has the details")
 
 
@@ -82,6 +86,8 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         path, root = request.scope["state"]["context"].path, request.scope["root_path"]
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
+            if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(re.split("[/:]", path[:100])):
+                near = ["/v1/classify"]
             hint = f" did you mean {root}{near[0]}?" if near else ""
             detail = f"no such path;{hint} {root}/docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -99,5 +105,5 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             unknown = str(first["loc"][-1])[:100]
             message = f"{unknown!r}: unknown parameter; known are {', '.join(known)}"
             return respond_with_error(request.scope, HttpError("unknown_parameter", 400, message))
-        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        message = describe_problem(first)
         return respond_with_error(request.scope, HttpError("invalid_parameter", 422, message))

@@ -62,7 +62,7 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int, max_elements
     try:
         return body_type.model_validate(value)
     except pydantic.ValidationError as problem:
-        raise bad_request("malformed_request", first_problem(problem)) from problem
+        raise bad_request("malformed_request", first_problem(problem, value)) from problem
 
 
 def count_keys(text: bytes) -> int:

@@ -20,7 +20,6 @@ from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
@@ -40,7 +39,6 @@ from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import (
     LabeledImages,
     PreprocessedDataset,
-    unreadable_images_error,
 )
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -136,8 +134,6 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
-        except DataError as error:
-            raise unreadable_images_error(error, images, start.data.held_out) from None
     seconds = time.monotonic() - since
     losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
@@ -380,6 +376,7 @@ def _describe(
         judged_counts=dict(zip(images.labels, judged_K.tolist(), strict=True)),
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
+        left_out=tuple(map(str, start.data.left_out)),
         num_selected=int((~select_typical(images)).sum()),  # by a server
         num_doubted=num_doubted,
         gains=gains,

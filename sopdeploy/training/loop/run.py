@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
-from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
-from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
@@ -76,8 +75,6 @@ def fit_loop(
                 f"{run.position.step} steps of it; {folder.last} is saved and can be resumed"
             )
             raise
-        except DataError as error:
-            raise unreadable_images_error(error, data.train, data.held_out) from None
 
 
 def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
@@ -192,6 +189,7 @@ def fit_best(
         frozen_backbone=recipe.frozen_backbone,
         mirrored=recipe.validation.mirror,
     )
+    result = result.model_copy(update={"left_out": tuple(map(str, run.start.data.left_out))})
     fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}

@@ -3,6 +3,7 @@
 import io
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
@@ -16,6 +17,7 @@ from sopdeploy.bundle.folder import MANIFEST, REQUIRED
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk import classifier
+from sopdeploy_commands.bulk.run import Classified, _show
 from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
 from tests.commands.bulk.conftest import (
     OPTIONS,
@@ -279,3 +281,21 @@ def test_a_run_that_cannot_begin_leaves_no_folder(
     with pytest.raises(DataError, match=message):
         classify(bundle_path, given, tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_is_not_used_is_counted_and_shown_in_one_line(tmp_path, capsys, is_packed) -> None:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "b.CR2", "sub/c.cr2", "notes", ".hidden"):
+        (folder / name).write_bytes(b"x")
+    source = folder
+    if is_packed:
+        source = tmp_path / "photos.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(folder, "photos")
+    skipped = Counter[str]()
+    assert len(list(list_sources([str(source)], skipped))) == 1
+    assert skipped == {".cr2": 2, "without an ending": 1}
+    _show(Classified(rows=tmp_path, num_images=1, num_errors=0, skipped=dict(skipped)))
+    assert "3 files skipped, not JPEG, PNG" in capsys.readouterr().out.replace("\n", " ")

@@ -46,7 +46,7 @@ from tests.sopdeploy.layers.numerics.all_poolings import relu_features
 from tests.sopdeploy.training.runs import few_digits
 from tests.support.pictures import encoded
 
-PAGE = ROOT / "CONTRIBUTING.md"
+PAGE = ROOT / "docs" / "howto" / "plug-in.md"
 SMALL: dict[str, dict[str, Any]] = {  # small options of each pooling, by kind
     "cbp": {"dim": 16, "seed": 7},
     "kernel": {"dim": 16, "seed": 3},
@@ -329,7 +329,7 @@ def test_a_network_is_trained_on_the_images_of_a_plug_in(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the recipe in CONTRIBUTING.md, by the command there."""
+    """The run of the recipe of the page, by the command there."""
     folder = tmp_path_factory.mktemp("example")
     recipe = folder / "dropcov.toml"
     recipe.write_text(blocks(PAGE, "toml")[0], encoding="utf-8")
@@ -341,7 +341,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("reference")
-def test_the_recipe_of_contributing_is_exported_and_served_by_a_runtime_of_a_plug_in(
+def test_the_recipe_of_the_page_is_exported_and_served_by_a_runtime_of_a_plug_in(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     found = read_checkpoint(checkpoint)
@@ -373,7 +373,7 @@ def test_help_lists_its_command_without_importing_it() -> None:
     assert "reproduce" in done.stdout
 
 
-def test_contributing_shows_the_code_of_the_example() -> None:
+def test_the_page_shows_the_code_of_the_example() -> None:
     folder = ROOT / "plugins" / "papers" / "sopdeploy_papers" / "poolings"
     files = [*folder.glob("*.py"), ROOT / "tests" / "plugins" / "stripes.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)

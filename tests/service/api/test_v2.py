@@ -129,7 +129,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str]] = [
     ("shape", [HUGE, 2, 2, 3], "too_many_images", "the limit of this server"),
     *(("data", data, "wrong_data", r"\[1, 2, 2, 3\]|whole numbers|0 and 255") for data in BAD_DATA),
     *(("datatype", name, "wrong_datatype", "must be UINT8") for name in BAD_DATATYPES),
-    *((field, value, "malformed_request", "should have at most") for field, value in LONG_FIELDS),
+    *((field, value, "malformed_request", "needs a length of at most") for field, value in LONG_FIELDS),
 ]
 
 

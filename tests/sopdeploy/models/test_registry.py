@@ -49,7 +49,7 @@ def test_an_unknown_name_points_to_the_list() -> None:
     ("name", "config", "says"),
     [
         ("resnet18", {"dept": 18}, "resnet18: dept: unknown key; its keys are depth, conv5_stride"),
-        ("resnet18", {"conv5_stride": 3}, "conv5_stride: Input should be 1 or 2 (got '3')"),
+        ("resnet18", {"conv5_stride": 3}, "conv5_stride: must be 1 or 2 (got '3')"),
         ("resnet20", {"depth": 21}, "depth must be 6n + 2"),
         ("dsop-resnet18", {"main_weight": float("nan")}, "main_weight"),
         ("resnet18", {"num_classes": 0}, "num_classes: must be at least 1 (got 0)"),

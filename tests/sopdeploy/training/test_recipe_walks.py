@@ -1,5 +1,6 @@
 """Every packaged recipe with its data source: train, stop, resume and evaluate a small network."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,16 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
         result.best, write_classes(tmp_path / "evaluation", stored.labels, 1)
     ).predictions
     assert len(scores) == len(stored.labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["isqrt", "gsop", "gmsop"])
+def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(family, tmp_path, monkeypatch) -> None:
+    write_cifar(tmp_path / "data", "cifar10", monkeypatch)
+    settings = [f"data.path={tmp_path / 'data'}", "epochs=6", "batch_size=10", "workers=0"]
+    settings += ["optimizer.lr=0.01", "augment={kind='center', flip=0.0}", "schedule={kind='milestones'}"]
+    result = train_recipe(read_recipe(f"cifar10-{family}-resnet20", settings), tmp_path / "run")
+    with result.history.open(encoding="utf-8") as file:
+        losses = [float(row["train_main"]) for row in csv.DictReader(file)]
+    assert len(losses) == 6
+    assert losses[-1] < 0.8 * losses[0]

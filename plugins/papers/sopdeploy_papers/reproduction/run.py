@@ -7,6 +7,7 @@ from pathlib import Path
 import pydantic
 
 from sopdeploy.config import first_problem
+from sopdeploy.data.sources import open_data
 from sopdeploy.environment import is_distributed, is_main_process
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
 from sopdeploy.files import MAX_NAMES_BYTES, atomic_write, read_file, writing
@@ -34,8 +35,9 @@ def reproduce(
     The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
     row and seed of each run that starts. A row that fails has a `failure`, and the next one runs. Raises
     `ConfigError` for selected rows that cannot be run, if `options.set` leaves none to run, and for results
-    of another recipe in the folder, `TrainingStoppedError`, and with several processes all errors of a row
-    that one of them may have alone: those that are no `TrainingError`.
+    of another recipe in the folder, the error of data that cannot be opened, `TrainingStoppedError`, and
+    with several processes all errors of a row that one of them may have alone: those that are no
+    `TrainingError`.
     """
     results = plan(table, options)
     must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
@@ -46,6 +48,11 @@ def reproduce(
     reasons = [row.reason for row in results.rows if row.source]  # empty for a row that can be trained
     if options.set and table.measures == "errors" and reasons and all(reasons):
         raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
+    for row in results.rows:  # all rows have the same data: without them, no row can be trained
+        runs = [results.run_folder(row.printed.id, seed) for seed in range(results.seeds)]
+        if row.recipe is not None and not all((run / _RESULT).is_file() for run in runs):
+            open_data(row.recipe.data)
+            break
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.recipe is None:

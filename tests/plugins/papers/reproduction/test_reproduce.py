@@ -142,6 +142,17 @@ def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_are_missing_end_the_command_before_the_first_row(tmp_path) -> None:
+    command = ["reproduce", "dsop-7", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "missing")]
+    for scale in ("paper", "small"):
+        ended = CliRunner().invoke(app, [*command, "--scale", scale])
+        assert ended.exit_code == 2
+        assert str(tmp_path / "missing") in ended.stderr
+        assert "index.html" not in ended.stderr
+        assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_row_of_a_table_runs_with_a_small_network(name, tmp_path) -> None:

@@ -938,3 +938,13 @@ def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
     assert f"{one} and zebra are taken for each other as by chance; if they show one thing" in "\n".join(
         result.lines()
     )
+
+
+def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", 4)
+    (photos / "red" / "0.png").write_bytes((photos / "red" / "0.png").read_bytes()[:60])
+    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={photos}"])
+    result = train_recipe(recipe, tmp_path / "run").procedure
+    assert (result.class_counts["red"], result.left_out[0].split(": ")[0]) == (3, "red/0.png")
+    assert any("1 damaged image left out: red/0.png: " in line for line in result.lines())
+    assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result

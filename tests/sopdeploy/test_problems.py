@@ -1,0 +1,126 @@
+"""Every kind of validation error, through every way in, is one line in our own words."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import pytest
+from pydantic_core import InitErrorDetails
+from pydantic_core._pydantic_core import list_all_errors
+
+from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.config import StrictModel, describe_problem, first_problem, shown, validate_format
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.pooling.base import PoolingConfig
+from sopdeploy.plugins import POOLINGS
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy_service.settings import load_settings
+from tests.support.words import OF_PYDANTIC
+
+KINDS = {str(kind["type"]): kind for kind in list_all_errors()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_validation_error_is_described_in_our_words(kind) -> None:
+    context: dict[str, Any] = dict(KINDS[kind].get("example_context") or {})
+    if kind in ("value_error", "assertion_error"):
+        context["error"] = ValueError("is no name")
+    details = InitErrorDetails(type=kind, loc=("a", "b"), input="zzz", ctx=context)  # type: ignore[typeddict-item]
+    text = first_problem(pydantic.ValidationError.from_exception_data("M", [details]))
+    where = "a.b.: " if kind.startswith("union_tag") else "a.b: "
+    assert text.startswith(where.replace(".:", ":"))
+    assert "\n" not in text
+    assert not OF_PYDANTIC.search(text)
+    names_the_value = not kind.startswith(("missing", "union_tag", "extra_", "unexpected_key"))
+    assert (shown("zzz") in text) == names_the_value
+
+
+def test_a_kind_that_nothing_here_knows_is_a_general_sentence_with_place_and_value() -> None:
+    problem = {"type": "of_tomorrow", "loc": ("a", 0), "msg": "Input should be new", "input": 7}
+    assert describe_problem(problem) == "a.0: not accepted (got '7')"
+
+
+class Sgd(StrictModel):
+    kind: Literal["sgd"] = "sgd"
+    lr: Annotated[float, pydantic.Field(gt=0, le=2.0)] = 1.0
+
+
+class Adam(StrictModel):
+    kind: Literal["adam"]
+    lr: Annotated[int, pydantic.Field(strict=True)] | list[str] = 1
+
+
+class Config(StrictModel):
+    optimizer: Annotated[Sgd | Adam, pydantic.Field(discriminator="kind")]
+    names: tuple[str, ...] = pydantic.Field(default=(), max_length=2)
+    options: dict[int, bool] = pydantic.Field(default_factory=dict)
+
+
+DESCRIBED: list[tuple[Any, str]] = [
+    ({}, "optimizer: missing"),
+    ({"optimizer": {}}, "optimizer.kind: missing"),
+    ({"optimizer": {"kind": "sdg"}}, "optimizer.kind: 'sdg' is none of 'sgd', 'adam'; did you mean sgd?"),
+    ({"optimizer": 3}, "optimizer: must be a table of keys and values (got '3')"),
+    ({"optimizer": {"kind": "sgd", "lr": 0}}, "optimizer.lr: must be greater than 0 (got '0')"),
+    ({"optimizer": {"kind": "sgd", "lr": 3}}, "optimizer.lr: must be at most 2 (got '3')"),
+    ({"optimizer": {"kind": "sgd", "momentum": 1}}, "optimizer.momentum: unknown key"),
+    ({"optimizer": {"kind": "adam", "lr": "a"}}, "optimizer.lr: must be a whole number (got 'a')"),
+    ({"optimizer": {"kind": "sgd"}, "names": ["a", 1]}, "names.1: must be text (got '1')"),
+    (
+        {"optimizer": {"kind": "sgd"}, "names": ["a", "b", "c"]},
+        "names: needs a length of at most 2 (got \"['a', 'b', 'c']\")",
+    ),
+    ({"optimizer": {"kind": "sgd"}, "options": {"a": True}}, "options.a: must be a whole number (got 'a')"),
+    ({"optimizer": {"kind": "sgd"}, "options": {1: "x"}}, "options.1: must be true or false (got 'x')"),
+]
+
+
+@pytest.mark.parametrize(("values", "text"), DESCRIBED, ids=[text for _, text in DESCRIBED])
+def test_a_problem_names_the_key_without_what_unions_insert(values, text) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Config.model_validate(values)
+    assert first_problem(caught.value, values) == text
+
+
+class Median(PoolingConfig):
+    kind: Literal["median-of-a-plug-in"] = "median-of-a-plug-in"
+
+
+def test_a_pooling_without_kind_or_of_an_unknown_one_names_all_with_plug_ins(monkeypatch) -> None:
+    monkeypatch.setattr(POOLINGS, "registered", {})
+    POOLINGS.register_config(Median, PoolingConfig)
+    names = "'gap', 'flatten', 'isqrt', .*'median-of-a-plug-in'"
+    with pytest.raises(ConfigError, match=rf"pooling\.kind: missing; choose one of {names}"):
+        read_recipe("digits-plain", ["model.config.pooling.iterations=3"])
+    for wrong, near in (("isqr", "isqrt"), ("median-of-plug-in", "median-of-a-plug-in")):
+        with pytest.raises(ConfigError, match=rf"pooling\.kind: '{wrong}' is none of {names}.*mean {near}\?"):
+            read_recipe("digits-plain", [f"model.config.pooling={wrong}"])
+
+
+def test_every_way_in_ends_in_one_line_of_ours(tmp_path, monkeypatch) -> None:
+    def recipe_file() -> object:
+        (tmp_path / "mine.toml").write_text('base = "digits-plain"\nbatch_size = "many"\n')
+        return read_recipe(tmp_path / "mine.toml")
+
+    def settings_file() -> object:
+        (tmp_path / "settings.toml").write_text('queue_size = "many"\n')
+        return load_settings(tmp_path / "settings.toml")
+
+    def environment() -> object:
+        monkeypatch.setenv("SOPDEPLOY_QUEUE_SIZE", "many")
+        return load_settings()
+
+    ways = {
+        "batch_size: must be a whole number": recipe_file,
+        "schedule.kind: missing": lambda: read_recipe("digits-plain", ["schedule={gamma=1}"]),
+        "data.kind: missing": lambda: read_recipe("digits-plain", [f"data={{path='{Path('x')}'}}"]),
+        "settings: queue_size: must be a whole number (got 'many')": settings_file,
+        "settings: queue_size: must be a whole number": environment,
+        ": missing": lambda: validate_format(Manifest, {"version": 1}),
+    }
+    for text, enter in ways.items():
+        with pytest.raises((ConfigError, ValueError)) as caught:
+            enter()
+        assert text in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not OF_PYDANTIC.search(str(caught.value))

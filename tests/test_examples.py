@@ -1,0 +1,117 @@
+"""Every file of `examples/` works as its first lines say, and the page links to it."""
+
+import csv
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sopdeploy
+from sopdeploy import plugins
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.settings import Settings
+from tests.docs.reading import ROOT, module_at
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.service import LABELS, picture_bytes, running, write_bundle
+
+FOLDER = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of a tiny bundle."""
+    bundle = open_bundle(write_bundle(tmp_path_factory.mktemp("served")))
+    with running(FakeRuntime(num_classes=len(LABELS)), bundle, Settings()) as client:
+        yield str(client.base_url)
+
+
+def test_the_page_and_the_readme_lead_to_every_example() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    files = [path for path in FOLDER.rglob("*") if path.suffix in {".py", ".ipynb"}]
+    assert len(files) >= 5
+    assert [path for path in files if f"../examples/{path.relative_to(FOLDER).as_posix()})" not in page] == []
+    assert "(docs/examples.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_client_writes_a_line_for_every_image_of_a_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.png", "2.png"):
+        (tmp_path / name).write_bytes(picture_bytes())
+    (tmp_path / "3.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path), url])
+    runpy.run_path(str(FOLDER / "client.py"))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["image"] for row in rows] == ["2.png", "3.jpg", "a/1.png"]
+    assert [row["class"] in LABELS for row in rows] == [True, False, True]
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "key"),
+    [(picture_bytes(), "200 OK", "class"), (b"no image", "400 Bad Request", "error")],
+)
+def test_the_web_application_answers_with_the_class_or_the_error_of_the_server(
+    body: bytes, status: str, key: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOPDEPLOY_URL", url)
+    example, started = module_at(FOLDER / "gunicorn_app.py"), []
+    environ = {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+    (answer,) = example.app(environ, lambda *response: started.append(response))
+    example.client().close()
+    assert started == [(status, [("Content-Type", "application/json")])]
+    assert key in json.loads(answer)
+
+
+def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugins.POOLINGS, "registered", {})
+    module_at(FOLDER / "power_mean" / "power_mean.py")
+    network = sopdeploy.create_model("resnet8", num_classes=3, pooling="power-mean")
+    network(torch.rand(2, 3, 16, 16)).sum().backward()
+    powers = {name: value for name, value in network.named_parameters() if name.endswith(".power")}
+    assert [(float(value.detach()), bool(value.grad)) for value in powers.values()] == [(3.0, True)]
+
+
+@pytest.mark.slow
+def test_an_own_network_is_exported_with_proof(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", FOLDER / "own_network.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("trained = plain")
+    assert (tmp_path / "bundles" / "latest" / "model.onnx").is_file()
+
+
+NOTEBOOK = json.loads((FOLDER / "photographs.ipynb").read_bytes())
+CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_committed_without_output() -> None:
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert [cell for cell in cells if cell["outputs"] or cell["execution_count"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_notebook_runs_from_the_first_to_the_last_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    shutil.copytree(FOLDER / "photos", tmp_path / "photos")
+    names: dict[str, Any] = {}
+    with chdir(tmp_path):
+        for cell in CELLS:
+            exec(compile(cell, "photographs.ipynb", "exec"), names)  # noqa: S102
+    assert names["right"] >= 8
+    assert sum(answer.known is False for answer in names["answers"]) >= 8
+    assert "trained = plain" in capsys.readouterr().out
