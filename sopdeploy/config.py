@@ -416,6 +416,6 @@ def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> st
         keys.append(str(part)[:MAX_SHOWN])
         if isinstance(value, Mapping):
             value = value.get(part)
-        elif is_known:
+        elif isinstance(value, list | tuple) and isinstance(part, int):
             value = value[part] if part < len(value) else None
     return ".".join(keys)

@@ -121,18 +121,20 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
     )
     with (
         serving(str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE) as client,
-        ThreadPoolExecutor(4) as pool,
+        ThreadPoolExecutor(9) as pool,
     ):
-        sent = [pool.submit(status_of, client, jpeg) for _ in range(4)]
-        wait_for(lambda: num_admitted(client) == 4)
-        assert status_of(client, jpeg) == 429  # the limit is that of both front ends together
+        # The limit is that of both front ends together; each may admit its half, whatever the other has.
+        sent = [pool.submit(status_of, client, jpeg) for _ in range(9)]
+        wait_for(lambda: num_admitted(client) + sum(one.done() for one in sent) == 9)
+        refused, waiting = [one for one in sent if one.done()], [one for one in sent if not one.done()]
+        assert ({one.result() for one in refused}, 4 <= len(waiting) <= 7) == ({429}, True)
         victim, engine = process_of(client, "front-0"), process_of(client, "engine")
         os.kill(victim, number)
         wait_for(lambda: not is_alive(victim))
         wait_for(lambda: process_of(client, "front-0") not in {0, victim})
         gate.touch()
-        statuses = [one.exception() or one.result() for one in sent]
-        assert 1 <= statuses.count(200) <= 3  # those of the other front end
+        statuses = [one.exception() or one.result() for one in waiting]
+        assert 1 <= statuses.count(200) < len(waiting)  # those of the other front end
         wait_for(lambda: status_of(client, jpeg) == 200)
         files = [("image", jpeg)] * 4
         wait_for(lambda: client.post("/v1/classify", files=files).status_code == 200)  # nothing is left
