@@ -126,7 +126,7 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
     home: Path, trained: dict[str, Any], exported: dict[str, Any]
 ) -> None:
     verified = answer("verify", exported["bundle"], home=home)
-    assert (verified["id"], verified["num_files"]) == (exported["id"], 14)
+    assert (verified["id"], verified["num_files"]) == (exported["id"], 16)
     measured = answer("eval", trained["best"], "--data", "photos", home=home)
     found = answer("eval", exported["bundle"], "--data", "photos", home=home)
     photos = [f"photos/{label}/0{number}.jpg" for label in COLOURS for number in (0, 7)]
