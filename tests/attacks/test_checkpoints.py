@@ -111,7 +111,7 @@ def zip_bomb(path: Path) -> None:
 ANOTHER_PROJECT = {"epoch": 90, "state_dict": {"fc.bias": torch.ones(4)}, "best_acc1": torch.tensor(70.0)}
 UNSAFE, UNREADABLE, OTHER = "could run code", "damaged|could run code", "not a sopdeploy checkpoint"
 ATTACKS: dict[str, tuple[Write, str]] = {
-    "a pickle that runs a command": (pickled(RUNS_COMMAND), "could run code|not a checkpoint"),
+    "a pickle that runs a command": (pickled(RUNS_COMMAND), "could run code|no checkpoint"),
     "a command in a checkpoint": (with_training(RUNS_COMMAND), UNSAFE),
     "Python code in the weights": (python_in_weights, UNSAFE),
     "a command in the legacy format": (
@@ -119,7 +119,7 @@ ATTACKS: dict[str, tuple[Write, str]] = {
         "not a checkpoint",
     ),
     "a module": (module, UNSAFE),
-    "a pickle of plain values": (pickled({"a": [1, 2, 3]}), "could run code|not a.* checkpoint"),
+    "a pickle of plain values": (pickled({"a": [1, 2, 3]}), "could run code|no checkpoint"),
     "a training state of another project": (saved(ANOTHER_PROJECT), OTHER),
     "the first half": (cut(0.5), "damaged|could run code|cannot be read"),
     "a zip with escaping names": (escaping_names, "damaged|could run code|not a sopdeploy checkpoint"),
