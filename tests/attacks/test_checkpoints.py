@@ -116,7 +116,7 @@ ATTACKS: dict[str, tuple[Write, str]] = {
     "Python code in the weights": (python_in_weights, UNSAFE),
     "a command in the legacy format": (
         with_training(RUNS_COMMAND, _use_new_zipfile_serialization=False),
-        "not a checkpoint",
+        "no checkpoint",
     ),
     "a module": (module, UNSAFE),
     "a pickle of plain values": (pickled({"a": [1, 2, 3]}), "could run code|no checkpoint"),
