@@ -13,11 +13,13 @@ from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, statistics
 from sopdeploy.images import limits, occlusion
 from sopdeploy.models.second_order_head import HeadConfig
+from sopdeploy.photos import photo
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.recipe import RejectionConfig
+from sopdeploy_commands import demo
 from sopdeploy_commands.bulk import sources
 from sopdeploy_commands.bundles import verify
 from sopdeploy_export.prove.file import FLOORS, FLOORS_BY_PRECISION
@@ -47,6 +49,12 @@ SETTINGS = Settings()
 KUBERNETES = (ROOT / "deploy" / "kubernetes" / "sopdeploy.yaml").read_text(encoding="utf-8")
 (CONTAINER,) = next(yaml.safe_load_all(KUBERNETES))["spec"]["template"]["spec"]["containers"]
 LIVENESS = CONTAINER["livenessProbe"]
+ALERT_FILE = ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
+((_, ALERT_RULES),) = (one.values() for one in yaml.safe_load(ALERT_FILE.read_text("utf-8"))["groups"])
+ALERTS = {rule["alert"]: rule for rule in ALERT_RULES}
+ERRORS, UNKNOWN = (
+    float(ALERTS[alert]["expr"].rpartition(">")[2]) for alert in ("SopdeployErrors", "SopdeployUnknownImages")
+)
 MIB, MEGA, PERCENT = 1 << 20, 10**6, 100
 ACCEPTS = RejectionConfig().accepts
 LEVEL_ERROR = PERCENT * (ACCEPTS * (1 - ACCEPTS)) ** 0.5  # of the accepted share, of one image
@@ -109,6 +117,15 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),
     ("{} principal components ({} in the few-shot procedure)", HeadConfig().width, features.WIDTH),
+    ("if more than {:.0f} % of the images, and at least three", PERCENT * photo.MAX_DAMAGED),
+    (
+        "at least {:.0f} % of the new photographs right, at least {:.0f} % of other things unknown, at least "
+        "{:.0f} % of the digits right",
+        *(PERCENT * least for least in (demo.MIN_ACCURACY, demo.MIN_REJECTED, demo.MIN_DIGITS)),
+    ),
+    ("More than {:.0f} % of the responses are the same 5xx", PERCENT * ERRORS),
+    ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),
+    ("More than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
     ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
@@ -128,6 +145,7 @@ CITED = [  # from papers, releases and documentation of other programs, or part 
     "about 50 kB; the client",
     "batch size and 5 ms delay",
     "cross-validates those within 20 ms",
+    "2 of hotel: about 68 % of them are found; with 5, 82 %",
     *("`not worse within 1 points`", "N decides in 80 % of cases"),
 ]
 
