@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 
 @dataclass
@@ -37,7 +38,7 @@ def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServ
 
         def serve(connection: socket.socket, number: int) -> None:
             with connection, connection.makefile("rb") as file, suppress(OSError):
-                while head := b"".join(iter(file.readline, b"\r\n")):
+                while head := b"".join(takewhile(lambda line: line != b"\r\n", file)):
                     lengths = [
                         line for line in head.lower().splitlines() if line.startswith(b"content-length:")
                     ]
