@@ -274,7 +274,7 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
         (lambda n: Small(n, nn.MaxPool1d(1, return_indices=True)), {"kind": "gap"}, "not return .* fc"),
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
-        (Small, {"taps": ()}, "at least 1"),
+        (Small, {"taps": ()}, "length of 1 or more"),
         (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)), {}, "does not end in a feature map"),
         (
             lambda n: nn.Sequential(nn.Conv2d(3, n, 32), nn.Flatten()),
