@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_file
 
 HTTP_PROXIES, SOCKS_PROXIES = ("http", "https"), ("socks5", "socks5h")
-HOSTS = Path("/etc/hosts")
+HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
 
 
 class Proxy(NamedTuple):
@@ -84,7 +85,8 @@ def is_this_machine(host: str) -> bool:
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
-        lines = [line.partition("#")[0].lower().split() for line in HOSTS.read_text("utf-8").splitlines()]
+        text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
+        lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
         host = next((address for address, *names in filter(None, lines) if host in names), host)
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)

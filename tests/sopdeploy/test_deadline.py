@@ -73,6 +73,9 @@ def serve(pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object]) -> 
                     for piece in pieces():
                         connection.sendall(piece)
                         wait()
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 16):  # a rest of the request would reset the connection
+                        pass
 
     threading.Thread(target=run, daemon=True).start()
     return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -176,7 +176,7 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_widths": ()}, "aux_widths: 0 values for 4 stages"),
         ({"aux_weights": ()}, "aux_weights: 0 values for 4 stages"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling.*must be 'isqrt' or 'gap'"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*must be 'isqrt' or 'gap'"),
     ],
 )
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:
