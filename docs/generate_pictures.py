@@ -75,10 +75,9 @@ def photograph_pages(work: Path, folder: Path) -> None:
         photos, heap = sort_some(work)
         with printed_address("label", str(heap), "--photos", str(photos), "--port", "0") as url:
             page.goto(url)
-            page.wait_for_function(
-                "fetch('grids').then((reply) => reply.json()).then(({ grids }) => grids.length > 4)"
-            )
-            page.goto(url)
+            while page.evaluate("ask('grids').then(({ grids }) => grids.length)") < 5:
+                page.wait_for_timeout(500)  # the network computes the suggestions
+            page.reload()
             page.wait_for_selector("#cells img[src]")
             photograph(page, folder / "label-grid.png", "#grid")
             page.click("#one-by-one")
@@ -111,7 +110,7 @@ def printed_address(*arguments: str) -> Iterator[str]:
 
 def photograph(page: Any, path: Path, selector: str) -> None:
     """Photograph *page* from its top to the end of what *selector* finds, so that nothing is cut."""
-    page.wait_for_function("[...document.images].every((image) => !image.src || image.complete)")
+    page.wait_for_timeout(1000)  # all images are decoded
     ends = page.locator(selector).evaluate_all("all => all.map((one) => one.getBoundingClientRect().bottom)")
     clip = {"x": 0, "y": 0, "width": WIDTH, "height": round(max(ends)) + 20}
     page.screenshot(path=path, clip=clip, full_page=True)

@@ -16,7 +16,7 @@ def open_label_page(open_page, open_folders):
         def open_one(**traits):
             page = open_page(client.base_url, f"/?key={KEY}", **traits)
             page.wait_for_selector("#classes li, #empty:not([hidden])", state="attached")
-            page.wait_for_function("grid.isRead")
+            page.wait_for_selector("#grid[aria-busy=false]", state="attached")
             page.locator("#one-by-one").click()
             return page
 
@@ -31,7 +31,7 @@ def press(page, key: str, left: int) -> None:
 
 def wait_until(page, left: int) -> None:
     page.locator("#progress", has_text=f", {left} left").wait_for()
-    page.locator("#main[aria-busy=false]").wait_for()
+    page.locator("#main[aria-busy=false]").wait_for(state="attached")
 
 
 def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tmp_path):

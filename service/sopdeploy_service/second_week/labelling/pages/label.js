@@ -5,7 +5,7 @@ const RESERVED = "gnsuxz"; // keys of the other buttons
 const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
-const grid = { grids: [], name: "", others: new Set(), isRead: false }; // `others` are cells of another class
+const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 /** Fetch JSON from `path`, with `body` as a POST; throws an Error with the message of the server. */
@@ -235,5 +235,5 @@ document.addEventListener("keydown", (event) => {
 
 void send("state").then(async () => {
   if ((await loadGrids()) >= WORTH_A_GRID) view(true);
-  grid.isRead = true;
+  byId("grid").setAttribute("aria-busy", "false");
 });
