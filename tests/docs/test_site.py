@@ -45,7 +45,7 @@ def test_each_task_is_one_click_from_the_front_page_and_first_in_the_search(
         clicked = link.evaluate("link => link.href.split('#')[0]")
         if device == "phone":
             page.locator("label.md-header__button[for=__search]").click()
-        page.locator("[data-md-component=search-query]").fill(task)
+        page.locator("[data-md-component=search-query]").press_sequentially(task)
         first = page.locator(".md-search-result__item a").first
         first.wait_for()
         page.wait_for_function(
