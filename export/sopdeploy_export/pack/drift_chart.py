@@ -41,7 +41,7 @@ def draw_drift(parity: ParityReport) -> Figure:
     image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode('ascii')}"
     largest = max(floors for _, floors in rows)
     caption = (
-        "Drift from float64 in noise floors, the rounding error of the network's own run: "
+        "Drift from float64, in noise floors, which are the rounding error of the network itself: "
         f"at most {largest:.2g}, of {limit:g} that are allowed."
     )
     return Figure(image=image, caption=caption)
