@@ -44,7 +44,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import FinishedRun, train_run

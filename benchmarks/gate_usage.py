@@ -29,8 +29,8 @@ from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.record import read_resumed
 from sopdeploy.training.train import train_recipe
 
 EPOCHS, MILESTONES = 20, [13, 17]  # two and six sevenths of the run, nearly as in section 3.2

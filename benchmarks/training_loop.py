@@ -158,14 +158,15 @@ def train(recipe: Recipe, stages: Stages, *, counted: bool = False) -> None:
         with patch.object(Tensor, "tolist", count_list), CountOperators(stages.counts):
             epoch(*arguments)
 
-    loop_of = state.LoopRun
+    name_of_state = "LoopState" if hasattr(state, "LoopState") else "LoopRun"  # of older sources
+    loop_of = getattr(state, name_of_state)
 
     def build(*arguments: Any) -> Any:
         stages.counts["networks replaced"] += 1
         return without_network(loop_of(*arguments))
 
     replaced: list[tuple[Any, str, Any]] = [
-        *((module, "LoopRun", build) for module in (state, loop)),  # older sources import it at the start
+        *((module, name_of_state, build) for module in (state, loop) if hasattr(module, name_of_state)),
         (loop, "load_batches", stages.batches(loop.load_batches)),
         (loop, "train_epoch", counted_epoch if counted else stages.timed("epochs", epoch)),
         (loop, "fit_best", lambda loop_run, *_: (new_or_old(loop_run, "synchronized_fit", "fit")(), {})),

@@ -30,7 +30,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
 from sopdeploy.photos.folder import list_classes
 from sopdeploy.report.wrong_labels import find_wrong_labels
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.training.few_shot.state import FewShotFit
 
 
 def run_draw(

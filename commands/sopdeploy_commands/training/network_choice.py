@@ -33,7 +33,7 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.start import Given, check_count, move_to_device, select_procedure
+from sopdeploy.training.setup import Given, check_count, move_to_device, select_procedure
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,

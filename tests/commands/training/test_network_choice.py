@@ -18,7 +18,7 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.start import Given
+from sopdeploy.training.setup import Given
 from sopdeploy_commands.training import network_choice
 from sopdeploy_commands.training.network_choice import Speed, Validated, fetch_weights, measure_networks
 from sopdeploy_commands.training.train import train
