@@ -97,8 +97,10 @@ class TrainOptions(Options):
         if any(key == "model.name" for key, _ in changes) or any("name" in table for table in tables):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
+        resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
         for name, weights in self._weights_by_network().items():
-            assignments = (*self.set, f"model.name={name}")
+            size = [f"preprocess.crop={resized[name]}"] if name in resized else []
+            assignments = (*size, *self.set, f"model.name={name}")
             single = {"models": None, "within": None, "weights": weights, "set": assignments}
             options[name] = self.model_copy(update=single)
         return options
