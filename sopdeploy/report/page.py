@@ -56,12 +56,14 @@ def write_run_page(
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     networks: Sequence[NetworkScore] = (),
+    before: Sequence[tuple[object, ...]] = (),
 ) -> list[tuple[str, str, int]]:
     """Write `report.html` about the finished *run* to *folder*.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
-    *networks* are those that were compared before.
+    *networks* are those that were compared before, *before* earlier runs: date, run, numbers of images and
+    classes, and accuracy.
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first; none
     if images have several classes, or if there is no score.
@@ -96,6 +98,10 @@ def write_run_page(
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
         table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
         sections.append(Section(title="Choice of the network", tables=[table]))
+    if before:
+        columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
+        table = Table(caption="Those of this project here, the newest first", columns=columns, rows=before)
+        sections.append(Section(title="Runs before", tables=[table]))
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
         sentences = [_DECISION]

@@ -212,6 +212,7 @@ def train(
     from sopdeploy.training.checkpoints import RunFolder, numbered_folder
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
     from sopdeploy.training.train import summarize_run, train_run
+    from sopdeploy_commands.training.runs import list_runs_before
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
@@ -243,7 +244,8 @@ def train(
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        mistakes = write_run_page(run, folder, on_image, networks)  # the most frequent ones first
+        before = list_runs_before(folder, selected.project)
+        mistakes = write_run_page(run, folder, on_image, networks, before)  # the most frequent ones first
         decisions = (run.fit.decision, None if previous is None else previous.decision)
         rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
         if weakness := describe_weakness(rule, rule_before):
