@@ -19,7 +19,7 @@ from PIL import Image
 from sopdeploy.decision import softmax
 from sopdeploy.images.occlusion import GRID, IMAGES_PER_MAP, cell_slices, occlude
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy.photos.files import is_image
+from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("bundle", type=existing)
     parser.add_argument("--photos", type=existing, required=True, help="folder of photographs")
     given = parser.parse_args()
-    photos = sorted(path for path in given.photos.rglob("*") if is_image(path.name))
+    photos = sorted(path for path in given.photos.rglob("*") if has_image_suffix(path.name))
     photos = random.Random(0).sample(photos, min(COUNT, len(photos)))  # noqa: S311 - not for security
     rng = np.random.default_rng(0)
     with one_line_errors():

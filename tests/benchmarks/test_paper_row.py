@@ -131,6 +131,14 @@ def test_the_plan_says_whether_it_fits_into_the_minutes(archives, minutes, fits)
     assert "fits" not in plan("--data", archives)
 
 
+def test_the_plan_compares_numbers_of_seeds_and_counts_short_runs(archives) -> None:
+    planned = plan("--data", archives, "--minutes", 15, "--seeds", 2, "--at-once", 4)
+    of_seeds = planned["minutes_of_seeds_side_by_side"]
+    assert of_seeds["1"] < of_seeds["2"] == planned["minutes"] < of_seeds["4"]
+    starts = 20 / 60 * planned["runs"]  # each run starts the trainings again
+    assert 15 * (planned["runs"] - 1) < planned["minutes"] + starts <= 15 * planned["runs"] + 20 / 60
+
+
 @pytest.mark.parametrize("option", ["--at-once", "--seeds", "--epochs", "--batch-size"])
 def test_numbers_below_one_are_refused(archives, option, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
