@@ -204,7 +204,7 @@ def test_a_request_executes_the_files_of_its_table(tmp_path: Path) -> None:
     bundle = open_bundle(write_bundle(tmp_path))
     threading.setprofile(enter)  # of the threads that the server starts
     try:
-        with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+        with running(OnnxRuntime(bundle, Settings(threads=1)), bundle, Settings()) as client:
             for _ in range(2):  # the first one fills caches
                 entered.clear()
                 assert client.post("/v1/classify", content=jpeg).status_code == 200

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy import plugins
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
@@ -18,6 +19,8 @@ from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.settings import load_settings
 
 TESTS = Path(__file__).parents[1]
@@ -29,6 +32,8 @@ MODULES = {
     "unnamed": "from sopdeploy.layers.pooling.registry import *\nregister_pooling(PoolingConfig)",
     "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
     "weights": (TESTS / "plugins" / "text_weights.py").read_text(encoding="utf-8"),
+    "runtime": (TESTS / "plugins" / "reference_runtime.py").read_text(encoding="utf-8")
+    + "import sopdeploy\nsopdeploy.register_runtime('onnx-reference', ReferenceRuntime)\n",
 }
 
 
@@ -148,6 +153,31 @@ def test_plug_ins_that_are_switched_off_are_not_found(
     with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
         load_settings(runtime="acme")
     assert plugins.MODELS.find("lrbp-vgg16") is not None  # of this wheel, so it is no plug-in
+
+
+def test_an_outside_package_adds_a_runtime_in_one_file(install: Install, bundle: Bundle) -> None:
+    install("runtime = runtime_plugin")
+    loaded = load_model(bundle.path, load_settings(runtime="onnx-reference"))
+    assert loaded.runtime.name.startswith("onnx-reference")
+    assert open(bundle.onnx, "rb").read() == bundle.onnx.read()  # noqa: PTH123, SIM115
+    assert may_use_gpu(load_settings(runtime="onnx-reference")) is False
+    with pytest.raises(ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"):
+        load_settings(runtime="onnx-reference", devices="0")
+
+
+UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {  # of each registry: how a user meets it, the name
+    "network": (lambda: entry("resnet19"), "resnet18"),
+    "pooling": (lambda: sopdeploy.create_model("resnet8", pooling="isqtr"), "isqrt"),
+    "data source": (lambda: read_recipe("digits-plain", ["data.kind=digit"]), "digits"),
+    "runtime": (lambda: load_settings(runtime="openvin"), "openvino"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_name_of_a_registry_is_an_error_with_the_nearest_one(kind: str) -> None:
+    use, nearest = UNKNOWN[kind]
+    with pytest.raises(ConfigError, match=rf"did you mean .*\b{nearest}\b.*\?"):
+        use()
 
 
 class Digits(DataSource):

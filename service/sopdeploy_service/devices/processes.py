@@ -14,6 +14,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
+from sopdeploy_service.runtime.base import cpu_runtime
 from sopdeploy_service.settings import Settings, decoders_per_process
 
 ANY_DEVICE = ""
@@ -134,7 +135,7 @@ def list_devices(settings: Settings) -> list[Process]:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
-            changed["runtime"] = "onnxruntime-cpu"
+            changed["runtime"] = cpu_runtime()
         if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
         variables = visible_devices(device) if device != ANY_DEVICE else {}

@@ -18,6 +18,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
@@ -332,7 +333,9 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
 def test_a_load_has_more_time_on_a_gpu(
     values: dict[str, Any], cuda: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "has_cuda", lambda: cuda)
+    for runtime in RUNTIMES.own().values():
+        if runtime.needs_gpu:
+            monkeypatch.setattr(runtime, "is_set_up", lambda: cuda)
     assert loader.load_seconds(Settings(**values)) == seconds
 
 
