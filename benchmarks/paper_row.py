@@ -11,8 +11,10 @@ over the seeds with its interval, and the first network with branches, which is 
 exported: results.json in --out.
 
 --dry-run prints what a machine with a GPU would get, how long it takes, how busy the GPU and how many cores
-are, and whether that fits into --minutes. One training needs --step-ms of the GPU for a step of 256 or
---python-ms of a core for any step, whichever is longer; trainings side by side share the GPU.
+are, whether that fits into --minutes or how many runs of that length it takes, with --out kept between them,
+and the minutes of 1, 2 and 4 seeds with all trainings side by side. One training needs --step-ms of the GPU
+for a step of 256 or --python-ms of a core for any step, whichever is longer; trainings side by side share the
+GPU.
 Exit status 1: more than 60 MiB to copy, a failed training or export, or an unfinished one.
 """
 
@@ -45,6 +47,7 @@ PRINTED = 7.92  # error of the network without branches in Table IX, in percent
 PARTS = ("train", "test")
 MAX_COPIED = 60 * 2**20  # bytes
 IMAGES = {"train": 50_000, "test": 10_000}
+SEEDS = (1, 2, 4)  # numbers of seeds whose minutes the plan compares
 START_SECONDS, EXPORT_SECONDS = 20, 60  # of a training, and of the export of one network
 # CPU ms of a step of 256, AMD EPYC, 2026-11-27: Python for each arm, loader processes.
 PYTHON_MS, LOADER_MS = (8.5, 17.7), 5.6
@@ -145,9 +148,15 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     step_ms = {arm: max(gpu_ms, python) for arm, python in zip(ARMS, given.python_ms, strict=True)}
     alone = {arm: with_evaluations * step / 1e3 for arm, step in step_ms.items()}
     queue = list(ARMS) * given.seeds
-    seconds = elapsed([(alone[arm], gpu_ms / step_ms[arm]) for arm in queue], given.at_once)
-    rounds = math.ceil(len(queue) / given.at_once)
-    minutes = (seconds + rounds * START_SECONDS + EXPORT_SECONDS) / 60
+
+    def seconds_of(queue: Sequence[str], at_once: int) -> float:
+        return elapsed([(alone[arm], gpu_ms / step_ms[arm]) for arm in queue], at_once)
+
+    def minutes_of(queue: Sequence[str], at_once: int) -> float:
+        rounds = math.ceil(len(queue) / at_once)
+        return round((seconds_of(queue, at_once) + rounds * START_SECONDS + EXPORT_SECONDS) / 60, 1)
+
+    seconds, minutes = seconds_of(queue, given.at_once), minutes_of(queue, given.at_once)
     loader_ms = LOADER_MS * given.batch_size / batch_size
     planned: dict[str, Any] = {
         "copied": copied,
@@ -160,10 +169,15 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         "gpu_busy_percent": round(100 * len(queue) * with_evaluations * gpu_ms / 1e3 / seconds),
         # The thread that starts operators waits for the GPU without giving up its core.
         "cores": round(sum(1 + loader_ms / step_ms[arm] for arm in queue[: given.at_once]), 1),
-        "minutes": round(minutes, 1),
+        "minutes": minutes,
+        "minutes_of_seeds_side_by_side": {
+            str(seeds): minutes_of(list(ARMS) * seeds, len(ARMS) * seeds) for seeds in SEEDS
+        },
     }
     if math.isfinite(given.minutes):
-        planned |= {"minutes_given": given.minutes, "fits": minutes <= given.minutes}
+        # Each run starts the trainings again.
+        runs = math.ceil((minutes - START_SECONDS / 60) / max(given.minutes - START_SECONDS / 60, 1e-9))
+        planned |= {"minutes_given": given.minutes, "fits": minutes <= given.minutes, "runs": runs}
     return planned
 
 
