@@ -22,6 +22,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.settings import load_settings
+from tests.support.service import bundle, bundle_path  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
 Install = Callable[[str], None]
@@ -155,11 +156,14 @@ def test_plug_ins_that_are_switched_off_are_not_found(
     assert plugins.MODELS.find("lrbp-vgg16") is not None  # of this wheel, so it is no plug-in
 
 
-def test_an_outside_package_adds_a_runtime_in_one_file(install: Install, bundle: Bundle) -> None:
+def test_an_outside_package_adds_a_runtime_in_one_file(
+    install: Install,
+    bundle: Bundle,  # noqa: F811
+) -> None:
     install("runtime = runtime_plugin")
     loaded = load_model(bundle.path, load_settings(runtime="onnx-reference"))
     assert loaded.runtime.name.startswith("onnx-reference")
-    assert open(bundle.onnx, "rb").read() == bundle.onnx.read()  # noqa: PTH123, SIM115
+    assert Path(bundle.onnx).read_bytes() == bundle.onnx.read()
     assert may_use_gpu(load_settings(runtime="onnx-reference")) is False
     with pytest.raises(ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"):
         load_settings(runtime="onnx-reference", devices="0")

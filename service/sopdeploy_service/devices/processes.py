@@ -14,7 +14,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
-from sopdeploy_service.runtime.base import cpu_runtime
 from sopdeploy_service.settings import Settings, decoders_per_process
 
 ANY_DEVICE = ""
@@ -135,6 +134,8 @@ def list_devices(settings: Settings) -> list[Process]:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
+            from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
+
             changed["runtime"] = cpu_runtime()
         if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders

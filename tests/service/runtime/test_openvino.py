@@ -44,7 +44,7 @@ def test_another_graph_is_refused_in_one_line(bundle: Bundle, content: bytes | N
         model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
         content = model.SerializeToString()
     with pytest.raises(RuntimeUnavailableError, match=message) as problem:
-        OpenVINORuntime(replace(bundle, graph=SealedFile([content])))
+        OpenVINORuntime(replace(bundle, graph=SealedFile([content])), Settings())
     assert "\n" not in str(problem.value)
 
 
