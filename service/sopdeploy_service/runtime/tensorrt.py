@@ -11,9 +11,15 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_engine, read_records
-from sopdeploy.tensorrt.session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.runtime.base import OwnRuntime
+from sopdeploy_service.runtime.tensorrt_cache import (
+    EMPTY,
+    cache_folder,
+    key_fields,
+    load_engine,
+    read_records,
+)
+from sopdeploy_service.runtime.tensorrt_session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")
