@@ -1,7 +1,8 @@
 """Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
 `results.toml` has the numbers that the README states, except those of other photographs, which come from
-`other_photos.json`. `measured.toml` has those of other pages.
+`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`
+and `serving_stages.json`.
 """
 
 import json
@@ -15,6 +16,8 @@ FOLDER = Path(__file__).parent / "benchmarks"
 PAGE = FOLDER / "index.md"
 MACHINE = "Measured on "
 COLUMNS = ("averages accuracy", "former accuracy", "accuracy", "unknown rejected", "new class rejected")
+
+PEERS = {"triton": "Triton", "mosec": "mosec"}  # other servers of `serving_photos.json`
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ def measured() -> list[Measured]:
 
 
 def measured_on_pages() -> list[Measured]:
-    """Read `measured.toml`."""
+    """Read `measured.toml`, and the documents that benchmarks printed."""
     document = tomllib.loads((FOLDER / "measured.toml").read_text(encoding="utf-8"))
-    return [Measured(**one) for one in document["results"]]
+    written = [serving_photos(), serving_stages()]
+    return [*written, *(Measured(**one) for one in document["results"])]
 
 
 def page_with_tables(path: Path) -> str:
@@ -103,6 +107,53 @@ def other_photos() -> Measured:
     )
     date = ", ".join(sorted({one["date"] for one in confirming}))
     return Measured(command, date, "", "other_photos.md", means | spread, claims)
+
+
+def serving_photos() -> Measured:
+    """Build the tables of servers by kind of photograph from the document that the benchmark printed."""
+    document = json.loads((FOLDER / "serving_photos.json").read_text(encoding="utf-8"))
+    machine, rows = document["machine"], document["results"]
+    where = f"{machine['cores']} cores of {machine['processor']}, {machine['system']}"
+    facts = [document["date"], where, str(rows[0]["runs"]), document["commit"]]
+    head, cells = ["photograph"], {row["case"]: [row["case"]] for row in rows}
+    for unit, digits, text in (("images/s", 0, "images/s"), ("cpu-ms", 1, "CPU ms per image")):
+        measured = {(row["case"], row["against"]): row for row in rows if row["unit"] == unit}
+        head += [f"{text}: sopdeploy", *PEERS.values()]
+        for kind in cells:
+            cells[kind].append(f"**{number(measured[kind, next(iter(PEERS))]['ours'], digits)}**")
+            cells[kind] += [number(measured[kind, peer]["other"], digits) for peer in PEERS]
+    tables = [table(["date", "machine", "rounds", "commit"], [facts]), table(head, list(cells.values()))]
+    command = "python benchmarks/serving_photos.py --peers FOLDER --peers-python PYTHON --onnx FILE --json"
+    return Measured(command, document["date"], document["commit"], "serving.md", {}, [], tables)
+
+
+def serving_stages() -> Measured:
+    """Build the table of 16 simulated cores by kind of photograph."""
+    document = json.loads((FOLDER / "serving_stages.json").read_text(encoding="utf-8"))
+    values: dict[str, dict[str, float]] = {}
+    for row in document["results"]:
+        kind, _, part = row["case"].removeprefix("2 front ends, ").partition(": ")
+        values.setdefault(kind, {})[part] = row["ours"]
+    head = ["photograph", "CPU ms per image: front end", "decoder", "engine", "16 cores: images/s"]
+    parts = ("front ends", "decoder processes", "engine")
+    rows = [
+        [kind, *(number(found[part] / 1000, 2) for part in parts), number(found["16 cores"], 0)]
+        for kind, found in values.items()
+    ]
+    command = 'python benchmarks/serving_stages.py --quick --json --kind "12 MP" ...'
+    date, commit = document["date"], document["commit"]
+    return Measured(command, date, commit, "../howto/gpu.md", {}, [], [table(head, rows)])
+
+
+def number(value: float, digits: int) -> str:
+    """Format a measured value; 0.0 and 1,380.0 have no decimals."""
+    return f"{value:,.{digits}f}".removesuffix(".0")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Format a table as `measured.toml` has it."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *others, ""])
 
 
 def results_page() -> str:

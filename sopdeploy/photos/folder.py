@@ -6,9 +6,10 @@ layouts are read by torchvision (`libraries`).
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.images.limits import describe_formats
+from sopdeploy.images.signatures import count_suffixes, describe_skipped, describe_suffixes, note_skipped
 from sopdeploy.photos.files import (
     KEPT_NAME,
     SAMPLE_FOLDER,
@@ -30,7 +32,7 @@ from sopdeploy.photos.files import (
     find_parts,
     folder_identity,
     hint_at_spelling,
-    is_image,
+    holds_images,
     list_images,
     list_outputs,
     list_subfolders,
@@ -38,7 +40,6 @@ from sopdeploy.photos.files import (
     normalize,
     part_folder,
     part_kind,
-    suffix_of,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
@@ -147,7 +148,7 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     if other_table:
         notes.append(other_table)
     opened = {name: listing.images for name, listing in listings.items()}
-    return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
+    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
 
 
 def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
@@ -172,13 +173,12 @@ def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> di
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
     if not parts.train:
         return {UNSPLIT: root}
-    if not parts.held_out:
-        holds_images = {name: any(map(is_image, os.listdir(root / name))) for name in parts.others}  # noqa: PTH208
-        if classes := [name for name in parts.others if holds_images[name]]:
-            raise DataError(
-                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
-                f"rename it if it is a class, or move the others out of this folder"
-            )
+    classes = () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
+    if classes:
+        raise DataError(
+            f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
+            f"rename it if it is a class, or move the others out of this folder"
+        )
     folders = {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
     for folder in folders.values():
         if has_label_table(folder):
@@ -203,7 +203,7 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold.
 
-    `other_files` are the files without an image suffix by class, `nested` the folders with images in class
+    `other_files` are the files that are no images by class, `nested` the folders with images in class
     folders. Their paths are relative to the root of `images`.
     """
 
@@ -272,28 +272,12 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_suffixes(_count_suffixes(listing.other_files[empty[0]]))
+        ignored = describe_suffixes(count_suffixes(listing.other_files[empty[0]]))
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({', '.join(SUFFIXES)}) or remove the folder{_suggest_folder(images)}"
+            f"add some ({describe_formats()}) or remove the folder{_suggest_folder(images)}"
         )
-
-
-def _count_suffixes(names: Iterable[str]) -> dict[str, int]:
-    """Count the files *names* by suffix, the most frequent one first."""
-    return dict(Counter(map(suffix_of, names)).most_common())
-
-
-def describe_suffixes(counts: Mapping[str, int]) -> str:
-    """Format numbers of files by suffix."""
-    return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
-
-
-def describe_skipped(counts: Mapping[str, int]) -> str:
-    """Say how many files of which suffix were skipped."""
-    count = sum(counts.values())
-    return f"{amount(count, 'file')} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:
@@ -385,7 +369,9 @@ def open_evaluation_images(
         if has_label_table(folder):
             images = _held_out_of_table(folder, labels, multi_label=False)
         else:
-            images = list_classes(folder).images
+            listing = list_classes(folder)
+            images = listing.images
+            note_skipped(root, count_suffixes(chain.from_iterable(listing.other_files.values())))
     allow_unknown = other_classes or kind is not None  # the names of official classes are no mistakes
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
@@ -411,7 +397,9 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
 def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
     """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
-    *_, (name, images) = read_label_table(root, labels, multi_label=multi_label).parts.items()
+    opened = read_label_table(root, labels, multi_label=multi_label)
+    note_skipped(root, opened.ignored)
+    *_, (name, images) = opened.parts.items()
     check_has_classes(name, images)
     return images
 
@@ -464,7 +452,9 @@ def class_aliases() -> dict[str, str]:
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
     root = data_folder(root, ANY_IMAGES)
-    paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
+    listed, others = list_images(root)
+    note_skipped(root, count_suffixes(others))
+    paths = np.asarray(listed, dtype=np.bytes_)
     if not len(paths):
         raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.files import read_file
+from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
     TRAIN,
     check_labels,
     describe_confusable,
     hint_at_spelling,
-    is_image,
     list_images,
     lookalike_key,
     normalize,
@@ -64,7 +64,7 @@ class OpenedParts(NamedTuple):
     Attributes:
         problems: Why a network cannot be trained on them.
         notes: What the user may not have intended.
-        ignored: Number of files without an image suffix, by suffix.
+        ignored: Number of files that are no images, by suffix.
     """
 
     parts: dict[str, ImageFiles]
@@ -84,7 +84,7 @@ def has_label_table(root: Path) -> bool:
         read_table_text(path)
         return True
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
-        if other.is_file() and not is_image(other.name):
+        if other.is_file() and not is_image(other):
             raise DataError(
                 f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
                 "the folders are the classes"
@@ -137,7 +137,7 @@ def read_label_table(
     invalid row, or the files that do not exist.
     """
     table = root / LABELS_FILE
-    image_paths, _other_files = list_images(root)
+    image_paths, other_files = list_images(root)
     rows = _read_rows(table, image_paths)
     listed = {label for row in rows for label in row.classes}
     labels = tuple(sorted(listed)) if labels is None else labels
@@ -162,7 +162,8 @@ def read_label_table(
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"not listed in {LABELS_FILE}: {amount(len(unlisted), 'image')}: {files}")
-    return OpenedParts(parts, notes=notes)
+    ignored = count_suffixes(file for file in other_files if file != LABELS_FILE)
+    return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
 def check_has_classes(name: str, images: ImageFiles) -> None:
@@ -221,7 +222,9 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         found = path_of_short_name.get(normalize(name))  # None: no image, or several
-        if found is None and (file.is_absolute() or ".." in file.parts or not is_image(file.name)):
+        exists = (root / file).is_file()
+        is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
+        if found is None and (file.is_absolute() or ".." in file.parts or is_wrong):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
@@ -234,7 +237,6 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         part = cells.get(SPLIT)  # None without this column
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
-        exists = (root / file).is_file()
         path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
         row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)

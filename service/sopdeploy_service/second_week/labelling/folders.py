@@ -24,6 +24,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
@@ -144,7 +145,9 @@ class LabelFolders:
         queue = order_records(others)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped_of_heap]
+        images, others = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(others))
+        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
