@@ -156,7 +156,8 @@ def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _plugin_entry_points() -> tuple[EntryPoint, ...]:
+def plugin_entry_points() -> tuple[EntryPoint, ...]:
+    """List the entry points of plug-ins, as they are installed at the first call."""
     own = own_entry_points(_GROUP)
     return tuple(point for point in entry_points(group=_GROUP) if point not in own)
 
@@ -169,7 +170,7 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")
-    return _plugin_entry_points() if wanted == "on" else ()
+    return plugin_entry_points() if wanted == "on" else ()
 
 
 def describe_distribution(point: EntryPoint) -> str:

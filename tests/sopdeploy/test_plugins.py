@@ -60,11 +60,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = tmp_path / "acme-2.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8")
-        (folder / "entry_points.txt").write_text(f"[{plugins._GROUP}]\n{lines}\n", encoding="utf-8")
-        plugins._plugin_entry_points.cache_clear()
+        (folder / "entry_points.txt").write_text(f"[sopdeploy.plugins]\n{lines}\n", encoding="utf-8")
+        plugins.plugin_entry_points.cache_clear()
 
     yield write
-    plugins._plugin_entry_points.cache_clear()
+    plugins.plugin_entry_points.cache_clear()
 
 
 PROBLEMS = {  # module of a plug-in: what the error says
