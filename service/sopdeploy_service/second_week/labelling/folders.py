@@ -145,8 +145,8 @@ class LabelFolders:
         queue = order_records(others)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        images, others = list_heap(self.kept)
-        note_skipped(self.kept, count_suffixes(others))
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
         heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
