@@ -17,33 +17,10 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import correct_transparency_info
+from sopdeploy.images.signatures import HEAD_BYTES, find_format
 
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
 warnings.filterwarnings("ignore", module="PIL")
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-}
-FIRST_BYTES = (*SIGNATURES, b"RIFF", b"\0\0")  # of every accepted format; WAV files also begin with RIFF
-REJECTED_SIGNATURES = {
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"%PDF": "PDF",
-    b"%!PS": "PostScript",
-    b"8BPS": "PSD",
-    b"\0\0\1\0": "ICO",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\xff\x0a": "JPEG XL",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-}
-BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "HEIF"
-)
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
@@ -219,13 +196,7 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        detected = "WEBP"
-    elif body[4:8] == b"ftyp":
-        detected = BRANDS.get(body[8:12], "")
-    else:  # also a format that is never accepted; "" for an unknown one
-        signatures = SIGNATURES | REJECTED_SIGNATURES
-        detected = next((name for signature, name in signatures.items() if body.startswith(signature)), "")
+    detected = find_format(body[:HEAD_BYTES])
     accepted = FORMATS if formats is None else formats
     if any(FORMATS[name] == detected for name in accepted):
         return detected
