@@ -20,7 +20,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
-from sopdeploy.proxies import describe_route, find_proxy, store_options
+from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy, requested_url, store_options
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -168,5 +168,5 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
         text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-        where = describe_route(url, find_proxy(url))
+        where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))
         raise BundleError(f"{where}: {text}; check the address, the network and the credentials") from error
