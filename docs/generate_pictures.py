@@ -1,10 +1,10 @@
-"""Create the pictures of the README: a screenshot and the charts of throughput and of training.
+"""Create the pictures of the README: a screenshot and the chart of throughput.
 
     python docs/generate_pictures.py [FOLDER] [--charts]      # default docs/pictures; only the charts
 
 The screenshot needs Chromium. It shows EfficientNet-Lite0 with ImageNet weights, trained on the photographs
-in tests/real/photos (two minutes). The charts take their values from the tables in
-docs/benchmarks/serving.md and own_photos.md.
+in tests/real/photos (two minutes). The chart takes its values from the tables in
+docs/benchmarks/serving.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.real.conftest import PHOTOS
 
 FOLDER = Path(__file__).parent
-CHART, TRAINING, PREDICTION = "throughput.svg", "own-photos.svg", "prediction.png"
+CHART, PREDICTION = "throughput.svg", "prediction.png"
 SHOWN = Path("hat", "127708b5.jpg")  # the photograph of the prediction, which is not trained on
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 CAPTION = "Images per second, as a share of what the engine reaches alone"
@@ -45,12 +45,6 @@ STYLE: Any = {
     "svg.hashsalt": "sopdeploy",
     "axes.spines.right": False,
     "axes.spines.top": False,
-}
-COLORS = {  # of the tools in docs/benchmarks/own_photos.md
-    "sopdeploy train": "#00796b",
-    "logistic regression": "#5b6b70",
-    "fastai fine_tune": "#c2571a",
-    "AutoGluon, few-shot": "#2f6fb3",
 }
 
 
@@ -137,35 +131,6 @@ def chart(shown: list[Panel]) -> str:
         return write_svg(figure, CAPTION, "; ".join(texts))
 
 
-def training_chart(page: str) -> str:
-    """Draw accuracy against processor seconds from the table of *page*, one line per tool."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines()]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        axes, descriptions = figure.subplots(), []
-        for tool, color in COLORS.items():
-            line = [
-                (cells[1], float(cells[3].partition(" ")[0]), float(cells[5]))
-                for cells in rows
-                if cells[0] == tool and len(cells) == 6
-            ]
-            seconds, accuracies = [point[2] for point in line], [point[1] for point in line]
-            axes.plot(seconds, accuracies, marker="o", color=color, label=tool)
-            values = (f"{size} per class {accuracy:.1f} % in {cpu:.0f} s" for size, accuracy, cpu in line)
-            descriptions.append(f"{tool}: {', '.join(values)}")
-            style: Any = {"textcoords": "offset points", "ha": "center", "color": color}
-            for size, accuracy, cpu in line:
-                offset = (0, 8 if tool == "sopdeploy train" else -14)
-                axes.annotate(size, (cpu, accuracy), xytext=offset, **style)
-        axes.set(
-            xscale="log", ylabel="accuracy in %", title="EfficientNet-Lite0 on one core: new photographs"
-        )
-        axes.set_xlabel("processor seconds of the training; numbers at the points: photographs per class")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return write_svg(figure, axes.get_title(), "; ".join(descriptions))
-
-
 def write_svg(figure: Figure, title: str, description: str) -> str:
     """Write *figure* as SVG whose text remains text; equal figures give equal files."""
     file = io.StringIO()
@@ -177,8 +142,6 @@ def write_svg(figure: Figure, title: str, description: str) -> str:
 
 def main(folder: Path, *, only_charts: bool) -> None:
     """Write all pictures to *folder*."""
-    trained = (FOLDER / "benchmarks" / "own_photos.md").read_text(encoding="utf-8")
-    (folder / TRAINING).write_text(training_chart(trained), encoding="utf-8")
     measured = panels((FOLDER / "benchmarks" / "serving.md").read_text(encoding="utf-8"))
     (folder / CHART).write_text(chart(measured), encoding="utf-8")
     if only_charts:

@@ -1,8 +1,8 @@
 """Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
 `results.toml` has the numbers that the README states, except those of other photographs, which come from
-`other_photos.json`. `measured.toml` has those of other pages, but for `training_loop.json`,
-`serving_photos.json` and `serving_stages.json`.
+`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`
+and `serving_stages.json`.
 """
 
 import json
@@ -18,21 +18,6 @@ MACHINE = "Measured on "
 COLUMNS = ("averages accuracy", "former accuracy", "accuracy", "unknown rejected", "new class rejected")
 
 PEERS = {"triton": "Triton", "mosec": "mosec"}  # other servers of `serving_photos.json`
-LABELS = {  # of the cases of `training_loop.json` whose names say too little
-    "read and decode, without memory": "read and decode; after: in the first epoch only",
-    "fit and augment, without memory": "fit and augment; after: fit in the first epoch only",
-    "loader processes": "loader processes: all of their work (for eight processes, divide by 8)",
-    "checks, reading, callbacks": "checks, reading of losses, callbacks",
-    "main thread": "main thread, without normalization, which a GPU computes",
-    "images a second and core, without the network": "main thread and loader processes",
-    "loader processes started in an epoch": "loader processes started in an epoch, with two",
-    "operators of a step": "operators of a step, without those of the network",
-    "launching resnet20": "start the operators of ResNet-20",
-    "launching dsop-resnet20": "start the operators of ResNet-20 with DSoP branches",
-    "busy": "busy, without the time to start the network's operators",
-    "busy, with launching resnet20": "busy with ResNet-20",
-    "busy, with launching dsop-resnet20": "busy with ResNet-20 with DSoP branches",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ def measured() -> list[Measured]:
 def measured_on_pages() -> list[Measured]:
     """Read `measured.toml`, and the documents that benchmarks printed."""
     document = tomllib.loads((FOLDER / "measured.toml").read_text(encoding="utf-8"))
-    written = [training_loop(), serving_photos(), serving_stages()]
+    written = [serving_photos(), serving_stages()]
     return [*written, *(Measured(**one) for one in document["results"])]
 
 
@@ -122,34 +107,6 @@ def other_photos() -> Measured:
     )
     date = ", ".join(sorted({one["date"] for one in confirming}))
     return Measured(command, date, "", "other_photos.md", means | spread, claims)
-
-
-def training_loop() -> Measured:
-    """Build the tables of the training loop from the document that its benchmark printed."""
-    document = json.loads((FOLDER / "training_loop.json").read_text(encoding="utf-8"))
-    machine, rows = document["machine"], document["results"]
-    gpu = f"a GPU that needs {machine['gpu_ms']:g} ms for a step of {machine['step']}"
-    where = f"{machine['cores']} cores of {machine['processor']}, {machine['system']}"
-    where += f", Python {document['versions']['python']}, no GPU"
-    facts = [document["date"], where, str(rows[0]["runs"]), rows[0]["against"], document["commit"]]
-    stages, counts = [], []
-    for row in rows:
-        label, sides = LABELS.get(row["case"], row["case"]), (row["other"], row["ours"])
-        if row["unit"] in ("cpu-ms", "images/s"):
-            of_step = row["unit"] == "cpu-ms"
-            times = [1e3 * side / machine["step"] if of_step else 1e6 / side for side in sides]
-            speeds = [time and 1e6 / time for time in times]  # "fit and augment" may be 0
-            stages.append([label, *(number(time, 1) for time in times), *(number(one, 0) for one in speeds)])
-        else:
-            label = f"{gpu} is {label}, %" if row["unit"] == "%" else label
-            counts.append([label, *(number(side, 1) for side in sides)])
-    command = "python benchmarks/training_loop.py --against FOLDER --json"
-    tables = [
-        table(["date", "machine", "rounds", "commit before", "commit after"], [facts]),
-        table(["stage", "µs per image, before", "after", "images/s, before", "after"], stages),
-        table(["count", "before", "after"], counts),
-    ]
-    return Measured(command, document["date"], document["commit"], "training-loop.md", {}, [], tables)
 
 
 def serving_photos() -> Measured:
