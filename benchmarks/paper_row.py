@@ -49,7 +49,8 @@ MAX_COPIED = 60 * 2**20  # bytes
 IMAGES = {"train": 50_000, "test": 10_000}
 SEEDS = (1, 2, 4)  # numbers of seeds whose minutes the plan compares
 START_SECONDS, EXPORT_SECONDS = 20, 60  # of a training, and of the export of one network
-FIGURES = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_loop.json"
+# CPU ms of a step of 256, AMD EPYC, 2026-11-27: Python for each arm, loader processes.
+PYTHON_MS, LOADER_MS = (8.5, 17.7), 5.6
 SHARES = "gpu_busy.txt"  # in --out: the share of each second for which the GPU was busy, in percent
 
 
@@ -119,17 +120,6 @@ def code_files() -> list[Path]:
     return [root / name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
 
-def measured_ms() -> dict[str, float]:
-    """Read what a step of 256 costs without a GPU, in ms of a core, by the name of the measurement."""
-    return {row["case"]: row["ours"] for row in json.loads(FIGURES.read_text(encoding="utf-8"))["results"]}
-
-
-def python_ms() -> list[float]:
-    """Return what Python was measured to need for a step of each arm, in ms."""
-    found = measured_ms()
-    return [found["main thread"] + found[f"launching {network}"] for network in ARMS.values()]
-
-
 def elapsed(trainings: Sequence[tuple[float, float]], at_once: int) -> float:
     """Return the time until all *trainings* have ended, of which *at_once* run side by side.
 
@@ -167,7 +157,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         return round((seconds_of(queue, at_once) + rounds * START_SECONDS + EXPORT_SECONDS) / 60, 1)
 
     seconds, minutes = seconds_of(queue, given.at_once), minutes_of(queue, given.at_once)
-    loader_ms = measured_ms()["loader processes"] * given.batch_size / batch_size
+    loader_ms = LOADER_MS * given.batch_size / batch_size
     planned: dict[str, Any] = {
         "copied": copied,
         "copied_bytes": sum(copied.values()),
@@ -365,8 +355,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs=2,
         metavar=("PLAIN", "DSOP"),
-        default=python_ms(),
-        help="time of Python for a step of each network (as measured in docs/benchmarks/training_loop.json)",
+        default=PYTHON_MS,
+        help="time of Python for a step of each network (as measured on a CPU)",
     )
     return parser.parse_args(words)
 

@@ -41,11 +41,19 @@ class Registered(NamedTuple):
 
 
 class PluginRegistry(Generic[_Item]):
-    """What this process and plug-ins have registered, by name; *kind* is a word for messages."""
+    """What this process and plug-ins have registered, by name; *kind* is a word for messages.
 
-    def __init__(self, kind: str) -> None:
+    *module* has a mapping `OWN` of this project's own items, which come first.
+    """
+
+    def __init__(self, kind: str, module: str | None = None) -> None:
         self.kind = kind
+        self._module = module
         self.registered: dict[str, Registered] = {}
+
+    def own(self) -> dict[str, _Item]:
+        """Return the items of this project."""
+        return {} if self._module is None else import_module(self._module).OWN
 
     def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
@@ -82,6 +90,8 @@ class PluginRegistry(Generic[_Item]):
 
         Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
         """
+        if name in (own := self.own()):
+            return own[name]
         problems: list[str] = []
         if name not in self.registered:
             register_own_packages()
@@ -115,7 +125,7 @@ IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
 FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
 MODELS: PluginRegistry[Any] = PluginRegistry("model")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
-RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime")
+RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
 
 
 def import_plugins() -> list[str]:
@@ -146,7 +156,8 @@ def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _plugin_entry_points() -> tuple[EntryPoint, ...]:
+def plugin_entry_points() -> tuple[EntryPoint, ...]:
+    """List the entry points of plug-ins, as they are installed at the first call."""
     own = own_entry_points(_GROUP)
     return tuple(point for point in entry_points(group=_GROUP) if point not in own)
 
@@ -159,7 +170,7 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")
-    return _plugin_entry_points() if wanted == "on" else ()
+    return plugin_entry_points() if wanted == "on" else ()
 
 
 def describe_distribution(point: EntryPoint) -> str:

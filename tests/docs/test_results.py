@@ -103,9 +103,10 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("`max_upload_bytes` {:.0f} MB", SETTINGS.max_upload_bytes / MEGA),
     ("reserved for bodies up to {:.0f} MB", admission.SMALL_BODY / MEGA),
     (
-        "up to {:.0f} megapixels, {:.0f} MB and {} s of CPU time; a JPEG with one scan up to {:.0f} MB and "
-        "{:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
-        *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA, decoders.LIGHT_SECONDS),
+        "up to {:.0f} megapixels and {:.0f} MB, for {} s of CPU time and {:.0f} ns per pixel; a JPEG with "
+        "one scan up to {:.0f} MB and {:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
+        *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA),
+        *(decoders.LIGHT_SECONDS, 1e9 * decoders.SECONDS_PER_PIXEL),
         *(decoders.PROPORTIONAL_BODY / MEGA, decoders.PROPORTIONAL_PIXELS / MEGA),
         *(1e9 * decoders.SECONDS_PER_BYTE, decoders.LIGHT_MEMORY / MIB),
     ),

@@ -39,7 +39,7 @@ from sopdeploy.project import check_project_name
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.engine_builder.engine import EngineFile
+    from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
     from sopdeploy_export.pack.results import Exported
 
 CLASS_NAMES_FILE = "labels.txt"
@@ -327,7 +327,7 @@ def engine(
     """
     import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.engine_builder.engine import get_engine
+    from sopdeploy_commands.bundles.engine_builder.engine import get_engine
 
     opened = open_bundle(bundle)
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
@@ -342,7 +342,7 @@ def engine(
     if options.checkpoint is None:
         return get_engine(opened, options, on_step)
     check_is_checkpoint(options.checkpoint)
-    from sopdeploy_export.engine_builder.from_program import build_from_program
+    from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
     from sopdeploy_export.pipeline import rebuild_program
 
     read_program = partial(rebuild_program, options.checkpoint, opened.manifest)

@@ -28,6 +28,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel, matching
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
+from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
 from sopdeploy.names import as_utf8
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
@@ -44,10 +45,6 @@ COOKIE = "sopdeploy-label-{}"  # with the port: a browser sends the cookies of a
 MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
-MEDIA_TYPES = {
-    **{".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"},
-    **{".gif": "image/gif", ".bmp": "image/bmp", ".heic": "image/heic", ".heif": "image/heif"},
-}
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -154,8 +151,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
-        media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
-        return Response(content, media_type=media_type, headers=IMAGE_HEADERS)
+        return Response(content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS)
 
     @app.post("/label")
     def label(answer: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:

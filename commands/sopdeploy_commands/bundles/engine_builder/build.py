@@ -14,8 +14,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from sopdeploy.errors import EngineError, LoweringError
-from sopdeploy.tensorrt.cache import Profile
-from sopdeploy.tensorrt.session import create, last_error, reset_logger
+from sopdeploy_service.runtime.tensorrt_cache import Profile
+from sopdeploy_service.runtime.tensorrt_session import create, last_error, reset_logger
 
 Report = Callable[[str], None]
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})

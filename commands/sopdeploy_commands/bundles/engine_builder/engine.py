@@ -16,11 +16,11 @@ import onnx
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt import cache
-from sopdeploy.tensorrt.cache import EngineKey
-from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, open_cuda
-from sopdeploy_export.engine_builder.build import Report, cast_images_first, parse_and_build
+from sopdeploy_commands.bundles.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
+from sopdeploy_service.runtime import tensorrt_cache as cache
+from sopdeploy_service.runtime.tensorrt_cache import EngineKey
+from sopdeploy_service.runtime.tensorrt_session import Cuda, EngineSession, import_tensorrt, open_cuda
 
 BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* in bytes
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EngineKey, Gpu, profile_index
+from sopdeploy_service.runtime.tensorrt_cache import EngineKey, Gpu, profile_index
 
 OLDEST = 11  # major version of TensorRT; earlier ones parse, type and build graphs otherwise
 BUFFERS = 2  # batches in flight

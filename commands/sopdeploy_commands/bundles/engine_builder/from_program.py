@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
-from sopdeploy.tensorrt.cache import Profile
+from sopdeploy_service.runtime.tensorrt_cache import Profile
 
 
 def build_from_program(
