@@ -20,7 +20,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
-from sopdeploy.proxies import describe_route, find_proxy, store_options
+from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy, requested_url, store_options
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -167,5 +167,6 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
-        problem = f"{describe_route(url, find_proxy(url))}: {describe_store_error(error)}"
+        where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))
+        problem = f"{where}: {describe_store_error(error)}"
         raise BundleError(f"{problem}; check the address, the network and the credentials") from error
