@@ -26,8 +26,8 @@ from sopdeploy_export.lower.precision import Accuracy, CapturedGraph, PrecisionR
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from tests.export.conftest import GMSOP, export_once, trained
+from tests.export.lower.test_int8 import painted
 from tests.export.once import ALONE, BATCH, graph_of
-from tests.export.precision.test_int8 import painted
 from tests.support.gpu_graphs import accepted
 
 Make = Callable[..., Classifier]
