@@ -10,7 +10,7 @@ a size, never as data. The number of an image in its batch selects the rows of t
 The proof covers all contents of the images, also those that no probe has, and batches of at most
 `BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines them.
 
-Refused: operators that combine rows of several images (`tests/export/prove/test_images.py`).
+Refused: operators that combine rows of several images (`tests/export/prove/test_proof.py`).
 """
 
 import math
