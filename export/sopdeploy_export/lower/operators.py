@@ -225,8 +225,8 @@ class _Bounds(fx.Interpreter):
     sum, a norm or a deviation gives NaN, unless a constant is added to it.
     """
 
-    def __init__(self, program: ExportedProgram, values: Sequence[float]) -> None:
-        super().__init__(program.module(check_guards=False))
+    def __init__(self, program: fx.GraphModule, values: Sequence[float]) -> None:
+        super().__init__(program)
         self.unbounded: set[str] = set()  # names of nodes, as the next one
         self.undefined: set[str] = set()
         self._values = torch.tensor(values)
@@ -273,8 +273,8 @@ class _Recorder(fx.Interpreter):
     *unbounded* names the nodes whose values can be infinite or NaN, *undefined* those that can be NaN.
     """
 
-    def __init__(self, program: ExportedProgram, unbounded: Set[str], undefined: Set[str]) -> None:
-        super().__init__(program.module(check_guards=False))
+    def __init__(self, program: fx.GraphModule, unbounded: Set[str], undefined: Set[str]) -> None:
+        super().__init__(program)
         self._unbounded, self._undefined = unbounded, undefined
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}
@@ -338,16 +338,16 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     `LoweringError` with the operator, the part of the network and the values if they differ.
     """
     _executed_operators.update(read_known())
-    pixels = torch.from_numpy(images)
+    pixels, module = torch.from_numpy(images), program.module(check_guards=False)
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     unbounded, undefined = set[str](), set[str]()
     for values in (ORDINARY, (0.0,), (1.0,)):
-        bounds = _Bounds(program, values)
+        bounds = _Bounds(module, values)
         with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
             bounds.run(pixels)
         unbounded |= bounds.unbounded
         undefined |= bounds.undefined
-    recorder = _Recorder(program, unbounded, undefined)
+    recorder = _Recorder(module, unbounded, undefined)
     recorder.run(pixels)
     # Compare groups, because the time of a capture grows with the square of its number of operands.
     group, num_operands = dict[str, _Call](), 0
@@ -386,7 +386,6 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     operands = tuple(chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values()))
     with capturing():
         program = torch.export.export(_Calls([*calls.values()]), operands)  # one graph for all
-        program = program.run_decompositions({})
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(convert(program, inputs, outputs))
