@@ -84,6 +84,27 @@ def test_outputs_that_change_with_the_number_of_calls_are_refused(
         prove_repetition(Counting(COUNTERS[holder]()).eval(), preprocess, probes)
 
 
+class CountingInItsFeatures(Counting):
+    """Counts its calls on one image in a tensor that the first of them computes from the image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 1:
+            if NUMBER.get() is None:
+                NUMBER.set(images.mean() * 0)
+            NUMBER.get().add_(1)
+        logits = self.fc(self.conv(images).mean((2, 3)))
+        total = torch.zeros(()) if NUMBER.get() is None else NUMBER.get()
+        return logits * torch.where(total < CHANGES_AFTER, 1, 2)
+
+
+def test_a_counter_in_what_the_first_call_computed_from_the_image_is_refused(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
+    NUMBER.set(None)
+    with pytest.raises(CertificateError, match=rf"other outputs after {CALLS} calls"):
+        prove_repetition(CountingInItsFeatures(lambda: None).eval(), preprocess, probes)
+
+
 def test_a_network_without_state_is_accepted(preprocess: Preprocess, probes: Tensor) -> None:
     NUMBER.set(0)
     prove_repetition(Counting(lambda: 0 * in_context(1)).eval(), preprocess, probes)
