@@ -170,8 +170,13 @@ def export_subject(
         root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
         on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
-        on_step("comparing operators with their ONNX forms")
-        check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
+        comparing = "comparing operators with their ONNX forms"
+        on_step(comparing)
+        check_operators(
+            evaluate_constant_parts(program),
+            images[: min(OPERATOR_IMAGES, options.max_batch)],
+            lambda done: on_step(f"{comparing}, {done}"),
+        )
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
@@ -187,11 +192,12 @@ def export_subject(
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
-        on_step(announce("File"))
+        on_step(f"{announce('File')}, the network in float64")
         deployed = Deployed(certified.network, preprocess).eval()
         if options.precision != "fp32":
             probe_outputs = ProbeOutputs.of(converted.run, images_BHWC)
         exact = compute_reference(deployed, images, probe_outputs, options.precision, converted.gate)
+        on_step(f"{announce('File')}, {ONNX_FILE}")
         parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(

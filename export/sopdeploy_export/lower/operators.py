@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -331,11 +331,14 @@ def _as_operator(
 
 
 @torch.no_grad()
-def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
+def check_operators(
+    program: ExportedProgram, images: NDArray[np.uint8], on_group: Callable[[str], None] = lambda _: None
+) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    An operator with the same attributes and shapes is compared once, also by other exports. Raises
-    `LoweringError` with the operator, the part of the network and the values if they differ.
+    Calls *on_group* with a text as each group of operators begins. An operator with the same attributes and
+    shapes is compared once, also by other exports. Raises `LoweringError` with the operator, the part of the
+    network and the values if they differ.
     """
     _executed_operators.update(read_known())
     pixels, module = torch.from_numpy(images), program.module(check_guards=False)
@@ -349,16 +352,16 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
         undefined |= bounds.undefined
     recorder = _Recorder(module, unbounded, undefined)
     recorder.run(pixels)
+    last = next(reversed(recorder.calls), None)
     # Compare groups, because the time of a capture grows with the square of its number of operands.
-    group, num_operands = dict[str, _Call](), 0
+    group, num_operands, done = dict[str, _Call](), 0, 0
     for description, call in recorder.calls.items():  # a pair comes after its operators
         group[description] = call
         num_operands += len(call.operands)
-        if num_operands >= OPERANDS:
+        if num_operands >= OPERANDS or description == last:
+            on_group(f"{done} of {len(recorder.calls)} done")
             _compare_group(group)
-            group, num_operands = {}, 0
-    if group:
-        _compare_group(group)
+            group, num_operands, done = {}, 0, done + len(group)
     if recorder.calls:
         write_known(_executed_operators)
 

@@ -132,19 +132,18 @@ def certify(
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
             compared = {detachment.reference: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
-        on_step(announce("Graphs"))
         captures.forget_roots()
-        programs = capture_networks(networks, captures)
+        programs = capture_networks(networks, captures, _details("Graphs", on_step))
         roots, needed = prove_graphs(programs, trained, detachment.training_only)
         if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))
-    on_step(announce("Outputs"))
     deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
-    outputs = prove_outputs(deployed, probes)
-    on_step(announce("Repetition"))
-    prove_repetition(shipped.network, captures.preprocess, probes, detachment.written)
+    outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
+    prove_repetition(
+        shipped.network, captures.preprocess, probes, detachment.written, _details("Repetition", on_step)
+    )
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, needed)
@@ -168,3 +167,8 @@ def announce(statement: str) -> str:
     """Describe the step that proves *statement*, a key of `STATEMENTS`."""
     number = [*STATEMENTS].index(statement) + 1
     return f"proving statement {number} of {len(STATEMENTS)}: {statement}"
+
+
+def _details(statement: str, on_step: Step) -> Step:
+    """Return a callback that announces a detail of *statement*, which takes long."""
+    return lambda detail: on_step(f"{announce(statement)}, {detail}")

@@ -14,7 +14,7 @@ A change that comes after more than `CALLS` calls, and that nothing the network 
 Refused: a counter, in whatever holds it (`tests/export/prove/test_repetition.py`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ STATEMENT = (
 )
 
 CALLS = 300
+CALLS_PER_STEP = 100
 PROBES = 4
 
 
@@ -106,11 +107,16 @@ def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def prove_repetition(
-    network: nn.Module, preprocess: Preprocess, probes: Tensor, written: tuple[str, ...] = ()
+    network: nn.Module,
+    preprocess: Preprocess,
+    probes: Tensor,
+    written: tuple[str, ...] = (),
+    on_calls: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
     The attributes *written* may change, because no run reads them (`check_unread`): only tensors in them may.
+    Calls *on_calls* with a text as each `CALLS_PER_STEP` calls begin.
     Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
     if a call fails.
     """
@@ -121,6 +127,8 @@ def prove_repetition(
     try:
         with _ReplayedCalls(other) as replay:
             for call in range(CALLS):
+                if call % CALLS_PER_STEP == 0:
+                    on_calls(f"{call} of {CALLS} calls done")
                 replay.begin_call()
                 compute_outputs(copied, other)
                 if call == 0:
