@@ -163,7 +163,8 @@ def export_subject(
         )
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
-        certified = CapturedGraph(detached, program, lower(program, outputs))
+        folded = evaluate_constant_parts(program)
+        certified = CapturedGraph(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.
         others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
@@ -173,7 +174,7 @@ def export_subject(
         comparing = "comparing operators with their ONNX forms"
         on_step(comparing)
         check_operators(
-            evaluate_constant_parts(program),
+            folded,
             images[: min(OPERATOR_IMAGES, options.max_batch)],
             lambda done: on_step(f"{comparing}, {done}"),
         )
