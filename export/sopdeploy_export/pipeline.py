@@ -26,7 +26,7 @@ from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
 from sopdeploy_export.lower.operators import check_operators
-from sopdeploy_export.lower.precision import NO_IMAGES, CapturedGraph, convert_precision
+from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_examples, write_reports
@@ -164,7 +164,7 @@ def export_subject(
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
         folded = evaluate_constant_parts(program)
-        certified = CapturedGraph(detached, program, lower(folded, outputs))
+        certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.
         others = [(role, each) for role, each in captured.items() if each.any_batch is not program]

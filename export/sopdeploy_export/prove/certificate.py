@@ -35,7 +35,7 @@ from sopdeploy_export.prove import (
 )
 from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
-from sopdeploy_export.prove.networks import Prepared, load_plain_network
+from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.repetition import prove_repetition
 from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors, prove_values_unread
@@ -124,9 +124,9 @@ def certify(
     with hashing_once():  # at the end, `check_unchanged` computes all hashes again
         on_step(announce("Tensors"))
         check_torch_state()
-        compared = {"trained": Prepared.of("trained", trained, parts)}
+        compared = {"trained": Compared.of("trained", trained, parts)}
         if detached is not trained:
-            compared["detached"] = Prepared.of("detached", detached)
+            compared["detached"] = Compared.of("detached", detached)
         shipped = [*compared.values()][-1]
         removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
