@@ -94,7 +94,7 @@ class Checkpoint:
         labels: class names in output order.
         preprocess: image preprocessing.
         training: a `TrainingRecord`; a file can contain anything.
-        resume: what `training.record` adds to `last.pt`; `None` if training cannot be resumed from the file.
+        resume: what `training.checkpoints` adds to `last.pt`; `None` if training cannot be resumed from it.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
         project: name of the project; empty for imported weights.

@@ -1,12 +1,12 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`files`).
 
-A folder with `labels.csv` holds images that this table lists with their classes (`table`), and official
-layouts are read by torchvision (`libraries`).
+A folder with `labels.csv`, or an export of a label tool, holds images that this table lists with their
+classes (`table`), and official layouts are read by torchvision (`libraries`).
 """
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from itertools import chain
@@ -50,7 +50,7 @@ from sopdeploy.photos.table import (
     OpenedParts,
     check_has_classes,
     describe_other_table,
-    has_label_table,
+    find_table,
     read_label_table,
 )
 
@@ -99,11 +99,11 @@ def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
-    if not has_label_table(root):
+    if (where := find_table(root)) is None:
         return _open_class_folders(root, max_held_out)
-    where, table = root / LABELS_FILE, read_label_table(root)
+    table = read_label_table(where)
     for name, images in table.parts.items():
-        check_has_classes(name, images)
+        check_has_classes(where, name, images)
     train, *_ = table.parts.values()
     problems = [
         f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
@@ -119,6 +119,9 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     """Open the class folders of the parts in *root*, or those in *root* itself; raises `DataError`."""
     parts = find_parts(root)
     folders = _find_part_folders(root, parts, max_held_out)
+    tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
+    if tables:
+        return _open_part_tables(root, folders, tables)
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
     if not train.labels:
@@ -151,6 +154,32 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
 
 
+def _open_part_tables(root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]) -> OpenedParts:
+    """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
+    parts, notes, ignored = dict[str, ImageFiles](), list[str](), Counter[str]()
+    for name, folder in folders.items():
+        if (table := tables.get(name)) is None:
+            used = next(iter(tables.values()))
+            raise DataError(f"{folder}: has no table as {used}; add one, or sort all parts into classes")
+        if table.name == LABELS_FILE:
+            raise DataError(
+                f"{table}: not read here; write one for all images in {root}, with a column "
+                f"{SPLIT}, or rename it if the folders are the classes"
+            )
+        train = next(iter(parts.values()), None)
+        if train is None:
+            opened = read_label_table(table)
+            notes.append(f"{table}: the classes are in it")
+        else:
+            opened = read_label_table(table, train.labels, multi_label=train.is_multi_label)
+        if UNSPLIT not in opened.parts:
+            raise DataError(f"{table}: has a column {SPLIT}, but its folder is a part; remove the column")
+        parts[name] = opened.parts[UNSPLIT]
+        notes += opened.notes
+        ignored.update(opened.ignored)
+    return OpenedParts(parts, notes=notes, ignored=ignored)
+
+
 def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
     """Describe a table in *root*, in a part or in a class folder that lists the images; "" without one."""
     files, images = sorted(root.glob("*.*")), list[bytes]()
@@ -167,7 +196,7 @@ def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> di
     """Find the folder of training images and the first *max_held_out* of held-out ones, by name; None: all.
 
     Without a folder of training images, *root* holds the classes. Raises `DataError` if there are only
-    held-out images, if the training folder may be a class, or if a part has a `labels.csv`.
+    held-out images, or if the training folder may be a class.
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
@@ -179,14 +208,7 @@ def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> di
             f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
             f"rename it if it is a class, or move the others out of this folder"
         )
-    folders = {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
-    for folder in folders.values():
-        if has_label_table(folder):
-            raise DataError(
-                f"{folder / LABELS_FILE}: not read here; write one for all images in {root}, with a column "
-                f"{SPLIT}, or rename it if the folders are the classes"
-            )
-    return folders
+    return {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
 
 
 def _check_no_parts_inside(listing: "ClassListing") -> None:
@@ -355,19 +377,20 @@ def open_evaluation_images(
     """
     root = check_holds_classes(root)
     if multi_label:
-        if not os.path.lexists(root / LABELS_FILE):
+        folder = _held_out_folder(root, labels, log)
+        if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return _held_out_of_table(root, labels, multi_label=True)  # has exactly the classes *labels*
+        return _held_out_of_table(table, labels, multi_label=True)  # has exactly the classes *labels*
     kind = detect_kind(root)
     if kind is not None:
         images = open_part(kind, "held_out", root)
     else:
         folder = _held_out_folder(root, labels, log)
-        if has_label_table(folder):
-            images = _held_out_of_table(folder, labels, multi_label=False)
+        if table := find_table(folder):
+            images = _held_out_of_table(table, labels, multi_label=False)
         else:
             listing = list_classes(folder)
             images = listing.images
@@ -394,13 +417,13 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     return folder
 
 
-def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
-    """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
+def _held_out_of_table(table: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
+    """Open the held-out images of *table*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
-    opened = read_label_table(root, labels, multi_label=multi_label)
-    note_skipped(root, opened.ignored)
+    opened = read_label_table(table, labels, multi_label=multi_label)
+    note_skipped(table.parent, opened.ignored)
     *_, (name, images) = opened.parts.items()
-    check_has_classes(name, images)
+    check_has_classes(table, name, images)
     return images
 
 
@@ -436,7 +459,7 @@ def check_holds_classes(root: Path) -> Path:
     Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
     """
     root = data_folder(root)
-    if list_subfolders(root) or has_label_table(root) or detect_kind(root) is not None:
+    if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
         return root
     raise no_classes(root)
 

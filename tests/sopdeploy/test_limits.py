@@ -57,7 +57,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "class names": ("names.txt", read_class_names),
     "class names in JSON": ("names.json", read_class_names),
     "rules of preprocessing": ("rules.json", lambda path: read_preprocess(str(path))),
-    "a table of labels": ("labels.csv", lambda path: read_label_table(path.parent)),
+    "a table of labels": ("labels.csv", lambda path: read_label_table(path)),
     "a photograph": ("one.jpg", first_photograph),
     "a checkpoint": ("best.pt", read_checkpoint),
     "a checkpoint, before torch is imported": ("best.pt", check_is_checkpoint),

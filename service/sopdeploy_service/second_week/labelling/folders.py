@@ -35,7 +35,7 @@ from sopdeploy.photos.files import (
     normalize,
     part_kind,
 )
-from sopdeploy.photos.table import LABELS_FILE, has_label_table
+from sopdeploy.photos.table import find_table
 from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, KeptRecord, read_kept
 from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, heap_id, list_heap
 
@@ -98,7 +98,7 @@ class LabelFolders:
 
         *embed* computes what the suggestions for a heap compare.
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
-        folder `train/` or in a table, as `has_label_table` tells.
+        folder `train/` or in a table, as `find_table` tells.
         """
         # Absolute, but through the links that the user named: the siblings have the names that commands get.
         self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
@@ -106,9 +106,9 @@ class LabelFolders:
             raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
-        if has_label_table(self.photos):
+        if table := find_table(self.photos):
             raise DataError(
-                f"{photos}: `train` reads its classes from {LABELS_FILE}, not from class folders; give "
+                f"{photos}: `train` reads its classes from {table.name}, not from class folders; give "
                 "another folder, or list the photographs there"
             )
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
@@ -145,8 +145,8 @@ class LabelFolders:
         queue = order_records(others)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        images, others = list_heap(self.kept)
-        note_skipped(self.kept, count_suffixes(others))
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
         heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}

@@ -1,15 +1,12 @@
-"""The optimizers that a recipe can select, and AdaHessian."""
+"""The optimizer AdaHessian."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import MissingPackageError
 from sopdeploy.seeds import derive_seed
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
@@ -107,23 +104,3 @@ def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
-
-
-def rmsprop(params: Parameters, *, tensorflow: bool, **settings: Any) -> Optimizer:
-    """Build torch's RMSprop, or with *tensorflow* timm's, which computes as TensorFlow's does."""
-    form: Callable[..., Optimizer] = torch.optim.RMSprop
-    if tensorflow:
-        timm_optim = import_optional("timm.optim", "timm", "sopdeploy[train]", MissingPackageError)
-        form = timm_optim.RMSpropTF
-    return form(params, foreach=True, **settings)
-
-
-# By the `kind` of their settings. "foreach" updates all parameters in a few calls, with the bits of a loop
-# over them; RAdam has other bits.
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, foreach=True),
-    "adamw": partial(torch.optim.AdamW, foreach=True),
-    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
-    "rmsprop": rmsprop,
-    "adahessian": AdaHessian,
-}

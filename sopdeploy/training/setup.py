@@ -24,8 +24,16 @@ from sopdeploy.photos.photo import LabeledImages, Split, count_seen, describe_co
 from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.checkpoints import (
+    RunFolder,
+    Setup,
+    has_same_images,
+    read_held_out,
+    read_left_out,
+    read_recorded_recipe,
+    read_resumed,
+)
 from sopdeploy.training.distributed import Strategy, check_batch_size
-from sopdeploy.training.fits import Start
 from sopdeploy.training.recipe import (
     AnyProcedureConfig,
     AutoConfig,
@@ -36,14 +44,6 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.record import (
-    has_same_images,
-    read_held_out,
-    read_left_out,
-    read_recorded_recipe,
-    read_resumed,
-)
-from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -86,13 +86,13 @@ class Given(NamedTuple):
 NOTHING_GIVEN = Given()
 
 
-def start_run(
+def set_up_run(
     recipe: Recipe,
     folder: RunFolder,
     last: Checkpoint | None,
     callback: Callback,
     given: Given = NOTHING_GIVEN,
-) -> Start:
+) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
     Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
@@ -114,21 +114,21 @@ def start_run(
     if isinstance(selected.procedure, LoopConfig):
         check_batch_size(selected, len(division.data.train), strategy.world)
     if last is None or recorded is None:
-        start = new_start(selected, division, strategy, given.weights)
-        if parts := start.random_frozen_parts():
+        setup = new_setup(selected, division, strategy, given.weights)
+        if parts := setup.random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
             if "procedure.kind" in given.keys:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
             callback.on_warning(problem)
     else:
-        start = _resume_start(selected, recorded, division, folder, last)
-    check_same_step(start, folder)
-    return replace(start, reason=reason, origin=_describe_origin(start, folder, last))
+        setup = _resume_setup(selected, recorded, division, folder, last)
+    check_same_step(setup, folder)
+    return replace(setup, reason=reason, origin=_describe_origin(setup, folder, last))
 
 
-def new_start(
+def new_setup(
     recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
-) -> Start:
+) -> Setup:
     """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
 
     Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
@@ -136,12 +136,12 @@ def new_start(
     check_count(division.data.train)
     model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
     placed = move_to_device(recipe, model, strategy)
-    return Start(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
+    return Setup(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
 
 
-def _resume_start(
+def _resume_setup(
     recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
-) -> Start:
+) -> Setup:
     """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
     source, images = folder.last, division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
@@ -164,7 +164,7 @@ def _resume_start(
     model = move_to_device(
         recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
     )
-    return Start(
+    return Setup(
         **division._asdict(),
         recipe=recipe,
         strategy=folder.strategy,
@@ -330,30 +330,30 @@ def check_count(images: LabeledImages) -> None:
         raise DataError("there is only one training image; add another, a step needs two")
 
 
-def check_same_step(start: Start, folder: RunFolder) -> None:
+def check_same_step(setup: Setup, folder: RunFolder) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
-    position = torch.tensor([start.position.epoch, start.position.step])
+    position = torch.tensor([setup.position.epoch, setup.position.step])
     # If positions differ, at least one differs from their mean; its multiple is then not the sum of all.
-    if not torch.equal(start.strategy.all_reduce(position), position * start.strategy.world):
+    if not torch.equal(setup.strategy.all_reduce(position), position * setup.strategy.world):
         raise ConfigError(
             f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
         )
 
 
-def _describe_origin(start: Start, folder: RunFolder, last: Checkpoint | None) -> Origin:
+def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -> Origin:
     """Describe where the run in *folder*, which may continue *last*, comes from.
 
     The first process alone writes files, so the others may have other ids of the run.
     """
     before = None if last is None else last.origin
-    data_path = getattr(start.recipe.data, "path", None)  # some data sources have none
+    data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
     return Origin(
-        num_classes=len(start.labels),
+        num_classes=len(setup.labels),
         run=folder_name(folder.path),
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
-        data=start.recipe.data.kind if data_path is None else folder_name(data_path),
-        num_images=len(start.data.train) + len(start.data.held_out),
+        data=setup.recipe.data.kind if data_path is None else folder_name(data_path),
+        num_images=len(setup.data.train) + len(setup.data.held_out),
         sample=(),  # the record adds it
     )
 
