@@ -134,7 +134,9 @@ def list_devices(settings: Settings) -> list[Process]:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
-            changed["runtime"] = "onnxruntime-cpu"
+            from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
+
+            changed["runtime"] = cpu_runtime()
         if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
         variables = visible_devices(device) if device != ANY_DEVICE else {}
