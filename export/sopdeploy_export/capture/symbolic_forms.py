@@ -67,11 +67,13 @@ def _out_of_place(node: fx.Node) -> OpOverload | None:
     if not isinstance(target, OpOverload) or str(target) not in IN_PLACE:
         return None
     operand, *others = node.all_input_nodes
+    if others or len(operand.users) > 1 or not operand.meta["val"].is_floating_point():
+        return None
     source = operand.target
-    is_new = isinstance(source, OpOverload) and not any(x.alias_info for x in source._schema.returns)
+    if not isinstance(source, OpOverload) or any(result.alias_info for result in source._schema.returns):
+        return None
     # Others of torch's composite operators can return their operand, as `dropout` does.
-    is_new = is_new and (source in RETURN_NEW or not source.has_kernel_for_dispatch_key(COMPOSITE))
-    if others or not is_new or len(operand.users) > 1 or not operand.meta["val"].is_floating_point():
+    if source not in RETURN_NEW and source.has_kernel_for_dispatch_key(COMPOSITE):
         return None
     found: OpOverload = getattr(torch.ops.aten, IN_PLACE[str(target)]).default
     return found
