@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,8 +95,8 @@ def compare(rows: list[Rounds]) -> list[Result]:
             continue
         values = zip(("images/s", "p99 ms", "cpu-ms"), own.medians(), row.medians(), strict=True)
         for unit, value, other in (*values, ("refused", own.refused, row.refused)):
-            against = {} if row is own else {"against": row.server, "other": other}
-            results.append(Result(case=row.case, ours=value, unit=unit, runs=len(own.cpu_ms), **against))
+            result = Result(case=row.case, ours=value, unit=unit, runs=len(own.cpu_ms))
+            results.append(result if row is own else replace(result, against=row.server, other=other))
     return results
 
 

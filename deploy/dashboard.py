@@ -174,7 +174,7 @@ def names_by_label() -> dict[str, set[str]]:
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             for label in metric._labelnames:
-                found.setdefault(label, set()).add(metric.describe()[0].name)
+                found.setdefault(label, set()).update(family.name for family in metric.describe())
     return found
 
 
@@ -199,7 +199,9 @@ def matchers(labels: list[str]) -> str:
 
 def variables() -> list[dict[str, Any]]:
     """Build the fields at the top: the source of the data, and `CHOICES`, each narrowed by those before."""
-    found = [{"name": "source", "label": "Source", "type": "datasource", "query": "prometheus"}]
+    found: list[dict[str, Any]] = [
+        {"name": "source", "label": "Source", "type": "datasource", "query": "prometheus"}
+    ]
     labels = [*CHOICES.values()]
     for index, (title, label) in enumerate(CHOICES.items()):
         series = f"{ONE_FOR_EACH}{{{matchers(labels[:index])}}}"

@@ -464,9 +464,10 @@ def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(t
     promtool("check", "rules", tmp_path / "rules")
     # A series without the label `model` has no matcher of it: it would not match once a model is chosen.
     labels = {
-        family.describe()[0].name: family._labelnames
-        for family in vars(Metrics()).values()
-        if isinstance(family, MetricWrapperBase)
+        family.name: metric._labelnames
+        for metric in vars(Metrics()).values()
+        if isinstance(metric, MetricWrapperBase)
+        for family in metric.describe()
     }
     with_model = {
         re.sub(r"_(total|bucket|sum|count)$", "", name) for name, found in series if "$model" in found
