@@ -1,10 +1,9 @@
-"""Create the pictures of the README: a screenshot and the chart of throughput.
+"""Create the pictures of the pages that the product makes, and the chart of throughput.
 
     python docs/generate_pictures.py [FOLDER] [--charts]      # default docs/pictures; only the charts
 
-The screenshot needs Chromium. It shows EfficientNet-Lite0 with ImageNet weights, trained on the photographs
-in tests/real/photos (two minutes). The chart takes its values from the tables in
-docs/benchmarks/serving.md.
+The pictures of pages need Chromium. They show the default network, trained on the photographs of
+examples/photos (two minutes). The chart takes its values from the tables in docs/benchmarks/serving.md.
 """
 
 import argparse
@@ -13,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,11 @@ from playwright.sync_api import sync_playwright
 
 import sopdeploy
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.real.conftest import PHOTOS
-
 FOLDER = Path(__file__).parent
-CHART, PREDICTION = "throughput.svg", "prediction.png"
-SHOWN = Path("hat", "127708b5.jpg")  # the photograph of the prediction, which is not trained on
+PHOTOS = FOLDER.parent / "examples" / "photos"
+CHART = "throughput.svg"
+SHOWN = PHOTOS / "new" / "hat" / "2f96b4e8.jpg"  # the photograph of the prediction
+WIDTH = 1200
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 CAPTION = "Images per second, as a share of what the engine reaches alone"
 PHONE = "12 MP"  # the row of docs/benchmarks/serving.md that the last panel shows
@@ -48,39 +48,68 @@ STYLE: Any = {
 }
 
 
-def trained_bundle(folder: Path) -> Path:
-    """Train on all photographs except `SHOWN`, and export as the README does."""
-    shutil.copytree(PHOTOS, folder / "photos")
-    (folder / "photos" / SHOWN).unlink()
-    run = sopdeploy.train(
-        data=folder / "photos",
-        out=folder / "run",
-        progress=False,
-    )
-    return sopdeploy.export(run.best, folder / "bundles", detach=True).path
-
-
-def screenshot(bundle: Path, photo: Path, folder: Path) -> None:
-    """Photograph the page of a server with a prediction."""
+def photograph_pages(work: Path, folder: Path) -> None:
+    """Train and export in *work* as the README does, and photograph to *folder* each page that is made."""
+    run = sopdeploy.train(data=PHOTOS / "clothing", out=work / "run", progress=False)
+    exported = sopdeploy.export(run.best, work / "bundles", detach=True)
     with (
-        subprocess.Popen(
-            [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as server,
         sync_playwright() as playwright,
         playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         ) as browser,
     ):
-        url = next(iter(server.stdout or ())).split()[1]
-        page = browser.new_page(viewport={"width": 1200, "height": 560})
-        for _ in range(2):  # the first request also opens the connection and fills caches
+        page = browser.new_page(viewport={"width": WIDTH, "height": 900})
+        with printed_address("serve", str(exported.path), "--port", "0") as url:
+            for _ in range(2):  # the first request also opens the connection and fills caches
+                page.goto(url)
+                page.set_input_files("#file", SHOWN)
+                page.wait_for_selector("#answer[aria-busy=false] #classes li")
+            photograph(page, folder / "prediction.png", "main > .panel:not(.snippets, .proof, .card)")
+        for name, path in {"report": run.out / "report.html", "export": exported.page}.items():
+            page.goto(f"file://{path}")
+            photograph(page, folder / f"{name}.png", "header, section:nth-of-type(-n+2)")
+        photos, heap = sort_some(work)
+        with printed_address("label", str(heap), "--photos", str(photos), "--port", "0") as url:
             page.goto(url)
-            page.set_input_files("#file", photo)
-            page.wait_for_selector("#answer[aria-busy=false] #classes li")
-        page.screenshot(path=folder / PREDICTION)
+            while page.evaluate("ask('grids').then(({ grids }) => grids.length)") < 5:
+                page.wait_for_timeout(500)  # the network computes the suggestions
+            page.reload()
+            page.wait_for_selector("#cells img[src]")
+            photograph(page, folder / "label-grid.png", "#grid")
+            page.click("#one-by-one")
+            photograph(page, folder / "label.png", "main > .panel")
+
+
+def sort_some(work: Path) -> tuple[Path, Path]:
+    """Copy two photographs of each class to a folder of classes, and the others to one heap."""
+    photos, heap = work / "photos", work / "camera"
+    heap.mkdir()
+    for of_class in sorted((PHOTOS / "clothing").iterdir()):
+        files = sorted(of_class.iterdir())
+        (photos / of_class.name).mkdir(parents=True)
+        for file in files[:2]:
+            shutil.copy(file, photos / of_class.name)
+        for file in files[2:]:
+            shutil.copy(file, heap)
+    return photos, heap
+
+
+@contextmanager
+def printed_address(*arguments: str) -> Iterator[str]:
+    """Start a command that serves a page; give the address that it prints, and end it."""
+    command = [sys.executable, "-m", "sopdeploy", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        lines = (line.split() for line in server.stdout or ())
+        yield next(words[1] for words in lines if words[1:] and words[1].startswith("http"))
         server.terminate()
+
+
+def photograph(page: Any, path: Path, selector: str) -> None:
+    """Photograph *page* from its top to the end of what *selector* finds, so that nothing is cut."""
+    page.wait_for_timeout(1000)  # all images are decoded
+    ends = page.locator(selector).evaluate_all("all => all.map((one) => one.getBoundingClientRect().bottom)")
+    clip = {"x": 0, "y": 0, "width": WIDTH, "height": round(max(ends)) + 20}
+    page.screenshot(path=path, clip=clip, full_page=True)
 
 
 class Panel(NamedTuple):
@@ -147,7 +176,7 @@ def main(folder: Path, *, only_charts: bool) -> None:
     if only_charts:
         return
     with tempfile.TemporaryDirectory() as work:
-        screenshot(trained_bundle(Path(work)), PHOTOS / SHOWN, folder)
+        photograph_pages(Path(work), folder)
 
 
 if __name__ == "__main__":

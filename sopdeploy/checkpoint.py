@@ -198,7 +198,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        problem = first_problem(error) + (version_advice(written_by) or "; train or import it again")
+        problem = first_problem(error, content) + (version_advice(written_by) or "; train or import it again")
         raise CheckpointError(f"{path}: {problem}") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error

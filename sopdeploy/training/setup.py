@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
-from sopdeploy.errors import ConfigError, DataError, first_line, is_memory_exhausted, shorten
+from sopdeploy.errors import ConfigError, DataError, is_memory_exhausted, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -391,5 +391,5 @@ def find_images_format(
         else:
             return layout
     raise ConfigError(
-        f"{what} cannot compute images of {failed_side} pixels ({first_line(failure)}); choose another size"
+        f"{what} cannot compute images of {failed_side} pixels; choose another size"
     ) from failure

@@ -153,9 +153,10 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     if "crop" in set_values and "resize" not in set_values:
         set_values["resize"] = Preprocess.scaled_resize(set_values["crop"], base.resize, base.crop)
     try:
-        completed = Preprocess(**{**base.model_dump(), **set_values})
+        values = {**base.model_dump(), **set_values}
+        completed = Preprocess(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"preprocess: {first_problem(error)}; set resize and crop") from error
+        raise ConfigError(f"preprocess: {first_problem(error, values)}; set resize and crop") from error
     return recipe.model_copy(update={"preprocess": completed})
 
 

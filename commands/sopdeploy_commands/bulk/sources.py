@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.environment import import_optional, missing_store_error
+from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import describe_formats
@@ -75,9 +75,10 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(image.location, error) from error
+        raise missing_store_error(image.location) from error
     except Exception as error:  # every store raises types of its own
-        raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
+        problem = f"cannot be read ({_reason(error, image.location)})"
+        raise ImageError(problem, code="unusable_data", status=422) from error
 
 
 @contextmanager
@@ -88,9 +89,9 @@ def _naming(source: str) -> Iterator[None]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(source, error) from error
+        raise missing_store_error(source) from error
     except Exception as error:  # every store raises types of its own
-        message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
+        message = f"cannot be listed ({_reason(error, source)}); check the name, the file and the credentials"
         raise DataError(f"{source}: {message}") from error
 
 
@@ -229,6 +230,9 @@ def _open_for_reading(location: str) -> Any:
 def _open_store(address: str) -> tuple[Any, str]:
     """Return the fsspec file system of *address* and the path in it."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
+    scheme = address.partition("://")[0].rpartition("::")[2]
+    if scheme not in fsspec.available_protocols():
+        raise ValueError(f"{scheme}:// is no kind of address that fsspec opens")
     store, path = fsspec.core.url_to_fs(address, **store_options(address))
     return store, path
 
@@ -237,7 +241,9 @@ def _is_address(name: str) -> bool:
     return "://" in name
 
 
-def _reason(error: Exception) -> str:
-    """Describe *error* in one line."""
+def _reason(error: Exception, source: str) -> str:
+    """Describe *error* about *source* in one line; that of a store in our words."""
+    if _is_address(source) and not isinstance(error, ValueError | tarfile.TarError):
+        return describe_store_error(error)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__

@@ -169,7 +169,7 @@ async def example(request: Request, number: int) -> Response:
 
 INDEX = Page(
     _read("index.html"),
-    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
+    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "sources.js", "index.js"],
     policy=TRUSTED_TYPES,
 )
 _SWAGGER = get_swagger_ui_html(

@@ -41,6 +41,7 @@ from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, hea
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
+OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
@@ -142,7 +143,7 @@ class LabelFolders:
             else:
                 others.append(photo)
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = order_records(others)
+        queue = sorted(order_records(others), key=lambda photo: "reported" not in photo.record.reasons)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
         images, unused = list_heap(self.kept)
@@ -174,10 +175,32 @@ class LabelFolders:
         labels = map(normalize, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
+    def suggestion(self, identity: str) -> str | None:
+        """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
+        record = self.waiting[identity].record
+        return None if record is None or record.suggested is None else normalize(record.suggested)
+
+    def obvious(self) -> dict[str, list[str]]:
+        """List the photographs that are probably of a class, by class, the surest ones first.
+
+        Those of the uniform sample are not listed, since each of them counts in comparisons, nor
+        those that a person has reported.
+        """
+        found: dict[str, list[tuple[float, str]]] = {}
+        for identity, (_, record) in self.waiting.items():
+            if record is not None and (record.known is False or {"sample", "reported"} & {*record.reasons}):
+                continue
+            every = self.probabilities(identity).items()
+            name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
+            if probability >= OBVIOUS:
+                found.setdefault(name, []).append((-probability, identity))
+        return {name: [identity for _, identity in sorted(found[name])] for name in sorted(found)}
+
     def classes(self) -> list[str]:
-        """List the names of all classes: those of the bundles and of the folders, sorted."""
+        """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
         names = {normalize(label) for record in records for label in record.labels}
+        names |= {normalize(record.suggested) for record in records if record.suggested is not None}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
