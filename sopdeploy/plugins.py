@@ -13,6 +13,7 @@ Packages of the wheel itself, such as that of the papers, name a function that r
 always called, and imports no torch: it registers `module:name` in place of an object.
 """
 
+import difflib
 import logging
 import os
 import re
@@ -105,11 +106,16 @@ class PluginRegistry(Generic[_Item]):
         return None
 
     def names(self) -> list[str]:
-        """Import the plug-ins and list the registered names; warn of plug-ins that cannot be imported."""
+        """List this project's names, then those of plug-ins; warn of plug-ins that cannot be imported."""
         register_own_packages()
         for problem in import_plugins():
             log.warning(problem)
-        return list(self.registered)
+        return list({**self.own(), **self.registered})
+
+    def suggest(self, name: str, count: int = 1) -> str:
+        """Return "did you mean NAMES?" with the *count* known names nearest to *name*, "" if none is near."""
+        close = difflib.get_close_matches(name, {**self.own(), **self.registered}, n=count)
+        return f"did you mean {', '.join(close)}?" if close else ""
 
 
 def import_if_named(source: Any) -> Any:
@@ -123,7 +129,7 @@ def import_if_named(source: Any) -> Any:
 DATA_SOURCES: PluginRegistry[Any] = PluginRegistry("data source")
 IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
 FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
-MODELS: PluginRegistry[Any] = PluginRegistry("model")
+MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
 RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
 

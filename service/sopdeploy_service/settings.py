@@ -55,10 +55,8 @@ def _parse_networks(value: Any) -> Any:
 
 def _check_runtime(value: str) -> str:
     if value != "auto" and RUNTIMES.find(value) is None:
-        known = ["auto", *RUNTIMES.own(), *RUNTIMES.registered]
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"{hint}choose from {', '.join(known)}")
+        known = ", ".join(["auto", *RUNTIMES.own(), *RUNTIMES.registered])
+        raise ValueError(f"{RUNTIMES.suggest(value)} choose from {known}".lstrip())
     return value
 
 

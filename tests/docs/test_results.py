@@ -66,7 +66,6 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("hashes of up to {:,} training images", SAMPLED),
     ("{:.0f} % interval", LEVEL),
     ("{:.0f} % Wilson interval", LEVEL),
-    ("Wilson's of {:.0f} %", LEVEL),
     ("at most {:.0f} times the rounding error of float32", FLOORS),
     ("({:.0f} times for reduced precision)", FLOORS_BY_PRECISION["int8"]),
     ("Float32 may drift by {:.0f} noise floors", FLOORS),
@@ -116,6 +115,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
+    ("{:.0f} s suffice for one that does not run", supervisor.IDLE_SECONDS),
     ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
@@ -135,7 +135,6 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
-    "(75.1 % as published)",
     "costs 24 % more time for inference (DSoP",
     "for the printed 3.86 G",
     "the printed 2.3 M parameters",

@@ -216,7 +216,7 @@ def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(monkeypa
         np.mean([lead(np.concatenate([own, others]), is_corrected=corrected) for own in few])
         for corrected in (False, True)
     )
-    assert plain < of_many - 1.5
+    assert plain < of_many - 0.08
     assert abs(corrected - of_many) < abs(plain - of_many) / 2
 
 
@@ -256,6 +256,20 @@ def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
     assert all(gain.more == 2 * gain.count == 24 for gain in others)
     several = replace(problem, targets=replace(targets, activation="sigmoid"))
     assert estimate_gains(several, 0.0, np.arange(len(kept)), right, labels) == ()
+
+
+def test_logits_of_the_network_have_the_scale_to_which_the_temperature_was_fitted():
+    features, classes = blobs(4000)
+    ratios = []
+    for first in range(0, 320, 32):  # eight images of each class
+        kept = np.arange(first, first + 32)
+        targets = softmax_targets(classes[kept])
+        problem = problem_of([features[kept]], targets)
+        validation = problem.cross_validate(targets.folds(list(map(str, kept)), 4, 0))
+        scaling = Scaling.fit([validation], targets)
+        logits = problem.fit_all(scaling).logits(features[320:])
+        ratios.append(logits.std() / problem.logits(validation, scaling).std())
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.08)
 
 
 def test_copies_of_a_photograph_count_once_in_the_correction():
