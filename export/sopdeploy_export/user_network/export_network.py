@@ -112,7 +112,7 @@ def export_network(
     captures = Captures(preprocess, options.batch)
     with_features = options.with_features
     programs, written, own_warnings = _run_and_capture(
-        given, copied, captures, logits_key, len(labels), parts, with_features=with_features
+        given, copied, captures, logits_key, len(labels), parts, on_step, with_features=with_features
     )
     if plain is None and not allow_constants:
         check_constants(programs, given)
@@ -160,6 +160,7 @@ def _run_and_capture(
     logits_key: str | int | None,
     classes: int,
     parts: tuple[str, ...],
+    on_step: Callable[[str], None],
     *,
     with_features: bool,
 ) -> tuple[Programs, tuple[str, ...], tuple[str, ...]]:
@@ -173,6 +174,7 @@ def _run_and_capture(
     created = create_buffers(copied, preprocess)
     trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, written, own_warnings = check_outputs(trial, preprocess, classes, "trained")
+    on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
         programs = prove_copy(given, copied, captures, classes, parts, with_features=with_features)
     if cache is not None:

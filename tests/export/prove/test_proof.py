@@ -16,7 +16,7 @@ from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import copy_module
-from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, trace_hash
+from sopdeploy_export.program_hashes import ProgramRoot, fingerprint, program_root, tensor_hash
 from sopdeploy_export.prove.images import find_mixing
 
 Make = Callable[..., Classifier]
@@ -131,7 +131,7 @@ DIFFERENT: dict[str, tuple[Forward, Forward]] = {
 def test_different_computations_have_different_roots_and_traces(case: str) -> None:
     one, other = DIFFERENT[case]
     assert root_of(one).sha256 != root_of(other).sha256
-    assert trace_hash(traced(one)) not in (None, trace_hash(traced(other)))
+    assert fingerprint(traced(one)) not in (None, fingerprint(traced(other)))
 
 
 OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {  # the Merkle roots do not tell them apart
@@ -149,7 +149,7 @@ OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {  # the Merkle roots do not 
 
 @pytest.mark.parametrize("case", OTHER_TRACES)
 def test_programs_that_write_in_another_way_have_other_traces(case: str) -> None:
-    one, other = (trace_hash(traced(function)) for function in OTHER_TRACES[case])
+    one, other = (fingerprint(traced(function)) for function in OTHER_TRACES[case])
     assert one not in (None, other)
 
 
@@ -157,12 +157,12 @@ def test_program_with_a_subgraph_has_no_trace() -> None:
     def branches(network: nn.Module, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, network.first, network.second, (x,))
 
-    assert trace_hash(traced(branches)) is None
+    assert fingerprint(traced(branches)) is None
 
 
 def test_roots_and_traces_depend_on_the_weights() -> None:
     assert root_of(chain, seed=1).sha256 != root_of(chain).sha256
-    assert trace_hash(traced(chain, seed=1)) not in (None, trace_hash(traced(chain)))
+    assert fingerprint(traced(chain, seed=1)) not in (None, fingerprint(traced(chain)))
 
 
 def test_state_lists_what_the_output_depends_on() -> None:

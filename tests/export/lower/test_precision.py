@@ -22,12 +22,12 @@ from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch
 from sopdeploy_export.lower import float16, precision
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.float16 import in_float16
-from sopdeploy_export.lower.precision import Accuracy, CapturedGraph, PrecisionReport
+from sopdeploy_export.lower.precision import Accuracy, Lowered, PrecisionReport
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from tests.export.conftest import GMSOP, export_once, trained
+from tests.export.lower.test_int8 import painted
 from tests.export.once import ALONE, BATCH, graph_of
-from tests.export.precision.test_int8 import painted
 from tests.support.gpu_graphs import accepted
 
 Make = Callable[..., Classifier]
@@ -44,13 +44,13 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
     return types
 
 
-def cast_graph(graph: CapturedGraph, preprocess: Preprocess) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
+def cast_graph(graph: Lowered, preprocess: Preprocess) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *graph* to fp16; return the ONNX graph and the types that each part computes in."""
     options = ExportOptions(precision="fp16", max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
     cast_types = precision.cast_types
 
-    def observed(*arguments: Any) -> CapturedGraph:
+    def observed(*arguments: Any) -> Lowered:
         cast = cast_types(*arguments)
         types.update(computed_types(cast.program))
         return cast
@@ -175,7 +175,7 @@ def test_a_layer_may_get_its_input_by_name_or_have_none(preprocess: Preprocess) 
 def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess) -> None:
     network = Sums().eval()
     program = capture_any_batch(network, preprocess, ALONE)
-    certified = CapturedGraph(network, program, lower(program, ("logits",)))
+    certified = Lowered(network, program, lower(program, ("logits",)))
     options = ExportOptions(precision="fp16", max_batch=1)
     cast = precision.cast_types(certified, preprocess, options)
     widest = [
@@ -345,7 +345,7 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     network = make("resnet8")
     network.get_parameter("bn1.weight").data.mul_(scale)
     program = capture_any_batch(network, preprocess, ALONE)
-    graph = CapturedGraph(network, program, lower(program, network.outputs))
+    graph = Lowered(network, program, lower(program, network.outputs))
     message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
         precision.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))

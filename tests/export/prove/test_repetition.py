@@ -3,9 +3,11 @@
 import ctypes
 import io
 import queue
+import re
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,12 @@ from sopdeploy_export.prove import certificate, copy
 from sopdeploy_export.prove.repetition import CALLS, prove_repetition
 from tests.docs.reading import ROOT
 
+STATED = [
+    file
+    for file in sorted((ROOT / "export" / "sopdeploy_export" / "prove").glob("*.py"))
+    if "\nSTATEMENT = " in file.read_text(encoding="utf-8")
+]
+TESTS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
 CHANGES_AFTER = 200
 NUMBER: ContextVar[Any] = ContextVar("number")
 LOCAL = threading.local()
@@ -84,6 +92,27 @@ def test_outputs_that_change_with_the_number_of_calls_are_refused(
         prove_repetition(Counting(COUNTERS[holder]()).eval(), preprocess, probes)
 
 
+class CountingInItsFeatures(Counting):
+    """Counts its calls on one image in a tensor that the first of them computes from the image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 1:
+            if NUMBER.get() is None:
+                NUMBER.set(images.mean() * 0)
+            NUMBER.get().add_(1)
+        logits = self.fc(self.conv(images).mean((2, 3)))
+        total = torch.zeros(()) if NUMBER.get() is None else NUMBER.get()
+        return logits * torch.where(total < CHANGES_AFTER, 1, 2)
+
+
+def test_a_counter_in_what_the_first_call_computed_from_the_image_is_refused(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
+    NUMBER.set(None)
+    with pytest.raises(CertificateError, match=rf"other outputs after {CALLS} calls"):
+        prove_repetition(CountingInItsFeatures(lambda: None).eval(), preprocess, probes)
+
+
 def test_a_network_without_state_is_accepted(preprocess: Preprocess, probes: Tensor) -> None:
     NUMBER.set(0)
     prove_repetition(Counting(lambda: 0 * in_context(1)).eval(), preprocess, probes)
@@ -118,11 +147,32 @@ def test_the_page_of_concepts_lists_the_statements_of_the_certificate() -> None:
     assert f"**Copy.** {copy.STATEMENT}" in page
 
 
+@pytest.mark.parametrize("statement", [*STATED], ids=[file.stem for file in STATED])
+def test_the_page_of_concepts_links_the_file_and_the_refused_network_of_each_statement(
+    statement: Path,
+) -> None:
+    _, _, refused = statement.read_text(encoding="utf-8").partition("\nRefused: ")
+    refused, _, _ = refused.partition('"""')
+    named = re.findall(r"`(test_\w+|tests/[\w/]+\.py)`", refused)  # functions and files
+    assert named
+    paths = [ROOT / name for name in named if name.endswith(".py")]
+    functions = {name for name in named if not name.endswith(".py")}
+    paths += [path for path in TESTS if functions & set(re.findall(r"^def (test_\w+)", TESTS[path], re.M))]
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    row = next(row for row in page.splitlines() if f"(../{statement.relative_to(ROOT).as_posix()})" in row)
+    assert paths
+    assert all(f"(../{path.relative_to(ROOT).as_posix()})" in row for path in paths)
+    assert functions <= {name for text in TESTS.values() for name in re.findall(r"def (test_\w+)", text)}
+
+
 def test_a_certificate_repeats_the_calls(
     make: Callable[..., nn.Module], preprocess: Preprocess, probes: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repeated = []
+    repeated, steps = [], list[str]()
     monkeypatch.setattr(certificate, "prove_repetition", lambda network, *_: repeated.append(network))
     network = make("resnet8")
-    certificate.certify(network, network, Captures(preprocess), probes)
+    certificate.certify(network, network, Captures(preprocess), probes, on_step=steps.append)
     assert repeated == [network]
+    assert {
+        f"proving statement {step}, trained network" for step in ("2 of 8: Graphs", "4 of 8: Outputs")
+    } < set(steps)
