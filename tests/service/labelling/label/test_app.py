@@ -36,7 +36,8 @@ def answer(kind: str = "class", name: str = "hat", one: str = ONE) -> dict[str, 
 def test_the_state_has_the_photograph_and_the_classes_by_probability(client, tmp_path):
     (tmp_path / "photos" / "a scarf").mkdir(parents=True)
     state = client.get("/state").json()
-    assert state["photograph"] == {"id": ONE, "sampled": False, "known": None}
+    shown = {"id": ONE, "sampled": False, "known": None, "reported": False, "suggested": None}
+    assert state["photograph"] == shown
     assert [one["name"] for one in state["classes"]] == ["shoes", "t-shirt", "hat", "a scarf"]
     assert [one["probability"] for one in state["classes"]] == [
         *(pytest.approx(value, abs=1e-3) for value in (0.665, 0.245, 0.090)),
