@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy_commands.app import app as program
-from sopdeploy_service.second_week.labelling import app
-from sopdeploy_service.second_week.labelling.app import run_label_server
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
+from sopdeploy_service.labelling.label import app
+from sopdeploy_service.labelling.label.app import run_label_server
+from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
-from tests.service.second_week.labelling.conftest import KEY, files_below, identity, label_server
+from tests.service.labelling.label.conftest import KEY, files_below, identity, label_server
 from tests.support.raw import connect
 from tests.support.service import picture_bytes
 
