@@ -185,8 +185,8 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 samples-test: $(STAMP)  ## run the programs of the README and of deploy/samples; needs g++ with headers, node, and `npm ci` there
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
 
-alerts-test: $(STAMP)  ## check and test the alert rules; needs promtool (Debian: prometheus)
-	$(BIN)/pytest --no-skips tests/deploy/test_deploy.py -k alert_rules_are_valid
+alerts-test: $(STAMP)  ## check and test the alert rules and the queries of the dashboard; needs promtool (Debian: prometheus)
+	$(BIN)/pytest --no-skips tests/deploy/test_deploy.py -k "alert_rules or dashboard"
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra

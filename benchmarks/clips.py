@@ -40,7 +40,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.results import FewShotResult
 
 CAMERAS, FRAMES = ("panning", "zooming", "static"), (4, 12, 30)

@@ -32,24 +32,56 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from few_photos import head_inputs
 from measure import Result, keep_draw, make_parser, one_line_errors, report
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
+from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
-from sopdeploy.models.second_order_head import SecondOrderHead
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
+from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import FinishedRun, train_run
 
 KINDS = ("encoded", "cropped", "half", "burst")
+
+
+def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_maps: bool) -> dict[str, Any]:
+    """Compute the vectors, the feature maps if needed, and the targets of the photographs in *folder*."""
+    if cache.exists():
+        return dict(load_plain(cache, cache.read_bytes()))
+    content = read_checkpoint(checkpoint)
+    model = build_classifier(content, checkpoint)
+    taps = tuple(model.tap_channels)[-2:]
+    network = with_head(name, model, HeadConfig(kind="gap+mean", taps=taps)).eval()
+    assert isinstance(network, SecondOrderHead)  # noqa: S101  # by its name
+    network.to(memory_format=torch.channels_last)
+    images = open_evaluation_images(
+        folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    )
+    normalize, parts = Normalize(content.preprocess, torch.channels_last), []
+    dataset = PreprocessedDataset(images, content.preprocess)
+    for pixels, _ in load_batches(dataset, sequential_batches(len(images), 64), 0, torch.device("cpu")):
+        own, maps = network.head_inputs(normalize(pixels))
+        parts.append((own, maps if with_maps else {}))
+    inputs = {
+        "own": torch.cat([own for own, _ in parts]),
+        "maps": {tap: torch.cat([maps[tap] for _, maps in parts]) for tap in parts[0][1]},
+        "targets": torch.from_numpy(images.targets),
+        "paths": ["/".join(images.path(index).parts[-2:]) for index in range(len(images))],
+    }
+    write_plain(cache, inputs)
+    return inputs
 
 
 def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> bytes:

@@ -18,26 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from measure import Result, make_parser, one_line_errors, report
 from numpy.typing import NDArray
+from photo_vectors import class_folders, draw_photographs, fit_draw, join_vectors, open_network, read_batches
 from scipy.special import softmax
 from scipy.stats import t
 
 from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import (
-    MAX_RANK,
-    LinearProblem,
-    Scaling,
-    Space,
-    Targets,
-    unit_length,
-)
-from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, full_head
-from sopdeploy.training.few_shot.run import make_folds
-from sopdeploy.training.recipe import FewShotConfig, read_recipe
-from sopdeploy.training.start_weights import create_initial_model
 
 Array = NDArray[Any]
 MAX_LOSS = 1.0  # points
@@ -67,52 +54,35 @@ class Draw(NamedTuple):
         return 100.0 * (self.probabilities[way].argmax(axis=1) == self.classes)
 
 
-@torch.no_grad()
 def compute_vectors(folder: Path, weights: Path) -> Photographs:
     """Decode the photographs of *folder* in both ways, and compute their vectors."""
-    labels = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    images = open_evaluation_images(folder, labels)
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    batches, vectors = {}, {}
-    for decoding in ("full", "scaled"):
-        options = ["data.path=.", f"start.weights={weights}", f"preprocess.decoding={decoding}"]
-        recipe = read_recipe("photos", options)
-        model, recipe, _ = create_initial_model(recipe, labels, Strategy(torch.device("cpu")))
-        network = CachedNetwork(full_head(recipe, model), recipe)
-        batches[decoding] = list(network.batches(images, order))
-    pooled = network.network.pooled_head  # a projection is fitted below, the rest is equal
-    for name, fitted, read in (
-        ("full", "full", "full"),
-        ("served scaled", "full", "scaled"),
-        ("scaled", "scaled", "scaled"),
-    ):
-        first = batches[fitted][: PROJECTION_IMAGES // network.batch_size]
-        pooled.fit_projection([batch.maps for batch in first])
-        vectors[name] = np.zeros((len(images), network.network.num_features()), np.float32)
-        for batch in batches[read]:
-            outputs = pooled.vector(batch.own_vectors, batch.maps)
-            vectors[name][batch.indices] = outputs.float().cpu().numpy()
-    return Photographs(images.targets.astype(np.int64), vectors, list(pooled.columns()))
+    images = open_evaluation_images(folder, class_folders(folder))
+    networks = {name: open_network(weights, f"preprocess.decoding={name}") for name in ("full", "scaled")}
+    batches = {name: read_batches(network, images) for name, network in networks.items()}
+    network = networks["full"]  # only the projections, which are fitted below, differ from "scaled"
+    vectors = {
+        name: join_vectors(network, batches[read], batches[fitted])
+        for name, fitted, read in (
+            ("full", "full", "full"),
+            ("served scaled", "full", "scaled"),
+            ("scaled", "scaled", "scaled"),
+        )
+    }
+    parts = list(network.network.pooled_head.columns())
+    return Photographs(images.targets.astype(np.int64), vectors, parts)
 
 
 def run_draw(photos: Photographs, size: int, seed: int) -> Draw:
     """Fit heads to full and to scaled photographs of a draw; apply them to its other photographs."""
-    random, count = np.random.default_rng(seed), int(photos.classes.max()) + 1
-    drawn: list[int] = []
-    for label in range(count):
-        of_class = random.permutation(np.flatnonzero(photos.classes == label))
-        drawn += of_class[: min(size, len(of_class) // 2)].tolist()
+    counts = np.bincount(photos.classes)
+    sizes = np.minimum(size, counts // 2)
+    drawn = draw_photographs(photos.classes, sizes, np.random.default_rng(seed))
     tested = np.setdiff1d(np.arange(len(photos.classes)), drawn)
-    classes, heads = photos.classes[drawn], {}
-    targets = Targets(np.eye(count)[classes], classes, "softmax")
-    folds = make_folds(targets, [str(index) for index in drawn], FewShotConfig().folds, seed)
+    heads = {}
     for decoding in ("full", "scaled"):
-        vectors = photos.vectors[decoding][drawn]
-        parts = [vectors[:, part] for part in photos.parts]
-        space = Space.of([part[:MAX_RANK] for part in parts])
-        problem = LinearProblem(space, space.project(vectors), unit_length(parts[0]), targets)
-        scaling = Scaling.fit([problem.cross_validate(one) for one in folds], targets)
-        heads[decoding] = problem.fit_all(scaling)
+        vectors, classes = photos.vectors[decoding][drawn], photos.classes[drawn]
+        found = fit_draw(vectors, classes, photos.parts, seed, drawn, len(counts))
+        heads[decoding] = found.problem.fit_all(found.scaling)
     return Draw(
         {
             way: softmax(heads[trained].logits(photos.vectors[read][tested]), axis=1)

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from measure import make_parser
 from PIL import Image
-from random_checkpoint import CLASSES, checkpoint
 
 from sopdeploy.bundle.manifest import Precision
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
 HERE = Path(__file__).parent
+CLASSES = tuple(f"class {number}" for number in range(1000))
 CALIBRATION = 64
 JPEGS = {"images": (16, (500, 375)), "phone": (4, (4000, 3000))}
 PROGRAMS = ("first_contact.py", "load.py")
@@ -71,7 +73,16 @@ def export_case(case: Case, target: Path) -> None:
     torch.manual_seed(0)
     network = create_model(case.name, num_classes=len(case.labels), **case.config)
     with tempfile.TemporaryDirectory() as folder:
-        source = checkpoint(case.name, network, Path(folder), case.side, case.labels)
+        source = Path(folder, f"{case.name}.pt")
+        random = Checkpoint(
+            model=case.name,
+            config=network.config.model_dump(mode="json"),
+            weights=network.state_dict(),
+            labels=case.labels,
+            preprocess=Preprocess(resize=case.side, crop=case.side),
+            training={},
+        )
+        write_checkpoint(source, random)
         calibration = Path(folder, "images")
         calibration.mkdir()
         for number in range(CALIBRATION):

@@ -29,10 +29,14 @@ START_SECONDS = 120.0  # a start takes 6 to 21 s on an H200
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Measurements of a run; latencies in milliseconds."""
+    """Measurements of a run; latencies in milliseconds.
+
+    `answered` counts the images of the measured seconds, `all_answered` also those before and after.
+    """
 
     images_per_s: float
     answered: int
+    all_answered: int
     p50_ms: float
     p99_ms: float
     codes: dict[str, int]
@@ -106,6 +110,7 @@ class Run:
         self._seconds = seconds
         self._latencies: list[float] = []
         self._codes: Counter[str] = Counter()
+        self._all_answered = 0
 
     async def measure(self) -> Load:
         """Warm up for `WARM_UP_SECONDS`, then measure."""
@@ -116,20 +121,32 @@ class Run:
         return Load(
             images_per_s=len(self._latencies) / self._seconds,
             answered=len(self._latencies),
+            all_answered=self._all_answered,
             p50_ms=1000 * statistics.median(times),
             p99_ms=1000 * times[int(0.99 * (len(times) - 1))],
             codes=dict(self._codes),
         )
 
     async def _request_loop(self, start: float, end: float) -> None:
-        reader, writer = await asyncio.open_connection(*self._address)
+        writer = None
         while (sent := time.perf_counter()) < end:
-            writer.write(next(self._bodies))
-            self._record(await read_response(reader), sent, start, end)
-        writer.close()
+            try:
+                if writer is None:
+                    reader, writer = await asyncio.open_connection(*self._address)
+                writer.write(next(self._bodies))
+                code = await read_response(reader)
+            except (ConnectionError, asyncio.IncompleteReadError):
+                code = "closed"
+            self._record(code, sent, start, end)
+            if code != "200" and writer is not None:  # the server may close the connection
+                writer.close()
+                writer = None
+        if writer is not None:
+            writer.close()
 
     def _record(self, code: str, sent: float, start: float, end: float) -> None:
         now = time.perf_counter()
+        self._all_answered += code == "200"
         if start <= now <= end:
             self._codes[code] += 1
             if code == "200":

@@ -28,32 +28,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from measure import Result, make_parser, one_line_errors, report
 from numpy.typing import NDArray
+from photo_vectors import (
+    FOLDS,
+    class_folders,
+    draw_photographs,
+    fit_draw,
+    join_vectors,
+    open_network,
+    read_batches,
+)
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from sopdeploy.evaluation.decision_fit import MIN_COSINES, accepted_interval, fit_decision, threshold_rank
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
-from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import (
-    MAX_RANK,
-    LinearProblem,
-    Scaling,
-    Space,
-    Targets,
-    unit_length,
-)
-from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, full_head
+from sopdeploy.training.few_shot.classifier import LinearProblem, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds
-from sopdeploy.training.recipe import FewShotConfig, RejectionConfig, read_recipe
-from sopdeploy.training.start_weights import create_initial_model
+from sopdeploy.training.recipe import RejectionConfig
 
 Array = NDArray[Any]
 STRENGTHS = 10.0 ** np.arange(0.5, 3.1, 0.5)  # of a logistic regression, scikit-learn's C
 OTHERS = 40  # test photographs of each other set
-FOLDS, ACCEPTS = FewShotConfig().folds, RejectionConfig().accepts
+ACCEPTS = RejectionConfig().accepts
 NO_SPACE = Space(*np.zeros((3, 1)))  # of problems whose heads are not fitted
 
 
@@ -67,36 +65,27 @@ class Photographs(NamedTuple):
     test_classes: Array
     own: int
 
-    def parts(self, vectors: Array) -> list[Array]:
-        """Divide vectors into the network's own ones and the roots of two covariances."""
-        middle = (self.own + vectors.shape[1]) // 2
-        return [vectors[:, : self.own], vectors[:, self.own : middle], vectors[:, middle:]]
+    @property
+    def parts(self) -> list[slice]:
+        """The columns of the network's own vectors, and of the roots of two covariances."""
+        middle = (self.own + self.train.shape[1]) // 2
+        return [slice(self.own), slice(self.own, middle), slice(middle, self.train.shape[1])]
 
 
-@torch.no_grad()
 def compute_vectors(
     folders: list[Path], labels: list[tuple[str, ...] | None], weights: Path, cache: Path
 ) -> Any:
     """Compute or read the vectors and classes of *folders*; the first one determines the projections."""
     if cache.exists():
         return dict(np.load(cache))
-    recipe = read_recipe("photos", ["data.path=.", f"start.weights={weights}"])
-    model, recipe, _ = create_initial_model(recipe, ("one", "other"), Strategy(torch.device("cpu")))
-    network = CachedNetwork(full_head(recipe, model), recipe)
-    found: dict[str, Array] = {
-        "own": np.asarray(network.network.head_inputs(torch.zeros(1, 3, 224, 224))[0].shape[1])
-    }
+    network = open_network(weights)
+    found: dict[str, Array] = {}
     for number, (folder, names) in enumerate(zip(folders, labels, strict=True)):
         images = open_any_images(folder) if names is None else open_evaluation_images(folder, names)
-        order = np.random.default_rng(0).permutation(len(images)).tolist()
-        if not number:
-            first = network.batches(images, order[:PROJECTION_IMAGES])
-            network.network.pooled_head.fit_projection([batch.maps for batch in first])
-        vectors = np.zeros((len(images), network.network.num_features()), np.float32)
-        for batch in network.batches(images, order):
-            outputs = network.network.pooled_head.vector(batch.own_vectors, batch.maps)
-            vectors[batch.indices] = outputs.float().cpu().numpy()
+        batches = read_batches(network, images)
+        vectors = join_vectors(network, batches, () if number else batches)
         found |= {f"vectors{number}": vectors, f"classes{number}": images.targets}
+    found["own"] = np.asarray(network.network.pooled_head.own_length)
     np.savez(cache, allow_pickle=False, **found)
     return found
 
@@ -120,18 +109,10 @@ def fit_logistic(inputs: Array, classes: Array, folds: Array) -> LogisticRegress
 def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) -> dict[str, float]:
     """Fit both heads to a draw; measure them on the test photographs and on *unknown* ones."""
     random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
-    of_classes = [np.flatnonzero(photos.classes == label) for label in range(count)]
-    drawn = np.concatenate([random.permutation(of_class)[:size] for of_class in of_classes])
-    classes, parts = photos.classes[drawn], photos.parts(photos.train[drawn])
-    targets, space = (
-        Targets(np.eye(count)[classes], classes, "softmax"),
-        Space.of([part[:MAX_RANK] for part in parts]),
-    )
-    reduced = space.project(photos.train[drawn])
-    problem = LinearProblem(space, reduced, unit_length(parts[0]), targets)
-    folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
-    validations = [problem.cross_validate(one) for one in folds]
-    scaling = Scaling.fit(validations, targets)
+    drawn = draw_photographs(photos.classes, size, random)
+    classes, vectors = photos.classes[drawn], photos.train[drawn]
+    problem, folds, validations, scaling = fit_draw(vectors, classes, photos.parts, seed, drawn, count)
+    space, reduced, own = problem.space, problem.reduced, vectors[:, : photos.own]
     cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
     out_of_fold = log_softmax(problem.logits(validations[0], scaling), axis=1) + cosines[:, None]
     rule = fit_decision(
@@ -151,8 +132,8 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
         )
 
     logits = problem.fit_all(scaling).logits(photos.test)
-    averages = Space.of(parts[:1])
-    projected = averages.project(parts[0]), averages.project(photos.test[:, : photos.own])
+    averages = Space.of([own])
+    projected = averages.project(own), averages.project(photos.test[:, : photos.own])
     compared = {
         "former": fit_logistic(reduced, classes, folds[0]).predict_log_proba(space.project(photos.test)),
         "averages": fit_logistic(projected[0], classes, folds[0]).predict_log_proba(projected[1]),
@@ -181,10 +162,8 @@ def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Arr
     The figures with "without" are those of the same threshold without this class.
     """
     random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
-    of_classes = [
-        random.permutation(np.flatnonzero(photos.classes == label))[:size] for label in range(count)
-    ]
-    drawn, order = np.concatenate(of_classes), random.permutation(len(unknown[0]))
+    drawn = draw_photographs(photos.classes, size, random)
+    order = random.permutation(len(unknown[0]))
     own = unit_length(np.concatenate([photos.train[drawn], unknown[0][order[:size]]])[:, : photos.own])
     classes = np.concatenate([photos.classes[drawn], np.full(size, count)])
     measured = {}
@@ -242,12 +221,12 @@ def read_sets(given: argparse.Namespace) -> tuple[dict[str, Photographs], Array]
         key, _, paths = text.partition("=")
         group, _, name = key.partition("/")
         folders = [Path(path) for path in paths.split(",")]
-        labels = tuple(sorted(path.name for path in folders[0].iterdir() if path.is_dir()))
-        found = compute_vectors(folders, [labels, labels], given.weights, given.cache / f"{name}.npz")
+        labels = class_folders(folders[0])
+        found = compute_vectors(folders, [labels, labels], given.weights, given.cache / f"{group}-{name}.npz")
         train, classes, test, test_classes = (
             found[key] for key in ("vectors0", "classes0", "vectors1", "classes1")
         )
-        sets[name] = Photographs(group, train, classes, test, test_classes, int(found["own"]))
+        sets[key] = Photographs(group, train, classes, test, test_classes, int(found["own"]))
     unknown = compute_vectors([given.unknown], [None], given.weights, given.cache / "unknown.npz")
     return sets, unknown["vectors0"]
 
@@ -271,13 +250,14 @@ def main(arguments: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     with one_line_errors():
         sets, unknown = read_sets(given)
-        for name, photos in sets.items():
-            if given.measure and name not in given.measure.split(","):
+        for measured_key, photos in sets.items():
+            name = measured_key.partition("/")[2]
+            if given.measure and not {name, measured_key} & {*given.measure.split(",")}:
                 continue
             others = [
                 other.test[:: max(1, len(other.test) // OTHERS)][:OTHERS]
                 for key, other in sets.items()
-                if key != name
+                if key.partition("/")[2] != name  # a set may be in two groups
             ]
             foreign = [
                 unknown,

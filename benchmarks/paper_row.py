@@ -11,8 +11,10 @@ over the seeds with its interval, and the first network with branches, which is 
 exported: results.json in --out.
 
 --dry-run prints what a machine with a GPU would get, how long it takes, how busy the GPU and how many cores
-are, and whether that fits into --minutes. One training needs --step-ms of the GPU for a step of 256 or
---python-ms of a core for any step, whichever is longer; trainings side by side share the GPU.
+are, whether that fits into --minutes or how many runs of that length it takes, with --out kept between them,
+and the minutes of 1, 2 and 4 seeds with all trainings side by side. One training needs --step-ms of the GPU
+for a step of 256 or --python-ms of a core for any step, whichever is longer; trainings side by side share the
+GPU.
 Exit status 1: more than 60 MiB to copy, a failed training or export, or an unfinished one.
 """
 
@@ -45,8 +47,10 @@ PRINTED = 7.92  # error of the network without branches in Table IX, in percent
 PARTS = ("train", "test")
 MAX_COPIED = 60 * 2**20  # bytes
 IMAGES = {"train": 50_000, "test": 10_000}
+SEEDS = (1, 2, 4)  # numbers of seeds whose minutes the plan compares
 START_SECONDS, EXPORT_SECONDS = 20, 60  # of a training, and of the export of one network
-FIGURES = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_loop.json"
+# CPU ms of a step of 256, AMD EPYC, 2026-11-27: Python for each arm, loader processes.
+PYTHON_MS, LOADER_MS = (8.5, 17.7), 5.6
 SHARES = "gpu_busy.txt"  # in --out: the share of each second for which the GPU was busy, in percent
 
 
@@ -116,17 +120,6 @@ def code_files() -> list[Path]:
     return [root / name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
 
-def measured_ms() -> dict[str, float]:
-    """Read what a step of 256 costs without a GPU, in ms of a core, by the name of the measurement."""
-    return {row["case"]: row["ours"] for row in json.loads(FIGURES.read_text(encoding="utf-8"))["results"]}
-
-
-def python_ms() -> list[float]:
-    """Return what Python was measured to need for a step of each arm, in ms."""
-    found = measured_ms()
-    return [found["main thread"] + found[f"launching {network}"] for network in ARMS.values()]
-
-
 def elapsed(trainings: Sequence[tuple[float, float]], at_once: int) -> float:
     """Return the time until all *trainings* have ended, of which *at_once* run side by side.
 
@@ -155,10 +148,16 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     step_ms = {arm: max(gpu_ms, python) for arm, python in zip(ARMS, given.python_ms, strict=True)}
     alone = {arm: with_evaluations * step / 1e3 for arm, step in step_ms.items()}
     queue = list(ARMS) * given.seeds
-    seconds = elapsed([(alone[arm], gpu_ms / step_ms[arm]) for arm in queue], given.at_once)
-    rounds = math.ceil(len(queue) / given.at_once)
-    minutes = (seconds + rounds * START_SECONDS + EXPORT_SECONDS) / 60
-    loader_ms = measured_ms()["loader processes"] * given.batch_size / batch_size
+
+    def seconds_of(queue: Sequence[str], at_once: int) -> float:
+        return elapsed([(alone[arm], gpu_ms / step_ms[arm]) for arm in queue], at_once)
+
+    def minutes_of(queue: Sequence[str], at_once: int) -> float:
+        rounds = math.ceil(len(queue) / at_once)
+        return round((seconds_of(queue, at_once) + rounds * START_SECONDS + EXPORT_SECONDS) / 60, 1)
+
+    seconds, minutes = seconds_of(queue, given.at_once), minutes_of(queue, given.at_once)
+    loader_ms = LOADER_MS * given.batch_size / batch_size
     planned: dict[str, Any] = {
         "copied": copied,
         "copied_bytes": sum(copied.values()),
@@ -170,10 +169,15 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         "gpu_busy_percent": round(100 * len(queue) * with_evaluations * gpu_ms / 1e3 / seconds),
         # The thread that starts operators waits for the GPU without giving up its core.
         "cores": round(sum(1 + loader_ms / step_ms[arm] for arm in queue[: given.at_once]), 1),
-        "minutes": round(minutes, 1),
+        "minutes": minutes,
+        "minutes_of_seeds_side_by_side": {
+            str(seeds): minutes_of(list(ARMS) * seeds, len(ARMS) * seeds) for seeds in SEEDS
+        },
     }
     if math.isfinite(given.minutes):
-        planned |= {"minutes_given": given.minutes, "fits": minutes <= given.minutes}
+        # Each run starts the trainings again.
+        runs = math.ceil((minutes - START_SECONDS / 60) / max(given.minutes - START_SECONDS / 60, 1e-9))
+        planned |= {"minutes_given": given.minutes, "fits": minutes <= given.minutes, "runs": runs}
     return planned
 
 
@@ -351,8 +355,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs=2,
         metavar=("PLAIN", "DSOP"),
-        default=python_ms(),
-        help="time of Python for a step of each network (as measured in docs/benchmarks/training_loop.json)",
+        default=PYTHON_MS,
+        help="time of Python for a step of each network (as measured on a CPU)",
     )
     return parser.parse_args(words)
 

@@ -27,7 +27,7 @@ from copied_photos import draws_parser, parse_draws, test_logits, train_on
 from measure import Result, keep_draw, one_line_errors, report
 
 from sopdeploy.errors import DataError
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.results import FewShotResult
 
 

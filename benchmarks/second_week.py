@@ -29,7 +29,7 @@ from measure import Result, keep_draw, one_line_errors, report
 
 from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.errors import DataError
-from sopdeploy.training.fits import FewShotFit
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.results import FewShotResult
 
 LOW_MARGIN = 0.2  # of a photograph that a server keeps

@@ -24,9 +24,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from load import WARM_UP_SECONDS, Load, put_load
+from load import Load, put_load
 from measure import existing, make_parser, markdown, one_line_errors, report
-from serving_alone import PHOTO, SMALL, bare_runtime, peer_pipeline, pipeline, write_images
+from serving_alone import PHOTO, SMALL, Photographs, bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 from serving_rounds import Rounds
@@ -60,25 +60,24 @@ REAL = Case(name="real engine", largest=8, connections=32)
 
 @dataclass(frozen=True, slots=True)
 class Driven:
-    """Result of a load of *seconds*, and the CPU seconds of the server including the warm-up."""
+    """Result of a load, and the CPU seconds of the server for all of its images."""
 
     load: Load
-    seconds: float
     cpu_s: float
 
     @property
     def cpu_ms(self) -> float:
         """CPU milliseconds per image."""
-        return 1000 * self.cpu_s / max(self.load.images_per_s * (self.seconds + WARM_UP_SECONDS), 1.0)
+        return 1000 * self.cpu_s / max(self.load.all_answered, 1)
 
 
-def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds: float) -> Driven:
+def drive(peer: Peer, port: int, process: int, connections: int, folder: Path, seconds: float) -> Driven:
     """Put load on a server and measure it."""
     url = f"http://127.0.0.1:{port}{peer.path}"
     form = ["--form"] if peer.form else []
     before = cpu_seconds(process)
-    load = put_load(url, folder, seconds, "--connections", case.connections, "--header", peer.header, *form)
-    return Driven(load, seconds, cpu_seconds(process) - before)
+    load = put_load(url, folder, seconds, "--connections", connections, "--header", peer.header, *form)
+    return Driven(load, cpu_seconds(process) - before)
 
 
 class Benchmark:
@@ -86,7 +85,8 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments = arguments
-        self._folders = {size: write_images(folder / f"{size[0]}", size=size) for size in (PHOTO, SMALL)}
+        kinds = {size: Photographs(size) for size in (PHOTO, SMALL)}
+        self._folders = {size: write_images(folder / f"{size[0]}", kind=kind) for size, kind in kinds.items()}
         self._pythons = dict(text.split("=", 1) for text in arguments.python or ())
         self._seconds = 4.0 if arguments.quick else 10.0
         self._rows: dict[tuple[str, str], Rounds] = {}
@@ -150,14 +150,14 @@ class Benchmark:
         port = free_port()
         command = peer_command(self._pythons.get(name, self._arguments.peers_python), peer, port)
         with started(command, peer, port, self._environment(case), self._arguments.peers) as process:
-            return drive(peer, port, process, case, self._folders[case.size], self._seconds)
+            return drive(peer, port, process, case.connections, self._folders[case.size], self._seconds)
 
     def _measure_ours(self, case: Case) -> Driven:
         port = free_port()
         runtime = ["--fake", case.fake] if case.fake else ["--bundle", str(self._arguments.bundle)]
         command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *runtime]
         with started([*command, "--largest", str(case.largest)], OURS, port, {}, HERE) as process:
-            return drive(OURS, port, process, case, self._folders[case.size], self._seconds)
+            return drive(OURS, port, process, case.connections, self._folders[case.size], self._seconds)
 
     def _environment(self, case: Case) -> dict[str, str]:
         return peer_environment(case, self._arguments.onnx)

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageDraw
 
 from sopdeploy.images.decode import decode
 from sopdeploy.images.preprocess import Preprocess
@@ -45,16 +46,67 @@ class SingleProcess:
 PHOTO, SMALL = (500, 375), (160, 120)  # pixels: about 50 and 6 kB
 
 
-def write_images(folder: Path, count: int = 32, size: tuple[int, int] = PHOTO) -> Path:
-    """Write *count* JPEGs of *size* into *folder*."""
+class Photographs(NamedTuple):
+    """How images of one kind are made: their size in pixels, Pillow's format and its options.
+
+    `turned` images are stored on their side, with EXIF that turns them; a `screenshot` is lines of text.
+    """
+
+    size: tuple[int, int]
+    format: str = "JPEG"
+    quality: int = 88
+    noise: float = 6
+    progressive: bool = False
+    turned: bool = False
+    screenshot: bool = False
+
+
+PHONE = Photographs((4032, 3024), quality=90, noise=3)
+KINDS = {
+    "500 x 375": Photographs(PHOTO),
+    "1920 x 1080": Photographs((1920, 1080)),
+    "12 MP": PHONE,
+    "12 MP, turned by EXIF": PHONE._replace(turned=True),
+    "12 MP, progressive": PHONE._replace(progressive=True),
+    "PNG, screenshot of 1920 x 1080": Photographs((1920, 1080), "PNG", screenshot=True),
+    "WebP, 1920 x 1080": Photographs((1920, 1080), "WEBP", quality=80),
+}
+
+
+def write_images(folder: Path, count: int = 32, kind: Photographs = KINDS["500 x 375"]) -> Path:
+    """Write *count* images of *kind* into *folder*."""
     folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    if kind.turned:
+        exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
     for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
-        noisy = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(folder / f"{number:03d}.jpg", quality=88)
+        image = draw_screenshot(kind, rng) if kind.screenshot else draw_photograph(kind, rng)
+        if kind.turned:
+            image = image.transpose(Image.Transpose.ROTATE_90)
+        options = {"quality": kind.quality, "progressive": kind.progressive, "exif": exif}
+        image.save(folder / f"{number:03d}.{kind.format.lower()}", kind.format, **options)
     return folder
+
+
+def draw_photograph(kind: Photographs, rng: np.random.Generator) -> Image.Image:
+    """Draw soft colors with the noise of a camera, the same in all channels of a large photograph."""
+    coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(kind.size, Image.Resampling.BICUBIC))
+    shape = (*smooth.shape[:2], 1) if kind.size == PHONE.size else smooth.shape
+    noisy = smooth + kind.noise * rng.standard_normal(shape, dtype=np.float32)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def draw_screenshot(kind: Photographs, rng: np.random.Generator) -> Image.Image:
+    """Draw a window with lines of text beside a picture."""
+    width, height = kind.size
+    image = Image.new("RGB", kind.size, "white")
+    drawing = ImageDraw.Draw(image)
+    for top in range(40, height, 24):
+        drawing.text((40, top), "".join(map(chr, rng.integers(97, 123, 120))), "black", font_size=16)
+    picture = draw_photograph(kind._replace(size=(width // 4, height // 4), noise=0), rng)
+    image.paste(picture, (2 * width // 3, height // 3))
+    return image
 
 
 def bare_runtime(runtime: Runtime, largest: int, seconds: float) -> SingleProcess:

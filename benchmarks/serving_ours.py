@@ -8,6 +8,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import uvicorn
@@ -15,7 +16,7 @@ import uvicorn
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.images.decode import Decoded
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Decoding, Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -27,7 +28,9 @@ from tests.support.fake_runtime import FakeOverlappingRuntime
 CLASSES = 1000
 
 
-def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
+def fake_model(
+    fixed_ms: float, per_image_ms: float, largest: int, decoding: Decoding = "full"
+) -> LoadedModel:
     """Create a model for 224-pixel images and 1000 classes whose runtime sleeps."""
     manifest = Manifest(
         project="benchmark",
@@ -36,7 +39,7 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
         config={},
         inputs=(TensorRecord(name="images", dtype="uint8", shape=(None, 224, 224, 3)),),
         outputs=(TensorRecord(name="logits", dtype="float32", shape=(None, CLASSES)),),
-        preprocess=Preprocess(resize=224, crop=224),
+        preprocess=Preprocess(resize=224, crop=224, decoding=decoding),
         batch=BatchRange(),
         opset=18,
         detached=(),
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--fake", help="milliseconds per batch and per image, such as 20,10")
     parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--decoding", choices=get_args(Decoding), default="full", help="with --fake")
     parser.add_argument("--largest", type=int, default=8)
     arguments = parser.parse_args()
     limit_heaps()
@@ -83,7 +87,7 @@ def main() -> None:
         model = load_model(arguments.bundle, settings)
     elif arguments.fake:
         fixed, each = map(float, arguments.fake.split(","))
-        model = fake_model(fixed, each, arguments.largest)
+        model = fake_model(fixed, each, arguments.largest, arguments.decoding)
     else:
         parser.error("pass --fake or --bundle")
     app = create_app({"model": model}, settings)

@@ -110,7 +110,10 @@ def own_cpu_seconds(process: int) -> float:
 
 
 def cpu_seconds(process: int) -> float:
-    """Read the CPU seconds of *process* and its descendants from /proc; 0 on other systems than Linux."""
+    """Read the CPU seconds of *process* and its descendants from /proc; 0 on other systems than Linux.
+
+    Those of descendants that have ended are in the accounts of the process that waited for them.
+    """
     if not sys.platform.startswith("linux"):
         return 0.0
     children: dict[int, list[int]] = {}
@@ -122,7 +125,7 @@ def cpu_seconds(process: int) -> float:
             except OSError:
                 continue
             children.setdefault(int(fields[1]), []).append(int(entry.name))
-            ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+            ticks[int(entry.name)] = sum(map(int, fields[11:15]))
     total, pending = 0, [process]
     while pending:
         process = pending.pop()

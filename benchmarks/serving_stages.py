@@ -1,9 +1,11 @@
 """CPU microseconds per image by stage, for each kind of process of a server at full load.
 
-    python benchmarks/serving_stages.py [--quick] [--json]
+    python benchmarks/serving_stages.py [--quick] [--kind "12 MP" ...] [--json]
 
 The device is simulated (1 + 0.05 n ms, at most 64 images) and uses no CPU. Servers: one process, and one
-engine with two front ends, each with real decoders (JPEGs of 500 x 375) and with constants instead. The CPU
+engine with two front ends, each with real decoders (JPEGs of 500 x 375) and with constants instead; with
+--kind, only the engine with two front ends and real decoders, for each kind of photograph of
+`serving_alone.KINDS`. "16 cores" is what `simulated_cores` makes of the times of two front ends. The CPU
 time of a process is that of the kernel's accounts; its stages are shares of the samples that are taken every
 millisecond of CPU time, by the innermost frame of the main thread that belongs to a stage. Time in which the
 main thread waits belongs to other threads. CPU times depend less on other load than rates do, but caches and
@@ -20,8 +22,9 @@ from types import FrameType
 
 from load import put_load
 from measure import Result, make_parser, report
-from serving_alone import write_images
+from serving_alone import KINDS, write_images
 from serving_peers import cpu_seconds, own_cpu_seconds
+from simulated_cores import CORES, Costs, simulate
 from simulated_server import Server, running
 
 BATCH = "1,0.05,64"
@@ -39,6 +42,7 @@ STAGES = {  # the innermost frame whose path has one of these parts decides
     "simulated device": ("fake_runtime",),
 }
 OTHER = "event loop and other threads"
+ALL = [("500 x 375", front_ends, constants) for constants in (True, False) for front_ends in (0, 2)]
 
 
 class Sampler:
@@ -65,9 +69,12 @@ class Sampler:
         (self._folder / f"{os.getpid()}.json").write_text(json.dumps(self._counts))
 
 
-def measure(settings: dict[str, object], folder: Path, seconds: float, *, constants: bool) -> list[Result]:
-    """Measure a server with *settings*."""
-    kind = f"{settings['front_ends']} front ends, {'constants' if constants else 'decoders'}"
+def measure(
+    settings: dict[str, object], folder: Path, seconds: float, photographs: str, *, constants: bool
+) -> list[Result]:
+    """Measure a server with *settings* under a load of *photographs*, a key of `KINDS`."""
+    decoded = "constants" if constants else photographs
+    kind = f"{settings['front_ends']} front ends, {decoded}"
     with tempfile.TemporaryDirectory() as samples:
         os.environ["SIMULATED_SAMPLES"] = samples
         os.environ["SIMULATED_DECODING"] = "constants" if constants else "real"
@@ -77,11 +84,12 @@ def measure(settings: dict[str, object], folder: Path, seconds: float, *, consta
             load = put_load(f"{server.url}/v1/classify", folder, seconds, "--connections", 64)
             after = {name: spent(process) for name, process in processes.items()}
         counts = {name: read(Path(samples), process) for name, process in processes.items()}
-    images = load.images_per_s * (seconds + 1.0)  # with the warm-up
+    images = load.all_answered
     results = [Result(case=f"{kind}: rate", ours=load.images_per_s, unit="images/s", runs=1)]
     kinds = {"engine": ["cpu"], "front ends": [name for name in processes if name.startswith("front-")]}
     if not kinds["front ends"]:
         kinds = {"process": ["cpu"]}
+    spent_us: dict[str, float] = {}  # by kind of process
     for title, names in kinds.items():
         own, decoders = (
             sum(after[name][part] - before[name][part] for name in names) * 1e6 / images for part in (0, 1)
@@ -91,8 +99,13 @@ def measure(settings: dict[str, object], folder: Path, seconds: float, *, consta
         for stage, count in total.most_common():
             share = own * count / total.total()
             results.append(Result(case=f"{kind}: {title}: {stage}", ours=share, unit="cpu-us", runs=1))
+        spent_us[title] = own
         if title != "engine":
+            spent_us["decoders"] = decoders
             results.append(Result(case=f"{kind}: decoder processes", ours=decoders, unit="cpu-us", runs=1))
+    if "engine" in spent_us and not constants:
+        costs = Costs(*(spent_us[title] / 1000 for title in ("front ends", "decoders", "engine")))
+        results.append(Result(case=f"{kind}: {CORES} cores", ours=simulate(costs), unit="images/s", runs=1))
     return results
 
 
@@ -126,15 +139,16 @@ def main() -> None:
     """Run from the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter runs")
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="photographs; can be repeated")
     arguments = parser.parse_args()
     results: list[Result] = []
+    runs = [(kind, 2, False) for kind in arguments.kind or ()]
+    seconds = 4.0 if arguments.quick else 20.0
     with tempfile.TemporaryDirectory() as name:
-        folder = write_images(Path(name))
-        for constants in (True, False):
-            for front_ends in (0, 2):
-                settings: dict[str, object] = {"front_ends": front_ends, "decoders": 2 - (front_ends > 0)}
-                seconds = 4.0 if arguments.quick else 20.0
-                results += measure(settings, folder, seconds, constants=constants)
+        for number, (kind, front_ends, constants) in enumerate(runs or ALL):
+            folder = write_images(Path(name) / str(number), 3 if arguments.kind else 32, KINDS[kind])
+            settings: dict[str, object] = {"front_ends": front_ends, "decoders": 2 - (front_ends > 0)}
+            results += measure(settings, folder, seconds, kind, constants=constants)
     report(results, as_json=arguments.json, load=os.getloadavg()[0])
 
 

@@ -3,8 +3,8 @@
     with running({"devices": "cpu,cpu"}, "20,2,8") as server: ...
 
 The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. Images
-are not decoded unless SIMULATED_DECODING is `real`. If SIMULATED_SAMPLES is set, each process writes the
-counts of `serving_stages.Sampler` to this folder.
+are not decoded unless SIMULATED_DECODING is `real`; JPEGs are then decoded at the scale of the rules. If
+SIMULATED_SAMPLES is set, each process writes the counts of `serving_stages.Sampler` to this folder.
 The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
 """
 
@@ -86,7 +86,7 @@ def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
 def main() -> int:
     """Run the process that the supervisor has described."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
-    model = fake_model(fixed, each, int(largest))
+    model = fake_model(fixed, each, int(largest), "scaled")
     process.find_bundles = lambda *_: {"model": model.bundle}  # type: ignore[attr-defined]
     process.load_bundle = lambda *_: model  # type: ignore[attr-defined]
     if os.environ.get("SIMULATED_DECODING") != "real":

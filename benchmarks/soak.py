@@ -2,11 +2,11 @@
 
 The server is `sopdeploy serve` with real bundles and ONNX Runtime on the CPU. It receives valid images of
 several sizes (alone, in forms, in JSON and in the Open Inference Protocol), invalid bodies, slow bodies and
-floods of requests. Some clients disconnect, and one swaps the model every few seconds. Every `ROUND_SECONDS`
-all clients stop and the resources of the idle server are measured, because requests in progress change the
-memory by tens of MB. Limits: resident memory at rest grows by less than 1 MB per minute, no thread or
-descriptor remains, every response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx.
-Exit code 1 if a limit is exceeded.
+floods of images and of requests for metrics. Some clients disconnect, and one swaps the model every few
+seconds. Every `ROUND_SECONDS` all clients stop and the resources of the idle server are measured, because
+requests in progress change the memory by tens of MB. Limits: resident memory at rest grows by less than 1
+MB per minute, no thread or descriptor remains, every response names its bundle and equals `sopdeploy
+predict` with that bundle, no 5xx. Exit code 1 if a limit is exceeded.
 
 With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed
 or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get
@@ -282,14 +282,17 @@ async def disconnecting(scenario: Scenario, rng: random.Random) -> None:
 
 
 async def floods(scenario: Scenario, rng: random.Random) -> None:
-    """Every few seconds, send more requests than the queue holds; the excess must be rejected with 429."""
+    """Every few seconds, send more images than the queue holds, of which some get 429, or ask for metrics."""
     while True:
         await asyncio.sleep(4 + 2 * rng.random())
         ((_, body),) = scenario.draw(rng, 1)
         async with scenario.client() as client:
             replies = await asyncio.gather(*(client.post("/v1/classify", content=body) for _ in range(FLOOD)))
+            pages = await asyncio.gather(*(client.get("/metrics") for _ in range(FLOOD)))
         for reply in replies:
             scenario.tally.note("flood", reply.status_code, reply.json().get("code", ""))
+        for page in pages:
+            scenario.tally.note("flood of /metrics", page.status_code)
 
 
 async def monitoring(scenario: Scenario, _: random.Random) -> None:

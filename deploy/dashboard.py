@@ -5,8 +5,13 @@ checks that the file is up to date.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.metrics import MetricWrapperBase
+
+from sopdeploy_service.observability.metrics import Metrics
 
 PAGE = Path(__file__).parent / "dashboard.json"
 SOURCE = {"type": "prometheus", "uid": "${source}"}
@@ -152,6 +157,66 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
 ]
 
 
+# What the reader chooses, and the label of the series. A release has its job; the chart names instances by
+# their pods. A pattern stands for "All" where the label may be missing: in Docker, without a model.
+CHOICES = {
+    "Namespace": "namespace",
+    "Release": "job",
+    "Pod or address": "instance",
+    "Model": "model",
+}
+ONE_FOR_EACH = "sopdeploy_batch_size_count"  # a series with all these labels, from the start of a server
+
+
+def names_by_label() -> dict[str, set[str]]:
+    """Return the names of the metrics that have each label."""
+    found: dict[str, set[str]] = {}
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            for label in metric._labelnames:
+                found.setdefault(label, set()).update(family.name for family in metric.describe())
+    return found
+
+
+WITH_MODEL = names_by_label()["model"]
+
+
+def chosen(query: str) -> str:
+    """Restrict each series of *query* to what the reader chooses."""
+
+    def restrict(found: re.Match[str]) -> str:
+        has_model = re.sub(r"_(total|bucket|sum|count)$", "", found[0]) in WITH_MODEL
+        labels = [label for label in CHOICES.values() if label != "model" or has_model]
+        return f"{found[0]}{{{matchers(labels)}}}"
+
+    return re.sub(r"\b(?:sopdeploy|process)_\w+", restrict, query)
+
+
+def matchers(labels: list[str]) -> str:
+    """Build the selector of the series whose *labels* have the chosen values."""
+    return ",".join(f'{label}=~"${label}"' for label in labels)
+
+
+def variables() -> list[dict[str, Any]]:
+    """Build the fields at the top: the source of the data, and `CHOICES`, each narrowed by those before."""
+    found: list[dict[str, Any]] = [
+        {"name": "source", "label": "Source", "type": "datasource", "query": "prometheus"}
+    ]
+    labels = [*CHOICES.values()]
+    for index, (title, label) in enumerate(CHOICES.items()):
+        series = f"{ONE_FOR_EACH}{{{matchers(labels[:index])}}}"
+        query = {"query": f"label_values({series}, {label})", "refId": label}
+        found.append(
+            {
+                **{"name": label, "label": title, "type": "query", "datasource": SOURCE, "query": query},
+                **{"refresh": 2, "sort": 1, "multi": True, "includeAll": True},
+                **({"allValue": ".*"} if label in ("namespace", "model") else {}),
+                "current": {"text": ["All"], "value": ["$__all"]},
+            }
+        )
+    return found
+
+
 def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict[str, Any]:
     """Build one graph; *number* determines its position."""
     row, column = divmod(number, 2)
@@ -163,7 +228,12 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
         "gridPos": {"h": HEIGHT, "w": WIDTH, "x": WIDTH * column, "y": HEIGHT * row},
         "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
         "targets": [
-            {"refId": chr(ord("A") + index), "expr": query, "legendFormat": legend, "datasource": SOURCE}
+            {
+                "refId": chr(ord("A") + index),
+                "expr": chosen(query),
+                "legendFormat": legend,
+                "datasource": SOURCE,
+            }
             for index, (query, legend) in enumerate(queries)
         ],
     }
@@ -171,7 +241,7 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
 
 def bundle_table(number: int) -> dict[str, Any]:
     """Build the table of loaded bundles with their precision and engine."""
-    columns = "digest, model, precision, runtime, instance"
+    columns = "job, digest, model, precision, runtime, instance"
     table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}
@@ -186,9 +256,7 @@ def dashboard() -> dict[str, Any]:
         "schemaVersion": 39,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
-        "templating": {
-            "list": [{"name": "source", "label": "Source", "type": "datasource", "query": "prometheus"}]
-        },
+        "templating": {"list": variables()},
         "panels": [
             *(panel(number, *entry) for number, entry in enumerate(PANELS)),
             bundle_table(len(PANELS)),

@@ -1,7 +1,8 @@
 """Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
 `results.toml` has the numbers that the README states, except those of other photographs, which come from
-`other_photos.json`. `measured.toml` has those of other pages, but for `training_loop.json`.
+`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`
+and `serving_stages.json`.
 """
 
 import json
@@ -16,21 +17,7 @@ PAGE = FOLDER / "index.md"
 MACHINE = "Measured on "
 COLUMNS = ("averages accuracy", "former accuracy", "accuracy", "unknown rejected", "new class rejected")
 
-LABELS = {  # of the cases of `training_loop.json` whose names say too little
-    "read and decode, without memory": "read and decode; after: in the first epoch only",
-    "fit and augment, without memory": "fit and augment; after: fit in the first epoch only",
-    "loader processes": "loader processes: all of their work (for eight processes, divide by 8)",
-    "checks, reading, callbacks": "checks, reading of losses, callbacks",
-    "main thread": "main thread, without normalization, which a GPU computes",
-    "images a second and core, without the network": "main thread and loader processes",
-    "loader processes started in an epoch": "loader processes started in an epoch, with two",
-    "operators of a step": "operators of a step, without those of the network",
-    "launching resnet20": "start the operators of ResNet-20",
-    "launching dsop-resnet20": "start the operators of ResNet-20 with DSoP branches",
-    "busy": "busy, without the time to start the network's operators",
-    "busy, with launching resnet20": "busy with ResNet-20",
-    "busy, with launching dsop-resnet20": "busy with ResNet-20 with DSoP branches",
-}
+PEERS = {"triton": "Triton", "mosec": "mosec"}  # other servers of `serving_photos.json`
 
 
 @dataclass(frozen=True)
@@ -69,9 +56,10 @@ def measured() -> list[Measured]:
 
 
 def measured_on_pages() -> list[Measured]:
-    """Read `measured.toml` and `training_loop.json`."""
+    """Read `measured.toml`, and the documents that benchmarks printed."""
     document = tomllib.loads((FOLDER / "measured.toml").read_text(encoding="utf-8"))
-    return [training_loop(), *(Measured(**one) for one in document["results"])]
+    written = [serving_photos(), serving_stages()]
+    return [*written, *(Measured(**one) for one in document["results"])]
 
 
 def page_with_tables(path: Path) -> str:
@@ -121,32 +109,40 @@ def other_photos() -> Measured:
     return Measured(command, date, "", "other_photos.md", means | spread, claims)
 
 
-def training_loop() -> Measured:
-    """Build the tables of the training loop from the document that its benchmark printed."""
-    document = json.loads((FOLDER / "training_loop.json").read_text(encoding="utf-8"))
+def serving_photos() -> Measured:
+    """Build the tables of servers by kind of photograph from the document that the benchmark printed."""
+    document = json.loads((FOLDER / "serving_photos.json").read_text(encoding="utf-8"))
     machine, rows = document["machine"], document["results"]
-    gpu = f"a GPU that needs {machine['gpu_ms']:g} ms for a step of {machine['step']}"
     where = f"{machine['cores']} cores of {machine['processor']}, {machine['system']}"
-    where += f", Python {document['versions']['python']}, no GPU"
-    facts = [document["date"], where, str(rows[0]["runs"]), rows[0]["against"], document["commit"]]
-    stages, counts = [], []
-    for row in rows:
-        label, sides = LABELS.get(row["case"], row["case"]), (row["other"], row["ours"])
-        if row["unit"] in ("cpu-ms", "images/s"):
-            of_step = row["unit"] == "cpu-ms"
-            times = [1e3 * side / machine["step"] if of_step else 1e6 / side for side in sides]
-            speeds = [time and 1e6 / time for time in times]  # "fit and augment" may be 0
-            stages.append([label, *(number(time, 1) for time in times), *(number(one, 0) for one in speeds)])
-        else:
-            label = f"{gpu} is {label}, %" if row["unit"] == "%" else label
-            counts.append([label, *(number(side, 1) for side in sides)])
-    command = "python benchmarks/training_loop.py --against FOLDER --json"
-    tables = [
-        table(["date", "machine", "rounds", "commit before", "commit after"], [facts]),
-        table(["stage", "µs per image, before", "after", "images/s, before", "after"], stages),
-        table(["count", "before", "after"], counts),
+    facts = [document["date"], where, str(rows[0]["runs"]), document["commit"]]
+    head, cells = ["photograph"], {row["case"]: [row["case"]] for row in rows}
+    for unit, digits, text in (("images/s", 0, "images/s"), ("cpu-ms", 1, "CPU ms per image")):
+        measured = {(row["case"], row["against"]): row for row in rows if row["unit"] == unit}
+        head += [f"{text}: sopdeploy", *PEERS.values()]
+        for kind in cells:
+            cells[kind].append(f"**{number(measured[kind, next(iter(PEERS))]['ours'], digits)}**")
+            cells[kind] += [number(measured[kind, peer]["other"], digits) for peer in PEERS]
+    tables = [table(["date", "machine", "rounds", "commit"], [facts]), table(head, list(cells.values()))]
+    command = "python benchmarks/serving_photos.py --peers FOLDER --peers-python PYTHON --onnx FILE --json"
+    return Measured(command, document["date"], document["commit"], "serving.md", {}, [], tables)
+
+
+def serving_stages() -> Measured:
+    """Build the table of 16 simulated cores by kind of photograph."""
+    document = json.loads((FOLDER / "serving_stages.json").read_text(encoding="utf-8"))
+    values: dict[str, dict[str, float]] = {}
+    for row in document["results"]:
+        kind, _, part = row["case"].removeprefix("2 front ends, ").partition(": ")
+        values.setdefault(kind, {})[part] = row["ours"]
+    head = ["photograph", "CPU ms per image: front end", "decoder", "engine", "16 cores: images/s"]
+    parts = ("front ends", "decoder processes", "engine")
+    rows = [
+        [kind, *(number(found[part] / 1000, 2) for part in parts), number(found["16 cores"], 0)]
+        for kind, found in values.items()
     ]
-    return Measured(command, document["date"], document["commit"], "training-loop.md", {}, [], tables)
+    command = 'python benchmarks/serving_stages.py --quick --json --kind "12 MP" ...'
+    date, commit = document["date"], document["commit"]
+    return Measured(command, date, commit, "../howto/gpu.md", {}, [], [table(head, rows)])
 
 
 def number(value: float, digits: int) -> str:

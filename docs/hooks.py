@@ -1,5 +1,5 @@
 """Hooks of MkDocs: the search ranks how-to pages first; linked files of `deploy/` and `examples/`
-are on the site; names in code do not break."""
+are on the site; names and options in code do not break."""
 
 import re
 import shutil
@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 LAST = "Research notes"  # a tab of mkdocs.yml
 LINK = re.compile(r"\]\(\.\./((?:\.\./)*)((?:deploy|examples)/[\w./-]+)\)")  # from a page to the checkout
 NAME = re.compile(r"<code>([^\s<]{1,32})</code>")  # in the HTML of a page
+BLOCK = re.compile(r"<pre>.*?</pre>", re.DOTALL)
+OPTION = re.compile(r"(<[^>]*>)|(?<![\w-])(--?[a-zA-Z][\w-]*)")  # a tag, or an option
 
 linked: set[str] = set()
 
@@ -25,8 +27,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Mark short names in code, such as options: a browser would break them after each hyphen."""
-    return NAME.sub(r'<code class="name">\1</code>', html)
+    """Mark short names in code and the options of commands: a browser would break them after each hyphen."""
+    html = NAME.sub(r'<code class="name">\1</code>', html)
+    return BLOCK.sub(lambda block: OPTION.sub(_mark_option, block[0]), html)
+
+
+def _mark_option(match: re.Match[str]) -> str:
+    return match[1] or f'<span class="name">{match[2]}</span>'
 
 
 def on_post_build(config: Any) -> None:

@@ -42,4 +42,4 @@ exported = sopdeploy.export_network(
     destination="bundles",
     name="own",
 )
-print(exported.certificate.proof, exported.path)
+print(" = ".join(exported.certificate.compared), exported.path)

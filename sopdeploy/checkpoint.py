@@ -94,7 +94,7 @@ class Checkpoint:
         labels: class names in output order.
         preprocess: image preprocessing.
         training: a `TrainingRecord`; a file can contain anything.
-        resume: what `training.record` adds to `last.pt`; `None` if training cannot be resumed from the file.
+        resume: what `training.checkpoints` adds to `last.pt`; `None` if training cannot be resumed from it.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
         project: name of the project; empty for imported weights.
@@ -198,7 +198,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        problem = first_problem(error) + (version_advice(written_by) or "; train or import it again")
+        problem = first_problem(error, content) + (version_advice(written_by) or "; train or import it again")
         raise CheckpointError(f"{path}: {problem}") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error

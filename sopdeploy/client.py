@@ -11,11 +11,11 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
+import h11
 import httpx
 import numpy as np
 import pydantic
@@ -27,7 +27,7 @@ from sopdeploy.deadline import deadline, obey_deadlines
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
-from sopdeploy.proxies import HTTP_PROXIES, SOCKS_PROXIES, describe_route, find_proxy
+from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 Result = TypeVar("Result", bound="ImageResult")
@@ -39,6 +39,7 @@ DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")  # linear, what
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request
+FOREIGN = "foreign_answer"  # code of what another server sends
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)  # before a response
 
 
@@ -137,8 +138,7 @@ class Client:
         if self._url.scheme not in {"http", "https"} or not self._url.host:
             raise ConfigError(f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000")
         self._transport = transport
-        schemes = (*HTTP_PROXIES, *(SOCKS_PROXIES if find_spec("socksio") else ()))
-        self._proxy = find_proxy(address, schemes) if transport is None else None
+        self._proxy = find_proxy(address, HTTPX_PROXIES) if transport is None else None
         self._pools: dict[int, httpx.Client] = {}  # by process
         self._timeout, self._retries = timeout, retries
 
@@ -241,7 +241,8 @@ class Client:
             except OSError as error:
                 advice = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR"
                 raise ConfigError(f"no certificates ({error}); {advice}") from error
-            pool = httpx.Client(base_url=self._url, headers=self._headers, transport=own)
+            hooks = {"response": [_refuse_redirect]}
+            pool = httpx.Client(base_url=self._url, headers=self._headers, transport=own, event_hooks=hooks)
             self._pools.setdefault(process, pool)  # the first of several threads
             for other in self._pools.keys() - {process}:
                 self._pools.pop(other, None)
@@ -292,7 +293,7 @@ class Client:
                     response = _receive(http, request)
             except httpx.RequestError as failure:
                 error, delay = _no_response_error(request, failure, seconds), backoff(attempt)
-                may_retry = isinstance(failure, BROKEN)
+                may_retry = isinstance(failure, BROKEN) and error.code != FOREIGN
             else:
                 if response.is_success:
                     return response
@@ -362,6 +363,8 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
             content += piece
             if len(content) > MAX_RESPONSE_BYTES:
                 raise _foreign_answer_error(response)
+    except httpx.DecodingError as error:
+        raise _foreign_answer_error(response) from error
     except (httpx.NetworkError, httpx.ProtocolError) as error:  # not retried: the server has done the work
         problem = f"status {response.status_code}, but the response breaks off ({error})"
         message = f"{_address(request)}: {problem}; send it again"
@@ -374,6 +377,15 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 
+def _refuse_redirect(response: httpx.Response) -> None:
+    """Raise `ServiceError` for a redirect, also to what is no URL: photographs go to the server only."""
+    if response.has_redirect_location:
+        where = f"redirects to {response.headers['Location'][:200]!a}"
+        advice = "give the URL of the server itself, or log in to the network"
+        message = f"{_address(response.request)}: status {response.status_code}, which {where}; {advice}"
+        raise ServiceError(message, code="http_error", status=response.status_code)
+
+
 def _response_error(response: httpx.Response) -> ServiceError:
     """Build the exception for an error response, whose body may be anything, such as a proxy's HTML page."""
     status = response.status_code
@@ -381,22 +393,30 @@ def _response_error(response: httpx.Response) -> ServiceError:
         problem = Problem.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError:
         problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
-    message = f"{_address(response.request)}: {status} {problem.code}: {problem.detail}"
+    said = f"{status} {problem.code}: {problem.detail}"
+    printable = "".join(character if character.isprintable() else " " for character in said)
+    message = f"{_address(response.request)}: {printable}"
     if status in RETRY_STATUSES:
         return OverloadedError(message, code=problem.code, status=status, retry_after=retry_after(response))
     return ServiceError(message, code=problem.code, status=status)
 
 
-def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
+def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> ServiceError:
     """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
+    reason = str(failure) or type(failure).__name__
+    kind: type[ServiceError] = UnreachableError
+    code = "unreachable"
     if isinstance(failure, httpx.TimeoutException):
-        code, message = "timeout", f"{_address(request)}: no response within {seconds:.3g} s"
+        code, text = "timeout", f"no response within {seconds:.3g} s"
+    elif isinstance(
+        getattr(failure.__cause__, "__context__", None), h11.RemoteProtocolError
+    ):  # of its parser
+        kind, code, text = ServiceError, FOREIGN, f"no HTTP response ({reason[:200]}); check the URL"
     else:
-        reason = str(failure) or type(failure).__name__
-        code, direct = "unreachable", f"does it work? Without it: NO_PROXY={request.url.host}"
+        direct = f"does it work? Without it: NO_PROXY={request.url.host}"
         advice = direct if request.extensions["proxy"] else "is a server running there?"
-        message = f"{_address(request)}: no response ({reason}); {advice}"
-    error = UnreachableError(message, code=code, status=0)
+        text = f"no response ({reason}); {advice}"
+    error = kind(f"{_address(request)}: {text}", code=code, status=0)
     error.__cause__ = failure
     return error
 
@@ -427,4 +447,4 @@ def _address(request: httpx.Request) -> str:
 def _foreign_answer_error(response: httpx.Response) -> ServiceError:
     status = response.status_code
     message = f"{_address(response.request)}: status {status}, but not a sopdeploy response; check the URL"
-    return ServiceError(message, code="foreign_answer", status=status)
+    return ServiceError(message, code=FOREIGN, status=status)

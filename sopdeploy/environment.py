@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -132,13 +133,63 @@ def import_optional(
         raise error(prefix + install_hint(package, source)) from problem
 
 
-def missing_store_error(address: str, error: ImportError) -> MissingPackageError:
-    """Build the error for an *address* whose client, which fsspec names in *error*, is not installed."""
+def missing_store_error(address: str) -> MissingPackageError:
+    """Build the error for an *address* whose client is not installed; fsspec knows its package."""
     scheme = address.partition("://")[0].split("::")[-1]
     client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
     if client is not None:  # s3fs requires aiohttp, too
         return MissingPackageError(f"{address}: {install_hint(client, 'sopdeploy[s3]')}")
-    return MissingPackageError(f"{address}: {' '.join(str(error).split())}; install it with pip")
+    known = importlib.import_module("fsspec.registry").known_implementations
+    package = known.get(scheme, {}).get("class", scheme).partition(".")[0]
+    return MissingPackageError(f"{address}: {package} is not installed; install it with pip")
+
+
+def describe_store_error(error: BaseException) -> str:
+    """Say in our words why the client of an object store has raised *error*, with its type.
+
+    Clients wrap errors of others, so the first cause with a status or a number of the system decides.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    reasons = filter(None, map(_reason_of_store, causes))
+    return next(reasons, "its client fails") + f" ({type(causes[0]).__name__})"
+
+
+def _reason_of_store(error: BaseException) -> str:
+    """Describe *error* by its HTTP status or type; empty if neither says anything."""
+    response = getattr(error, "response", None)
+    status: Any = getattr(error, "status", None) or getattr(response, "status_code", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if isinstance(status, int):
+        known = {401: "needs credentials", 403: "access is denied", 404: "not found"}
+        return known.get(status, f"answers with status {status}")
+    for kind, reason in _STORE_ERRORS.items():
+        if isinstance(error, kind):
+            return reason
+    for word, reason in _STORE_WORDS.items():
+        if word in type(error).__name__:
+            return reason
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+
+
+_STORE_ERRORS: dict[type[BaseException], str] = {
+    FileNotFoundError: "not found",
+    PermissionError: "access is denied",
+    TimeoutError: "does not answer in time",
+    ConnectionError: "cannot be reached",
+    socket.gaierror: "its host is not known",
+}
+# In the names of types of other packages; the certificate first, which is also a failed connection.
+_STORE_WORDS = {
+    "Certificate": "its certificate is not accepted",
+    "SSL": "its certificate is not accepted",
+    "Credential": "needs credentials",
+    "Connect": "cannot be reached",
+}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from shlex import quote
 
 _MAX_LISTED = 10  # names in a message
@@ -9,7 +10,8 @@ _MAX_MESSAGE, _MAX_END = 4_000, 500  # characters; files of others can have name
 
 def python_argument(setting: str, value: object = None) -> str:
     """Write *setting* as an argument of a Python function, `max_batch=64`; without a value `max_batch`."""
-    return setting if value is None else f"{setting}={value!r}"
+    shown = str(value) if isinstance(value, PurePath) else value
+    return setting if value is None else f"{setting}={shown!r}"
 
 
 def command_line_option(setting: str, value: object = None) -> str:

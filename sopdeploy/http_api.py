@@ -23,6 +23,10 @@ class ClassifyQuery(pydantic.BaseModel):
     explain: bool = pydantic.Field(
         False, description="Include an occlusion map of the first class; an image then counts as 50."
     )
+    reported: str | None = pydantic.Field(
+        None,
+        description="The answer was wrong: keep the image for a label, and suggest this class; empty: none.",
+    )
 
 
 class CardQuery(pydantic.BaseModel):
@@ -113,8 +117,12 @@ class ModelInfo(StrictModel):
 
 
 class ServerInfo(StrictModel):
-    """The models of a server by name; `server` is its version, `front_ends` the number of these processes."""
+    """The models of a server by name; `server` is its version, `front_ends` the number of these processes.
+
+    `keeps` tells whether it keeps images, so that wrong answers can be reported.
+    """
 
     server: str
     models: tuple[ModelInfo, ...]
     front_ends: int = 0
+    keeps: bool = False

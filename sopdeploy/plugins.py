@@ -13,6 +13,7 @@ Packages of the wheel itself, such as that of the papers, name a function that r
 always called, and imports no torch: it registers `module:name` in place of an object.
 """
 
+import difflib
 import logging
 import os
 import re
@@ -41,11 +42,19 @@ class Registered(NamedTuple):
 
 
 class PluginRegistry(Generic[_Item]):
-    """What this process and plug-ins have registered, by name; *kind* is a word for messages."""
+    """What this process and plug-ins have registered, by name; *kind* is a word for messages.
 
-    def __init__(self, kind: str) -> None:
+    *module* has a mapping `OWN` of this project's own items, which come first.
+    """
+
+    def __init__(self, kind: str, module: str | None = None) -> None:
         self.kind = kind
+        self._module = module
         self.registered: dict[str, Registered] = {}
+
+    def own(self) -> dict[str, _Item]:
+        """Return the items of this project."""
+        return {} if self._module is None else import_module(self._module).OWN
 
     def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
@@ -82,6 +91,8 @@ class PluginRegistry(Generic[_Item]):
 
         Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
         """
+        if name in (own := self.own()):
+            return own[name]
         problems: list[str] = []
         if name not in self.registered:
             register_own_packages()
@@ -95,11 +106,16 @@ class PluginRegistry(Generic[_Item]):
         return None
 
     def names(self) -> list[str]:
-        """Import the plug-ins and list the registered names; warn of plug-ins that cannot be imported."""
+        """List this project's names, then those of plug-ins; warn of plug-ins that cannot be imported."""
         register_own_packages()
         for problem in import_plugins():
             log.warning(problem)
-        return list(self.registered)
+        return list({**self.own(), **self.registered})
+
+    def suggest(self, name: str, count: int = 1) -> str:
+        """Return "did you mean NAMES?" with the *count* known names nearest to *name*, "" if none is near."""
+        close = difflib.get_close_matches(name, {**self.own(), **self.registered}, n=count)
+        return f"did you mean {', '.join(close)}?" if close else ""
 
 
 def import_if_named(source: Any) -> Any:
@@ -113,9 +129,9 @@ def import_if_named(source: Any) -> Any:
 DATA_SOURCES: PluginRegistry[Any] = PluginRegistry("data source")
 IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
 FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
-MODELS: PluginRegistry[Any] = PluginRegistry("model")
+MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
-RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime")
+RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
 
 
 def import_plugins() -> list[str]:
@@ -146,7 +162,8 @@ def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _plugin_entry_points() -> tuple[EntryPoint, ...]:
+def plugin_entry_points() -> tuple[EntryPoint, ...]:
+    """List the entry points of plug-ins, as they are installed at the first call."""
     own = own_entry_points(_GROUP)
     return tuple(point for point in entry_points(group=_GROUP) if point not in own)
 
@@ -159,7 +176,7 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")
-    return _plugin_entry_points() if wanted == "on" else ()
+    return plugin_entry_points() if wanted == "on" else ()
 
 
 def describe_distribution(point: EntryPoint) -> str:

@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Collection
 from contextlib import suppress
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from urllib.request import getproxies
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_file
 
-HTTP_PROXIES, SOCKS_PROXIES = ("http", "https"), ("socks5", "socks5h")
+HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
+HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))  # also of the hub's
 HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
 
 
@@ -26,7 +28,7 @@ class Proxy(NamedTuple):
 
     def __str__(self) -> str:
         """Describe the proxy for a message, without user and password."""
-        return f"the proxy {_without_password(self.url)} ({self.variable})"
+        return f"the proxy {without_password(self.url)} ({self.variable})"
 
 
 def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | None:
@@ -50,7 +52,7 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
         if not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", proxy.url):
             raise ValueError("no host")
     except ValueError as error:  # also of an invalid port
-        shown = ascii(_without_password(value))
+        shown = ascii(without_password(value))
         raise ConfigError(f"{proxy.variable}={shown}: not the URL of a proxy; {advice}") from error
     if parts.scheme not in schemes:
         raise ConfigError(f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}")
@@ -69,12 +71,19 @@ def store_options(url: str) -> dict[str, Any]:
     machine. Raises `ConfigError` for a proxy that cannot be used.
     """
     scheme = url.partition("://")[0]
+    if scheme == "hf":
+        find_proxy(requested_url(url), HTTPX_PROXIES)
     if scheme in HTTP_PROXIES:
         proxy = find_proxy(url)
         return {} if proxy is None else {"proxy": proxy.url}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     is_local = scheme in ("s3", "s3a") and is_this_machine(urlsplit(endpoint).hostname or "")
     return {"config_kwargs": {"proxies": {}}} if is_local else {}
+
+
+def requested_url(url: str) -> str:
+    """Return *url*, or for a repository of the hub, hf://..., the URL of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co") if url.startswith("hf://") else url
 
 
 def is_this_machine(host: str) -> bool:
@@ -115,5 +124,6 @@ def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
     return False
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
+    """Remove user and password from *url*, for messages."""
     return re.sub(r"^([\w+.-]+://)?.*@", r"\1", url, flags=re.DOTALL)

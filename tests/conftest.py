@@ -112,7 +112,7 @@ def process_state() -> dict[str, Any]:
 @pytest.fixture
 def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the few-shot procedure read random features, which need no file; a user gets an error."""
-    monkeypatch.setattr("sopdeploy.training.start.Start.random_frozen_parts", lambda _: "")
+    monkeypatch.setattr("sopdeploy.training.checkpoints.Setup.random_frozen_parts", lambda _: "")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -102,11 +102,14 @@ def label_all(open_page, url: str) -> None:  # noqa: F811
     """Label every photograph by keyboard: the number of its class, or `n` and the name of a new one."""
     host, slash, key = url.partition("/?")
     page = open_page(host, slash + key)
+    page.wait_for_selector("#grid[aria-busy=false]", state="attached")
+    page.locator("#one-by-one").click()
     with httpx.Client(base_url=host, follow_redirects=True) as client:
         client.get(slash + key)
         while (state := client.get("/state").json())["photograph"] is not None:
             identity = state["photograph"]["id"]
-            page.wait_for_function(f"state.photograph && state.photograph.id === '{identity}'")
+            while page.evaluate("state.photograph?.id") != identity:
+                page.wait_for_timeout(20)
             name = CLASSES.get(decoded(client.get(f"/images/{identity}").content), "")
             assert name, "a photograph that was not sent"
             names = [entry["name"] for entry in state["classes"]]

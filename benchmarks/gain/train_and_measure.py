@@ -50,7 +50,7 @@ from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfi
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop_settings import Cosine, OneCycle, Schedule
+from sopdeploy.training.schedules import Cosine, OneCycle, Schedule
 from sopdeploy_export.detach.detach import detach
 
 CLASSES = 10

@@ -51,7 +51,7 @@ def describe_accelerators() -> dict[str, str]:
     except ImportError as error:
         providers = f"none ({error})"
     try:
-        from sopdeploy.tensorrt.session import import_tensorrt, open_cuda
+        from sopdeploy_service.runtime.tensorrt_session import import_tensorrt, open_cuda
 
         device = f"{import_tensorrt().__version__} on {open_cuda().gpu().name}"
     except RuntimeUnavailableError as error:

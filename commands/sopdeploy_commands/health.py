@@ -14,6 +14,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.proxies import describe_route, find_proxy
 
 TIMEOUT = 3  # seconds for each step of the request
+START = b'{"status"'  # of the response; a network that wants a login sends a page with status 200, too
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
@@ -37,7 +38,9 @@ def health(*, url: str | None = None) -> int:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Lets a redirect be the response: another address may be ready when this one is not."""
 
-    def redirect_request(self, *_: object) -> None: ...
+    def http_error_302(self, *_: object, **__: object) -> None: ...
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _find_problem(url: str) -> str | None:
@@ -51,7 +54,10 @@ def _find_problem(url: str) -> str | None:
         proxies = urllib.request.ProxyHandler({} if proxy is None else {parts.scheme: proxy.url})
         ready = urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", ""))
         with urllib.request.build_opener(proxies, _NoRedirects).open(ready, timeout=TIMEOUT) as response:
-            return None if response.status == http.HTTPStatus.OK else f"{route}: {response.status}"
+            if response.status != http.HTTPStatus.OK:
+                return f"{route}: {response.status}"
+            is_ours = response.read(len(START)) == START
+            return None if is_ours else f"{route}: 200, but not a sopdeploy response; check the URL"
     except HTTPError as response:
         return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
     except OSError as error:  # before `ValueError`, because the error of an invalid certificate is both

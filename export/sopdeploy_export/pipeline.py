@@ -26,7 +26,7 @@ from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
 from sopdeploy_export.lower.operators import check_operators
-from sopdeploy_export.lower.precision import NO_IMAGES, CapturedGraph, convert_precision
+from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_examples, write_reports
@@ -163,15 +163,21 @@ def export_subject(
         )
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
-        certified = CapturedGraph(detached, program, lower(program, outputs))
+        folded = evaluate_constant_parts(program)
+        certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.
         others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
         root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
         on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
-        on_step("comparing operators with their ONNX forms")
-        check_operators(evaluate_constant_parts(program), images[: min(OPERATOR_IMAGES, options.max_batch)])
+        comparing = "comparing operators with their ONNX forms"
+        on_step(comparing)
+        check_operators(
+            folded,
+            images[: min(OPERATOR_IMAGES, options.max_batch)],
+            lambda done: on_step(f"{comparing}, {done}"),
+        )
         if options.precision != "fp32":
             on_step(f"converting the graph to {options.precision}")
         measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
@@ -187,11 +193,12 @@ def export_subject(
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
-        on_step(announce("File"))
+        on_step(f"{announce('File')}, the network in float64")
         deployed = Deployed(certified.network, preprocess).eval()
         if options.precision != "fp32":
             probe_outputs = ProbeOutputs.of(converted.run, images_BHWC)
         exact = compute_reference(deployed, images, probe_outputs, options.precision, converted.gate)
+        on_step(f"{announce('File')}, {ONNX_FILE}")
         parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
         trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
         results = ExportResults(

@@ -102,25 +102,25 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class Fingerprint:
     """The hash of every operation of a program in order, and the hashes of the tensors that they use.
 
-    Two programs with equal traces differ in names only, and in tensors that nothing uses, so torch's passes
-    give both the same result.
+    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses, so torch's
+    passes give both the same result.
     """
 
     operations: str
     tensors: tuple[str, ...]
     names: tuple[str, ...] = field(compare=False)  # of the tensors, in the network
 
-    def without(self, names: Iterable[str]) -> "Trace":
-        """Copy the trace with "" in place of the hashes of the tensors *names*."""
+    def without(self, names: Iterable[str]) -> "Fingerprint":
+        """Copy the fingerprint with "" in place of the hashes of the tensors *names*."""
         hidden = set(names)
         pairs = zip(self.names, self.tensors, strict=True)
         return replace(self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs))
 
 
-def trace_hash(program: ExportedProgram) -> Trace | None:
+def fingerprint(program: ExportedProgram) -> Fingerprint | None:
     """Hash every operation of *program* in order, with its operands by position, and the tensors they use.
 
     Tensors are hashed by content, kind and strides. Returns None, without an error, for a program with an
@@ -146,7 +146,7 @@ def trace_hash(program: ExportedProgram) -> Trace | None:
     except CertificateError:
         return None
     names = tuple(spec.target or "" for spec in used_specs)
-    return Trace(hash_parts(*described), tuple(hashes), names)
+    return Fingerprint(hash_parts(*described), tuple(hashes), names)
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -53,12 +53,10 @@ def _parse_networks(value: Any) -> Any:
     return tuple(parse_network(str(text)) for text in texts) if isinstance(texts, (tuple, list)) else texts
 
 
-_OWN_RUNTIMES = ("auto", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt")
-
-
 def _check_runtime(value: str) -> str:
-    if value not in _OWN_RUNTIMES and RUNTIMES.find(value) is None:
-        raise ValueError(f"choose from {', '.join([*_OWN_RUNTIMES, *RUNTIMES.registered])}")
+    if value != "auto" and RUNTIMES.find(value) is None:
+        known = ", ".join(["auto", *RUNTIMES.own(), *RUNTIMES.registered])
+        raise ValueError(f"{RUNTIMES.suggest(value)} choose from {known}".lstrip())
     return value
 
 
@@ -192,11 +190,18 @@ class Settings(StrictModel):
         """Return `top_k`; if it is not set, 5, or None (all classes) if *multi_label*."""
         return self.top_k or (None if multi_label else 5)
 
+    def runtime_needs_gpu(self) -> bool | None:
+        """Tell whether the runtime needs a GPU; None for `auto`, and for one that does not say so."""
+        if self.runtime == "auto":
+            return None
+        needed: bool | None = getattr(RUNTIMES.find(self.runtime), "needs_gpu", None)
+        return needed
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
-        if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
+        if "cpu" in self.devices and self.runtime_needs_gpu():
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        if self.devices and self.runtime in {"onnxruntime-cpu", "openvino"} and set(self.devices) != {"cpu"}:
+        if set(self.devices) - {"cpu"} and self.runtime_needs_gpu() is False:
             raise ValueError(f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it")
         if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")

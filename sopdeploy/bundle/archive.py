@@ -17,10 +17,10 @@ from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.environment import import_optional, missing_store_error
+from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
-from sopdeploy.proxies import describe_route, find_proxy, store_options
+from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy, requested_url, store_options
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -161,12 +161,12 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(url, error) from error
+        raise missing_store_error(url) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
-        text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-        where = describe_route(url, find_proxy(url))
-        raise BundleError(f"{where}: {text}; check the address, the network and the credentials") from error
+        where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))
+        problem = f"{where}: {describe_store_error(error)}"
+        raise BundleError(f"{problem}; check the address, the network and the credentials") from error

@@ -103,6 +103,9 @@ class SealedFile:
             weakref.finalize(self, os.close, descriptor)
             _fill_and_seal(descriptor, blocks)
 
+    def __fspath__(self) -> str:
+        return self.path
+
     def blocks(self) -> Iterator[bytes]:
         """Yield the content in parts of at most `BLOCK_BYTES`."""
         with open(self.path, "rb") as file:  # noqa: PTH123

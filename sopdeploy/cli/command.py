@@ -16,12 +16,14 @@ from sopdeploy.cli.console import (
     err,
     image_progress,
     one_line_errors,
+    plain_text,
     print_json,
     show_steps,
     stdout_to_stderr,
 )
 from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
+from sopdeploy.images.signatures import describe_skipped, noting_skipped
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
@@ -92,10 +94,13 @@ def command(
                     values |= settings.parse(assignments, **flag_values)
                 if as_json:
                     stack.enter_context(stdout_to_stderr())
+                skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
                     exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
+                    for folder, counts in skipped.items():
+                        err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
                 if exit_code:
                     raise typer.Exit(exit_code)
 

@@ -96,7 +96,11 @@ def describe_predictions(
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
     columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
-    explained = f"{scores}. A class counts as present if its probability reaches its threshold."
+    explained = (
+        f"{scores}. A class counts as present if its probability reaches its threshold. Precision is the "
+        "share of the answers that are right, recall the share of the images of a class that are found; F1 "
+        "and the average precision, whose mean is the mAP, join both: 100 % is best."
+    )
     tables = [Table(caption="Every class", columns=columns, rows=rows)]
     return Section(title="Predictions", text=[images, explained], tables=tables)
 
@@ -106,14 +110,18 @@ def _describe_classes(
 ) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
-    scores = f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}."
+    scores = (
+        f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}. Top-1 is the share of "
+        f"right answers{', top-5 of those among the best five' if top5 else ''}; the log loss is 0 if each "
+        "is right and certain."
+    )
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
-        caption = "Confusion matrix: rows are true classes, columns are predicted classes"
+        caption = "What is taken for what (confusion matrix): a row for each class, a column for each answer"
         if links:
             caption += "; a number leads to its photographs"
         tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links))
@@ -129,8 +137,11 @@ def _describe_classes(
             recall = percent(row.recall.share)
             interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}"
         rows_of_classes.append((row.label, row.count, row.answered, precision, recall, interval))
-    columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
-    tables.append(Table(caption="Every class", columns=columns, rows=rows_of_classes, folded=True))
+    columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
+    caption = (
+        "Every class: how many answers are right (precision), and how many of its images are found (recall)"
+    )
+    tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
 
 

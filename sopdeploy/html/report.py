@@ -17,7 +17,7 @@ class Table:
     """A table; the first cell of each row is its header. A folded table is opened by its caption.
 
     The cells of a *matrix* are colored by their share of the row: the diagonal as right, others as wrong.
-    `links` are the figures, by `Figure.name`, that cells (row, column) of a matrix lead to.
+    `links` are the figures, by `Figure.name`, or the rows, by `names`, that cells (row, column) lead to.
     """
 
     caption: str
@@ -26,6 +26,7 @@ class Table:
     folded: bool = False
     matrix: bool = False
     links: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

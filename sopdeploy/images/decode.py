@@ -22,6 +22,7 @@ from sopdeploy.images.formats import (
     image_error,
     jpeg_segments,
     open_image,
+    png_frames,
     without_metadata,
 )
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
@@ -38,7 +39,7 @@ from sopdeploy.images.pixels import (
 )
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
-ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
+ANIMATED = {"GIF", "WEBP"}  # besides PNG; the second image of a JPEG is a thumbnail
 JPEG = {"JPEG", "MPO"}  # MPO: has further images
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
@@ -83,7 +84,7 @@ def decode(
         has_own_view = choose_view is not None or rules.decoding == "scaled"
         pixels = preprocess_image(image, rules, view if has_own_view else None, size, scale)
         warnings = list(list_changes(image, rules))
-        if image.format in ANIMATED and _has_more_frames(image):
+        if _has_more_frames(image, body):
             warnings.append("first_frame_only")
         return Decoded(pixels, tuple(sorted(warnings)))
 
@@ -153,9 +154,11 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     return thumbnails[0] != thumbnails[1]
 
 
-def _has_more_frames(image: Image.Image) -> bool:
-    """Tell whether *image* has several frames, even damaged ones."""
+def _has_more_frames(image: Image.Image, body: bytes) -> bool:
+    """Tell whether *image*, opened from *body*, has several frames, even damaged ones."""
     try:
-        return bool(getattr(image, "is_animated", False))
+        if image.format == "PNG":
+            return png_frames(body) > 1
+        return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
     except Exception:  # untrusted bytes after the first frame
         return True

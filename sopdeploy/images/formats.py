@@ -17,33 +17,10 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import correct_transparency_info
+from sopdeploy.images.signatures import HEAD_BYTES, find_format
 
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
 warnings.filterwarnings("ignore", module="PIL")
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-}
-FIRST_BYTES = (*SIGNATURES, b"RIFF", b"\0\0")  # of every accepted format; WAV files also begin with RIFF
-REJECTED_SIGNATURES = {
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"%PDF": "PDF",
-    b"%!PS": "PostScript",
-    b"8BPS": "PSD",
-    b"\0\0\1\0": "ICO",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\xff\x0a": "JPEG XL",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-}
-BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "HEIF"
-)
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
@@ -58,10 +35,10 @@ COMMENT, END = 0xFE, 0xD9
 # Of the segments of applications, those that the colors depend on, with the least length that libjpeg reads.
 COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
 APPLICATION_1, EXIF, XMP = 0xE1, b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-# Of the chunks of PNG files that a decoder may ignore, those that hold frames, and texts with an orientation.
-FRAME_CHUNKS = {b"acTL", b"fcTL", b"fdAT"}
+# Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
 TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
 TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
+CONTROL, CONTROL_BYTES = 0xF9, 4  # an extension of GIF
 MAX_TEXT = 1_000_000  # bytes of all such texts of a file, unpacked
 
 
@@ -108,12 +85,12 @@ def open_image(
 
 
 def without_metadata(body: bytes) -> bytes:
-    """Leave out the metadata of the JPEG or PNG file *body* that its decoder does not need.
+    """Leave out what the decoder of the JPEG, PNG or GIF file *body* does not need for the first frame.
 
-    Pillow parses them, and refuses the image if they are damaged or large when unpacked. The decoders of
-    other formats do not read theirs. A PNG keeps what may tell the orientation.
+    Pillow parses it, and refuses the image if it is damaged or large when unpacked. The decoders of other
+    formats do not read their metadata. A PNG keeps what may tell the orientation.
     """
-    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata}.get(body[:2])
+    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(body[:2])
     parts, begin = [], 0
     for start, end in () if find is None else find(body):
         parts.append(body[begin:start])
@@ -152,7 +129,7 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         name, content = body[begin + 4 : begin + 8], slice(begin + 8, end - 4)
         if name == b"IEND" or not name.isalpha():
             return
-        if name[:1].islower() and name not in FRAME_CHUNKS:
+        if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
                 is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
@@ -162,6 +139,26 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
             checksum = int.from_bytes(body[end - 4 : end])
             if not is_needed or zlib.crc32(body[begin + 4 : end - 4]) != checksum:
                 yield begin, end
+        begin = end
+
+
+def png_frames(body: bytes) -> int:
+    """Return how many frames the PNG *body* says it has besides its image; 0 without an animation."""
+    control = body.find(b"\0\0\0\x08acTL", 0, body.find(b"IDAT"))
+    return int.from_bytes(body[control + 8 : control + 12]) if control > 0 else 0
+
+
+def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the graphic control blocks before the first image that are too short."""
+    has_palette, palette_size = body[10] & 0x80, 6 << (body[10] & 7)
+    begin = 13 + (palette_size if has_palette else 0)
+    while body.startswith(b"!", begin):
+        end = begin + 2
+        while length := body[end]:
+            end += 1 + length
+        end += 1
+        if body[begin + 1] == CONTROL and body[begin + 2] < CONTROL_BYTES:
+            yield begin, end
         begin = end
 
 
@@ -219,13 +216,7 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        detected = "WEBP"
-    elif body[4:8] == b"ftyp":
-        detected = BRANDS.get(body[8:12], "")
-    else:  # also a format that is never accepted; "" for an unknown one
-        signatures = SIGNATURES | REJECTED_SIGNATURES
-        detected = next((name for signature, name in signatures.items() if body.startswith(signature)), "")
+    detected = find_format(body[:HEAD_BYTES])
     accepted = FORMATS if formats is None else formats
     if any(FORMATS[name] == detected for name in accepted):
         return detected

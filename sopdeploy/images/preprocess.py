@@ -121,7 +121,7 @@ class Preprocess(StrictModel):
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:
-            raise ConfigError(f"{source}: {first_problem(error)}") from error
+            raise ConfigError(f"{source}: {first_problem(error, fields)}") from error
 
     @classmethod
     def of_convention(cls, name: str, side: int = 224) -> "Preprocess":

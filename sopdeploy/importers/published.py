@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
+from sopdeploy.proxies import HTTP_PROXIES, HTTPX_PROXIES, describe_route, find_proxy
 
 TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -131,7 +132,7 @@ def _fetch_url(url: str, download: bool) -> Path:
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
-        with _download_error(name, f"get {url} and put it at {path}"):
+        with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             if not download:
                 importlib.import_module("torch.hub").urlopen(url, timeout=UNREACHABLE_SECONDS).close()
                 return path
@@ -149,9 +150,8 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):  # None, or a mark that the hub had no such file
         url = hub.hf_hub_url(**location)
-        with _download_error(
-            f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE
-        ):
+        file, advice = f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here"
+        with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
             hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
             if not download:
                 return Path(HUB_FILE)
@@ -164,16 +164,22 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
 
 
 @contextmanager
-def _download_error(name: str, advice: str, **remedies: str) -> Iterator[None]:
-    """Convert any error of the block to a `WeightsError`: the file *name* cannot be downloaded.
+def _download_error(
+    name: str, url: str, schemes: Sequence[str], advice: str, **remedies: str
+) -> Iterator[None]:
+    """Convert any error of the block to a `WeightsError`: the file *name* cannot be downloaded from *url*.
 
-    Its message ends in *advice*; *remedies* are the options that help.
+    Its message ends in *advice*; *remedies* are the options that help. Raises `ConfigError` before the block
+    for a proxy that is not one of *schemes*.
     """
+    where = describe_route(name, find_proxy(url, schemes))
     try:
         yield
     except Exception as error:  # the errors of torch, of the hub and of its client have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"{name}: cannot be downloaded ({reason}); {advice}", remedies=remedies) from error
+        raise WeightsError(
+            f"{where}: cannot be downloaded ({reason}); {advice}", remedies=remedies
+        ) from error
 
 
 def _remove_unless_hash(path: Path, expected: str) -> None:

@@ -17,17 +17,18 @@ class Choice(StrictModel):
         name: The value of `model.name`.
         timm: The weights in timm, NAME.TAG.
         license: The license of these weights.
-        pixels: The side of its images.
+        pixels: The side of its images; `resized` tells that it is not that of the weights.
         millions: Its parameters, in millions.
-        top1: Its accuracy on ImageNet, in percent.
+        top1: Its accuracy on ImageNet, in percent; None for weights that learned without labels.
     """
 
     name: str
     timm: str
     license: str
     pixels: int
+    resized: bool = False
     millions: Positive
-    top1: Positive
+    top1: Positive | None = None
 
 
 class Choices(StrictModel):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.config import FieldValues, StrictModel
-from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.registry import create_model, entry, make_config
@@ -277,8 +277,7 @@ def describe(
         shipped = training if inference is None else tally(inference.eval(), side)
     except (AssertionError, LookupError, RuntimeError, ValueError) as problem:  # of timm or the user, too
         raise ConfigError(
-            f"image_size: {name} cannot compute images of {side} pixels ({first_line(problem)}); choose "
-            "another size"
+            f"image_size: {name} cannot compute images of {side} pixels; choose another size"
         ) from problem
     representation = network.num_features()
     figures: tuple[Published, ...] = ()

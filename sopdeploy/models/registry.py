@@ -3,7 +3,6 @@
 The module of a network is imported when its class is used, so this module does not import torch.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -264,6 +263,7 @@ FAMILIES = (  # title and networks, in display order
     ("GM-SOP: a gate selects K of N second-order poolings for each image, and their weights", GMSOP),
 )
 CATALOG: dict[str, Entry] = {name: item for _, entries in FAMILIES for name, item in entries.items()}
+OWN = CATALOG  # of the registry `MODELS`
 PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
     "head": "sopdeploy.models.second_order_head:head_entry",
     "timm": "sopdeploy.models.timm_networks:timm_entry",
@@ -283,13 +283,12 @@ def entry(name: str) -> Entry:
     if colon and family in PREFIXES:
         found = import_if_named(PREFIXES[family])(family, rest)
     else:  # of the catalog, or registered by the user or a plug-in
-        found = CATALOG.get(name) or MODELS.find(name)
+        found = MODELS.find(name)
     if found is not None:
         return replace(found, name=name)
-    similar = difflib.get_close_matches(name, CATALOG, n=3)
-    if "." in name:  # a tag of timm, such as resnet18.a1_in1k
-        similar = [f"timm:{name}"]
-    hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
+    is_tag = "." in name  # of timm, such as resnet18.a1_in1k
+    hint = f"did you mean timm:{name}?" if is_tag else MODELS.suggest(name, 3)
+    hint = hint or "`sopdeploy models` lists them all"
     raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 
 
@@ -330,4 +329,4 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
 
 def list_models() -> list[str]:
     """List the names of the catalog in display order, then those that are registered."""
-    return [*CATALOG, *MODELS.names()]
+    return MODELS.names()

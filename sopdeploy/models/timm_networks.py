@@ -10,7 +10,8 @@ network's last norm.
 """
 
 import difflib
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.efficientnet import mbconv
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError, first_line
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
@@ -35,24 +36,32 @@ class TimmConfig(StrictModel):
 
     Two options of timm's ResNets: `attn_layer` is timm's name of an attention in every block, such as "se",
     "cbam" or "ge" (Gather-Excite); `output_stride` 8 or 16 dilates the last stages instead of striding.
+    `image_size` is the side of the images of a network with position embeddings, by default that of timm's
+    weights.
     """
 
     backbone: Annotated[str, pydantic.Field(min_length=1)]
     attn_layer: str | None = None
     output_stride: Literal[8, 16, 32] = 32
+    image_size: Count | None = None
 
     def build(self, **sizes: Any) -> nn.Module:
         """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
-        options: dict[str, Any] = {} if self.output_stride == 32 else {"output_stride": self.output_stride}
+        given = self.model_dump(include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True)
+        options: dict[str, Any] = {}
+        if self.output_stride != 32:
+            options["output_stride"] = self.output_stride
         if self.attn_layer is not None:
             options["block_args"] = {"attn_layer": self.attn_layer}
+        if self.image_size is not None:
+            options["img_size"] = self.image_size
         try:
             network: nn.Module = import_timm(self.backbone).create_model(self.backbone, **options, **sizes)
         except (AssertionError, NotImplementedError, TypeError) as error:
             if not options:
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: attn_layer, output_stride: {first_line(error)}; leave them out"
+                f"timm:{self.backbone}: {', '.join(given)}: {first_line(error)}; leave them out"
             ) from error
         return network
 
@@ -128,7 +137,36 @@ class TimmBackbone(Backbone):
         self.tap_channels = find_timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
-        self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
+        self.fixed_size: int | None = None
+        if published["fixed_input_size"]:
+            self.fixed_size = config.image_size or published["input_size"][-1]
+
+    def fit_positions(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Interpolate the position embeddings in *tensors*, if they are those of another image size."""
+        own, stored = getattr(self.timm_network, "pos_embed", None), tensors.get("pos_embed")
+        if own is None or stored is None or stored.ndim != 3 or stored.shape == own.shape:
+            return tensors
+        prefix = self._num_prefix_positions()
+        if math.isqrt(stored.shape[1] - prefix) ** 2 != stored.shape[1] - prefix:
+            return tensors  # of no square image; the shapes will be compared
+        resample = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
+        grid = list(self.timm_network.patch_embed.grid_size)
+        fitted = resample.resample_abs_pos_embed(stored, new_size=grid, num_prefix_tokens=prefix)
+        return {**tensors, "pos_embed": fitted}
+
+    def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
+        """Return the image size of the position embeddings in *tensors*; None if there are none."""
+        stored, patches = tensors.get("pos_embed"), getattr(self.timm_network, "patch_embed", None)
+        if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
+            return None
+        count = stored.shape[1] - self._num_prefix_positions()
+        side: int = math.isqrt(count) * patches.patch_size[0]
+        return side if math.isqrt(count) ** 2 == count else None
+
+    def _num_prefix_positions(self) -> int:
+        """Return the number of position embeddings of tokens that are no patches."""
+        network = self.timm_network
+        return 0 if getattr(network, "no_embed_class", False) else getattr(network, "num_prefix_tokens", 1)
 
     @property
     def timm_network(self) -> Any:

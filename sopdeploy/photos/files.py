@@ -13,12 +13,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user, holds_output
-from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.images.signatures import is_image
 from sopdeploy.names import label_problem
 
 Log = Callable[[str], None]
@@ -30,7 +30,8 @@ SYSTEM_FOLDERS = {
 }  # fmt: skip
 # A photograph that a server kept, in any folder into which its label moved it, and the folder of those of its
 # uniform sample among photographs that show no class.
-KEPT_NAME, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}\.(jpg|png)"), "sample"
+KEPT_ID, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}"), "sample"
+KEPT_NAME = re.compile(rf"{KEPT_ID.pattern}\.(jpg|png)")
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
 HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
@@ -40,16 +41,6 @@ AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 def is_hidden(name: str) -> bool:
     """Check whether programs ignore the file or folder *name*: hidden, or written by a file system."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
-
-
-def is_image(name: str) -> bool:
-    """Check whether the file *name* is visible and has an image suffix."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
-
-
-def suffix_of(name: str) -> str:
-    """Return the suffix of the file *name* in lower case, as counts of skipped files show it."""
-    return PurePath(name).suffix.lower() or "without an ending"
 
 
 def part_kind(name: str) -> str:
@@ -143,10 +134,15 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:
         inner = waiting.pop()
-        if any(is_image(entry.name) and entry.is_file() for entry in list_folder(inner)):
+        if holds_images(inner):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
         if inner == folder or part_kind(inner.name):  # its class folders, and those of train/ and val/
             waiting += [inner / name for name in list_subfolders(inner)]
+
+
+def holds_images(folder: Path) -> bool:
+    """Tell whether *folder* itself holds a visible image; raises `DataError`."""
+    return any(entry.is_file() and is_image(folder / entry.name) for entry in list_folder(folder))
 
 
 def list_images(
@@ -161,7 +157,7 @@ def list_images(
     images, others = [], []
     for path in walk(root / folder, visited):
         relative = path.relative_to(root)
-        if is_image(path.name):
+        if is_image(path):
             images.append(os.fsencode(relative))
         else:
             others.append(str(relative))

@@ -1,7 +1,7 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`files`).
 
-A folder with `labels.csv` holds images that this table lists with their classes (`table`), and official
-layouts are read by torchvision (`libraries`).
+A folder with `labels.csv`, or an export of a label tool, holds images that this table lists with their
+classes (`table`), and official layouts are read by torchvision (`libraries`).
 """
 
 import os
@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.images.limits import SUFFIXES, describe_formats
+from sopdeploy.images.limits import describe_formats
+from sopdeploy.images.signatures import count_suffixes, describe_skipped, describe_suffixes, note_skipped
 from sopdeploy.photos.files import (
     KEPT_NAME,
     SAMPLE_FOLDER,
@@ -30,7 +32,7 @@ from sopdeploy.photos.files import (
     find_parts,
     folder_identity,
     hint_at_spelling,
-    is_image,
+    holds_images,
     list_images,
     list_outputs,
     list_subfolders,
@@ -38,7 +40,6 @@ from sopdeploy.photos.files import (
     normalize,
     part_folder,
     part_kind,
-    suffix_of,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
@@ -49,7 +50,7 @@ from sopdeploy.photos.table import (
     OpenedParts,
     check_has_classes,
     describe_other_table,
-    has_label_table,
+    find_table,
     read_label_table,
 )
 
@@ -98,11 +99,11 @@ def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
-    if not has_label_table(root):
+    if (where := find_table(root)) is None:
         return _open_class_folders(root, max_held_out)
-    where, table = root / LABELS_FILE, read_label_table(root)
+    table = read_label_table(where)
     for name, images in table.parts.items():
-        check_has_classes(name, images)
+        check_has_classes(where, name, images)
     train, *_ = table.parts.values()
     problems = [
         f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
@@ -118,6 +119,9 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     """Open the class folders of the parts in *root*, or those in *root* itself; raises `DataError`."""
     parts = find_parts(root)
     folders = _find_part_folders(root, parts, max_held_out)
+    tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
+    if tables:
+        return _open_part_tables(root, folders, tables)
     listings = {name: list_classes(folder) for name, folder in folders.items()}
     train = listings[parts.train or UNSPLIT].images
     if not train.labels:
@@ -147,7 +151,33 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     if other_table:
         notes.append(other_table)
     opened = {name: listing.images for name, listing in listings.items()}
-    return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
+    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _open_part_tables(root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]) -> OpenedParts:
+    """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
+    parts, notes, ignored = dict[str, ImageFiles](), list[str](), Counter[str]()
+    for name, folder in folders.items():
+        if (table := tables.get(name)) is None:
+            used = next(iter(tables.values()))
+            raise DataError(f"{folder}: has no table as {used}; add one, or sort all parts into classes")
+        if table.name == LABELS_FILE:
+            raise DataError(
+                f"{table}: not read here; write one for all images in {root}, with a column "
+                f"{SPLIT}, or rename it if the folders are the classes"
+            )
+        train = next(iter(parts.values()), None)
+        if train is None:
+            opened = read_label_table(table)
+            notes.append(f"{table}: the classes are in it")
+        else:
+            opened = read_label_table(table, train.labels, multi_label=train.is_multi_label)
+        if UNSPLIT not in opened.parts:
+            raise DataError(f"{table}: has a column {SPLIT}, but its folder is a part; remove the column")
+        parts[name] = opened.parts[UNSPLIT]
+        notes += opened.notes
+        ignored.update(opened.ignored)
+    return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
 def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
@@ -166,27 +196,19 @@ def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> di
     """Find the folder of training images and the first *max_held_out* of held-out ones, by name; None: all.
 
     Without a folder of training images, *root* holds the classes. Raises `DataError` if there are only
-    held-out images, if the training folder may be a class, or if a part has a `labels.csv`.
+    held-out images, or if the training folder may be a class.
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
     if not parts.train:
         return {UNSPLIT: root}
-    if not parts.held_out:
-        holds_images = {name: any(map(is_image, os.listdir(root / name))) for name in parts.others}  # noqa: PTH208
-        if classes := [name for name in parts.others if holds_images[name]]:
-            raise DataError(
-                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
-                f"rename it if it is a class, or move the others out of this folder"
-            )
-    folders = {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
-    for folder in folders.values():
-        if has_label_table(folder):
-            raise DataError(
-                f"{folder / LABELS_FILE}: not read here; write one for all images in {root}, with a column "
-                f"{SPLIT}, or rename it if the folders are the classes"
-            )
-    return folders
+    classes = () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
+    if classes:
+        raise DataError(
+            f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
+            f"rename it if it is a class, or move the others out of this folder"
+        )
+    return {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
 
 
 def _check_no_parts_inside(listing: "ClassListing") -> None:
@@ -203,7 +225,7 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold.
 
-    `other_files` are the files without an image suffix by class, `nested` the folders with images in class
+    `other_files` are the files that are no images by class, `nested` the folders with images in class
     folders. Their paths are relative to the root of `images`.
     """
 
@@ -272,28 +294,12 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_suffixes(_count_suffixes(listing.other_files[empty[0]]))
+        ignored = describe_suffixes(count_suffixes(listing.other_files[empty[0]]))
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({', '.join(SUFFIXES)}) or remove the folder{_suggest_folder(images)}"
+            f"add some ({describe_formats()}) or remove the folder{_suggest_folder(images)}"
         )
-
-
-def _count_suffixes(names: Iterable[str]) -> dict[str, int]:
-    """Count the files *names* by suffix, the most frequent one first."""
-    return dict(Counter(map(suffix_of, names)).most_common())
-
-
-def describe_suffixes(counts: Mapping[str, int]) -> str:
-    """Format numbers of files by suffix."""
-    return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
-
-
-def describe_skipped(counts: Mapping[str, int]) -> str:
-    """Say how many files of which suffix were skipped."""
-    count = sum(counts.values())
-    return f"{amount(count, 'file')} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:
@@ -371,21 +377,24 @@ def open_evaluation_images(
     """
     root = check_holds_classes(root)
     if multi_label:
-        if not os.path.lexists(root / LABELS_FILE):
+        folder = _held_out_folder(root, labels, log)
+        if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return _held_out_of_table(root, labels, multi_label=True)  # has exactly the classes *labels*
+        return _held_out_of_table(table, labels, multi_label=True)  # has exactly the classes *labels*
     kind = detect_kind(root)
     if kind is not None:
         images = open_part(kind, "held_out", root)
     else:
         folder = _held_out_folder(root, labels, log)
-        if has_label_table(folder):
-            images = _held_out_of_table(folder, labels, multi_label=False)
+        if table := find_table(folder):
+            images = _held_out_of_table(table, labels, multi_label=False)
         else:
-            images = list_classes(folder).images
+            listing = list_classes(folder)
+            images = listing.images
+            note_skipped(root, count_suffixes(chain.from_iterable(listing.other_files.values())))
     allow_unknown = other_classes or kind is not None  # the names of official classes are no mistakes
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
@@ -408,11 +417,13 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     return folder
 
 
-def _held_out_of_table(root: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
-    """Open the held-out images of the `labels.csv` in *root*, or all if it does not divide them."""
+def _held_out_of_table(table: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
+    """Open the held-out images of *table*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
-    *_, (name, images) = read_label_table(root, labels, multi_label=multi_label).parts.items()
-    check_has_classes(name, images)
+    opened = read_label_table(table, labels, multi_label=multi_label)
+    note_skipped(table.parent, opened.ignored)
+    *_, (name, images) = opened.parts.items()
+    check_has_classes(table, name, images)
     return images
 
 
@@ -448,7 +459,7 @@ def check_holds_classes(root: Path) -> Path:
     Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
     """
     root = data_folder(root)
-    if list_subfolders(root) or has_label_table(root) or detect_kind(root) is not None:
+    if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
         return root
     raise no_classes(root)
 
@@ -464,7 +475,9 @@ def class_aliases() -> dict[str, str]:
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
     root = data_folder(root, ANY_IMAGES)
-    paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
+    listed, others = list_images(root)
+    note_skipped(root, count_suffixes(others))
+    paths = np.asarray(listed, dtype=np.bytes_)
     if not len(paths):
         raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))

@@ -7,12 +7,17 @@
 `classes` are separated by `|` or `;` and may be empty. If every image has exactly one class, the targets are
 class indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a
 burst or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it;
-the name of one image in any subfolder, also without its suffix, is enough.
+the name of one image in any subfolder, also without its suffix, is enough. Instead of `classes`, each class
+may have a column with 1 and 0.
+
+Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON lines with
+`file_name` and `label`, or a COCO file whose images have annotations of one category each.
 """
 
 import codecs
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,12 +30,12 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.files import read_file
+from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
     TRAIN,
     check_labels,
     describe_confusable,
     hint_at_spelling,
-    is_image,
     list_images,
     lookalike_key,
     normalize,
@@ -38,6 +43,8 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
+# Of Roboflow, and for Hugging Face's imagefolder.
+EXPORTS = ("_classes.csv", "metadata.csv", "metadata.jsonl", "_annotations.coco.json")
 MAX_TABLE_BYTES = 1 << 28
 # By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
 _ENCODINGS = {
@@ -64,7 +71,7 @@ class OpenedParts(NamedTuple):
     Attributes:
         problems: Why a network cannot be trained on them.
         notes: What the user may not have intended.
-        ignored: Number of files without an image suffix, by suffix.
+        ignored: Number of files that are no images, by suffix.
     """
 
     parts: dict[str, ImageFiles]
@@ -73,23 +80,30 @@ class OpenedParts(NamedTuple):
     ignored: Mapping[str, int] = {}
 
 
-def has_label_table(root: Path) -> bool:
-    """Check whether the classes of the images in *root* are those of its `labels.csv`, not its class folders.
+def find_table(root: Path) -> Path | None:
+    """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    Raises `DataError` if `labels.csv` cannot be read. Without it, a table of another name or format, such as
-    `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`, is an error, too, instead of being ignored.
+    This is `labels.csv`, or an export of a label tool that lists all images. Raises `DataError` if
+    `labels.csv` cannot be read. Without it, a table of another name or format, such as `Labels.CSV`,
+    `labels.xlsx`, `labels.txt` or `labels.json`, is an error, too, instead of being ignored.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
         read_table_text(path)
-        return True
+        return path
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
-        if other.is_file() and not is_image(other.name):
+        if other.is_file() and not is_image(other):
             raise DataError(
                 f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
                 "the folders are the classes"
             )
-    return False
+    for export in (root / name for name in EXPORTS):
+        if export.is_file():
+            with suppress(DataError):
+                images, _other_files = list_images(root)
+                if len(_read_rows(export, images)) == len(images):
+                    return export
+    return None
 
 
 def read_table_text(table: Path) -> str:
@@ -126,9 +140,9 @@ def read_table_text(table: Path) -> str:
 
 
 def read_label_table(
-    root: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
+    table: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
 ) -> OpenedParts:
-    """Read the `labels.csv` in *root*; its classes must be among *labels*, by default all classes, sorted.
+    """Read *table*; its classes must be among *labels*, by default all classes, sorted.
 
     The parts are `train` and `val`, or `UNSPLIT` if the table has no column `split`. Their targets are (N, C)
     float32, 1 for the classes of an image, or class indices (N,). With *multi_label*, images may have any
@@ -136,8 +150,8 @@ def read_label_table(
     about confusable classes and images that are not listed. Raises `DataError` naming the line of the first
     invalid row, or the files that do not exist.
     """
-    table = root / LABELS_FILE
-    image_paths, _other_files = list_images(root)
+    root = table.parent
+    image_paths, other_files = list_images(root)
     rows = _read_rows(table, image_paths)
     listed = {label for row in rows for label in row.classes}
     labels = tuple(sorted(listed)) if labels is None else labels
@@ -161,14 +175,14 @@ def read_label_table(
     notes = [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-        notes.append(f"not listed in {LABELS_FILE}: {amount(len(unlisted), 'image')}: {files}")
-    return OpenedParts(parts, notes=notes)
+        notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")
+    ignored = count_suffixes(file for file in other_files if file != table.name)
+    return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def check_has_classes(name: str, images: ImageFiles) -> None:
-    """Raise `DataError` if no image of *name*, a part of a divided table, has a class."""
+def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:
+    """Raise `DataError` if no image of *name*, a part of the divided *table*, has a class."""
     if name != UNSPLIT and not images.class_counts().any():
-        table = images.root / LABELS_FILE
         raise DataError(f"{table}: no image of split {name} has a class; add some")
 
 
@@ -221,7 +235,9 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         found = path_of_short_name.get(normalize(name))  # None: no image, or several
-        if found is None and (file.is_absolute() or ".." in file.parts or not is_image(file.name)):
+        exists = (root / file).is_file()
+        is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
+        if found is None and (file.is_absolute() or ".." in file.parts or is_wrong):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
@@ -234,7 +250,6 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         part = cells.get(SPLIT)  # None without this column
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
-        exists = (root / file).is_file()
         path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
         row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
@@ -287,11 +302,45 @@ def _is_named(image: PurePosixPath, text: str) -> bool:
 
 
 def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one.
-
-    A first line `sep=;` names the separator; without it, it is the most frequent one in the heading.
-    """
+    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one."""
     text = read_table_text(table)
+    if table.suffix == ".csv":
+        yield from _read_csv(table, text)
+        return
+    try:
+        read = _read_coco(json.loads(text)) if table.suffix == ".json" else _read_json_lines(text)
+        yield from enumerate(read, 1)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(f"{table}: does not give each image its classes; write {LABELS_FILE}") from error
+
+
+def _read_json_lines(text: str) -> Iterator[dict[str, str]]:
+    """Yield the cells of an image for each line of *text*, an object with a file and its label or labels."""
+    for line in text.splitlines():
+        entry = {_NAMES.get(lookalike_key(key), key): value for key, value in json.loads(line).items()}
+        if entry.keys() != {*_REQUIRED} or isinstance(entry["classes"], dict):
+            raise ValueError(line)
+        labels = entry["classes"] if isinstance(entry["classes"], list) else [entry["classes"]]
+        yield {"file": str(entry["file"]), "classes": SEPARATOR.join(map(str, labels))}
+
+
+def _read_coco(content: Any) -> Iterator[dict[str, str]]:
+    """Yield the cells of each image of a COCO file, in which each has annotations of one category."""
+    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    labels: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
+    for annotation in content["annotations"]:
+        labels[annotation["image_id"]].add(names[annotation["category_id"]])
+    for image in content["images"]:
+        [label] = labels[image["id"]]  # a `ValueError` if there are none or several
+        yield {"file": str(image["file_name"]), "classes": label}
+
+
+def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
+
+    A first line `sep=;` names the separator; without it, it is the most frequent one in the heading. Columns
+    other than `file` are classes if there is none of that name, and each cell is 1 or 0.
+    """
     try:
         heading, _, rest = text.partition("\n")
         if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
@@ -301,19 +350,31 @@ def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
         )
-        headings = [lookalike_key(column) for column in reader.fieldnames or ()]
+        written = [name.strip() for name in reader.fieldnames or ()]
+        headings = [lookalike_key(column) for column in written]
         columns = reader.fieldnames = [_NAMES.get(column, column) for column in headings]
-        if {*columns} - {SPLIT, GROUP} != {*_REQUIRED} or len({*columns}) < len(columns):
-            raise DataError(
-                f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
-                "split and group, remove others, or rename the file if the folders are the classes"
-            )
+        wrong = DataError(
+            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
+            "split and group, remove others, or rename the file if the folders are the classes"
+        )
+        names = {
+            column: name
+            for column, name in zip(columns, written, strict=True)
+            if column not in (*_REQUIRED, SPLIT, GROUP)
+        }  # of classes with a column each
+        if "file" not in columns or len({*columns}) < len(columns) or bool(names) == ("classes" in columns):
+            raise wrong
         for record in reader:
             line = reader.line_num + lines_before
             if None in record or None in record.values():  # more or fewer cells than columns
                 raise DataError(
                     f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
                 )
-            yield line, {name: value.strip() for name, value in record.items()}
+            cells = {name: value.strip() for name, value in record.items()}
+            if names:
+                if not {cells[column] for column in names} <= {"0", "1"}:
+                    raise wrong
+                cells["classes"] = SEPARATOR.join(names[column] for column in names if cells[column] == "1")
+            yield line, {column: cell for column, cell in cells.items() if column not in names}
     except csv.Error as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error

@@ -26,8 +26,9 @@ from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, percent, render
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.training.checkpoints import Fit, Setup
 from sopdeploy.training.diagnostics import EpochRow, history_curve
-from sopdeploy.training.fits import FewShotFit, Fit, Start
+from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import (
     AnyProcedureResult,
@@ -55,21 +56,23 @@ def write_run_page(
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     networks: Sequence[NetworkScore] = (),
+    before: Sequence[tuple[object, ...]] = (),
 ) -> list[tuple[str, str, int]]:
     """Write `report.html` about the finished *run* to *folder*.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
-    *networks* are those that were compared before.
+    *networks* are those that were compared before, *before* earlier runs: date, run, numbers of images and
+    classes, and accuracy.
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first; none
     if images have several classes, or if there is no score.
     """
-    start, fit, page = run.start, run.fit, folder / PAGE
+    setup, fit, page = run.setup, run.fit, folder / PAGE
     result: Any = fit.result
     texts = describe_for_page(result)
-    labels, rules, train = start.labels, start.recipe.preprocess, start.data.train
-    images, description, logits_NC = _predict_shown_images(start, fit, texts.held_out, on_image)
+    labels, rules, train = setup.labels, setup.recipe.preprocess, setup.data.train
+    images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
@@ -86,8 +89,8 @@ def write_run_page(
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
     weights, side = "random weights", rules.crop
-    if start.weights is not None:
-        weights = f"the weights of {start.weights.file} ({start.weights.network})"
+    if setup.weights is not None:
+        weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
     trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
     sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
     if networks:
@@ -95,6 +98,10 @@ def write_run_page(
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
         table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
         sections.append(Section(title="Choice of the network", tables=[table]))
+    if before:
+        columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
+        table = Table(caption="Those of this project here, the newest first", columns=columns, rows=before)
+        sections.append(Section(title="Runs before", tables=[table]))
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
         sentences = [_DECISION]
@@ -105,7 +112,7 @@ def write_run_page(
         table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
         sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
     content = HtmlReport(
-        title=start.recipe.project or fit.name,
+        title=setup.recipe.project or fit.name,
         text=[
             describe_in_a_sentence(
                 result.score,
@@ -118,7 +125,7 @@ def write_run_page(
             ),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
-        sections=[*sections, *_describe_run(start, fit, run.record)],
+        sections=[*sections, *_describe_run(setup, fit, run.record)],
     )
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
@@ -151,16 +158,16 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
 
 
 def _predict_shown_images(
-    start: Start, fit: Fit, description: str, on_image: Callable[[int, int], None]
+    setup: Setup, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C).
 
     *description* is that of held-out images.
     """
-    held_out, recipe = start.data.held_out, start.recipe
+    held_out, recipe = setup.data.held_out, setup.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = "the training images, each predicted by a network that was fitted without it"
-        return start.data.train.replaced(groups=fit.groups), description, fit.logits
+        return setup.data.train.replaced(groups=fit.groups), description, fit.logits
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )
@@ -303,12 +310,12 @@ def _show_photographs(
     return Section(title=title, text=[text] if figures else [], figures=figures)
 
 
-def _describe_run(start: Start, fit: Fit, record: Mapping[str, Any]) -> list[Section]:
+def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Section]:
     """List the recipe and the environment of the run, in a section each."""
     values = []
-    for key, value in flatten(start.recipe.model_dump(mode="json")):
+    for key, value in flatten(setup.recipe.model_dump(mode="json")):
         is_hidden = key.startswith(("summary", "model.config."))  # the latter are shown as `network.`
-        if start.recipe.reads(key) and not is_hidden:
+        if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
     recipe = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)

@@ -10,8 +10,9 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.photos.photo import LabeledImages, hash_images
-from sopdeploy.training.record import has_same_images, read_label_logits, read_recorded_recipe
-from sopdeploy.training.start import open_division
+from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
+from sopdeploy.training.few_shot.state import read_label_logits
+from sopdeploy.training.setup import open_division
 
 
 class WrongLabel(StrictModel):

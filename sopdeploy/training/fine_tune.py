@@ -36,59 +36,58 @@ from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import Groups, group_photographs
 from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.run import fit_new, weights_in_means, with_decision
-from sopdeploy.training.fits import FewShotFit, Fit, Start
+from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
-from sopdeploy.training.loop.state import LoopRun, last_loop_record, read_frozen, restore_loop
-from sopdeploy.training.record import read_few_shot_fit, read_resumed, run_record
+from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
 from sopdeploy.training.results import LoopResult, Tuning
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import move_to_device
+from sopdeploy.training.setup import move_to_device
 
 
 def fit_fine_tune(
-    start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
+    setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Fit a head to the network of *start*, fine-tune both, and keep the better network.
+    """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
     the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
     loss is not finite, and `DataError` for images that cannot be used.
     """
     if last is None:
-        frozen = fit_new(start, callback)
-        options = start.model.config.model_dump()
+        frozen = fit_new(setup, callback)
+        options = setup.model.config.model_dump()
         options["head"] = frozen.network.config.model_dump()["head"]
-        name = tuned_name(start.recipe.model.name)
-        network = create_model(name, num_classes=len(start.labels), **options)
-        tensors = start.model.state_dict()
-        # The branches of DSoP, if there are any, start with the weights of *start*.
+        name = tuned_name(setup.recipe.model.name)
+        network = create_model(name, num_classes=len(setup.labels), **options)
+        tensors = setup.model.state_dict()
+        # The branches of DSoP, if there are any, start with the weights of *setup*.
         branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
         network.load_state_dict({**branches, **frozen.network.state_dict()})
-        network = move_to_device(start.recipe, network, start.strategy)
-        run = LoopRun(replace(start, model=network), frozen)
+        network = move_to_device(setup.recipe, network, setup.strategy)
+        run = LoopState(replace(setup, model=network), frozen)
         folder.save_last(last_loop_record(run))
     else:
         record = read_frozen(last, folder.last)
-        network = move_to_device(start.recipe, build_classifier(record, folder.last), start.strategy)
-        # The frozen network is that of the record; `start.model` is the network that is fine-tuned.
-        of_frozen = replace(start, model=network, position=read_resumed(record, folder.last).position)
-        frozen = with_decision(start, read_few_shot_fit(of_frozen, record, folder.last))
-        run = LoopRun(start, frozen)
+        network = move_to_device(setup.recipe, build_classifier(record, folder.last), setup.strategy)
+        # The frozen network is that of the record; `setup.model` is the network that is fine-tuned.
+        of_frozen = replace(setup, model=network, position=read_resumed(record, folder.last).position)
+        frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
+        run = LoopState(setup, frozen)
         restore_loop(run, last, folder.last)
-    held_out = start.data.held_out
+    held_out = setup.data.held_out
     groups = np.arange(len(held_out))  # near-duplicates are not independent, but few images need no search
     if len(held_out) >= TESTABLE:
         groups = group_photographs(held_out).groups
     if len(np.unique(groups)) < TESTABLE:
-        run.position.epoch = start.recipe.epochs  # no comparison can decide, so there is nothing to train
-    folder.save_best(run_record(start, frozen))
+        run.position.epoch = setup.recipe.epochs  # no comparison can decide, so there is nothing to train
+    folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))
 
 
 def keep_better(
-    groups: Groups, run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
+    groups: Groups, run: LoopState, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
@@ -103,7 +102,7 @@ def keep_better(
     if len(first_of_group) < TESTABLE:
         return _keep_frozen(run, frozen, Tuning(count=len(first_of_group)), folder)
     frozen_logits_NK, targets = _predict(frozen.network, held_out, run)
-    _set_class_means(tuned, PreprocessedDataset(run.start.data.train, recipe.preprocess), run)
+    _set_class_means(tuned, PreprocessedDataset(run.setup.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
     frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
     tuned_is_right_N = logits_NK.argmax(axis=1) == targets
@@ -133,13 +132,13 @@ def keep_better(
     seconds = frozen.position.seconds + run.position.seconds
     position = run.position.model_copy(update={"seconds": seconds})
     fit = replace(run.synchronized_fit(), result=result, decision=fitted_decision, position=position)
-    best = run_record(run.start, fit)
+    best = run_record(run.setup, fit)
     folder.save_best(best)
     return fit, best.training
 
 
 def _keep_frozen(
-    run: LoopRun, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
+    run: LoopState, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Write `best.pt` with the frozen network, and the history of the run.
 
@@ -149,14 +148,14 @@ def _keep_frozen(
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
     fit = replace(frozen, result=result.model_copy(update={"tuning": tuning}), position=position)
-    best = run_record(run.start, fit)
+    best = run_record(run.setup, fit)
     folder.save_best(best)
     folder.save_history(run.position.history or position.history)
     return fit, best.training
 
 
 def _predict(
-    network: nn.Module, images: PreprocessedDataset, run: LoopRun
+    network: nn.Module, images: PreprocessedDataset, run: LoopState
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Compute outputs of *network*, such as logits (N, K), and targets of *images*."""
     recipe = run.recipe
@@ -179,7 +178,7 @@ class OwnVectors(nn.Module):
 
 
 @torch.no_grad()
-def _set_class_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopRun) -> None:
+def _set_class_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopState) -> None:
     """Set the class means of *network*, whose cosines recognize unknown images, to those of its *images*."""
     vectors_ND, targets = _predict(OwnVectors(network), images, run)
     classes_NK = np.eye(network.num_classes)[targets] * weights_in_means(images.images)[:, None]

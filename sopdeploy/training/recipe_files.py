@@ -24,6 +24,7 @@ FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "schedule": {"kind": "cosine", "warmup_epochs": 0.5},
     "loss": {"label_smoothing": 0.1},
     "ema": None,
+    "swa": None,
     "teacher": None,
     "validation": {"mirror": False},  # the comparison is that of deployed networks
     "start.classifier_epochs": 0,  # the classifier is fitted
@@ -120,11 +121,14 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
 def parse_override(override: str) -> tuple[str, Any]:
     """Split `key=value` into the dotted key and the parsed TOML value.
 
-    A value that is not TOML is a string. Raises `ConfigError` without an equals sign or with an empty key.
+    A value that is not TOML is a string, and `null` removes a value or a table. Raises `ConfigError` without
+    an equals sign or with an empty key.
     """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
+    if text == "null":  # which TOML has not
+        return key, None
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:

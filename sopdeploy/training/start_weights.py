@@ -7,7 +7,7 @@ Preprocessing values that the recipe's `[preprocess]` does not set are those of 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
+from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
@@ -152,9 +153,10 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     if "crop" in set_values and "resize" not in set_values:
         set_values["resize"] = Preprocess.scaled_resize(set_values["crop"], base.resize, base.crop)
     try:
-        completed = Preprocess(**{**base.model_dump(), **set_values})
+        values = {**base.model_dump(), **set_values}
+        completed = Preprocess(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"preprocess: {first_problem(error)}; set resize and crop") from error
+        raise ConfigError(f"preprocess: {first_problem(error, values)}; set resize and crop") from error
     return recipe.model_copy(update={"preprocess": completed})
 
 
@@ -174,6 +176,8 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
+    if isinstance(model, TimmBackbone):
+        weights = replace(weights, tensors=model.fit_positions(weights.tensors))
     matching, new = _match_tensors(weights, model, not_loaded, may_be_new)
     unused: set[str] = set()
     for name in sorted(weights.tensors.keys() - model.state_dict().keys()):
@@ -244,13 +248,35 @@ def create_initial_model(
     `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
-    torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    model = create_model(recipe.model.name, num_classes=len(labels), **recipe.model.config)
+    model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)
     if recipe.start is None:
         return InitialModel(model, recipe, None)
     start = None if weights is None else load_start_weights(weights, model, labels)
-    completed = complete_preprocess(recipe, Preprocess() if weights is None else weights.preprocess)
-    return InitialModel(model, completed, start)
+    preprocess = Preprocess() if weights is None else weights.preprocess
+    side = model.fixed_size if isinstance(model, TimmBackbone) else None
+    if side is not None and side != preprocess.crop:  # the network has the size of the weights
+        resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
+        preprocess = preprocess.model_copy(update={"crop": side, "resize": resize})
+    return InitialModel(model, complete_preprocess(recipe, preprocess), start)
+
+
+def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
+    """Create the model of *recipe*; one with position embeddings for the images of recipe or *tensors*.
+
+    This is the `preprocess.crop` that the recipe sets or, without it, the size that the weights are for.
+    """
+    name, config = recipe.model.name, recipe.model.config
+
+    def create(**size: int) -> Classifier:
+        torch.manual_seed(derive_seed(recipe.seed, "weights"))
+        return create_model(name, num_classes=num_classes, **config, **size)
+
+    model = create()
+    if not isinstance(model, TimmBackbone) or model.fixed_size is None or "image_size" in config:
+        return model
+    has_crop = "crop" in recipe.preprocess.model_fields_set
+    wanted = recipe.preprocess.crop if has_crop else model.size_of(tensors)
+    return model if wanted is None or wanted == model.fixed_size else create(image_size=wanted)
 
 
 def classifier_name(model: Classifier) -> str:

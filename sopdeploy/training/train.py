@@ -18,12 +18,11 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.photos.photo import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
 from sopdeploy.training.distributed import Strategy, select_device
-from sopdeploy.training.fits import Fit, Start
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import NOTHING_GIVEN, Given, start_run
+from sopdeploy.training.setup import NOTHING_GIVEN, Given, set_up_run
 from sopdeploy.training.start_weights import StartReport
 
 
@@ -69,7 +68,7 @@ class TrainingResult(StrictModel):
 class FinishedRun(NamedTuple):
     """What a run was given, what it fitted, and how: the entry `training` of its `best.pt`."""
 
-    start: Start
+    setup: Setup
     fit: Fit
     record: Mapping[str, Any]
 
@@ -107,66 +106,66 @@ def train_run(
     folder = RunFolder(out_dir, strategy)
     try:
         last = folder.open(resume=resume)
-        start = start_run(recipe, folder, last, callback, given)
+        setup = set_up_run(recipe, folder, last, callback, given)
         try:
-            return _fit(start, last, folder, callback)
+            return _fit(setup, last, folder, callback)
         except DataError as error:  # perhaps of a damaged image
             if last is not None or strategy.world > 1:
-                raise unreadable_images_error(error, start.data.train, start.data.held_out) from None
+                raise unreadable_images_error(error, setup.data.train, setup.data.held_out) from None
             opened = open_data(recipe.data) if given.data is None else given.data
             given = given._replace(data=leave_out_unreadable(opened, error))
-        return _fit(start_run(recipe, folder, None, callback, given), None, folder, callback)
+        return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
 
 
-def _fit(start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback) -> FinishedRun:
-    """Train by the procedure of *start*, from *last* or anew; locks *folder* before it writes."""
-    if start.uses_loop:
+def _fit(setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback) -> FinishedRun:
+    """Train by the procedure of *setup*, from *last* or anew; locks *folder* before it writes."""
+    if setup.uses_loop:
         from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
-        from sopdeploy.training.loop.state import LoopRun, restore_loop  # noqa: PLC0415
+        from sopdeploy.training.loop.state import LoopState, restore_loop  # noqa: PLC0415
 
-        run = LoopRun(start)
+        run = LoopState(setup)
         if last is not None:
             restore_loop(run, last, folder.last)  # the last check
         fit: Any = partial(fit_loop, run)
-    elif start.is_few_shot:
+    elif setup.is_few_shot:
         from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415
 
-        fit = partial(fit_few_shot, start, last)
+        fit = partial(fit_few_shot, setup, last)
     else:
         from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
 
-        fit = partial(fit_fine_tune, start, last)
-    if last is None and not start.data.left_out:
+        fit = partial(fit_fine_tune, setup, last)
+    if last is None and not setup.data.left_out:
         folder.lock()  # `open` has locked that of a resumed run, an earlier attempt that of this one
-    for line in start.describe(is_new=last is None):
+    for line in setup.describe(is_new=last is None):
         callback.on_message(line)
-    return FinishedRun(start, *fit(folder, callback))
+    return FinishedRun(setup, *fit(folder, callback))
 
 
 def summarize_run(
     run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
 ) -> TrainingResult:
     """Describe a finished run; *page* has `report`, `previous` and `mistakes` if a page was written."""
-    start, fit = run.start, run.fit
+    setup, fit = run.setup, run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]
-    is_map = start.activation == "sigmoid"
+    is_map = setup.activation == "sigmoid"
     return TrainingResult(
         out=out_dir,
         best=out_dir / "best.pt",
         last=out_dir / "last.pt",
         history=out_dir / "history.csv",
         model=fit.name,
-        num_classes=len(start.labels),
-        train_count=len(start.data.train),
-        held_out_count=len(start.data.held_out),
+        num_classes=len(setup.labels),
+        train_count=len(setup.data.train),
+        held_out_count=len(setup.data.held_out),
         num_epochs=fit.position.epoch,
         best_epoch=best.epoch,
         seconds=fit.position.seconds,
         procedure=fit.result,
-        start=start.weights,
+        start=setup.weights,
         best_top1=None if is_map else best.metrics.score,
         best_map=best.metrics.score if is_map else None,
         decision=fit.decision,

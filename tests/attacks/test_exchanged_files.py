@@ -351,9 +351,9 @@ def test_each_file_of_a_bundle_is_opened_once(use: str, times: int, manifests: i
 
 def test_all_that_is_made_from_a_bundle_needs_no_folder_any_more(world: World) -> None:
     usual, archive = open_bundle(world.bundle), io.BytesIO()
-    logits = OnnxRuntime(usual, threads=1).run(IMAGES)["logits"]
+    logits = OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"]
     shutil.rmtree(world.root)
-    assert np.array_equal(OnnxRuntime(usual, threads=1).run(IMAGES)["logits"], logits)
+    assert np.array_equal(OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"], logits)
     assert check_graph_and_certificate(usual) == usual.manifest.lineage.onnx_root
     assert len(read_golden(usual)) == 3
     assert len(read_probes(usual).images) == 3
@@ -385,7 +385,7 @@ def test_weights_outside_of_the_graph_are_not_read(
     Path("../weights.bin").write_bytes(bytes(3 * 7 * 4))
     bundle = with_external_weights(open_bundle(world.bundle), location.format(cwd=world.bundle))
     with pytest.raises(RuntimeUnavailableError, match=r"model\.onnx"):
-        runtime(bundle, threads=1)
+        runtime(bundle, Settings(threads=1))
 
 
 def test_nobody_can_write_to_a_sealed_file() -> None:

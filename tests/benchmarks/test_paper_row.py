@@ -116,8 +116,7 @@ def test_the_plan_takes_the_longer_of_gpu_and_python_and_shares_the_gpu(
 
 def test_with_defaults_a_gpu_is_busy_for_most_of_the_time_and_16_cores_suffice(archives) -> None:
     planned = plan("--data", archives)
-    measured = paper_row.measured_ms()
-    dsop = measured["main thread"] + measured["launching dsop-resnet20"]
+    _, dsop = paper_row.PYTHON_MS
     assert planned["ms_per_step_alone"]["dsop"] == round(dsop, 1) >= planned["ms_per_step_alone"]["plain"]
     assert planned["cores"] <= 16
     for plain in (4, dsop / 2, dsop):
@@ -129,6 +128,14 @@ def test_the_plan_says_whether_it_fits_into_the_minutes(archives, minutes, fits)
     planned = plan("--data", archives, "--minutes", minutes)
     assert (planned["minutes_given"], planned["fits"]) == (minutes, fits)
     assert "fits" not in plan("--data", archives)
+
+
+def test_the_plan_compares_numbers_of_seeds_and_counts_short_runs(archives) -> None:
+    planned = plan("--data", archives, "--minutes", 15, "--seeds", 2, "--at-once", 4)
+    of_seeds = planned["minutes_of_seeds_side_by_side"]
+    assert of_seeds["1"] < of_seeds["2"] == planned["minutes"] < of_seeds["4"]
+    starts = 20 / 60 * planned["runs"]  # each run starts the trainings again
+    assert 15 * (planned["runs"] - 1) < planned["minutes"] + starts <= 15 * planned["runs"] + 20 / 60
 
 
 @pytest.mark.parametrize("option", ["--at-once", "--seeds", "--epochs", "--batch-size"])

@@ -424,8 +424,8 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     trt = ModuleType("tensorrt")
     trt.__version__ = "11.4.0"
-    monkeypatch.setattr("sopdeploy.tensorrt.session.import_tensorrt", lambda: trt)
-    monkeypatch.setattr("sopdeploy.tensorrt.session.open_cuda", Cuda)
+    monkeypatch.setattr("sopdeploy_service.runtime.tensorrt_session.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("sopdeploy_service.runtime.tensorrt_session.open_cuda", Cuda)
     assert env.describe_accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
 
 

@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy import proxies
+from sopdeploy.backbones.efficientnet import EfficientNetLiteConfig
 from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
+from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.proxies import find_proxy, is_this_machine, store_options
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull
@@ -149,9 +151,12 @@ def test_a_wrong_proxy_is_one_line_with_its_variable_and_without_its_password(
     value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", value)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     calls = (
         lambda: Client(FAR),
         lambda: store_options(FAR),
+        lambda: store_options("hf://owner/name/a-0.tar"),
+        lambda: fetch_imagenet_weights("efficientnet-lite2", EfficientNetLiteConfig()),
         lambda: pull(f"{FAR}/a-0.tar", tmp_path / "pulled"),
     )
     for call in calls:
@@ -190,7 +195,7 @@ def test_a_proxy_that_does_not_answer_is_named_with_its_variable(
 def test_a_request_through_a_proxy_has_its_url_and_its_password(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with stub_server(lambda _: reply(b'{"classes":[]}')) as proxy:
+    with stub_server(lambda _: reply(b'{"status":"ok","classes":[]}')) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//u:secret@"))
         with Client(FAR) as client:
             assert client.classify(b"x").classes == ()

@@ -68,7 +68,7 @@ VALUES: dict[str, dict[str, Any]] = {
             "host": "shop.example",
             "className": "nginx",
             "tlsSecret": "tls",
-            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "20m"},
+            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"},
         },
         "networkPolicy": {
             "enabled": True,
@@ -90,12 +90,12 @@ VALUES: dict[str, dict[str, Any]] = {
 HELM = """
 import json, sys
 from helm_python import chart
-folder, values = sys.argv[1], json.load(sys.stdin)
+folder, name, values = *sys.argv[1:], json.load(sys.stdin)
 lint = [chart.lint(folder, case, strict=True, kube_version="v1.33.0") for case in values]
 rendered = []
 for case, report in zip(values, lint):
     try:
-        rendered.append([*chart.Chart.load(folder).render(case, name="shop", namespace="default").values()])
+        rendered.append([*chart.Chart.load(folder).render(case, name=name, namespace="default").values()])
     except Exception as error:  # a template that fails, which lint takes for information
         report["errors"].append(str(error))
 json.dump([lint, rendered], sys.stdout)
@@ -109,9 +109,9 @@ def helm() -> tuple[list[Any], list[list[str]]]:
     return run_helm(list(VALUES.values())) if find_spec("helm_python") else ([], [])
 
 
-def run_helm(values: list[dict[str, Any]]) -> tuple[list[Any], list[list[str]]]:
-    """Return a report for each of *values*, and the manifests for those without an error."""
-    command = [sys.executable, "-c", HELM, str(CHART)]
+def run_helm(values: list[dict[str, Any]], name: str = "shop") -> tuple[list[Any], list[list[str]]]:
+    """Return a report for each of *values*, and the manifests of the release *name* without errors."""
+    command = [sys.executable, "-c", HELM, str(CHART), name]
     done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True)
     reports, rendered = json.loads(done.stdout)
     return reports, rendered
@@ -256,13 +256,13 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
 
 def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (rules,) = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
-    (drift,) = [rule["expr"] for rule in rules["rules"] if rule["alert"] == "SopdeployDrift"]
+    (drift,) = [rule["expr"] for rule in rules["rules"] if rule.get("alert") == "SopdeployDrift"]
     assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
 
 
 def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_path: Path) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
-    metrics, series = Metrics(), r"increase\((\w+)(?:\{(.+?)\})?\[\w+\]\)+ > 0"
+    metrics, series = Metrics(), r"increase\((\w+)\{(.*?)\}\[\w+\]\)+ > 0"
     open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), is_keeper=True)
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
@@ -271,22 +271,75 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_p
         assert re.search(rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE), name
 
 
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool not installed (Debian: prometheus)"
+)
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+ALERT_TESTS = ROOT / "tests" / "deploy" / "alerts.yaml"
+
+
+@needs_promtool
 def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
-    rules = CHART / "alerts.yaml"
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool not installed (Debian: prometheus)")
-    for command in (
-        ["check", "rules", str(rules)],
-        ["test", "rules", str(ROOT / "tests/deploy/alerts.yaml")],
-    ):
-        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "rules", CHART / "alerts.yaml")
+    promtool("test", "rules", ALERT_TESTS)
 
 
 @needs_helm
-def test_the_chart_has_the_alert_rules_as_they_are() -> None:
-    (document,) = [found for found in chart("with everything") if found["kind"] == "PrometheusRule"]
-    assert document["spec"] == yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))
+@needs_promtool
+def test_the_alert_rules_of_two_releases_fire_once_each(tmp_path: Path) -> None:
+    tests = yaml.safe_load(ALERT_TESTS.read_text(encoding="utf-8")) | {"rule_files": ["shop", "toys"]}
+    for name in tests["rule_files"]:
+        (tmp_path / name).write_text(json.dumps(alert_rules({}, name)), encoding="utf-8")
+        promtool("check", "rules", tmp_path / name)
+    (tmp_path / "tests.yaml").write_text(json.dumps(tests), encoding="utf-8")
+    promtool("test", "rules", tmp_path / "tests.yaml")
+
+
+def alert_rules(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the rules that the chart has for the release *name*."""
+    ((manifests,)) = run_helm([values | {"alerts": {"enabled": True}}], name)[1]
+    (found,) = [text for text in manifests if "PrometheusRule" in text]
+    return yaml.safe_load(found)["spec"]
+
+
+@needs_helm
+def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> None:
+    def selectors(rules: dict[str, Any]) -> list[str]:
+        return [one for rule in rules["groups"][0]["rules"] for one in re.findall(SELECTOR, rule["expr"])]
+
+    own = selectors(alert_rules({}, "toys"))
+    ours = 'namespace="default",job="toys",'
+    assert [one for one in own if ours not in one] == []
+    plain = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))
+    assert [one.replace(ours, "") for one in own] == selectors(plain) != []
+
+
+SELECTOR = r"\b(?:sopdeploy[_:]|process_|up\b)\w*(?:\{.*?\})?"
+
+
+@needs_helm
+def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() -> None:
+    keda = KEDA | {"requestsQuery": "sum(proxy)"}
+    scaled = {"autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": keda}}
+    found = [rules["groups"][0]["rules"][1] for rules in (alert_rules({}, "a"), alert_rules(scaled, "a"))]
+    assert ["absent" in rule["expr"] for rule in found] == [True, False]
+
+
+@needs_promtool
+def test_prometheus_of_compose_loads_the_alert_rules(tmp_path: Path) -> None:
+    mounts = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["prometheus"]["volumes"]
+    for source, target, *_ in (mount.split(":") for mount in mounts if mount.startswith("./")):
+        shutil.copy(ROOT / source, tmp_path / Path(target).name)
+        assert Path(target).parent == Path("/etc/prometheus")
+    promtool("check", "config", tmp_path / "prometheus.yml")
+    config = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
+    assert [(tmp_path / name).is_file() for name in config["rule_files"]] == [True]
 
 
 def kserve_pod() -> dict[str, Any]:
@@ -392,6 +445,34 @@ def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
     assert text == module_at(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
     assert [name for name in sorted(families) if name not in text] == []
+
+
+@needs_promtool
+def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(tmp_path: Path) -> None:
+    page = json.loads((DEPLOY / "dashboard.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
+    series = [one for query in queries for one in re.findall(r"\b((?:sopdeploy|process)_\w+)(.*?\})", query)]
+    names = {variable["name"] for variable in page["templating"]["list"]}
+    assert names == {"source", "namespace", "job", "instance", "model"}
+    for name, matchers in series:
+        assert {*re.findall(r'(\w+)=~"\$\1"', matchers)} >= {"namespace", "job", "instance"}, name
+    rules = [
+        {"record": f"q:{number}", "expr": query.replace("$__rate_interval", "1m")}
+        for number, query in enumerate(queries)
+    ]
+    (tmp_path / "rules").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", tmp_path / "rules")
+    # A series without the label `model` has no matcher of it: it would not match once a model is chosen.
+    labels = {
+        family.name: metric._labelnames
+        for metric in vars(Metrics()).values()
+        if isinstance(metric, MetricWrapperBase)
+        for family in metric.describe()
+    }
+    with_model = {
+        re.sub(r"_(total|bucket|sum|count)$", "", name) for name, found in series if "$model" in found
+    }
+    assert with_model == {name for name, found in labels.items() if "model" in found}
 
 
 def test_compose_mounts_existing_files() -> None:

@@ -51,10 +51,12 @@ KUBERNETES = (ROOT / "deploy" / "kubernetes" / "sopdeploy.yaml").read_text(encod
 LIVENESS = CONTAINER["livenessProbe"]
 ALERT_FILE = ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
 ((_, ALERT_RULES),) = (one.values() for one in yaml.safe_load(ALERT_FILE.read_text("utf-8"))["groups"])
-ALERTS = {rule["alert"]: rule for rule in ALERT_RULES}
-ERRORS, UNKNOWN = (
-    float(ALERTS[alert]["expr"].rpartition(">")[2]) for alert in ("SopdeployErrors", "SopdeployUnknownImages")
+ALERTS = {rule["alert"]: rule for rule in ALERT_RULES if "alert" in rule}
+ERRORS, UNKNOWN, SLOW = (
+    float(ALERTS[f"Sopdeploy{name}"]["expr"].rpartition(">")[2])
+    for name in ("Errors", "UnknownImages", "Slow")
 )
+RESTARTS = re.search(r"\[(\d+)m\]", ALERTS["SopdeployRestarts"]["expr"])
 MIB, MEGA, PERCENT = 1 << 20, 10**6, 100
 ACCEPTS = RejectionConfig().accepts
 LEVEL_ERROR = PERCENT * (ACCEPTS * (1 - ACCEPTS)) ** 0.5  # of the accepted share, of one image
@@ -64,7 +66,6 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("hashes of up to {:,} training images", SAMPLED),
     ("{:.0f} % interval", LEVEL),
     ("{:.0f} % Wilson interval", LEVEL),
-    ("Wilson's of {:.0f} %", LEVEL),
     ("at most {:.0f} times the rounding error of float32", FLOORS),
     ("({:.0f} times for reduced precision)", FLOORS_BY_PRECISION["int8"]),
     ("Float32 may drift by {:.0f} noise floors", FLOORS),
@@ -96,13 +97,15 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("at least `max_connections` + {}", sockets.SPARE + sockets.OTHER_FILES),
     ("{} headers, {:,} bytes", http_protocol.MAX_HEADERS, http_protocol.MAX_HEADER_BYTES),
     ("`max_body_bytes` {:.0f} MB", SETTINGS.max_body_bytes / MEGA),
+    ("Above `max_body_bytes` ({:.0f} MB)", SETTINGS.max_body_bytes / MEGA),
     ("`min_body_rate` {:.0f} kB/s", SETTINGS.min_body_rate / 1000),
     ("`max_upload_bytes` {:.0f} MB", SETTINGS.max_upload_bytes / MEGA),
     ("reserved for bodies up to {:.0f} MB", admission.SMALL_BODY / MEGA),
     (
-        "up to {:.0f} megapixels, {:.0f} MB and {} s of CPU time; a JPEG with one scan up to {:.0f} MB and "
-        "{:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
-        *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA, decoders.LIGHT_SECONDS),
+        "up to {:.0f} megapixels and {:.0f} MB, for {} s of CPU time and {:.0f} ns per pixel; a JPEG with "
+        "one scan up to {:.0f} MB and {:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
+        *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA),
+        *(decoders.LIGHT_SECONDS, 1e9 * decoders.SECONDS_PER_PIXEL),
         *(decoders.PROPORTIONAL_BODY / MEGA, decoders.PROPORTIONAL_PIXELS / MEGA),
         *(1e9 * decoders.SECONDS_PER_BYTE, decoders.LIGHT_MEMORY / MIB),
     ),
@@ -112,6 +115,7 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
+    ("{:.0f} s suffice for one that does not run", supervisor.IDLE_SECONDS),
     ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
@@ -124,12 +128,13 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
         *(PERCENT * least for least in (demo.MIN_ACCURACY, demo.MIN_REJECTED, demo.MIN_DIGITS)),
     ),
     ("More than {:.0f} % of the responses are the same 5xx", PERCENT * ERRORS),
+    ("spends more than {:.0f} s in a stage", SLOW),
+    ("has ended three times in {} minutes", RESTARTS and RESTARTS[1]),
     ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),
     ("More than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
     ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
-    "(75.1 % as published)",
     "costs 24 % more time for inference (DSoP",
     "for the printed 3.86 G",
     "the printed 2.3 M parameters",

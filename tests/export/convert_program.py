@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.tensorrt.cache import Profile
-from sopdeploy_export.engine_builder.from_program import build_from_program
+from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
 from sopdeploy_export.pipeline import rebuild_program
+from sopdeploy_service.runtime.tensorrt_cache import Profile
 
 DEVICE: dict[str, Any] = {
     "current_device": lambda: 0,

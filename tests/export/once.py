@@ -21,18 +21,18 @@ from sopdeploy_export import pipeline
 from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import output_names
 from sopdeploy_export.capture.program import Programs, capture, capture_any_batch
-from sopdeploy_export.lower.precision import CapturedGraph
+from sopdeploy_export.lower.precision import Lowered
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
 
 CAPTURED: dict[str, Programs] = {}
-GRAPHS: dict[str, CapturedGraph] = {}
+GRAPHS: dict[str, Lowered] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
 ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
 
-def graph_of(name: str, preprocess: Preprocess, **config: Any) -> CapturedGraph:
+def graph_of(name: str, preprocess: Preprocess, **config: Any) -> Lowered:
     """Capture the network that `conftest.trained` builds for `BATCH` and convert it."""
     from tests.export.conftest import trained
 
@@ -40,7 +40,7 @@ def graph_of(name: str, preprocess: Preprocess, **config: Any) -> CapturedGraph:
     if key not in GRAPHS:
         network = trained(name, **config)
         found = capture_any_batch(network, preprocess, BATCH)
-        GRAPHS[key] = CapturedGraph(network, found, lower(found, network.outputs))
+        GRAPHS[key] = Lowered(network, found, lower(found, network.outputs))
     return GRAPHS[key]._replace(model=_copy(GRAPHS[key].model))
 
 

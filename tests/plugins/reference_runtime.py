@@ -1,5 +1,7 @@
 """A runtime of a plug-in: ONNX's reference implementation."""
 
+import os
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -14,10 +16,11 @@ class ReferenceRuntime:
 
     name = f"onnx-reference {onnx.__version__}"
     device = "cpu"
+    needs_gpu = False
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.largest_batch = bundle.manifest.batch.maximum
-        self._graph = ReferenceEvaluator(onnx.load_model_from_string(bundle.onnx.read()))
+        self._graph = ReferenceEvaluator(onnx.load(os.fspath(bundle.onnx)))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""

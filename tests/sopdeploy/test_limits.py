@@ -31,12 +31,12 @@ from sopdeploy.names import read_labels
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy.photos.table import read_label_table
 from sopdeploy.pickled import distinct_values
-from sopdeploy.tensorrt.cache import EngineRecord, read_records
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_commands.second_week.compare import Promotion, read_promotions
 from sopdeploy_service.http.api_keys import read_keys
+from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records
 from sopdeploy_service.second_week.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import load_settings
 from tests.support.rooms import PACKAGES
@@ -57,7 +57,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "class names": ("names.txt", read_class_names),
     "class names in JSON": ("names.json", read_class_names),
     "rules of preprocessing": ("rules.json", lambda path: read_preprocess(str(path))),
-    "a table of labels": ("labels.csv", lambda path: read_label_table(path.parent)),
+    "a table of labels": ("labels.csv", lambda path: read_label_table(path)),
     "a photograph": ("one.jpg", first_photograph),
     "a checkpoint": ("best.pt", read_checkpoint),
     "a checkpoint, before torch is imported": ("best.pt", check_is_checkpoint),

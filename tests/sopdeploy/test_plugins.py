@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy import plugins
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
@@ -18,7 +19,10 @@ from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.settings import load_settings
+from tests.support.service import bundle, bundle_path  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
 Install = Callable[[str], None]
@@ -29,6 +33,8 @@ MODULES = {
     "unnamed": "from sopdeploy.layers.pooling.registry import *\nregister_pooling(PoolingConfig)",
     "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
     "weights": (TESTS / "plugins" / "text_weights.py").read_text(encoding="utf-8"),
+    "runtime": (TESTS / "plugins" / "reference_runtime.py").read_text(encoding="utf-8")
+    + "import sopdeploy\nsopdeploy.register_runtime('onnx-reference', ReferenceRuntime)\n",
 }
 
 
@@ -54,11 +60,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = tmp_path / "acme-2.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8")
-        (folder / "entry_points.txt").write_text(f"[{plugins._GROUP}]\n{lines}\n", encoding="utf-8")
-        plugins._plugin_entry_points.cache_clear()
+        (folder / "entry_points.txt").write_text(f"[sopdeploy.plugins]\n{lines}\n", encoding="utf-8")
+        plugins.plugin_entry_points.cache_clear()
 
     yield write
-    plugins._plugin_entry_points.cache_clear()
+    plugins.plugin_entry_points.cache_clear()
 
 
 PROBLEMS = {  # module of a plug-in: what the error says
@@ -148,6 +154,34 @@ def test_plug_ins_that_are_switched_off_are_not_found(
     with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
         load_settings(runtime="acme")
     assert plugins.MODELS.find("lrbp-vgg16") is not None  # of this wheel, so it is no plug-in
+
+
+def test_an_outside_package_adds_a_runtime_in_one_file(
+    install: Install,
+    bundle: Bundle,  # noqa: F811
+) -> None:
+    install("runtime = runtime_plugin")
+    loaded = load_model(bundle.path, load_settings(runtime="onnx-reference"))
+    assert loaded.runtime.name.startswith("onnx-reference")
+    assert Path(bundle.onnx).read_bytes() == bundle.onnx.read()
+    assert may_use_gpu(load_settings(runtime="onnx-reference")) is False
+    with pytest.raises(ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"):
+        load_settings(runtime="onnx-reference", devices="0")
+
+
+UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {  # of each registry: how a user meets it, the name
+    "network": (lambda: entry("resnet19"), "resnet18"),
+    "pooling": (lambda: sopdeploy.create_model("resnet8", pooling="isqtr"), "isqrt"),
+    "data source": (lambda: read_recipe("digits-plain", ["data.kind=digit"]), "digits"),
+    "runtime": (lambda: load_settings(runtime="openvin"), "openvino"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_name_of_a_registry_is_an_error_with_the_nearest_one(kind: str) -> None:
+    use, nearest = UNKNOWN[kind]
+    with pytest.raises(ConfigError, match=rf"did you mean .*\b{nearest}\b.*\?"):
+        use()
 
 
 class Digits(DataSource):

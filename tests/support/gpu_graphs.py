@@ -47,7 +47,7 @@ class RealTensorRT(ModuleType):
         return getattr(self._rtx, name)
 
 
-PACKAGES = ("tensorrt_rtx", "sopdeploy_export.engine_builder")
+PACKAGES = ("tensorrt_rtx", "sopdeploy_commands.bundles.engine_builder")
 BUILDS = all(map(importlib.util.find_spec, PACKAGES))
 with_a_runtime = pytest.mark.skipif(not BUILDS and not installed(), reason=f"{ABSENT}; {NOT_HERE}")
 
@@ -71,8 +71,8 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     trt = real_tensorrt()
     if trt is None:
         return
-    from sopdeploy.tensorrt.cache import Profile
-    from sopdeploy_export.engine_builder.build import cast_images_first, parse_and_build
+    from sopdeploy_commands.bundles.engine_builder.build import cast_images_first, parse_and_build
+    from sopdeploy_service.runtime.tensorrt_cache import Profile
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     profiles = (Profile(minimum=fixed or 1, maximum=fixed or 3),)

@@ -150,7 +150,7 @@ class SharedRuntime(OnnxRuntime):
 
 @pytest.fixture(scope="session")
 def onnx_runtime(bundle: Bundle) -> OnnxRuntime:
-    return SharedRuntime(bundle, threads=1)
+    return SharedRuntime(bundle, Settings(threads=1))
 
 
 def picture_bytes(

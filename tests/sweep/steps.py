@@ -19,13 +19,13 @@ from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.lower.precision import CapturedGraph, convert_precision
+from sopdeploy_export.lower.precision import Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
-from sopdeploy_export.prove.networks import Prepared, load_plain_network
+from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.tensors import prove_tensors
 from sopdeploy_export.runs import open_session
@@ -97,7 +97,7 @@ def measured(
     found = detached(checkpoint)
     options = ExportOptions(precision=precision, max_batch=batch.maximum)
     program = capture_any_batch(found.network, found.preprocess, batch)
-    certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
+    certified = Lowered(found.network, program, lower(program, found.network.outputs))
     shipping = convert_precision(certified, found.preprocess, options)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
     deployed = Deployed(found.network, found.preprocess).eval()
@@ -125,9 +125,9 @@ def detached(checkpoint: Path) -> Detached:
         detach(trained) if trained.training_only else trained,
     )
     detachment = Detachment.of(trained)
-    prepared = Prepared.of("detached", detached)
+    prepared = Compared.of("detached", detached)
     prove_tensors(
-        Prepared.of("trained", trained, detachment.training_only), prepared, detachment.training_only
+        Compared.of("trained", trained, detachment.training_only), prepared, detachment.training_only
     )
     plain = load_plain_network(detachment, prepared).network
     networks = {"plain": plain, "trained": trained, "detached": detached}

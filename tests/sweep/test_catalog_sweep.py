@@ -28,7 +28,7 @@ from tests.sweep.steps import Small, agreed, detached, exported
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
 # Their operators are those of others here: `psdr-resnet50` and `gsop-net2` contain the root of the first, and
-# `export/precision/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
+# `export/lower/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
 # `gsop-net1` has the block of `gsop-net2`.
 COVERED = (
     "resnet8",

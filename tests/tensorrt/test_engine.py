@@ -25,7 +25,12 @@ from sopdeploy.errors import (
     RuntimeUnavailableError,
     StorageError,
 )
-from sopdeploy.tensorrt.cache import (
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.engine_builder.engine import EngineFile, get_engine
+from sopdeploy_export.options import EngineOptions
+from sopdeploy_service.inference.loader import load_model, open_runtime
+from sopdeploy_service.runtime.tensorrt import engine_folders
+from sopdeploy_service.runtime.tensorrt_cache import (
     EngineRecord,
     Gpu,
     StoredEngine,
@@ -35,11 +40,6 @@ from sopdeploy.tensorrt.cache import (
     parse_profiles,
     profile_index,
 )
-from sopdeploy_commands.app import app
-from sopdeploy_export.engine_builder.engine import EngineFile, get_engine
-from sopdeploy_export.options import EngineOptions
-from sopdeploy_service.inference.loader import load_model, open_runtime
-from sopdeploy_service.runtime.tensorrt import engine_folders
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.conftest import Install
 from tests.tensorrt.fake_cuda import FakeCuda

@@ -104,7 +104,7 @@ def test_batches_on_cuda_are_prepared_while_one_runs_and_give_their_own_outputs(
         made.get_provider_graph_assignment_info = list
         return made
 
-    reference = OnnxRuntime(bundle, threads=1)
+    reference = OnnxRuntime(bundle, Settings(threads=1))
     claim_cuda(monkeypatch, session)
     runtime = open_runtime(bundle, ON_CUDA)
     assert isinstance(runtime, OverlappingRuntime)

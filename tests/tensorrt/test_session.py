@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_export.engine_builder.engine import get_engine
+from sopdeploy_commands.bundles.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model_worker import LocalModel

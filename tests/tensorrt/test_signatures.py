@@ -60,7 +60,9 @@ def test_tensorrt_has_the_methods_of_the_simulated_classes_and_of_the_builder_th
     if real_tensorrt() is None:
         return
     sibling, compared = methods_of("tensorrt_rtx"), 0
-    source = (ROOT / "export/sopdeploy_export/engine_builder/build.py").read_text(encoding="utf-8")
+    source = (ROOT / "commands/sopdeploy_commands/bundles/engine_builder/build.py").read_text(
+        encoding="utf-8"
+    )
     for name in set(re.findall(r"\.(\w+)\(", source)):
         for kind in PARSED_AND_BUILT:
             compared += len(signatures(sibling.get(f"{kind}.{name}", "")))

@@ -32,7 +32,7 @@ class Classified(StrictModel):
         rows: The folder of the parquet files, or the CSV file.
         num_images: Number of images and of rows.
         num_errors: Number of images that have an error and no prediction.
-        skipped: Number of files of the sources that are no images by their names, by suffix.
+        skipped: Number of files of the sources that are no images, by suffix.
     """
 
     rows: Path
@@ -44,7 +44,7 @@ class Classified(StrictModel):
 def _show(classified: Classified) -> None:
     print_field("images", f"{classified.num_images:,}; {classified.num_errors:,} with an error")
     if classified.skipped:
-        from sopdeploy.photos.folder import describe_skipped
+        from sopdeploy.images.signatures import describe_skipped
 
         print_field("skipped", describe_skipped(classified.skipped))
     print_field("rows", str(classified.rows), style="bold green")

@@ -8,22 +8,25 @@ import io
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.environment import import_optional, missing_store_error
+from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
-from sopdeploy.images.limits import SUFFIXES
-from sopdeploy.photos.files import is_hidden, is_image, suffix_of, walk
+from sopdeploy.images.limits import describe_formats
+from sopdeploy.images.signatures import HEAD_BYTES, counts_as_image, is_image, read_head, suffix_of
+from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
 _TAR, _LIST = ".tar", ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
+MAX_OPENED = 100  # objects of a store with one suffix, not of an image, whose first bytes are read
 UNKNOWN = -1  # size of an image that is not known before it is read
 
 
@@ -56,7 +59,7 @@ def list_sources(sources: Sequence[str], skipped: Counter[str] | None = None) ->
                 image.location.encode()  # raises an error for bytes that are not UTF-8
                 yield image
         if empty:
-            raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives in it, if any")
+            raise DataError(f"{source}: has no images ({describe_formats()}); name archives in it, if any")
 
 
 def read_listed(image: ListedImage, limit: int) -> bytes:
@@ -72,9 +75,10 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(image.location, error) from error
+        raise missing_store_error(image.location) from error
     except Exception as error:  # every store raises types of its own
-        raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
+        problem = f"cannot be read ({_reason(error, image.location)})"
+        raise ImageError(problem, code="unusable_data", status=422) from error
 
 
 @contextmanager
@@ -85,9 +89,9 @@ def _naming(source: str) -> Iterator[None]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(source, error) from error
+        raise missing_store_error(source) from error
     except Exception as error:  # every store raises types of its own
-        message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
+        message = f"cannot be listed ({_reason(error, source)}); check the name, the file and the credentials"
         raise DataError(f"{source}: {message}") from error
 
 
@@ -103,27 +107,36 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         for name, metadata in sorted(store.find(root, detail=True).items()):
             if any(map(is_hidden, name.removeprefix(root).split("/"))):
                 continue
-            if _is_used(name, skipped):
+            size = metadata.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
+            if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
-                size = metadata.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
                 yield ListedImage(path=location, location=location, size=size)
     elif is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     elif path.is_dir():
-        yield from (_describe_file(str(file)) for file in walk(path) if _is_used(file.name, skipped))
-    elif path.exists() and is_image(path.name):
+        used = (file for file in walk(path) if _is_used(file.name, skipped, partial(read_head, file)))
+        yield from map(_describe_file, map(str, used))
+    elif path.exists() and is_image(path):
         yield _describe_file(source)
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")
 
 
-def _is_used(name: str, skipped: Counter[str]) -> bool:
-    """Check whether the visible file *name* is an image; count it as skipped if it is not."""
-    if is_image(name):
+def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> bool:
+    """Check whether the visible file *name*, whose first bytes *read* reads, is an image, or count it."""
+    if counts_as_image(name, read):
         return True
     skipped[suffix_of(name)] += 1
     return False
+
+
+def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
+    """Read the first bytes of an object, or nothing if many with its suffix were no images.
+
+    Each takes a request.
+    """
+    return b"" if skipped[suffix_of(name)] >= MAX_OPENED else bytes(store.cat_file(name, 0, HEAD_BYTES))
 
 
 def _describe_file(path: str) -> ListedImage:
@@ -147,14 +160,24 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if archive.offset <= member.offset:  # the next entry: tarfile would read the same ones for ever
                 raise ValueError(f"an entry of {member.size} bytes")
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            if not parts or any(map(is_hidden, parts)) or member.isdir() or not _is_used(parts[-1], skipped):
+            is_sparse = member.sparse is not None  # a file with holes, whose bytes are not in one place
+            is_whole = member.isreg() and not is_sparse
+            read = partial(_read_member_head, file, member) if is_whole else bytes
+            if not parts or any(map(is_hidden, parts)) or member.isdir():
+                continue
+            if not _is_used(parts[-1], skipped, read):
                 continue
             if member.islnk():
                 raise DataError(f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`")
-            is_sparse = member.sparse is not None  # a file with holes, whose bytes are not in one place
-            if member.isreg() and not is_sparse:
+            if is_whole:
                 path = "/".join((name, *parts))
                 yield ListedImage(path, location, offset=member.offset_data, size=member.size)
+
+
+def _read_member_head(file: Any, member: tarfile.TarInfo) -> bytes:
+    """Read the first bytes of *member* of the archive *file*; tarfile seeks the next one itself."""
+    file.seek(member.offset_data)
+    return bytes(file.read(min(member.size, HEAD_BYTES)))
 
 
 def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
@@ -207,6 +230,9 @@ def _open_for_reading(location: str) -> Any:
 def _open_store(address: str) -> tuple[Any, str]:
     """Return the fsspec file system of *address* and the path in it."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
+    scheme = address.partition("://")[0].rpartition("::")[2]
+    if scheme not in fsspec.available_protocols():
+        raise ValueError(f"{scheme}:// is no kind of address that fsspec opens")
     store, path = fsspec.core.url_to_fs(address, **store_options(address))
     return store, path
 
@@ -215,7 +241,9 @@ def _is_address(name: str) -> bool:
     return "://" in name
 
 
-def _reason(error: Exception) -> str:
-    """Describe *error* in one line."""
+def _reason(error: Exception, source: str) -> str:
+    """Describe *error* about *source* in one line; that of a store in our words."""
+    if _is_address(source) and not isinstance(error, ValueError | tarfile.TarError):
+        return describe_store_error(error)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel, first_problem, parse_json
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import (
     CheckpointError,
@@ -40,7 +40,7 @@ from sopdeploy.project import check_project_name
 from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.engine_builder.engine import EngineFile
+    from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
     from sopdeploy_export.pack.results import Exported
 
 CLASS_NAMES_FILE = "labels.txt"
@@ -290,6 +290,7 @@ def read_preprocess(text: str | None) -> Preprocess:
     prefix, _, name = text.partition(":")
     if prefix == "scaled":
         return read_preprocess(name).model_copy(update={"decoding": "scaled"})
+    values: Any = None
     try:
         if prefix in CONVENTIONS and (name.isdecimal() or text == prefix):
             return Preprocess.of_convention(prefix, int(name or 224))
@@ -303,11 +304,14 @@ def read_preprocess(text: str | None) -> Preprocess:
         if prefix == "torchvision":
             weights = importlib.import_module("torchvision.models").get_weight(name)
             return Preprocess.from_torchvision(weights.transforms())
-        return Preprocess.model_validate_json(read_file(text, MAX_TEXT_BYTES))
+        values = parse_json(read_file(text, MAX_TEXT_BYTES))
+        return Preprocess.model_validate(values)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error.strerror) if isinstance(error, OSError) else str(error)
         if isinstance(error, pydantic.ValidationError):
-            reason = first_problem(error)
+            reason = first_problem(error, values)
+        elif prefix == "torchvision":
+            reason = f"torchvision has no weights {name}"
         message = f"cannot be read ({reason}); give {EXAMPLE}"
         raise ConfigError(message, setting="preprocess", value=text) from error
 
@@ -346,7 +350,7 @@ def engine(
     """
     import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.engine_builder.engine import get_engine
+    from sopdeploy_commands.bundles.engine_builder.engine import get_engine
 
     opened = open_bundle(bundle)
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
@@ -361,7 +365,7 @@ def engine(
     if options.checkpoint is None:
         return get_engine(opened, options, on_step)
     check_is_checkpoint(options.checkpoint)
-    from sopdeploy_export.engine_builder.from_program import build_from_program
+    from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
     from sopdeploy_export.pipeline import rebuild_program
 
     read_program = partial(rebuild_program, options.checkpoint, opened.manifest)

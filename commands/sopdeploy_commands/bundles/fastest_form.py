@@ -1,4 +1,4 @@
-"""Which form of a bundle is fastest on this processor: float32 or int8, with ONNX Runtime or OpenVINO."""
+"""Which form of a bundle is fastest on this processor: float32 or int8, with each runtime for CPUs."""
 
 import statistics
 import time
@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,49 +13,52 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import SealedFile
-from sopdeploy.environment import install_hint, lacks_vnni
+from sopdeploy.environment import install_hint
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.plugins import RUNTIMES
 from sopdeploy_export.lower.int8 import Int8Quantizer
-from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.runtime.openvino import OpenVINORuntime
+from sopdeploy_service.runtime.base import OwnRuntime, Runtime
+from sopdeploy_service.settings import Settings
 
-RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
-    "ONNX Runtime": OnnxRuntime,
-    "OpenVINO": OpenVINORuntime,
-}
-DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
+ONE_THREAD = Settings(threads=1)
 MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # seconds of all rounds together; the first round is not counted
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
 
 class BundleForm(NamedTuple):
-    """The precision of a graph, and the runtime that executes it."""
+    """The precision of a graph, and the title of the runtime that executes it."""
 
     precision: str
     runtime: str
 
 
+def runtimes_on_cpu() -> dict[str, type[OwnRuntime]]:
+    """Return the runtimes that need no GPU, by their titles; `auto` uses the first one."""
+    own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
+    return {one.title: one for one in own.values() if not one.needs_gpu}
+
+
 def describe_fastest_form(bundle: Bundle) -> str:
     """Measure the forms of *bundle*, float32 or int8 for CPUs, and say which is fastest and how to get it."""
     seconds = {form: statistics.median(times) for form, times in measure_forms(bundle).items()}
-    shipped = BundleForm(bundle.manifest.precision, DEFAULT)
+    runtimes = runtimes_on_cpu()
+    default = next(iter(runtimes))
+    shipped = BundleForm(bundle.manifest.precision, default)
     best = min(seconds, key=lambda form: seconds[form])
     gain = seconds[shipped] / seconds[best]
     options = []
     if best.precision != shipped.precision:
         options.append("export with --precision int8 --calibrate PHOTOS")
-    if best.runtime != DEFAULT:
-        options.append("serve with --runtime openvino")
+    if best.runtime != default:
+        options.append(f"serve with --runtime {runtimes[best.runtime].setting}")
     if gain < SMALLEST_GAIN or not options:
-        text = f"this bundle with {DEFAULT} is the fastest form on this processor"
+        text = f"this bundle with {default} is the fastest form on this processor"
     else:
         faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
         text = f"{faster}: {', '.join(options)}"
-    if find_spec("openvino") is None:
-        text += f" ({install_hint('OpenVINO', 'sopdeploy[openvino]')})"
-    return text
+    missing = [one for one in runtimes.values() if not one.is_set_up()]
+    return text + "".join(f" ({install_hint(one.title, f'sopdeploy[{one.extra}]')})" for one in missing)
 
 
 def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
@@ -77,12 +79,11 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     forms: dict[BundleForm, Runtime] = {}
     for form_bundle in bundles:
         precision = form_bundle.manifest.precision
-        for name, open_runtime in RUNTIMES.items():
-            sums_saturate = precision == "int8" and name == "OpenVINO" and lacks_vnni()
-            if sums_saturate:
+        for title, runtime in runtimes_on_cpu().items():
+            if precision not in runtime.precisions():
                 continue
             with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                forms[BundleForm(precision, name)] = open_runtime(form_bundle, threads=1)
+                forms[BundleForm(precision, title)] = runtime(form_bundle, ONE_THREAD)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 

@@ -18,7 +18,7 @@ from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.decode import Decoded, decode
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import correct_transparency_info, list_changes, preprocess_image
-from sopdeploy.photos.files import is_image
+from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -89,7 +89,7 @@ def read_image(path: Path, max_bytes: int) -> bytes:
     try:
         # A path with the extension of an image must be a regular file: `photos/*` can match a FIFO, on which
         # reading may wait forever. Other paths, such as /dev/stdin or <(command), may be pipes.
-        with open_regular(path) if is_image(path.name) else path.open("rb") as file:
+        with open_regular(path) if has_image_suffix(path.name) else path.open("rb") as file:
             return read_at_most(file, max_bytes + 1)
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file, or a folder of images"
@@ -172,7 +172,7 @@ def predict(
     for source in sources:
         if isinstance(source, Path):
             is_pipe = source.exists() and not source.is_file()  # what is read from it is gone
-            if not is_pipe or is_image(source.name):
+            if not is_pipe or has_image_suffix(source.name):
                 read_image(source, max_bytes=0)  # raises an error before the network is loaded
     loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
     loaded = load_model(Path(bundle), loaded_settings)

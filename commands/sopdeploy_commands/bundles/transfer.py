@@ -27,6 +27,7 @@ from sopdeploy.files import link_latest, writing
 from sopdeploy.files import sha256 as sha256_of
 from sopdeploy.names import is_bundle_name
 from sopdeploy.photos.files import check_takes_output
+from sopdeploy.proxies import without_password
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +130,7 @@ def pull(
         folder = stack.enter_context(staging(destination))
         with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
-        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # in messages
+        name = re.sub(r"[^\w.:/@-]", "_", without_password(source))[-200:]  # in messages
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
         signature = None if require_signature is None else _download_signature(source, destination)
         archive.seek(0)

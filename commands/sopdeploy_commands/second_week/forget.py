@@ -14,11 +14,10 @@ from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import DataError, StorageError, shorten
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, remove_leftovers, sha256, writing
-from sopdeploy.images.limits import SUFFIXES
-from sopdeploy.photos.files import normalize, walk
+from sopdeploy.images.signatures import is_image
+from sopdeploy.photos.files import KEPT_ID, normalize, walk
 
-ID = re.compile(r"[0-9a-f]{32}")  # of a kept photograph: the first digits of the sha256 of the sent file
-KEPT_SUFFIXES = (*SUFFIXES, ".json", ".skipped")  # of a kept photograph, and of the records beside it
+RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
 LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
@@ -111,11 +110,11 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
         _check_format(table)
     images = [path for path in files if wanted.is_shown_by(path)]
     # A kept photograph is named by its id, and so are the records beside it.
-    ids = wanted.ids.union(filter(ID.fullmatch, (_final_path(image).stem for image in images)))
+    ids = wanted.ids.union(filter(KEPT_ID.fullmatch, (_final_path(image).stem for image in images)))
     found = set(images)
     for path in files:
         final_path = _final_path(path)
-        if final_path.stem in ids and final_path.suffix.lower() in KEPT_SUFFIXES:
+        if final_path.stem in ids and (final_path.suffix.lower() in RECORDS or is_image(final_path)):
             found.add(path)
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
@@ -144,15 +143,15 @@ class _Wanted(NamedTuple):
         """Read the file *photograph*, if there is one; otherwise it is a name."""
         path = Path(photograph)
         digest = sha256(path) if path.is_file() else ""
-        ids = {digest[:32], path.stem if ID.fullmatch(path.stem) else ""} - {""}
+        ids = {digest[:32], path.stem if KEPT_ID.fullmatch(path.stem) else ""} - {""}
         return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
 
     def is_shown_by(self, path: Path) -> bool:
-        """Tell whether *path* is an image with the content of the given file, or the given name."""
+        """Tell whether *path* has the content of the given file, or is an image with the given name."""
+        if self.is_file:
+            return self.has_content(path)
         final_path = _final_path(path)
-        if final_path.suffix.lower() not in SUFFIXES:
-            return False
-        return self.has_content(path) if self.is_file else self.is_named(final_path)
+        return self.is_named(final_path) and is_image(final_path)
 
     def is_named(self, path: Path) -> bool:
         """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
@@ -271,7 +270,7 @@ def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, li
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
     photographs: dict[str, str] = {}  # the first path of each, by hash or, if not readable, absolute path
     for shown_path, file in files.items():
-        is_readable = file.is_file() and file.suffix.lower() in SUFFIXES  # not an archive
+        is_readable = file.is_file() and is_image(file)  # not an archive
         identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
         photographs.setdefault(identity, shown_path)
     if len(photographs) > 1:

@@ -78,7 +78,7 @@ def check(
 
 def _print_report(report: "DataReport") -> None:
     """Print a table of the parts, and lines about the images."""
-    from sopdeploy.photos.folder import describe_skipped
+    from sopdeploy.images.signatures import describe_skipped
 
     rows, lines = [], []
     for part in report.parts:

@@ -25,7 +25,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.choices import file_stem
-from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.registry import entry
 from sopdeploy.photos.photo import LabeledImages, Split, leave_out_unreadable
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
@@ -33,11 +33,12 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.start import Given, check_count, move_to_device, select_procedure
+from sopdeploy.training.setup import Given, check_count, move_to_device, select_procedure
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
     create_initial_model,
+    create_sized,
     fetch_published,
 )
 from sopdeploy_commands.bundles.fastest_form import measure_alternately
@@ -170,7 +171,7 @@ def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.ui
     procedure: Any = recipe.procedure
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
-    model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
+    model = create_sized(recipe, classes, {})
     network = unfitted_network(recipe, procedure.head, model)
     program = capture_any_batch(network, preprocess, BatchRange())
     graph: bytes = lower(program, output_names(network)).SerializeToString()

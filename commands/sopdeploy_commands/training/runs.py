@@ -12,6 +12,8 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
+MAX_BEFORE = 5  # runs that a page lists; reading one takes a tenth of a second
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRow:
@@ -82,18 +84,37 @@ def _read_runs() -> dict[str, RunRow]:
     for best in sorted(Path("runs").glob("*/best.pt")):
         if best.parent.is_symlink():  # `runs/latest`
             continue
-        from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
-        from sopdeploy_export.pack.model_card import training_rows
+        run_id, row = read_run(best)
+        rows[run_id] = row
+    return rows
 
-        name = best.parent.name
-        try:
-            checkpoint = read_checkpoint(best)
-            estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
-        except CheckpointError as error:
-            rows[name] = RunRow(run=name, problem=str(error))
-            continue
-        origin = checkpoint.origin
-        run_id = name if origin is None else origin.run_id
-        row = _describe_origin(origin)
-        rows[run_id] = replace(row, run=name, project=checkpoint.project, estimate=str(estimate))
+
+def read_run(best: Path) -> tuple[str, RunRow]:
+    """Return the id and the row of the run of the checkpoint *best*; the name, if one cannot be read."""
+    from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
+    from sopdeploy_export.pack.model_card import training_rows
+
+    name = best.parent.name
+    try:
+        checkpoint = read_checkpoint(best)
+        estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
+    except CheckpointError as error:
+        return name, RunRow(run=name, problem=str(error))
+    origin = checkpoint.origin
+    run_id = name if origin is None else origin.run_id
+    row = _describe_origin(origin)
+    return run_id, replace(row, run=name, project=checkpoint.project, estimate=str(estimate))
+
+
+def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ...]]:
+    """Return date, name, images, classes and accuracy of the newest runs of *project* beside *folder*."""
+    files = folder.parent.glob("*/best.pt")
+    others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
+    others.sort(key=lambda best: best.stat().st_mtime, reverse=True)
+    rows: list[tuple[object, ...]] = []
+    for best in others[:MAX_BEFORE]:
+        _, row = read_run(best)
+        if row.estimate and row.project == project:
+            date = row.date[:16].replace("T", " ")
+            rows.append((date, row.run, row.num_images, row.num_classes, row.estimate))
     return rows

@@ -27,9 +27,9 @@ from sopdeploy.training.results import NetworkScore, read_result
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.training.callback import Callback
-    from sopdeploy.training.fits import Start
+    from sopdeploy.training.checkpoints import Setup
     from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.start import Given
+    from sopdeploy.training.setup import Given
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
@@ -97,8 +97,10 @@ class TrainOptions(Options):
         if any(key == "model.name" for key, _ in changes) or any("name" in table for table in tables):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
+        resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
         for name, weights in self._weights_by_network().items():
-            assignments = (*self.set, f"model.name={name}")
+            size = [f"preprocess.crop={resized[name]}"] if name in resized else []
+            assignments = (*size, *self.set, f"model.name={name}")
             single = {"models": None, "within": None, "weights": weights, "set": assignments}
             options[name] = self.model_copy(update=single)
         return options
@@ -207,9 +209,10 @@ def train(
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
+    from sopdeploy.training.checkpoints import RunFolder, numbered_folder
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
-    from sopdeploy.training.run_folder import RunFolder, numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
+    from sopdeploy_commands.training.runs import list_runs_before
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
@@ -241,12 +244,13 @@ def train(
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        mistakes = write_run_page(run, folder, on_image, networks)  # the most frequent ones first
+        before = list_runs_before(folder, selected.project)
+        mistakes = write_run_page(run, folder, on_image, networks, before)  # the most frequent ones first
         decisions = (run.fit.decision, None if previous is None else previous.decision)
         rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
-    changes = "" if previous is None else _describe_changes(previous, run.start)
+    changes = "" if previous is None else _describe_changes(previous, run.setup)
     page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
     return summarize_run(run, folder, networks, **page)
 
@@ -325,7 +329,7 @@ def read_previous(source: Path) -> "Checkpoint":
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
-    from sopdeploy.training.run_folder import RUNS
+    from sopdeploy.training.checkpoints import RUNS
 
     run, run_id = source, None
     if has_manifest(source):  # a bundle names its run
@@ -344,13 +348,13 @@ def read_previous(source: Path) -> "Checkpoint":
     return checkpoint
 
 
-def _describe_changes(before: "Checkpoint", start: "Start") -> str:
-    """Say what the run *before* reached, and what *start* adds; empty if it is not known."""
+def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
+    """Say what the run *before* reached, and what *setup* adds; empty if it is not known."""
     result_before, origin = read_result(before.training), before.origin
     if result_before is None or origin is None:
         return ""
-    names = [name for name in start.labels if name not in before.labels]
-    added = len(start.data.train) + len(start.data.held_out) - origin.num_images
+    names = [name for name in setup.labels if name not in before.labels]
+    added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(result_before.rows())["accuracy"]
     return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
@@ -374,7 +378,7 @@ def configure(
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
-    from sopdeploy.training.start import Given
+    from sopdeploy.training.setup import Given
 
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})

@@ -28,7 +28,7 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import ProgramRoot, Trace, program_root, trace_hash
+from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root
 from sopdeploy_export.state import object_id, preserved, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
@@ -50,12 +50,12 @@ DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `i
 class Programs:
     """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
 
-    `traces` are the hashes of both programs before they were made functional; None: it cannot be hashed.
+    `fingerprints` are those of both programs before they were made functional; None: it cannot be hashed.
     """
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
-    traces: tuple[Trace | None, ...]
+    fingerprints: tuple[Fingerprint | None, ...]
 
     @cached_property
     def roots(self) -> dict[str, ProgramRoot]:
@@ -135,20 +135,20 @@ def capture(
     # For one image, the program of the whole range is also that of a batch of one.
     ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
     traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
-    traces = tuple(map(trace_hash, traced))
+    fingerprints = tuple(map(fingerprint, traced))
     for captured in known:
-        if captured.traces == traces and None not in traces:
+        if captured.fingerprints == fingerprints and None not in fingerprints:
             return captured
-    programs = [make_functional(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
-    return Programs(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
+    programs = [functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
+    return Programs(any_batch=programs[0], batch_of_one=programs[-1], fingerprints=fingerprints)
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Capture *network* for every batch size of the range, as one functional program.
 
-    Raises the errors of `trace_network` and `make_functional`.
+    Raises the errors of `trace_network` and `functionalize`.
     """
-    return make_functional(trace_network(network, preprocess, batch), batch)
+    return functionalize(trace_network(network, preprocess, batch), batch)
 
 
 def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
@@ -210,7 +210,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         yield places
 
 
-def make_functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
+def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
     Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.

@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -225,8 +225,8 @@ class _Bounds(fx.Interpreter):
     sum, a norm or a deviation gives NaN, unless a constant is added to it.
     """
 
-    def __init__(self, program: ExportedProgram, values: Sequence[float]) -> None:
-        super().__init__(program.module(check_guards=False))
+    def __init__(self, program: fx.GraphModule, values: Sequence[float]) -> None:
+        super().__init__(program)
         self.unbounded: set[str] = set()  # names of nodes, as the next one
         self.undefined: set[str] = set()
         self._values = torch.tensor(values)
@@ -273,8 +273,8 @@ class _Recorder(fx.Interpreter):
     *unbounded* names the nodes whose values can be infinite or NaN, *undefined* those that can be NaN.
     """
 
-    def __init__(self, program: ExportedProgram, unbounded: Set[str], undefined: Set[str]) -> None:
-        super().__init__(program.module(check_guards=False))
+    def __init__(self, program: fx.GraphModule, unbounded: Set[str], undefined: Set[str]) -> None:
+        super().__init__(program)
         self._unbounded, self._undefined = unbounded, undefined
         self.calls: dict[str, _Call] = {}
         self._by_node: dict[fx.Node, _Operator] = {}
@@ -331,34 +331,37 @@ def _as_operator(
 
 
 @torch.no_grad()
-def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
+def check_operators(
+    program: ExportedProgram, images: NDArray[np.uint8], on_group: Callable[[str], None] = lambda _: None
+) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    An operator with the same attributes and shapes is compared once, also by other exports. Raises
-    `LoweringError` with the operator, the part of the network and the values if they differ.
+    Calls *on_group* with a text as each group of operators begins. An operator with the same attributes and
+    shapes is compared once, also by other exports. Raises `LoweringError` with the operator, the part of the
+    network and the values if they differ.
     """
     _executed_operators.update(read_known())
-    pixels = torch.from_numpy(images)
+    pixels, module = torch.from_numpy(images), program.module(check_guards=False)
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     unbounded, undefined = set[str](), set[str]()
     for values in (ORDINARY, (0.0,), (1.0,)):
-        bounds = _Bounds(program, values)
+        bounds = _Bounds(module, values)
         with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
             bounds.run(pixels)
         unbounded |= bounds.unbounded
         undefined |= bounds.undefined
-    recorder = _Recorder(program, unbounded, undefined)
+    recorder = _Recorder(module, unbounded, undefined)
     recorder.run(pixels)
+    last = next(reversed(recorder.calls), None)
     # Compare groups, because the time of a capture grows with the square of its number of operands.
-    group, num_operands = dict[str, _Call](), 0
+    group, num_operands, done = dict[str, _Call](), 0, 0
     for description, call in recorder.calls.items():  # a pair comes after its operators
         group[description] = call
         num_operands += len(call.operands)
-        if num_operands >= OPERANDS:
+        if num_operands >= OPERANDS or description == last:
+            on_group(f"{done} of {len(recorder.calls)} done")
             _compare_group(group)
-            group, num_operands = {}, 0
-    if group:
-        _compare_group(group)
+            group, num_operands, done = {}, 0, done + len(group)
     if recorder.calls:
         write_known(_executed_operators)
 
@@ -386,7 +389,6 @@ def _compare_group(calls: Mapping[str, _Call]) -> None:
     operands = tuple(chain.from_iterable(_fill(call, ORDINARY, 0) for call in calls.values()))
     with capturing():
         program = torch.export.export(_Calls([*calls.values()]), operands)  # one graph for all
-        program = program.run_decompositions({})
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(convert(program, inputs, outputs))

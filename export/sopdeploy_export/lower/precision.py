@@ -89,7 +89,7 @@ class MeasuringImages(NamedTuple):
 NO_IMAGES = MeasuringImages(np.empty((0, 0, 0, 3), np.uint8), ())
 
 
-class CapturedGraph(NamedTuple):
+class Lowered(NamedTuple):
     """A network, its program for any batch size, and the program as ONNX."""
 
     network: nn.Module
@@ -131,7 +131,7 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertedGraph:
+class Converted:
     """The graph to export and how to check it.
 
     Attributes:
@@ -147,7 +147,7 @@ class ConvertedGraph:
     precision: PrecisionReport
 
 
-def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
+def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOptions) -> Lowered:
     """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX.
 
     Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
@@ -164,7 +164,7 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     cast = in_float16(certified.network, certified.program, normalize(images))
     program = capture_any_batch(cast, preprocess, options.batch)
     program = sum_in_float32(program, images[: options.max_batch])
-    return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
+    return Lowered(cast, program, lower(program, output_names(certified.network)))
 
 
 class _Headroom(fx.Interpreter):
@@ -199,11 +199,11 @@ def check_headroom(program: ExportedProgram, images: Sequence[NDArray[np.uint8]]
 
 
 def convert_precision(
-    certified: CapturedGraph,
+    certified: Lowered,
     preprocess: Preprocess,
     options: ExportOptions,
     images: MeasuringImages = NO_IMAGES,
-) -> ConvertedGraph:
+) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *images* that calibrate. Nodes of the result lose their metadata; in fp32 and
@@ -238,7 +238,7 @@ def convert_precision(
         gate = partial(gate_logits, deployed)
     parts = weight_types(model)
     report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
-    return ConvertedGraph(model=model, run=run, gate=gate, precision=report)
+    return Converted(model=model, run=run, gate=gate, precision=report)
 
 
 def unfused_runner(model: onnx.ModelProto) -> BatchRun:

@@ -8,7 +8,7 @@ import ast
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
 
 import onnx
 import onnx_ir as ir
@@ -21,6 +21,8 @@ from onnxscript.rewriter.rules import common as common_rules
 from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _core
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
@@ -103,22 +105,25 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
             program = decompose(program)
-            converted: Any = torch.onnx.export(
+            model: ir.Model = _core.export(  # what `torch.onnx.export` calls
                 program,
-                (),
-                dynamo=True,
+                registry=_converters(),
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                external_data=False,
                 verbose=False,
                 optimize=False,
-            )
-            model: ir.Model = converted.model
+            ).model
             _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
             raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
     return model
+
+
+@cache
+def _converters() -> ONNXRegistry:
+    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again."""
+    return ONNXRegistry.from_torchlib()
 
 
 def _describe_failure(error: BaseException, program: ExportedProgram) -> str:

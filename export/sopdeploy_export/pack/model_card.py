@@ -9,12 +9,23 @@ from typing import Any
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
+from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.results import Exported, ExportResults
+from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_export.subject import ExportSubject
 
 MAX_LABELS = 20
 # An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".
 MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
+STATEMENT_OF = {  # the statement of the certificate that proves a fact
+    "removed": "Tensors",
+    "kept": "Tensors",
+    "graph": "Graphs",
+    "logits": "Outputs",
+    "batch": "Images",
+    "drift": "File",
+    "answers": "File",
+}
 INT8_SESSION = f"""
 In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
 x86 processors without VNNI:
@@ -51,7 +62,8 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             Section(title="Warnings", text=exported.warnings),
             Section(
                 title="What was proved and measured",
-                tables=[Table(caption="All facts", columns=["what", "result"], rows=list(facts.items()))],
+                figures=[draw_drift(exported.parity)],
+                tables=[_facts_table(facts), _statements_table()],
             ),
             Section(
                 title="Use",
@@ -70,6 +82,32 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     with writing(path), atomic_write(path) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return path
+
+
+def _facts_table(facts: Mapping[str, str]) -> Table:
+    """List *facts*; those that a statement proves lead to it."""
+    names = [STATEMENT_OF.get(fact, "") for fact in facts]
+    return Table(
+        caption="All facts",
+        columns=["what", "result", "statement"],
+        rows=[(*fact, name) for fact, name in zip(facts.items(), names, strict=True)],
+        links={(row, 1): _anchor(name) for row, name in enumerate(names) if name},
+    )
+
+
+def _statements_table() -> Table:
+    """List what the statements of the certificate say."""
+    rows = [(f"{number}. {name}", text) for number, (name, text) in enumerate(STATEMENTS.items(), 1)]
+    return Table(
+        caption="The export stops at the first statement that does not hold. None says how accurate it is.",
+        columns=["statement", "what holds"],
+        rows=rows,
+        names=[_anchor(name) for name in STATEMENTS],
+    )
+
+
+def _anchor(name: str) -> str:
+    return f"statement-{name.lower().replace(' ', '-')}"
 
 
 def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:

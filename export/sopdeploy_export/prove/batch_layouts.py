@@ -38,7 +38,7 @@ class MixesError(Exception):
     """An operator may combine several images; every rule raises it unless the operator keeps them apart."""
 
 
-def mixes_unless(fact: bool) -> None:
+def require(fact: bool) -> None:
     """Raise `MixesError` unless *fact*, which a rule needs, holds."""
     if not fact:
         raise MixesError
@@ -86,7 +86,7 @@ class TracedValue:
 
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
-        mixes_unless(len(self.contents) > 0 and not self.depends_on_batch_size)
+        require(len(self.contents) > 0 and not self.depends_on_batch_size)
         return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
 
 
@@ -127,7 +127,7 @@ def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
     axes = {layout.axis for layout in layouts} - {None}  # an operand without images fits all others
     lengths = {layout.run_length for layout in layouts} - {None}  # equal rows (None) fit any run length
-    mixes_unless(len(axes) <= 1 and len(lengths) <= 1)
+    require(len(axes) <= 1 and len(lengths) <= 1)
     return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
 
 
@@ -144,10 +144,10 @@ def batch_axis_of(shapes: Shapes) -> int | None:
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if not axes:
         return None
-    mixes_unless(len(axes) == 1)
+    require(len(axes) == 1)
     sizes = [shape[axes[0]] for shape in shapes]
     rows_of_image = sizes[0] // BATCHES[0]
-    mixes_unless(sizes == [rows_of_image * batch for batch in BATCHES])
+    require(sizes == [rows_of_image * batch for batch in BATCHES])
     return axes[0]
 
 
@@ -162,8 +162,8 @@ def layout_after_combining(call: OperatorCall, axes: Sequence[int], *, keeps: bo
     The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
     """
     batch_axis = call.x.batch_axis
-    mixes_unless(batch_axis not in axes)
-    mixes_unless(common_layout_of(call.inputs[1:]) == NO_BATCH)
+    require(batch_axis not in axes)
+    require(common_layout_of(call.inputs[1:]) == NO_BATCH)
     if keeps or batch_axis is None:
         return call.x.layout
     removed_before = {axis for axis in axes if axis < batch_axis}  # each moves the batch axis to the left
@@ -182,14 +182,14 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     These are the first *operands* of its inputs; the others are weights.
     """
     layout = common_layout_of(call.inputs[:operands])
-    mixes_unless(layout.axis in (None, 0))
-    mixes_unless(common_layout_of(call.inputs[operands:]) == NO_BATCH)
-    mixes_unless(call.num_outputs == 1)  # the second output of MaxPool numbers elements of the whole batch
+    require(layout.axis in (None, 0))
+    require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
+    require(call.num_outputs == 1)  # the second output of MaxPool numbers elements of the whole batch
     # In training mode, batch norm subtracts the mean of all images.
-    mixes_unless(not call.attributes.get("training_mode"))
+    require(not call.attributes.get("training_mode"))
     # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
-    mixes_unless([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
-    mixes_unless(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
+    require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
+    require(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
     return layout
 
 
@@ -201,7 +201,7 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     axis, run_length = call.x.layout
     new_axis = batch_axis_of(call.shapes)
     if axis is None or new_axis is None:
-        mixes_unless(axis == new_axis)  # neither has the batch
+        require(axis == new_axis)  # neither has the batch
         return NO_BATCH
     shape, new_shape, batch = call.x.shapes[0], call.shapes[0], BATCHES[0]  # all for the smallest batch
     if run_length is None:  # of equal rows, any number is right
@@ -210,8 +210,8 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
     # The neighboring elements of an image fill whole rows, and whole batches of these fill the axis.
-    mixes_unless(rest == 0 and new_run_length > 0)
-    mixes_unless(new_shape[new_axis] // batch % new_run_length == 0)
+    require(rest == 0 and new_run_length > 0)
+    require(new_shape[new_axis] // batch % new_run_length == 0)
     return BatchLayout(axis=new_axis, run_length=new_run_length)
 
 
@@ -226,11 +226,11 @@ def layout_after_transpose(call: OperatorCall) -> BatchLayout:
 def layout_after_product(call: OperatorCall) -> BatchLayout:
     """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
     a, b = call.x, call[1]
-    mixes_unless(a.batch_axis != a.rank - 1)  # so a vector *a* has no batch axis
+    require(a.batch_axis != a.rank - 1)  # so a vector *a* has no batch axis
     if a.rank == 1 or b.rank == 1:
-        mixes_unless(b.batch_axis is None)
+        require(b.batch_axis is None)
         return a.layout  # the result (..., m) has the axes of *a* before k
-    mixes_unless(b.batch_axis != b.rank - 2)
+    require(b.batch_axis != b.rank - 2)
     return layout_after_broadcast(call)  # the axes before the last two are broadcast, m and n stay in place
 
 
@@ -242,7 +242,7 @@ def layout_after_gemm(call: OperatorCall) -> BatchLayout:
     a, b = call.x, call[1]
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
-    mixes_unless(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
+    require(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
     layouts_of_added = (added.layout_shifted(2 - added.rank) for added in call.present[2:])
     return common_layout(a.layout_at(0), b.layout_at(1), *layouts_of_added)
 
@@ -254,8 +254,8 @@ def layout_after_einsum(call: OperatorCall) -> BatchLayout:
     for i, term in enumerate(terms.split(",")):
         axis = call[i].batch_axis
         if axis is not None:
-            mixes_unless(term.isalpha() and result.isalpha())  # an ellipsis hides labels
-            mixes_unless(term.count(term[axis]) == 1 and term[axis] in result)
+            require(term.isalpha() and result.isalpha())  # an ellipsis hides labels
+            require(term.count(term[axis]) == 1 and term[axis] in result)
             layouts.append(call[i].layout_at(result.index(term[axis])))
     return common_layout(*layouts)
 
@@ -277,15 +277,15 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
         return layout
     run_length = layout.run_length or 1
     for value in call.present:
-        mixes_unless(value.batch_axis == layout.axis)  # rows of a constant would belong to no image
-        mixes_unless(value.shapes[0][layout.axis] % (BATCHES[0] * run_length) == 0)
+        require(value.batch_axis == layout.axis)  # rows of a constant would belong to no image
+        require(value.shapes[0][layout.axis] % (BATCHES[0] * run_length) == 0)
     return layout._replace(run_length=run_length)
 
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
     layout = layout_of_whole_batches(call)  # of data with more rows than indices, the first are accessed
-    mixes_unless(layout.axis != call.axis_attribute(0))
+    require(layout.axis != call.axis_attribute(0))
     return layout
 
 
@@ -298,16 +298,16 @@ def layout_after_slice(call: OperatorCall) -> BatchLayout:
     for i, axis in enumerate(axes):
         starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]  # a number for each batch size
         if axis != call.x.batch_axis:
-            mixes_unless(len(set(starts)) == 1)
+            require(len(set(starts)) == 1)
             continue
-        mixes_unless(steps[i] == 1)
+        require(steps[i] == 1)
         slices_in_batches = set()
         for batch, start, shape, result in zip(BATCHES, starts, call.x.shapes, call.shapes, strict=True):
             rows_of_batch = batch * (call.x.layout.run_length or 1)  # equal rows (None) can be cut anywhere
             first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
-            mixes_unless(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
+            require(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
             slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
-        mixes_unless(len(slices_in_batches) == 1)  # the same, such as the second batch, for each size
+        require(len(slices_in_batches) == 1)  # the same, such as the second batch, for each size
     return call.x.layout
 
 
@@ -337,8 +337,8 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
     if batch_axis_of(call.shapes) is None:
         return NO_BATCH
     start, step = call[0].numbers(), call[2].numbers()  # input 1 is the limit
-    mixes_unless(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
-    mixes_unless(call.x.type == onnx.TensorProto.INT64)  # other types are data, or indices that wrap
+    require(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
+    require(call.x.type == onnx.TensorProto.INT64)  # other types are data, or indices that wrap
     return BatchLayout(axis=0, run_length=1)
 
 
@@ -346,12 +346,12 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
     """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
     data, indices, axis = call.x, call[1], call.axis_attribute(0)
     if data.batch_axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
-        mixes_unless(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
+        require(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
         return indices.layout_shifted(axis)
-    mixes_unless(not indices.image_numbers)  # they would select a row by the position in the batch
+    require(not indices.image_numbers)  # they would select a row by the position in the batch
     if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
         return indices.layout_shifted(axis)
-    mixes_unless(indices.layout == NO_BATCH)  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    require(indices.layout == NO_BATCH)  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
     is_behind = data.batch_axis is not None and data.batch_axis > axis
     return data.layout_shifted(indices.rank - 1 if is_behind else 0)
 
@@ -363,18 +363,18 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     (*shared, *others, *kept). The n numbers of a position are for the n selected axes.
     """
     data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
-    mixes_unless(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)  # n is no batch axis
+    require(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)  # n is no batch axis
     if selects_own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
         return indices.layout
-    mixes_unless(not indices.image_numbers)
+    require(not indices.image_numbers)
     if data.batch_axis is None:  # all images select from the same data (5, 7), indices (batch, 2)
         return indices.layout
     if data.batch_axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
-        mixes_unless(data.batch_axis == indices.batch_axis)
+        require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
     first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
-    mixes_unless(indices.batch_axis is None and data.batch_axis >= first_kept)
+    require(indices.batch_axis is None and data.batch_axis >= first_kept)
     return data.layout_shifted(first_kept_of_result - first_kept)
 
 
@@ -383,14 +383,14 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     data, indices, updates = call.x, call[1], call[2]
     if indices.batch_axis is not None:
         # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
-        mixes_unless(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
+        require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
         # Raises `MixesError` if the run lengths differ.
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
     # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
     first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
     layout_of_updates = updates.layout_shifted(first_kept - first_kept_of_updates)  # in the axes of the data
-    mixes_unless(data.batch_axis is None or data.batch_axis >= first_kept)
-    mixes_unless(data.batch_axis == layout_of_updates.axis)
+    require(data.batch_axis is None or data.batch_axis >= first_kept)
+    require(data.batch_axis == layout_of_updates.axis)
     return common_layout(data.layout, layout_of_updates)
 
 
@@ -412,8 +412,8 @@ def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:
     first_states = call.inputs[5:7]  # `initial_h` and `initial_c`
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
     layout = common_layout_of([call.x, *first_states])
-    mixes_unless(layout.axis in (None, 1) and common_layout_of(shared) == NO_BATCH)
-    mixes_unless(not call.attributes.get("layout"))  # another layout has the batch first
+    require(layout.axis in (None, 1) and common_layout_of(shared) == NO_BATCH)
+    require(not call.attributes.get("layout"))  # another layout has the batch first
     # The outputs are all results (length, directions, batch, features), and the last states.
     layout_in_results = layout if layout.axis is None else layout._replace(axis=2)
     return [layout_in_results, layout, layout]

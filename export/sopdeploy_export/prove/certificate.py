@@ -35,7 +35,7 @@ from sopdeploy_export.prove import (
 )
 from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
-from sopdeploy_export.prove.networks import Prepared, load_plain_network
+from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.repetition import prove_repetition
 from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors, prove_values_unread
@@ -124,27 +124,26 @@ def certify(
     with hashing_once():  # at the end, `check_unchanged` computes all hashes again
         on_step(announce("Tensors"))
         check_torch_state()
-        compared = {"trained": Prepared.of("trained", trained, parts)}
+        compared = {"trained": Compared.of("trained", trained, parts)}
         if detached is not trained:
-            compared["detached"] = Prepared.of("detached", detached)
+            compared["detached"] = Compared.of("detached", detached)
         shipped = [*compared.values()][-1]
         removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
             compared = {detachment.reference: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
-        on_step(announce("Graphs"))
         captures.forget_roots()
-        programs = capture_networks(networks, captures)
+        programs = capture_networks(networks, captures, _details("Graphs", on_step))
         roots, needed = prove_graphs(programs, trained, detachment.training_only)
         if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))
-    on_step(announce("Outputs"))
     deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
-    outputs = prove_outputs(deployed, probes)
-    on_step(announce("Repetition"))
-    prove_repetition(shipped.network, captures.preprocess, probes, detachment.written)
+    outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
+    prove_repetition(
+        shipped.network, captures.preprocess, probes, detachment.written, _details("Repetition", on_step)
+    )
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     used, _ = find_usage(shipped.network, needed)
@@ -168,3 +167,8 @@ def announce(statement: str) -> str:
     """Describe the step that proves *statement*, a key of `STATEMENTS`."""
     number = [*STATEMENTS].index(statement) + 1
     return f"proving statement {number} of {len(STATEMENTS)}: {statement}"
+
+
+def _details(statement: str, on_step: Step) -> Step:
+    """Return a callback that announces a detail of *statement*, which takes long."""
+    return lambda detail: on_step(f"{announce(statement)}, {detail}")

@@ -6,7 +6,7 @@ compared with anything.
 Refused: a branch times zero (`test_network_whose_output_depends_on_its_branches_is_rejected`).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 
 from torch import nn
 
@@ -31,8 +31,10 @@ class Roots(StrictModel):
     num_operations: int
 
 
-def capture_networks(networks: Mapping[str, nn.Module], captures: Captures) -> dict[str, Programs]:
-    """Return the programs of *networks*, in the same order.
+def capture_networks(
+    networks: Mapping[str, nn.Module], captures: Captures, on_network: Callable[[str], None] = lambda _: None
+) -> dict[str, Programs]:
+    """Return the programs of *networks*, in the same order; call *on_network* as each begins.
 
     The detached network, if there is one, is captured before the others: networks that share programs have
     the names of the first one, and so has the exported file. Raises `CertificateError` with the role.
@@ -41,6 +43,7 @@ def capture_networks(networks: Mapping[str, nn.Module], captures: Captures) -> d
     for role in ("detached", "trained", *networks):
         try:
             if role in networks:
+                on_network(f"{role} network")
                 programs[role] = captures.of(networks[role])
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error

@@ -10,7 +10,7 @@ a size, never as data. The number of an image in its batch selects the rows of t
 The proof covers all contents of the images, also those that no probe has, and batches of at most
 `BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines them.
 
-Refused: operators that combine rows of several images (`tests/export/proof/test_proof.py`).
+Refused: operators that combine rows of several images (`tests/export/prove/test_proof.py`).
 """
 
 import math
@@ -32,7 +32,7 @@ from sopdeploy_export.prove.batch_layouts import (
     OperatorCall,
     TracedValue,
     batch_axis_of,
-    mixes_unless,
+    require,
 )
 
 STATEMENT = "No output depends on other images of the batch. Otherwise the export names the operators."
@@ -126,7 +126,7 @@ def infer_results(
     for result, *contents in zip(results, *runs, strict=True):  # its contents for each batch size
         computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
     if any(value.depends_on_batch_size for value in named.values()):  # `is_linear` says why three are enough
-        mixes_unless(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
+        require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
 
 
@@ -185,7 +185,7 @@ def locate_batch_axes(
     """
     sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in sizes]
-    mixes_unless(not any(value.depends_on_batch_size for value in data))  # only sizes may
+    require(not any(value.depends_on_batch_size for value in data))  # only sizes may
     call = OperatorCall(node, inputs, results[0].shapes)
     layouts = RULES[node.op_type](call)
     if isinstance(layouts, BatchLayout):  # one for all results
@@ -195,10 +195,10 @@ def locate_batch_axes(
     inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
     if inputs_with_numbers:
         are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]  # input 1 holds indices
-        mixes_unless(image_numbers != "" or are_indices)
+        require(image_numbers != "" or are_indices)
     pairs = zip(results, layouts, strict=False)  # a recurrent layer can have fewer results
     located = [replace(result, layout=layout, image_numbers=image_numbers) for result, layout in pairs]
-    mixes_unless(all(map(has_whole_images, located)))
+    require(all(map(has_whole_images, located)))
     return located
 
 

@@ -16,7 +16,7 @@ from sopdeploy_export.subject import Detachment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class Compared:
     """A network of the comparison whose state was checked; what is known of it is computed once.
 
     Attributes:
@@ -34,7 +34,7 @@ class Prepared:
     hashes: Mapping[str, str]
 
     @classmethod
-    def of(cls, role: str, original: nn.Module, removed: tuple[str, ...] = ()) -> "Prepared":
+    def of(cls, role: str, original: nn.Module, removed: tuple[str, ...] = ()) -> "Compared":
         """Prepare *original*; raises `CertificateError` for a wrong state outside of its *removed* parts."""
         check_network_state(original, role, removed)
         network = with_contiguous_tensors(original)
@@ -77,7 +77,7 @@ def rename_with_prefix(
     return rename
 
 
-def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
+def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
     """Build the plain network of *detachment* and copy the weights of *source*, the detached one, into it.
 
     `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers that checkpoints
@@ -114,4 +114,4 @@ def load_plain_network(detachment: Detachment, source: Prepared) -> Prepared:
                     "so its values must follow from the config"
                 )
     plain.eval()
-    return Prepared.of(detachment.reference, plain)
+    return Compared.of(detachment.reference, plain)

@@ -44,12 +44,18 @@ class ProbeOutputs:
         return 1, min(len(self.batched[0]), MAX_BATCH)
 
 
-def prove_outputs(networks: Mapping[str, Run], probes: Tensor) -> ProbeOutputs:
+def prove_outputs(
+    networks: Mapping[str, Run], probes: Tensor, on_network: Callable[[str], None] = lambda _: None
+) -> ProbeOutputs:
     """Return the outputs of *networks* for uint8 *probes* (P, H, W, 3).
 
-    Raises `CertificateError` unless all have those of the first network, bit for bit.
+    Calls *on_network* as each network begins. Raises `CertificateError` unless all have those of the first
+    network, bit for bit.
     """
-    outputs = {role: ProbeOutputs.of(network, probes) for role, network in networks.items()}
+    outputs = {}
+    for role, network in networks.items():
+        on_network(f"{role} network")
+        outputs[role] = ProbeOutputs.of(network, probes)
     reference, first = next(iter(outputs.items()))
     for role, found in outputs.items():
         runs = ((found.single, first.single), (found.batched, first.batched))

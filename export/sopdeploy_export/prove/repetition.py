@@ -11,16 +11,16 @@ a counter, is computed every time.
 
 A change that comes after more than `CALLS` calls, and that nothing the network holds shows, is not found.
 
-Refused: a counter, in whatever holds it (`tests/export/proof/test_repetition.py`).
+Refused: a counter, in whatever holds it (`tests/export/prove/test_repetition.py`).
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.errors import CertificateError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
@@ -37,7 +37,16 @@ STATEMENT = (
 )
 
 CALLS = 300
+CALLS_PER_STEP = 100
 PROBES = 4
+
+
+class _Replayed(NamedTuple):
+    """An operation on the image, its result, and the tensors in the result by their ids."""
+
+    operation: Any
+    result: Any
+    tensors: dict[int, Tensor]
 
 
 class _ReplayedCalls(TorchDispatchMode):
@@ -45,35 +54,46 @@ class _ReplayedCalls(TorchDispatchMode):
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._computed: list[tuple[Any, Any]] = []  # the operations on the image, and their results
-        self.position = 0  # among the operations on the image in this call
-        self._from_image = WeakIdKeyDictionary({image: True})
+        self._image = image
+        self._computed: list[_Replayed] = []
+        self.begin_call()
+
+    def begin_call(self) -> None:
+        """Begin another call, for which the image alone is known, and nothing that an earlier call left."""
+        self._position = 0  # among the operations on the image in this call
+        self._from_image = {id(self._image): self._image}  # kept, so that no other tensor gets such an id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the result of one operation on the image again; run any other one."""
         del types
-        on_image = [operand in self._from_image for operand in _tensors_in((*args, *(kwargs or {}).values()))]
-        writes_elsewhere = func._schema.is_mutable and not all(on_image[:1])  # such as a counter
+        from_image = self._from_image
+        on_image = [id(operand) in from_image for operand in _tensors_in((*args, *(kwargs or {}).values()))]
+        is_mutable, returns_alias = _effects(func)
+        writes_elsewhere = is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
             return func(*args, **(kwargs or {}))
-        position = self.position
-        self.position += 1
-        is_known = position < len(self._computed) and self._computed[position][0] is func
-        # An alias is a view of an operand, or an operand that was written to.
-        returns_alias = any(returned.alias_info is not None for returned in func._schema.returns)
+        position = self._position
+        self._position += 1
+        is_known = position < len(self._computed) and self._computed[position].operation is func
         if is_known and not returns_alias:
-            return self._computed[position][1]
-        if is_known and func._schema.is_mutable:
+            from_image.update(self._computed[position].tensors)
+            return self._computed[position].result
+        if is_known and is_mutable:
             return args[0]  # has its values from the first call
         # A new operation, or a view, which torch does not allow to return twice; to make it takes no time.
         result = func(*args, **(kwargs or {}))
-        if is_known:
-            self._computed[position] = func, result
-        else:  # from here on, this call does something else than the one before
-            self._computed[position:] = [(func, result)]
-        for computed in _tensors_in([result]):
-            self._from_image[computed] = True
+        tensors = {id(tensor): tensor for tensor in _tensors_in([result])}
+        from_image.update(tensors)
+        if not is_known:  # from here on, this call does something else than the one before
+            self._computed[position:] = [_Replayed(func, result, tensors)]
         return result
+
+
+@cache
+def _effects(operation: Any) -> tuple[bool, bool]:
+    """Return whether *operation* writes to an operand, and whether it returns an operand or a view of one."""
+    schema = operation._schema
+    return schema.is_mutable, any(returned.alias_info is not None for returned in schema.returns)
 
 
 def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
@@ -87,11 +107,16 @@ def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def prove_repetition(
-    network: nn.Module, preprocess: Preprocess, probes: Tensor, written: tuple[str, ...] = ()
+    network: nn.Module,
+    preprocess: Preprocess,
+    probes: Tensor,
+    written: tuple[str, ...] = (),
+    on_calls: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
     The attributes *written* may change, because no run reads them (`check_unread`): only tensors in them may.
+    Calls *on_calls* with a text as each `CALLS_PER_STEP` calls begin.
     Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
     if a call fails.
     """
@@ -102,7 +127,9 @@ def prove_repetition(
     try:
         with _ReplayedCalls(other) as replay:
             for call in range(CALLS):
-                replay.position = 0
+                if call % CALLS_PER_STEP == 0:
+                    on_calls(f"{call} of {CALLS} calls done")
+                replay.begin_call()
                 compute_outputs(copied, other)
                 if call == 0:
                     held = read_state(copied)  # with the caches for both numbers of images

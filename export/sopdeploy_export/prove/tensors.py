@@ -22,12 +22,12 @@ from sopdeploy_export.capture.program import (
     NETWORK_PREFIX,
     Captures,
     Programs,
-    make_functional,
+    functionalize,
     trace_network,
 )
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import describe_difference, hashing_again, program_root, trace_hash
-from sopdeploy_export.prove.networks import Prepared
+from sopdeploy_export.program_hashes import describe_difference, fingerprint, hashing_again, program_root
+from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
     "Each tensor is removed, needed or neither; all but the removed ones have the same sha256 before and "
@@ -79,7 +79,7 @@ def outermost_unused(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
 
 
 def prove_tensors(
-    trained: Prepared, detached: Prepared, training_only: tuple[str, ...]
+    trained: Compared, detached: Compared, training_only: tuple[str, ...]
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
@@ -148,11 +148,11 @@ def prove_values_unread(
     expected_root = programs.roots["any batch size"]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
         program = trace_network(network, captures.preprocess, captures.batch)
-        found, expected = trace_hash(program), programs.traces[0]  # None: cannot be hashed
+        found, expected = fingerprint(program), programs.fingerprints[0]  # None: cannot be hashed
         hidden = [NETWORK_PREFIX + name for name in removed]
         if found is not None and expected is not None and found.without(hidden) == expected.without(hidden):
             return
-        root = program_root(make_functional(program, captures.batch))
+        root = program_root(functionalize(program, captures.batch))
     if root.sha256 != expected_root.sha256:
         difference = describe_difference(root, expected_root, "trained")
         raise CertificateError(

@@ -4,7 +4,7 @@
 for nothing that it could know. What the proof decides, such as whether a hook matters, is left to the proof.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,22 +66,20 @@ def admit(
     network: nn.Module,
     preprocess: Preprocess,
     *,
-    labels: Sequence[str] | None = None,
+    classes: int | None = None,
     training_only: Sequence[str] = (),
     logits_key: str | int | None = None,
     allow_constants: bool = False,
     options: ExportOptions | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Admitted:
     """Check everything about *network* that needs no proof, and find the parts that its output does not need.
 
-    Without *labels*, it may have any number of logits. The other arguments are those of `export_network`; the
-    caller preserves *network*. Raises `ConfigError` for *labels*, `DetachError` for *training_only*, and
-    `LoweringError` or `CertificateError` for *network*.
+    Without *classes*, it may have any number of logits. The other arguments are those of `export_network`;
+    the caller preserves *network*. Raises `DetachError` for *training_only*, and `LoweringError` or
+    `CertificateError` for *network*.
     """
     options = ExportOptions() if options is None else options
-    if labels is not None:
-        check_labels(labels)
-    classes = None if labels is None else len(labels)
     check_torch_state()
     given = unwrap_and_check(network, "trained")
     parts = match_parts(given, training_only)
@@ -101,6 +99,7 @@ def admit(
             raise LoweringError(f"{next(name for name in broken if name in needed)} {problem}")
     trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, written, warnings = check_outputs(trial, preprocess, classes, "trained")
+    on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
         programs = prove_copy(given, copied, captures, classes, parts, with_features=options.with_features)
     if cache is not None:
@@ -122,10 +121,7 @@ def admit(
         )
 
     def check_without(removed: tuple[str, ...]) -> None:
-        detached = detach(copied, removed, probe_pixels(copied, preprocess))
-        _, changed, _ = check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-        if other := [name for name in changed if name not in written]:
-            raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
+        _check_without(removed, copied, preprocess, classes, written)
 
     if parts:
         check_without(parts)
@@ -141,6 +137,20 @@ def admit(
         removable=removable_parts(copied, undeclared, check_without, parts),
         warnings=warnings,
     )
+
+
+def _check_without(
+    removed: tuple[str, ...],
+    network: nn.Module,
+    preprocess: Preprocess,
+    classes: int | None,
+    written: tuple[str, ...],
+) -> None:
+    """Check that *network* without *removed* parts runs, and changes no other attributes than *written*."""
+    detached = detach(network, removed, probe_pixels(network, preprocess))
+    _, changed, _ = check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+    if other := [name for name in changed if name not in written]:
+        raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
 
 
 def check_labels(labels: Sequence[str]) -> None:

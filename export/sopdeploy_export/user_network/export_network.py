@@ -25,7 +25,7 @@ from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import stored_hash
 from sopdeploy_export.prove.copy import check_constants
 from sopdeploy_export.subject import Detachment, ExportSubject
-from sopdeploy_export.user_network.admission import Admitted, admit, naming_oddity
+from sopdeploy_export.user_network.admission import Admitted, admit, check_labels, naming_oddity
 
 
 def export_network(
@@ -93,17 +93,19 @@ def export_network(
     check_project_name(name)
     if not isinstance(preprocess, Preprocess):
         raise ConfigError(f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess")
+    check_labels(labels)
     check_takes_output(Path(destination), "destination")
     on_step("checking the network")
     with naming_oddity(trained, training_only):
         admitted = admit(
             trained,
             preprocess,
-            labels=labels,
+            classes=len(labels),
             training_only=training_only,
             logits_key=logits_key,
             allow_constants=allow_constants or plain is not None,
             options=options,
+            on_step=on_step,
         )
         given, copied, parts = admitted.given, admitted.network, admitted.parts
         checked_builder = None

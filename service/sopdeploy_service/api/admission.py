@@ -18,8 +18,9 @@ import pydantic
 from fastapi import Request, Response
 from starlette.types import Receive
 
-from sopdeploy.images.formats import FIRST_BYTES, too_large_error
+from sopdeploy.images.formats import too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
+from sopdeploy.images.signatures import FIRST_BYTES
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request

@@ -141,7 +141,12 @@ async def info(request: Request) -> Response:
                 loaded=model.is_loaded,
             )
         )
-    info = ServerInfo(server=request.app.version, models=tuple(models), front_ends=service.num_front_ends)
+    info = ServerInfo(
+        server=request.app.version,
+        models=tuple(models),
+        front_ends=service.num_front_ends,
+        keeps=service.keep is not None,
+    )
     return json_response(info)
 
 

@@ -66,16 +66,24 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
     threshold, at most `top_k` if the request or the setting limits them. `warnings` next to the classes name
     changes made while decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and
-    `score`. `explain=true` adds the `explanation` of the first class; an image then counts as 50.
+    `score`. `explain=true` adds the `explanation` of the first class; an image then counts as 50. `reported`,
+    after a wrong answer, keeps the image for a label if the server keeps images.
     """
     async with admit(request, query.model, query.version) as admitted:
         service, model = admitted.service, admitted.model
         if query.threshold is not None and not model.decision.is_multi_label:
             message = f"{model.name}: predicts one class per image; omit threshold"
             raise bad_request("no_thresholds", message)
+        if query.reported is not None:
+            check_report(admitted, query)
         upload = await read_upload(admitted)
         top_k = query.top_k or model.top_k
-        outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
+        is_report = query.reported is not None
+        outcomes = await admitted.infer(upload.images, may_keep=not is_report, explain=query.explain)
+        if is_report and service.keep is not None:
+            for image, outcome in zip(upload.images, outcomes, strict=True):
+                if isinstance(outcome, Prediction) and isinstance(image, bytes):
+                    service.keep(model, image, outcome, query.reported)
 
         def format_classes(prediction: Prediction) -> Fields:
             logits = prediction.outputs[model.logits_name]
@@ -85,6 +93,18 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             return {**answer.fields(model.labels), "warnings": prediction.warnings}
 
         return _respond(admitted, upload, outcomes, format_classes)
+
+
+def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
+    """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
+    model = admitted.model
+    if admitted.service.keep is None:
+        raise bad_request("not_keeping", "this server keeps no images; start it with keep, or omit reported")
+    if query.explain:
+        raise bad_request("malformed_request", "reported: is not explained; omit explain")
+    if query.reported and query.reported not in model.labels:
+        message = f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
+        raise bad_request("malformed_request", message)
 
 
 @router.post(

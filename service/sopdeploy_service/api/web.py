@@ -9,7 +9,6 @@ import asyncio
 import base64
 import hashlib
 import math
-import mimetypes
 import re
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -24,6 +23,7 @@ from fastapi.responses import RedirectResponse
 from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES, describe_formats
+from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
@@ -164,13 +164,12 @@ async def example(request: Request, number: int) -> Response:
             content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES)
     except OSError as error:  # or `TimeoutError`, which is one
         raise HTTPException(404, "no such example") from error
-    media_type = mimetypes.guess_type(paths[number].name)[0] or "application/octet-stream"
-    return Response(content, media_type=media_type, headers=_INERT)
+    return Response(content, media_type=media_type_of(content[:HEAD_BYTES]), headers=_INERT)
 
 
 INDEX = Page(
     _read("index.html"),
-    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
+    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "sources.js", "index.js"],
     policy=TRUSTED_TYPES,
 )
 _SWAGGER = get_swagger_ui_html(

@@ -35,8 +35,8 @@ from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.pages import Shared
+from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.runtime.device_memory import resident_bytes
-from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
@@ -232,7 +232,7 @@ def serve_http(
 def runs_on_cpu(registry: Registry, settings: Settings) -> bool:
     """Tell whether a model runs on the CPU; with a memory budget, whether those to be loaded will."""
     if settings.memory_budget is not None:
-        return settings.runtime in {"onnxruntime-cpu", "openvino"} or not has_cuda()
+        return not may_use_gpu(settings)
     return any(model.runtime.device == "cpu" for model in registry.models())
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pydantic
 
@@ -20,6 +21,8 @@ ANY_DEVICE = ""
 FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, beside 16 decoders
 MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
+QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
+TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
 CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
@@ -69,6 +72,7 @@ class Process:
     open: int = 0
     bundles: str | None = None  # names; None: has not reported
     silent_beats: int = 0  # since the last report, or since the process has left
+    silent_ticks: int = 0  # of CPU time, after `QUIET_BEATS` of these
     tokens: TokenBucket | None = None  # for messages; each child has its own
 
     @property
@@ -114,6 +118,19 @@ class Process:
         self.received, self.open, self.bundles = status
         self.silent_beats = 0
 
+    def count_silent_beat(self) -> bool:
+        """Count a beat without report, unless a debugger stops the child; return whether it does nothing.
+
+        A child that loads, or waits for a CPU or memory, is silent, too, but it runs or is about to.
+        """
+        self.silent_beats += 1
+        if self.child is None or self.silent_beats < QUIET_BEATS:
+            return False
+        states, ticks = run_states(self.child.pid)
+        if TRACED in states or self.silent_beats == QUIET_BEATS:
+            self.silent_beats, self.silent_ticks = QUIET_BEATS, ticks
+        return not BUSY & states and ticks == self.silent_ticks
+
     def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:
         """Send a message with *files*; return whether the child gets it."""
         if self.control is None or not control.send_message(self.control, kind, rest, *files):
@@ -121,6 +138,16 @@ class Process:
         if self.tokens is not None and kind == control.CLIENT:
             self.tokens.charge(-1)  # for the report that follows
         return True
+
+
+def run_states(process: int) -> tuple[set[str], int]:
+    """Return the states of the threads of *process*, as `ps` shows them, and its CPU time in ticks."""
+    try:
+        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
+    except OSError:  # it has ended
+        return set(), 0
+    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
+    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
 
 
 def list_devices(settings: Settings) -> list[Process]:
@@ -134,7 +161,9 @@ def list_devices(settings: Settings) -> list[Process]:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
-            changed["runtime"] = "onnxruntime-cpu"
+            from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
+
+            changed["runtime"] = cpu_runtime()
         if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
         variables = visible_devices(device) if device != ANY_DEVICE else {}

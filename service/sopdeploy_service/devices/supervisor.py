@@ -51,8 +51,9 @@ from sopdeploy_service.settings import Settings
 
 MODULE = "sopdeploy_service.devices.device_server"
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
-MAX_RESTART_DELAY_SECONDS = 30.0
+MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
 HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
+IDLE_SECONDS = 2.0  # so is one that does not run at all
 LEAVE_SECONDS = 30.0  # so is one that has left, or has to, and does not end
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
@@ -435,9 +436,9 @@ class Supervisor:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             for process in (*self._devices, *self._front_ends):
-                process.silent_beats += 1  # `Process.record_status` sets it to 0
+                is_idle = process.count_silent_beat()  # `Process.record_status` begins again
                 has_left = process.control is None
-                limit = LEAVE_SECONDS if has_left else HANG_SECONDS
+                limit = LEAVE_SECONDS if has_left else IDLE_SECONDS if is_idle else HANG_SECONDS
                 if process.is_ready and process.is_running and process.silent_beats * BEAT_SECONDS > limit:
                     self._replace(process, "does not end" if has_left else "hangs")
 
@@ -450,9 +451,8 @@ class Supervisor:
 
     async def _send_page(self, process: Process) -> None:
         """Send the metrics of all processes to *process*."""
-        with contextlib.suppress(
-            OSError, RuntimeError
-        ):  # too many files or threads; it sends its own metrics
+        # Without a free file or thread, it sends its own metrics.
+        with contextlib.suppress(OSError, RuntimeError):
             file = create_memory("sopdeploy-metrics", [await self._metrics_page.get()])
             process.send(control.PAGE, b"", file)
             os.close(file)

@@ -48,10 +48,10 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 
 _MIB = 1 << 20
 LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
-LIGHT_SECONDS = 0.06  # of CPU time; a JPEG of 3 megapixels takes 0.03
-# Of a file whose bytes and pixels limit its time. A photograph of 12 megapixels takes 30 ns per byte, and
-# twice that beside other load.
-PROPORTIONAL_BODY, PROPORTIONAL_PIXELS, SECONDS_PER_BYTE = 8_000_000, 25_000_000, 60e-9
+# CPU time of a light child: twice that of ordinary files, which other load slows down. A WebP takes up to
+# 24 ns per pixel, a PNG 15, a JPEG with one scan less, and 13 to 20 ns per byte.
+LIGHT_SECONDS, SECONDS_PER_PIXEL, SECONDS_PER_BYTE = 0.03, 40e-9, 20e-9
+PROPORTIONAL_BODY, PROPORTIONAL_PIXELS = 6_000_000, 25_000_000  # of a JPEG with one scan
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
 NICENESS = 10  # of children for large images
@@ -112,11 +112,12 @@ def light_seconds(length: int, cost: Cost | None) -> float:
     """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
     if cost is None or cost.pixels > LIGHT_PIXELS:
         return 0.0
+    seconds = LIGHT_SECONDS + cost.pixels * SECONDS_PER_PIXEL
     if not cost.is_proportional:
-        return LIGHT_SECONDS if length <= LIGHT_BODY else 0.0
+        return seconds if length <= LIGHT_BODY else 0.0
     if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
         return 0.0
-    return LIGHT_SECONDS + length * SECONDS_PER_BYTE
+    return seconds + length * SECONDS_PER_BYTE
 
 
 class SharedChildren:

@@ -29,14 +29,14 @@ from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.runtime.base import (
     OpenRuntime,
     OverlappingRuntime,
+    OwnRuntime,
     Runtime,
+    cpu_runtime,
     is_out_of_memory,
+    may_use_gpu,
     padded_sizes,
     translating_errors,
 )
-from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime, OnnxRuntime, has_cuda
-from sopdeploy_service.runtime.openvino import OpenVINORuntime
-from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 
 LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
@@ -114,8 +114,7 @@ def load_seconds(settings: Settings) -> float:
     """Return how long a load may take: on a GPU, libraries are loaded and kernels chosen, too."""
     if settings.load_timeout is not None:
         return settings.load_timeout
-    on_cpu = settings.runtime in {"onnxruntime-cpu", "openvino"} or not has_cuda()
-    return LOAD_SECONDS_ON_CPU if on_cpu else LOAD_SECONDS_ON_GPU
+    return LOAD_SECONDS_ON_GPU if may_use_gpu(settings) else LOAD_SECONDS_ON_CPU
 
 
 def _begin_load(bundle: Bundle, settings: Settings, *, thorough: bool = False) -> Future[LoadedModel]:
@@ -166,40 +165,23 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     try:
         return _open_named(name, bundle, settings)
     except RuntimeUnavailableError as error:
-        if settings.runtime != "auto" or name == "onnxruntime-cpu":  # else `auto` has chosen a GPU
+        if settings.runtime != "auto" or name == cpu_runtime():  # else `auto` has chosen a GPU
             raise
         raise RuntimeUnavailableError(
             f"{name} is set up here but does not work: {error} "
-            "(SOPDEPLOY_RUNTIME=onnxruntime-cpu would serve from the CPU)"
+            f"(SOPDEPLOY_RUNTIME={cpu_runtime()} would serve from the CPU)"
         ) from error
 
 
 def _choose_runtime(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     """Return the name of the runtime for `auto`, the first one that is set up here, and the reason."""
-    if folders := TensorRTRuntime.usable_engines(bundle, settings):
-        return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
-    if not has_cuda():
-        return "onnxruntime-cpu", "ONNX Runtime has no CUDA here"
-    if bundle.manifest.precision == "int8":
-        # Only a user who names the runtime gets float32 instead of int8, or the CPU instead of this GPU.
-        raise RuntimeUnavailableError(
-            f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
-            "precision fp16, or build a TensorRT engine (sopdeploy engine)",
-            remedies={"runtime": "onnxruntime-cuda"},
-        )
-    return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
+    own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
+    reasons = ((name, own[name].reason_for_auto(bundle, settings)) for name in reversed(own))
+    return next((name, reason) for name, reason in reasons if reason is not None)
 
 
 def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
-    """Open the runtime *name*, also one that another package has registered."""
-    if name == "openvino":
-        return OpenVINORuntime(bundle, threads=settings.threads)
-    if name == "onnxruntime-cpu":
-        return OnnxRuntime(bundle, threads=settings.threads)
-    if name == "onnxruntime-cuda":
-        return CudaOnnxRuntime(bundle, threads=settings.threads)
-    if name == "tensorrt":
-        return TensorRTRuntime(bundle, settings)
+    """Open the runtime *name*, of this project or of another package."""
     open_registered: OpenRuntime | None = RUNTIMES.find(name)
     if open_registered is None:
         raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")

@@ -166,7 +166,7 @@ class ModelRegistry(Registry):
 
 
 # Keeps an image if it is worth a label.
-KeepImage: TypeAlias = Callable[[Model, bytes, Prediction], None]
+KeepImage: TypeAlias = Callable[[Model, bytes, Prediction, str | None], None]
 
 
 class Service:
@@ -179,7 +179,7 @@ class Service:
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         self.metrics_page = Shared(self.make_metrics)  # of all processes if the server has several
         self.num_front_ends = 0  # set if the server has several processes
-        self.keep: KeepImage | None = None  # set by the app if it keeps results
+        self.keep: KeepImage | None = None  # set by the app if it keeps results; the text is a report
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         # The number of images without an outcome. A request that is not parsed yet counts as one image.
         # Processes tell each other in cells of shared memory, which `share_admitted` gives.
@@ -318,7 +318,7 @@ class Service:
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
-                    self.keep(model, image, outcome)
+                    self.keep(model, image, outcome, None)
         return outcomes
 
     async def _predict(

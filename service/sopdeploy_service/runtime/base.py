@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,51 @@ class Runtime(Protocol):
 
 
 # Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here. The graph is
-# `bundle.onnx`, a `SealedFile` with `path` and `read()`; the folder of the bundle may have changed meanwhile.
+# `bundle.onnx`, a file in memory for `open` and `os.fspath`; the folder of the bundle may have changed
+# meanwhile. A class may state `needs_gpu`, as `OwnRuntime` does.
 OpenRuntime: TypeAlias = Callable[[Bundle, Settings], Runtime]
+
+
+class OwnRuntime(Runtime, Protocol):
+    """A runtime of this project, with what is known before it is opened."""
+
+    setting: ClassVar[str]  # its value of the setting `runtime`
+    title: ClassVar[str]  # its name for users
+    extra: ClassVar[str]  # installs it
+    needs_gpu: ClassVar[bool]
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        """Load *bundle*; raises `RuntimeUnavailableError`."""
+
+    @staticmethod
+    def is_set_up() -> bool:
+        """Tell whether its libraries are installed."""
+        ...
+
+    @staticmethod
+    def precisions() -> set[str]:
+        """Return the precisions of graphs that it computes exactly on this machine."""
+        return {"fp32", "fp16", "int8"}
+
+    @classmethod
+    def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:
+        """Return why `auto` chooses it for *bundle*, or None.
+
+        Raises `RuntimeUnavailableError` if it is set up and cannot compute *bundle*: `auto` then fails.
+        """
+
+
+def may_use_gpu(settings: Settings) -> bool:
+    """Tell whether the runtime of *settings* uses a GPU, or may use one that is set up."""
+    needed = settings.runtime_needs_gpu()
+    own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
+    return any(one.needs_gpu and one.is_set_up() for one in own.values()) if needed is None else needed
+
+
+def cpu_runtime() -> str:
+    """Return the runtime that `auto` chooses on machines without a GPU."""
+    own: dict[str, Any] = RUNTIMES.own()
+    return next(name for name, runtime in own.items() if not runtime.needs_gpu)
 
 
 def register_runtime(name: str, open_runtime: OpenRuntime) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from importlib.util import find_spec
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeAlias
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import is_out_of_memory, padded_sizes, readable_reason
+from sopdeploy_service.runtime.base import OwnRuntime, is_out_of_memory, padded_sizes, readable_reason
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
+from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -35,13 +37,14 @@ FATAL = 4  # severity of log lines; errors are raised as exceptions and need no 
 _Job: TypeAlias = tuple[Callable[[], list[NDArray[np.float32]]], Future[list[NDArray[np.float32]]]]
 
 
-class OnnxRuntime:
+class OnnxRuntime(OwnRuntime):
     """A session on `model.onnx` of a bundle, on the CPU."""
 
+    setting, title, extra, needs_gpu = "onnxruntime-cpu", "ONNX Runtime", "cpu", False
     _provider = CPU
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load *bundle*; *threads* defaults to one per core. Raises `RuntimeUnavailableError`."""
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        """Load *bundle*, on one thread per core unless *settings* say how many."""
         onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
@@ -52,9 +55,20 @@ class OnnxRuntime:
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._session = _open_session(onnxruntime, bundle, threads or usable_cores(), self._provider)
+        threads = settings.threads or usable_cores()
+        self._session = _open_session(onnxruntime, bundle, threads, self._provider)
         if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
+
+    @staticmethod
+    def is_set_up() -> bool:
+        """Tell whether onnxruntime is installed."""
+        return find_spec("onnxruntime") is not None
+
+    @classmethod
+    def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:  # noqa: ARG003
+        """Return that there is no other: `auto` asks this runtime last."""
+        return "ONNX Runtime has no CUDA here"
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
@@ -75,13 +89,14 @@ class CudaOnnxRuntime(OnnxRuntime):
     `padded_sizes`, and a graph with convolutions gets a session for each of these sizes when it first occurs.
     """
 
+    setting, title, extra, needs_gpu = "onnxruntime-cuda", "ONNX Runtime with CUDA", "gpu", True
     _provider = CUDA
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        super().__init__(bundle, threads=threads)
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        super().__init__(bundle, settings)
         self._bundle_name = bundle.name
         self._open_another = partial(  # keeps the graph in memory, for the sessions of other sizes
-            _open_session, import_onnxruntime(), bundle, threads or usable_cores(), self._provider
+            _open_session, import_onnxruntime(), bundle, settings.threads or usable_cores(), self._provider
         )
         # A session makes plans for the size of its batches if it has convolutions.
         self._needs_session_per_size = any("Conv" in operator for operator in _count_operators(self._session))
@@ -92,6 +107,29 @@ class CudaOnnxRuntime(OnnxRuntime):
         # A daemon, unlike the threads of an executor: a device that hangs must not delay the exit.
         self._thread = Thread(target=_run_jobs, args=(self._jobs,), name="onnxruntime", daemon=True)
         self._thread.start()
+
+    @staticmethod
+    def is_set_up() -> bool:
+        """Tell whether the installed onnxruntime supports CUDA."""
+        return has_cuda()
+
+    @staticmethod
+    def precisions() -> set[str]:
+        """Return those without int8, which onnxruntime computes on CUDA in float32."""
+        return {"fp32", "fp16"}
+
+    @classmethod
+    def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:  # noqa: ARG003
+        """Return that CUDA is there and no engine; raises for int8, which only a user may want in float32."""
+        if not cls.is_set_up():
+            return None
+        if bundle.manifest.precision not in cls.precisions():
+            raise RuntimeUnavailableError(
+                f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
+                "precision fp16, or build a TensorRT engine (sopdeploy engine)",
+                remedies={"runtime": cls.setting},
+            )
+        return "the bundle has no TensorRT engine that can be used here"
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
@@ -250,7 +288,7 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
             f"{DEVICES[provider]}; export the checkpoint again, for int8 with int8_for=tensorrt",
-            remedies={"runtime": "onnxruntime-cpu"},
+            remedies={"runtime": OnnxRuntime.setting},
         )
     declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
     tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]

@@ -3,14 +3,17 @@
 import functools
 import importlib.metadata
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
-from sopdeploy.environment import import_optional, usable_cores
+from sopdeploy.environment import import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.runtime.base import OwnRuntime
+from sopdeploy_service.settings import Settings
 
 TELEMETRY = "openvino_telemetry"
 
@@ -36,13 +39,14 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-class OpenVINORuntime:
+class OpenVINORuntime(OwnRuntime):
     """`model.onnx` of a bundle, compiled for this CPU."""
 
+    setting, title, extra, needs_gpu = "openvino", "OpenVINO", "openvino", False
     device = "cpu"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Compile *bundle*; *threads* defaults to one per core. Raises `RuntimeUnavailableError`."""
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        """Compile *bundle*, for one thread per core unless *settings* say how many."""
         core = openvino_core()
         version = importlib.metadata.version("openvino")
         self.name = f"openvino {version}"
@@ -51,7 +55,7 @@ class OpenVINORuntime:
             # float32 in the graph stays float32, such as a matrix square root; OpenVINO would use bfloat16.
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            "INFERENCE_NUM_THREADS": settings.threads or usable_cores(),
             "NUM_STREAMS": 1,
         }
         try:
@@ -69,6 +73,16 @@ class OpenVINORuntime:
         # A port may have other names, too; the manifest declares one of them.
         self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}
         self._request = model.create_infer_request()
+
+    @staticmethod
+    def is_set_up() -> bool:
+        """Tell whether OpenVINO is installed; its import would start its telemetry."""
+        return find_spec("openvino") is not None
+
+    @staticmethod
+    def precisions() -> set[str]:
+        """Return all precisions; without VNNI, its sums of int8 products saturate."""
+        return {"fp32", "fp16"} if lacks_vnni() else {"fp32", "fp16", "int8"}
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 
@@ -10,20 +11,28 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_engine, read_records
-from sopdeploy.tensorrt.session import EngineSession, import_tensorrt, open_cuda
+from sopdeploy_service.runtime.base import OwnRuntime
+from sopdeploy_service.runtime.tensorrt_cache import (
+    EMPTY,
+    cache_folder,
+    key_fields,
+    load_engine,
+    read_records,
+)
+from sopdeploy_service.runtime.tensorrt_session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")
 
 
-class TensorRTRuntime:
+class TensorRTRuntime(OwnRuntime):
     """The engine of a bundle on this machine's first GPU."""
 
+    setting, title, extra, needs_gpu = "tensorrt", "TensorRT", "tensorrt", True
     device = "cuda:0"
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        """Load the engine of *bundle* from the cache; raises `RuntimeUnavailableError` if this fails."""
+        """Load the engine of *bundle* from the cache."""
         trt = import_tensorrt()
         cuda = open_cuda()
         self.name = f"tensorrt {trt.__version__}"
@@ -40,16 +49,21 @@ class TensorRTRuntime:
         raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {quote(str(bundle.path))}")
 
     @staticmethod
-    def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:
-        """List the folders that contain engines of *bundle*; none if TensorRT is not installed."""
+    def is_set_up() -> bool:
+        """Tell whether TensorRT is installed."""
+        return find_spec("tensorrt") is not None
+
+    @classmethod
+    def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:
+        """Return the folders that contain engines of *bundle*; None if TensorRT is not installed."""
         folders = engine_folders(bundle, settings)
         try:
             if folders:
                 import_tensorrt()  # only to see whether this is possible
         except RuntimeUnavailableError as error:
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
-            return []
-        return folders
+            return None
+        return f"engines in {' and '.join(map(str, folders))}" if folders else None
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""

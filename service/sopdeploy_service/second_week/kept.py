@@ -23,7 +23,7 @@ from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
 from sopdeploy.names import DISTINCT_NAMES
 from sopdeploy.photos.files import KEPT_NAME
 
-Reason = Literal["unknown", "low_margin", "sample"]
+Reason = Literal["unknown", "low_margin", "sample", "reported"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
 
@@ -40,14 +40,15 @@ class KeptRecord(StrictModel):
         bundle: ID of the bundle that predicted.
         model: Name under which the bundle was served.
         time: When it was predicted, in UTC.
-        reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
-            its bytes put it into the uniform sample.
+        reasons: Why it was kept: `known` was false, the two most probable classes were close, a hash of
+            its bytes put it into the uniform sample, or a person reported that the answer was wrong.
         labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
             best first.
         logits: The logits of `labels`, as the bundle gave them.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.
         near_hash: `near_hash` of the network's input.
+        suggested: The class that the person suggested, which is no label; None without one.
     """
 
     version: Literal[1] = 1
@@ -56,7 +57,7 @@ class KeptRecord(StrictModel):
     bundle: Text
     model: Text
     time: pydantic.AwareDatetime
-    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=3)]
+    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=4)]
     labels: Annotated[
         tuple[str, ...], pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS), DISTINCT_NAMES
     ]
@@ -64,6 +65,7 @@ class KeptRecord(StrictModel):
     known: bool | None = None
     score: float | None = None
     near_hash: Annotated[str, matching(r"[0-9a-f]{16}", "hash of 16 hexadecimal digits")]
+    suggested: Annotated[str | None, pydantic.Field(exclude_if=lambda name: name is None)] = None
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> "KeptRecord":

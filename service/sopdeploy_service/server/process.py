@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,10 @@ from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_bundle, wait_in_time
 from sopdeploy_service.observability import logs
+from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.runtime.device_memory import limit_heaps
-from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
-
-GPU_RUNTIMES = ("onnxruntime-cuda", "tensorrt")
 
 if TYPE_CHECKING:  # a supervisor does not import it
     from sopdeploy_service.inference.service import ModelRegistry
@@ -65,9 +62,7 @@ def may_need_front_ends(settings: Settings) -> bool:
     """Tell whether a server with *settings* may need front ends, which only the speed of its models shows."""
     if settings.front_ends != "auto":
         return settings.front_ends > 0
-    if settings.runtime != "auto":
-        return settings.runtime in GPU_RUNTIMES
-    return has_cuda() or find_spec("tensorrt") is not None
+    return bool(settings.runtime_needs_gpu()) or (settings.runtime == "auto" and may_use_gpu(settings))
 
 
 def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, Path]:

@@ -141,7 +141,7 @@ class Discriminant(NamedTuple):
     """A head whose scores have no scale yet, and whose biases are still to be corrected.
 
     Attributes:
-        weight: (K, R), 0 for a class without images.
+        weight: (K, R), of length 1 on average (root of the mean square), 0 for a class without images.
         own, others: (K,) the score of the mean of the class itself, and of what it is compared with.
         numbers: (K,) independent photographs of each class, which its mean is known by; 0 without images.
         other_numbers: (K,) the same of the images that do not show it; infinite if a class is compared with
@@ -212,6 +212,8 @@ class Moments(NamedTuple):
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
+        # Heads of more images have shorter weights, so that those of the folds and the network would differ.
+        weight /= np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
         numbers_K = present * counts_K**2 / np.maximum(self.squares, 1)
         other_numbers_K = count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
         own_K, others_K = (weight * means_KR).sum(axis=1), (weight * others_KR).sum(axis=1)

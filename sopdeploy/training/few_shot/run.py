@@ -42,6 +42,7 @@ from sopdeploy.photos.photo import (
 )
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
+from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
 from sopdeploy.training.few_shot.classifier import (
@@ -60,12 +61,10 @@ from sopdeploy.training.few_shot.features import (
     full_head,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.fits import FewShotFit, Position, Start
+from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import last_few_shot_record, read_few_shot_fit, run_record
 from sopdeploy.training.results import FewShotResult
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import LOOP_INSTEAD, move_to_device, warn_of_equal_files
+from sopdeploy.training.setup import LOOP_INSTEAD, move_to_device, warn_of_equal_files
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -80,7 +79,7 @@ UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the res
 
 
 def fit_few_shot(
-    start: Start, last: Checkpoint | None, folder: RunFolder, callback: Callback
+    setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[FewShotFit, Mapping[str, Any]]:
     """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
 
@@ -90,12 +89,12 @@ def fit_few_shot(
     images that cannot be used.
     """
     if last is None:
-        fit = fit_new(start, callback)
-        folder.save_last(last_few_shot_record(start, fit))
+        fit = fit_new(setup, callback)
+        folder.save_last(last_few_shot_record(setup, fit))
     else:  # `rejection` may have changed
-        fit = read_few_shot_fit(start, last, folder.last)
-        fit = with_decision(start, fit)
-    best, history = run_record(start, fit), fit.position.history
+        fit = read_few_shot_fit(setup, last, folder.last)
+        fit = with_decision(setup, fit)
+    best, history = run_record(setup, fit), fit.position.history
     folder.save_best(best)
     folder.save_history(history)
     if last is None:
@@ -103,13 +102,13 @@ def fit_few_shot(
     return fit, best.training
 
 
-def fit_new(start: Start, callback: Callback) -> FewShotFit:
+def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     """Fit and evaluate the network of a new run; writes no file.
 
     Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
-    since, recipe, images = time.monotonic(), start.recipe, start.data.train
-    with handle_signals(start.strategy) as signals:
+    since, recipe, images = time.monotonic(), setup.recipe, setup.data.train
+    with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
 
         def on_progress(step: str, done: int, total: int) -> None:
@@ -118,13 +117,13 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
-            found = cross_validate(recipe, start.model, images, on_progress)
-            if not len(start.file_hashes):  # otherwise, `start_run` has read the files and warned
-                warn_of_equal_files(images, start.data.held_out, found.features.file_hashes, callback)
+            found = cross_validate(recipe, setup.model, images, on_progress)
+            if not len(setup.file_hashes):  # otherwise, `set_up_run` has read the files and warned
+                warn_of_equal_files(images, setup.data.held_out, found.features.file_hashes, callback)
             problem, head = found.problem, found.features.head
             fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))
-            network = move_to_device(recipe, fitted, start.strategy)
-            score, metrics = _evaluate(start, network, found)
+            network = move_to_device(recipe, fitted, setup.strategy)
+            score, metrics = _evaluate(setup, network, found)
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
                 label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
@@ -142,7 +141,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=found.features.file_hashes,
-        result=_describe(start, found, score, num_doubted),
+        result=_describe(setup, found, score, num_doubted),
         logits=found.shifted_logits,
         groups=found.groups,
         copies=found.copies,
@@ -150,7 +149,7 @@ def fit_new(start: Start, callback: Callback) -> FewShotFit:
         label_logits=label_logits,
         left_out=found.left_out,
     )
-    return with_decision(start, fit)
+    return with_decision(setup, fit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,36 +322,36 @@ def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
 
 
 def _evaluate(
-    start: Start, network: Classifier, found: CrossValidation
+    setup: Setup, network: Classifier, found: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
     """Return the score to report, and the metrics of the same predictions.
 
     These are predictions for the held-out images, or else those of the cross-validation.
     """
-    recipe, held_out, images = start.recipe, start.data.held_out, start.data.train
+    recipe, held_out, images = setup.recipe, setup.data.held_out, setup.data.train
     if len(held_out):
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
         logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
-        metrics = held_out_metrics(start.labels, logits, targets)
+        metrics = held_out_metrics(setup.labels, logits, targets)
         return estimate_score(expected.classes, expected.activation, logits, recipe.seed, groups), metrics
     score = found.score()
     counted = np.arange(len(images)) if score is None else found.judged  # of copies of a photograph, one
-    metrics = held_out_metrics(start.labels, found.shifted_logits[counted], images.targets[counted])
+    metrics = held_out_metrics(setup.labels, found.shifted_logits[counted], images.targets[counted])
     return score, metrics
 
 
 def _describe(
-    start: Start, found: CrossValidation, score: Rate | MeanPrecision | None, num_doubted: int
+    setup: Setup, found: CrossValidation, score: Rate | MeanPrecision | None, num_doubted: int
 ) -> FewShotResult:
     """Describe the training images, their groups and copies, the classifier and its *score*."""
-    images, targets = start.data.train, found.problem.targets
+    images, targets = setup.data.train, found.problem.targets
     head, classes_NK = found.features.head, targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
     judged_K = classes_NK[found.judged].sum(axis=0).astype(int)
-    if len(start.data.held_out):
-        judged_K = start.data.held_out.class_counts()
+    if len(setup.data.held_out):
+        judged_K = setup.data.held_out.class_counts()
     groups = _groups_of_classes(targets, found.groups)
     num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
     contradictions, labels_N = [], number_classes(images.targets)
@@ -371,12 +370,12 @@ def _describe(
     return FewShotResult(
         top1=score if isinstance(score, Rate) else None,
         map=score if isinstance(score, MeanPrecision) else None,
-        estimated_on="held-out" if len(start.data.held_out) else "cross-validation",
+        estimated_on="held-out" if len(setup.data.held_out) else "cross-validation",
         class_counts=counts,
         judged_counts=dict(zip(images.labels, judged_K.tolist(), strict=True)),
         is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
-        left_out=tuple(map(str, start.data.left_out)),
+        left_out=tuple(map(str, setup.data.left_out)),
         num_selected=int((~select_typical(images)).sum()),  # by a server
         num_doubted=num_doubted,
         gains=gains,
@@ -392,7 +391,7 @@ def _describe(
         clip=tuple(map(images.identity, found.clips.found or ())),
         possible_clip=tuple(map(images.identity, found.clips.doubtful or ())),
         clip_pattern=found.clips.pattern,
-        head=f"{start.recipe.model.name} {head.kind}{taps}",
+        head=f"{setup.recipe.model.name} {head.kind}{taps}",
         num_features=len(found.problem.space.center),
         temperature=found.scaling.temperature,
         seconds=found.seconds,
@@ -414,17 +413,17 @@ def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tup
     return tuple((labels[one], labels[other]) for one, other in pairs.tolist())
 
 
-def with_decision(start: Start, fit: FewShotFit) -> FewShotFit:
+def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
     """Return *fit* with the decision for its out-of-fold logits.
 
     With one class per image, the result says why the decision has no threshold for unknown images, and
     images that a server kept do not count.
     """
-    recipe, targets, accepts = start.recipe, start.data.train.targets, start.recipe.rejection.accepts
-    if start.activation == "sigmoid":
+    recipe, targets, accepts = setup.recipe, setup.data.train.targets, setup.recipe.rejection.accepts
+    if setup.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
-    typical_N = select_typical(start.data.train)
+    typical_N = select_typical(setup.data.train)
     decision = fit_decision(
         fit.logits[typical_N],
         targets[typical_N].astype(np.int64),

@@ -7,15 +7,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
+from sopdeploy.training.adahessian import AdaHessian
 from sopdeploy.training.loop.losses import Loss, training_loss
-from sopdeploy.training.loop.optimizers import AdaHessian
-from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopRun
+from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 
 
-def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
+def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Waits for no result of the device. `LoopRun.read_steps` finds a loss, gradient or buffer that is not
+    Waits for no result of the device. `LoopState.read_steps` finds a loss, gradient or buffer that is not
     finite, before anything is evaluated or written.
     """
     recipe, position = run.recipe, run.position
@@ -37,12 +37,12 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> F
     if recipe.optimizer.clip_norm:  # 0 disables clipping
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
-    if run.ema is not None:
-        run.ema.update(run.model)
+    if run.average is not None:
+        run.average.after_step(run.model)
     return FinishedStep(loss, norm, finite_count, num_samples)
 
 
-def compute_gradient(run: LoopRun, batch: Batch, num_samples: int) -> Loss:
+def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
     *batch* has normalized images, this process' part of the *num_samples* samples of the step. The mean loss

@@ -1,12 +1,14 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
@@ -15,28 +17,27 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
+from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
-from sopdeploy.training.fits import Fit
 from sopdeploy.training.loop.gradient import train_step
 from sopdeploy.training.loop.state import (
     STEPS_PER_READ,
-    LoopRun,
+    LoopState,
     last_loop_record,
     set_train_mode,
 )
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import run_record, with_result
 from sopdeploy.training.results import LoopResult, SelectedBy
-from sopdeploy.training.run_folder import RunFolder
 
 _RESAMPLES = 1000
-Finish = Callable[[LoopRun, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]
+Finish = Callable[[LoopState, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]
 
 
 def fit_loop(
-    run: LoopRun, folder: RunFolder, callback: Callback, finish: Finish | None = None
+    run: LoopState, folder: RunFolder, callback: Callback, finish: Finish | None = None
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
@@ -46,7 +47,7 @@ def fit_loop(
     """
     recipe = run.recipe
     augment = recipe.augment
-    data = run.start.data
+    data = run.setup.data
     pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
     fitted = FittedPixels(data.held_out, recipe.preprocess)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
@@ -62,6 +63,7 @@ def fit_loop(
                 signals.exchange()
                 run.start_epoch()
                 train_epoch(run, training, loader, folder, signals, callback, expected)
+                average_epoch(run, training, loader, signals)
                 evaluate_epoch(run, held_out, loader, signals, callback)
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
@@ -96,7 +98,7 @@ def epoch_batches(recipe: Recipe, count: int, epoch: int) -> list[list[int]]:
 
 
 def train_epoch(
-    run: LoopRun,
+    run: LoopState,
     training: AugmentedDataset,
     loader: Loader,
     folder: RunFolder,
@@ -134,8 +136,23 @@ def train_epoch(
             folder.save_last(last_loop_record(run))
 
 
+def average_epoch(run: LoopState, training: AugmentedDataset, loader: Loader, signals: SignalState) -> None:
+    """Update the average of the weights after an epoch, which may see its images once more."""
+    recipe, epoch = run.recipe, run.position.epoch
+
+    def images() -> Iterator[Tensor]:
+        shards = [run.strategy.shard(samples) for samples in epoch_batches(recipe, len(training), epoch)]
+        torch.manual_seed(derive_seed(recipe.seed, "average", epoch, run.strategy.rank))
+        for pixels, _ in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
+            yield run.normalize(pixels)
+            signals.exchange()
+
+    if run.average is not None:
+        run.average.after_epoch(run.model, recipe.epochs - epoch - 1, images)
+
+
 def evaluate_epoch(
-    run: LoopRun, held_out: PreprocessedDataset, loader: Loader, signals: SignalState, callback: Callback
+    run: LoopState, held_out: PreprocessedDataset, loader: Loader, signals: SignalState, callback: Callback
 ) -> None:
     """Evaluate the exported weights on held-out images, and begin the next epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
@@ -160,7 +177,7 @@ def evaluate_epoch(
     run.begin_next_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
-def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
+def save_derived_files(run: LoopState, folder: RunFolder) -> None:
     """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best."""
     position, history = run.position, run.position.history
     if not history:
@@ -169,12 +186,12 @@ def save_derived_files(run: LoopRun, folder: RunFolder) -> None:
     has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
     if has_best_weights and run.frozen is None:  # otherwise `best.pt` has the frozen network until the end
         # in all processes, which together average the running statistics
-        folder.save_best(run_record(run.start, run.synchronized_fit()))
+        folder.save_best(run_record(run.setup, run.synchronized_fit()))
     folder.save_history(history)
 
 
 def fit_best(
-    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+    run: LoopState, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
@@ -189,7 +206,7 @@ def fit_best(
         frozen_backbone=recipe.frozen_backbone,
         mirrored=recipe.validation.mirror,
     )
-    result = result.model_copy(update={"left_out": tuple(map(str, run.start.data.left_out))})
+    result = result.model_copy(update={"left_out": tuple(map(str, run.setup.data.left_out))})
     fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}

@@ -21,14 +21,14 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
+from sopdeploy.training.averages import Average
+from sopdeploy.training.checkpoints import Fit, Position, Setup, resume_of, run_record, state_errors
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.fits import FewShotFit, Fit, Position, Start
-from sopdeploy.training.loop.ema import ExponentialMovingAverage
+from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.losses import Loss, Teacher
-from sopdeploy.training.loop.optimizers import OPTIMIZERS
+from sopdeploy.training.optimizers import create_optimizer
 from sopdeploy.training.recipe import Recipe, StartConfig
-from sopdeploy.training.record import last_few_shot_record, resume_of, run_record, state_errors
-from sopdeploy.training.start import find_images_format, move_to_device
+from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
 # Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
@@ -57,7 +57,7 @@ class FinishedStep:
         return torch.stack([value.detach().double() for value in values])
 
 
-class LoopRun:
+class LoopState:
     """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
     Attributes:
@@ -72,39 +72,39 @@ class LoopRun:
 
     groups: list[dict[str, Any]]
 
-    def __init__(self, start: Start, frozen: FewShotFit | None = None) -> None:
-        self.start, self.recipe, self.strategy = start, start.recipe, start.strategy
+    def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
+        self.setup, self.recipe, self.strategy = setup, setup.recipe, setup.strategy
         self.frozen = frozen
-        self.name = start.recipe.model.name if frozen is None else tuned_name(start.recipe.model.name)
-        self.activation: Activation = start.activation
-        self.model, self.position = start.model, start.position
+        self.name = setup.recipe.model.name if frozen is None else tuned_name(setup.recipe.model.name)
+        self.activation: Activation = setup.activation
+        self.model, self.position = setup.model, setup.position
         self.unread: list[FinishedStep] = []
-        self.trainable = {name for name, value in start.model.named_parameters() if value.requires_grad}
-        recipe: Recipe = start.recipe
+        self.trainable = {name for name, value in setup.model.named_parameters() if value.requires_grad}
+        recipe: Recipe = setup.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
         self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(self.strategy.device)
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
-            self.teacher = Teacher(recipe.teacher, start.labels, recipe.preprocess, smoothing, recipe.seed)
+            self.teacher = Teacher(recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed)
         self._prepare_training()
         if self.teacher is not None:  # it sees training images only
             teacher, sides = self.teacher.model, {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
-        self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
+        averaged = recipe.ema or recipe.swa
+        self.average: Average | None = None if averaged is None else averaged.create(self.model)
 
     @cached_property
     def optimizer(self) -> Optimizer:
         """The optimizer; it is created on first use, because this imports torch's compiler."""
-        config = self.recipe.optimizer
-        return OPTIMIZERS[config.kind](self.groups, **config.model_dump(exclude={"kind", "clip_norm"}))
+        return create_optimizer(self.recipe.optimizer, self.groups)
 
     @property
     def exported(self) -> Classifier:
         """The model with the weights that are evaluated and exported: their average, if there is one."""
-        return self.model if self.ema is None else self.ema.model
+        return self.model if self.average is None or not self.average.count else self.average.model
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -181,20 +181,19 @@ class LoopRun:
         """
         if self.strategy.world == 1:
             return
-        for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
+        for model in [self.trained(), *([self.average.model] if self.average else [])]:
             for buffer in filter(torch.is_floating_point, model.buffers()):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def synchronized_fit(self) -> Fit:
         """Return what is fitted so far, after `synchronize_buffers`; all processes call it."""
         self.synchronize_buffers()
-        learning = None if self.ema is None else self.model
         return Fit(
             name=self.name,
             network=self.exported,
-            learning=learning,
+            learning=None if self.exported is self.model else self.model,
             position=self.position,
-            file_hashes=self.start.file_hashes,
+            file_hashes=self.setup.file_hashes,
         )
 
     def _prepare_training(self) -> None:
@@ -238,10 +237,10 @@ class LoopRun:
         for key, parameter in self.trained().named_parameters():
             if key in old_states:
                 self.optimizer.state[parameter] = old_states[key]
-        if self.ema is not None:
-            averages = self.ema.model.state_dict()
-            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
+        if self.average is not None:
+            averages = self.average.model.state_dict()
+            self.average.model = copy.deepcopy(self.model).requires_grad_(False)
+            self.average.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -316,19 +315,19 @@ def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[
     return [{"params": others, LR_FACTOR: 1.0}, {"params": classifier, LR_FACTOR: start.head_factor}]
 
 
-def last_loop_record(run: LoopRun) -> Checkpoint:
+def last_loop_record(run: LoopState) -> Checkpoint:
     """Build the content of `last.pt` of a training loop, which may be between any two steps."""
-    resume = resume_of(run.start, run.position, run.model.state_dict())
+    resume = resume_of(run.setup, run.position, run.model.state_dict())
     resume["optimizer"] = run.optimizer.state_dict()
-    resume["average"] = None if run.ema is None else run.ema.state_dict()
+    resume["average"] = None if run.average is None else run.average.state_dict()
     if run.frozen is not None:  # the run may keep this fit in the end
-        frozen = last_few_shot_record(run.start, run.frozen)
+        frozen = last_few_shot_record(run.setup, run.frozen)
         state: Any = frozen.resume
         resume["procedure"] = state["procedure"]
         resume["frozen"] = plain_content(frozen)
     if run.teacher is not None and run.teacher.learns:
         resume["teacher"] = run.teacher.model.state_dict()
-    return run_record(run.start, run.synchronized_fit(), resume)
+    return run_record(run.setup, run.synchronized_fit(), resume)
 
 
 def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
@@ -338,12 +337,12 @@ def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
         return parse_checkpoint(source, dict(state["frozen"]), "")
 
 
-def restore_loop(run: LoopRun, last: Checkpoint, source: Path) -> None:
+def restore_loop(run: LoopState, last: Checkpoint, source: Path) -> None:
     """Restore the average, the teacher and the optimizer of *run*; raises `CheckpointError`."""
     with state_errors(last, source):
         state: Any = last.resume
-        if run.ema is not None:
-            run.ema.load_state_dict(state["average"])
+        if run.average is not None:
+            run.average.load_state_dict(state["average"])
         if run.teacher is not None and run.teacher.learns:
             run.teacher.model.load_state_dict(state["teacher"])
         run.optimizer.load_state_dict(state["optimizer"])

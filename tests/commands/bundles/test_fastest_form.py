@@ -11,6 +11,8 @@ from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import ParityError
 from sopdeploy_commands.bundles import fastest_form
 from sopdeploy_commands.bundles.fastest_form import BundleForm, describe_fastest_form, measure_forms
+from sopdeploy_service.runtime import openvino
+from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from tests.support.forged import graph
 
 ORT, ORT8 = BundleForm("fp32", "ONNX Runtime"), BundleForm("int8", "ONNX Runtime")
@@ -36,10 +38,10 @@ def test_the_fastest_form_is_named_with_the_options_that_give_it(
     monkeypatch.setattr(
         fastest_form, "measure_forms", lambda _: {form: [value] for form, value in milliseconds.items()}
     )
-    monkeypatch.setattr(fastest_form, "find_spec", lambda _: True)
+    monkeypatch.setattr(OpenVINORuntime, "is_set_up", lambda: True)
     shipped = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": precision}))
     assert describe_fastest_form(shipped) == expected
-    monkeypatch.setattr(fastest_form, "find_spec", lambda _: None)
+    monkeypatch.setattr(OpenVINORuntime, "is_set_up", lambda: False)
     hint = '(OpenVINO is not installed; run: pip install "sopdeploy[openvino]")'
     assert describe_fastest_form(shipped) == f"{expected} {hint}"
 
@@ -77,7 +79,7 @@ def test_float32_and_int8_are_measured_where_they_are_exact_and_the_bundle_stays
 ) -> None:
     if find_spec("openvino") is None:  # importing it here would start its telemetry
         pytest.skip("OpenVINO is not installed")
-    monkeypatch.setattr(fastest_form, "lacks_vnni", lambda: lacks_vnni)
+    monkeypatch.setattr(openvino, "lacks_vnni", lambda: lacks_vnni)
     monkeypatch.setattr(fastest_form, "ROUND_SECONDS", 0.0)
     shapes, random = {"first": (8, 3, 3, 3), "second": (7, 8, 3, 3)}, np.random.default_rng(0)
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

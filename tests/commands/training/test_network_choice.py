@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+import sopdeploy
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, DataError, WeightsError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -18,11 +20,14 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.start import Given
+from sopdeploy.training.setup import Given
 from sopdeploy_commands.training import network_choice
 from sopdeploy_commands.training.network_choice import Speed, Validated, fetch_weights, measure_networks
 from sopdeploy_commands.training.train import train
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.settings import Settings
 from tests.sopdeploy.training.runs import paint, save_random
+from tests.support.service import running
 
 pytestmark = pytest.mark.usefixtures("allow_random_features")
 IMAGES = 100
@@ -300,21 +305,46 @@ def test_the_list_states_what_timm_says(choice: Choice) -> None:
     published = import_timm(choice.timm).get_pretrained_cfg(choice.timm)
     assert choice.license == published.license
     assert choice.license in {"apache-2.0", "mit", "bsd-3-clause"}  # any use is allowed
-    assert choice.pixels == published.input_size[-1] == entry(choice.name).image_size
+    assert published.input_size[-1] == entry(choice.name).image_size
+    assert choice.resized == (choice.pixels != published.input_size[-1])
     with torch.device("meta"):
-        network = create_model(choice.name, num_classes=published.num_classes)
+        size = {"image_size": choice.pixels} if choice.resized else {}
+        network = create_model(choice.name, num_classes=published.num_classes or 1, **size)
+    if not published.num_classes:  # learned without labels
+        network.remove_classifier()
     assert choice.millions == round(sum(weight.numel() for weight in network.parameters()) / 1e6, 2) < 90
     assert entry(head_name(choice.name))  # the few-shot procedure has a head for it
     assert network.tap_channels  # which reads covariances
 
 
-def test_the_list_has_a_transformer_and_a_modern_convolutional_network() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", read_choices().networks, ids=lambda choice: choice.name)
+def test_each_network_of_the_list_trains_exports_and_serves_with_random_weights(
+    choice: Choice, tmp_path: Path
+) -> None:
+    photos = paint(tmp_path / "photos", 4)
+    settings = (f"model.name={choice.name}", "start.weights=none", "procedure.kind=few_shot")
+    size = (f"preprocess.crop={choice.pixels}",) if choice.resized else ()
+    result = train(photos, out=tmp_path / "run", set=(*settings, *size))
+    bundle = open_bundle(sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1).path)
+    assert bundle.manifest.preprocess.crop == choice.pixels
+    with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+        image = next(photos.glob("red/*.png"))
+        answer = client.post(
+            "/v1/classify", content=image.read_bytes(), headers={"Content-Type": "image/png"}
+        )
+    assert answer.status_code == 200
+    assert {one["label"] for one in answer.json()["classes"]} == {"blue", "green", "red"}
+
+
+def test_the_list_has_a_transformer_a_modern_convolutional_and_a_self_supervised_network() -> None:
     timm = import_timm("resnet18")
     kinds = set()
     for choice in read_choices().networks:
         with torch.device("meta"):
             kinds.add(type(timm.create_model(choice.timm)).__name__)
     assert kinds >= {"VisionTransformer", "ConvNeXt"}
+    assert [choice for choice in read_choices().networks if "dinov2" in choice.name and choice.top1 is None]
 
 
 @pytest.mark.parametrize("case", ERRORS)

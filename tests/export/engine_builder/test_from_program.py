@@ -28,12 +28,12 @@ from sopdeploy.errors import (
     RuntimeUnavailableError,
 )
 from sopdeploy.models.base import Classifier
-from sopdeploy.tensorrt.cache import Profile
+from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
 from sopdeploy_commands.bundles.export import engine
-from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import EngineOptions, ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
+from sopdeploy_service.runtime.tensorrt_cache import Profile
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
 from tests.export.user_network.networks import Small, export_small
 from tests.support.forged import write_hollow

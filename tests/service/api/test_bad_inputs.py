@@ -48,12 +48,14 @@ BAD_BODIES = {
     },
     (415, "not_an_image"): {
         "text": b"hello, I am a cat",
+        "text that begins as a BMP": b"BMW is a car",
         "JSON": b'{"image": "aGVsbG8="}',
         "a sound": b"RIFF\0\0\0\0WAVEfmt " + bytes(100),
         "PPM": saved("PPM"),
         "gzip": gzip.compress(JPEG_IMAGE),
     },
     (415, "unsupported_format"): {
+        "a web page": b"\n<!DOCTYPE html><html>",
         "TIFF": saved("TIFF"),
         "AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
         "JPEG XL": b"\0\0\0\x0cJXL " + bytes(100),
@@ -68,7 +70,6 @@ BAD_BODIES = {
     (422, "damaged_image"): {
         "JPEG without a width": jpeg_of_size(0, 10),
         "only the signature of a HEIC": b"\0\0\0\x18ftypheic" + bytes(100),
-        "only the signature of a BMP": b"BMW is a car",
     },
     (422, None): {
         "20 bytes of JPEG": JPEG_IMAGE[:20],

@@ -114,7 +114,7 @@ def multi_label_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def many(multi_label_path: Path) -> Iterator[httpx.Client]:
     bundle = open_bundle(multi_label_path)
-    with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as many:
+    with running(OnnxRuntime(bundle, Settings(threads=1)), bundle, Settings()) as many:
         yield many
 
 
@@ -124,7 +124,7 @@ def expected(multi_label_path: Path, jpeg: bytes) -> list[tuple[str, float]]:
     bundle = open_bundle(multi_label_path)
     rules = bundle.manifest.preprocess
     pixels = decode(jpeg, rules, max_bytes=10**7, max_pixels=10**7).pixels
-    logits = OnnxRuntime(bundle, threads=1).run(pixels[None])["logits"][0].astype(np.float64)
+    logits = OnnxRuntime(bundle, Settings(threads=1)).run(pixels[None])["logits"][0].astype(np.float64)
     return sorted(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1])
 
 

@@ -69,6 +69,7 @@ REJECTED = {
     "model=" + "a" * 600: (404, "unknown_model"),
     "version=abc": (404, "unknown_version"),
     "threshold=0.5": (400, "no_thresholds"),
+    "reported=": (400, "not_keeping"),
     **dict.fromkeys(["top_k=x", "top_k=0", "top_k=1000001", "top_k="], (422, "invalid_parameter")),
 }
 

@@ -14,6 +14,7 @@ import pytest
 from sopdeploy_service.devices import control, device_server
 from sopdeploy_service.devices.processes import choose_front_ends
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.devices import gated_device
 from tests.support.children import (
@@ -192,7 +193,7 @@ def test_models_that_are_loaded_at_their_first_use_tell_no_speed(bundle, monkeyp
     settings = Settings(memory_budget=70_000_000)
     registry = BudgetedRegistry({"a": bundle}, settings)
     monkeypatch.setattr(device_server, "load_registry", lambda *_: registry)
-    monkeypatch.setattr(device_server, "has_cuda", lambda: True)
+    monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: True)
     monkeypatch.setattr(device_server, "serve_http", lambda *_: 0)
     config = SimpleNamespace(settings=settings, sources=(), device="0", front_ends=None)
     ours, theirs = control.socket_pair()

@@ -21,7 +21,7 @@ import pytest
 from sopdeploy.bundle.sealed import read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.devices import control, supervisor
+from sopdeploy_service.devices import control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_server import DeviceServer, wait_for_message
 from sopdeploy_service.devices.processes import Process, visible_devices
@@ -29,7 +29,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.second_week.kept import read_kept
-from sopdeploy_service.server.lifetime import start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
 from tests.service.second_week.keep.test_keeper import photos, results
@@ -111,6 +111,50 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         orphans = children_of(child.pid)
         child.kill()
         wait_for(lambda: not any(is_alive(process) for process in orphans))
+
+
+SILENT = {  # the state of a silent process and its ticks of CPU time by beat -> seconds until it is killed
+    "stopped or in a deadlock": (lambda beat: ("S", 7), 2),
+    "in a loop": (lambda beat: ("S", 7 + beat), 5),
+    "waits for a CPU": (lambda beat: ("R", 7), 5),
+    "waits for memory": (lambda beat: ("D", 7), 5),
+    "stopped by a debugger": (lambda beat: ("t", 7), None),
+    "stopped by a debugger for a while": (lambda beat: ("t" if beat < 40 else "S", 7), 6),
+}
+
+
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("name", SILENT)
+def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(monkeypatch, name, loads) -> None:
+    state_at, expected = SILENT[name]
+    killed: list[int] = []
+    beats = itertools.count(1)
+
+    async def next_beat(_seconds: float) -> None:
+        if killed or (beat := next(beats)) > 100:
+            raise asyncio.CancelledError
+        now.append(beat)
+
+    def states_now(_pid: int) -> tuple[set[str], int]:
+        state, ticks = state_at(now[-1])
+        return {"S", state}, ticks
+
+    now: list[int] = []
+    process = Process("cpu", {}, load_settings(), "cpu", 0)
+    process.child = SimpleNamespace(pid=1, poll=lambda: None, kill=lambda: killed.append(now[-1]))
+    monkeypatch.setattr(processes, "run_states", states_now)
+    monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
+    with socket.socket() as listener:
+        server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
+        server._loop = SimpleNamespace(remove_reader=lambda _file: None)
+        process.reset(SimpleNamespace(close=lambda: None))
+        if not loads:
+            process.record_status(Status(0, 0, ""))
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(server._kill_hanging())
+    assert [round(beat * BEAT_SECONDS) for beat in killed] == (
+        [] if loads or expected is None else [expected]
+    )
 
 
 def test_several_processes_are_refused_where_the_system_lacks_what_they_share(monkeypatch) -> None:

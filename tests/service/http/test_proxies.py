@@ -243,6 +243,14 @@ def test_a_prefix_that_is_a_path_of_the_server_is_refused() -> None:
             create_app({}, Settings(root_path=root))
 
 
+def test_the_page_leaves_bodies_that_are_too_large_to_the_server() -> None:
+    """Proxies answer in HTML."""
+    pages = PAGE, (Path(__file__).parents[3] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    limits = re.findall(r"(?:client_max_body_size|proxy-body-size:) (\d+)m\b", "".join(pages))
+    assert len(limits) == 2
+    assert all(int(limit) << 20 > 2 * Settings().max_body_bytes for limit in limits)
+
+
 def test_the_file_for_traefik_leads_to_the_server(serve_with, jpeg) -> None:
     """Traefik keeps `Host` and the path, and adds these headers."""
     file = yaml.safe_load(block("yaml"))["http"]
@@ -334,6 +342,8 @@ def test_the_files_for_real_proxies_lead_to_the_server(write, bundle, jpeg, tmp_
             check_prefix(proxied, jpeg, {**headers, "host": host, "origin": f"{scheme}://{host}"})
         large = proxied.post("/ml/v1/classify", content=jpeg + bytes(5_000_000), headers=headers)
         assert large.status_code == 200
+        too_large = proxied.post("/ml/v1/classify", content=bytes(21_000_000), headers=headers)
+        assert (too_large.status_code, too_large.json()["code"]) == (413, "too_large")
         foreign = proxied.get("/ml/info", headers={**headers, "origin": "https://evil.example"})
         assert foreign.status_code == 403
         redirected = proxied.get("/ml", headers=headers)

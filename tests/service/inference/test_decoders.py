@@ -33,7 +33,7 @@ from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
     LIGHT_BODY,
     LIGHT_MEMORY,
-    LIGHT_SECONDS,
+    LIGHT_PIXELS,
     OWN_MEMORY,
     PROPORTIONAL_BODY,
     light_seconds,
@@ -290,11 +290,15 @@ def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> Non
     assert (light_seconds(length, cost) > 0) == is_light
 
 
-def test_only_a_file_whose_bytes_limit_its_time_holds_a_light_child_longer() -> None:
+def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_child() -> None:
     for body in (picture_bytes(kind="PNG"), hostile.webp_codes(868, 868), hostile.jpeg(1000, 1000, scans=98)):
-        assert light_seconds(len(body), estimate_cost(body, SCALED)) == LIGHT_SECONDS
-    small, large = (light_seconds(size, estimate_cost(photograph(), SCALED)) for size in (0, 1_600_000))
-    assert (small, large) == (LIGHT_SECONDS, pytest.approx(0.156))
+        cost = estimate_cost(body, SCALED)
+        assert light_seconds(0, cost) == light_seconds(LIGHT_BODY, cost) < 0.16
+    phone = estimate_cost(photograph(), SCALED)
+    assert light_seconds(2_000_000, phone) == pytest.approx(0.1, abs=0.01)
+    longest = light_seconds(PROPORTIONAL_BODY, phone._replace(pixels=LIGHT_PIXELS))
+    assert longest == pytest.approx(0.27)
+    assert light_seconds(LIGHT_BODY, phone._replace(pixels=LIGHT_PIXELS, is_proportional=False)) < 0.16
 
 
 def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(serve_with, monkeypatch) -> None:

@@ -90,7 +90,7 @@ def test_the_alert_on_missing_servers_knows_one_that_has_loaded_nothing(bundle_p
         assert [name for name in series if f"\n{name}{{" in page] != []
 
     alerts = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
-    (rule,) = [alert for alert in alerts if alert["alert"] == "SopdeployNotServing"]
+    (rule,) = [rule for rule in alerts if rule.get("record") == "sopdeploy:serving"]
     run_with_registry({"a": bundle_path}, Device(SIZE, monkeypatch), scenario)
 
 

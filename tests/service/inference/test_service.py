@@ -1,7 +1,6 @@
 """Several models in one server, reloads that replace them, and which bundles are found."""
 
 import asyncio
-import dataclasses
 import gc
 import os
 import shutil
@@ -10,7 +9,6 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,6 +16,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
@@ -240,20 +239,20 @@ def test_a_reload_reads_the_files_of_a_bundle_and_not_only_its_manifest(
 def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate, closed, load = threading.Event(), threading.Event(), loader._load
+    gate, closed, open_runtime = threading.Event(), threading.Event(), loader.open_runtime
 
-    def stuck(bundle: Bundle, settings: Settings, *, thorough: bool) -> Any:
+    def stuck(bundle: Bundle, settings: Settings) -> Any:
         gate.wait()
-        return dataclasses.replace(
-            load(bundle, settings, thorough=thorough), runtime=SimpleNamespace(close=closed.set)
-        )
+        runtime: Any = open_runtime(bundle, settings)
+        runtime.close = closed.set
+        return runtime
 
     # To read the bundles, to load one; then the same for `load_model`.
     seconds = iter([60, 0.01, 60, 0.01])
 
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(loader, "_load", stuck)
+            patch.setattr(loader, "open_runtime", stuck)
             patch.setattr(loader, "load_seconds", lambda _: next(seconds))
             await registry.reload([versions[1]])
             with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s"):
@@ -332,7 +331,9 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
 def test_a_load_has_more_time_on_a_gpu(
     values: dict[str, Any], cuda: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "has_cuda", lambda: cuda)
+    for runtime in RUNTIMES.own().values():
+        if runtime.needs_gpu:
+            monkeypatch.setattr(runtime, "is_set_up", lambda: cuda)
     assert loader.load_seconds(Settings(**values)) == seconds
 
 

@@ -13,6 +13,7 @@ from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy_service.runtime import onnxruntime as runtime
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime, session_options
+from sopdeploy_service.settings import Settings
 from tests.support.forged import graph
 
 TENSORS = {
@@ -38,7 +39,7 @@ products (uint8[n, 32, 32, 3] images) => (float[n, 8, 28, 28] logits)
 
 def test_the_largest_products_do_not_saturate(bundle: Bundle) -> None:
     products = SealedFile([graph(PRODUCTS, **TENSORS).SerializeToString()])
-    opened = OnnxRuntime(replace(bundle, graph=products), threads=1)
+    opened = OnnxRuntime(replace(bundle, graph=products), Settings(threads=1))
     outputs = opened.run(np.full((1, 32, 32, 3), 255, np.uint8))
     assert np.unique(outputs["logits"]).tolist() == [200.0]
 

@@ -16,6 +16,7 @@ from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
+from sopdeploy_service.settings import Settings
 
 if find_spec("openvino") is None:  # importing it here would start its telemetry
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
@@ -23,8 +24,8 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (3, 32, 32, 3), dtype=np.uint
 
 
 def test_openvino_computes_the_outputs_of_onnx_runtime_and_keeps_them(bundle: Bundle) -> None:
-    runtime = OpenVINORuntime(bundle, threads=1)
-    expected = OnnxRuntime(bundle, threads=1).run(IMAGES)["logits"]
+    runtime = OpenVINORuntime(bundle, Settings(threads=1))
+    expected = OnnxRuntime(bundle, Settings(threads=1)).run(IMAGES)["logits"]
     outputs = runtime.run(IMAGES)["logits"]
     runtime.run(255 - IMAGES)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
@@ -43,7 +44,7 @@ def test_another_graph_is_refused_in_one_line(bundle: Bundle, content: bytes | N
         model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
         content = model.SerializeToString()
     with pytest.raises(RuntimeUnavailableError, match=message) as problem:
-        OpenVINORuntime(replace(bundle, graph=SealedFile([content])))
+        OpenVINORuntime(replace(bundle, graph=SealedFile([content])), Settings())
     assert "\n" not in str(problem.value)
 
 
@@ -73,8 +74,9 @@ from pathlib import Path
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
+from sopdeploy_service.settings import Settings
 
-runtimes = [OpenVINORuntime(open_bundle(Path(sys.argv[1])), threads=1)]
+runtimes = [OpenVINORuntime(open_bundle(Path(sys.argv[1])), Settings(threads=1))]
 release = threading.Thread(target=lambda: (runtimes.pop().close(), gc.collect()))
 release.start()
 release.join()

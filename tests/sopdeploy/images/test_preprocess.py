@@ -20,9 +20,9 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import open_image
-from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.signatures import SUFFIXES
 from sopdeploy.photos.photo import Photo
 from sopdeploy_service.settings import Settings
 from tests.service.api.test_bad_inputs import BAD_BODIES

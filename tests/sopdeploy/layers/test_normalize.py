@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
-from sopdeploy.training.start import find_images_format
+from sopdeploy.training.setup import find_images_format
 
 RULES = Preprocess(resize=8, crop=8)
 

@@ -32,10 +32,10 @@ from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen
 from sopdeploy.photos.split import NONE, choose_held_out, divide, hold_out, record_choice, recorded_choice
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
+from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import divide_images, start_run
+from sopdeploy.training.setup import divide_images, set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
 from tests.support.small_data import jpeg, write_classes, write_photos
@@ -244,11 +244,11 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
         for number, path in enumerate(images.paths)
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
-    table = read_label_table(tmp_path)
+    table = read_label_table(tmp_path / "labels.csv")
     assert len(set(table.parts[UNSPLIT].groups.tolist())) == 1 + 12
     (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
     with pytest.raises(DataError, match="optionally split and group"):
-        read_label_table(tmp_path)
+        read_label_table(tmp_path / "labels.csv")
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -307,10 +307,10 @@ def test_the_loop_does_not_start_if_every_class_is_one_group(tmp_path: Path, kin
     problem = "cat, dog: all images are one group"
     if kind == "loop":
         with pytest.raises(DataError, match=problem):
-            start_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
+            set_up_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
         assert not (tmp_path / "run").exists()
     else:  # it keeps the network of the few-shot procedure
-        start_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
+        set_up_run(recipe, RunFolder(tmp_path / "run", Strategy(CPU)), None, warnings)
         assert any(line.startswith(problem) for line in warnings.lines)
 
 

@@ -274,6 +274,79 @@ TABLES = {
 }
 
 
+def coco(categories_of_images: dict[str, list[int]]) -> str:
+    names = [*categories_of_images]
+    found = {
+        "images": [{"id": 7 + number, "file_name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"image_id": 7 + names.index(name), "category_id": category}
+            for name, categories in categories_of_images.items()
+            for category in categories
+        ],
+        "categories": [{"id": 1, "name": "Cat"}, {"id": 2, "name": "dog"}],
+    }
+    return json.dumps(found)
+
+
+CATS = {f"{number}.png": 1 + number % 2 for number in range(6)}  # the category of each image
+EXPORTED = {
+    "_classes.csv": "filename, Cat, dog\n"
+    + "".join(f"{name}, {2 - one}, {one - 1}\n" for name, one in CATS.items()),
+    "metadata.csv": "file_name,label\n"
+    + "".join(f"{name},{('Cat', 'dog')[one - 1]}\n" for name, one in CATS.items()),
+    "metadata.jsonl": "".join(
+        json.dumps({"file_name": name, "label": ("Cat", "dog")[one - 1]}) + "\n" for name, one in CATS.items()
+    ),
+    "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()}),
+}
+
+
+def write_export(folder: Path, name: str, text: str) -> None:
+    folder.mkdir()
+    (folder / name).write_text(text, encoding="utf-8")
+    for number, image in enumerate(CATS):
+        Image.new("RGB", (40, 40), (9 * number, 9, 9)).save(folder / image)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_of_label_tools_are_read_in_the_folder_of_the_images_and_in_parts(
+    tmp_path: Path, name: str
+) -> None:
+    write_export(tmp_path / "flat", name, EXPORTED[name])
+    (tmp_path / "parts").mkdir()
+    for part in ("train", "valid"):
+        write_export(tmp_path / "parts" / part, name, EXPORTED[name])
+    expected = [one - 1 for one in CATS.values()]
+    flat, parts = open_folder(tmp_path / "flat"), open_folder(tmp_path / "parts")
+    assert flat.train.labels == parts.train.labels == ("Cat", "dog")
+    evaluated = [open_evaluation_images(tmp_path / data, ("Cat", "dog")) for data in ("flat", "parts")]
+    for images in (flat.train, parts.train, parts.held_out, *evaluated):
+        assert images.targets.tolist() == expected
+    assert f"{tmp_path}/parts/train/{name}: the classes are in it" in parts.notes
+
+
+UNCERTAIN = {
+    "_classes.csv": EXPORTED["_classes.csv"].replace("0.png, 1,", "0.png, 2,"),
+    "metadata.csv": EXPORTED["metadata.csv"].replace("0.png", "missing.png"),
+    "metadata.jsonl": EXPORTED["metadata.jsonl"].partition("\n")[2],
+    "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()} | {"0.png": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_an_export_that_does_not_give_each_image_its_classes_is_named(tmp_path: Path, name: str) -> None:
+    write_export(tmp_path / "photos", name, UNCERTAIN[name])
+    with pytest.raises(DataError, match=rf"{name}: lists the images, but is not read"):
+        open_folder(tmp_path / "photos")
+
+
+def test_a_part_without_the_table_of_another_one_is_named(tmp_path: Path) -> None:
+    write_export(tmp_path / "train", "metadata.csv", EXPORTED["metadata.csv"])
+    write_export(tmp_path / "val", "notes.txt", "")
+    with pytest.raises(DataError, match=r"val: has no table as .*train/metadata\.csv; add one"):
+        open_folder(tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["shards", "one folder", "train"])
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_that_lists_the_images_is_named_with_the_next_step(

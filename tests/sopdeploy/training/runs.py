@@ -25,9 +25,9 @@ from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy, TrainingStoppedError
-from sopdeploy.training.loop.state import LoopRun
+from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.start import Division, new_start
+from sopdeploy.training.setup import Division, new_setup
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
 
 SHORT = [
@@ -39,10 +39,10 @@ SHORT = [
 ]
 
 
-def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopRun:
+def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopState:
     """Create a run of the training loop with the initial weights of *recipe*."""
     division = Division(Split.undivided(images), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
-    return LoopRun(new_start(recipe, division, strategy))
+    return LoopState(new_setup(recipe, division, strategy))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.report.wrong_labels import find_wrong_labels
+from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
@@ -26,7 +27,6 @@ from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
 from sopdeploy.training.recipe_files import recipe_text
-from sopdeploy.training.record import read_resumed
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.training.train import train

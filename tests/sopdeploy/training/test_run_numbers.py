@@ -1,5 +1,6 @@
 """Runs without --out: their numbers, the link to the newest one, and options without effect."""
 
+import html
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.results import LoopResult
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import _show as show
+from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
@@ -175,6 +177,18 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
         recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
         assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
     assert Path("runs/latest").readlink() == Path("lights-4")
+
+
+def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) -> None:
+    before = train(settings=LOOP)
+    train("--name", "lights", settings=LOOP)
+    figures = dict(training_rows(read_checkpoint(before / "best.pt").training))["accuracy"]
+    page = (train(settings=LOOP) / "report.html").read_text(encoding="utf-8")
+    section = page.partition("<h2>Runs before</h2>")[2].partition("<h2>")[0]
+    assert section.count("<tr>") == 2  # the heading and one run
+    for cell in ("photos-1", "12", "2", html.escape(figures)):
+        assert f"<bdi>{cell}</bdi>" in section
+    assert "Runs before" not in (before / "report.html").read_text(encoding="utf-8")
 
 
 AMOUNTS = [(1, "+1 photograph"), (-1, "-1 photograph"), (0, "+0 photographs"), (1200, "+1,200 photographs")]

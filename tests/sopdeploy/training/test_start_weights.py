@@ -164,6 +164,28 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     assert server.requests == [f"GET /models/{name}"]
 
 
+VIT = "timm:test_vit.r160_in1k"  # with a class token, patches of 16 pixels and 100 position embeddings
+
+
+@pytest.mark.parametrize("stored", [96, 160])
+@pytest.mark.parametrize("crop", [None, 64, 160])
+def test_a_network_with_position_embeddings_takes_the_size_of_the_recipe_or_else_of_its_weights(
+    tmp_path: Path, stored: int, crop: int | None
+) -> None:
+    given = create_model(VIT, num_classes=5, image_size=stored).state_dict()
+    torch.save(given, tmp_path / "test_vit.pth")
+    settings = () if crop is None else (f"preprocess.crop={crop}",)
+    initial = start(f"model.name={VIT}", f"start.weights={tmp_path}/test_vit.pth", *settings)
+    side, own = crop or stored, initial.model.state_dict()["pos_embed"]
+    assert initial.recipe.preprocess.crop == initial.model.fixed_size == side
+    assert initial.model(torch.zeros(1, 3, side, side)).shape == (1, len(LABELS))
+    assert torch.equal(own[:, 0], given["pos_embed"][:, 0])  # of the class token
+    if side == stored:
+        assert torch.equal(own, given["pos_embed"])
+    else:
+        torch.testing.assert_close(own[:, 1:].mean(), given["pos_embed"][:, 1:].mean(), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("fault", ["interrupted", "changed", "not found"])
 def test_a_failed_download_is_one_line_and_leaves_nothing(
     server, resnet18, monkeypatch, tmp_path, fault

@@ -13,13 +13,13 @@ from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
 from sopdeploy.training import start
+from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
-from sopdeploy.training.loop.state import LoopRun
+from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import open_division
+from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
@@ -233,7 +233,7 @@ def test_a_non_finite_buffer_ends_the_run(tmp_path, monkeypatch) -> None:
 
 
 def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch) -> None:
-    runs = list[LoopRun]()
+    runs = list[LoopState]()
 
     class Damage(RecordingCallback):
         def on_evaluation_batch(self, **progress) -> None:
@@ -241,7 +241,7 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
     monkeypatch.setattr(
-        "sopdeploy.training.loop.state.LoopRun", lambda start: runs.append(LoopRun(start)) or runs[0]
+        "sopdeploy.training.loop.state.LoopState", lambda start: runs.append(LoopState(start)) or runs[0]
     )
     with pytest.raises(TrainingError, match="finite"):
         train_recipe(short_recipe("ema={}"), tmp_path / "run", callback=Damage())

@@ -14,11 +14,11 @@ from sopdeploy.evaluation.prediction import (
     score_images,
 )
 from sopdeploy.evaluation.statistics import student
+from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.record import read_resumed
-from sopdeploy.training.start import open_division
+from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import TrainingResult
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pydantic
 
-from sopdeploy.config import first_problem
+from sopdeploy.config import first_problem, parse_json
 from sopdeploy.data.sources import open_data
 from sopdeploy.environment import is_distributed, is_main_process
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
@@ -102,11 +102,16 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
     if not path.is_file():
         return None
     try:
-        stored = SeedResult.model_validate_json(read_file(path, MAX_NAMES_BYTES))
+        values = parse_json(read_file(path, MAX_NAMES_BYTES))
+        stored = SeedResult.model_validate(values)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); remove this file") from error
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: not a result ({first_problem(error)}); remove this file") from error
+        raise ConfigError(
+            f"{path}: not a result ({first_problem(error, values)}); remove this file"
+        ) from error
+    except ValueError as error:  # it is no JSON
+        raise ConfigError(f"{path}: not a result ({error}); remove this file") from error
     if stored.recipe != recipe.model_dump(mode="json"):
         message = f"{path}: the row was trained with another recipe or other data; choose another folder"
         raise ConfigError(message, setting="out")

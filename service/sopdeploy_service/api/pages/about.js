@@ -11,6 +11,8 @@ function showAbout(info, card, server) {
   byId("facts").replaceChildren(...facts.map((fact) => make("li", {}, fact)));
   const more = info.num_labels - card.labels.length;
   const chips = [...card.labels, ...(more > 0 ? [`and ${more} more`] : [])];
+  byId("this-model").textContent = info.name;
+  byId("known-classes").replaceChildren(...card.labels.map((label) => make("option", { value: label })));
   byId("labels").replaceChildren(...chips.map((label) => make("li", {}, make("bdi", {}, label))));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
   byId("verdict").textContent = card.certificate ? verdict(card.certificate) : "";

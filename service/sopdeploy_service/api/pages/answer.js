@@ -18,7 +18,6 @@ function showAnswer(body) {
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
-  if (body.explanation) showMap(body.explanation, body.classes[0].label);
   byId("unknown").hidden = body.known !== false;
   byId("classes").classList.toggle("unlikely", body.known === false);
   byId("none").hidden = body.classes.length > 0;
@@ -60,6 +59,30 @@ function showTime(header, total) {
   byId("time").hidden = false;
 }
 
+const why = { seconds: 1, timer: 0 }; // that an explanation probably takes: as long as the last one
+
+/** Show that an explanation is made, which probably takes `seconds`, or with 0 that none is. */
+function showWhy(seconds) {
+  clearInterval(why.timer);
+  byId("why").hidden = seconds === 0;
+  if (seconds === 0) return;
+  byId("why-text").textContent = `Finding the parts that decide, about ${Math.max(1, Math.round(seconds))} s`;
+  const started = performance.now();
+  const tick = () => { byId("why-bar").value = Math.min(0.97, (performance.now() - started) / (1000 * seconds)); };
+  tick();
+  why.timer = setInterval(tick, 100);
+}
+
+/** Show the answer of another model, `name`, beside the one that is shown: `body`, or why there is none. */
+function showOther(name, body, problem) {
+  byId("other").hidden = byId("this-model").hidden = !name;
+  byId("other-model").textContent = name;
+  byId("other-classes").replaceChildren(...(body?.classes ?? []).map(classBar));
+  byId("other-classes").classList.toggle("unlikely", body?.known === false);
+  const none = body?.classes.length === 0 ? "No class reaches its threshold." : "";
+  byId("other-note").textContent = problem ? sentence(problem) : body?.known === false ? "Looks unlike its photos." : none;
+}
+
 /** Draw `losses`, rows of probabilities that `label` loses without a part of the image, over the image: red where it loses most. */
 function showMap(losses, label) {
   const cells = losses.flat();
@@ -73,6 +96,9 @@ function showMap(losses, label) {
 /** Remove the previous prediction. */
 function clearAnswer() {
   byId("map").hidden = true;
+  showWhy(0);
+  showOther("");
+  byId("report").hidden = true;
   for (const id of ["classes", "warnings", "waterfall"]) byId(id).replaceChildren();
   for (const id of ["time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";

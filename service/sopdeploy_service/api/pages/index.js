@@ -1,16 +1,18 @@
 "use strict";
 // The page at `/`: classify images that are dropped, chosen or pasted.
 
-// Each of `photos` has its file, the URL of its preview, the list entry, and in the end `show`, which shows its answer.
-const state = { server: null, info: null, card: null, photos: [], shown: null, run: null };
+// Each of `photos` has its file, the URL of its preview, the list entry, and in the end `show`, which shows its answer:
+// that of the server is `body`, that of the other model `other`, a problem in words `problem`.
+const state = { server: null, info: null, card: null, photos: [], shown: null, run: null, explaining: null };
+const IMAGES_PER_MAP = 50; // that an explanation costs
 const CONCURRENT = 4; // requests; browsers open up to six connections to a server
 
-/** URL of the classify request. */
-function classifyUrl() {
+/** URL of the classify request of `model`, with `others` as its parameters. */
+function classifyUrl(others = {}, model = state.info?.name) {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
-  if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
-  if (byId("explain").checked) url.searchParams.set("explain", "true");
+  if (model && state.server.models.length > 1) url.searchParams.set("model", model);
+  for (const [name, value] of Object.entries(others)) url.searchParams.set(name, value);
   return url.href;
 }
 
@@ -22,10 +24,16 @@ function topK() {
 
 /** Preview and classify `files`, and update the snippets. */
 function take(files) {
-  if (!files?.length) return;
+  if (!files) return;
+  if (!files.length) {
+    showError("there are no images in this folder");
+    return;
+  }
   for (const { url } of state.photos) URL.revokeObjectURL(url);
-  state.photos = [...files].map(listed);
+  state.photos = [...files].slice(0, MAX_IMAGES).map(listed);
   const several = state.photos.length > 1;
+  byId("left-out").hidden = files.length <= MAX_IMAGES;
+  byId("left-out").textContent = `The first ${MAX_IMAGES} of ${files.length}; sopdeploy classify takes all.`;
   byId("list").replaceChildren(...state.photos.map(({ entry }) => entry));
   byId("photos").hidden = !several;
   byId("invite").textContent = several ? "Choose other images" : "Choose another image";
@@ -43,7 +51,7 @@ function listed(file) {
   const button = make(
     "button", { type: "button" },
     preview,
-    make("span", { className: "name" }, file.name), photo.result,
+    make("span", { className: "name" }, pathOf(file)), photo.result,
   );
   button.addEventListener("click", () => {
     display(photo);
@@ -58,8 +66,11 @@ function display(photo) {
   for (const { button } of state.photos) button.setAttribute("aria-current", String(button === photo.button));
   showPreview(photo);
   showSnippets();
-  if (photo.show) photo.show();
-  else {
+  state.explaining?.abort();
+  if (photo.show) {
+    photo.show();
+    void explain(photo);
+  } else {
     clearAnswer(); // that of the photo before
     progress(photo, "Waiting");
   }
@@ -81,8 +92,10 @@ async function askAll() {
   const { photos } = state;
   const waiting = [...photos];
   let done = 0;
+  state.explaining?.abort();
+  byId("save").disabled = true;
   for (const photo of photos) {
-    photo.show = null;
+    Object.assign(photo, { show: null, body: null, other: null, map: null, problem: "" });
     progress(photo, "Waiting");
   }
   await Promise.all(Array.from({ length: CONCURRENT }, async () => {
@@ -94,60 +107,141 @@ async function askAll() {
     }
     byId("done").textContent = `${done} of ${photos.length}`;
   }));
+  byId("save").disabled = run.signal.aborted;
 }
 
 /** Send `photo` and show the response in the list, and as the answer if the photo is chosen. */
 async function ask(photo, signal) {
+  const { body, code, problem, reply, milliseconds: total } = await answer(photo, classifyUrl(), signal);
+  if (signal.aborted) return;
+  const other = byId("beside").value;
+  if (body) {
+    void followSwap(reply.getResponseHeader("X-Model-Digest"));
+    const timing = reply.getResponseHeader("Server-Timing") ?? "";
+    if (!state.explaining) why.seconds = (IMAGES_PER_MAP * Number(/infer;dur=([\d.]+)/.exec(timing)?.[1] ?? 20)) / 1000;
+    photo.body = body;
+    photo.show = () => {
+      clearAnswer();
+      showAnswer(body);
+      showTime(timing, total);
+      if (photo.other) showOther(photo.other.name, photo.other.body, photo.other.problem);
+      if (photo.map) showMap(photo.map, body.classes[0].label);
+      byId("report").hidden = !state.server.keeps;
+      byId("report-note").textContent = photo.reported ?? "";
+    };
+  } else {
+    photo.problem = problem;
+    photo.show = () => showError(problem, code);
+  }
+  photo.result.textContent = body ? inShort(body) : sentence(problem);
+  photo.entry.classList.toggle("failed", !body);
+  if (photo === state.shown) photo.show();
+  if (body && other) await askOther(photo, other, signal);
+  if (photo === state.shown && !signal.aborted) void explain(photo);
+}
+
+/** Answer in a line of the list. */
+function inShort({ classes: [best], known }) {
+  if (!best) return "No class";
+  return known === false ? `Unlike your photos, closest: ${best.label}` : `${best.label} ${percent(best.probability)}`;
+}
+
+/** Send `photo` to `url`; return the JSON of a successful response as `body`, or the `problem` in words. */
+async function answer(photo, url, signal, onProgress = progress) {
   const started = performance.now();
   let reply = null;
   let body = null;
   try {
-    reply = await send(photo, signal);
+    reply = await send(photo, url, signal, onProgress);
     body = JSON.parse(reply.responseText);
   } catch {
     reply = null;
   }
-  if (signal.aborted) return;
-  const total = performance.now() - started;
-  if (reply?.status === 200 && body) {
-    void followSwap(reply.getResponseHeader("X-Model-Digest"));
-    const [best] = body.classes;
-    photo.result.textContent = best ? `${best.label} ${percent(best.probability)}` : "No class";
-    if (body.known === false) photo.result.textContent = `Unlike your photos, closest: ${best.label}`;
-    photo.show = () => {
-      clearAnswer();
-      showAnswer(body);
-      showTime(reply.getResponseHeader("Server-Timing") ?? "", total);
-    };
-  } else {
-    const again = reply?.getResponseHeader("Retry-After");
-    let text = "the server cannot be reached or closed the connection; check that it is running";
-    if (reply) text = again ? `${body?.detail} (retry in ${again} s)` : body?.detail;
-    if (reply?.status === 401) {
-      askForKey();
-      text = noKey();
-    }
-    photo.result.textContent = sentence(text);
-    photo.show = () => showError(text, body?.code);
+  if (reply?.status === 200) return { body, reply, milliseconds: performance.now() - started };
+  const again = reply?.getResponseHeader("Retry-After");
+  let problem = "the server cannot be reached or closed the connection; check that it is running";
+  if (reply) problem = again ? `${body?.detail} (retry in ${again} s)` : body?.detail;
+  if (reply?.status === 401) {
+    askForKey();
+    problem = noKey();
   }
-  photo.entry.classList.toggle("failed", reply?.status !== 200);
-  if (photo === state.shown) photo.show();
+  return { problem, code: body?.code, reply };
 }
 
-/** Send the request of `photo`; `fetch` would not tell when the upload ends. */
-function send(photo, signal) {
+const silently = () => {}; // the answer is shown already
+
+/** Ask the model `name`, too, and show its answer beside the first one. */
+async function askOther(photo, name, signal) {
+  const { body, problem } = await answer(photo, classifyUrl({}, name), signal, silently);
+  if (signal.aborted) return;
+  photo.other = { name, body, problem };
+  const differs = body && body.classes[0]?.label !== photo.body.classes[0]?.label;
+  photo.entry.classList.toggle("differs", Boolean(differs));
+  if (differs) photo.result.textContent = `${inShort(photo.body)} · ${name}: ${inShort(body)}`;
+  if (photo === state.shown) showOther(name, body, problem);
+}
+
+/** Ask which parts of `photo` decide, if the user wants to know, and show how far the server probably is. */
+async function explain(photo) {
+  if (!byId("explain").checked || !photo.body?.classes.length || photo.map) return;
+  state.explaining?.abort();
+  const { signal } = state.explaining = new AbortController();
+  showWhy(why.seconds);
+  const { body, problem, milliseconds: total } = await answer(photo, classifyUrl({ explain: "true" }), signal, silently);
+  if (signal.aborted) return;
+  showWhy(0);
+  if (body) {
+    why.seconds = total / 1000;
+    photo.map = body.explanation;
+    showMap(photo.map, photo.body.classes[0].label);
+    byId("status").textContent = byId("map").getAttribute("aria-label");
+  } else {
+    byId("why").hidden = false;
+    byId("why-bar").value = 0;
+    byId("why-text").textContent = sentence(problem);
+  }
+}
+
+/** Rows of the CSV file: those that `sopdeploy classify` writes, with the answers of another model beside them. */
+function rows() {
+  const cells = (body) => [body?.classes[0]?.label ?? "", body?.classes[0]?.probability.toFixed(4) ?? "", String(body?.known ?? "")];
+  const other = state.photos.find((photo) => photo.other)?.other.name;
+  const columns = ["class", "probability", "known"];
+  const all = (body) => (isMultiLabel(body) ? [body.classes.map(({ label }) => label).join("; "), ...cells(body).slice(1)] : cells(body));
+  return [
+    ["image", ...columns, "error", ...(other ? columns.map((column) => `${column} ${other}`) : [])],
+    ...state.photos.map((photo) => [pathOf(photo.file), ...all(photo.body), photo.problem, ...(other ? all(photo.other?.body) : [])]),
+  ];
+}
+
+/** Whether `body` lists all classes above their thresholds. */
+const isMultiLabel = (body) => Boolean(body && state.info.thresholds);
+
+/** Send the photo that is shown once more, to be kept for a label; the class is a suggestion. */
+async function report() {
+  const photo = state.shown;
+  const { signal } = new AbortController();
+  const { problem } = await answer(photo, classifyUrl({ reported: byId("right").value.trim() }), signal, silently);
+  photo.reported = problem ? sentence(problem) : "Sent. If there is room, it waits for a label.";
+  if (photo !== state.shown) return;
+  byId("report-note").textContent = photo.reported;
+  if (!problem) byId("right").value = "";
+}
+
+/** Send `photo` to `url`; `fetch` would not tell when the upload ends. */
+function send(photo, url, signal, onProgress) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
-    request.open("POST", classifyUrl());
+    request.open("POST", url);
     const headers = keyHeaders({ "Content-Type": typeOf(photo.file) });
     for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
     request.upload.addEventListener("progress", ({ loaded, total }) =>
-      progress(photo, `Uploading, ${Math.floor((100 * loaded) / total)} %`));
-    request.upload.addEventListener("load", () => progress(photo, "Classifying"));
+      onProgress(photo, `Uploading, ${Math.floor((100 * loaded) / total)} %`));
+    request.upload.addEventListener("load", () => onProgress(photo, "Classifying"));
     request.addEventListener("load", () => resolve(request));
     for (const end of ["error", "abort"]) request.addEventListener(end, reject);
     signal.addEventListener("abort", () => request.abort());
-    progress(photo, "Uploading");
+    onProgress(photo, "Uploading");
     request.send(photo.file);
   });
 }
@@ -183,7 +277,8 @@ byId("preview").addEventListener("load", () => {
 function showSnippets() {
   const name = state.shown?.file.name ?? "photo.jpg";
   const type = state.shown ? typeOf(state.shown.file) : "image/jpeg";
-  showTabs(snippets(classifyUrl(), name, type).map(([language, code]) =>
+  const url = classifyUrl(byId("explain").checked ? { explain: "true" } : {});
+  showTabs(snippets(url, name, type).map(([language, code]) =>
     [language, codeBlock(code, `${language} code`)]));
 }
 
@@ -193,13 +288,38 @@ for (const id of ["file", "camera"]) {
     event.target.value = ""; // allow choosing the same file again
   });
 }
-for (const id of ["top-k", "explain"]) {
+byId("folder").addEventListener("change", (event) => {
+  take(imagesOf(event.target.files));
+  event.target.value = "";
+});
+for (const id of ["top-k", "beside"]) {
   byId(id).addEventListener("change", () => {
     showSnippets();
     if (state.shown) void askAll();
   });
 }
-document.addEventListener("paste", (event) => take(event.clipboardData?.files));
+byId("explain").addEventListener("change", () => {
+  showSnippets();
+  state.explaining?.abort();
+  showWhy(0);
+  for (const photo of state.photos) photo.map = null;
+  byId("map").hidden = true;
+  if (state.shown) void explain(state.shown);
+});
+byId("use-camera").addEventListener("click", () => void openCamera((file) => take([file])));
+byId("no-camera").addEventListener("click", () => {
+  closeCamera();
+  byId("use-camera").focus();
+});
+byId("save").addEventListener("click", () => save("answers.csv", csv(rows())));
+byId("report-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  void report();
+});
+closeCamera();
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData?.files.length) take(event.clipboardData.files);
+});
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("over");
@@ -210,7 +330,7 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  take(event.dataTransfer?.files);
+  void filesOf(event.dataTransfer).then(take);
 });
 
 byId("models").addEventListener("change", (event) => choose(event.target.value));
@@ -229,6 +349,10 @@ async function choose(name) {
   }
   state.info = state.server.models.find((model) => model.name === name);
   byId("top-k").max = String(state.info.num_labels);
+  const others = state.server.models.filter((model) => model.name !== name).map((model) => model.name);
+  const beside = byId("beside").value;
+  byId("beside").replaceChildren(make("option", { value: "" }, "none"), ...others.map((other) => make("option", {}, other)));
+  byId("beside").value = others.includes(beside) ? beside : "";
   showAbout(state.info, state.card, state.server.server);
   showSnippets();
   if (state.shown) {
@@ -283,7 +407,7 @@ async function start() {
   }
   const names = state.server.models.map((model) => model.name);
   byId("models").replaceChildren(...names.map((name) => make("option", {}, name)));
-  byId("chooser").hidden = names.length < 2;
+  byId("chooser").hidden = byId("beside-chooser").hidden = names.length < 2;
   await choose(names[0]);
   await offerExamples().catch(() => {}); // the page works without
 }

@@ -66,13 +66,17 @@ class Ages(StrictModel):
 
 
 class _StoredPhoto(NamedTuple):
-    """A kept photograph: `kept_at` are counted seconds, `near_hash` is a number, `bytes` of both files."""
+    """A kept photograph: `kept_at` are counted seconds, `near_hash` is a number, `bytes` of both files.
+
+    `suggested` is that of its record.
+    """
 
     path: Path
     kept_at: float
     near_hash: int
     reasons: frozenset[str]
     bytes: int
+    suggested: str | None
 
 
 class KeptFolder:
@@ -263,7 +267,8 @@ class KeptFolder:
         previous = self._photos.get(path.name)  # of the same image: the name is a hash of the original bytes
         if previous is not None:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
-            record = record.model_copy(update={"reasons": reasons})
+            suggested = record.suggested or previous.suggested
+            record = record.model_copy(update={"reasons": reasons, "suggested": suggested})
         content = record.model_dump_json().encode()
         size = _size_on_disk(len(image)) + _size_on_disk(len(content))
         if size > self._max_bytes:
@@ -304,7 +309,8 @@ class KeptFolder:
 
     def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _StoredPhoto:
         """Note a photograph as the newest one."""
-        photo = _StoredPhoto(path, kept_at, int(record.near_hash, 16), frozenset(record.reasons), size)
+        reasons, number = frozenset(record.reasons), int(record.near_hash, 16)
+        photo = _StoredPhoto(path, kept_at, number, reasons, size, record.suggested)
         self._photos[path.name] = photo
         return photo
 

@@ -1,4 +1,4 @@
-"""Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
+"""Keep photographs that are worth a label: unknown, uncertain and reported ones, and a small uniform sample.
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
 process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
@@ -47,7 +47,10 @@ CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
 
 
 class PredictedPhoto(NamedTuple):
-    """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*."""
+    """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*.
+
+    *reported* is the class that a person suggests after a wrong answer, "" without a suggestion.
+    """
 
     image: bytes
     pixels: NDArray[np.uint8]
@@ -55,10 +58,11 @@ class PredictedPhoto(NamedTuple):
     bundle: Bundle
     model: str
     time: datetime
+    reported: str | None = None
 
 
 def reasons_to_keep(
-    bundle: Bundle, logits: NDArray[np.float32], sha256: str, share: float
+    bundle: Bundle, logits: NDArray[np.float32], sha256: str, share: float, *, is_reported: bool = False
 ) -> tuple[Reason, ...]:
     """List why a file with the hash *sha256* and with *logits* (C,) of *bundle* is worth a label.
 
@@ -76,6 +80,7 @@ def reasons_to_keep(
         "unknown": answer.known is False,  # None: the bundle does not tell
         "low_margin": bool(margin < LOW_MARGIN),
         "sample": int(sha256[:8], 16) < share * 2**32,  # the first 32 bits are uniform
+        "reported": is_reported,
     }
     return tuple(reason for reason, applies in reasons.items() if applies)
 
@@ -152,11 +157,15 @@ class Keeper:
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def offer(self, model: Model, image: bytes, prediction: Prediction) -> None:
-        """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full."""
+    def offer(self, model: Model, image: bytes, prediction: Prediction, reported: str | None = None) -> None:
+        """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full.
+
+        *reported* is the class that a person suggests instead, "" without a suggestion.
+        """
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        self._queue_or_drop(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
+        photo = PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now, reported)
+        self._queue_or_drop(photo)
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""
@@ -229,7 +238,11 @@ class Keeper:
             near = photo.record.near_hash
         else:
             sha256 = hashlib.sha256(photo.image).hexdigest()
-            name, reasons = sha256[:32], reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+            is_reported = photo.reported is not None
+            reasons = reasons_to_keep(
+                photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
+            )
+            name = sha256[:32]
             if not reasons:
                 return None
             near = near_hash(photo.pixels)
@@ -299,6 +312,7 @@ def _describe(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], i
         known=answer.known,
         score=answer.score,
         near_hash=near_hash(photo.pixels),
+        suggested=photo.reported or None,
     )
 
 

@@ -28,6 +28,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.config import StrictModel, matching
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
+from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
 from sopdeploy.names import as_utf8
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
@@ -44,10 +45,7 @@ COOKIE = "sopdeploy-label-{}"  # with the port: a browser sends the cookies of a
 MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
-MEDIA_TYPES = {
-    **{".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"},
-    **{".gif": "image/gif", ".bmp": "image/bmp", ".heic": "image/heic", ".heif": "image/heif"},
-}
+MAX_CELLS = 48  # of the grid of a class
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -144,6 +142,16 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         with lock:
             return describe_next(folders)
 
+    @app.get("/grids")
+    def grids() -> Grids:
+        with lock:
+            found = folders.obvious()
+        return Grids(
+            grids=tuple(
+                Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids)) for name, ids in found.items()
+            )
+        )
+
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
@@ -154,8 +162,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
-        media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
-        return Response(content, media_type=media_type, headers=IMAGE_HEADERS)
+        return Response(content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS)
 
     @app.post("/label")
     def label(answer: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
@@ -190,11 +197,16 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
 
 class ShownPhotograph(StrictModel):
-    """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`."""
+    """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`.
+
+    `reported` if a person has said that the answer was wrong; `suggested` is then the class of this person.
+    """
 
     id: str
     sampled: bool
     known: bool | None
+    reported: bool
+    suggested: str | None
 
 
 class ShownClass(StrictModel):
@@ -202,6 +214,20 @@ class ShownClass(StrictModel):
 
     name: str
     probability: float | None
+
+
+class Grid(StrictModel):
+    """The first `ids` of `count` photographs that are probably of the class `name`, the surest ones first."""
+
+    name: str
+    ids: tuple[str, ...]
+    count: int
+
+
+class Grids(StrictModel):
+    """A grid for each class of which photographs are obvious."""
+
+    grids: tuple[Grid, ...]
 
 
 class LabelState(StrictModel):
@@ -225,14 +251,20 @@ def describe_next(folders: LabelFolders) -> LabelState:
     if not folders.waiting:
         folders.read()  # the server may have kept others
     photograph: ShownPhotograph | None = None
+    suggested: str | None = None
     probabilities: dict[str, float] = {}
     if folders.waiting:
         identity, (_, record) = next(iter(folders.waiting.items()))  # a photograph of a heap has no record
         probabilities = folders.probabilities(identity)
         is_sampled = record is not None and "sample" in record.reasons
         known = None if record is None else record.known
-        photograph = ShownPhotograph(id=identity, sampled=is_sampled, known=known)
-    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
+        is_reported = record is not None and "reported" in record.reasons
+        suggested = folders.suggestion(identity)
+        photograph = ShownPhotograph(
+            id=identity, sampled=is_sampled, known=known, reported=is_reported, suggested=suggested
+        )
+    # That of a person first, then by probability; without one: last.
+    names = sorted(folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0)))
     return LabelState(
         photograph=photograph,
         next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),

@@ -24,6 +24,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
@@ -34,12 +35,13 @@ from sopdeploy.photos.files import (
     normalize,
     part_kind,
 )
-from sopdeploy.photos.table import LABELS_FILE, has_label_table
+from sopdeploy.photos.table import find_table
 from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, KeptRecord, read_kept
 from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
+OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
@@ -97,7 +99,7 @@ class LabelFolders:
 
         *embed* computes what the suggestions for a heap compare.
         Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
-        folder `train/` or in a table, as `has_label_table` tells.
+        folder `train/` or in a table, as `find_table` tells.
         """
         # Absolute, but through the links that the user named: the siblings have the names that commands get.
         self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
@@ -105,9 +107,9 @@ class LabelFolders:
             raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
-        if has_label_table(self.photos):
+        if table := find_table(self.photos):
             raise DataError(
-                f"{photos}: `train` reads its classes from {LABELS_FILE}, not from class folders; give "
+                f"{photos}: `train` reads its classes from {table.name}, not from class folders; give "
                 "another folder, or list the photographs there"
             )
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
@@ -141,10 +143,12 @@ class LabelFolders:
             else:
                 others.append(photo)
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = order_records(others)
+        queue = sorted(order_records(others), key=lambda photo: "reported" not in photo.record.reasons)
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
-        heap = [path for path in list_heap(self.kept) if heap_id(path) not in self._skipped_of_heap]
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
+        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
@@ -171,10 +175,32 @@ class LabelFolders:
         labels = map(normalize, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
+    def suggestion(self, identity: str) -> str | None:
+        """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
+        record = self.waiting[identity].record
+        return None if record is None or record.suggested is None else normalize(record.suggested)
+
+    def obvious(self) -> dict[str, list[str]]:
+        """List the photographs that are probably of a class, by class, the surest ones first.
+
+        Those of the uniform sample are not listed, since each of them counts in comparisons, nor
+        those that a person has reported.
+        """
+        found: dict[str, list[tuple[float, str]]] = {}
+        for identity, (_, record) in self.waiting.items():
+            if record is not None and (record.known is False or {"sample", "reported"} & {*record.reasons}):
+                continue
+            every = self.probabilities(identity).items()
+            name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
+            if probability >= OBVIOUS:
+                found.setdefault(name, []).append((-probability, identity))
+        return {name: [identity for _, identity in sorted(found[name])] for name in sorted(found)}
+
     def classes(self) -> list[str]:
-        """List the names of all classes: those of the bundles and of the folders, sorted."""
+        """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
         names = {normalize(label) for record in records for label in record.labels}
+        names |= {normalize(record.suggested) for record in records if record.suggested is not None}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
-from sopdeploy.photos.files import KEPT_NAME, is_image, list_folder
+from sopdeploy.images.signatures import is_image
+from sopdeploy.photos.files import KEPT_ID, list_folder
 
 Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
@@ -27,10 +28,19 @@ _NONE: Vector = np.zeros((0, 0), np.float32)
 log = logging.getLogger("sopdeploy_service.second_week.heap")
 
 
-def list_heap(folder: Path) -> list[Path]:
-    """List the images directly in *folder*, sorted, without kept photographs; raises `DataError`."""
-    names = [entry.name for entry in list_folder(folder) if entry.is_file() and is_image(entry.name)]
-    return [folder / name for name in names if not KEPT_NAME.fullmatch(name)]
+class Heap(NamedTuple):
+    """The `images` directly in a folder, without kept photographs, and the names of the `others`, sorted."""
+
+    images: list[Path]
+    others: list[str]
+
+
+def list_heap(folder: Path) -> Heap:
+    """List the heap in *folder*, without what a server has written; raises `DataError`."""
+    names = [entry.name for entry in list_folder(folder) if entry.is_file()]
+    files = [folder / name for name in names if not KEPT_ID.fullmatch(name.partition(".")[0])]
+    images = [path for path in files if is_image(path)]
+    return Heap(images, [path.name for path in files if path not in set(images)])
 
 
 def heap_id(path: Path) -> str:
@@ -70,7 +80,7 @@ class Suggestions:
         if self._embed is None:
             return
         for name, folder in folders.items():
-            for path in list_heap(folder)[:MAX_LEARNED]:
+            for path in list_heap(folder).images[:MAX_LEARNED]:
                 self._classes.setdefault(path, (name, path))
         self._num_changes += 1
 

@@ -1,10 +1,13 @@
 """The page at `/` in a real browser."""
 
+import csv
+import io
 import json
 import re
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,8 +51,9 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
     done(page)
     assert shown(page) == expected(client, jpeg)
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "top-k"
+    for name in ("folder", "use-camera", "top-k"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == name
     page.keyboard.press("Control+A")
     page.keyboard.type("2")
     page.keyboard.press("Tab")
@@ -85,6 +89,7 @@ def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, s
     page = open_page(client.base_url)
     page.locator("#explain").check()
     give(page, picture)
+    page.locator("#map").wait_for()
     losses = client.post("/v1/classify?explain=true", content=picture).json()["explanation"]
     opacities = page.locator("#map").evaluate(
         "map => [...map.getContext('2d').getImageData(0, 0, 7, 7).data].filter((_, place) => place % 4 === 3)"
@@ -331,6 +336,7 @@ def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
     phone = open_page(client.base_url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert phone.get_by_text("Take a photo").is_visible()
     assert phone.locator(".others").is_hidden()
+    assert phone.get_by_text("Choose a folder").is_hidden()
     assert phone.locator("#camera").get_attribute("capture") == "environment"
     desk = open_page(client.base_url)
     assert desk.get_by_text("Take a photo").is_hidden()
@@ -341,8 +347,170 @@ def test_the_answer_to_one_image_does_not_stay_under_the_next_one(open_page, ser
     page = open_page(client.base_url)
     page.locator("#explain").check()
     give(page, picture_bytes((30, 200, 60)))
-    assert page.locator("#map").is_visible()
+    page.locator("#map").wait_for()
     page.evaluate("askAll = async () => {}")  # no answer arrives
     page.evaluate(SEND_FILE, ["drop", list(picture_bytes((200, 30, 60))), "b.jpg", "image/jpeg"])
     assert page.locator("#classes li").count() == 0
     assert page.locator("#map").is_hidden()
+
+
+def rows_of(page) -> list[dict[str, str]]:
+    """Rows of the CSV file that the page saves."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as CSV").click()
+    return list(csv.DictReader(io.StringIO(Path(download.value.path()).read_bytes().decode(), newline="")))
+
+
+def drop_folder(page, folder: Path) -> None:
+    """Drop *folder* as a file manager does."""
+    box, session = page.locator("#drop").bounding_box(), page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": box["x"] + 20, "y": box["y"] + 20, "data": data}
+        session.send("Input.dispatchDragEvent", event)
+
+
+@pytest.fixture
+def folder(tmp_path, jpeg) -> Path:
+    """A folder with images in folders, other files, and names to quote."""
+    files = {
+        'b/"1", ok.jpg': jpeg,
+        "b/10.jpg": jpeg,
+        "b/2.jpg": jpeg,
+        "a.png": b"no picture",
+        "notes.txt": b"",
+    }
+    for name, body in {**files, ".hidden/3.jpg": jpeg}.items():
+        path = tmp_path / "shop" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    return tmp_path / "shop"
+
+
+@pytest.mark.parametrize("way", ["dropped", "chosen"])
+def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
+    page, client, jpeg, folder, way
+):
+    page.locator("h1", has_text="tiny").wait_for()
+    if way == "dropped":
+        drop_folder(page, folder)
+    else:
+        page.locator("#folder").set_input_files(folder)
+    page.locator("#done", has_text="4 of 4").wait_for()
+    rows = rows_of(page)
+    assert [row["image"] for row in rows] == [
+        "shop/a.png",
+        'shop/b/"1", ok.jpg',
+        "shop/b/2.jpg",
+        "shop/b/10.jpg",
+    ]
+    best = client.post("/v1/classify", content=jpeg).json()["classes"][0]
+    right = {"class": best["label"], "probability": f"{best['probability']:.4f}", "known": "", "error": ""}
+    assert [{**row, "image": ""} for row in rows[1:]] == 3 * [{"image": "", **right}]
+    assert [(row["class"], "not an image" in row["error"]) for row in rows[:1]] == [("", True)]
+
+
+def test_a_folder_without_images_is_said_to_have_none(page, tmp_path):
+    page.locator("h1", has_text="tiny").wait_for()
+    (tmp_path / "notes.txt").write_bytes(b"")
+    drop_folder(page, tmp_path)
+    page.get_by_text("There are no images in this folder.").wait_for()
+
+
+def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(open_page, onnx_runtime, bundle, jpeg):
+    with running(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
+        page = open_page(client.base_url)
+        page.get_by_label("Beside").select_option("second")
+        give(page, jpeg)
+        page.locator("#other-classes li").first.wait_for()
+        labels = page.locator("#other-classes .label").all_text_contents()
+        assert labels == [label for label, _ in expected(client, jpeg, "?model=second")]
+        assert page.locator("#this-model").text_content() == "first"
+        answer = {"classes": [{"label": "other", "probability": 0.5}], "warnings": []}
+        page.route("**/v1/classify?*model=second*", lambda route: route.fulfill(json=answer))
+        page.locator("#file").set_input_files(
+            [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": jpeg} for n in range(2)]
+        )
+        page.locator("#done", has_text="2 of 2").wait_for()
+        assert "· second: other 50.0 %" in page.locator("#list .result").first.text_content()
+        assert [row["class second"] for row in rows_of(page)] == ["other", "other"]
+        page.unroute("**/v1/classify?*model=second*")
+        page.route(
+            "**/v1/classify?*model=second*", lambda route: route.fulfill(status=429, json={"detail": "no"})
+        )
+        give(page, jpeg)
+        page.locator("#other-note", has_text="No.").wait_for()
+        assert shown(page) == expected(client, jpeg, "?model=first")
+        page.get_by_label("Beside").select_option("")
+        page.locator("#other").wait_for(state="hidden")
+
+
+def test_the_answer_is_shown_while_its_explanation_is_made(open_page, serve_with, onnx_runtime, jpeg):
+    client, held = serve_with(onnx_runtime), list[Any]()
+    page = open_page(client.base_url)
+    page.route("**/v1/classify?*explain=true*", lambda route: held.append(route))
+    page.locator("#explain").check()
+    give(page, jpeg)
+    assert shown(page) == expected(client, jpeg)
+    page.get_by_role("progressbar", name=re.compile("Finding the parts that decide, about .* s")).wait_for()
+    page.evaluate("showWhy(2)")  # two seconds instead of the few milliseconds of this network
+    values = [page.locator("#why-bar").evaluate("bar => bar.value")]
+    while len(values) < 3:
+        page.wait_for_timeout(200)
+        values.append(page.locator("#why-bar").evaluate("bar => bar.value"))
+    assert values == sorted(values)
+    assert 0 <= values[0] < values[-1] < 1
+    held[0].continue_()
+    page.locator("#map").wait_for()
+    assert page.locator("#why").is_hidden()
+    give(page, picture_bytes((9, 200, 60)))
+    while len(held) < 2:
+        page.wait_for_timeout(10)
+    held[1].fulfill(status=429, json={"detail": "too busy"})
+    page.locator("#why-text", has_text="Too busy.").wait_for()
+    assert page.locator("#classes li").count() == 5
+
+
+def test_a_wrong_answer_is_reported_only_where_images_are_kept(
+    open_page, serve_with, client, onnx_runtime, jpeg, tmp_path
+):
+    page = open_page(client.base_url)
+    give(page, jpeg)
+    assert page.locator("#report").is_hidden()
+    keeping = serve_with(onnx_runtime, keep=tmp_path / "kept", keep_sample=0)
+    page = open_page(keeping.base_url)
+    give(page, jpeg)
+    page.get_by_text("This is wrong").click()
+    page.get_by_label("It shows").fill("no such class")
+    page.get_by_role("button", name="Send").click()
+    page.locator("#report-note", has_text="is no class of tiny").wait_for()
+    label = keeping.get("/v1/card").json()["labels"][2]
+    page.get_by_label("It shows").fill(label)
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("Sent. If there is room, it waits for a label.").wait_for()
+    while not (kept := list((tmp_path / "kept").glob("*.json"))):
+        page.wait_for_timeout(20)
+    record = json.loads(kept[0].read_text(encoding="utf-8"))
+    assert ("reported" in record["reasons"], record["suggested"]) == (True, label)
+    assert shown(page) == expected(keeping, jpeg)
+
+
+def test_a_laptop_photographs_with_its_camera_until_it_is_turned_off(page):
+    page.get_by_role("button", name="Use the camera").click()
+    while not page.locator("#video").evaluate("video => video.videoWidth"):
+        page.wait_for_timeout(20)
+    assert page.evaluate("document.activeElement.id") == "snap"
+    page.keyboard.press("Enter")
+    done(page)
+    assert page.locator("#file-note", has_text="camera.jpg").count() == 1
+    assert page.locator("#classes li").count() == 5
+    page.evaluate("track = document.getElementById('video').srcObject.getTracks()[0]")
+    page.get_by_role("button", name="Turn the camera off").click()
+    assert page.evaluate("track.readyState") == "ended"
+    assert page.evaluate("document.activeElement.id") == "use-camera"
+
+
+def test_a_camera_that_is_refused_is_said_in_a_sentence(page):
+    page.evaluate("() => { navigator.mediaDevices.getUserMedia = async () => { throw new Error(); }; }")
+    page.get_by_role("button", name="Use the camera").click()
+    page.get_by_text("The camera cannot be used; allow it for this page").wait_for()

@@ -15,7 +15,9 @@ def open_label_page(open_page, open_folders):
 
         def open_one(**traits):
             page = open_page(client.base_url, f"/?key={KEY}", **traits)
-            page.wait_for_selector("#classes li, #empty:not([hidden])")
+            page.wait_for_selector("#classes li, #empty:not([hidden])", state="attached")
+            page.wait_for_selector("#grid[aria-busy=false]", state="attached")
+            page.locator("#one-by-one").click()
             return page
 
         yield open_one
@@ -29,7 +31,7 @@ def press(page, key: str, left: int) -> None:
 
 def wait_until(page, left: int) -> None:
     page.locator("#progress", has_text=f", {left} left").wait_for()
-    page.locator("#main[aria-busy=false]").wait_for()
+    page.locator("#main[aria-busy=false]").wait_for(state="attached")
 
 
 def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tmp_path):
@@ -94,6 +96,75 @@ def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_
 def pressed(page) -> list[bool]:
     shown = page.locator("#next button").evaluate_all("all => all.map((one) => one.ariaPressed)")
     return [value == "true" for value in shown]
+
+
+def test_a_grid_comes_first_whose_photographs_get_one_label_but_for_those_that_were_touched(
+    keep, open_label_page, tmp_path
+):
+    for number in range(9):
+        keep(number, [2.0 + number / 10, 0.0, 0.0])
+    keep(20, [9.0, 0.0, 0.0], reasons=("sample",))  # each one of the sample counts
+    keep(21, [9.0, 0.0, 0.0], known=False)
+    keep(22, [0.0, 4.0, 0.0])
+    page = open_label_page()
+    page.reload()
+    page.wait_for_selector("#cells button")
+    assert page.locator("#main").is_hidden()
+    assert page.locator("#kinds").get_by_role("button").all_text_contents() == ["hat 9", "shoes 1"]
+    ids = page.evaluate("cells()")
+    assert ids == [identity(number) for number in range(8, -1, -1)]  # the surest one first
+    cells = page.locator("#cells button")
+    assert cells.first.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+    cells.nth(1).click()
+    cells.nth(3).focus()
+    page.keyboard.press("Space")
+    assert page.locator("#kind").text_content() == "7 of 9 chosen"
+    page.keyboard.press("1")  # no key of one photograph
+    page.get_by_role("button", name="Label 7 as hat").click()
+    wait_until(page, 5)
+    left = {ids[1], ids[3]}
+    assert files_below(tmp_path / "photos") == {f"hat/{one}.jpg" for one in ids if one not in left}
+    page.locator("#kinds button", has_text="hat 2").wait_for()
+    page.keyboard.press("g")
+    assert page.locator("#main").is_visible()
+    press(page, "u", 6)
+
+
+def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(keep, open_label_page, tmp_path):
+    keep(1)
+    page = open_label_page()
+    page.keyboard.press("z")
+    width = "image => image.decode().then(() => image.clientWidth)"
+    assert page.locator("#large").evaluate(width) > page.locator("#photo").evaluate(width)
+    page.keyboard.press("1")
+    page.keyboard.press("Escape")
+    page.locator("#enlarged").wait_for(state="hidden")
+    assert not (tmp_path / "photos").exists()
+    page.locator("#zoom").click()
+    page.get_by_role("button", name="Close").click()
+    press(page, "1", 0)
+    assert page.locator("#zoom").is_hidden()
+
+
+def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_label(
+    keep, open_label_page, tmp_path
+):
+    keep(1, [1.0, 0.9, 0.8])
+    keep(2, [9.0, 0.0, 0.0], reasons=("reported",), suggested="t-shirt")
+    keep(3, [9.0, 0.0, 0.0], reasons=("reported",))
+    page = open_label_page()
+    shown = {}
+    for left in (2, 1):
+        shown[page.evaluate("state.photograph.id")] = page.locator("#reported").text_content()
+        names = page.locator("#classes .name").all_text_contents()
+        assert names[0] == ("t-shirt" if "suggests" in page.locator("#reported").text_content() else "hat")
+        press(page, "s", left)
+    assert shown == {
+        identity(2): "Reported as wrong. A person suggests: t-shirt",
+        identity(3): "Reported as wrong. ",
+    }
+    assert page.locator("#reported").is_hidden()
+    assert not (tmp_path / "photos").exists()
 
 
 def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(keep, open_label_page, tmp_path):

@@ -74,8 +74,8 @@ def learn(
     run.normalize.to(dtype)
     if run.teacher is not None:
         run.teacher.model.to(dtype)
-    if run.ema is not None:
-        run.ema.model.to(dtype)
+    if run.average is not None:
+        run.average.model.to(dtype)
     for module in run.trained().modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -98,7 +98,7 @@ def learn(
             run.read_steps()
             done += 1
         run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
-    average = run.ema.model.state_dict() if run.ema is not None else {}
+    average = run.average.model.state_dict() if run.average is not None else {}
     return {**run.trained().state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 

@@ -14,9 +14,9 @@ from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy, check_batch_size
-from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start import check_same_step
+from sopdeploy.training.setup import check_same_step
 from tests.sopdeploy.training.distributed.cases import (
     SHORT_CASES,
     build_recipe,
@@ -71,8 +71,8 @@ def test_running_statistics_of_batch_norms_are_averaged() -> None:
     processes.offset = 6.0
     run = start_run(recipe, dataset(), processes)
     run.synchronize_buffers()
-    assert run.ema is not None
-    for model in (run.model, run.ema.model):
+    assert run.average is not None
+    for model in (run.model, run.average.model):
         assert model.get_buffer("bn1.running_mean").unique().tolist() == [3.0]
         assert int(model.get_buffer("bn1.num_batches_tracked")) == 0
 

@@ -18,9 +18,9 @@ import torch
 from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
-from sopdeploy.training import run_folder
+from sopdeploy.training import checkpoints
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.fits import Position
+from sopdeploy.training.checkpoints import Position
 from sopdeploy.training.loop import state
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.train import train_recipe
@@ -133,7 +133,7 @@ class CheckpointWatcher(RecordingCallback):
 @pytest.mark.parametrize(("interval", "saved"), [(60, {(0, 3)}), (120, {(0, 2), (0, 4)})])
 def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interval, saved) -> None:
     clock = iter(range(0, 10_000, interval))  # seconds pass between two reads of the clock
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     watcher = CheckpointWatcher(tmp_path / "run")
     train_recipe(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
     assert set(watcher.positions) == saved
@@ -264,7 +264,7 @@ def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
 
 
 def test_steps_with_different_penalties_are_read_together() -> None:
-    run = object.__new__(state.LoopRun)
+    run = object.__new__(state.LoopState)
     total, part = torch.tensor(3.0), torch.tensor(1.0)
     losses = [Loss(total, {"main": total}), Loss(total, {"main": part, "late": part}, torch.tensor([2, 5]))]
     steps = [state.FinishedStep(loss, torch.tensor(0.5), torch.tensor(1), 4) for loss in losses]

@@ -1,9 +1,11 @@
 "use strict";
-// The label page: shows one photograph, sends its label or that of all selected thumbnails, and shows the next one.
+// The label page: a grid of photographs that are clearly of a class; then one at a time, with those selected beside it.
 
-const RESERVED = "nsux"; // keys of the other buttons
+const RESERVED = "gnsuxz"; // keys of the other buttons
+const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
+const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 /** Fetch JSON from `path`, with `body` as a POST; throws an Error with the message of the server. */
@@ -17,9 +19,9 @@ async function ask(path, body) {
   throw Object.assign(new Error(typeof detail === "string" ? detail : "the server refuses this label"), { status: reply.status });
 }
 
-/** Send `bodies` to `path` in turn and show what the server returns last; keys have no effect before it is shown. */
+/** Send `bodies` to `path` in turn and show what the server returns last; keys have no effect before; return the problem. */
 async function send(path, bodies = [undefined]) {
-  if (state.busy) return;
+  if (state.busy) return "busy";
   setBusy(true);
   let problem = "", last = null;
   try {
@@ -29,9 +31,12 @@ async function send(path, bodies = [undefined]) {
     if (error.status === 409) last = await ask("state").catch(() => last); // labelled in another tab
   }
   if (last) await show(last);
-  byId("error").textContent = sentence(problem);
-  byId("error").hidden = !problem;
+  for (const id of ["error", "grid-error"]) {
+    byId(id).textContent = sentence(problem);
+    byId(id).hidden = !problem;
+  }
   setBusy(false);
+  return problem;
 }
 
 /** Say that a request is under way, or that keys have an effect. */
@@ -71,19 +76,23 @@ async function show(next) {
   const url = photograph ? await load(photograph.id) : ""; // until then, thumbnails are those of the old `state`
   Object.assign(state, { photograph, classes, next: next.next, from: 0 });
   byId("photo").src = url;
+  byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
-  for (const id of [...urls.keys()].filter((one) => !state.next.includes(one))) {
+  const needed = new Set([...state.next, ...cells()]);
+  for (const id of [...urls.keys()].filter((one) => !needed.has(one))) {
     void load(id).then(URL.revokeObjectURL);
     urls.delete(id);
   }
-  byId("photo").hidden = !photograph;
   byId("empty").hidden = Boolean(photograph);
   byId("command").textContent = next.command;
   byId("then").hidden = classes.length === 0; // all were skipped
   byId("first").hidden = !photograph || classes.length > 0;
   byId("sampled").hidden = !photograph?.sampled;
   byId("unknown").hidden = photograph?.known !== false;
+  byId("reported").hidden = !photograph?.reported;
+  byId("reported").replaceChildren(make("strong", {}, "Reported as wrong. "),
+    ...(photograph?.suggested ? ["A person suggests: ", make("bdi", {}, photograph.suggested)] : []));
   byId("progress").textContent = `${done} done in this session, ${left} left`;
   byId("bar").value = done / Math.max(1, done + left);
   byId("classes").replaceChildren(...classes.map(classButton));
@@ -120,6 +129,81 @@ function classButton({ name, probability }, place) {
   return make("li", {}, button);
 }
 
+/** IDs of the photographs in the grid of the chosen class. */
+const cells = () => grid.grids.find(({ name }) => name === grid.name)?.ids ?? [];
+
+/** Show the grid, or with `isGrid` false one photograph. */
+function view(isGrid) {
+  byId("grid").hidden = !isGrid;
+  byId("main").hidden = isGrid;
+  byId("as-grid").setAttribute("aria-pressed", String(isGrid));
+  byId("one-by-one").setAttribute("aria-pressed", String(!isGrid));
+}
+
+/** Load the grids again; show that of `name` or, if it is empty, the largest one, whose size is returned. */
+async function loadGrids(name = "") {
+  grid.grids = (await ask("grids").catch(() => ({ grids: [] }))).grids;
+  const largest = grid.grids.reduce((one, other) => (other.count > one.count ? other : one), { name: "", count: 0 });
+  chooseGrid(grid.grids.some((one) => one.name === name) ? name : largest.name);
+  return largest.count;
+}
+
+/** Show the photographs that are probably of the class `name`, all chosen. */
+function chooseGrid(name) {
+  Object.assign(grid, { name, others: new Set() });
+  byId("grid-work").hidden = !name;
+  byId("no-grid").hidden = Boolean(name);
+  byId("kinds").replaceChildren(...grid.grids.map(({ name: other, count }) => {
+    const button = make("button", { type: "button", "aria-pressed": String(other === name) }, make("bdi", {}, other), ` ${count}`);
+    button.addEventListener("click", () => chooseGrid(other));
+    return button;
+  }));
+  byId("cells").replaceChildren(...cells().map(cell));
+  showChosen();
+}
+
+/** Button of the photograph `id` in the grid: pressed if it is of the class. */
+function cell(id, place) {
+  const image = make("img", { alt: "" });
+  void load(id).then((url) => { image.src = url; });
+  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "true" }, image);
+  button.addEventListener("click", () => {
+    if (!grid.others.delete(id)) grid.others.add(id);
+    button.setAttribute("aria-pressed", String(!grid.others.has(id)));
+    showChosen();
+  });
+  return button;
+}
+
+/** Say what the button of the grid does. */
+function showChosen() {
+  const all = cells().length, left = all - grid.others.size;
+  byId("kind").textContent = `${left} of ${all} chosen`;
+  byId("accept").textContent = `Label ${left} as ${grid.name}`;
+  byId("accept").disabled = left === 0;
+}
+
+/** Label the chosen photographs of the grid, and show what is left. */
+async function accept() {
+  const { name } = grid;
+  const ids = cells().filter((id) => !grid.others.has(id));
+  const problem = await send("label", ids.map((id) => ({ id, kind: "class", name })));
+  if (!problem && !(await loadGrids())) view(false);
+}
+
+/** Show the photograph at `url` as large as it is. */
+function enlarge(url) {
+  byId("large").src = url;
+  byId("enlarged").showModal();
+}
+
+byId("accept").addEventListener("click", () => void accept());
+byId("zoom").addEventListener("click", () => enlarge(byId("photo").src));
+byId("one-by-one").addEventListener("click", () => view(false));
+byId("as-grid").addEventListener("click", () => {
+  view(true);
+  void loadGrids(grid.name);
+});
 byId("new").addEventListener("submit", (event) => {
   event.preventDefault();
   byId("name").blur(); // so that the next key is a label
@@ -129,12 +213,18 @@ byId("not-ours").addEventListener("click", () => label("unknown"));
 byId("skip").addEventListener("click", () => label("skip"));
 byId("undo").addEventListener("click", () => send("undo", [{}]));
 document.addEventListener("keydown", (event) => {
+  if (byId("enlarged").open) return; // which Escape closes
   if (event.key === "Escape" && event.target !== byId("name")) select([]);
   if (event.key === "Escape") byId("name").blur();
   if (event.target === byId("name") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
-  if (key === "n") byId("name").focus();
+  const isGrid = !byId("grid").hidden;
+  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : byId("photo");
+  if (key === "z" && shown) enlarge(shown.src);
+  else if (key === "g") byId(isGrid ? "one-by-one" : "as-grid").click();
+  else if (isGrid) return; // the other keys are about one photograph
+  else if (key === "n") byId("name").focus();
   else if (key === "x") label("unknown");
   else if (key === "s") label("skip");
   else if (key === "u") void send("undo", [{}]);
@@ -143,4 +233,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-void send("state");
+void send("state").then(async () => {
+  if ((await loadGrids()) >= WORTH_A_GRID) view(true);
+  byId("grid").setAttribute("aria-busy", "false");
+});

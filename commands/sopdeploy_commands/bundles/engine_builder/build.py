@@ -1,0 +1,138 @@
+"""Build a TensorRT plan from an ONNX graph as a strongly typed network: its types are the graph's.
+
+TensorRT's own parser names the operators that it does not support.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from sopdeploy.errors import EngineError, LoweringError
+from sopdeploy_service.runtime.tensorrt_cache import Profile
+from sopdeploy_service.runtime.tensorrt_session import create, last_error, reset_logger
+
+Report = Callable[[str], None]
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
+
+    TensorRT accepts uint8 only for network inputs, so the cast must come first. The result is the same,
+    because casts commute with operators that only move values, and keep the shape. Later casts of *model*
+    remain and do not change float32 values. Raises `LoweringError` if another operator reads uint8 values.
+    """
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    name = copied.graph.input[0].name
+    if copied.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
+        return copied
+    uint8_values, readers = {name}, set()  # names of values, and the operators that read them
+    for node in copied.graph.node:  # in topological order
+        if uint8_values.isdisjoint(node.input):
+            continue
+        readers.add(node.op_type)
+        if node.op_type in MOVES:
+            uint8_values.update(node.output)
+        elif node.op_type not in ("Cast", "Shape"):  # whose results are not uint8
+            raise LoweringError(f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast")
+    if readers <= {"Cast"}:  # the graph casts the images first
+        return copied
+    cast = helper.make_node("Cast", [name], [f"{name}_float32"], f"{name}_cast", to=TensorProto.FLOAT)
+    for node in copied.graph.node:
+        node.input[:] = [cast.output[0] if operand == name else operand for operand in node.input]
+    copied.graph.node.insert(0, cast)
+    del copied.graph.value_info[:]  # has the types of moved uint8 values
+    return copied
+
+
+def parse_and_build(
+    trt: Any, graph: bytes, profiles: Sequence[Profile], workspace: int, report: Report
+) -> bytes:
+    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
+
+    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
+    `KeyboardInterrupt` after Ctrl-C.
+    """
+    logger = reset_logger(trt)
+    builder = create(trt, "Builder", logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        reason = last_error(logger)
+        if parser.num_errors:
+            error = parser.get_error(0)
+            node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
+            reason = f"{node}: {' '.join(error.desc().split())}"
+        raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for batches in profiles:
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            rest = tuple(tensor.shape)[1:]
+            sizes = (batches.minimum, batches.maximum, batches.maximum)  # tuned for the largest
+            profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
+    with interrupts_recorded() as interrupt:
+        monitor = make_monitor(trt, report, interrupt)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
+    return bytes(plan)
+
+
+@contextmanager
+def interrupts_recorded() -> Iterator[threading.Event]:
+    """Set an event on Ctrl-C in the block, and raise `KeyboardInterrupt` only at its end.
+
+    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
+    """
+    interrupt = threading.Event()
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    is_replaced = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_replaced:
+        signal.signal(signal.SIGINT, lambda *_: interrupt.set())
+    try:
+        yield interrupt
+    finally:
+        if is_replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+
+
+def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
+    """Create a progress monitor that calls *report* and ends the build after an *interrupt*."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
+        """Report every step."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._begin = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """Begin a phase."""
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """Complete a step; False stops the build."""
+            del step
+            minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+            report(f"building, {minutes}:{seconds:02d} ({phase_name})")
+            return not interrupt.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            """End a phase."""
+
+    return Monitor()

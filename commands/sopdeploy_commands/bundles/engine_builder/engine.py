@@ -1,0 +1,103 @@
+"""Build or find the TensorRT engine of a bundle for this machine; without torch.
+
+An engine is kept only if it reproduces the bundle's probes.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
+from sopdeploy.errors import LoweringError
+from sopdeploy_commands.bundles.engine_builder.build import Report, cast_images_first, parse_and_build
+from sopdeploy_export.options import EngineOptions
+from sopdeploy_service.runtime import tensorrt_cache as cache
+from sopdeploy_service.runtime.tensorrt_cache import EngineKey
+from sopdeploy_service.runtime.tensorrt_session import Cuda, EngineSession, import_tensorrt, open_cuda
+
+BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* in bytes
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A plan in the cache and its record; `reason` says why it was built, or is None if it was cached."""
+
+    path: Path
+    record: cache.EngineRecord
+    reason: str | None
+
+
+def get_engine(
+    bundle: Bundle,
+    options: EngineOptions,
+    report: Report = lambda _: None,
+    build_via_torch: BuildViaTorch | None = None,
+) -> EngineFile:
+    """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
+
+    A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
+    the plan, and is given only if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without
+    TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its
+    outputs deviate from the probes.
+    """
+    if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
+        raise LoweringError(
+            f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
+            "with --precision int8 --int8-for tensorrt"
+        )
+    profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)
+    if options.via == "torch-tensorrt":  # it builds plans with one profile
+        profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
+    trt, cuda = import_tensorrt(), open_cuda()
+    gpu = cuda.gpu()
+    fields = cache.key_fields(bundle, str(trt.__version__), gpu)
+    key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
+    folder = cache.cache_folder(bundle, options.cache)
+    reason = "--rebuild was given"
+    if not options.rebuild:
+        cached = cache.load_engine(folder, dict(key))
+        if isinstance(cached, cache.StoredEngine):
+            report("replaying the probes on the cached engine")
+            replay_probes(trt, cuda, bundle, cached.plan, key)
+            return EngineFile(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+        reason = cached  # why there is none
+    report(f"building: {reason}")
+    begin = time.monotonic()
+    workspace = gpu.memory // 4
+    if build_via_torch is None:
+        graph = cast_images_first(onnx.load_model_from_string(bundle.onnx.read())).SerializeToString(
+            deterministic=True
+        )
+        plan = parse_and_build(trt, graph, profiles, workspace, report)
+    else:
+        plan = build_via_torch(profiles[0], workspace)  # without progress
+    seconds = round(time.monotonic() - begin, 3)
+    report("checking outputs")
+    record = cache.EngineRecord(
+        key=key,
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=len(plan),
+        build_seconds=seconds,
+        replays=replay_probes(trt, cuda, bundle, plan, key),
+    )
+    return EngineFile(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
+
+
+def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
+    """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
+
+    Batches of different profiles alternate: a context must not disturb another one.
+    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
+    output has no probes.
+    """
+    probes = read_probes(bundle)
+    sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
+    with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
+        return replay_in_turn({size: probes.in_whole_batches(size) for size in sizes}, session.run)

@@ -1,0 +1,54 @@
+"""The drift of an exported file as a picture: how much of its limit each output uses."""
+
+import base64
+import math
+from html import escape
+
+from sopdeploy.html.report import Figure
+from sopdeploy_export.prove.file import OutputParity, ParityReport
+
+_NAMES, _BARS, _ROW, _TEXT = 130, 170, 22, 12  # pixels: names, the limit, the distance of rows, the font
+
+
+def draw_drift(parity: ParityReport) -> Figure:
+    """Draw a bar for each output and batch size of *parity*: its drift, in noise floors of this output."""
+    rows = [
+        (f"{name}, batch {size}", _in_floors(output, drift))
+        for name, output in parity.outputs.items()
+        for size, drift in output.drift.items()
+    ]
+    limit, height = parity.floors_allowed, _ROW * len(rows) + 2 * _ROW
+    bottom = _ROW * len(rows) + 4
+    marks = ""
+    for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
+        x = _NAMES + _BARS * floors / limit
+        marks += (
+            f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}" stroke="#888" stroke-dasharray="3 3"/>'
+        )
+        marks += f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{label}</text>'
+    bars = ""
+    for number, (name, floors) in enumerate(rows):
+        y, length = _ROW * number + 4, _BARS * min(floors / limit, 1.1)
+        color = "#0a7a5c" if floors <= limit else "#a8201a"
+        bars += f'<text x="{_NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
+        bars += f'<rect x="{_NAMES}" y="{y}" width="{max(length, 1):.1f}" height="14" rx="3" fill="{color}"/>'
+        bars += f'<text x="{_NAMES + max(length, 0) + 6:.1f}" y="{y + 11}">{floors:.2g}</text>'
+    width = _NAMES + round(1.1 * _BARS) + 45
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="{_TEXT}">{marks}{bars}</svg>'
+    )
+    image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode('ascii')}"
+    largest = max(floors for _, floors in rows)
+    caption = (
+        "Drift from float64, in noise floors, which are the rounding error of the network itself: "
+        f"at most {largest:.2g}, of {limit:g} that are allowed."
+    )
+    return Figure(image=image, caption=caption)
+
+
+def _in_floors(output: OutputParity, drift: float) -> float:
+    """Return *drift* in noise floors of *output*; one that does not depend on the image has none."""
+    if output.noise_floor == 0:
+        return math.inf if drift else 0.0
+    return drift / output.noise_floor

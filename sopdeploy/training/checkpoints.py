@@ -1,0 +1,482 @@
+"""A run and its files: what it was given, what is fitted, what its checkpoints contain, and its folder.
+
+Without `--out`, runs of a project are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest`
+leads to the newest run in `runs` that has a `best.pt`. `last.pt` is the checkpoint to resume from, `best.pt`
+the one to export; `history.csv` lists all epochs. Every file is written atomically. `last.pt` is written
+first; all other files are derived from it and are written again when the run is resumed.
+
+Only this module, and the modules `state` of the procedures, know the keys below `training` and `resume`.
+Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
+state and position are therefore enough to resume a run bit for bit.
+"""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy.checkpoint import Checkpoint, TrainingRecord, is_state_dict, read_checkpoint, write_checkpoint
+from sopdeploy.config import FieldValues, StrictModel, first_problem, version_advice, writer_of
+from sopdeploy.decision import Activation, Decision
+from sopdeploy.environment import machine
+from sopdeploy.errors import CheckpointError, ConfigError, StorageError, TrainingError, shorten
+from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
+from sopdeploy.file_systems import Lock, lock_file
+from sopdeploy.files import LOCK, PARTIAL, atomic_write, link_latest, new_folder, writing
+from sopdeploy.layers.normalize import images_format
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
+from sopdeploy.photos.split import Record
+from sopdeploy.plugins import plugin_versions
+from sopdeploy.project import SAMPLED, Origin
+from sopdeploy.training.diagnostics import EpochRow, history_csv
+from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.loop_settings import SaveConfig
+from sopdeploy.training.recipe import FewShotConfig, HeadOptions, LoopConfig, Recipe, validate_recipe
+from sopdeploy.training.results import AnyProcedureResult
+from sopdeploy.training.start_weights import StartReport, classifier_name
+from sopdeploy.version import __version__
+
+RUNS = Path("runs")
+
+
+class Position(StrictModel, frozen=False):
+    """The progress of a run, as checkpoints contain it; steps change it in place.
+
+    `step` is the number of finished steps in the current epoch and `seen` the number of their images. Over
+    these images, `sums` adds up the parts of the loss and `gradient` the gradient norms; `component_counts`
+    counts the images that each component of a gated network received. `train_seconds` is the time of these
+    steps, `seconds` that of the whole run.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seen: int = 0
+    sums: dict[str, float] = pydantic.Field(default_factory=dict)
+    gradient: float = 0.0
+    component_counts: tuple[int, ...] = ()
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    history: tuple[EpochRow, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What a run was given: a new one, or one to resume.
+
+    Attributes:
+        recipe: The recipe with the selected procedure and complete preprocessing.
+        data: Training and held-out images.
+        file_hashes, held_out: Those of `Division`.
+        strategy: The device, and the processes that train together.
+        model: The network with its weights on the device; the training loop changes them in place.
+        weights: The report on the start weights; None for random ones.
+        position: From where the run continues.
+        origin: The run and its images, as checkpoints contain them.
+        reason: Why "auto" selected the procedure; empty if it did not.
+    """
+
+    recipe: Recipe
+    data: Split
+    file_hashes: NDArray[np.int64]
+    held_out: Record
+    strategy: Strategy
+    model: Classifier
+    weights: StartReport | None = None
+    position: Position = field(default_factory=Position)
+    origin: Origin | None = None
+    reason: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in output order."""
+        return self.data.train.labels
+
+    @property
+    def activation(self) -> Activation:
+        """How logits become probabilities: "sigmoid" if images have several classes."""
+        return "sigmoid" if self.data.train.is_multi_label else "softmax"
+
+    @property
+    def uses_loop(self) -> bool:
+        """Whether the training loop alone trains the network."""
+        return isinstance(self.recipe.procedure, LoopConfig)
+
+    @property
+    def is_few_shot(self) -> bool:
+        """Whether the run has no epochs."""
+        return isinstance(self.recipe.procedure, FewShotConfig)
+
+    def random_frozen_parts(self) -> str:
+        """Name the random parts of the frozen network to which a head is fitted, or "".
+
+        There are none in the training loop, which fits no head to a frozen network.
+        """
+        if not isinstance(self.recipe.procedure, HeadOptions):
+            return ""
+        if self.weights is None:
+            return "all weights"
+        replaced = (*self.model.training_only, classifier_name(self.model))  # not below the head
+        remaining = []
+        for part in self.weights.new:  # the random ones
+            is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
+            if not is_replaced:
+                remaining.append(part)
+        return shorten(remaining)
+
+    def describe(self, *, is_new: bool) -> Iterator[str]:
+        """Describe weights, procedure and images of a new or a resumed run, by line."""
+        if is_new and self.weights is not None:
+            yield self.weights.describe()
+        if self.reason:
+            yield self.reason
+        if self.uses_loop and self.recipe.first_phase:
+            yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
+        next_epoch, crop = self.position.epoch + 1, self.recipe.preprocess.crop
+        is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
+        resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
+        yield (
+            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
+            f"the network sees {crop} x {crop} pixels"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A network that a procedure has fitted so far.
+
+    Attributes:
+        name: Catalog name of the network.
+        network: The network with the weights that are evaluated and exported.
+        learning: The network that learns, if `network` has an average of its weights.
+        position: The progress, with the history.
+        file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
+        result: The score to expect on new images; None before the end.
+        decision: Temperature and thresholds; None if none were fitted.
+    """
+
+    name: str
+    network: Classifier
+    learning: Classifier | None = None
+    position: Position
+    file_hashes: NDArray[np.int64]
+    result: AnyProcedureResult | None = None
+    decision: Decision | None = None
+
+
+class ResumeState(TypedDict, total=False):
+    """What `last.pt` contains to resume a run, in the types of PyTorch's files.
+
+    The last four are of a loop: `frozen` is the content of a checkpoint. `left_out` are the fields of each
+    `LeftOut`, if there are any.
+    """
+
+    position: FieldValues
+    train_count: int
+    held_out: Tensor
+    left_out: list[tuple[str, str, str]]
+    weights: dict[str, Tensor]
+    procedure: dict[str, Tensor]
+    optimizer: FieldValues
+    average: FieldValues | None
+    teacher: dict[str, Tensor]
+    frozen: FieldValues
+
+
+def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
+    """Build the content of `best.pt`, or with *resume* that of `last.pt`.
+
+    *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
+    """
+    weights = fit.network.state_dict()
+    learning = {} if fit.learning is None else fit.learning.state_dict()  # raw, if *weights* are averages
+    checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
+    if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
+        raise TrainingError(
+            "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
+            "optimizer.clip_norm"
+        )
+    decision = fit.decision
+    if decision is None and setup.activation == "sigmoid":  # with the thresholds of the last finished epoch
+        thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,) * len(setup.labels)
+        metrics = fit.position.history[-1].metrics if fit.position.history else None
+        if isinstance(metrics, MultiLabelMetrics) and metrics.thresholds:
+            thresholds = metrics.thresholds
+        decision = Decision(activation="sigmoid", thresholds=thresholds)
+    hashes = np.unique(fit.file_hashes)  # sorted
+    origin = setup.origin
+    if origin is not None:
+        origin = origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
+    return Checkpoint(
+        model=fit.name,
+        config=fit.network.config.model_dump(mode="json"),
+        weights=weights,
+        labels=setup.labels,
+        preprocess=setup.recipe.preprocess,
+        training=_describe_training(setup, fit),
+        resume=resume,
+        decision=decision,
+        image_hashes=torch.from_numpy(hashes),
+        project=setup.recipe.project or "",
+        origin=origin,
+    )
+
+
+def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
+    """Describe how the weights were trained."""
+    history, device = fit.position.history, setup.strategy.device
+    plugins = plugin_versions([*fit.network.modules(), setup.recipe.data])
+    return {
+        "recipe": setup.recipe.model_dump(mode="json"),
+        "images_format": str(images_format(fit.network)).removeprefix("torch."),
+        **({} if setup.weights is None else {"start": setup.weights.model_dump(mode="json")}),
+        "seed": setup.recipe.seed,
+        "epoch": fit.position.epoch,
+        "step": fit.position.step,
+        "weights": "raw" if fit.learning is None else "average",
+        "metrics": history[-1].metrics.model_dump() if history else None,
+        **({} if fit.result is None else {"procedure": fit.result.model_dump(mode="json")}),
+        "versions": {
+            "sopdeploy": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        **({"plugins": plugins} if plugins else {}),
+        "machine": {
+            **{name: fact for name, fact in machine().items() if name != "load"},  # which other runs change
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": setup.strategy.world,
+        },
+    }
+
+
+def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision | None) -> Checkpoint:
+    """Add the result and the decision to the content of `best.pt` of a finished training loop."""
+    training = {**best.training, "procedure": result.model_dump(mode="json")}
+    return replace(best, training=training, decision=decision)
+
+
+def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> ResumeState:
+    """Return what `last.pt` contains of every run to resume it."""
+    left_out = [(*one,) for one in setup.data.left_out]
+    return {
+        **({"left_out": left_out} if left_out else {}),
+        "position": position.model_dump(mode="json"),
+        "train_count": len(setup.data.train),
+        "held_out": torch.from_numpy(setup.held_out),
+        "weights": weights,
+        "procedure": {},
+    }
+
+
+def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
+    """Read the recipe of the run of *last*; raises `ConfigError`."""
+    try:
+        return validate_recipe(last.training.get("recipe", {}), str(source))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{version_advice(writer_of(last.training))}") from error
+
+
+def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
+    """Return the record of the images that the run of *last* holds out, (M, 2); None if it has no record."""
+    record = (last.resume or {}).get("held_out")
+    return None if record is None else record.numpy()
+
+
+def read_left_out(last: Checkpoint, source: Path) -> list[LeftOut]:
+    """Return the damaged images that the run of *last* left out; raises `CheckpointError`."""
+    with state_errors(last, source):
+        return [LeftOut(*map(str, fields)) for fields in (last.resume or {}).get("left_out", [])]
+
+
+class Resumed(NamedTuple):
+    """What every `last.pt` says about its run: weights to continue from, and number of training images."""
+
+    position: Position
+    train_count: Any
+    weights: dict[str, Tensor]
+    start_weights: StartReport | None
+
+
+def read_resumed(last: Checkpoint, source: Path) -> Resumed:
+    """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
+    state = last.resume
+    if state is None:
+        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+    advice = version_advice(writer_of(last.training))
+    if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
+        raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
+    with state_errors(last, source):
+        if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
+            raise ValueError  # which becomes a `CheckpointError`
+        report = last.training.get("start")
+        report = None if report is None else StartReport.model_validate(report)
+        position = Position.model_validate(state["position"])
+        return Resumed(position, state.get("train_count"), state["weights"], report)
+
+
+@contextmanager
+def state_errors(last: Checkpoint, source: Path) -> Iterator[None]:
+    """Convert the errors of a damaged state of *last*, read from *source*, to `CheckpointError`."""
+    advice = version_advice(writer_of(last.training)) or "; start a new run"
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}{advice}") from error
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: its state to resume from is damaged{advice}") from error
+
+
+def has_same_images(
+    last: Checkpoint, source: Path, images: LabeledImages, file_hashes: NDArray[np.int64]
+) -> bool:
+    """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
+
+    A run with out-of-fold predictions has recorded order and labels, others only which files they are. What
+    is unknown is not compared: hashes that are empty, and what older runs do not record. Raises
+    `CheckpointError` if the record is damaged.
+    """
+    with state_errors(last, source):
+        arrays = (last.resume or {}).get("procedure", {})
+        targets, recorded = arrays.get("targets"), arrays.get("file_hashes", last.image_hashes).numpy()
+        if targets is not None and not np.array_equal(targets.numpy(), images.targets):
+            return False
+        if np.array_equal(recorded, np.unique(recorded)):  # of a loop, or resumed by an older version
+            file_hashes = np.unique(file_hashes)
+        return not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
+
+
+def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
+    """Choose `runs/<name>-<number>`: the newest one to *resume*, if there is one, otherwise the next one."""
+    number = 0
+    if strategy.rank == 0:  # the sum below passes its choice to the other processes
+        pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
+        matches = [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
+        last = max((int(match[1]) for match in matches if match), default=0)
+        number = last if resume and last else last + 1
+    return RUNS / f"{name}-{int(strategy.all_reduce(torch.tensor(number)))}"
+
+
+class RunFolder:
+    """The folder of a run; it is created with the first checkpoint."""
+
+    def __init__(self, path: Path, strategy: Strategy) -> None:
+        self.path, self.strategy = path, strategy
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self.history = path / "history.csv"
+        self.saved_at = time.monotonic()
+        self._lock: Lock | None = None
+        self._created = ExitStack()  # removes the folders that `lock` created, if they are empty
+
+    def lock(self, *, is_resumed: bool = False) -> None:
+        """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
+
+        For a new run, this repeats `check_new`: by now, another process may have trained there. The first
+        process holds the lock; the system releases it when this process ends in any way. Loader processes,
+        which may live a few seconds longer, do not inherit it.
+        """
+        path, is_free = self.path / LOCK, True
+        if self.strategy.rank == 0:
+            with ExitStack() as created:
+                with writing(path):
+                    created.enter_context(new_folder(self.path))
+                    try:
+                        self._lock = lock_file(path, of_process=True)
+                    except BlockingIOError:
+                        is_free = False
+                if self._lock is not None:
+                    self._lock.warn_if_unlocked(self.path, "train only one network in this folder at a time")
+                    self._created = created.pop_all()
+                    if not is_resumed:
+                        self.check_new()
+        if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
+            raise ConfigError(
+                f"{self.path}: another process trains in this folder; wait for its end or choose another",
+                setting="out",
+            )
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it; empty folders that `lock` created are removed."""
+        if self._lock is not None:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()  # before another process can lock it
+            os.close(self._lock.file)
+            self._created.close()
+
+    def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
+        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
+
+        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
+        resume.
+        """
+        has_run = self.last.exists()
+        if resume is True and not has_run:
+            raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
+        if resume and has_run:
+            self.lock(is_resumed=True)
+            return read_checkpoint(self.last)
+        self.check_new()
+        return None
+
+    def check_new(self) -> None:
+        """Check that a new run can begin in the folder, which may be empty or not exist.
+
+        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
+        """
+        if self.last.exists():
+            raise ConfigError(
+                f"{self.path} holds a run; continue it or choose another folder",
+                setting="out",
+                remedies={"resume": "always"},
+            )
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        # A run that was killed before its first checkpoint may have left the lock file and partial files.
+        others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
+        is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
+        if others or is_no_folder:
+            raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            message = f"{self.path} cannot be written in {nearest}; choose another"
+            raise StorageError(message, setting="out")
+
+    def is_save_due(self, config: SaveConfig) -> bool:
+        """Check whether the last checkpoint is as old as the recipe allows."""
+        elapsed = time.monotonic() - self.saved_at
+        return config.every_minutes > 0 and elapsed >= config.every_minutes * 60
+
+    def save_last(self, checkpoint: Checkpoint) -> None:
+        """Write `last.pt`; the run may be between any two steps."""
+        self._write(self.last, checkpoint)
+        self.saved_at = time.monotonic()
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Write `best.pt`."""
+        self._write(self.best, checkpoint)
+
+    def _write(self, path: Path, checkpoint: Checkpoint) -> None:
+        if self.strategy.rank == 0:
+            write_checkpoint(path, checkpoint)
+
+    def save_history(self, history: Sequence[EpochRow]) -> None:
+        """Write the history and, in `runs/`, the link `latest`; call it after `save_best`."""
+        if self.strategy.rank != 0:
+            return
+        with writing(self.history), atomic_write(self.history) as partial:
+            partial.write_text(history_csv(history), encoding="utf-8")
+        if self.path.absolute().parent == RUNS.absolute():
+            with writing(self.path.parent):
+                link_latest(self.path)

@@ -1,0 +1,86 @@
+"""What the few-shot procedure fits, and `last.pt` of its run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.training.checkpoints import Fit, Setup, resume_of, run_record, state_errors
+from sopdeploy.training.results import read_result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FewShotFit(Fit):
+    """What the few-shot procedure has fitted to N training images of K classes.
+
+    Attributes:
+        logits: Out-of-fold logits (N, K) float64, with the energies of the deployed network.
+        groups: The group (N,) int64 of each image: copies of a photograph, and images that show one object.
+        copies: The photograph (N,) int64 that each image shows.
+        judged: Indices of the images that the score counts: one of the copies of a photograph.
+        label_logits: Out-of-fold logits (N, K) that contradict wrong labels; None with several classes per
+            image.
+        left_out: The energies (N,) of the images by networks without their class; None with several classes
+            per image.
+    """
+
+    logits: NDArray[np.float64]
+    groups: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    judged: NDArray[Any]
+    label_logits: NDArray[np.float64] | None
+    left_out: NDArray[np.float64] | None
+
+
+def last_few_shot_record(setup: Setup, fit: FewShotFit) -> Checkpoint:
+    """Build the content of `last.pt` of a few-shot run, which is finished."""
+    arrays = {
+        "out_of_fold": fit.logits,
+        "groups": fit.groups,
+        "judged": fit.judged,
+        "copies": fit.copies,
+        "targets": setup.data.train.targets,
+        "file_hashes": fit.file_hashes,
+    }
+    if fit.left_out is not None:
+        arrays["left_out"] = fit.left_out
+    if fit.label_logits is not None:
+        arrays["label_logits"] = fit.label_logits
+    resume = resume_of(setup, fit.position, fit.network.state_dict())
+    resume["procedure"] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return run_record(setup, fit, resume)
+
+
+def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFit:
+    """Read the fit of the finished few-shot run of *last*, whose network is that of *setup*.
+
+    Raises `CheckpointError` if the record is missing or damaged.
+    """
+    with state_errors(last, source):
+        state: Any = last.resume  # None raises a TypeError
+        arrays = state["procedure"]
+        label_logits, left_out = arrays.get("label_logits"), arrays.get("left_out")
+        return FewShotFit(
+            name=last.model,
+            network=setup.model,
+            position=setup.position,
+            file_hashes=arrays.get("file_hashes", last.image_hashes).numpy(),  # older runs may lack the order
+            result=read_result(last.training),
+            decision=last.decision,
+            logits=arrays["out_of_fold"].double().numpy(),
+            groups=arrays["groups"].numpy(),
+            copies=arrays.get("copies", arrays["groups"]).numpy(),  # older runs have one array for both
+            judged=arrays["judged"].numpy(),
+            label_logits=None if label_logits is None else label_logits.double().numpy(),
+            left_out=None if left_out is None else left_out.numpy(),
+        )
+
+
+def read_label_logits(last: Checkpoint) -> NDArray[np.float64] | None:
+    """Read the logits (N, K) of a few-shot run that contradict wrong labels; None if *last* has none."""
+    logits = (last.resume or {}).get("procedure", {}).get("label_logits")
+    return None if logits is None else logits.double().numpy()

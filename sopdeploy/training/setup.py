@@ -1,0 +1,395 @@
+"""The start of a run: what it was given, after all checks, before a file is written."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from secrets import token_hex
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.data.sources import HoldOut, open_data
+from sopdeploy.errors import ConfigError, DataError, is_memory_exhausted, shorten
+from sopdeploy.evaluation.metrics import NO_IMAGES
+from sopdeploy.layers.normalize import IMAGES_FORMAT
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import head_name
+from sopdeploy.photos.clips import find_clips
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
+from sopdeploy.photos.folder import open_unknown
+from sopdeploy.photos.photo import LabeledImages, Split, count_seen, describe_contradictions, hash_images
+from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.project import Origin, folder_name, utc_now
+from sopdeploy.training.callback import Callback
+from sopdeploy.training.checkpoints import (
+    RunFolder,
+    Setup,
+    has_same_images,
+    read_held_out,
+    read_left_out,
+    read_recorded_recipe,
+    read_resumed,
+)
+from sopdeploy.training.distributed import Strategy, check_batch_size
+from sopdeploy.training.recipe import (
+    AnyProcedureConfig,
+    AutoConfig,
+    FewShotConfig,
+    FineTuneConfig,
+    HeadOptions,
+    LoopConfig,
+    Recipe,
+    check_same_recipe,
+)
+from sopdeploy.training.start_weights import (
+    WeightSource,
+    complete_preprocess,
+    create_initial_model,
+)
+
+ONE_GROUP = (
+    "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
+    "so the accuracy of the class cannot be measured; add different photographs"
+)
+MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
+FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
+LOOP_INSTEAD = "procedure.kind=loop trains all weights"
+FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
+
+
+class Division(NamedTuple):
+    """The images of a run.
+
+    `file_hashes` (N,) are those of the training images in their order, or empty if unknown; `held_out` is the
+    `Record` of the images that the run holds out, empty if it holds none out or their files are not hashed.
+    """
+
+    data: Split
+    file_hashes: NDArray[np.int64]
+    held_out: Record
+
+
+class Given(NamedTuple):
+    """What the caller of a run knows already: recipe `keys` that the user has set, and what is opened.
+
+    `weights` is the file of `start.weights`, checked or opened, `data` the opened data of the recipe.
+    """
+
+    keys: Sequence[str] = ()
+    weights: WeightSource | None = None
+    data: Split | None = None
+
+
+NOTHING_GIVEN = Given()
+
+
+def set_up_run(
+    recipe: Recipe,
+    folder: RunFolder,
+    last: Checkpoint | None,
+    callback: Callback,
+    given: Given = NOTHING_GIVEN,
+) -> Setup:
+    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
+
+    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
+    `CheckpointError` if *last* has no valid state to resume from.
+    """
+    strategy = folder.strategy
+    recorded = None if last is None else read_recorded_recipe(last, folder.last)
+    opened = open_data(recipe.data) if given.data is None else given.data
+    if last is not None:
+        opened = opened.without(read_left_out(last, folder.last))
+    for note in opened.notes:
+        callback.on_warning(note)
+    selected, reason = select_procedure(
+        recipe, len(opened.train), None if recorded is None else recorded.procedure
+    )
+    selected.check_effect(given.keys, holds_out=not len(opened.held_out))
+    division = divide_images(selected, opened, last, strategy)
+    _check_data(selected, opened, division, given.keys, callback)
+    if isinstance(selected.procedure, LoopConfig):
+        check_batch_size(selected, len(division.data.train), strategy.world)
+    if last is None or recorded is None:
+        setup = new_setup(selected, division, strategy, given.weights)
+        if parts := setup.random_frozen_parts():
+            problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
+            if "procedure.kind" in given.keys:
+                raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
+            callback.on_warning(problem)
+    else:
+        setup = _resume_setup(selected, recorded, division, folder, last)
+    check_same_step(setup, folder)
+    return replace(setup, reason=reason, origin=_describe_origin(setup, folder, last))
+
+
+def new_setup(
+    recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
+) -> Setup:
+    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
+
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
+    """
+    check_count(division.data.train)
+    model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
+    placed = move_to_device(recipe, model, strategy)
+    return Setup(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
+
+
+def _resume_setup(
+    recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
+) -> Setup:
+    """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
+    source, images = folder.last, division.data.train
+    recipe = complete_preprocess(recipe, last.preprocess)
+    check_same_recipe(recipe, recorded, source)
+    state = read_resumed(last, source)
+    if last.labels != images.labels:
+        classes = shorten(last.labels)
+        raise DataError(f"{source}: the run started with the classes {classes}; give the same data")
+    if state.train_count != len(images):
+        raise DataError(
+            f"{source}: the run started with {state.train_count} training images, now there are "
+            f"{len(images)}; give the same data or start a new run"
+        )
+    if not has_same_images(last, source, images, division.file_hashes):
+        raise DataError(
+            f"{source}: training images, their order or labels have changed since the run started; give the "
+            "same data or start a new run"
+        )
+    check_count(images)
+    model = move_to_device(
+        recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
+    )
+    return Setup(
+        **division._asdict(),
+        recipe=recipe,
+        strategy=folder.strategy,
+        model=model,
+        weights=state.start_weights,
+        position=state.position,
+    )
+
+
+class Selected(NamedTuple):
+    """A recipe with the selected procedure, and why "auto" selected it; empty if it did not."""
+
+    recipe: Recipe
+    reason: str
+
+
+def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Selected:
+    """Select the procedure of *recipe* for *num_images* training images.
+
+    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
+    `FEW_IMAGES` training images if the network has start weights and a head for it, and torchrun did not
+    start the run, and else the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head
+    for the network.
+    """
+    config: AnyProcedureConfig = LoopConfig()
+    reason = ""
+    if not isinstance(recipe.procedure, AutoConfig):
+        config = recipe.procedure
+    elif recorded is not None:
+        config = recorded
+    elif recipe.starts_random:
+        reason = "training loop, because the network starts from random weights, which all learn"
+    elif not _has_head(recipe):
+        reason = f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
+    elif num_images > FEW_IMAGES:
+        reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
+    elif torch.distributed.is_initialized():
+        reason = "training loop, because torchrun started the run"
+    else:
+        config = FewShotConfig()
+        reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
+    if isinstance(config, HeadOptions):
+        if torch.distributed.is_initialized():
+            raise ConfigError(f"procedure {config.kind}: needs one process; start it without torchrun")
+        entry(head_name(recipe.model.name))  # raises the error if there is no head
+    return Selected(recipe.model_copy(update={"procedure": config}), reason)
+
+
+def _has_head(recipe: Recipe) -> bool:
+    """Check whether the few-shot procedure has a head for the network."""
+    try:
+        entry(head_name(recipe.model.name))
+    except ConfigError:
+        return False
+    return True
+
+
+def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy) -> Division:
+    """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
+
+    A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
+    alone reads the files, each once, unless there are more than `MAX_HASHED`: then a resumed run repeats its
+    choice. A new run of the few-shot procedure hashes the files when it computes their features.
+    """
+    images, config = opened.train, recipe.data
+    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
+    if isinstance(recipe.procedure, FewShotConfig):
+        return Division(opened, hashes if last is None else hash_images(images), record)
+    reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
+    if not isinstance(config, HoldOut) or len(opened.held_out):
+        return Division(opened, hash_images(images) if reads_files else hashes, record)
+    choice = np.zeros(len(images), np.int64)
+    if strategy.rank == 0:
+        recorded = None if last is None else read_held_out(last)
+        if reads_files and recorded is not None:
+            hashes = hash_images(images)
+            choice = recorded_choice(recorded, hashes)
+        else:
+            groups = connect(len(images), NO_PAIRS, images.groups)
+            if reads_files:
+                groups, hashes = _group_and_hash(recipe, images)
+            choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
+        record = record_choice(choice, hashes)
+    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the other processes add zeros
+    of_training_files = hashes[choice == NONE] if len(hashes) else hashes
+    return Division(divide(opened, choice), of_training_files, record)
+
+
+def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
+    """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
+    found = group_photographs(images)
+    if not len(found.vectors) or recipe.groups_by_name:
+        return found.groups, found.file_hashes
+    names = [images.identity(index) for index in range(len(images))]
+    clips = find_clips(names, found.times, number_classes(images.targets), found.vectors, found.groups)
+    return clips.groups, found.file_hashes
+
+
+def open_division(recipe: Recipe, last: Checkpoint) -> Division:
+    """Open the images of the run of *recipe*, whose `last.pt` is *last*, as it divided them."""
+    opened = open_data(recipe.data)
+    selected, _ = select_procedure(recipe, len(opened.train))
+    return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
+
+
+def _check_data(
+    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
+) -> None:
+    """Check the images before the training.
+
+    Warns of the classes of which *division* could hold out no image of *opened*, and of equal files with
+    different labels or in both parts. Raises `DataError` if no held-out image of the loop has a class, and
+    `ConfigError` or `DataError` if `rejection.unknown`, or another one of the *keys* that the user has set,
+    could not be used after the training.
+    """
+    data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
+    if data.train.is_multi_label:
+        if isinstance(recipe.procedure, FineTuneConfig):
+            raise ConfigError(
+                "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
+            )
+        ignored = {key for key in keys if key.startswith("rejection.")}
+        if unknown is not None:
+            ignored.add("rejection.unknown")
+        if ignored:
+            names = ", ".join(sorted(ignored))
+            raise ConfigError(f"{names}: without effect where images have several classes; remove it")
+    # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read them before. An
+    # image that the run itself holds out has its copies on its side.
+    if len(file_hashes):
+        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+    if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
+        counts = data.held_out.class_counts().tolist()
+        missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+        problem = f"{shorten(missing)}: {ONE_GROUP}" if isinstance(recipe.data, HoldOut) else NO_IMAGES
+        if not any(counts) and isinstance(recipe.procedure, LoopConfig):
+            raise DataError(problem)
+        if missing:
+            callback.on_warning(problem)
+    if unknown is not None and (note := open_unknown(unknown).note):
+        callback.on_warning(note)
+
+
+def warn_of_equal_files(
+    train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
+) -> None:
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+
+    More than `MAX_HASHED` held-out files are not read.
+    """
+    if warning := describe_contradictions(train, hashes):
+        callback.on_warning(warning)
+    if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
+        callback.on_warning(
+            f"{shared} of {len(held_out)} held-out images are training images, too, so that the score is too "
+            "high for new images; `sopdeploy data check` lists them"
+        )
+
+
+def check_count(images: LabeledImages) -> None:
+    """Raise `DataError` unless there are two training images."""
+    if len(images) < 2:
+        raise DataError("there is only one training image; add another, a step needs two")
+
+
+def check_same_step(setup: Setup, folder: RunFolder) -> None:
+    """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
+    position = torch.tensor([setup.position.epoch, setup.position.step])
+    # If positions differ, at least one differs from their mean; its multiple is then not the sum of all.
+    if not torch.equal(setup.strategy.all_reduce(position), position * setup.strategy.world):
+        raise ConfigError(
+            f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
+        )
+
+
+def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -> Origin:
+    """Describe where the run in *folder*, which may continue *last*, comes from.
+
+    The first process alone writes files, so the others may have other ids of the run.
+    """
+    before = None if last is None else last.origin
+    data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
+    return Origin(
+        num_classes=len(setup.labels),
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=setup.recipe.data.kind if data_path is None else folder_name(data_path),
+        num_images=len(setup.data.train) + len(setup.data.held_out),
+        sample=(),  # the record adds it
+    )
+
+
+def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
+    """Move *model* to the device, in eval mode, and note the layout of its images.
+
+    Raises `ConfigError` if it cannot compute the images of *recipe*.
+    """
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
+    sides, what = {recipe.preprocess.crop, recipe.training_crop}, f"preprocess.crop: {recipe.model.name}"
+    vars(placed)[IMAGES_FORMAT] = find_images_format(sides, placed, strategy.device, what)
+    return placed
+
+
+@torch.no_grad()
+def find_images_format(
+    sides: Collection[int], model: Classifier, device: torch.device, what: str
+) -> torch.memory_format:
+    """Put *model* into eval mode and run it on zeros of all *sides*; return the layout of its images.
+
+    This is channels-last, the faster one, unless *model* needs contiguous images, as `view` behind a
+    convolution does. Raises `ConfigError` about *what* if no layout fits all sides.
+    """
+    model.eval()
+    for layout in (torch.channels_last, torch.contiguous_format):
+        try:
+            for side in sides:
+                model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
+        except RuntimeError as error:
+            if is_memory_exhausted(error):
+                raise
+            failure, failed_side = error, side
+        else:
+            return layout
+    raise ConfigError(
+        f"{what} cannot compute images of {failed_side} pixels; choose another size"
+    ) from failure

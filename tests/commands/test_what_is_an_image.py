@@ -1,0 +1,180 @@
+"""A file is an image if its bytes say so, whatever its name is, for every command that reads files."""
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.check import check_data
+from sopdeploy.photos.files import check_takes_output
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images, open_folder
+from sopdeploy.photos.table import read_label_table
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bulk.sources import MAX_OPENED, list_sources
+from sopdeploy_commands.second_week.forget import forget
+from sopdeploy_service.second_week.labelling.heap import list_heap
+from tests.support.pictures import encoded
+from tests.support.service import LABELS
+
+PICTURE = Image.radial_gradient("L").convert("RGB")
+JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
+WEB_PAGE = b"\n<!DOCTYPE html><html><title>404</title></html>"
+IMAGES = {
+    "IMG_1": JPEG, "a.jfif": JPEG, "b.JPG.download": JPEG, "c.png": JPEG, "d.dat": PNG,
+    "e.bmp2": encoded(PICTURE, "BMP"), "f~": encoded(PICTURE, "WEBP"), "g.tmp": encoded(PICTURE, "GIF"),
+}  # fmt: skip
+OTHERS = {
+    "notes.txt": b"BMW, 3 photographs of it", "scan": encoded(PICTURE, "TIFF"), "h.jpg.partial": JPEG,
+    "clip.mp4": b"\0\0\0\x18ftypisom", "sound": b"RIFF\0\0\0\0WAVEfmt ", "empty": b"", "page.html": WEB_PAGE,
+}  # fmt: skip
+NAMES = sorted(IMAGES)
+
+
+def fill(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in (IMAGES | OTHERS).items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "waits")
+    return folder
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    for label in LABELS[:2]:
+        fill(tmp_path / "photos" / label)
+    return tmp_path / "photos"
+
+
+def listed_by_table(root: Path) -> list[str]:
+    lines = [f"{LABELS[0]}/{name},{LABELS[len(name) % 2]}" for name in NAMES]
+    (root / "labels.csv").write_text("\n".join(["file,classes", *lines]))
+    opened = read_label_table(root)
+    assert opened.ignored[".txt"] == 2
+    return [Path(opened.parts["all"].describe(index)).name for index in range(len(lines))]
+
+
+def in_archive(root: Path) -> list[str]:
+    with tarfile.open(root / "x.tar", "w") as archive:
+        for name in (*IMAGES, *OTHERS):
+            archive.add(root / LABELS[0] / name, name)
+    return [Path(image.path).name for image in list_sources([str(root / "x.tar")])]
+
+
+def in_store(root: Path) -> list[str]:
+    store = fsspec.filesystem("memory")
+    for name, content in (IMAGES | OTHERS).items():
+        store.pipe(f"/what/{name}", content)
+    try:
+        return [Path(image.path).name for image in list_sources(["memory://what"])]
+    finally:
+        store.rm("/what", recursive=True)
+
+
+def of_first_class(images: object) -> list[str]:
+    return [Path(images.describe(index)).name for index in range(len(IMAGES))]
+
+
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    "train": lambda root: of_first_class(open_folder(root).train),
+    "eval": lambda root: of_first_class(open_evaluation_images(root, tuple(LABELS[:2]))),
+    "predict, calibrate, unknown": lambda root: of_first_class(open_any_images(root)),
+    "label": lambda root: [path.name for path in list_heap(root / LABELS[0]).images],
+    "classify, folder": lambda root: [Path(one.path).name for one in list_sources([str(root / LABELS[0])])],
+    "classify, files": lambda root: [
+        Path(one.path).name for one in list_sources([str(root / LABELS[0] / name) for name in NAMES])
+    ],
+    "classify, archive": in_archive,
+    "classify, store": in_store,
+    "table": listed_by_table,
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_every_command_reads_the_files_whose_bytes_are_an_image(command: str, classes: Path) -> None:
+    assert sorted(READERS[command](classes)) == NAMES
+
+
+def test_a_check_counts_files_by_their_bytes_and_the_others_by_their_endings(classes: Path) -> None:
+    report = check_data(classes)
+    assert (report.unreadable, report.parts[0].count) == ((), 2 * len(IMAGES))
+    assert report.formats == {"JPEG": 8, "PNG": 2, "BMP": 2, "WEBP": 2, "GIF": 2}
+    assert Counter(report.passed_over).total() == 2 * (len(OTHERS) + 1)
+
+
+@pytest.mark.parametrize("content", IMAGES.values())
+def test_bundles_are_not_written_beside_photographs_without_an_ending(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "IMG_1").write_bytes(content)
+    with pytest.raises(ConfigError, match="holds photographs"):
+        check_takes_output(tmp_path, "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("notes.txt", "not the path of an image"), ("scan", "not the path")]
+)
+def test_a_table_may_not_list_a_file_that_is_no_image(name: str, problem: str, classes: Path) -> None:
+    (classes / "labels.csv").write_text(f"file,classes\n{LABELS[0]}/{name},a\n")
+    with pytest.raises(DataError, match=f"line 2: .*{problem}"):
+        read_label_table(classes)
+
+
+def test_photographs_without_an_ending_are_forgotten(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "photos")
+    (folder / "waits").unlink()
+    sent = tmp_path / "sent.jpg"
+    sent.write_bytes(PNG)
+    assert forget(str(sent), [folder]) == [folder / "d.dat"]
+    assert forget("IMG_1", [folder]) == [folder / "IMG_1"]
+    with pytest.raises(DataError, match="not found"):
+        forget("notes.txt", [folder])
+
+
+def test_a_web_page_with_the_ending_of_an_image_is_named_as_such(tmp_path: Path) -> None:
+    for number in range(2):
+        for label in LABELS[:2]:
+            path = tmp_path / label / f"{number}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(JPEG)
+    path.write_bytes(WEB_PAGE)
+    (problem,) = check_data(tmp_path).unreadable
+    assert f"{path}: HTML files are not accepted" in problem
+
+
+@pytest.mark.parametrize("command", [["predict"], ["eval", "--data"]], ids=["predict", "eval"])
+def test_a_command_ends_with_what_it_did_not_use(
+    command: list[str], bundle_path: Path, classes: Path
+) -> None:
+    name, *option = command
+    words = [name, str(bundle_path), *option, str(classes)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{classes}: 16 files skipped, not JPEG")
+    assert "without an ending 8" in last
+
+
+def test_few_objects_of_a_store_are_opened_for_each_ending_of_no_image() -> None:
+    store = fsspec.filesystem("memory")
+    for number in range(2 * MAX_OPENED):
+        store.pipe(f"/many/{number:03d}.json", b"{}")
+    store.pipe("/many/last", JPEG)
+    opened: list[str] = []
+    read = store.cat_file
+
+    def cat_file(path: str, start: int, end: int) -> bytes:
+        opened.append(path)
+        return read(path, start=start, end=end)
+
+    store.cat_file = cat_file
+    try:
+        assert [image.path for image in list_sources(["memory://many"])] == ["memory:///many/last"]
+    finally:
+        del store.cat_file
+        store.rm("/many", recursive=True)
+    assert len(opened) == MAX_OPENED + 1

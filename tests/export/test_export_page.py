@@ -1,0 +1,57 @@
+"""The page about an export: the drift as a picture, and facts that lead to their statements."""
+
+import base64
+import re
+
+import pytest
+
+from sopdeploy.html.report import HtmlReport, Section, render
+from sopdeploy_export.pack.drift_chart import draw_drift
+from sopdeploy_export.pack.model_card import _facts_table, _statements_table
+from sopdeploy_export.prove.certificate import STATEMENTS
+from sopdeploy_export.prove.file import OutputParity, ParityReport
+
+
+def parity(drift: dict[str, float], *, noise_floor: float = 1e-6, name: str = "logits") -> ParityReport:
+    output = OutputParity(noise_floor=noise_floor, tolerance=16e-6, drift=drift, batch_difference=0.0)
+    return ParityReport(
+        runtime="onnxruntime", provider="CPU", num_images=12, outputs={name: output}, spread=1.0,
+        flips={"noise": 0, "routing": 0, "error": 0}, operators={}, file_bytes=1, drift_allowed=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("drift", "noise_floor", "widths", "shown"),
+    [
+        ({"1": 0.8e-6, "13": 8e-6}, 1e-6, [8.5, 85.0], ["0.8", "8"]),
+        ({"1": 32e-6}, 1e-6, [187.0], ["32"]),  # beyond the limit, which was allowed
+        ({"1": 0.0}, 0.0, [1.0], ["0"]),  # an output that does not depend on the image
+        ({"1": 1e-6}, 0.0, [187.0], ["inf"]),
+    ],
+)
+def test_a_bar_is_as_long_as_its_share_of_the_limit(drift, noise_floor, widths, shown) -> None:
+    figure = draw_drift(parity(drift, noise_floor=noise_floor))
+    svg = base64.b64decode(figure.image.partition("base64,")[2]).decode()
+    assert [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg)] == widths
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert texts[2::2] == [f"logits, batch {size}" for size in drift]
+    assert texts[3::2] == shown
+    assert f"at most {shown[-1]}, of 16 that are allowed" in figure.caption
+    assert svg.count("#a8201a") == (widths == [187.0])
+
+
+def test_the_name_of_an_output_is_text_in_the_picture() -> None:
+    figure = draw_drift(parity({"1": 1e-6}, name="<b>&"))
+    assert "&lt;b&gt;&amp;, batch 1" in base64.b64decode(figure.image.partition("base64,")[2]).decode()
+
+
+def test_each_fact_that_a_statement_proves_leads_to_it() -> None:
+    facts = {"graph": "trained = plain", "types": "fp32", "drift": "1 noise floor"}
+    tables = [_facts_table(facts), _statements_table()]
+    page = render(HtmlReport(title="export", sections=[Section(title="proved", tables=tables)]))
+    links = re.findall(r'<a href="#([\w-]+)">([^<]*)</a>', page)
+    assert links == [("statement-graphs", "Graphs"), ("statement-file", "File")]
+    ids = re.findall(r'<tr id="([\w-]+)">', page)
+    assert len(ids) == len(set(ids)) == len(STATEMENTS)
+    assert {name for name, _ in links} <= set(ids)
+    assert [text for text in STATEMENTS.values() if text.replace("'", "&#39;") not in page] == []

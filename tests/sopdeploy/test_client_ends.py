@@ -1,0 +1,222 @@
+"""How a request ends, whatever is at the other end: in one line with its address."""
+
+import asyncio
+import gzip
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy.client import Client
+from sopdeploy.errors import BundleError, ServiceError, UnreachableError
+from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.transfer import pull
+from tests.support.stub_server import Received, reply, stub_server
+
+RESULT = b'{"classes":[]}'
+CLOSE = "Connection: close"
+LOGIN = "Location: http://portal.example/login"
+FOREIGN, HTTP, LOST, LATE = "foreign_answer", "http_error", "unreachable", "timeout"
+
+
+def raw(head: bytes, body: bytes = b"") -> bytes:
+    return head + b"\r\nConnection: close\r\n\r\n" + body
+
+
+# What a server sends for a photograph; code and a part of the client's error; number of requests.
+ENDS: dict[str, tuple[bytes, str, str, int]] = {
+    "a login page of the network": (reply(b"<html>", "302 Found", LOGIN), HTTP, "portal.example/login", 1),
+    "a redirect to https": (reply(b"", "301 X", "Location: https://127.0.0.1/"), HTTP, "redirects to", 1),
+    "a redirect that is kept": (reply(b"", "307 X", "Location: /elsewhere"), HTTP, "'/elsewhere'", 1),
+    "a redirect to no URL": (reply(b"", "308 X", "Location: http://[::1"), HTTP, "redirects to", 1),
+    "a login is required": (reply(b"<html>", "511 X"), HTTP, "511", 1),
+    "a page": (reply(b"<html>login</html>"), FOREIGN, "not a sopdeploy response", 1),
+    "nothing": (reply(b""), FOREIGN, "not a sopdeploy response", 1),
+    "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", FOREIGN, "not a sopdeploy response", 1),
+    "other JSON": (reply(b"[" * 100_000), FOREIGN, "not a sopdeploy response", 1),
+    "no gzip": (reply(b"?", "200 X", "Content-Encoding: gzip"), FOREIGN, "not a sopdeploy response", 1),
+    "gzip, cut": (
+        *(reply(gzip.compress(RESULT * 99)[:-12], "200 X", "Content-Encoding: gzip"), FOREIGN),
+        *("not a sopdeploy response", 1),
+    ),
+    "brotli": (reply(b"?", "200 X", "Content-Encoding: br"), FOREIGN, "not a sopdeploy response", 1),
+    "fewer bytes": (reply(RESULT, "200 X", CLOSE)[:-3], LOST, "the response breaks off", 1),
+    "a chunk, cut": (
+        *(raw(b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked", b"5\r\nab"), LOST),
+        *("the response breaks off", 1),
+    ),
+    "two lengths": (
+        *(raw(b"HTTP/1.1 200 X\r\nContent-Length: 2\r\nContent-Length: 3", b"{}"), FOREIGN),
+        *("no HTTP response (conflicting", 1),
+    ),
+    "a length below 0": (raw(b"HTTP/1.1 200 X\r\nContent-Length: -2"), FOREIGN, "no HTTP response", 1),
+    "a long header": (raw(b"HTTP/1.1 200 X\r\nX: " + b"a" * 300_000), FOREIGN, "no HTTP response", 1),
+    "another protocol": (raw(b"<html>old</html>"), FOREIGN, "no HTTP response", 1),
+    "frames of HTTP/2": (raw(b"\0\0\x12\4\0\0\0"), FOREIGN, "no HTTP response", 1),
+    "a status that is none": (reply(b"", "0 X", CLOSE), FOREIGN, "no HTTP response", 1),
+    "another protocol from here on": (raw(b"HTTP/1.1 101 X\r\nUpgrade: x"), FOREIGN, "no HTTP response", 1),
+    "an escape sequence": (
+        *(reply(b'{"title":"x","status":422,"code":"a","detail":"b\\u001b[31m\\nc"}', "422 X"), "a"),
+        *("422 a: b [31m c", 1),
+    ),
+    "the end, each time": (b"", LOST, "is a server running there?", 3),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_every_end_is_one_line_with_the_address_and_the_cause(case: str, tmp_path: Path) -> None:
+    response, code, text, requests = ENDS[case]
+    with (
+        stub_server(lambda _: response or None) as server,
+        Client(server.url, timeout=60, retries=2) as client,
+    ):
+        with pytest.raises(ServiceError) as caught:
+            client.classify(b"x")
+        assert str(caught.value).startswith(f"{server.url}/v1/classify: ")
+        assert (caught.value.code, len(server.received)) == (code, requests), caught.value
+        assert text in str(caught.value)
+        assert str(caught.value).isprintable()
+        with pytest.raises(ServiceError):
+            client.info()
+        health = CliRunner().invoke(app, ["health", "--url", server.url])
+        assert (health.exit_code, health.stderr.count("\n")) == (1, 1), health.stderr
+        with pytest.raises(BundleError) as pulled:
+            pull(f"{server.url}/a-0.tar", tmp_path / "bundles")
+        assert str(pulled.value).startswith(f"{server.url}/a-0.tar: ")
+        assert str(pulled.value).isprintable()
+
+
+GOOD = {
+    "responses in between": b"HTTP/1.1 100 Continue\r\n\r\n" * 50 + reply(RESULT),
+    "gzip": reply(gzip.compress(RESULT), "200 OK", "Content-Encoding: gzip"),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_a_client_finds_the_end_of_its_response(case: str) -> None:
+    with stub_server(lambda _: GOOD[case]) as server, Client(server.url, timeout=60) as client:
+        for _ in range(3):
+            assert client.classify(b"x").classes == ()
+
+
+def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> None:
+    """As after `keep_alive_seconds`: the server ends it between two photographs."""
+
+    closed = threading.Event()
+
+    def closing(request: Received) -> bytes | None:
+        if request.connection == 0 and closed.is_set():
+            return None
+        closed.set()
+        return reply(RESULT, "200 OK", f"X-Model-Digest: {request.connection}")
+
+    with stub_server(closing) as server, Client(server.url, timeout=60) as client:
+        digests = [client.classify(name).model_digest for name in (b"a", b"b", b"c")]
+    assert digests == ["0", "1", "1"]
+    assert [request.body for request in server.received] == [b"a", b"b", b"b", b"c"]
+
+
+@contextmanager
+def silent(*, accepts: bool) -> Iterator[str]:
+    """A server that takes connections only if it *accepts*, reads nothing and sends nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        waiting = [] if accepts else [socket.socket() for _ in range(3)]  # they fill the queue
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield url
+        for one in waiting:
+            one.close()
+
+
+LARGE = bytes(8_000_000)  # more than the buffers of the system
+
+
+@pytest.mark.parametrize("phase", ["connect", "write", "first byte"])
+def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(phase: str) -> None:
+    with (
+        silent(accepts=phase != "connect") as url,
+        Client(url, timeout=60, retries=0) as client,
+        pytest.raises(UnreachableError) as caught,
+    ):
+        client.classify(LARGE if phase == "write" else b"x", timeout=0.2)
+    assert caught.value.code == LATE
+    assert str(caught.value) == f"{url}/v1/classify: no response within 0.2 s"
+
+
+def test_a_response_that_drips_is_left_after_the_time_of_the_call() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"
+    with stub_server(lambda _: head) as server, Client(server.url, timeout=60) as client:
+        with pytest.raises(UnreachableError, match=r"/v1/classify: .*0\.2 s") as caught:
+            client.classify(b"x", timeout=0.2)
+        assert (caught.value.code, len(server.received)) == (LATE, 1)
+
+
+def named(request: Received) -> bytes:
+    return reply(b'{"classes":[{"label":"%b","probability":1}]}' % request.body)
+
+
+def label_of(client: Client, photograph: str) -> str:
+    return client.classify(photograph.encode()).classes[0].label
+
+
+def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
+    main, interrupted = threading.main_thread().ident, threading.Event()
+
+    def answer(request: Received) -> bytes:
+        if request.body == b"first":
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+            interrupted.wait(60)
+        return named(request)
+
+    with stub_server(answer) as server, Client(server.url, timeout=60) as client:
+        with pytest.raises(KeyboardInterrupt):
+            label_of(client, "first")
+        interrupted.set()
+        assert [label_of(client, name) for name in ("second", "third")] == ["second", "third"]
+    assert [request.body for request in server.received] == [b"first", b"second", b"third"]
+
+
+def test_a_call_from_a_running_event_loop_blocks_it_and_one_in_a_thread_does_not() -> None:
+    async def calls(client: Client) -> list[str]:
+        direct = label_of(client, "direct")
+        names = [f"number {number}" for number in range(20)]
+        return [
+            direct,
+            *await asyncio.gather(*(asyncio.to_thread(label_of, client, name) for name in names)),
+        ]
+
+    with stub_server(named) as server, Client(server.url, timeout=60) as client:
+        found = asyncio.run(calls(client))
+        assert found == ["direct", *(f"number {number}" for number in range(20))]
+        assert label_of(client, "after the loop") == "after the loop"
+
+
+def test_a_task_that_is_cancelled_leaves_no_response_to_the_next_one() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def answer(request: Received) -> bytes:
+        if request.body == b"first":
+            asked.set()
+            go.wait(60)
+        return named(request)
+
+    async def calls(client: Client) -> str:
+        first = asyncio.create_task(asyncio.to_thread(label_of, client, "first"))
+        await asyncio.to_thread(asked.wait, 60)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = await asyncio.to_thread(label_of, client, "second")
+        go.set()
+        return second
+
+    with stub_server(answer) as server, Client(server.url, timeout=60) as client:
+        assert asyncio.run(calls(client)) == "second"
