@@ -117,5 +117,5 @@ def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | N
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={**({"plain": None} if plain is None else {}), "allow_constants": True},
+                    remedies={"allow_constants": True},
                 )
