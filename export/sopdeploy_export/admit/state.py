@@ -118,4 +118,4 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_neg():
         remedy = "replace it by its .resolve_neg()"
-        raise LoweringError(f"{name} is a negated view, whose memory holds other numbers; {remedy}")
+        raise CertificateError(f"{name} is a negated view, whose memory holds other numbers; {remedy}")
