@@ -11,7 +11,7 @@ import numpy as np
 from measure import Result, make_parser, report
 
 from sopdeploy.evaluation.statistics import decide
-from sopdeploy_commands.second_week.compare import compare_classes
+from sopdeploy_commands.promotion.compare import compare_classes
 
 PAIRS = 1000
 PHOTOS = 300

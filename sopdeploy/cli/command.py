@@ -51,6 +51,7 @@ def command(
     summarize: Callable[[Any], Any] | None = None,
     options: Collection[str] = (),
     settings: SettingOptions | None = None,
+    distributed: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
@@ -59,7 +60,8 @@ def command(
     *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
     other parameters of *show* are options, too; if one is `as_json`, *show* itself prints text or JSON.
     *settings* become options, too, and keyword arguments of the function. The number that *show*, or without
-    it the function, returns is the exit code. A user error is one line and exit code 2.
+    it the function, returns is the exit code. A user error is one line and exit code 2. If torchrun starts
+    several processes of a *distributed* command, only the first one shows the result.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -96,7 +98,7 @@ def command(
                     stack.enter_context(stdout_to_stderr())
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
-            if is_main_process():
+            if not distributed or is_main_process():
                 with one_line_errors():  # not as JSON: stdout may already hold the document of the result
                     exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
                     for folder, counts in skipped.items():

@@ -32,8 +32,8 @@ from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.second_week.compare import compare
-from sopdeploy_commands.second_week.promote import promote
+from sopdeploy_commands.promotion.compare import compare
+from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_export.triton import write_triton
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry

@@ -18,8 +18,8 @@ from sopdeploy.photos.folder import open_any_images, open_evaluation_images, ope
 from sopdeploy.photos.table import read_label_table
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.sources import MAX_OPENED, list_sources
-from sopdeploy_commands.second_week.forget import forget
-from sopdeploy_service.second_week.labelling.heap import list_heap
+from sopdeploy_commands.labelling.forget import forget
+from sopdeploy_service.labelling.label.heap import list_heap
 from tests.support.pictures import encoded
 from tests.support.service import LABELS
 

@@ -23,8 +23,8 @@ from sopdeploy.errors import BundleError
 from sopdeploy.evaluation.drift import SIGNIFICANCE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
+from sopdeploy_service.labelling.keep.keeper import open_keeper
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.second_week.keep.keeper import open_keeper
 from sopdeploy_service.settings import Settings, load_settings
 from tests.docs.reading import PAGES, module_at
 

@@ -26,7 +26,7 @@ from sopdeploy_export.prove.file import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
 from sopdeploy_service.devices import processes, supervisor
 from sopdeploy_service.inference import decoders, memory_budget
-from sopdeploy_service.second_week.keep import keeper
+from sopdeploy_service.labelling.keep import keeper
 from sopdeploy_service.server import http_protocol, sockets
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import PAGES, ROOT, module_at, name

@@ -28,12 +28,12 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import DAMAGED, RejectedError
+from sopdeploy_service.labelling.label.app import COOKIE, GivenLabel, create_label_app
+from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.observability import pages
 from sopdeploy_service.origins import parse_host
-from sopdeploy_service.second_week.labelling.app import COOKIE, GivenLabel, create_label_app
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import Settings
-from tests.service.second_week.labelling.conftest import KEY, identity
+from tests.service.labelling.label.conftest import KEY, identity
 from tests.support.fake_runtime import FakeRuntime
 
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"

@@ -10,9 +10,9 @@ import pytest
 
 from sopdeploy.errors import ConfigError, SopdeployError, StorageError
 from sopdeploy_commands.bulk.output import OutputFolder
-from sopdeploy_commands.second_week import promote as promoting
-from sopdeploy_commands.second_week.promote import promote
-from sopdeploy_service.second_week.keep.folder import KeptFolder
+from sopdeploy_commands.promotion import promote as promoting
+from sopdeploy_commands.promotion.promote import promote
+from sopdeploy_service.labelling.keep.folder import KeptFolder
 from tests.sopdeploy.test_file_systems import NO_LINKS, NO_LOCKS, failing
 
 

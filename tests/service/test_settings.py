@@ -6,6 +6,7 @@ import tomllib
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.devices.processes import list_devices
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments, to_toml
 from tests.support.fake_runtime import FakeRuntime
@@ -63,3 +64,8 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
 def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(device, wanted, expected):
     runtime = FakeRuntime(num_classes=2, largest_batch=64, device=device)
     assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
+
+
+def test_a_process_on_the_cpu_beside_one_on_a_gpu_gets_the_runtime_for_cpus() -> None:
+    on_cpu, on_gpu = list_devices(Settings(devices=("cpu", "0"), runtime="auto"))
+    assert (on_cpu.settings.runtime, on_gpu.settings.runtime) == ("onnxruntime-cpu", "auto")

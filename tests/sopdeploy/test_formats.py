@@ -29,8 +29,8 @@ from sopdeploy_commands.bulk import classifier, output
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.run import Classified, classify
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.second_week.forget import forget
-from sopdeploy_service.second_week.kept import KeptRecord, read_kept
+from sopdeploy_commands.labelling.forget import forget
+from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import Settings
 from tests.formats.write import OVERRIDES
 from tests.support import quick_torch

@@ -26,7 +26,7 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import ArrayImages, Split
 from sopdeploy.project import check_project_name
-from sopdeploy_service.second_week.kept import KeptRecord
+from sopdeploy_service.labelling.kept import KeptRecord
 
 ACCEPTED = (
     "hat", "red hat", "Schuhé 👟", "e\u0301toile", "人", "\u0645\u06cc\u200c\u062e", "👩\u200d🔧", "❤\ufe0f",

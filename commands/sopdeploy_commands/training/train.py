@@ -154,7 +154,7 @@ def _show(result: "TrainingResult") -> None:
     say(f"page: {result.report}", time, f"next: sopdeploy export {quote(str(result.best))} --detach")
 
 
-@command(_show, options={"data", "recipe", "out"})
+@command(_show, options={"data", "recipe", "out"}, distributed=True)
 @expand_options
 def train(
     data: str | Path | None = None,

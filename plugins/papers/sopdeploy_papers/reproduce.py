@@ -23,7 +23,9 @@ def _show(result: "list[PrintedTable] | Reproduction") -> None:
         _print_results(result)
 
 
-@command(_show, summarize=lambda result: result if isinstance(result, list) else result.summary())
+@command(
+    _show, summarize=lambda result: result if isinstance(result, list) else result.summary(), distributed=True
+)
 @expand_options
 def reproduce(
     table: str, *, options: ReproduceOptions, dry_run: bool = False, progress: bool = False

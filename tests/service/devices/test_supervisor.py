@@ -28,11 +28,11 @@ from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
-from sopdeploy_service.second_week.kept import read_kept
+from sopdeploy_service.labelling.kept import read_kept
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
-from tests.service.second_week.keep.test_keeper import photos, results
+from tests.service.labelling.keep.test_keeper import photos, results
 from tests.support.children import (
     FRONT_ENDS,
     START_SECONDS,

@@ -25,10 +25,10 @@ from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.inference.results import RUNTIME_DEAD, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.second_week.keep import forwarding
+from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.devices.test_engine import FOREVER, PIXELS, EngineUnderTest, registry_of, until
-from tests.service.second_week.test_kept import record_of
+from tests.service.labelling.test_kept import record_of
 from tests.support.fake_runtime import FakeRuntime
 
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -21,7 +21,7 @@ from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
 from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
 from sopdeploy.project import utc_now
-from sopdeploy_commands.second_week.compare import (
+from sopdeploy_commands.promotion.compare import (
     LOG,
     BundleComparison,
     Promotion,

@@ -9,7 +9,7 @@ from sopdeploy.cli.console import print_field, say
 from sopdeploy_service.settings import Port, load_settings
 
 if TYPE_CHECKING:
-    from sopdeploy_service.second_week.labelling.heap import Vector
+    from sopdeploy_service.labelling.label.heap import Vector
 
 
 @command()
@@ -35,7 +35,7 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         host: IP address to listen on; the printed address has a key, without which the page opens for nobody.
         port: TCP port to listen on; 0 is any free port.
     """
-    from sopdeploy_service.second_week.labelling.app import run_label_server, training_command
+    from sopdeploy_service.labelling.label.app import run_label_server, training_command
 
     def print_page(url: str, count: int) -> None:
         print_field("photos", f"{count:,} to label")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sopdeploy_service.second_week.labelling import app
-from tests.service.second_week.labelling.conftest import KEY, LABELS, files_below, identity, label_server
+from sopdeploy_service.labelling.label import app
+from tests.service.labelling.label.conftest import KEY, LABELS, files_below, identity, label_server
 
 pytestmark = pytest.mark.browser
 

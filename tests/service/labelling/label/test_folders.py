@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy_service.second_week.labelling.folders import (
+from sopdeploy_service.labelling.label.folders import (
     MAX_SPREAD,
     GoneError,
     LabelFolders,
     check_class_name,
     order_by_value,
 )
-from tests.service.second_week.labelling.conftest import LABELS, files_below
+from tests.service.labelling.label.conftest import LABELS, files_below
 
 
 @pytest.mark.parametrize(

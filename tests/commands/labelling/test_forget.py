@@ -19,7 +19,7 @@ from sopdeploy.errors import DataError, StorageError
 from sopdeploy.file_systems import lock_file
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.output import LIST_SCHEMA, OutputFolder
-from sopdeploy_commands.second_week.forget import forget
+from sopdeploy_commands.labelling.forget import forget
 from tests.commands.bulk.conftest import OPTIONS, SETTINGS, classify
 from tests.support.children import kills_itself
 from tests.support.service import picture_bytes

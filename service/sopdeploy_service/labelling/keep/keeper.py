@@ -29,10 +29,10 @@ from sopdeploy.errors import ImageError
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
+from sopdeploy_service.labelling.keep import forwarding
+from sopdeploy_service.labelling.keep.folder import Deletion, KeptFolder, KeptResult
+from sopdeploy_service.labelling.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.second_week.keep import forwarding
-from sopdeploy_service.second_week.keep.folder import Deletion, KeptFolder, KeptResult
-from sopdeploy_service.second_week.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.settings import Settings
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes

@@ -33,10 +33,10 @@ from sopdeploy.names import as_utf8
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
+from sopdeploy_service.labelling.label.heap import Embed
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
-from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
-from sopdeploy_service.second_week.labelling.heap import Embed
 from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -52,7 +52,7 @@ IMAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-_FOLDER = files("sopdeploy_service.second_week.labelling") / "pages"
+_FOLDER = files("sopdeploy_service.labelling.label") / "pages"
 _HTML = (_FOLDER / "label.html").read_text("utf-8")
 _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER)
 

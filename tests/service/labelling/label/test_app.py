@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy_commands.app import app as program
-from sopdeploy_service.second_week.labelling import app
-from sopdeploy_service.second_week.labelling.app import run_label_server
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
+from sopdeploy_service.labelling.label import app
+from sopdeploy_service.labelling.label.app import run_label_server
+from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
-from tests.service.second_week.labelling.conftest import KEY, files_below, identity, label_server
+from tests.service.labelling.label.conftest import KEY, files_below, identity, label_server
 from tests.support.raw import connect
 from tests.support.service import picture_bytes
 
@@ -36,7 +36,8 @@ def answer(kind: str = "class", name: str = "hat", one: str = ONE) -> dict[str, 
 def test_the_state_has_the_photograph_and_the_classes_by_probability(client, tmp_path):
     (tmp_path / "photos" / "a scarf").mkdir(parents=True)
     state = client.get("/state").json()
-    assert state["photograph"] == {"id": ONE, "sampled": False, "known": None}
+    shown = {"id": ONE, "sampled": False, "known": None, "reported": False, "suggested": None}
+    assert state["photograph"] == shown
     assert [one["name"] for one in state["classes"]] == ["shoes", "t-shirt", "hat", "a scarf"]
     assert [one["probability"] for one in state["classes"]] == [
         *(pytest.approx(value, abs=1e-3) for value in (0.665, 0.245, 0.090)),

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sopdeploy_service.second_week.labelling.app import COOKIE, create_label_app, label_config
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
+from sopdeploy_service.labelling.label.app import COOKIE, create_label_app, label_config
+from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.second_week.test_kept import record_of
+from tests.service.labelling.test_kept import record_of
 from tests.support.service import in_a_thread, picture_bytes
 
 KEY = "c2VjcmV0LWtleQ"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from sopdeploy.files import LOCK
-from sopdeploy_service.second_week.kept import NEAR_BITS, KeptRecord, near_hash, read_kept
+from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, near_hash, read_kept
 
 NAME = f"{7:032x}"
 
@@ -121,7 +121,7 @@ def test_what_is_not_a_complete_photograph_is_skipped_and_counted(tmp_path: Path
     (tmp_path / f"{8:032x}.jpg").symlink_to(tmp_path / f"{NAME}.jpg")
     (tmp_path / f"{9:032x}.jpg").write_bytes(b"no record yet")
     (tmp_path / "notes.txt").write_text("of a user")
-    with caplog.at_level(logging.WARNING, "sopdeploy_service.second_week.kept"):
+    with caplog.at_level(logging.WARNING, "sopdeploy_service.labelling.kept"):
         assert [record.image for _, record in read_kept(tmp_path)] == [f"{NAME}.jpg"]
     assert "7 records are damaged or have no photograph" in caplog.text
 

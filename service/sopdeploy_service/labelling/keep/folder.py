@@ -33,7 +33,7 @@ from sopdeploy.files import (
     remove_leftovers,
     writing,
 )
-from sopdeploy_service.second_week.kept import NEAR_BITS, KeptRecord, Reason, read_kept
+from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]

@@ -36,8 +36,8 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.table import find_table
-from sopdeploy_service.second_week.kept import NEAR_BITS, Kept, KeptRecord, read_kept
-from sopdeploy_service.second_week.labelling.heap import Embed, Suggestions, heap_id, list_heap
+from sopdeploy_service.labelling.kept import NEAR_BITS, Kept, KeptRecord, read_kept
+from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample

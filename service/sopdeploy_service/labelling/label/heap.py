@@ -25,7 +25,7 @@ MAX_LEARNED = 20  # photographs of each class that were sorted before
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
 _NONE: Vector = np.zeros((0, 0), np.float32)
 
-log = logging.getLogger("sopdeploy_service.second_week.heap")
+log = logging.getLogger("sopdeploy_service.labelling.heap")
 
 
 class Heap(NamedTuple):

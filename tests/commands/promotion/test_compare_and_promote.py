@@ -20,8 +20,8 @@ from sopdeploy.photos.photo import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_commands.second_week.compare import LOG, BundleComparison, compare, compare_loaded
-from sopdeploy_commands.second_week.promote import promote
+from sopdeploy_commands.promotion.compare import LOG, BundleComparison, compare, compare_loaded
+from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.support.service import write_bundle
@@ -146,9 +146,7 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
     found = compare(first, trained, photos)
     assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (13, 18, 0, ())
     assert not any("trained: its" in note for note in found.notes)
-    monkeypatch.setattr(
-        "sopdeploy_commands.second_week.compare.SAMPLED", 12
-    )  # so the record may be incomplete
+    monkeypatch.setattr("sopdeploy_commands.promotion.compare.SAMPLED", 12)  # so the record may be incomplete
     assert compare(first, trained, photos).suspects == (read_manifest(trained).name,)
     with pytest.raises(DataError, match="was trained on all of these photographs"):
         compare(first, trained, seen)
@@ -278,7 +276,7 @@ def test_a_refusal_with_many_long_names_is_recorded_and_a_long_reason_is_not_tak
     def compare_without(*arguments: Any, **options: Any) -> BundleComparison:
         return compare_loaded(*arguments, **options).model_copy(update={"removed": names, "suspects": names})
 
-    monkeypatch.setattr("sopdeploy_commands.second_week.promote.compare_loaded", compare_without)
+    monkeypatch.setattr("sopdeploy_commands.promotion.promote.compare_loaded", compare_without)
     second, live, photos = shelf / bundles[1].name, shelf / "live", labelled(bundles[1], count=3)
     with pytest.raises(PromotionError, match="and 890 more"):
         promote(second, live, photos)
@@ -353,7 +351,7 @@ def refuse(*_arguments: object) -> None:
 def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothing(
     bundles, shelf, monkeypatch
 ) -> None:
-    module = "sopdeploy_commands.second_week.promote"
+    module = "sopdeploy_commands.promotion.promote"
     first, second, live = (*(shelf / bundle.name for bundle in bundles), shelf / "live")
     for function, change, new, over, message in (
         ("read_promotions", None, second, first, "not a link"),

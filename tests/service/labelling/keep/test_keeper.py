@@ -29,18 +29,18 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.images.metadata import copy_without_metadata
-from sopdeploy_commands.second_week.forget import forget
+from sopdeploy_commands.labelling.forget import forget
 from sopdeploy_service.inference.results import Prediction
+from sopdeploy_service.labelling.keep import folder as kept_folder
+from sopdeploy_service.labelling.keep import keeper as keep
+from sopdeploy_service.labelling.keep.folder import FILE_BLOCK, KeptFolder, KeptResult
+from sopdeploy_service.labelling.keep.keeper import Keeper, reasons_to_keep
+from sopdeploy_service.labelling.kept import KeptRecord, read_kept
+from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.second_week.keep import folder as kept_folder
-from sopdeploy_service.second_week.keep import keeper as keep
-from sopdeploy_service.second_week.keep.folder import FILE_BLOCK, KeptFolder, KeptResult
-from sopdeploy_service.second_week.keep.keeper import Keeper, reasons_to_keep
-from sopdeploy_service.second_week.kept import KeptRecord, read_kept
-from sopdeploy_service.second_week.labelling.folders import LabelFolders
 from sopdeploy_service.settings import Settings
-from tests.service.second_week.test_kept import record_of
+from tests.service.labelling.test_kept import record_of
 from tests.support.children import kills_itself
 from tests.support.pictures import encoded
 from tests.support.service import LABELS, deciding, running, wait_for

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sopdeploy_service.second_week.labelling.folders import GoneError, LabelFolders
-from sopdeploy_service.second_week.labelling.heap import Vector, heap_id
-from tests.service.second_week.labelling.conftest import files_below, label_server
+from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
+from sopdeploy_service.labelling.label.heap import Vector, heap_id
+from tests.service.labelling.label.conftest import files_below, label_server
 from tests.support.service import picture_bytes
 
 

@@ -27,7 +27,7 @@ Reason = Literal["unknown", "low_margin", "sample", "reported"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
 
-log = logging.getLogger("sopdeploy_service.second_week.kept")
+log = logging.getLogger("sopdeploy_service.labelling.kept")
 
 
 class KeptRecord(StrictModel):

@@ -18,7 +18,7 @@ from sopdeploy.bundle.sealed import create_memory, read_memory
 from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.second_week.kept import KeptRecord
+from sopdeploy_service.labelling.kept import KeptRecord
 
 # Of a message; tokens are kilobytes, of which a message needs at least `MIN_TOKENS`.
 MAX_BYTES, MAX_RECORD_BYTES = 64_000_000, 1 << 17
