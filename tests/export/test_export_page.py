@@ -29,7 +29,9 @@ def parity(drift: dict[str, float], *, noise_floor: float = 1e-6, name: str = "l
         ({"1": 1e-6}, 0.0, [187.0], ["inf"]),
     ],
 )
-def test_a_bar_is_as_long_as_its_share_of_the_limit(drift, noise_floor, widths, shown) -> None:
+def test_a_bar_is_as_long_as_its_share_of_the_limit(
+    drift: dict[str, float], noise_floor: float, widths: list[float], shown: list[str]
+) -> None:
     figure = draw_drift(parity(drift, noise_floor=noise_floor))
     svg = base64.b64decode(figure.image.partition("base64,")[2]).decode()
     assert [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg)] == widths
