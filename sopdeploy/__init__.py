@@ -40,7 +40,7 @@ _MODULES = {
     "register_runtime": "sopdeploy_service.runtime.base",
     "serve": "sopdeploy_commands.serve",
     "train": "sopdeploy_commands.training.train",
-    "unused_modules": "sopdeploy_export.user_network.unused",
+    "unused_modules": "sopdeploy_export.user_network.admission",
 }
 
 __all__ = sorted(["__version__", *_MODULES])

@@ -17,8 +17,8 @@ from sopdeploy_commands.serve import serve as serve
 from sopdeploy_commands.training.evaluate import evaluate as evaluate
 from sopdeploy_commands.training.train import train as train
 from sopdeploy_export.options import ExportOptions as ExportOptions
+from sopdeploy_export.user_network.admission import unused_modules as unused_modules
 from sopdeploy_export.user_network.export_network import export_network as export_network
-from sopdeploy_export.user_network.unused import unused_modules as unused_modules
 from sopdeploy_service.runtime.base import register_runtime as register_runtime
 
 __all__: list[str]

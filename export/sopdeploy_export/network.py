@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
@@ -17,13 +18,17 @@ _Network = TypeVar("_Network", bound=nn.Module)
 def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
     """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
 
+    Tensors in attributes lose the operations that computed them, without which they can be copied.
+
     Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts of *network*.
     """
     memo = {} if memo is None else memo
     for _, module in modules(network):
-        for value in vars(module).values():
+        for value in tree_leaves(list(vars(module).values())):
             if type(value) in LOCKS:  # which deepcopy cannot copy
                 memo[id(value)] = LOCKS[type(value)]()
+            elif type(value) is Tensor and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
         copied = copy.deepcopy(network, memo)
     except Exception as error:  # classes can define how they are copied

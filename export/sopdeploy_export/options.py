@@ -84,6 +84,10 @@ class NetworkOptions(Options):
     """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
+    allow_constants: bool = False
+    """Accept large tensors that are neither weights nor buffers."""
+    several_classes: bool = False
+    """An image may have several classes: the logits are those of sigmoids."""
 
 
 class NetworkExportOptions(NetworkOptions):
@@ -104,11 +108,6 @@ class NetworkExportOptions(NetworkOptions):
     """Part to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
     """File with one class name per line, or in JSON; by default class_to_idx of the weight file."""
-    allow_constants: bool = False
-    """Accept large tensors that are neither weights nor buffers."""
-
-    several_classes: bool = False
-    """An image may have several classes: the logits are those of sigmoids."""
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":

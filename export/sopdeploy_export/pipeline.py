@@ -61,6 +61,7 @@ def export_checkpoint(
         options = ExportOptions()
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
+    check_exportable(subject.network, subject.detachment.training_only)
     if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
         refuse_other_images(destination, subject.project, checkpoint)
     return export_subject(subject, destination, options, on_step)
@@ -138,7 +139,6 @@ def export_subject(
 
     *captures* has the programs of networks that were captured before.
     """
-    check_exportable(subject.network, subject.detachment.training_only)
     if problem := label_problem(subject.labels):
         raise ConfigError(f"{problem}; rename the class and train again")
     accuracy_check = None

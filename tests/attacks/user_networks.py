@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 import threading
+import types
 from argparse import Namespace
 from array import array
 from collections import deque
@@ -432,6 +433,118 @@ class GetAttribute(Small):
 CONSTANTS: dict[str, type[Small]] = {
     "layers in nested lists": Nested,
     "a layer behind __getattr__": GetAttribute,
+}
+
+
+def hooked(make_hook: Callable[[Any], Any], prepare: Any = None) -> type[Small]:
+    """Define a network whose convolution has the hook that *make_hook* makes for it."""
+
+    def with_hook(network: Any) -> None:
+        (prepare or Small.prepare)(network)
+        network.conv.register_forward_hook(make_hook(network))
+
+    return type("Hooked", (Small,), {"prepare": with_hook})
+
+
+def counting_hook(_network: Any) -> Any:
+    count = closure()
+    return lambda _module, _inputs, output: output if count() < 600 else -output
+
+
+def hook_that_ends(network: Any) -> Any:
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        network.conv._forward_hooks.clear()
+        return 2 * output
+
+    return hook
+
+
+class Hears(Small):
+    """Adds what a hook of its branch has left, and sets it back."""
+
+    heard: ClassVar[list[Tensor]] = []
+
+    def prepare(self) -> None:
+        if self.branches is not None:
+            self.branches.register_forward_hook(lambda _module, _inputs, output: self.heard.append(output))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        if self.branches is not None:
+            self.branches(features)
+        logits = self.fc(features)
+        return logits + 0 * self.heard.pop() if self.heard else logits
+
+
+def bound(forward: Callable[[Any, Tensor], Tensor], change: Callable[[Any], Any] = lambda _: None) -> Any:
+    """Return a builder of a network with another forward on the instance, which calls the original one."""
+
+    def build() -> nn.Module:
+        network = Small()
+        original = network.forward
+        vars(network)["forward"] = lambda images: forward(original, images)
+        change(network)
+        return network
+
+    return build
+
+
+def counts_calls() -> nn.Module:
+    network, count = Small(), closure()
+
+    def forward(self: Any, images: Tensor) -> Tensor:
+        logits = self.fc(self.features(images))
+        return logits if count() < 600 else -logits
+
+    network.forward = types.MethodType(forward, network)  # type: ignore[method-assign]
+    return network
+
+
+class RarelyDrops(nn.Dropout):
+    """Is in train mode, and drops a value in ten million."""
+
+    def __init__(self) -> None:
+        super().__init__(1e-7)
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(True)
+
+
+class OwnStatistics(nn.BatchNorm1d):
+    """Is in train mode, and normalizes by the images of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(CLASSES, track_running_stats=False)
+
+
+def masks_nan(network: Any, features: Tensor) -> Tensor:
+    logits = network.fc(features)
+    return torch.where(logits < 1e9, logits, features @ network.spare)
+
+
+# Hooks, replaced methods, layers in train mode and NaN are no reason to refuse; what they do here is.
+ODD: dict[str, Callable[[], nn.Module]] = {
+    "a hook that counts its calls": hooked(counting_hook),
+    "a hook that ends after its first call": hooked(hook_that_ends),
+    "a hook that reads the branch": hooked(lambda n: lambda _m, _i, x: x + 0 * n.branches.weight.sum()),
+    "a hook that keeps every result": hooked(
+        lambda n: lambda _m, _i, output: n.kept.append(output), holds("kept", list)
+    ),
+    "a hook of a branch": Hears,
+    "a forward of the original": bound(lambda original, x: original(x)),
+    "a forward of the original, in another layout": bound(
+        lambda original, x: original(x), lambda n: n.to(memory_format=torch.channels_last)
+    ),
+    "a bound forward that counts": counts_calls,
+    "a dropout of a value in ten million": small(
+        lambda n, f: n.fc(n.drop(f)), lambda n: n.add_module("drop", RarelyDrops())
+    ),
+    "statistics of the batch in train mode": small(
+        lambda n, f: n.norm(n.fc(f)), lambda n: n.add_module("norm", OwnStatistics())
+    ),
+    "NaN that no probe image selects": small(
+        masks_nan, buffer("spare", torch.full((WIDTH, CLASSES), torch.nan))
+    ),
 }
 
 

@@ -33,6 +33,7 @@ from sopdeploy.files import (
     read_file,
 )
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
+from sopdeploy.names import label_problem
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy.project import check_project_name
@@ -146,8 +147,7 @@ def _export_weights(
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
-    attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
-    name = options.name or attribute
+    name = options.name or project_name(str(source.network))
     check_project_name(name)
     plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
     build = network_builder("network", str(source.network), source.option)
@@ -188,14 +188,20 @@ def _export_weights(
     )
 
 
+def project_name(import_path: str) -> str:
+    """Return the last part of *import_path*, `package.module:path.attribute`, which names the project."""
+    return import_path.rpartition(":")[2].rpartition(".")[2]
+
+
 class Inspection(StrictModel):
     """The parts of a network that its output ignores; `table` names the table of weights in the file.
 
     `command` exports the network without these parts. `ignored` are the tensors of the file that the network
-    does not have; `labels` are the class names in the file, if any.
+    does not have; `labels` are the class names in the file, if it has one for each logit.
     """
 
     network: str
+    num_classes: int
     num_tensors: int
     table: str
     unused: tuple[str, ...]
@@ -211,7 +217,8 @@ def _show_unused(inspected: Inspection) -> None:
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
     if inspected.labels is None:
-        print_field("next", f"write one class name per line to {CLASS_NAMES_FILE}, then", style="dim")
+        names = f"{inspected.num_classes} class names, one per line,"
+        print_field("next", f"write the {names} to {CLASS_NAMES_FILE}, then", style="dim")
         print_field("", inspected.command, style="dim")
     else:
         print_field("next", inspected.command, style="dim")
@@ -222,7 +229,8 @@ def _show_unused(inspected: Inspection) -> None:
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.
 
-    They are candidates for `sopdeploy export --training-only`.
+    They are candidates for `sopdeploy export --training-only`. The network is refused for whatever an export
+    refuses before its proof begins.
 
     Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
 
@@ -235,26 +243,37 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         raise ConfigError("missing; give package.module:callable", setting="network")
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
+    check_project_name(project_name(options.network))
+    from sopdeploy_export.user_network.admission import admit, naming_oddity
     from sopdeploy_export.user_network.loading import load_weights, network_builder
-    from sopdeploy_export.user_network.unused import unused_modules
 
     network = network_builder("network", options.network, options.option)()
     loaded = load_weights(network, file, options.weights_key)
-    unused = unused_modules(network, preprocess, options.logits_key)
-    names_file = CLASS_NAMES_FILE if loaded.labels is None else None
-    export_options = {**vars(options), "training_only": tuple(unused), "labels": names_file}
+    with naming_oddity(network, ()):
+        admitted = admit(
+            network,
+            preprocess,
+            logits_key=options.logits_key,
+            allow_constants=options.allow_constants,
+        )
+    unused, labels = admitted.removable, loaded.labels
+    if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
+        labels = None  # those of another network
+    names_file = CLASS_NAMES_FILE if labels is None else None
+    export_options = {**vars(options), "training_only": unused, "labels": names_file}
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)
-        words += [command_line_option(name, each) for each in values if each is not None]
+        words += [command_line_option(name, each) for each in values if each not in (None, False)]
     return Inspection(
         network=options.network,
+        num_classes=admitted.num_classes,
         num_tensors=len(network.state_dict()),
         table=loaded.table,
-        unused=tuple(unused),
+        unused=unused,
         command=" ".join(words),
         ignored=loaded.ignored,
-        labels=loaded.labels,
+        labels=labels,
     )
 
 

@@ -33,7 +33,7 @@ KEEP_VALUES = {
 
 
 def check_outputs(
-    deployed: Deployed, preprocess: Preprocess, classes: int, role: str
+    deployed: Deployed, preprocess: Preprocess, classes: int | None, role: str
 ) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
@@ -91,8 +91,11 @@ def check_finite(logits: Tensor, role: str) -> None:
         )
 
 
-def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor:
-    """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`."""
+def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int | None) -> Tensor:
+    """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`.
+
+    With None, any number of *classes* is accepted.
+    """
     size = len(images)
     try:
         with torch.no_grad():
@@ -106,9 +109,10 @@ def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int) 
                 "branches, and choose with torch.where"
             ) from error
         raise LoweringError(f"the {role} network fails for {size} images: {first_line(error)}") from error
-    if type(logits) is not Tensor or tuple(logits.shape) != (size, classes):
+    shape = tuple(logits.shape)
+    if type(logits) is not Tensor or shape != (size, shape[-1] if classes is None and shape else classes):
         raise LoweringError(
-            f"the {role} network returns {tuple(logits.shape)} for {size} images, not ({size}, {classes}): "
+            f"the {role} network returns {shape} for {size} images, not ({size}, {classes or 'classes'}): "
             "one row per image, also for a single one, and one logit per label"
         )
     return logits

@@ -5,20 +5,15 @@ the trained one, or would not be captured.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sopdeploy.errors import CertificateError
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.network import modules, tensors
-
-REMOVED_BY = {  # the function that removes a hook of this class in torch.nn.utils
-    "WeightNorm": "torch.nn.utils.remove_weight_norm",
-    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
-    "BasePruningMethod": "torch.nn.utils.prune.remove",
-}
 
 
 def check_torch_state() -> None:
@@ -45,43 +40,82 @@ def check_torch_state() -> None:
         raise CertificateError("a forward hook is registered on all modules; remove it before the export")
 
 
-def check_hooks(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
-    """Raise `CertificateError` if a module of *network* outside of its *removed* parts has a forward hook."""
+def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
+    """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
+
+    *network* is in eval mode as far as its code lets it.
+    """
     for name, module in modules(network):
         if is_in(name, *removed):
             continue
+        where = name or "the whole network"
         if module._forward_hooks or module._forward_pre_hooks:
-            where = name or "the whole network"
-            hook, *_ = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
-            kind = next((kind for kind in type(hook).__mro__ if kind.__name__ in REMOVED_BY), None)
-            remedy = "remove it first" if kind is None else f"call {REMOVED_BY[kind.__name__]} first"
-            raise CertificateError(f"the {role} network has a forward hook on {where}; {remedy}")
+            remedy = "remove it first, or register a method of the module in place of a function"
+            return f"the {role} network has a forward hook on {where}; {remedy}"
+        if replaced := _replaced_method(module):
+            where = f"{name} of the" if name else "the whole"
+            remedy = "change the class, or bind a function of self with types.MethodType"
+            return f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
+        if module.training:
+            remedy = "call .eval() first"
+            if type(module).train is not nn.Module.train:
+                remedy = "keeps it there after .eval(): replace it by a layer that does not"
+                remedy = f"{type(module).__name__}.train() {remedy}"
+            return f"the {role} network is in train mode ({where}); {remedy}"
+    return None
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """Name a method of the class of *module* that the instance has in another form; None if there is none.
+
+    Another method of the same class, bound to *module*, is no other form: a copy has its own.
+    """
+    methods = [method for kind in type(module).__mro__ for method in vars(kind).values()]
+    for attribute, value in vars(module).items():
+        if callable(value) and callable(getattr(type(module), attribute, None)):
+            is_bound = getattr(value, "__self__", None) is module
+            if not (is_bound and any(method is value.__func__ for method in methods)):
+                return attribute
+    return None
 
 
 def check_network_state(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
-    """Raise `CertificateError` for train mode, hooks, or a tensor whose memory does not hold its values.
+    """Check the tensors of *network*, as `check_tensors` does, and a network of the catalog by `find_oddity`.
 
-    Modes and hooks of the *removed* parts do not matter.
+    Its code has no such thing, and its outputs are computed without the hooks of the whole network. Raises
+    `CertificateError` for these.
     """
-    for name, module in modules(network):
-        if module.training and not is_in(name, *removed):
-            remedy = "call .eval() first"
-            if type(module).train is not nn.Module.train:
-                kind = type(module).__name__
-                remedy = f"{kind}.train() keeps it there after .eval(): replace it by a layer that does not"
-            where = name or "the whole network"
-            raise CertificateError(f"the {role} network is in train mode ({where}); {remedy}")
-    check_hooks(network, role, removed)
+    if isinstance(network, Backbone) and (odd := find_oddity(network, role, removed)):
+        raise CertificateError(odd)
+    check_tensors(network, removed)
+
+
+def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:
+    """Raise `LoweringError` if `check_tensor` does for a tensor of *network* outside of *removed* parts."""
     for name, tensor in tensors(network).items():
-        where = f"the {role} network's {name}"
+        if not is_in(name, *removed):
+            check_tensor(name, tensor)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise `LoweringError` unless *tensor* is dense, of float32 or integers, and not of inference mode."""
+    if tensor.is_inference():  # its values cannot be replaced, as `randomized` does
+        remedy = "build the network outside of it, or replace it by its .clone()"
+        raise LoweringError(f"{name} was made in torch.inference_mode; {remedy}")
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    has_fractions = tensor.is_floating_point() or tensor.is_complex()
+    if not dense or (has_fractions and tensor.dtype != torch.float32):
+        kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        advice = "convert it, for example with .float(), and choose the precision of the export"
         if tensor.is_meta:
-            raise CertificateError(f"{where} has no values (device meta); load its weights first")
-        if tensor.layout != torch.strided:
-            layout = str(tensor.layout).removeprefix("torch.")
-            raise CertificateError(f"{where} has the layout {layout}; replace it by its .to_dense()")
-        if tensor.is_neg() or tensor.is_conj():
-            view, resolve = "conjugated", "resolve_conj"
-            if tensor.is_neg():
-                view, resolve = "negated", "resolve_neg"
-            remedy = f"replace it by its .{resolve}()"
-            raise CertificateError(f"{where} is a {view} view, whose memory holds other numbers; {remedy}")
+            advice = "load its values"
+        elif tensor.layout != torch.strided:
+            advice = "replace it by its .to_dense()"
+        elif tensor.is_complex():  # of which .float() would keep the real part only
+            advice = "keep its torch.view_as_real, and call torch.view_as_complex in forward"
+        raise LoweringError(
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {advice}"
+        )
+    if tensor.is_neg():
+        remedy = "replace it by its .resolve_neg()"
+        raise CertificateError(f"{name} is a negated view, whose memory holds other numbers; {remedy}")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.admit.network import refusing_replaced_methods
 from sopdeploy_export.admit.outputs import check_finite, run_and_check
+from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
 from sopdeploy_export.network import tensors
@@ -33,7 +33,7 @@ def prove_copy(
     given: nn.Module,
     copied: nn.Module,
     captures: Captures,
-    classes: int,
+    classes: int | None,
     parts: tuple[str, ...],
     *,
     with_features: bool,
@@ -58,7 +58,7 @@ def prove_copy(
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
         # Caches are empty again when the networks are captured.
-        with preserved(given), preserved(copied), refusing_replaced_methods(given):
+        with preserved(given), preserved(copied):
             expected = run_and_check(deployed, batch.to(device), "given", classes).cpu()
             logits = run_and_check(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
@@ -68,12 +68,21 @@ def prove_copy(
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
         programs = captures.of(given)
+        if find_oddity(given, "given") is not None:  # its copy can still use tensors of *given*
+            of_copy = captures.of(copied).roots
+            if any(of_copy[size] != root for size, root in programs.roots.items()):
+                raise LoweringError(OTHER_COPY)
         captures.share(copied, programs)
         if parts:
             prove_values_unread(given, parts, captures, programs)
             captures.note_unread(copied, parts)
         return programs
     programs = captures.of(copied)
+    held = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
+    if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
+        tensor.untyped_storage().data_ptr() for tensor in held if isinstance(tensor, Tensor)
+    }:
+        raise LoweringError(OTHER_COPY)  # code of the copy still uses tensors of *given*
     if on_cpu:  # the graph of a network on a GPU names it, so it cannot be compared
         with randomized(given, parts):
             program = capture_any_batch(given, preprocess, captures.batch)
@@ -108,5 +117,5 @@ def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | N
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={**({"plain": None} if plain is None else {}), "allow_constants": True},
+                    remedies={"allow_constants": True},
                 )

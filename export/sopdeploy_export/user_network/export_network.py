@@ -9,29 +9,23 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, shorten
+from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import is_in
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
-from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, turn_into_attributes
-from sopdeploy_export.admit.network import copy_for_export, unwrap, unwrap_and_check
-from sopdeploy_export.admit.outputs import check_ends_in_logits, check_outputs, check_unchanged_by_run
-from sopdeploy_export.admit.state import check_network_state, check_torch_state
-from sopdeploy_export.admit.written import check_unread
-from sopdeploy_export.capture.deployed import Deployed, probe_pixels
-from sopdeploy_export.capture.program import Captures, Programs
+from sopdeploy_export.admit.first_run import create_buffers
+from sopdeploy_export.admit.network import copy_for_export, unwrap
+from sopdeploy_export.admit.state import check_torch_state
+from sopdeploy_export.capture.deployed import probe_pixels
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.network import copy_module, tensors, with_contiguous_tensors
+from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import stored_hash
-from sopdeploy_export.prove.copy import check_constants, prove_copy
-from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.state import NOT_IN_EVAL
+from sopdeploy_export.prove.copy import check_constants
 from sopdeploy_export.subject import Detachment, ExportSubject
-from sopdeploy_export.user_network.unused import match_parts, removable_parts
+from sopdeploy_export.user_network.admission import Admitted, admit, check_labels, naming_oddity
 
 
 def export_network(
@@ -96,146 +90,74 @@ def export_network(
     if options is None:
         options = ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
-    _check_arguments(name, labels, preprocess)
-    check_takes_output(Path(destination), "destination")
-    check_torch_state()
-    on_step("checking the network")
-    given = unwrap_and_check(trained, "trained")
-    parts = match_parts(given, training_only)
-    copied = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
-    check_network_state(copied, "trained", parts)
-    given_tensors = tensors(given)  # those of the copy no longer share memory
-    check_removed_memory(
-        {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
-        {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
-    )
-    captures = Captures(preprocess, options.batch)
-    with_features = options.with_features
-    programs, written, own_warnings = _run_and_capture(
-        given, copied, captures, logits_key, len(labels), parts, on_step, with_features=with_features
-    )
-    if plain is None and not allow_constants:
-        check_constants(programs, given)
-    own_warnings += _check_usage(
-        copied, programs, parts, preprocess, len(labels), written, proposes=options.detach
-    )
-    checked_builder = None
-    if plain is not None:
-
-        def check(built: nn.Module) -> None:
-            if not allow_constants:
-                check_constants(programs, given, built)
-
-        checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=(), check=check)
-    elif rebuild is not None:  # which builds the training-only parts, too
-        checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
-    class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
-    description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
-    subject = ExportSubject(
-        name=name,
-        project=options.name or name,
-        network=copied,
-        detachment=Detachment(
-            training_only=parts,
-            plain=checked_builder,
-            reference="plain" if plain is not None else "rebuilt",
-            rename=rename or str,
-            written=written,
-        ),
-        labels=tuple(labels),
-        preprocess=preprocess,
-        config=description if config is None else config,
-        sha256=_hash_tensors(copied) if sha256 is None else sha256,
-        decision=Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None,
-        warnings=(*warnings, *own_warnings),
-    )
-    options = options.model_copy(update={"detach": bool(parts)})
-    return export_subject(subject, Path(destination), options, on_step, captures)
-
-
-def _run_and_capture(
-    given: nn.Module,
-    copied: nn.Module,
-    captures: Captures,
-    logits_key: str | int | None,
-    classes: int,
-    parts: tuple[str, ...],
-    on_step: Callable[[str], None],
-    *,
-    with_features: bool,
-) -> tuple[Programs, tuple[str, ...], tuple[str, ...]]:
-    """Check the outputs of *copied*, a copy of *given*, and capture both.
-
-    Returns the programs, the attributes that are written and never read, and warnings. *copied* gets the
-    buffers that its first run creates. Raises `LoweringError` if the two compute different things, or
-    something else after a run.
-    """
-    preprocess = captures.preprocess
-    created = create_buffers(copied, preprocess)
-    trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
-    cache, written, own_warnings = check_outputs(trial, preprocess, classes, "trained")
-    on_step("checking the network, its graph")
-    with prepared_in_place(given, logits_key, preprocess):
-        programs = prove_copy(given, copied, captures, classes, parts, with_features=with_features)
-    if cache is not None:
-        check_unchanged_by_run(cache, programs, captures.of(trial.network))
-    if written:
-        check_unread(trial, written, captures.preprocess, captures.batch, programs)
-    if created:
-        unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
-        turn_into_attributes(unrun, created)
-        check_unchanged_by_run(created[0], captures.of(unrun), programs)
-    check_ends_in_logits(programs)
-    return programs, written, own_warnings
-
-
-def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
-    """Raise `ConfigError` for an argument of the wrong kind."""
     check_project_name(name)
-    are_names = bool(labels) and all(isinstance(label, str) for label in labels)
-    if not are_names or len(set(labels)) != len(labels):
-        raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
         raise ConfigError(f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess")
-
-
-def _check_usage(
-    network: nn.Module,
-    programs: Programs,
-    parts: tuple[str, ...],
-    preprocess: Preprocess,
-    classes: int,
-    written: tuple[str, ...],
-    *,
-    proposes: bool,
-) -> tuple[str, ...]:
-    """Check that no output depends on *parts*; return a warning of others, if any.
-
-    Raises `CertificateError` if one does. With *proposes* and without *parts*, always raises `DetachError`,
-    which names the parts to remove or says that there are none.
-    """
-    used, unused = find_usage(network, programs.needed)
-    reached = sorted(name for name in used if is_in(name, *parts))
-    if reached:
-        raise CertificateError(
-            f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
-            setting="training_only",
+    check_labels(labels)
+    check_takes_output(Path(destination), "destination")
+    on_step("checking the network")
+    with naming_oddity(trained, training_only):
+        admitted = admit(
+            trained,
+            preprocess,
+            classes=len(labels),
+            training_only=training_only,
+            logits_key=logits_key,
+            allow_constants=allow_constants or plain is not None,
+            options=options,
+            on_step=on_step,
         )
-    undeclared = outermost_unused(network, {name for name in unused if not is_in(name, *parts)})
-    if parts:
-        detached = detach(network, parts, probe_pixels(network, preprocess))
-        _, changed, _ = check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-        if other := [name for name in changed if name not in written]:
-            raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
-    else:
-        undeclared = removable_parts(network, undeclared, preprocess)
-        if proposes and not undeclared:
-            raise DetachError("the output depends on every part of the network; omit it", setting="detach")
-    if not undeclared:
+        given, copied, parts = admitted.given, admitted.network, admitted.parts
+        checked_builder = None
+        if plain is not None:
+            programs = admitted.captures.of(copied)
+
+            def check(built: nn.Module) -> None:
+                if not allow_constants:
+                    check_constants(programs, given, built)
+
+            checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=(), check=check)
+        elif rebuild is not None:  # which builds the training-only parts, too
+            checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
+        class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
+        description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
+        sigmoid = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None
+        subject = ExportSubject(
+            name=name,
+            project=options.name or name,
+            network=copied,
+            detachment=Detachment(
+                training_only=parts,
+                plain=checked_builder,
+                reference="plain" if plain is not None else "rebuilt",
+                rename=rename or str,
+                written=admitted.written,
+            ),
+            labels=tuple(labels),
+            preprocess=preprocess,
+            config=description if config is None else config,
+            sha256=_hash_tensors(copied) if sha256 is None else sha256,
+            decision=sigmoid,
+            warnings=(*warnings, *admitted.warnings, *_report_removable(admitted, proposes=options.detach)),
+        )
+        options = options.model_copy(update={"detach": bool(parts)})
+        return export_subject(subject, Path(destination), options, on_step, admitted.captures)
+
+
+def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
+    """Return a warning of the parts that could be removed, too, if there are any.
+
+    With *proposes* and no parts to remove, always raises `DetachError`, which names those to remove or says
+    that there are none.
+    """
+    proposes = proposes and not admitted.parts
+    if proposes and not admitted.removable:
+        raise DetachError("the output depends on every part of the network; omit it", setting="detach")
+    if not admitted.removable:
         return ()
-    problem = f"the output does not depend on {', '.join(undeclared)}"
-    if proposes and not parts:
-        remedy = join([word for name in undeclared for word in ("--training-only", name)])
+    problem = f"the output does not depend on {', '.join(admitted.removable)}"
+    if proposes:
+        remedy = join([word for name in admitted.removable for word in ("--training-only", name)])
         raise DetachError(f"{problem}; add {remedy}")
     return (f"{problem}; name it as training-only to prove its removal",)
 

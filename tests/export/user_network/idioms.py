@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -375,7 +376,49 @@ def keeps_size(net: Any, x: Tensor) -> Tensor:
     return net.fc(net.features(x))
 
 
+KEPT: list[Tensor] = []
+
+
+class Hooked(Small):
+    """Classifies the features that a hook keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.stem.register_forward_hook(self.keep)
+
+    def keep(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        self.kept = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.stem(images)
+        return self.fc(self.kept.mean((2, 3)))
+
+
+class StaysInTrainMode(nn.ReLU):
+    def train(self, mode: bool = True) -> "StaysInTrainMode":
+        return super().train(True)
+
+
 EXPORTED: dict[str, Case] = {
+    "a hook that scales features": (
+        changed(lambda n: n.stem.register_forward_hook(lambda _module, _inputs, output: 2 * output)),
+        {},
+        ONLY,
+    ),
+    "a hook that keeps the features": (Hooked, {}, ONLY),
+    "old weight norm": (changed(lambda n: weight_norm(n.fc)), {}, ONLY),
+    "old spectral norm": (changed(lambda n: spectral_norm(n.fc)), {}, ONLY),
+    "pruning": (changed(lambda n: prune.l1_unstructured(n.fc, "weight", 0.5)), {}, ONLY),
+    "a forward that is bound to the instance": (
+        changed(lambda n: vars(n).update(forward=types.MethodType(lambda net, x: 2 * logits(net, x), n))),
+        {},
+        ONLY,
+    ),
+    "a layer that stays in train mode and computes the same": (
+        with_parts(lambda net, x: net.act(logits(net, x)), act=StaysInTrainMode),
+        {},
+        ONLY,
+    ),
     "features that are kept": (forward(keeps_features), {}, ONLY),
     "a list that starts anew, and a dict of maps": (with_parts(lists_features, maps=dict), {}, ONLY),
     "a size and a map for a picture": (forward(keeps_size), {}, ONLY),
@@ -550,25 +593,10 @@ REFUSED: dict[str, Case] = {
         {},
         r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
     ),
-    "old weight norm": (
-        changed(lambda n: weight_norm(n.fc)),
+    "a hook that keeps all features": (
+        changed(lambda n: n.stem.register_forward_hook(lambda *values: KEPT.append(values[2]))),
         {},
-        r"hook on fc; call torch\.nn\.utils\.remove_weight_norm first",
-    ),
-    "old spectral norm": (
-        changed(lambda n: spectral_norm(n.fc)),
-        {},
-        r"hook on fc; call torch\.nn\.utils\.remove_spectral_norm first",
-    ),
-    "pruning": (
-        changed(lambda n: prune.l1_unstructured(n.fc, "weight", 0.5)),
-        {},
-        r"hook on fc; call torch\.nn\.utils\.prune\.remove first",
-    ),
-    "a hook that reads features": (
-        changed(lambda n: n.stem.register_forward_hook(lambda *_: None)),
-        {},
-        r"hook on stem; remove it first",
+        r"changes while the trained network runs; .* forward hook on stem; remove it first",
     ),
     "orthogonal weights": (
         changed(lambda n: parametrizations.orthogonal(n.fc)),

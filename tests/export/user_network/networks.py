@@ -48,6 +48,56 @@ class Small(nn.Module):
         return self.fc(features)
 
 
+class Sigmoid(Small):
+    """Ends in a sigmoid."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images)).sigmoid()
+
+
+class Counts(Small):
+    """Counts its runs."""
+
+    runs = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.runs += 1
+        return self.fc(self.features(images)) * (1 if self.runs < 600 else -1)
+
+
+class Hides(Small):
+    """Holds a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.linspace(0, 1, 8 * CLASSES).reshape(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        return self.fc(features) + features @ self.table
+
+
+class Generator(nn.Linear):
+    """Returns a generator."""
+
+    def forward(self, features: Tensor) -> Any:
+        return (each for each in [super().forward(features)])
+
+
+class Generates(Small):
+    """Calls one head that a stub cannot replace, and one that it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux, self.head = Generator(8, CLASSES), nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        self.aux(features)
+        self.head(features)
+        return self.fc(features)
+
+
 def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small:
     """Build a `Small` of a class with another *forward*."""
     return type("Variant", (Small,), {"forward": forward})(aux=aux)

@@ -23,9 +23,9 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_export.admit.network import check_tensor
+from sopdeploy_export.admit.state import check_tensor
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.user_network.unused import unused_modules
+from sopdeploy_export.user_network.admission import unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -208,7 +208,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a replaced forward": (
         lambda: n.patched(n.Small()),
         AUX,
-        r"^forward of the whole trained network was replaced",
+        r"that forward of the whole trained network was replaced",
     ),
     "NumPy": (lambda: n.variant(n.uses_numpy), {}, r"numpy|captured"),
     "NaN": (lambda: n.with_nan(n.Small()), {}, r"^stem\.0\.weight holds NaN"),
@@ -317,6 +317,15 @@ def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
         check_tensor("fc.weight", tensor)
 
 
+def test_nan_in_a_part_that_no_output_needs_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    network = n.trained(n.Small())
+    network.get_parameter("aux.weight").data[0] = float("nan")
+    with proving_once(alone=True):
+        exported = n.export_small(network, tmp_path, options=QUICK, rebuild=n.Small)
+    assert exported.certificate.proof == "trained-rebuilt"
+    assert "aux.weight" in {entry.name for entry in exported.certificate.unreached}
+
+
 def test_a_network_is_no_unused_part_of_itself() -> None:
     network = n.variant(lambda _, images: images.mean((2, 3))).eval()
     assert unused_modules(network, n.PREPROCESS) == ("stem", "aux", "fc")
@@ -347,17 +356,20 @@ def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) 
     assert (decision.activation, decision.thresholds) == ("sigmoid", (0.5,) * n.CLASSES)
 
 
-READS: dict[str, Callable[[nn.Module], object]] = {
-    "a slice that it calls": lambda aux: aux[:-1](torch.ones(1, 8)),
-    "the type of its weights": lambda aux: next(aux.parameters()).dtype,  # a stub has none
+READS: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
+    "a slice that it calls": (lambda aux: aux[:-1](torch.ones(1, 8)), ("aux",)),
+    "the type of its weights": (lambda aux: next(aux.parameters()).dtype, ()),  # a stub has none
+    "the length of a part of it": (lambda aux: len(aux[0]), ("aux.2", "aux.0.0", "aux.0.1")),
 }
 
 
 @pytest.mark.parametrize("read", READS)
-def test_a_part_of_which_code_reads_something_is_unused(read: str) -> None:
-    network = n.variant(lambda self, images: (READS[read](self.aux), self.fc(self.features(images)))[1])
-    network.aux = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n.CLASSES))
-    assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
+def test_a_part_is_unused_if_the_network_runs_without_it(read: str) -> None:
+    reads, unused = READS[read]
+    network = n.variant(lambda self, images: (reads(self.aux), self.fc(self.features(images)))[1])
+    first = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    network.aux = nn.Sequential(first, nn.ReLU(), nn.Linear(8, n.CLASSES))
+    assert unused_modules(network.eval(), n.PREPROCESS) == unused
 
 
 class Scaled(nn.Sequential):

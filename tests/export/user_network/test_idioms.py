@@ -27,6 +27,7 @@ BY_SIZE = (
 )
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", idioms.EXPORTED)
 def test_it_is_exported_with_proof(case: str, tmp_path: Path) -> None:
     build, options, proof = idioms.EXPORTED[case]

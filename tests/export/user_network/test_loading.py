@@ -7,6 +7,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
+from tests.export.user_network import networks as n
 from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
 
 MODULE = "tests.export.user_network.networks"
@@ -503,11 +505,11 @@ def test_the_key_of_the_logits_stays_text(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(STATE, tmp_path / "w.pth")
     outputs, chosen = {"0": torch.zeros(1), "1": torch.ones(1)}, []
 
-    def choose(_network: object, _preprocess: object, key: str) -> tuple[str, ...]:
-        chosen.append(choose_output(outputs, key))
-        return ()
+    def choose(_network: object, _preprocess: object, *, logits_key: str, **_options: object) -> Any:
+        chosen.append(choose_output(outputs, logits_key))
+        return SimpleNamespace(removable=(), num_classes=4)
 
-    monkeypatch.setattr("sopdeploy_export.user_network.unused.unused_modules", choose)
+    monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
     given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Small", "--preprocess", "imagenet")
     assert run("inspect", *given, "--logits-key", "1").startswith("0 ")
     assert chosen == [outputs["1"]]
@@ -526,7 +528,7 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
     given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
-    assert "choose one as the logits: 0 (B, 4), 1.0 (B, 4), 1.1 (B, 4)" in run("inspect", *given)
+    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run("inspect", *given)
     inspected = json.loads(CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout)
     assert inspected["unused"] == ["heads.0", "heads.1"], "the code reads the length of `heads`"
     proposed = run("export", *given, "--logits-key", "0", "--detach", "--labels", "labels.txt")
@@ -610,13 +612,36 @@ def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str
     assert ("sopdeploy pull" in printed) == ("pull" in message)
 
 
-def test_inspect_asks_for_class_names_only_if_the_file_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sopdeploy_export.user_network.unused.unused_modules", lambda *_: ())
+def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) -> None:
     given = ("--network", f"{MODULE}:Small", "--preprocess", "imagenet:12")
-    for names, asks in (({}, True), ({"class_to_idx": {"a": 0, "b": 1, "c": 2, "d": 3}}, False)):
-        torch.save({"model": STATE, **names}, tmp_path / "w.pth")
+    for names, asks in (("", True), ("abcd", False), ("abc", True)):
+        content = {"model": STATE, "class_to_idx": {name: number for number, name in enumerate(names)}}
+        torch.save(content if names else {"model": STATE}, tmp_path / "w.pth")
         printed = run("inspect", str(tmp_path / "w.pth"), *given)
         assert printed.startswith("0 ")
-        assert ("labels.txt" in printed) is asks
+        assert ("write the 4 class names, one per line, to labels.txt" in printed) is asks
+
+
+@pytest.mark.parametrize("builder", ["Sigmoid", "Counts", "Hides"])
+def test_inspect_refuses_what_export_refuses_before_its_proof(builder: str, tmp_path: Path) -> None:
+    torch.save(getattr(n, builder)().state_dict(), tmp_path / "w.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:{builder}", "--preprocess", "imagenet:12")
+    refused = run("inspect", *given).removeprefix("2 ")
+    assert refused.startswith("error: ")
+    exported = run("export", *given, "--labels", str(tmp_path / "names.txt"))
+    assert exported.splitlines()[-1] == refused.splitlines()[-1]
+
+
+def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
+    torch.save(n.Hides().state_dict(), tmp_path / "w.pth")
+    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Hides", "--preprocess", "imagenet:12")
+    printed = run("inspect", *given, "--allow-constants", "--several-classes")
+    assert printed.startswith("0 ")
+    assert "--allow-constants --several-classes --training-only aux --labels labels.txt" in printed
+
+
+def test_inspect_names_no_part_without_which_the_network_does_not_run(tmp_path: Path) -> None:
+    torch.save(n.Generates().state_dict(), tmp_path / "w.pth")
+    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Generates", "--preprocess", "imagenet:12")
+    assert "unused   head\n" in run("inspect", *given)
