@@ -12,7 +12,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.photo import hash_images
-from sopdeploy.training import start
+from sopdeploy.training import setup
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
@@ -184,7 +184,7 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     def choose(images, *_):
         raise AssertionError("the run has recorded its choice")
 
-    monkeypatch.setattr(start, "choose_held_out", choose)
+    monkeypatch.setattr(setup, "choose_held_out", choose)
     record = read_checkpoint(stopped / "run" / "last.pt").resume["held_out"][:, 0].tolist()
     (stopped / "images" / "a" / "000.jpg").rename(stopped / "images" / "a" / "renamed.jpg")
     recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
