@@ -131,15 +131,6 @@ class Site(NamedTuple):
         return reply, Cost(calls, peak)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects_to_collect() -> Iterator[None]:
-    """Leave the modules of this process out of each collection, which would take most of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
