@@ -527,6 +527,9 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "a hook that counts its calls": hooked(counting_hook),
     "a hook that ends after its first call": hooked(hook_that_ends),
     "a hook that reads the branch": hooked(lambda n: lambda _m, _i, x: x + 0 * n.branches.weight.sum()),
+    "a hook that asks what the branch is": hooked(
+        lambda n: lambda _m, _i, output: output if type(n.branches) is nn.Linear else -output
+    ),
     "a hook that keeps every result": hooked(
         lambda n: lambda _m, _i, output: n.kept.append(output), holds("kept", list)
     ),

@@ -55,7 +55,7 @@ def classes(tmp_path: Path) -> Path:
 def listed_by_table(root: Path) -> list[str]:
     lines = [f"{LABELS[0]}/{name},{LABELS[len(name) % 2]}" for name in NAMES]
     (root / "labels.csv").write_text("\n".join(["file,classes", *lines]))
-    opened = read_label_table(root)
+    opened = read_label_table(root / "labels.csv")
     assert opened.ignored[".txt"] == 2
     return [Path(opened.parts["all"].describe(index)).name for index in range(len(lines))]
 
@@ -121,7 +121,7 @@ def test_bundles_are_not_written_beside_photographs_without_an_ending(content: b
 def test_a_table_may_not_list_a_file_that_is_no_image(name: str, problem: str, classes: Path) -> None:
     (classes / "labels.csv").write_text(f"file,classes\n{LABELS[0]}/{name},a\n")
     with pytest.raises(DataError, match=f"line 2: .*{problem}"):
-        read_label_table(classes)
+        read_label_table(classes / "labels.csv")
 
 
 def test_photographs_without_an_ending_are_forgotten(tmp_path: Path) -> None:

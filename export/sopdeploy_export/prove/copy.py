@@ -14,10 +14,10 @@ from sopdeploy_export.admit.outputs import check_finite, run_and_check
 from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
-from sopdeploy_export.network import tensors
+from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
-from sopdeploy_export.state import held_tensors, preserved
+from sopdeploy_export.state import ObjectId, held_tensors, preserved, read_state
 
 STATEMENT = "The exported copy of a network of your own computes what the given network computes."
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
@@ -65,10 +65,15 @@ def prove_copy(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
+    if find_oddity(given, "given", parts) is not None:  # a hook of the copy can still be code of *given*
+        originals = {id(module) for _, module in modules(given)}
+        held = (leaf.value for leaf in read_state(copied).values() if isinstance(leaf, ObjectId))
+        if any(id(value) in originals for value in held):
+            raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
         programs = captures.of(given)
-        if find_oddity(given, "given") is not None:  # its copy can still use tensors of *given*
+        if find_oddity(given, "given") is not None:  # also in *parts*
             of_copy = captures.of(copied).roots
             if any(of_copy[size] != root for size, root in programs.roots.items()):
                 raise LoweringError(OTHER_COPY)
@@ -78,9 +83,9 @@ def prove_copy(
             captures.note_unread(copied, parts)
         return programs
     programs = captures.of(copied)
-    held = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
+    constants = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
     if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
-        tensor.untyped_storage().data_ptr() for tensor in held if isinstance(tensor, Tensor)
+        tensor.untyped_storage().data_ptr() for tensor in constants if isinstance(tensor, Tensor)
     }:
         raise LoweringError(OTHER_COPY)  # code of the copy still uses tensors of *given*
     if on_cpu:  # the graph of a network on a GPU names it, so it cannot be compared

@@ -169,7 +169,7 @@ def naming_oddity(network: nn.Module, training_only: Sequence[str]) -> Iterator[
     A hook, a replaced method or a part in train mode is no reason to refuse a network, but can be the cause
     of one, such as another graph after the first run.
     """
-    given = unwrap(network)
+    given: object = unwrap(network)
     if not isinstance(given, nn.Module):
         yield
         return
