@@ -127,11 +127,11 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
         "{:.0f} % of the digits right",
         *(PERCENT * least for least in (demo.MIN_ACCURACY, demo.MIN_REJECTED, demo.MIN_DIGITS)),
     ),
-    ("More than {:.0f} % of the responses are the same 5xx", PERCENT * ERRORS),
+    ("more than {:.0f} % of the responses are the same 5xx", PERCENT * ERRORS),
     ("spends more than {:.0f} s in a stage", SLOW),
     ("has ended three times in {} minutes", RESTARTS and RESTARTS[1]),
     ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),
-    ("More than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
+    ("more than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
     ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example

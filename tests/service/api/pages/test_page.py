@@ -208,7 +208,7 @@ def locked(bundle, onnx_runtime, key, tmp_path_factory):
 
 def type_key(page, key):
     page.get_by_label("Key", exact=True).fill(key)
-    page.get_by_role("button", name="Use").click()
+    page.get_by_role("button", name="Use", exact=True).click()
 
 
 def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(open_page, locked, key, jpeg):

@@ -81,10 +81,10 @@ def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> Non
     processes = TwoProcesses(CPU)
     folder = RunFolder(tmp_path, processes)
     run = start_run(build_recipe("dsop", "sgd"), dataset(), processes)
-    check_same_step(run.start, folder)
+    check_same_step(run.setup, folder)
     processes.offset = 1.0
     with pytest.raises(ConfigError, match="find different checkpoints; use a disk that all"):
-        check_same_step(run.start, folder)
+        check_same_step(run.setup, folder)
 
 
 Results = dict[str, dict[str, Tensor]]
