@@ -511,7 +511,7 @@ class RarelyDrops(nn.Dropout):
 
 
 class OwnStatistics(nn.BatchNorm1d):
-    """Is in train mode, and normalizes by the images of the batch."""
+    """Normalizes by the images of the batch, also in eval mode."""
 
     def __init__(self) -> None:
         super().__init__(CLASSES, track_running_stats=False)
@@ -542,7 +542,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "a dropout of a value in ten million": small(
         lambda n, f: n.fc(n.drop(f)), lambda n: n.add_module("drop", RarelyDrops())
     ),
-    "statistics of the batch in train mode": small(
+    "statistics of the batch in eval mode": small(
         lambda n, f: n.norm(n.fc(f)), lambda n: n.add_module("norm", OwnStatistics())
     ),
     "NaN that no probe image selects": small(

@@ -40,10 +40,12 @@ def check_torch_state() -> None:
         raise CertificateError("a forward hook is registered on all modules; remove it before the export")
 
 
-def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
+def find_oddity(
+    network: nn.Module, role: str, removed: tuple[str, ...] = (), *, with_methods: bool = True
+) -> str | None:
     """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
 
-    *network* is in eval mode as far as its code lets it.
+    *network* is in eval mode as far as its code lets it. Without *with_methods*, methods are not looked at.
     """
     for name, module in modules(network):
         if is_in(name, *removed):
@@ -52,7 +54,7 @@ def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
         if module._forward_hooks or module._forward_pre_hooks:
             remedy = "remove it first, or register a method of the module in place of a function"
             return f"the {role} network has a forward hook on {where}; {remedy}"
-        if replaced := _replaced_method(module):
+        if with_methods and (replaced := _replaced_method(module)):
             where = f"{name} of the" if name else "the whole"
             remedy = "change the class, or bind a function of self with types.MethodType"
             return f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
@@ -82,11 +84,13 @@ def _replaced_method(module: nn.Module) -> str | None:
 def check_network_state(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
     """Check the tensors of *network*, as `check_tensors` does, and a network of the catalog by `find_oddity`.
 
-    Its code has no such thing, and its outputs are computed without the hooks of the whole network. Raises
-    `CertificateError` for these.
+    Its code has no hooks, and its outputs are computed without those of the whole network. Raises
+    `CertificateError` for these and for train mode; of its methods, the proof judges.
     """
-    if isinstance(network, Backbone) and (odd := find_oddity(network, role, removed)):
-        raise CertificateError(odd)
+    if isinstance(network, Backbone):
+        odd = find_oddity(network, role, removed, with_methods=False)
+        if odd is not None:
+            raise CertificateError(odd)
     check_tensors(network, removed)
 
 

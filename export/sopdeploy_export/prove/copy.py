@@ -20,6 +20,7 @@ from sopdeploy_export.prove.tensors import prove_values_unread, randomized
 from sopdeploy_export.state import ObjectId, held_tensors, preserved, read_state
 
 STATEMENT = "The exported copy of a network of your own computes what the given network computes."
+CALLED = ("forward", "_call_impl", "_wrapped_call_impl")  # methods that a call of a module runs
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
@@ -27,6 +28,16 @@ OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
 )
+
+
+def called(network: nn.Module) -> nn.Module:
+    """Return a module that holds what runs when modules of *network* are called: hooks, replaced methods."""
+    found = nn.Module()
+    vars(found)["code"] = [
+        (module._forward_hooks, module._forward_pre_hooks, [vars(module).get(name) for name in CALLED])
+        for _, module in modules(network)
+    ]
+    return found
 
 
 def prove_copy(
@@ -67,7 +78,7 @@ def prove_copy(
             raise LoweringError(OTHER_COPY)
     if find_oddity(given, "given", parts) is not None:  # a hook of the copy can still be code of *given*
         originals = {id(module) for _, module in modules(given)}
-        held = (leaf.value for leaf in read_state(copied).values() if isinstance(leaf, ObjectId))
+        held = (leaf.value for leaf in read_state(called(copied)).values() if isinstance(leaf, ObjectId))
         if any(id(value) in originals for value in held):
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
