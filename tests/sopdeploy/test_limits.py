@@ -453,9 +453,10 @@ UNLIMITED = {
     # Files of a package.
     "html/report.py", "models/choices.py", "models/describe.py", "photos/folder.py", "reproduction/tables.py",
     "training/recipe_files.py", "few_shot/cache.py", "lower/known_operators.py", "api/web.py",
-    "labelling/app.py",
+    "label/app.py",
     # Files of the kernel.
-    "sopdeploy/environment.py", "decoding/child.py", "decoding/pool.py", "runtime/device_memory.py",
+    "sopdeploy/environment.py", "decoding/child.py", "decoding/pool.py", "devices/processes.py",
+    "runtime/device_memory.py",
 }  # fmt: skip
 
 
