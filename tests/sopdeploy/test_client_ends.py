@@ -168,6 +168,7 @@ def label_of(client: Client, photograph: str) -> str:
 
 def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
     main, interrupted = threading.main_thread().ident, threading.Event()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
 
     def answer(request: Received) -> bytes:
         if request.body == b"first":
@@ -177,8 +178,11 @@ def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
         return named(request)
 
     with stub_server(answer) as server, Client(server.url, timeout=60) as client:
-        with pytest.raises(KeyboardInterrupt):
-            label_of(client, "first")
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                label_of(client, "first")
+        finally:
+            signal.signal(signal.SIGINT, handler)
         interrupted.set()
         assert [label_of(client, name) for name in ("second", "third")] == ["second", "third"]
     assert [request.body for request in server.received] == [b"first", b"second", b"third"]
