@@ -131,6 +131,13 @@ class Site(NamedTuple):
         return reply, Cost(calls, peak)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Leave what other tests of this process have made to no further collection: there are thousands here."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
