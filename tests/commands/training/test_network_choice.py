@@ -328,7 +328,7 @@ def test_each_network_of_the_list_trains_exports_and_serves_with_random_weights(
     result = train(photos, out=tmp_path / "run", set=(*settings, *size))
     bundle = open_bundle(sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1).path)
     assert bundle.manifest.preprocess.crop == choice.pixels
-    with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+    with running(OnnxRuntime(bundle, Settings(threads=1)), bundle, Settings()) as client:
         image = next(photos.glob("red/*.png"))
         answer = client.post(
             "/v1/classify", content=image.read_bytes(), headers={"Content-Type": "image/png"}
