@@ -39,8 +39,13 @@ def list_heap(folder: Path) -> Heap:
     """List the heap in *folder*, without what a server has written; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file()]
     files = [folder / name for name in names if not KEPT_ID.fullmatch(name.partition(".")[0])]
-    images = [path for path in files if is_image(path)]
-    return Heap(images, [path.name for path in files if path not in set(images)])
+    heap = Heap([], [])
+    for path in files:
+        if is_image(path):
+            heap.images.append(path)
+        else:
+            heap.others.append(path.name)
+    return heap
 
 
 def heap_id(path: Path) -> str:
