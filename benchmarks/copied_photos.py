@@ -53,6 +53,7 @@ from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import FinishedRun, train_run
 
+BATCH = 4
 KINDS = ("encoded", "cropped", "half", "burst")
 
 
@@ -71,7 +72,7 @@ def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_
     )
     normalize, parts = Normalize(content.preprocess, torch.channels_last), []
     dataset = PreprocessedDataset(images, content.preprocess)
-    for pixels, _ in load_batches(dataset, sequential_batches(len(images), 64), 0, torch.device("cpu")):
+    for pixels, _ in load_batches(dataset, sequential_batches(len(images), BATCH), 0, torch.device("cpu")):
         own, maps = network.head_inputs(normalize(pixels))
         parts.append((own, maps if with_maps else {}))
     inputs = {

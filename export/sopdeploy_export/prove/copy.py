@@ -30,8 +30,11 @@ OTHER_COPY = (
 )
 
 
-def called(network: nn.Module) -> nn.Module:
-    """Return a module that holds what runs when modules of *network* are called: hooks, replaced methods."""
+def code_of_calls(network: nn.Module) -> nn.Module:
+    """Return a module that holds the hooks and replaced methods that calls of modules of *network* run.
+
+    `read_state` reads what these reach, without what other attributes of *network* reach.
+    """
     found = nn.Module()
     vars(found)["code"] = [
         (module._forward_hooks, module._forward_pre_hooks, [vars(module).get(name) for name in CALLED])
@@ -78,8 +81,8 @@ def prove_copy(
             raise LoweringError(OTHER_COPY)
     if find_oddity(given, "given", parts) is not None:  # a hook of the copy can still be code of *given*
         originals = {id(module) for _, module in modules(given)}
-        held = (leaf.value for leaf in read_state(called(copied)).values() if isinstance(leaf, ObjectId))
-        if any(id(value) in originals for value in held):
+        state = read_state(code_of_calls(copied))
+        if any(isinstance(leaf, ObjectId) and id(leaf.value) in originals for leaf in state.values()):
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
