@@ -28,7 +28,7 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Programs, capture
 from sopdeploy_export.network import modules
 from sopdeploy_export.program_hashes import are_equal, value_root
-from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, preserved
+from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, attributes_restored
 
 _OF_MODULE = frozenset(vars(nn.Module()))  # of every module, such as hooks
 _IMAGES = 4
@@ -166,7 +166,7 @@ def check_unread(
             raise _changes(names[0])
     used: list[str] = []
     poison, owners = _poison(used), dict(modules(network))
-    with preserved(network):
+    with attributes_restored(network):
         for name in names:
             owner, _, attribute = name.rpartition(".")
             kept = tree_map(lambda _: poison, _value(network, name)) if stays[name] else poison

@@ -29,7 +29,7 @@ from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, D
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root
-from sopdeploy_export.state import object_id, preserved, recording_calls
+from sopdeploy_export.state import attributes_restored, object_id, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
@@ -72,7 +72,7 @@ class Programs:
     @property
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on, each by one of its names in the network."""
-        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.state}
+        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.tensors}
 
 
 class Captures:
@@ -134,7 +134,7 @@ def capture(
     """
     # For one image, the program of the whole range is also that of a batch of one.
     ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
-    traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
+    traced = [export_program(network, preprocess, sizes) for sizes in ranges]
     fingerprints = tuple(map(fingerprint, traced))
     for captured in known:
         if captured.fingerprints == fingerprints and None not in fingerprints:
@@ -146,12 +146,12 @@ def capture(
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Capture *network* for every batch size of the range, as one functional program.
 
-    Raises the errors of `trace_network` and `functionalize`.
+    Raises the errors of `export_program` and `functionalize`.
     """
-    return functionalize(trace_network(network, preprocess, batch), batch)
+    return functionalize(export_program(network, preprocess, batch), batch)
 
 
-def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def export_program(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
 
     Raises `LoweringError` with the first line of torch's message.
@@ -164,7 +164,7 @@ def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange)
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
-        preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
+        attributes_restored(deployed),  # also `is_captured`, and caches, in which torch leaves empty tensors
         warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
     ):
         for _, module in modules(deployed):
@@ -224,7 +224,7 @@ def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgra
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
-    # torch.export narrows the range that `trace_network` asks for, 1 to `batch.maximum`, if code requires it.
+    # torch.export narrows the range that it is asked for, 1 to `batch.maximum`, if code requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

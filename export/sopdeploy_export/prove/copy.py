@@ -17,7 +17,7 @@ from sopdeploy_export.capture.program import Captures, Programs, capture_any_bat
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
-from sopdeploy_export.state import ObjectId, held_tensors, preserved, read_state
+from sopdeploy_export.state import ObjectId, attributes_restored, held_tensors, read_state
 
 STATEMENT = "The exported copy of a network of your own computes what the given network computes."
 CALLED = ("forward", "_call_impl", "_wrapped_call_impl")  # methods that a call of a module runs
@@ -72,7 +72,7 @@ def prove_copy(
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
         # Caches are empty again when the networks are captured.
-        with preserved(given), preserved(copied):
+        with attributes_restored(given), attributes_restored(copied):
             expected = run_and_check(deployed, batch.to(device), "given", classes).cpu()
             logits = run_and_check(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")

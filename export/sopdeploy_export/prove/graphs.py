@@ -65,7 +65,7 @@ def prove_graphs(
     reached: set[str] = set()
     for role, programs in captured.items():
         for size, root in programs.roots.items():
-            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
+            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.tensors}
             if leaking := sorted(name for name in weights if is_in(name, *training_only)):
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "

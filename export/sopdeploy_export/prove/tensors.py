@@ -22,8 +22,8 @@ from sopdeploy_export.capture.program import (
     NETWORK_PREFIX,
     Captures,
     Programs,
+    export_program,
     functionalize,
-    trace_network,
 )
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import describe_difference, fingerprint, hashing_again, program_root
@@ -147,7 +147,7 @@ def prove_values_unread(
     """
     expected_root = programs.roots["any batch size"]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
-        program = trace_network(network, captures.preprocess, captures.batch)
+        program = export_program(network, captures.preprocess, captures.batch)
         found, expected = fingerprint(program), programs.fingerprints[0]  # None: cannot be hashed
         hidden = [NETWORK_PREFIX + name for name in removed]
         if found is not None and expected is not None and found.without(hidden) == expected.without(hidden):

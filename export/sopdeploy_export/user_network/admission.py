@@ -18,7 +18,7 @@ from sopdeploy.names import label_problem
 from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, turn_into_attributes
 from sopdeploy_export.admit.network import (
     check_exportable,
-    copy_for_export,
+    checked_copy,
     tensors_with_nan,
     unwrap,
     unwrap_and_check,
@@ -29,11 +29,11 @@ from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
 from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.network import copy_module, modules, tensors, with_contiguous_tensors
+from sopdeploy_export.network import copy_network, modules, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.copy import check_constants, prove_copy
 from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.state import NOT_IN_EVAL, preserved
+from sopdeploy_export.state import NOT_IN_EVAL, attributes_restored
 from sopdeploy_export.user_network.parts import match_parts, removable_parts
 
 
@@ -84,7 +84,7 @@ def admit(
     given = unwrap_and_check(network, "trained")
     parts = match_parts(given, training_only)
     check_exportable(given, parts)
-    copied = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+    copied = with_contiguous_tensors(checked_copy(given, "trained", logits_key, parts))
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
@@ -97,7 +97,7 @@ def admit(
         if needed.intersection(broken):
             problem = "holds NaN or infinite values; train again or use an earlier checkpoint"
             raise LoweringError(f"{next(name for name in broken if name in needed)} {problem}")
-    trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
+    trial = Deployed(copy_network(copied), preprocess).eval()  # its runs can fill caches
     cache, written, warnings = check_outputs(trial, preprocess, classes, "trained")
     on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
@@ -107,7 +107,7 @@ def admit(
     if written:
         check_unread(trial, written, preprocess, options.batch, programs)
     if created:
-        unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+        unrun = with_contiguous_tensors(checked_copy(given, "trained", logits_key, parts))
         turn_into_attributes(unrun, created)
         check_unchanged_by_run(created[0], captures.of(unrun), programs)
     check_ends_in_logits(programs)
@@ -173,7 +173,7 @@ def naming_oddity(network: nn.Module, training_only: Sequence[str]) -> Iterator[
     if not isinstance(given, nn.Module):
         yield
         return
-    with preserved(given):
+    with attributes_restored(given):
         names = [name for name, _ in modules(given)]
         removed = [name for name in names for pattern in training_only if fnmatchcase(name, pattern)]
         odd = find_oddity(given.eval(), "trained", tuple(removed))

@@ -14,7 +14,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
 from sopdeploy_export.admit.first_run import create_buffers
-from sopdeploy_export.admit.network import copy_for_export, unwrap
+from sopdeploy_export.admit.network import checked_copy, unwrap
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import probe_pixels
 from sopdeploy_export.detach.detach import detach
@@ -181,7 +181,7 @@ def _checked_builder(
     def build() -> nn.Module:
         built = plain()
         check_torch_state()  # which the builder can change
-        copied = copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
+        copied = checked_copy(built, "plain", logits_key)  # raises unless *built* is a module
         if addresses(unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
