@@ -10,7 +10,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Programs
-from sopdeploy_export.program_hashes import SAME_VALUES, operator_name, value_root
+from sopdeploy_export.program_hashes import SAME_VALUES, operator_name
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
     STATELESS,
@@ -138,8 +138,7 @@ def check_unchanged_by_run(path: str, captured: Programs, filled: Programs) -> N
 
     *filled* are the programs after that run. Raises `LoweringError`.
     """
-    pairs = ((captured.any_batch, filled.any_batch), (captured.batch_of_one, filled.batch_of_one))
-    if any(value_root(before).sha256 != value_root(after).sha256 for before, after in pairs):
+    if not filled.compute_values_of(captured):
         raise LoweringError(
             f"{path} changes while the trained network runs, which computes something else afterwards; "
             f"{STATELESS}"

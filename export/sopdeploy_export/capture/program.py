@@ -28,7 +28,7 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root
+from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root, value_root
 from sopdeploy_export.state import attributes_restored, object_id, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
@@ -73,6 +73,11 @@ class Programs:
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on, each by one of its names in the network."""
         return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.tensors}
+
+    def compute_values_of(self, others: "Programs") -> bool:
+        """Return whether each program computes the values of that one of *others*, by `value_root`."""
+        pairs = ((self.any_batch, others.any_batch), (self.batch_of_one, others.batch_of_one))
+        return all(own is other or value_root(own).sha256 == value_root(other).sha256 for own, other in pairs)
 
 
 class Captures:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
+from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.outputs import check_finite, run_and_check
 from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
@@ -30,15 +31,17 @@ OTHER_COPY = (
 )
 
 
-def code_of_calls(network: nn.Module) -> nn.Module:
+def code_of_calls(network: nn.Module, removed: tuple[str, ...]) -> nn.Module:
     """Return a module that holds the hooks and replaced methods that calls of modules of *network* run.
 
-    `read_state` reads what these reach, without what other attributes of *network* reach.
+    Those of *removed* parts are left out. `read_state` reads what these reach, without what other attributes
+    of *network* reach.
     """
     found = nn.Module()
     vars(found)["code"] = [
         (module._forward_hooks, module._forward_pre_hooks, [vars(module).get(name) for name in CALLED])
-        for _, module in modules(network)
+        for name, module in modules(network)
+        if not is_in(name, *removed)
     ]
     return found
 
@@ -79,15 +82,16 @@ def prove_copy(
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if find_oddity(given, "given", parts) is not None:  # a hook of the copy can still be code of *given*
+    is_odd = find_oddity(given, "given") is not None  # also in *parts*
+    if is_odd:  # a hook of the copy can still be code of *given*
         originals = {id(module) for _, module in modules(given)}
-        state = read_state(code_of_calls(copied))
+        state = read_state(code_of_calls(copied, parts))
         if any(isinstance(leaf, ObjectId) and id(leaf.value) in originals for leaf in state.values()):
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
         programs = captures.of(given)
-        if find_oddity(given, "given") is not None:  # also in *parts*
+        if is_odd:
             of_copy = captures.of(copied).roots
             if any(of_copy[size] != root for size, root in programs.roots.items()):
                 raise LoweringError(OTHER_COPY)

@@ -7,7 +7,6 @@ for nothing that it could know. What the proof decides, such as whether a hook m
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -29,10 +28,10 @@ from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
 from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.network import copy_network, modules, tensors, with_contiguous_tensors
+from sopdeploy_export.network import copy_network, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.copy import check_constants, prove_copy
-from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
+from sopdeploy_export.prove.tensors import check_removed_memory, needed_tensors, outermost_unneeded
 from sopdeploy_export.state import NOT_IN_EVAL, attributes_restored
 from sopdeploy_export.user_network.parts import match_parts, removable_parts
 
@@ -93,7 +92,7 @@ def admit(
     captures = Captures(preprocess, options.batch)
     created = create_buffers(copied, preprocess)
     if broken := tensors_with_nan(copied, parts):
-        needed, _ = find_usage(copied, captures.of(copied).needed)
+        needed = needed_tensors(copied, captures.of(copied).needed)
         if needed.intersection(broken):
             problem = "holds NaN or infinite values; train again or use an earlier checkpoint"
             raise LoweringError(f"{next(name for name in broken if name in needed)} {problem}")
@@ -113,8 +112,8 @@ def admit(
     check_ends_in_logits(programs)
     if not allow_constants:
         check_constants(programs, given)
-    used, unused = find_usage(copied, programs.needed)
-    if reached := sorted(name for name in used if is_in(name, *parts)):
+    needed = needed_tensors(copied, programs.needed)
+    if reached := sorted(name for name in needed if is_in(name, *parts)):
         raise CertificateError(
             f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
             setting="training_only",
@@ -125,7 +124,7 @@ def admit(
 
     if parts:
         check_without(parts)
-    undeclared = outermost_unused(copied, {name for name in unused if not is_in(name, *parts)})
+    undeclared = outermost_unneeded(copied, needed, parts)
     logits, *_ = programs.any_batch.graph.output_node().args[0]  # the logits are the first output
     return Admitted(
         given=given,
@@ -174,9 +173,7 @@ def naming_oddity(network: nn.Module, training_only: Sequence[str]) -> Iterator[
         yield
         return
     with attributes_restored(given):
-        names = [name for name, _ in modules(given)]
-        removed = [name for name in names for pattern in training_only if fnmatchcase(name, pattern)]
-        odd = find_oddity(given.eval(), "trained", tuple(removed))
+        odd = find_oddity(given.eval(), "trained", match_parts(given, training_only))
         try:
             yield
         except (CertificateError, LoweringError) as error:
