@@ -9,7 +9,7 @@ import io
 import linecache
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ from sopdeploy_export.state import attributes_restored, object_id, recording_cal
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+ANY_BATCH, ONE_IMAGE = "any batch size", "a batch of one"  # what the two programs of a network are for
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
@@ -67,7 +68,7 @@ class Programs:
         any_batch = program_root(self.any_batch)
         is_one = self.batch_of_one is self.any_batch
         one = any_batch if is_one else program_root(self.batch_of_one)
-        return {"any batch size": any_batch, "a batch of one": one}
+        return {ANY_BATCH: any_batch, ONE_IMAGE: one}
 
     @property
     def needed(self) -> set[str]:
@@ -91,8 +92,8 @@ class Captures:
         self._programs: dict[tuple[object, ...], Programs] = {}
         self._unread: set[tuple[object, ...]] = set()
 
-    def of(self, network: nn.Module) -> Programs:
-        """Return the programs of *network*, captured unless they are known.
+    def of(self, network: nn.Module, on_program: Callable[[str], None] = lambda _: None) -> Programs:
+        """Return the programs of *network*, captured unless they are known, which *on_program* is told.
 
         Networks with the same operations and weights share programs, with the names of the one captured
         first. Raises `LoweringError` if the network cannot be captured.
@@ -100,7 +101,7 @@ class Captures:
         key = self._key(network)
         if key not in self._programs:
             known = tuple(self._programs.values())
-            self._programs[key] = capture(network, self.preprocess, self.batch, known)
+            self._programs[key] = capture(network, self.preprocess, self.batch, known, on_program)
         return self._programs[key]
 
     def share(self, network: nn.Module, programs: Programs) -> None:
@@ -128,22 +129,31 @@ class Captures:
 
 
 def capture(
-    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs] = ()
+    network: nn.Module,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    known: Sequence[Programs] = (),
+    on_program: Callable[[str], None] = lambda _: None,
 ) -> Programs:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
     handles a single image differently. If torch.export gives the same two programs as for one of *known*,
-    this one is returned, because making programs functional takes longer than torch.export.
+    this one is returned, because making programs functional takes longer than torch.export. Calls
+    *on_program* with a text as torch.export begins for each of the two, and before they are made functional.
     Raises `LoweringError` if the network cannot be captured.
     """
     # For one image, the program of the whole range is also that of a batch of one.
     ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
-    traced = [export_program(network, preprocess, sizes) for sizes in ranges]
+    traced = []
+    for size, sizes in zip((ANY_BATCH, ONE_IMAGE), ranges, strict=False):
+        on_program(size)
+        traced.append(export_program(network, preprocess, sizes))
     fingerprints = tuple(map(fingerprint, traced))
     for captured in known:
         if captured.fingerprints == fingerprints and None not in fingerprints:
             return captured
+    on_program("without writes to operands")
     programs = [functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
     return Programs(any_batch=programs[0], batch_of_one=programs[-1], fingerprints=fingerprints)
 

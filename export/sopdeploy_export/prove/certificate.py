@@ -135,7 +135,8 @@ def certify(
         captures.forget_roots()
         programs = capture_networks(networks, captures, _details("Graphs", on_step))
         roots, reached = prove_graphs(programs, trained, detachment.training_only)
-        if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
+        if parts and not captures.are_unread(networks["trained"], parts):
+            on_step(f"{announce('Tensors')}, random values in what is removed")
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))

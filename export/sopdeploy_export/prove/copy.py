@@ -5,6 +5,8 @@ The network that the user gave is captured, not a copy, because its classes can 
 Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
@@ -54,13 +56,15 @@ def prove_copy(
     parts: tuple[str, ...],
     *,
     with_features: bool,
+    on_program: Callable[[str], None],
 ) -> Programs:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
     the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
-    have random values, which something that was not copied with them can read. Raises `LoweringError` if the
+    have random values, which something that was not copied with them can read. *on_program* is told what is
+    captured. Raises `LoweringError` if the
     networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     preprocess = captures.preprocess
@@ -90,7 +94,7 @@ def prove_copy(
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
-        programs = captures.of(given)
+        programs = captures.of(given, on_program)
         if is_odd:
             of_copy = captures.of(copied).roots
             if any(of_copy[size] != root for size, root in programs.roots.items()):
@@ -100,7 +104,7 @@ def prove_copy(
             prove_values_unread(given, parts, captures, programs)
             captures.note_unread(copied, parts)
         return programs
-    programs = captures.of(copied)
+    programs = captures.of(copied, on_program)
     constants = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
     if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
         tensor.untyped_storage().data_ptr() for tensor in constants if isinstance(tensor, Tensor)

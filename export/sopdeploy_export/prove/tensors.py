@@ -19,6 +19,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import (
+    ANY_BATCH,
     NETWORK_PREFIX,
     Captures,
     Programs,
@@ -144,7 +145,7 @@ def prove_values_unread(
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
     """
-    expected_root = programs.roots["any batch size"]  # now, because a program refers to the tensors
+    expected_root = programs.roots[ANY_BATCH]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
         program = export_program(network, captures.preprocess, captures.batch)
         found, expected = fingerprint(program), programs.fingerprints[0]  # None: cannot be hashed

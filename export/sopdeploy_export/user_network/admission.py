@@ -100,7 +100,15 @@ def admit(
     cache, written, warnings = check_outputs(trial, preprocess, classes, "trained")
     on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
-        programs = prove_copy(given, copied, captures, classes, parts, with_features=options.with_features)
+        programs = prove_copy(
+            given,
+            copied,
+            captures,
+            classes,
+            parts,
+            with_features=options.with_features,
+            on_program=lambda size: on_step(f"checking the network, its graph, {size}"),
+        )
     if cache is not None:
         check_unchanged_by_run(cache, programs, captures.of(trial.network))
     if written:
