@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +21,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as common_rules
 from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core
@@ -122,8 +125,12 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 
 @cache
 def _converters() -> ONNXRegistry:
-    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again."""
-    return ONNXRegistry.from_torchlib()
+    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again.
+
+    It also parses the source of each, for a domain that nothing reads: most of the time, which is left out.
+    """
+    with patch.object(TracedOnnxFunction, "function_ir", SimpleNamespace(domain="")):
+        return ONNXRegistry.from_torchlib()
 
 
 def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
