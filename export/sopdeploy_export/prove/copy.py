@@ -5,10 +5,12 @@ The network that the user gave is captured, not a copy, because its classes can 
 Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
@@ -18,7 +20,7 @@ from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import value_root
+from sopdeploy_export.program_hashes import are_equal, value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
 from sopdeploy_export.state import ObjectId, attributes_restored, held_tensors, read_state
 
@@ -119,30 +121,49 @@ def prove_copy(
     return programs
 
 
-def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | None = None) -> None:
-    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered.
+def check_constants(programs: Programs, networks: Sequence[nn.Module], built: nn.Module | None) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that none of *networks* has registered.
 
-    With a *plain* network, which has been built, only a tensor counts that both networks hold: a global
-    variable, for example, makes both graphs equal whatever its values are.
+    *programs* are theirs: the network of the user and its copy. What a builder has *built* for the comparison
+    may have the same tensor, in memory of its own, and code may make one in each capture: then equal graphs
+    decide. They prove nothing about what all networks hold, such as a global variable, nor about a layer or a
+    parameter in a list, which may have been trained and is in no weight file.
     """
-    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
-    of_plain = {} if plain is None else held_tensors(plain)
-    shared = {tensor.untyped_storage().data_ptr() for tensor in of_plain.values()}
-    for program in (programs.any_batch, programs.batch_of_one):
-        users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
-        for spec in program.graph_signature.input_specs:
-            constant = program.constants.get(spec.target or "")
-            if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
-                continue
-            if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
-                continue
-            address = constant.untyped_storage().data_ptr()  # also that of a view
-            if address not in registered and (plain is None or address in shared):
-                held = held_tensors(network).items()
-                equal_paths = (path for path, tensor in held if tensor.equal(constant))
-                name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
+    any_batch, one = ([*_large_constants(program)] for program in (programs.any_batch, programs.batch_of_one))
+    if not any_batch and not one:
+        return
+    registered = _addresses(tensor for network in networks for tensor in tensors(network).values())
+    leaves = [leaf for network in networks for leaf in read_state(network).values()]
+    held = [leaf.value for leaf in leaves if isinstance(leaf, ObjectId)]
+    learned = [value for value in held if isinstance(value, nn.Parameter)]
+    layers = [tensors(value).values() for value in held if isinstance(value, nn.Module)]
+    of_built = [] if built is None else [*held_tensors(built).values()]
+    refused = _addresses(chain(of_built, learned, *layers))
+    for constants, in_other_capture in ((any_batch, one), (one, any_batch)):
+        for constant in constants:
+            (address,) = _addresses([constant])
+            is_built = address not in refused and any(are_equal(constant, tensor) for tensor in of_built)
+            is_made = built is not None and address not in _addresses(in_other_capture)
+            if address not in registered and not is_built and not is_made:
+                paths = (path for path, tensor in held_tensors(networks[0]).items() if tensor.equal(constant))
+                name = next(paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
                     remedies={"allow_constants": True},
                 )
+
+
+def _addresses(held: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in held}  # also those of views
+
+
+def _large_constants(program: ExportedProgram) -> Iterator[Tensor]:
+    """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        constant = program.constants.get(spec.target or "")
+        if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
+            continue
+        if constant.numel() > MAX_CONSTANT and users[spec.arg.name]:
+            yield constant

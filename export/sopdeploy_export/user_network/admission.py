@@ -60,6 +60,10 @@ class Admitted:
     removable: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def check_constants(self, built: nn.Module | None = None) -> None:
+        """Raise `LoweringError` as `prove.copy.check_constants` does; a builder has *built* a network."""
+        check_constants(self.captures.of(self.network), (self.given, self.network), built)
+
 
 def admit(
     network: nn.Module,
@@ -68,7 +72,6 @@ def admit(
     classes: int | None = None,
     training_only: Sequence[str] = (),
     logits_key: str | int | None = None,
-    allow_constants: bool = False,
     options: ExportOptions | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Admitted:
@@ -118,8 +121,6 @@ def admit(
         turn_into_attributes(unrun, created)
         check_unchanged_by_run(created[0], captures.of(unrun), programs)
     check_ends_in_logits(programs)
-    if not allow_constants:
-        check_constants(programs, given)
     needed = needed_tensors(copied, programs.needed)
     if reached := sorted(name for name in needed if is_in(name, *parts)):
         raise CertificateError(
@@ -199,4 +200,4 @@ def unused_modules(
     returns more than one tensor. Raises the errors of `export_network` before its proof begins.
     """
     with naming_oddity(network, ()):
-        return admit(network, preprocess, logits_key=logits_key, allow_constants=True).removable
+        return admit(network, preprocess, logits_key=logits_key).removable
