@@ -37,6 +37,10 @@ MIN_FOLDS = 5
 DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
+ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
+# A class of fewer may take about 1 % of the photographs that are right without it: so many normally
+# distributed values exceed their mean by this number of deviations (docs/benchmarks/head.md).
+CLEAR_MARGIN = 2.33
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -240,10 +244,15 @@ class OutOfFold(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What makes logits of the scores of a head: `excess` corrects its biases, `temperature` divides."""
+    """What makes logits of the scores of a head: `excess` and `margins` correct its biases.
+
+    By the `margins` (K,), 0 for most classes, a class of few photographs must exceed the others. The
+    `temperature` divides.
+    """
 
     temperature: float
     excess: float
+    margins: Array | float = 0.0
 
     @classmethod
     def fit(cls, validations: Sequence[OutOfFold], targets: Targets) -> "Scaling":
@@ -255,12 +264,14 @@ class Scaling(NamedTuple):
         classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
+        margins: Array | float = 0.0  # with them, the temperature would be too high
         weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
             smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
             present_VNK = np.stack([one.has_class() for one in validations])
             of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
             weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)
+            margins = estimate_margins(validations, scores_VNK, targets)
         else:
             smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
         unit = float(scores_VNK.std()) or 1.0
@@ -273,7 +284,7 @@ class Scaling(NamedTuple):
             return float((np.logaddexp(0.0, logits) - smooth_NK * logits).sum())
 
         log_scale = minimize_scalar(loss, bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-4}).x
-        return cls(unit / float(np.exp(log_scale)), excess)
+        return cls(unit / float(np.exp(log_scale)), excess, margins)
 
 
 def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bool_]) -> float:
@@ -296,6 +307,30 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
             expected += (without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)).sum()
     return max(0.0, float(surplus / expected)) if expected else 0.0
+
+
+def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, targets: Targets) -> Array:
+    """Estimate by how much classes of fewer than `ENOUGH` photographs must exceed the others, (K,).
+
+    The mean of two photographs is uncertain, and would win against photographs of classes that are learned.
+    The margins leave nearly all of these to their classes (`CLEAR_MARGIN`), as held-out ones tell: a new
+    class costs the known ones little until it has enough photographs. Where no class has enough, all are 0.
+    """
+    heads = validations[0].heads  # each photograph is in all of them but one
+    numbers_K = np.sum([head.numbers for head in heads], axis=0) / max(1, len(heads) - 1)
+    is_learned_K = numbers_K >= ENOUGH - 1e-6
+    margins_K = np.zeros(len(is_learned_K))
+    if is_learned_K.all() or not is_learned_K.any():
+        return margins_K
+    among_learned_VNK = np.where(is_learned_K, scores_VNK, -np.inf)
+    is_right_VN = among_learned_VNK.argmax(axis=2) == targets.strata
+    surplus_VNK = scores_VNK - among_learned_VNK.max(axis=2, keepdims=True)
+    has_class_VNK = np.stack([one.has_class() for one in validations])
+    for label in np.flatnonzero(~is_learned_K):
+        surplus_P = surplus_VNK[..., label][is_right_VN & has_class_VNK[..., label]]
+        if len(surplus_P):
+            margins_K[label] = max(0.0, surplus_P.mean() + CLEAR_MARGIN * surplus_P.std())
+    return margins_K
 
 
 class Space(NamedTuple):
@@ -380,7 +415,7 @@ class LinearProblem:
 
     def logits(self, validation: OutOfFold, scaling: Scaling) -> Array:
         """Compute the out-of-fold logits (N, K) of a cross-validation."""
-        scores_NK = validation.scores(scaling.excess)
+        scores_NK = validation.scores(scaling.excess) - scaling.margins
         return scores_NK / scaling.temperature + self.targets.log_frequencies()
 
     def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
@@ -404,7 +439,8 @@ class LinearProblem:
         head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
         # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
-        bias_K = head.bias(scaling.excess) / scaling.temperature + self.targets.log_frequencies()
+        bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
+        bias_K += self.targets.log_frequencies()
         return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:
