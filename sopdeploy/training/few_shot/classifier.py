@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, stdtrit
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
@@ -38,9 +38,7 @@ DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
 ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
-# A class of fewer may take about 1 % of the photographs that are right without it: so many normally
-# distributed values exceed their mean by this number of deviations (docs/benchmarks/head.md).
-CLEAR_MARGIN = 2.33
+TAKEN = 0.01  # share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -313,8 +311,10 @@ def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, target
     """Estimate by how much classes of fewer than `ENOUGH` photographs must exceed the others, (K,).
 
     The mean of two photographs is uncertain, and would win against photographs of classes that are learned.
-    The margins leave nearly all of these to their classes (`CLEAR_MARGIN`), as held-out ones tell: a new
-    class costs the known ones little until it has enough photographs. Where no class has enough, all are 0.
+    A margin is what `TAKEN` of these exceed, if the surplus of the class over the right one is normally
+    distributed as that of held-out photographs: the upper end of a prediction interval, which is wide if it
+    is known of few. So a new class costs the known ones little until it has enough photographs. Where no
+    class has enough, all margins are 0.
     """
     heads = validations[0].heads  # each photograph is in all of them but one
     numbers_K = np.sum([head.numbers for head in heads], axis=0) / max(1, len(heads) - 1)
@@ -327,9 +327,12 @@ def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, target
     surplus_VNK = scores_VNK - among_learned_VNK.max(axis=2, keepdims=True)
     has_class_VNK = np.stack([one.has_class() for one in validations])
     for label in np.flatnonzero(~is_learned_K):
-        surplus_P = surplus_VNK[..., label][is_right_VN & has_class_VNK[..., label]]
-        if len(surplus_P):
-            margins_K[label] = max(0.0, surplus_P.mean() + CLEAR_MARGIN * surplus_P.std())
+        is_judged_VN = is_right_VN & has_class_VNK[..., label]
+        count = int(is_judged_VN.any(axis=0).sum())
+        if count > 1:
+            surplus_P = surplus_VNK[..., label][is_judged_VN]
+            deviations = stdtrit(count - 1, 1 - TAKEN) * np.sqrt(1 + 1 / count)
+            margins_K[label] = max(0.0, surplus_P.mean() + deviations * surplus_P.std())
     return margins_K
 
 
