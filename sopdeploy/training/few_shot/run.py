@@ -126,7 +126,9 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             score, metrics = _evaluate(setup, network, found)
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
-                label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
+                plain = found.scaling._replace(margins=0.0)  # they contradict no label
+                logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
+                label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 num_doubted = int(doubts.listed.sum())
             signals.exchange()  # since the last progress
@@ -364,7 +366,7 @@ def _describe(
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
     right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
-    gains = estimate_gains(found.problem, found.scaling.excess, found.judged, right, images.labels)
+    gains = estimate_gains(found.problem, found.scaling, found.judged, right, images.labels)
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
