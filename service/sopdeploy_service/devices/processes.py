@@ -7,7 +7,6 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pydantic
@@ -18,14 +17,14 @@ from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.settings import Settings, decoders_per_process
+from sopdeploy_service.templates import run_states
 
 ANY_DEVICE = ""
 FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, beside 16 decoders
 MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
-# States: ended, stopped, stopped by a debugger; runs, or waits for a disk or memory
-ENDED, STOPPED, TRACED, BUSY = "Z", "T", "t", {"R", "D"}
+TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
@@ -169,16 +168,6 @@ class Process:
         if self.tokens is not None and kind == control.CLIENT:
             self.tokens.charge(-1)  # for the report that follows
         return True
-
-
-def run_states(process: int) -> tuple[set[str], int]:
-    """Return the states of the threads of *process*, as `ps` shows them, and its CPU time in ticks."""
-    try:
-        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
-    except OSError:  # it has ended
-        return set(), 0
-    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
-    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
 
 
 def list_devices(settings: Settings) -> list[Process]:

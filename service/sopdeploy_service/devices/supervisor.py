@@ -202,7 +202,7 @@ class Supervisor:
                     await asyncio.sleep(BEAT_SECONDS)
                 end = f"exited with code {code}"
             except OSError as error:  # too many processes or files, or too little memory
-                end = f"cannot start ({error.strerror})"
+                end = f"cannot start ({error.strerror or error})"
             self._close_control(process)
             if process in self._servers:  # what it had admitted makes room
                 self._admitted[process.position] = 0

@@ -15,6 +15,7 @@ from sopdeploy.bundle.sealed import create_memory
 from sopdeploy_service.devices import control, template
 from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.templates import run_states
 
 RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "torch"}
 
@@ -70,25 +71,34 @@ async def supervise() -> dict[str, object]:
     first, end, found["facts"] = await start(used)
     templates, os.environ["LIGHT"] = [], "1"
     for number in (signal.SIGKILL, signal.SIGSTOP):
-        templates.append(used._process.pid)
+        templates.append(used.process)
         os.kill(templates[-1], number)
-        while "S" in (states := template.run_states(templates[-1])[0]) or "R" in states:
+        while "S" in (states := run_states(templates[-1])[0]) or "R" in states:
             await asyncio.sleep(0.01)
         child, other, _ = await start(used)
         child.kill()
         other.close()
         found[f"code after {number.name}"] = await code_of(child)
-    found["templates"] = len({*templates, used._process.pid})
+    found["templates"] = len({*templates, used.process})
     found["still runs"] = first.poll() is None
     end.close()
     found["code"] = await code_of(first)
     used.close()
-    template.MODULE = "tests.service.devices.launched_nowhere"
+    found["error without a subreaper"] = await error_of(used, SET_SUBREAPER=-1)
+    found["error without a template"] = await error_of(used, MODULE="tests.service.devices.launched_nowhere")
+    return found
+
+
+async def error_of(used: template.Template, **changed: object) -> str:
+    template.LIBC.prctl(template.SET_SUBREAPER, 0)
+    vars(template).update(changed)
     try:
         await start(used)
     except OSError as error:
-        found["without a template"] = error.errno == errno.EPIPE
-    return found
+        return errno.errorcode[error.errno]
+    finally:
+        used.close()
+    return ""
 
 
 if __name__ == "__main__":
