@@ -32,6 +32,7 @@ from load import put_load, serving
 BATCHES = "1,8,32,64"
 WARM_UPS, SECONDS = 3, 2.0  # for each batch size
 PART_SECONDS = 300
+SERVED = "resnet50 fp16"  # the bundle of the part `server`; another folder's last one
 FRONT_ENDS = ("auto", "4", "0")
 PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu13", "torch", "sopdeploy")
 CUDART = "libcudart.so.13"
@@ -233,7 +234,8 @@ def read_bundles(folder: Path) -> list[Bundle]:
 def run_alone(part: str, bundles: list[Bundle], provider: str) -> None:
     """Run *part* in this process; print its rows and its result."""
     begin, result = time.monotonic(), "ok"
-    for bundle in bundles[-1:] if part in {"machine", "server"} else bundles:
+    served = [bundle for bundle in bundles if bundle["name"] == SERVED] or bundles[-1:]
+    for bundle in served if part in {"machine", "server"} else bundles:
         try:
             for row in PARTS[part](bundle, provider):
                 print(json.dumps(row), flush=True)

@@ -1,10 +1,11 @@
 """Write the folder that `first_contact.py` checks a GPU with; needs torch, but no GPU.
 
-    python benchmarks/gpu_bundles.py FOLDER
+    python benchmarks/gpu_bundles.py FOLDER [NAME-PRECISION ...]
 
-The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and int8, and a
-ResNet-50 in fp16. FOLDER also gets JPEGs, small ones and those of phones, and
-the programs that run there. What exists is not written again.
+The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and int8, and at
+224 pixels a ResNet-50 in fp16 and fp32, one with covariance pooling (iSQRT), and a DSoP ResNet-18 without its
+branches. FOLDER also gets JPEGs, small ones and those of phones, and the programs that run there. What exists
+is not written again; with names, only these networks are.
 """
 
 import shutil
@@ -58,6 +59,9 @@ CASES = (
         CLASSES[:10],
         {"components": 4, "chosen": 2, "blocks_per_stage": 1, "conv5_stride": 1, "component_widths": (6,)},
     ),
+    Case("dsop-resnet18", "fp16", 224, CLASSES, {}),
+    Case("isqrt-resnet50", "fp16", 224, CLASSES, {}),
+    Case("resnet50", "fp32", 224, CLASSES, {}),
     Case("resnet50", "fp16", 224, CLASSES, {}),
 )
 
@@ -79,7 +83,7 @@ def export_case(case: Case, target: Path) -> None:
             config=network.config.model_dump(mode="json"),
             weights=network.state_dict(),
             labels=case.labels,
-            preprocess=Preprocess(resize=case.side, crop=case.side),
+            preprocess=Preprocess(resize=case.side, crop=case.side, decoding="scaled"),
             training={},
         )
         write_checkpoint(source, random)
@@ -102,9 +106,12 @@ def main() -> None:
     """Write what is missing."""
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    for case in CASES:
-        target = folder / f"{case.name}-{case.precision}"
+    cases = {f"{case.name}-{case.precision}": case for case in CASES}
+    parser.add_argument("names", nargs="*", choices=[[], *cases], metavar="NAME", help=", ".join(cases))
+    given = parser.parse_args()
+    folder = given.folder
+    for name in given.names or cases:
+        case, target = cases[name], folder / name
         if not list(target.glob("*/manifest.json")):
             export_case(case, target)
             print(f"{target}: written", file=sys.stderr, flush=True)

@@ -1,12 +1,14 @@
 """`sopdeploy serve` on a GPU with 0 to 8 front ends and with the automatic number, in a quarter of an hour.
 
     python benchmarks/gpu_server.py BUNDLE ... --out FILE [--seconds 5] [--front-ends 0,2,4,8,auto]
+        [--photographs "500 x 375,12 MP"] [--connections 64,256]
     python benchmarks/gpu_server.py --simulated 1,0.0625,64 --out FILE      # rehearsal without a GPU
 
-For each bundle and number: seconds until the server is ready, images/s, p50 and p99 with 64 and 256
-connections of four client processes that send JPEGs of 500 x 375, the share of the time in which the GPU
-works and its memory (nvidia-smi), CPU ms per image, and the answers to 500 images at once on an idle server.
-Every result is written at once, as a JSON line; combinations that the file has are not measured again.
+For each bundle and number: seconds until the server is ready, the answers to 500 small photographs at once,
+and for each kind of photograph and number of connections, from four client processes: images/s, p50 and p99,
+the share of the time in which the GPU works and its memory (nvidia-smi), CPU ms per image. First, for each
+kind: the images/s that all cores decode when they do nothing else. Every result is written at once, as a JSON
+line; combinations that the file has are not measured again.
 """
 
 import argparse
@@ -19,7 +21,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +30,17 @@ from typing import Any
 
 import httpx
 from load import Load, put_load, serving
-from serving_alone import write_images
+from serving_alone import KINDS, decode_image, read_files, repeat, write_images
 from serving_peers import cpu_seconds
 from simulated_server import running
+
+from sopdeploy.images.preprocess import Preprocess
 
 CLIENTS = 4
 BURST = 500
 QUEUE = 1024
+IMAGES = (32, 8)  # files of the first kind, and of each other
+Result = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -80,7 +87,7 @@ def put_loads(url: str, folder: Path, seconds: float, connections: int) -> dict[
     }
 
 
-def send_burst(url: str, folder: Path) -> dict[str, Any]:
+def send_burst(url: str, folder: Path) -> Result:
     """Send `BURST` images at once to an idle server; return the seconds and the number of each status."""
     bodies = [path.read_bytes() for path in sorted(folder.iterdir())]
     limits = httpx.Limits(max_connections=BURST)
@@ -91,12 +98,25 @@ def send_burst(url: str, folder: Path) -> dict[str, Any]:
         return {"burst_s": time.perf_counter() - started, "burst_codes": dict(codes)}
 
 
+def decoded_per_second(folder: Path, seconds: float) -> float:
+    """Decode the photographs of *folder* on one core, as the server does for networks that `train` makes."""
+    bodies, rules = read_files(folder), Preprocess(decoding="scaled")
+    return repeat(lambda done: decode_image(bodies[done % len(bodies)], rules), 1, seconds).images_per_s
+
+
+def measure_decoding(kind: str, folder: Path, seconds: float) -> Result:
+    """Decode photographs of a *kind* on all cores at once."""
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores) as pool:
+        speeds = pool.map(decoded_per_second, [folder] * cores, [seconds] * cores)
+        return {"decoding": kind, "cores": cores, "images_per_s": sum(speeds)}
+
+
 def measure(
-    bundle: str, front_ends: str, folder: Path, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
+    bundle: str, front_ends: str, folders: dict[str, Path], arguments: argparse.Namespace
+) -> Iterator[Result]:
     """Measure a server for *bundle*, or for the simulated device, with so many *front_ends*."""
     started = time.perf_counter()
-    results = []
     if arguments.simulated:
         settings = {"devices": "cpu", "front_ends": front_ends.replace("auto", "2"), "queue_size": QUEUE}
         server: AbstractContextManager[Any] = running(settings, arguments.simulated)
@@ -108,19 +128,25 @@ def measure(
         ready = time.perf_counter() - started
         number = httpx.get(f"{address}/v1/status", timeout=30).json()["front_ends"]
         url = f"{address}/v1/classify"
-        fields = {"bundle": bundle, "front_ends": front_ends, "number": number, "ready_s": ready}
-        burst = send_burst(url, folder)
-        for connections in (64, 256):
-            watch = GpuWatch()
-            threading.Thread(target=watch.watch, daemon=True).start()
-            before = cpu_seconds(process.pid)
-            load = put_loads(url, folder, arguments.seconds, connections)
-            images = load["images_per_s"] * (arguments.seconds + 1.0)  # with the warm-up
-            cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(images, 1.0)
-            results.append(
-                {**fields, "connections": connections, **load, "cpu_ms": cpu_ms, **watch.stop(), **burst}
-            )
-    return results
+        fields = {"bundle": bundle, "front_ends": front_ends, "number": number}
+        yield {**fields, "ready_s": ready, **send_burst(url, next(iter(folders.values())))}
+        for kind, folder in folders.items():
+            for connections in map(int, arguments.connections.split(",")):
+                watch = GpuWatch()
+                threading.Thread(target=watch.watch, daemon=True).start()
+                before = cpu_seconds(process.pid)
+                load = put_loads(url, folder, arguments.seconds, connections)
+                images = load["images_per_s"] * (arguments.seconds + 1.0)  # with the warm-up
+                cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(images, 1.0)
+                row = {**fields, "photographs": kind, "connections": connections, **load}
+                yield {**row, "cpu_ms": cpu_ms, **watch.stop()}
+
+
+def write(result: Result, out: Path) -> None:
+    """Append *result* to the file *out*, and print it."""
+    with out.open("a") as file:
+        print(json.dumps(result), file=file)
+    print(json.dumps(result), file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -130,30 +156,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--front-ends", default="auto,0,4,2,8")
+    parser.add_argument("--photographs", default="500 x 375,12 MP", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--connections", default="64,256")
     parser.add_argument("--simulated", help="milliseconds of a batch and of an image, and the largest batch")
     parser.add_argument("--minutes", type=float, default=14.0, help="no measurement begins after so long")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
-    done: set[tuple[str, str]] = set()
-    if arguments.out.is_file():
-        lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-        done = {(line["bundle"], line["front_ends"]) for line in lines}
-    bundles = arguments.bundles or ["simulated"]
+    lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
+    done = {
+        (line.get("bundle"), line.get("front_ends", line.get("decoding"))) for line in map(json.loads, lines)
+    }
     os.environ.setdefault("SIMULATED_DECODING", "real")
     with tempfile.TemporaryDirectory() as name:
-        folder = write_images(Path(name))
+        folders = {
+            kind: write_images(Path(name, str(number)), IMAGES[number > 0], KINDS[kind])
+            for number, kind in enumerate(arguments.photographs.split(","))
+        }
+        for kind, folder in folders.items():
+            if (None, kind) not in done:
+                write(measure_decoding(kind, folder, arguments.seconds / 2), arguments.out)
         for front_ends in arguments.front_ends.split(","):
-            for bundle in bundles:
+            for bundle in arguments.bundles or ["simulated"]:
                 if (bundle, front_ends) in done or time.monotonic() > end:
                     continue
                 try:
-                    results = measure(bundle, front_ends, folder, arguments)
+                    for result in measure(bundle, front_ends, folders, arguments):
+                        write(result, arguments.out)
                 except (OSError, RuntimeError, SystemExit, httpx.HTTPError) as error:
-                    results = [{"bundle": bundle, "front_ends": front_ends, "error": str(error)}]
-                with arguments.out.open("a") as out:
-                    for result in results:
-                        print(json.dumps(result), file=out, flush=True)
-                        print(json.dumps(result), file=sys.stderr)
+                    row = {"bundle": bundle, "front_ends": front_ends, "error": str(error)}
+                    write(row, arguments.out)
 
 
 if __name__ == "__main__":

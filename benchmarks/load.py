@@ -45,7 +45,9 @@ class Load:
 def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
     """Run this program for *seconds* with further *options* in another process; return its measurements."""
     command = [sys.executable, __file__, url, str(folder), "--seconds", str(seconds), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=seconds + START_SECONDS
+    )
     if done.returncode:
         raise RuntimeError(f"no load on {url}: {done.stderr.strip().splitlines()[-1:]}")
     return Load(**json.loads(done.stdout))

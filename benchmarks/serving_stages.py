@@ -110,17 +110,16 @@ def measure(
 
 
 def names_of(server: Server) -> dict[str, int]:
-    """Return the ids of the server's processes by name."""
+    """Return the ids of the server's processes by name, without their template."""
     found: dict[str, int] = {}
     for entry in Path("/proc").iterdir():
         try:
             fields = (entry / "stat").read_text().rsplit(")", 1)[1].split() if entry.name.isdecimal() else []
             if fields and int(fields[1]) == server.child.pid:
-                variables = (entry / "environ").read_text().split("\0")
-                config = next(one for one in variables if one.startswith("SOPDEPLOY_WORKER="))
-                found[json.loads(config.partition("=")[2])["name"]] = int(entry.name)
-        except (OSError, StopIteration):
+                found[(entry / "comm").read_text().strip()] = int(entry.name)
+        except OSError:
             continue
+    found.pop("template", None)
     return found
 
 

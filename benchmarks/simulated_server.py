@@ -5,7 +5,7 @@
 The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. Images
 are not decoded unless SIMULATED_DECODING is `real`; JPEGs are then decoded at the scale of the rules. If
 SIMULATED_SAMPLES is set, each process writes the counts of `serving_stages.Sampler` to this folder.
-The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
+The supervisor starts this module as the template of all processes.
 """
 
 import json
@@ -25,6 +25,8 @@ import httpx
 from serving_ours import fake_model, skip_decoding
 
 from sopdeploy_service.devices import device_server
+from sopdeploy_service.devices.processes import LaunchConfig
+from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.observability.pages import SHARED_SECONDS
 from sopdeploy_service.server import process
 
@@ -32,9 +34,9 @@ HERE = Path(__file__).resolve().parent
 BATCH_VARIABLE = "SIMULATED_BATCH"
 SUPERVISOR = """
 import sys, json
-from sopdeploy_service.devices import supervisor
+from sopdeploy_service.devices import supervisor, template
 from sopdeploy_service.settings import load_settings
-supervisor.MODULE = "simulated_server"
+template.MODULE = "simulated_server"
 sys.exit(supervisor.run_supervisor(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
 """
 
@@ -96,9 +98,16 @@ def main() -> int:
         return device_server.main()
     from serving_stages import Sampler  # noqa: PLC0415 - which imports this module
 
-    sampler = Sampler(Path(samples))
+    samplers: list[Sampler] = []
+
+    def launch_and_sample() -> LaunchConfig:
+        config = wait_for_launch()
+        samplers.append(Sampler(Path(samples)))  # a fork stops the timer
+        return config
+
+    device_server.wait_for_launch = launch_and_sample  # type: ignore[attr-defined]
     code = device_server.main()
-    sampler.write()
+    samplers[0].write()
     return code
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
-import h11
 import httpx
 import numpy as np
 import pydantic
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import StrictModel, parse_json
-from sopdeploy.deadline import deadline, obey_deadlines
+from sopdeploy.deadline import deadline, is_early, obey_deadlines
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
@@ -355,6 +354,9 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     Raises `ServiceError` if it is too large or breaks off, or if its encoding is not in `ENCODINGS`.
     """
     response = client.send(request, stream=True)
+    if is_early(response):  # it answers something else
+        response.close()
+        raise httpx.RemoteProtocolError("an answer came before its request", request=request)
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
             raise _foreign_answer_error(response)
@@ -408,9 +410,8 @@ def _no_response_error(request: httpx.Request, failure: Exception, seconds: floa
     code = "unreachable"
     if isinstance(failure, httpx.TimeoutException):
         code, text = "timeout", f"no response within {seconds:.3g} s"
-    elif isinstance(
-        getattr(failure.__cause__, "__context__", None), h11.RemoteProtocolError
-    ):  # of its parser
+    elif isinstance(failure, httpx.RemoteProtocolError) and getattr(failure.__cause__, "__context__", None):
+        # Its parser has failed; a server that has disconnected is no cause of an error.
         kind, code, text = ServiceError, FOREIGN, f"no HTTP response ({reason[:200]}); check the URL"
     else:
         direct = f"does it work? Without it: NO_PROXY={request.url.host}"

@@ -30,6 +30,12 @@ def obey_deadlines(transport: httpx.HTTPTransport) -> httpx.HTTPTransport:
     return transport
 
 
+def is_early(response: httpx.Response) -> bool:
+    """Tell whether *response* arrived with an earlier one, so before its request was sent."""
+    stream = response.extensions.get("network_stream")
+    return isinstance(stream, _Stream) and not stream.has_read
+
+
 def _remaining(timeout: float | None, expired: type[Exception]) -> float | None:
     """Return the seconds until the deadline, at most *timeout*; raises *expired* after it."""
     end = _end.get()
@@ -45,12 +51,14 @@ class _Stream(httpcore.NetworkStream):
     """A connection whose every read and write ends at the deadline."""
 
     def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream = stream
+        self._stream, self.has_read = stream, False  # since the last write
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        self.has_read = True
         return self._stream.read(max_bytes, _remaining(timeout, httpcore.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.has_read = False
         for start in range(0, len(buffer), _PIECE):
             piece = buffer[start : start + _PIECE]
             self._stream.write(piece, _remaining(timeout, httpcore.WriteTimeout))

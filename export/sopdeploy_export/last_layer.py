@@ -11,7 +11,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.network import copy_network
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def fold_temperature(
     This divides the logits without any cost at inference; training-only heads keep their logits. Raises
     `LoweringError` if no linear layer computes the logits (P, *classes*) of *images*, uint8 (P, H, W, 3).
     """
-    folded = copy_module(network)
+    folded = copy_network(network)
     layer = find_last_layer(folded, preprocess, images, classes)
     if layer is None:
         raise LoweringError(

@@ -15,7 +15,7 @@ LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
+def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
     """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
 
     Tensors in attributes lose the operations that computed them, without which they can be copied.
@@ -47,7 +47,7 @@ def with_contiguous_tensors(network: _Network) -> _Network:
     """
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
-    copied = copy_module(network)
+    copied = copy_network(network)
     vars(copied)[IMAGES_FORMAT] = images_format(network)
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()

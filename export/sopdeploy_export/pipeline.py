@@ -24,7 +24,7 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images, output
 from sopdeploy_export.capture.program import Captures, capture_any_batch
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
-from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
@@ -163,7 +163,7 @@ def export_subject(
         )
         on_step("converting to ONNX")
         program, outputs = captured["detached"].any_batch, output_names(detached)
-        folded = evaluate_constant_parts(program)
+        folded = fold_constant_parts(program)
         certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.

@@ -36,13 +36,13 @@ class ProgramRoot:
     Attributes:
         sha256: The root.
         nodes: Maps the hash of every operation that the outputs depend on to its name and module.
-        state: The names of the parameters and buffers that the outputs depend on.
+        tensors: The names of the parameters and buffers that the outputs depend on.
         modules: The names of the modules that were running when these operations were captured.
     """
 
     sha256: str
     nodes: dict[str, str]
-    state: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
 
 
@@ -74,7 +74,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     return ProgramRoot(
         sha256=hash_parts(*encoded),
         nodes=operations,
-        state=frozenset(state_names[node.name] for node in hashes if node.name in state_names),
+        tensors=frozenset(state_names[node.name] for node in hashes if node.name in state_names),
         modules=frozenset(name for node in hashes for name in _module_names(node)),
     )
 
@@ -313,7 +313,7 @@ def _name_operation(node: fx.Node) -> str:
     return f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
 
-VALUE_LAYOUT = (
+SAME_VALUES = (
     "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.view",
     "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten", "aten.unflatten",
     "aten.view_copy", "aten._reshape_copy", "aten._reshape_alias",
@@ -395,7 +395,7 @@ class _ValueHasher:
         if operator_name(node) == "aten.expand":  # repeats values, unless the shape stays the same
             return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
         reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
-        return operator_name(node) in VALUE_LAYOUT and not reads_bytes
+        return operator_name(node) in SAME_VALUES and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
         """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""

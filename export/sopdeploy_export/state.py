@@ -370,7 +370,7 @@ def _calling_module() -> str:
 
 
 @contextmanager
-def preserved(network: nn.Module) -> Iterator[None]:
+def attributes_restored(network: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
     attributes = [vars(module) for _, module in modules(network)]
     nested = [container for table in attributes for container in _nested_containers(table, DEPTH)]

@@ -43,8 +43,8 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
-# Of Roboflow, and for Hugging Face's imagefolder.
-EXPORTS = ("_classes.csv", "metadata.csv", "metadata.jsonl", "_annotations.coco.json")
+# Of Roboflow, for Hugging Face's imagefolder, and of Kaggle.
+EXPORTS = ("_classes.csv", "metadata.csv", "metadata.jsonl", "_annotations.coco.json", "train.csv")
 MAX_TABLE_BYTES = 1 << 28
 # By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
 _ENCODINGS = {
@@ -53,7 +53,7 @@ _ENCODINGS = {
 }  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
 _NAMES = {
-    **dict.fromkeys(("filename", "file name", "file_name", "image", "image_id", "path"), "file"),
+    **dict.fromkeys(("filename", "file name", "file_name", "image", "image_id", "id", "path"), "file"),
     **dict.fromkeys(("class", "label", "labels"), "classes"),
 }  # of the required columns in tables of other programs
 _SEPARATORS = ",;\t"
@@ -83,9 +83,10 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or an export of a label tool that lists all images. Raises `DataError` if
-    `labels.csv` cannot be read. Without it, a table of another name or format, such as `Labels.CSV`,
-    `labels.xlsx`, `labels.txt` or `labels.json`, is an error, too, instead of being ignored.
+    This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/` itself; those
+    beside it may have no classes. Raises `DataError` if `labels.csv` cannot be read. Without it, a table of
+    another name or format, such as `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`, is an error,
+    too, instead of being ignored.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -101,7 +102,8 @@ def find_table(root: Path) -> Path | None:
         if export.is_file():
             with suppress(DataError):
                 images, _other_files = list_images(root)
-                if len(_read_rows(export, images)) == len(images):
+                in_train = [path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)]
+                if {row.path for row in _read_rows(export, images)} >= {*(in_train or images)}:
                     return export
     return None
 

@@ -5,6 +5,7 @@ The slow tests compare every exported file with the network in Python, on images
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,46 @@ class ReadsTable(u.Small):
 def test_a_global_tensor_that_the_plain_network_reads_too_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SopdeployError, match=r"is no parameter or buffer, .*; try allow_constants=True$"):
         export(build(ReadsTable), lambda: ReadsTable(branch=False), tmp_path, options=QUICK)
+
+
+def reads(table: Callable[[Any], Tensor], prepare: Callable[[Any], None] | None = None) -> type[u.Small]:
+    return u.small(lambda n, f: n.fc(f) + f @ table(n), prepare)
+
+
+def holds(make: Callable[[], object]) -> Callable[[Any], None]:
+    return lambda network: setattr(network, "table", make())
+
+
+def seeded(network: Any) -> None:
+    torch.manual_seed(0)
+    network.table = [nn.Linear(u.WIDTH, u.CLASSES)]
+
+
+ROWS = TABLE[0].tolist()
+UNSTORED = r"is no parameter or buffer, .*; try allow_constants=True$"
+BUILT: dict[str, tuple[type[u.Small], str]] = {
+    "its own tensor": (reads(lambda n: n.table, holds(lambda: TABLE[0].clone())), ""),
+    "a tensor that forward makes": (reads(lambda _: torch.tensor(ROWS)), ""),
+    "random numbers": (reads(lambda n: n.table, holds(lambda: torch.rand(TABLE[0].shape))), UNSTORED),
+    "a global tensor": (reads(lambda _: TABLE[0]), UNSTORED),
+    "a global tensor that it finds by its name": (reads(lambda _: globals()["TABLE"][0]), UNSTORED),
+    "a tensor that both networks hold": (reads(lambda n: n.table[0], holds(lambda: TABLE)), UNSTORED),
+    "a parameter in a list": (
+        reads(lambda n: n.table[0], holds(lambda: [nn.Parameter(TABLE[0].clone())])),
+        UNSTORED,
+    ),
+    "a layer in a list": (u.small(lambda n, f: n.fc(f) + n.table[0](f), seeded), UNSTORED),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_tensor_in_no_weight_file_is_exported_only_if_the_builder_makes_it_again(
+    name: str, tmp_path: Path
+) -> None:
+    make, message = BUILT[name]
+    network, options = build(make), {"rebuild": make, "options": ExportOptions(max_batch=2)}
+    with nullcontext() if not message else pytest.raises(SopdeployError, match=message):
+        assert export_small(network, tmp_path, **options).certificate.proof == "trained-rebuilt"
 
 
 def unseen_images() -> NDArray[np.uint8]:

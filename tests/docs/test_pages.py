@@ -53,6 +53,15 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
     assert [one for one in code if "\n" in one] == []
 
 
+def test_every_row_of_the_security_page_names_tests_that_exist() -> None:
+    lines = (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
+    tests = {row: re.findall(r"`(tests/[\w/.]+)`", row.rpartition(" | ")[2]) for row in rows}
+    assert [row for row, files in tests.items() if not files] == []
+    missing = [file for files in tests.values() for file in files if not (ROOT / file).exists()]
+    assert (missing, len(rows) > 50) == ([], True)
+
+
 @pytest.mark.parametrize(
     ("language", "parse"), [("json", json.loads), ("toml", tomllib.loads), ("yaml", yaml.safe_load)]
 )

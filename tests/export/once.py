@@ -71,6 +71,7 @@ def _capture_once(
     preprocess: Preprocess,
     batch: BatchRange,
     known: Sequence[Programs] = (),
+    _on_program: object = None,
 ) -> Programs:
     text = repr((preprocess, batch, output_names(network)))
     key = digest(text, network, getattr(network, "training_only", ()))

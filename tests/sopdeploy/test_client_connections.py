@@ -123,3 +123,12 @@ def test_a_response_that_breaks_off_is_not_requested_again() -> None:
         with pytest.raises(UnreachableError, match="status 200, but the response breaks off"):
             client.classify(b"x")
         assert len(server.received) == 1
+
+
+def test_a_second_response_behind_one_is_not_the_answer_to_the_next_request() -> None:
+    def answer(request: Received) -> bytes:
+        return named(request) + named(Received(0, b"", b"another"))
+
+    with stub_server(answer) as server, Client(server.url, timeout=60) as client:
+        numbers = [connection_of(client, photograph) for photograph in ("first", "second", "third")]
+    assert numbers == ["0", "1", "2"]

@@ -116,6 +116,15 @@ def children_of(parent: int) -> list[int]:
     return sorted({int(part) for file in files for part in file.read_text().split()})
 
 
+def processes_of(supervisor: int) -> dict[int, str]:
+    """Return the names of the processes of devices and front ends by id, in order."""
+    found = {}
+    for child in children_of(supervisor):
+        with contextlib.suppress(OSError):  # it has ended
+            found[child] = Path(f"/proc/{child}/comm").read_text().strip()
+    return {child: name for child, name in found.items() if name != "template"}
+
+
 def is_alive(process: int) -> bool:
     """Whether *process* runs."""
     try:

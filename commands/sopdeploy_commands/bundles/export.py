@@ -247,15 +247,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.user_network.admission import admit, naming_oddity
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
-    network = network_builder("network", options.network, options.option)()
+    build = network_builder("network", options.network, options.option)
+    network = build()
     loaded = load_weights(network, file, options.weights_key)
     with naming_oddity(network, ()):
-        admitted = admit(
-            network,
-            preprocess,
-            logits_key=options.logits_key,
-            allow_constants=options.allow_constants,
-        )
+        admitted = admit(network, preprocess, logits_key=options.logits_key)
+        if not options.allow_constants:
+            admitted.check_constants(build())
     unused, labels = admitted.removable, loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
         labels = None  # those of another network

@@ -11,7 +11,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, compute_outputs
 from sopdeploy_export.network import modules, tensors, unstored_buffers
-from sopdeploy_export.state import preserved
+from sopdeploy_export.state import attributes_restored
 
 
 def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def _changed_buffers(
 
     Tensors without values are left out. *network* is unchanged afterwards.
     """
-    with preserved(network), torch.no_grad():
+    with attributes_restored(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message
             compute_outputs(network, pixels)
         after = unstored_buffers(network)
@@ -72,7 +72,7 @@ def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Pr
 
     At the end, its attributes are as before.
     """
-    with preserved(given):
+    with attributes_restored(given):
         given.eval()
         for _, module in modules(given):
             vars(module)["_compiled_call_impl"] = None

@@ -14,7 +14,7 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.state import check_tensors
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS
-from sopdeploy_export.network import copy_module, modules, tensors
+from sopdeploy_export.network import copy_network, modules, tensors
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
@@ -65,7 +65,7 @@ def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     return network
 
 
-def copy_for_export(
+def checked_copy(
     network: nn.Module, role: str, logits: str | int | None = None, removed: tuple[str, ...] = ()
 ) -> nn.Module:
     """Copy *network*, unwrapped, to the CPU in eval mode; *logits* says which of its outputs to export.
@@ -74,7 +74,7 @@ def copy_for_export(
     """
     network = unwrap_and_check(network, role)
     check_tensors(network, removed)
-    copied = copy_module(network).cpu().eval()
+    copied = copy_network(network).cpu().eval()
     if logits is not None:
         vars(copied)[EXPORT_LOGITS] = logits
     return copied

@@ -10,7 +10,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Programs
-from sopdeploy_export.program_hashes import VALUE_LAYOUT, operator_name, value_root
+from sopdeploy_export.program_hashes import SAME_VALUES, operator_name
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
     STATELESS,
@@ -26,8 +26,8 @@ SUM_TOLERANCE = 1e-3  # of probabilities
 # What torch says of `cond`, `while_loop`, `scan` and `map`.
 CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
 # Operators whose result has values of their first operand.
-KEEP_VALUES = {
-    *VALUE_LAYOUT, "aten._to_copy", "aten.permute", "aten.transpose", "aten.expand", "aten.slice",
+SUBSET_OF_VALUES = {
+    *SAME_VALUES, "aten._to_copy", "aten.permute", "aten.transpose", "aten.expand", "aten.slice",
     "aten.select", "aten.dropout",
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ def check_ends_in_logits(captured: Programs) -> None:
     aten = torch.ops.aten
     for program in (captured.any_batch, captured.batch_of_one):
         node, *_ = program.graph.output_node().args[0]  # the logits are the first output
-        while operator_name(node) in KEEP_VALUES:
+        while operator_name(node) in SUBSET_OF_VALUES:
             node = node.args[0]
         if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
             raise LoweringError(
@@ -138,8 +138,7 @@ def check_unchanged_by_run(path: str, captured: Programs, filled: Programs) -> N
 
     *filled* are the programs after that run. Raises `LoweringError`.
     """
-    pairs = ((captured.any_batch, filled.any_batch), (captured.batch_of_one, filled.batch_of_one))
-    if any(value_root(before).sha256 != value_root(after).sha256 for before, after in pairs):
+    if not filled.compute_values_of(captured):
         raise LoweringError(
             f"{path} changes while the trained network runs, which computes something else afterwards; "
             f"{STATELESS}"

@@ -27,8 +27,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Programs, capture
 from sopdeploy_export.network import modules
-from sopdeploy_export.program_hashes import are_equal, value_root
-from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, preserved
+from sopdeploy_export.program_hashes import are_equal
+from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, attributes_restored
 
 _OF_MODULE = frozenset(vars(nn.Module()))  # of every module, such as hooks
 _IMAGES = 4
@@ -166,7 +166,7 @@ def check_unread(
             raise _changes(names[0])
     used: list[str] = []
     poison, owners = _poison(used), dict(modules(network))
-    with preserved(network):
+    with attributes_restored(network):
         for name in names:
             owner, _, attribute = name.rpartition(".")
             kept = tree_map(lambda _: poison, _value(network, name)) if stays[name] else poison
@@ -177,9 +177,5 @@ def check_unread(
                 logits = deployed(images[:1])[0]
         except Exception as error:  # the network's own code
             raise _changes(names[0]) from error
-    pairs = ((captured.any_batch, poisoned.any_batch), (captured.batch_of_one, poisoned.batch_of_one))
-    has_equal_graphs = all(
-        before is after or value_root(before).sha256 == value_root(after).sha256 for before, after in pairs
-    )
-    if used or not has_equal_graphs or not are_equal(logits, expected):
+    if used or not poisoned.compute_values_of(captured) or not are_equal(logits, expected):
         raise _changes(names[0])

@@ -14,7 +14,7 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.detach.stubs import SIZES, answering
+from sopdeploy_export.detach.stubs import SIZES, stubs_answer
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, object_id
 
@@ -67,7 +67,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     layer is the last output. Raises the errors of `_network_outputs`.
     """
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
-    with answering(pixels):
+    with stubs_answer(pixels):
         if embedding_layer is None:
             return _network_outputs(network, pixels)
         inputs: list[Tensor] = []

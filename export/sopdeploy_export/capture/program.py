@@ -9,7 +9,7 @@ import io
 import linecache
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +28,13 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root
-from sopdeploy_export.state import object_id, preserved, recording_calls
+from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root, value_root
+from sopdeploy_export.state import attributes_restored, object_id, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
+ANY_BATCH, ONE_IMAGE = "any batch size", "a batch of one"  # what the two programs of a network are for
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
@@ -67,12 +68,17 @@ class Programs:
         any_batch = program_root(self.any_batch)
         is_one = self.batch_of_one is self.any_batch
         one = any_batch if is_one else program_root(self.batch_of_one)
-        return {"any batch size": any_batch, "a batch of one": one}
+        return {ANY_BATCH: any_batch, ONE_IMAGE: one}
 
     @property
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on, each by one of its names in the network."""
-        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.state}
+        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.tensors}
+
+    def compute_values_of(self, others: "Programs") -> bool:
+        """Return whether each program computes the values of that one of *others*, by `value_root`."""
+        pairs = ((self.any_batch, others.any_batch), (self.batch_of_one, others.batch_of_one))
+        return all(own is other or value_root(own).sha256 == value_root(other).sha256 for own, other in pairs)
 
 
 class Captures:
@@ -86,8 +92,8 @@ class Captures:
         self._programs: dict[tuple[object, ...], Programs] = {}
         self._unread: set[tuple[object, ...]] = set()
 
-    def of(self, network: nn.Module) -> Programs:
-        """Return the programs of *network*, captured unless they are known.
+    def of(self, network: nn.Module, on_program: Callable[[str], None] = lambda _: None) -> Programs:
+        """Return the programs of *network*, captured unless they are known, which *on_program* is told.
 
         Networks with the same operations and weights share programs, with the names of the one captured
         first. Raises `LoweringError` if the network cannot be captured.
@@ -95,7 +101,7 @@ class Captures:
         key = self._key(network)
         if key not in self._programs:
             known = tuple(self._programs.values())
-            self._programs[key] = capture(network, self.preprocess, self.batch, known)
+            self._programs[key] = capture(network, self.preprocess, self.batch, known, on_program)
         return self._programs[key]
 
     def share(self, network: nn.Module, programs: Programs) -> None:
@@ -123,22 +129,31 @@ class Captures:
 
 
 def capture(
-    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs] = ()
+    network: nn.Module,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    known: Sequence[Programs] = (),
+    on_program: Callable[[str], None] = lambda _: None,
 ) -> Programs:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
     handles a single image differently. If torch.export gives the same two programs as for one of *known*,
-    this one is returned, because making programs functional takes longer than torch.export.
+    this one is returned, because making programs functional takes longer than torch.export. Calls
+    *on_program* with a text as torch.export begins for each of the two, and before they are made functional.
     Raises `LoweringError` if the network cannot be captured.
     """
     # For one image, the program of the whole range is also that of a batch of one.
     ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
-    traced = [trace_network(network, preprocess, sizes) for sizes in ranges]
+    traced = []
+    for size, sizes in zip((ANY_BATCH, ONE_IMAGE), ranges, strict=False):
+        on_program(size)
+        traced.append(export_program(network, preprocess, sizes))
     fingerprints = tuple(map(fingerprint, traced))
     for captured in known:
         if captured.fingerprints == fingerprints and None not in fingerprints:
             return captured
+    on_program("without writes to operands")
     programs = [functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
     return Programs(any_batch=programs[0], batch_of_one=programs[-1], fingerprints=fingerprints)
 
@@ -146,12 +161,12 @@ def capture(
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Capture *network* for every batch size of the range, as one functional program.
 
-    Raises the errors of `trace_network` and `functionalize`.
+    Raises the errors of `export_program` and `functionalize`.
     """
-    return functionalize(trace_network(network, preprocess, batch), batch)
+    return functionalize(export_program(network, preprocess, batch), batch)
 
 
-def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def export_program(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
 
     Raises `LoweringError` with the first line of torch's message.
@@ -164,7 +179,7 @@ def trace_network(network: nn.Module, preprocess: Preprocess, batch: BatchRange)
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
-        preserved(deployed),  # resets `is_captured`, and caches, where torch leaves tensors without values
+        attributes_restored(deployed),  # also `is_captured`, and caches, in which torch leaves empty tensors
         warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
     ):
         for _, module in modules(deployed):
@@ -224,7 +239,7 @@ def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgra
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
-    # torch.export narrows the range that `trace_network` asks for, 1 to `batch.maximum`, if code requires it.
+    # torch.export narrows the range that it is asked for, 1 to `batch.maximum`, if code requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

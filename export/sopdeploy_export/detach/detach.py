@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import DetachError
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.detach.stubs import Recording, make_stubs, record_calls, removed_modules, without_values
-from sopdeploy_export.network import copy_module, tensors
+from sopdeploy_export.detach.stubs import Recording, full_of_nan, make_stubs, record_calls, removed_modules
+from sopdeploy_export.network import copy_network, tensors
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -42,10 +42,10 @@ def detach(
         parts = removed_modules(network, training_only)
         recording = Recording((), ())
         if parts and pixels is not None:
-            recording = record_calls(copy_module(network), training_only, pixels)
-        substitutes = {id(part): without_values(part) for part in removed if isinstance(part, Tensor)}
+            recording = record_calls(copy_network(network), training_only, pixels)
+        substitutes = {id(part): full_of_nan(part) for part in removed if isinstance(part, Tensor)}
         substitutes |= make_stubs(parts, recording)
-    detached = copy_module(network, memo=substitutes)
+    detached = copy_network(network, memo=substitutes)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
         substitute = getattr(owner, attribute)

@@ -215,7 +215,7 @@ _run: ContextVar[_Run | None] = ContextVar("_run", default=None)
 
 
 @contextmanager
-def answering(pixels: Tensor) -> Iterator[None]:
+def stubs_answer(pixels: Tensor) -> Iterator[None]:
     """Let stubs answer for *pixels* (B, 3, H, W), on which the block runs a network once."""
     token = _run.set(_Run(pixels))
     try:
@@ -261,7 +261,7 @@ class Stub(nn.Module):
             part=part,
             names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
-            held={name: without_values(tensor) for name, tensor in held.items() if tensor is not None},
+            held={name: full_of_nan(tensor) for name, tensor in held.items() if tensor is not None},
             recording=recording,
         )
 
@@ -356,7 +356,7 @@ class StubDict(Stub):
         return self._parts().items()
 
 
-def without_values(tensor: Tensor) -> Tensor:
+def full_of_nan(tensor: Tensor) -> Tensor:
     """Return a tensor of NaN, or of zeros, with the type and shape of *tensor*, in the memory of a number."""
     return torch.full((), _filler(tensor.dtype), dtype=tensor.dtype).expand(tensor.shape)
 

@@ -19,7 +19,7 @@ INDEX = torch.ops.aten.index.Tensor
 PREFIX = "constant"  # of the names of evaluated tensors
 
 
-def evaluate_constant_parts(program: ExportedProgram) -> ExportedProgram:
+def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     """Copy *program* with constants in place of what no image reaches, where its values decide sizes.
 
     Also a constant mask becomes the positions that it chooses. Returns *program* itself if it has neither.

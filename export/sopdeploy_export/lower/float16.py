@@ -29,7 +29,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.capture.deployed import compute_outputs
 from sopdeploy_export.capture.program import NETWORK_PREFIX
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.network import copy_network
 from sopdeploy_export.runs import InFloat64, ReportsFloat32
 
 _Part = TypeVar("_Part", bound=nn.Module)
@@ -48,7 +48,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
     Later comparisons would miss a wrong fold, because their tolerance is a multiple of this copy's error.
     """
-    exact = copy_module(network).double()
+    exact = copy_network(network).double()
     # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it usually gets.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
@@ -61,7 +61,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
             "value in float64; nothing was written; choose precision fp32"
         )
-    cast = copy_module(network)
+    cast = copy_network(network)
     fold_batch_norms(cast, program)
     dtypes = weight_dtypes(cast)
     for name, part in cast.named_modules():

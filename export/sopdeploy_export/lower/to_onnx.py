@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +21,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as common_rules
 from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core
@@ -28,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX, garbage_kept
-from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
@@ -63,7 +66,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"
             )
-    model = convert(evaluate_constant_parts(program), [INPUT], outputs)
+    model = convert(fold_constant_parts(program), [INPUT], outputs)
     _clear_metadata_and_inner_shapes(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
@@ -78,7 +81,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     if size > _MAX_BYTES:
         raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
     proto: onnx.ModelProto = ir.to_proto(model)
-    check_graph(proto)
+    check_onnx(proto)
     return proto
 
 
@@ -122,8 +125,12 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
 
 @cache
 def _converters() -> ONNXRegistry:
-    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again."""
-    return ONNXRegistry.from_torchlib()
+    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again.
+
+    It also parses the source of each, for a domain that nothing reads: most of the time, which is left out.
+    """
+    with patch.object(TracedOnnxFunction, "function_ir", SimpleNamespace(domain="")):
+        return ONNXRegistry.from_torchlib()
 
 
 def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
@@ -172,7 +179,7 @@ def _bypass_constant_choices(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(result, otherwise)
 
 
-def check_graph(proto: onnx.ModelProto) -> None:
+def check_onnx(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
     The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no

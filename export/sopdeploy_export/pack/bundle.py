@@ -20,8 +20,8 @@ from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.detach.stubs import answering
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.detach.stubs import stubs_answer
+from sopdeploy_export.network import copy_network
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.model_card import render_model_card
 from sopdeploy_export.pack.results import ExportResults
@@ -40,13 +40,13 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
     Training-only parts may run in train mode only. If *network* fails in it, for example without targets, it
     runs in eval mode.
     """
-    copied = copy_module(network)  # because code can change what it holds in train mode
+    copied = copy_network(network)  # because code can change what it holds in train mode
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
             trained = tally(copied.train(), side)
         except Exception:  # the network's own code, which can raise anything
             trained = tally(copied.eval(), side)
-    with answering(torch.zeros(1, 3, side, side)):  # as `tally` runs it
+    with stubs_answer(torch.zeros(1, 3, side, side)):  # as `tally` runs it
         return trained.total(), tally(shipped, side).total()
 
 

@@ -38,7 +38,7 @@ from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.repetition import prove_repetition
-from sopdeploy_export.prove.tensors import TensorEntry, find_usage, prove_tensors, prove_values_unread
+from sopdeploy_export.prove.tensors import TensorEntry, needed_tensors, prove_tensors, prove_values_unread
 from sopdeploy_export.subject import Detachment
 
 STATEMENTS = {
@@ -134,8 +134,9 @@ def certify(
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()
         programs = capture_networks(networks, captures, _details("Graphs", on_step))
-        roots, needed = prove_graphs(programs, trained, detachment.training_only)
-        if parts and not captures.are_unread(networks["trained"], parts):  # also a part of statement 1
+        roots, reached = prove_graphs(programs, trained, detachment.training_only)
+        if parts and not captures.are_unread(networks["trained"], parts):
+            on_step(f"{announce('Tensors')}, random values in what is removed")
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))
@@ -146,15 +147,15 @@ def certify(
     )
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
-    used, _ = find_usage(shipped.network, needed)
+    needed = needed_tensors(shipped.network, reached)
     kind = next(kind for kind, roles in PROOFS.items() if set(roles) == networks.keys())
     proof = NetworkProof(
         model=model,
         proof=kind,
         detached=parts,
         removed=removed,
-        kept=tuple(entry for entry in kept if entry.name in used),
-        unreached=tuple(entry for entry in kept if entry.name not in used),
+        kept=tuple(entry for entry in kept if entry.name in needed),
+        unreached=tuple(entry for entry in kept if entry.name not in needed),
         roots=roots,
         compared=PROOFS[kind],
         batches=outputs.sizes,

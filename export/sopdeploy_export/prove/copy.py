@@ -5,19 +5,24 @@ The network that the user gave is captured, not a copy, because its classes can 
 Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
+from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.outputs import check_finite, run_and_check
 from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import value_root
+from sopdeploy_export.program_hashes import are_equal, value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
-from sopdeploy_export.state import ObjectId, held_tensors, preserved, read_state
+from sopdeploy_export.state import ObjectId, attributes_restored, held_tensors, read_state
 
 STATEMENT = "The exported copy of a network of your own computes what the given network computes."
 CALLED = ("forward", "_call_impl", "_wrapped_call_impl")  # methods that a call of a module runs
@@ -30,15 +35,17 @@ OTHER_COPY = (
 )
 
 
-def code_of_calls(network: nn.Module) -> nn.Module:
+def code_of_calls(network: nn.Module, removed: tuple[str, ...]) -> nn.Module:
     """Return a module that holds the hooks and replaced methods that calls of modules of *network* run.
 
-    `read_state` reads what these reach, without what other attributes of *network* reach.
+    Those of *removed* parts are left out. `read_state` reads what these reach, without what other attributes
+    of *network* reach.
     """
     found = nn.Module()
     vars(found)["code"] = [
         (module._forward_hooks, module._forward_pre_hooks, [vars(module).get(name) for name in CALLED])
-        for _, module in modules(network)
+        for name, module in modules(network)
+        if not is_in(name, *removed)
     ]
     return found
 
@@ -51,13 +58,15 @@ def prove_copy(
     parts: tuple[str, ...],
     *,
     with_features: bool,
+    on_program: Callable[[str], None],
 ) -> Programs:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe images. Unless
     *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
     the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
-    have random values, which something that was not copied with them can read. Raises `LoweringError` if the
+    have random values, which something that was not copied with them can read. *on_program* is told what is
+    captured. Raises `LoweringError` if the
     networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     preprocess = captures.preprocess
@@ -72,22 +81,23 @@ def prove_copy(
     deployed.normalise.to(device)
     for batch in (images, images[:1]):
         # Caches are empty again when the networks are captured.
-        with preserved(given), preserved(copied):
+        with attributes_restored(given), attributes_restored(copied):
             expected = run_and_check(deployed, batch.to(device), "given", classes).cpu()
             logits = run_and_check(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if find_oddity(given, "given", parts) is not None:  # a hook of the copy can still be code of *given*
+    is_odd = find_oddity(given, "given") is not None  # also in *parts*
+    if is_odd:  # a hook of the copy can still be code of *given*
         originals = {id(module) for _, module in modules(given)}
-        state = read_state(code_of_calls(copied))
+        state = read_state(code_of_calls(copied, parts))
         if any(isinstance(leaf, ObjectId) and id(leaf.value) in originals for leaf in state.values()):
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
-        programs = captures.of(given)
-        if find_oddity(given, "given") is not None:  # also in *parts*
+        programs = captures.of(given, on_program)
+        if is_odd:
             of_copy = captures.of(copied).roots
             if any(of_copy[size] != root for size, root in programs.roots.items()):
                 raise LoweringError(OTHER_COPY)
@@ -96,7 +106,7 @@ def prove_copy(
             prove_values_unread(given, parts, captures, programs)
             captures.note_unread(copied, parts)
         return programs
-    programs = captures.of(copied)
+    programs = captures.of(copied, on_program)
     constants = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
     if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
         tensor.untyped_storage().data_ptr() for tensor in constants if isinstance(tensor, Tensor)
@@ -111,30 +121,49 @@ def prove_copy(
     return programs
 
 
-def check_constants(programs: Programs, network: nn.Module, plain: nn.Module | None = None) -> None:
-    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered.
+def check_constants(programs: Programs, networks: Sequence[nn.Module], built: nn.Module | None) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that none of *networks* has registered.
 
-    With a *plain* network, which has been built, only a tensor counts that both networks hold: a global
-    variable, for example, makes both graphs equal whatever its values are.
+    *programs* are theirs: the network of the user and its copy. What a builder has *built* for the comparison
+    may have the same tensor, in memory of its own, and code may make one in each capture: then equal graphs
+    decide. They prove nothing about what all networks hold, such as a global variable, nor about a layer or a
+    parameter in a list, which may have been trained and is in no weight file.
     """
-    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
-    of_plain = {} if plain is None else held_tensors(plain)
-    shared = {tensor.untyped_storage().data_ptr() for tensor in of_plain.values()}
-    for program in (programs.any_batch, programs.batch_of_one):
-        users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
-        for spec in program.graph_signature.input_specs:
-            constant = program.constants.get(spec.target or "")
-            if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
-                continue
-            if constant.numel() <= MAX_CONSTANT or not users[spec.arg.name]:
-                continue
-            address = constant.untyped_storage().data_ptr()  # also that of a view
-            if address not in registered and (plain is None or address in shared):
-                held = held_tensors(network).items()
-                equal_paths = (path for path, tensor in held if tensor.equal(constant))
-                name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
+    any_batch, one = ([*_large_constants(program)] for program in (programs.any_batch, programs.batch_of_one))
+    if not any_batch and not one:
+        return
+    registered = _addresses(tensor for network in networks for tensor in tensors(network).values())
+    leaves = [leaf for network in networks for leaf in read_state(network).values()]
+    held = [leaf.value for leaf in leaves if isinstance(leaf, ObjectId)]
+    learned = [value for value in held if isinstance(value, nn.Parameter)]
+    layers = [tensors(value).values() for value in held if isinstance(value, nn.Module)]
+    of_built = [] if built is None else [*held_tensors(built).values()]
+    refused = _addresses(chain(of_built, learned, *layers))
+    for constants, in_other_capture in ((any_batch, one), (one, any_batch)):
+        for constant in constants:
+            (address,) = _addresses([constant])
+            is_built = address not in refused and any(are_equal(constant, tensor) for tensor in of_built)
+            is_made = built is not None and address not in _addresses(in_other_capture)
+            if address not in registered and not is_built and not is_made:
+                paths = (path for path, tensor in held_tensors(networks[0]).items() if tensor.equal(constant))
+                name = next(paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",
                     remedies={"allow_constants": True},
                 )
+
+
+def _addresses(held: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in held}  # also those of views
+
+
+def _large_constants(program: ExportedProgram) -> Iterator[Tensor]:
+    """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        constant = program.constants.get(spec.target or "")
+        if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
+            continue
+        if constant.numel() > MAX_CONSTANT and users[spec.arg.name]:
+            yield constant

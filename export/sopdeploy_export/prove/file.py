@@ -34,7 +34,7 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.network import copy_network
 from sopdeploy_export.prove.outputs import ProbeOutputs
 from sopdeploy_export.runs import (
     LOGITS,
@@ -206,7 +206,7 @@ def compute_reference(
     of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
-    names, network64 = output_names(deployed.network), copy_module(deployed).double()
+    names, network64 = output_names(deployed.network), copy_network(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
     if rounded is None:

@@ -13,7 +13,7 @@ from torch import nn
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import NETWORK_PREFIX, Captures, Programs
+from sopdeploy_export.capture.program import ANY_BATCH, NETWORK_PREFIX, ONE_IMAGE, Captures, Programs
 from sopdeploy_export.detach.stubs import removed_modules
 from sopdeploy_export.program_hashes import describe_difference
 
@@ -41,10 +41,14 @@ def capture_networks(
     """
     programs = {}
     for role in ("detached", "trained", *networks):
+
+        def on_program(size: str, role: str = role) -> None:
+            on_network(f"{role} network, {size}")
+
         try:
             if role in networks:
                 on_network(f"{role} network")
-                programs[role] = captures.of(networks[role])
+                programs[role] = captures.of(networks[role], on_program)
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error
     return {role: programs[role] for role in networks}
@@ -65,7 +69,7 @@ def prove_graphs(
     reached: set[str] = set()
     for role, programs in captured.items():
         for size, root in programs.roots.items():
-            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.state}
+            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.tensors}
             if leaking := sorted(name for name in weights if is_in(name, *training_only)):
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "
@@ -83,8 +87,8 @@ def prove_graphs(
         if role in ("trained", "detached"):
             reached |= programs.needed
     roots_of_all = Roots(
-        any_batch=expected["any batch size"].sha256,
-        batch_of_one=expected["a batch of one"].sha256,
-        num_operations=len(expected["any batch size"].nodes),
+        any_batch=expected[ANY_BATCH].sha256,
+        batch_of_one=expected[ONE_IMAGE].sha256,
+        num_operations=len(expected[ANY_BATCH].nodes),
     )
     return roots_of_all, reached

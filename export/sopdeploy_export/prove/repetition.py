@@ -27,7 +27,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.admit.written import constant_content, owning_attribute
 from sopdeploy_export.capture.deployed import compute_outputs
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.network import copy_network
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.state import NOT_IN_EVAL, STATELESS, changes, read_state
 
@@ -120,7 +120,7 @@ def prove_repetition(
     Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
     if a call fails.
     """
-    copied = copy_module(network)
+    copied = copy_network(network)
     pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
     images, other = pixels[:-1], pixels[-1:].clone()
     before = compute_outputs(copied, images.clone())  # which the network may write to

@@ -19,11 +19,12 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import (
+    ANY_BATCH,
     NETWORK_PREFIX,
     Captures,
     Programs,
+    export_program,
     functionalize,
-    trace_network,
 )
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.program_hashes import describe_difference, fingerprint, hashing_again, program_root
@@ -47,35 +48,34 @@ class TensorEntry(StrictModel):
     sha256: str
 
 
-def find_usage(network: nn.Module, reached: Set[str]) -> tuple[set[str], set[str]]:
-    """Return the names of the tensors of *network* that its outputs depend on, and those of the others.
-
-    *reached* are the names of tensors in its programs. A tensor that has several names in the network has one
-    of them there, and is used under all. Counters of used modules, such as `num_batches_tracked`, are in
-    neither set.
-    """
+def needed_tensors(network: nn.Module, reached: Set[str]) -> set[str]:
+    """Return all names of the tensors of *network* that have a name in *reached*."""
     named = tensors(network)
     reached_ids = {id(tensor) for name, tensor in named.items() if name in reached}
-    used = {name for name, tensor in named.items() if id(tensor) in reached_ids}
-    used_modules = {name.rpartition(".")[0] for name in used}
-    unused = set()
-    for name in named.keys() - used:
-        is_counter = not named[name].is_floating_point() and name.rpartition(".")[0] in used_modules
-        if not is_counter:
-            unused.add(name)
-    return used, unused
+    return {name for name, tensor in named.items() if id(tensor) in reached_ids}
 
 
-def outermost_unused(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
-    """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
+def outermost_unneeded(network: nn.Module, needed: Set[str], parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the outermost modules of *network* with no *needed* tensors, then the other unneeded tensors.
+
+    What is in *parts* is left out. Counters of modules with needed tensors, such as `num_batches_tracked`,
+    count as needed.
+    """
+    owners = {name.rpartition(".")[0] for name in needed}
+    unneeded = {
+        name
+        for name, tensor in tensors(network).items()
+        if not (name in needed or is_in(name, *parts))
+        and (tensor.is_floating_point() or name.rpartition(".")[0] not in owners)
+    }
     outermost: list[str] = []
     for name, module in modules(network):
         if name == "" or is_in(name, *outermost):  # "" is *network*
             continue
         inner = {f"{name}.{tensor}" for tensor in tensors(module)}
-        if inner and inner <= unused:
+        if inner and inner <= unneeded:
             outermost.append(name)
-    return (*outermost, *sorted(name for name in unused if not is_in(name, *outermost)))
+    return (*outermost, *sorted(name for name in unneeded if not is_in(name, *outermost)))
 
 
 def prove_tensors(
@@ -145,9 +145,9 @@ def prove_values_unread(
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
     """
-    expected_root = programs.roots["any batch size"]  # now, because a program refers to the tensors
+    expected_root = programs.roots[ANY_BATCH]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
-        program = trace_network(network, captures.preprocess, captures.batch)
+        program = export_program(network, captures.preprocess, captures.batch)
         found, expected = fingerprint(program), programs.fingerprints[0]  # None: cannot be hashed
         hidden = [NETWORK_PREFIX + name for name in removed]
         if found is not None and expected is not None and found.without(hidden) == expected.without(hidden):

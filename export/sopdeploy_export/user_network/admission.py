@@ -7,7 +7,6 @@ for nothing that it could know. What the proof decides, such as whether a hook m
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -18,7 +17,7 @@ from sopdeploy.names import label_problem
 from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, turn_into_attributes
 from sopdeploy_export.admit.network import (
     check_exportable,
-    copy_for_export,
+    checked_copy,
     tensors_with_nan,
     unwrap,
     unwrap_and_check,
@@ -29,11 +28,11 @@ from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
 from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.network import copy_module, modules, tensors, with_contiguous_tensors
+from sopdeploy_export.network import copy_network, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.copy import check_constants, prove_copy
-from sopdeploy_export.prove.tensors import check_removed_memory, find_usage, outermost_unused
-from sopdeploy_export.state import NOT_IN_EVAL, preserved
+from sopdeploy_export.prove.tensors import check_removed_memory, needed_tensors, outermost_unneeded
+from sopdeploy_export.state import NOT_IN_EVAL, attributes_restored
 from sopdeploy_export.user_network.parts import match_parts, removable_parts
 
 
@@ -61,6 +60,10 @@ class Admitted:
     removable: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def check_constants(self, built: nn.Module | None = None) -> None:
+        """Raise `LoweringError` as `prove.copy.check_constants` does; a builder has *built* a network."""
+        check_constants(self.captures.of(self.network), (self.given, self.network), built)
+
 
 def admit(
     network: nn.Module,
@@ -69,7 +72,6 @@ def admit(
     classes: int | None = None,
     training_only: Sequence[str] = (),
     logits_key: str | int | None = None,
-    allow_constants: bool = False,
     options: ExportOptions | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Admitted:
@@ -84,7 +86,7 @@ def admit(
     given = unwrap_and_check(network, "trained")
     parts = match_parts(given, training_only)
     check_exportable(given, parts)
-    copied = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+    copied = with_contiguous_tensors(checked_copy(given, "trained", logits_key, parts))
     given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
         {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
@@ -93,28 +95,34 @@ def admit(
     captures = Captures(preprocess, options.batch)
     created = create_buffers(copied, preprocess)
     if broken := tensors_with_nan(copied, parts):
-        needed, _ = find_usage(copied, captures.of(copied).needed)
+        needed = needed_tensors(copied, captures.of(copied).needed)
         if needed.intersection(broken):
             problem = "holds NaN or infinite values; train again or use an earlier checkpoint"
             raise LoweringError(f"{next(name for name in broken if name in needed)} {problem}")
-    trial = Deployed(copy_module(copied), preprocess).eval()  # its runs can fill caches
+    trial = Deployed(copy_network(copied), preprocess).eval()  # its runs can fill caches
     cache, written, warnings = check_outputs(trial, preprocess, classes, "trained")
     on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
-        programs = prove_copy(given, copied, captures, classes, parts, with_features=options.with_features)
+        programs = prove_copy(
+            given,
+            copied,
+            captures,
+            classes,
+            parts,
+            with_features=options.with_features,
+            on_program=lambda size: on_step(f"checking the network, its graph, {size}"),
+        )
     if cache is not None:
         check_unchanged_by_run(cache, programs, captures.of(trial.network))
     if written:
         check_unread(trial, written, preprocess, options.batch, programs)
     if created:
-        unrun = with_contiguous_tensors(copy_for_export(given, "trained", logits_key, parts))
+        unrun = with_contiguous_tensors(checked_copy(given, "trained", logits_key, parts))
         turn_into_attributes(unrun, created)
         check_unchanged_by_run(created[0], captures.of(unrun), programs)
     check_ends_in_logits(programs)
-    if not allow_constants:
-        check_constants(programs, given)
-    used, unused = find_usage(copied, programs.needed)
-    if reached := sorted(name for name in used if is_in(name, *parts)):
+    needed = needed_tensors(copied, programs.needed)
+    if reached := sorted(name for name in needed if is_in(name, *parts)):
         raise CertificateError(
             f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
             setting="training_only",
@@ -125,7 +133,7 @@ def admit(
 
     if parts:
         check_without(parts)
-    undeclared = outermost_unused(copied, {name for name in unused if not is_in(name, *parts)})
+    undeclared = outermost_unneeded(copied, needed, parts)
     logits, *_ = programs.any_batch.graph.output_node().args[0]  # the logits are the first output
     return Admitted(
         given=given,
@@ -173,10 +181,8 @@ def naming_oddity(network: nn.Module, training_only: Sequence[str]) -> Iterator[
     if not isinstance(given, nn.Module):
         yield
         return
-    with preserved(given):
-        names = [name for name, _ in modules(given)]
-        removed = [name for name in names for pattern in training_only if fnmatchcase(name, pattern)]
-        odd = find_oddity(given.eval(), "trained", tuple(removed))
+    with attributes_restored(given):
+        odd = find_oddity(given.eval(), "trained", match_parts(given, training_only))
         try:
             yield
         except (CertificateError, LoweringError) as error:
@@ -194,4 +200,4 @@ def unused_modules(
     returns more than one tensor. Raises the errors of `export_network` before its proof begins.
     """
     with naming_oddity(network, ()):
-        return admit(network, preprocess, logits_key=logits_key, allow_constants=True).removable
+        return admit(network, preprocess, logits_key=logits_key).removable

@@ -14,7 +14,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
 from sopdeploy_export.admit.first_run import create_buffers
-from sopdeploy_export.admit.network import copy_for_export, unwrap
+from sopdeploy_export.admit.network import checked_copy, unwrap
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import probe_pixels
 from sopdeploy_export.detach.detach import detach
@@ -23,7 +23,6 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import stored_hash
-from sopdeploy_export.prove.copy import check_constants
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network.admission import Admitted, admit, check_labels, naming_oddity
 
@@ -67,7 +66,7 @@ def export_network(
             `.`, `_` and `-`, the first not `.`.
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
-            there is no *plain* network to compare them with, or it holds the same tensors.
+            no builder builds them again, it holds the same tensors, or they are those of a layer.
         several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
             present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
@@ -103,22 +102,17 @@ def export_network(
             classes=len(labels),
             training_only=training_only,
             logits_key=logits_key,
-            allow_constants=allow_constants or plain is not None,
             options=options,
             on_step=on_step,
         )
         given, copied, parts = admitted.given, admitted.network, admitted.parts
         checked_builder = None
-        if plain is not None:
-            programs = admitted.captures.of(copied)
-
-            def check(built: nn.Module) -> None:
-                if not allow_constants:
-                    check_constants(programs, given, built)
-
-            checked_builder = _checked_builder(plain, given, logits_key, preprocess, removed=(), check=check)
-        elif rebuild is not None:  # which builds the training-only parts, too
-            checked_builder = _checked_builder(rebuild, given, logits_key, preprocess, removed=parts)
+        if (builder := plain or rebuild) is not None:
+            removed = () if plain is not None else parts  # *rebuild* builds the training-only parts, too
+            check = admitted.check_constants if not allow_constants else lambda _: None
+            checked_builder = _checked_builder(builder, given, logits_key, preprocess, removed, check)
+        elif not allow_constants:
+            admitted.check_constants()
         class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
         description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
         sigmoid = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None
@@ -168,7 +162,7 @@ def _checked_builder(
     logits_key: str | int | None,
     preprocess: Preprocess,
     removed: tuple[str, ...],
-    check: Callable[[nn.Module], None] = lambda _: None,
+    check: Callable[[nn.Module], None],
 ) -> Callable[[], nn.Module]:
     """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
@@ -181,7 +175,7 @@ def _checked_builder(
     def build() -> nn.Module:
         built = plain()
         check_torch_state()  # which the builder can change
-        copied = copy_for_export(built, "plain", logits_key)  # raises unless *built* is a module
+        copied = checked_copy(built, "plain", logits_key)  # raises unless *built* is a module
         if addresses(unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"

@@ -26,6 +26,7 @@ from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import webp_size
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service import templates
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
@@ -34,9 +35,6 @@ from sopdeploy_service.runtime.device_memory import limit_heaps
 REQUEST = struct.Struct("<QIId")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
-# The id of the child that a template has forked or ended; of an ended one, its exit code, -N after signal N.
-# The id 0 and an error number if the system forks no other process.
-TEMPLATE_REPLY = struct.Struct("<Ii")
 UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
 READY, FAILED, PIXELS, COPY, FIRST_ERROR = range(5)
 MAX_MESSAGE = 500
@@ -179,7 +177,7 @@ def run_template(control: socket.socket) -> None:
             try:
                 process = _fork(control, descriptors[0], ChildOptions(**request))
             except OSError as error:
-                control.sendall(TEMPLATE_REPLY.pack(0, error.errno or 0))
+                control.sendall(templates.REPLY.pack(0, error.errno or 0))
                 continue
             children.add(process)
             ended.pop(process, None)  # of an earlier child with this id
@@ -193,7 +191,7 @@ def run_template(control: socket.socket) -> None:
             if waited == child:
                 children.discard(child)
                 ended[child] = os.waitstatus_to_exitcode(status)
-        control.sendall(TEMPLATE_REPLY.pack(process, code))
+        control.sendall(templates.REPLY.pack(process, code))
     for process in list(children):
         _kill(children, process)
 

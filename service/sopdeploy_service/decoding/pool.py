@@ -18,17 +18,17 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
+from sopdeploy_service import templates
 from sopdeploy_service.decoding import child
+from sopdeploy_service.templates import START_SECONDS
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
-START_SECONDS = 60.0
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
 LOGGED_CHARACTERS, LOG_PAUSE_SECONDS = 500, 0.1  # of what children write to standard error at once
 
@@ -89,36 +89,21 @@ def exit_reason(code: int) -> str:
         return f"signal {-code}"
 
 
-def is_stopped(process: int) -> bool:
-    """Tell whether *process* was stopped, as by SIGSTOP; False where the system does not tell."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[0] == "T"
-
-
-class Template:
-    """The process that forks the children; it is started when it is first needed. Thread-safe."""
+class Template(templates.Template):
+    """Forks decoder processes, which end with it; it gets nothing of this process but the modules."""
 
     def __init__(self, program: str = DECODER_MODULE) -> None:
+        super().__init__()
         self._program = program
-        self._lock = threading.Lock()
-        self._control: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
 
     def fork(self, options: child.ChildOptions) -> tuple[socket.socket, int]:
         """Fork a child, or raise `RuntimeUnavailableError`; return the socket to it and its id."""
-        request = json.dumps(options._asdict()).encode()
         ours, theirs = socket.socketpair()
         message = "the decoder processes do not start"
-        with theirs, self._lock, ExitStack() as stack:
-            stack.callback(ours.close)  # unless a child has the other end
+        with theirs, ExitStack() as unless_forked:
+            unless_forked.enter_context(ours)
             try:
-                try:
-                    process, code = self._ask(request, [theirs.fileno()])
-                except OSError:  # the template has ended; the second try starts a new one
-                    process, code = self._ask(request, [theirs.fileno()])
+                process, code = self.ask(json.dumps(options._asdict()).encode(), theirs.fileno())
             except BrokenPipeError as error:
                 raise RuntimeUnavailableError(f"{message}; see the message above") from error
             except OSError as error:
@@ -127,72 +112,31 @@ class Template:
                 ) from error
             if process == 0:
                 raise RuntimeUnavailableError(f"{message} ({os.strerror(code)}); allow more processes")
-            stack.pop_all()
+            unless_forked.pop_all()
         return ours, process
 
     def kill(self, process: int) -> int:
         """Kill the child *process* if it runs; return its exit code, `UNKNOWN_CODE` without the template."""
-        with self._lock, suppress(OSError):
-            return self._ask(str(process).encode(), [])[1]
+        with suppress(OSError):
+            return self.ask(str(process).encode())[1]
         return child.UNKNOWN_CODE
 
-    @property
-    def process(self) -> int | None:
-        """The id of the process of the template, if there is one."""
-        process = self._process
-        return None if process is None else process.pid
-
-    def close(self) -> None:
-        """End the template and its children."""
-        with self._lock:
-            self._close()
-
-    def _ask(self, message: bytes, descriptors: list[int]) -> tuple[int, int]:
-        """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
-
-        The reply has the id of a child and a code, as `TEMPLATE_REPLY` says. An `OSError` ends the template.
-        The caller holds the lock.
-        """
-        control = self._control or self._start()
-        try:
-            socket.send_fds(control, [message], descriptors)
-            reply = control.recv(child.TEMPLATE_REPLY.size, socket.MSG_WAITALL)
-            if len(reply) != child.TEMPLATE_REPLY.size:
-                raise BrokenPipeError
-        except OSError:
-            self._close()
-            raise
-        process, code = child.TEMPLATE_REPLY.unpack(reply)
-        return process, code
-
-    def _start(self) -> socket.socket:
-        """Start the template, which gets nothing of this process but the modules; return the socket to it."""
-        control, end = socket.socketpair()
-        control.settimeout(START_SECONDS)
+    def run(self, file: int) -> subprocess.Popen[bytes]:
+        """Run the program; log what it writes to standard error."""
         path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
         code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
-        with end:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", code, str(end.fileno())],  # -I: ignores the user's site-packages
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={"OPENBLAS_NUM_THREADS": "1"},  # no secrets, and no threads: a fork would lose them
-                pass_fds=[end.fileno()],
-                cwd="/",
-                start_new_session=True,  # Ctrl-C ends only the server, which decodes until it has drained
-            )
-        self._control = control
-        threading.Thread(target=_log_stderr, args=(self._process,), name="stderr", daemon=True).start()
-        return control
-
-    def _close(self) -> None:
-        """End the template and its children; the caller holds the lock."""
-        if self._control is not None and self._process is not None:
-            self._control.close()
-            self._process.kill()
-            self._process.wait()
-        self._control = self._process = None
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", code, str(file)],  # -I: ignores the user's site-packages
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={"OPENBLAS_NUM_THREADS": "1"},  # no secrets, and no threads: a fork would lose them
+            pass_fds=[file],
+            cwd="/",
+            start_new_session=True,  # Ctrl-C ends only the server, which decodes until it has drained
+        )
+        threading.Thread(target=_log_stderr, args=(process,), name="stderr", daemon=True).start()
+        return process
 
 
 def _log_stderr(process: "subprocess.Popen[bytes]") -> None:

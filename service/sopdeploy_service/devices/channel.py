@@ -105,7 +105,7 @@ class Slots:
     """The slots of a channel: in each, the outputs of an image or an error, then its pixels."""
 
     def __init__(self, memory: mmap.mmap, count: int, output_bytes: int, pixel_bytes: int) -> None:
-        self.count, self._output_bytes, self._pixel_bytes = count, output_bytes, pixel_bytes
+        self.count, self._output_bytes = count, output_bytes
         self._memory = np.frombuffer(memory, np.uint8).reshape(count, output_bytes + pixel_bytes)
 
     def pixels(self, slot: int, shape: Sequence[int]) -> NDArray[np.uint8]:
@@ -152,19 +152,16 @@ class Slots:
         return error
 
 
-def output_shapes(bundle: Bundle, *, features: bool = True) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each output of an image by name, in order; the embedding only with *features*."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for output in bundle.manifest.outputs:
-        if features or output.name != EMBEDDING:
-            # Only the number of images is None in a manifest; 1 is for the type.
-            shapes[output.name] = tuple(side or 1 for side in output.shape[1:])
-    return shapes
+def output_shapes(bundle: Bundle) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return the shape of each output of an image by name, in order: without the embedding, and of all."""
+    # Only the number of images is None in a manifest; 1 is for the type.
+    shapes = {one.name: tuple(side or 1 for side in one.shape[1:]) for one in bundle.manifest.outputs}
+    return {name: shape for name, shape in shapes.items() if name != EMBEDDING}, shapes
 
 
 def needed_bytes(bundle: Bundle) -> tuple[int, int]:
     """Return how many bytes the outputs and the pixels of an image need."""
-    num_values = sum(map(math.prod, output_shapes(bundle).values()))
+    num_values = sum(map(math.prod, output_shapes(bundle)[True].values()))
     return 4 * num_values, math.prod(bundle.manifest.image_shape)
 
 

@@ -1,4 +1,4 @@
-"""The process of a device, or a front end; the supervisor starts this module.
+"""The process of a device, or a front end, which the template of this module forks for the supervisor.
 
 The process of a device loads the models. It then serves HTTP, with connections from the supervisor, or is the
 engine of front ends. A front end serves HTTP with the models of engines.
@@ -28,8 +28,9 @@ from sopdeploy_service.devices import control
 from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.engine import Engine
-from sopdeploy_service.devices.processes import ANY_DEVICE, CONFIG_VARIABLE, LaunchConfig
+from sopdeploy_service.devices.processes import ANY_DEVICE, LaunchConfig
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.http.api_keys import KeyFile
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
@@ -132,9 +133,9 @@ class DeviceServer(DrainingServer):
 
 
 def main() -> int:
-    """Serve as the environment says until SIGTERM or a dead runtime; return the exit code."""
+    """Fork processes, and serve in each until SIGTERM or a dead runtime; return the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
-    config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
+    config = wait_for_launch()
     end_with_parent(config.supervisor, signal.SIGTERM)
     supervisor = socket.socket(fileno=config.control)
     try:

@@ -55,10 +55,8 @@ class FrontEndChannel(asyncio.Protocol):
         self.name = name
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
         self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
-        self._names = [tuple(channel.output_shapes(model.bundle)) for model in models]
-        self._names_without_features = [
-            tuple(channel.output_shapes(model.bundle, features=False)) for model in models
-        ]
+        # For each model: the names of the outputs of an image, without and with features.
+        self._names = [[tuple(shapes) for shapes in channel.output_shapes(model.bundle)] for model in models]
         self._rest = b""  # of an incomplete record
         self._num_cancellable = 0  # images minus cancellations, of which there is at most one for each
         self._answers = bytearray()  # not sent yet
@@ -118,7 +116,7 @@ class FrontEndChannel(asyncio.Protocol):
         if model_number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {model_number} with deadline {deadline} is invalid")
         model, features = self._models[model_number], bool(flags & channel.FEATURES)
-        names = (self._names if features else self._names_without_features)[model_number]
+        names = self._names[model_number][features]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
         image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)

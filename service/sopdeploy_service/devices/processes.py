@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import signal
 import socket
-import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import pydantic
 
@@ -16,6 +17,7 @@ from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.settings import Settings, decoders_per_process
+from sopdeploy_service.templates import run_states
 
 ANY_DEVICE = ""
 FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, beside 16 decoders
@@ -23,16 +25,15 @@ MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
 TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
-CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 class LaunchConfig(pydantic.BaseModel):
-    """What each process of a server gets: its *name*, *sources* of bundles, *settings*, file descriptors.
+    """What each process of a server gets: *name*, environment *variables*, *sources* of bundles, *settings*.
 
-    These are its end of the socket *control* and, for a process that serves HTTP, the file *shared* of
-    admitted images and rate limits, and the API *keys* as the supervisor has read them. The first of these
-    processes keeps the photographs of all.
+    The files that come with it are its end of the socket *control* and, for a process that serves HTTP, the
+    memory *shared* of admitted images and rate limits, and the API *keys* as the supervisor has read them.
+    The first of these processes keeps the photographs of all.
 
     A front end has no *device*. *front_ends* is their number, None while nobody knows it. *position* counts
     the processes of a kind; *num_servers* of them serve HTTP. *supervisor* and *others* are process ids.
@@ -40,16 +41,45 @@ class LaunchConfig(pydantic.BaseModel):
 
     name: str
     device: str | None
+    variables: Mapping[str, str]
     sources: tuple[str, ...]
     settings: Settings
     supervisor: int
-    control: int
-    shared: int
-    keys: int
     front_ends: int | None
     position: int
     num_servers: int
     others: tuple[int, ...]
+    control: int = -1
+    shared: int = -1
+    keys: int = -1
+
+
+class Child:
+    """The child process *pid* of this process."""
+
+    _running: ClassVar[dict[int, "Child"]] = {}
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+        self._running[pid] = self
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the process runs; forget all children and orphans that ended."""
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if (child := self._running.pop(ended[0], None)) is not None:
+                    child._code = os.waitstatus_to_exitcode(ended[1])
+        return self._code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the signal *number* unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.send_signal(signal.SIGKILL)
 
 
 @dataclass(eq=False)
@@ -65,7 +95,7 @@ class Process:
     settings: Settings
     device: str | None
     position: int
-    child: subprocess.Popen[str] | None = None
+    child: Child | None = None
     control: socket.socket | None = None  # until the process has ended or left
     sent: int = 0  # connections
     received: int = 0  # this and the following: reported by the child
@@ -138,16 +168,6 @@ class Process:
         if self.tokens is not None and kind == control.CLIENT:
             self.tokens.charge(-1)  # for the report that follows
         return True
-
-
-def run_states(process: int) -> tuple[set[str], int]:
-    """Return the states of the threads of *process*, as `ps` shows them, and its CPU time in ticks."""
-    try:
-        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
-    except OSError:  # it has ended
-        return set(), 0
-    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
-    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
 
 
 def list_devices(settings: Settings) -> list[Process]:

@@ -48,11 +48,8 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
-        # For each model: the shapes of the outputs of an image, by name.
+        # For each model: the shapes of the outputs of an image by name, without and with features.
         self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
-        self._shapes_without_features = [
-            channel.output_shapes(model.bundle, features=False) for model in self.models
-        ]
         # By slot: the future of the image that is there, and the shapes of its outputs.
         self._images: dict[
             int, tuple[asyncio.Future[ImageResult | HttpError], Mapping[str, tuple[int, ...]]]
@@ -98,7 +95,7 @@ class EngineChannel(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
         timer = loop.call_at(deadline, settle, future, results.DEADLINE)
-        shapes = (self._shapes if features else self._shapes_without_features)[number]
+        shapes = self._shapes[number][features]
         image = self._images[slot] = future, shapes
         self.sent += 1
         flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift

@@ -17,7 +17,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,23 +32,22 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Message, Status
 from sopdeploy_service.devices.processes import (
-    CONFIG_VARIABLE,
     LaunchConfig,
     Process,
     choose_front_ends,
     list_devices,
     list_front_ends,
 )
+from sopdeploy_service.devices.template import Template
 from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
-MODULE = "sopdeploy_service.devices.device_server"
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
 HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
@@ -131,6 +129,7 @@ class Supervisor:
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
+        self._template = Template()
 
     @property
     def _servers(self) -> Sequence[Process]:
@@ -151,6 +150,7 @@ class Supervisor:
             self._keys = create_memory("sopdeploy-keys", [KeyFile(key=keys).model_dump_json().encode()])
             for file in (self._shared, self._keys):
                 stack.callback(os.close, file)
+            stack.callback(self._template.close)
             memory = memoryview(map_memory(os.dup(self._shared)))
             self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
             start_task(self._tasks, self._kill_hanging())
@@ -179,7 +179,7 @@ class Supervisor:
         for process in self._devices:
             self._close_control(process)  # this ends an engine, which ignores SIGTERM
             if not process.is_ready and process.child is not None:
-                process.child.terminate()
+                process.child.send_signal(signal.SIGTERM)
 
     def _on_hangup(self) -> None:
         """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
@@ -197,12 +197,12 @@ class Supervisor:
             started = time.monotonic()
             code = None
             try:
-                self._start(process)
+                await self._start(process)
                 while process.child is not None and (code := process.child.poll()) is None:
                     await asyncio.sleep(BEAT_SECONDS)
                 end = f"exited with code {code}"
             except OSError as error:  # too many processes or files, or too little memory
-                end = f"cannot start ({error.strerror})"
+                end = f"cannot start ({error.strerror or error})"
             self._close_control(process)
             if process in self._servers:  # what it had admitted makes room
                 self._admitted[process.position] = 0
@@ -219,37 +219,30 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), delay)
         self._end_unused_engines()
 
-    def _start(self, process: Process) -> None:
+    async def _start(self, process: Process) -> None:
         """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
-        ours, theirs = control.socket_pair()
         others = [other for other in (*self._devices, *self._front_ends) if other is not process]
         ids_of_others = [other.child.pid for other in others if other.child is not None]
+        config = LaunchConfig(
+            name=process.name,
+            device=process.device,
+            variables=process.variables,
+            sources=self._sources,
+            settings=process.settings,
+            supervisor=os.getpid(),
+            front_ends=self._num_front_ends,
+            position=process.position,
+            num_servers=self._num_front_ends or len(self._devices),
+            others=tuple(ids_of_others),
+        )
+        ours, theirs = control.socket_pair()
         with theirs, ExitStack() as unless_started:
             unless_started.enter_context(ours)
-            config = LaunchConfig(
-                name=process.name,
-                device=process.device,
-                sources=self._sources,
-                settings=process.settings,
-                supervisor=os.getpid(),
-                control=theirs.fileno(),
-                shared=self._shared,
-                keys=self._keys,
-                front_ends=self._num_front_ends,
-                position=process.position,
-                num_servers=self._num_front_ends or len(self._devices),
-                others=tuple(ids_of_others),
-            )
-            variables = {**process.variables, CONFIG_VARIABLE: config.model_dump_json()}
-            process.child = subprocess.Popen(
-                [sys.executable, "-m", MODULE],
-                text=True,
-                stdout=STDERR,  # stdout has the `ready` line only
-                start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
-                pass_fds=(config.control, config.shared, config.keys),
-                env={**os.environ, **variables},
-            )
+            files = theirs.fileno(), self._shared, self._keys
+            process.child = await self._template.start(config, *files)
             unless_started.pop_all()
+        if self._stopping.is_set():  # meanwhile
+            process.child.kill()
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         if process.is_front_end:

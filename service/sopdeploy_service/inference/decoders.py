@@ -37,7 +37,6 @@ from sopdeploy_service.decoding.pool import (
     DecoderProcess,
     Reply,
     Request,
-    is_stopped,
     shared_template,
 )
 from sopdeploy_service.inference import results
@@ -45,6 +44,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
+from sopdeploy_service.templates import STOPPED, run_states
 
 _MIB = 1 << 20
 LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
@@ -345,7 +345,7 @@ class Decoders:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             processes = [template.process, *(decoder.process for decoder in self._children)]
-            stopped = {process for process in processes if process and is_stopped(process)}
+            stopped = {process for process in processes if process and STOPPED in run_states(process)[0]}
             self.are_stopped = bool(stopped)
             for process in stopped & suspects:
                 log.warning("the decoder process %d is stopped; it is ended", process)

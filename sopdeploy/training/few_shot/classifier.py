@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, stdtrit
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
@@ -37,6 +37,8 @@ MIN_FOLDS = 5
 DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
+ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
+TAKEN = 0.01  # share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -240,10 +242,15 @@ class OutOfFold(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What makes logits of the scores of a head: `excess` corrects its biases, `temperature` divides."""
+    """What makes logits of the scores of a head: `excess` and `margins` correct its biases.
+
+    By the `margins` (K,), 0 for most classes, a class of few photographs must exceed the others. The
+    `temperature` divides.
+    """
 
     temperature: float
     excess: float
+    margins: Array | float = 0.0
 
     @classmethod
     def fit(cls, validations: Sequence[OutOfFold], targets: Targets) -> "Scaling":
@@ -255,12 +262,14 @@ class Scaling(NamedTuple):
         classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
+        margins: Array | float = 0.0  # with them, the temperature would be too high
         weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
             smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
             present_VNK = np.stack([one.has_class() for one in validations])
             of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
             weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)
+            margins = estimate_margins(validations, scores_VNK, targets)
         else:
             smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
         unit = float(scores_VNK.std()) or 1.0
@@ -273,7 +282,7 @@ class Scaling(NamedTuple):
             return float((np.logaddexp(0.0, logits) - smooth_NK * logits).sum())
 
         log_scale = minimize_scalar(loss, bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-4}).x
-        return cls(unit / float(np.exp(log_scale)), excess)
+        return cls(unit / float(np.exp(log_scale)), excess, margins)
 
 
 def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bool_]) -> float:
@@ -296,6 +305,35 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
             expected += (without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)).sum()
     return max(0.0, float(surplus / expected)) if expected else 0.0
+
+
+def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, targets: Targets) -> Array:
+    """Estimate by how much classes of fewer than `ENOUGH` photographs must exceed the others, (K,).
+
+    The mean of two photographs is uncertain, and would win against photographs of classes that are learned.
+    A margin is what `TAKEN` of these exceed, if the surplus of the class over the right one is normally
+    distributed as that of held-out photographs: the upper end of a prediction interval, which is wide if it
+    is known of few. So a new class costs the known ones little until it has enough photographs. Where no
+    class has enough, all margins are 0.
+    """
+    heads = validations[0].heads  # each photograph is in all of them but one
+    numbers_K = np.sum([head.numbers for head in heads], axis=0) / max(1, len(heads) - 1)
+    is_learned_K = numbers_K >= ENOUGH - 1e-6
+    margins_K = np.zeros(len(is_learned_K))
+    if is_learned_K.all() or not is_learned_K.any():
+        return margins_K
+    among_learned_VNK = np.where(is_learned_K, scores_VNK, -np.inf)
+    is_right_VN = among_learned_VNK.argmax(axis=2) == targets.strata
+    surplus_VNK = scores_VNK - among_learned_VNK.max(axis=2, keepdims=True)
+    has_class_VNK = np.stack([one.has_class() for one in validations])
+    for label in np.flatnonzero(~is_learned_K):
+        is_judged_VN = is_right_VN & has_class_VNK[..., label]
+        count = int(is_judged_VN.any(axis=0).sum())
+        if count > 1:
+            surplus_P = surplus_VNK[..., label][is_judged_VN]
+            deviations = stdtrit(count - 1, 1 - TAKEN) * np.sqrt(1 + 1 / count)
+            margins_K[label] = max(0.0, surplus_P.mean() + deviations * surplus_P.std())
+    return margins_K
 
 
 class Space(NamedTuple):
@@ -380,7 +418,7 @@ class LinearProblem:
 
     def logits(self, validation: OutOfFold, scaling: Scaling) -> Array:
         """Compute the out-of-fold logits (N, K) of a cross-validation."""
-        scores_NK = validation.scores(scaling.excess)
+        scores_NK = validation.scores(scaling.excess) - scaling.margins
         return scores_NK / scaling.temperature + self.targets.log_frequencies()
 
     def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
@@ -404,7 +442,8 @@ class LinearProblem:
         head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
         # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
-        bias_K = head.bias(scaling.excess) / scaling.temperature + self.targets.log_frequencies()
+        bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
+        bias_K += self.targets.log_frequencies()
         return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:

@@ -3,20 +3,22 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.training.few_shot.classifier import MAX_RANK, Indices, LinearProblem
+from sopdeploy.training.few_shot.classifier import ENOUGH, MAX_RANK, Indices, LinearProblem, Scaling
 from sopdeploy.training.results import Gain
 
-ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
 MIN_JUDGED = 20  # photographs; a share of fewer says little
 MAX_REDUCED = 20  # classes, by lot
 PRIOR = 4  # photographs of average classes that judge a class, too
 CLEAR, MAX_GAINS = 0.03, 3  # smallest gain of a class of `ENOUGH` photographs, and number of them
 
 
-def found_when_reduced(problem: LinearProblem, excess: float, number: int) -> NDArray[np.bool_]:
+def found_when_reduced(
+    problem: LinearProblem, excess: float, number: int, margin: float
+) -> NDArray[np.bool_]:
     """Tell which photographs are found if their class has only *number* others, and all classes keep theirs.
 
-    Each class is reduced in turn; its other photographs are judged, one of each group.
+    Each class is reduced in turn, to one with this *margin*; its other photographs are judged, one of each
+    group.
     """
     random, labels_N = np.random.default_rng(number), problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
@@ -30,12 +32,17 @@ def found_when_reduced(problem: LinearProblem, excess: float, number: int) -> ND
             fitted_N[kept] = True
             head = problem.moments(fitted_N).discriminate("softmax")
             scores = problem.reduced[judged] @ head.weight.T + head.bias(excess)
+            scores[:, label] -= margin
             found_K.append(scores.argmax(axis=1) == label)
     return np.concatenate(found_K)
 
 
 def estimate_gains(
-    problem: LinearProblem, excess: float, judged: Indices, right: NDArray[np.bool_], labels: tuple[str, ...]
+    problem: LinearProblem,
+    scaling: Scaling,
+    judged: Indices,
+    right: NDArray[np.bool_],
+    labels: tuple[str, ...],
 ) -> tuple[Gain, ...]:
     """Estimate what more photographs of a class would give: of those with few, and of those that gain most.
 
@@ -49,11 +56,13 @@ def estimate_gains(
         return ()
     numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).discriminate("softmax").numbers
     numbers_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(int)
+    margins_K = np.broadcast_to(scaling.margins, numbers_K.shape)
     judged_K, error_K = classes_NK[judged].sum(axis=0), classes_NK[judged][~right].sum(axis=0)
     half = max(1, int(np.median(numbers_K)) // 2)
     found: dict[int, float] = {}
     for number in {half, ENOUGH, *numbers_K[(numbers_K > 0) & (numbers_K < ENOUGH)].tolist()}:
-        of_number = found_when_reduced(problem, excess, number)
+        margin = np.mean(margins_K[numbers_K == number]) if number in numbers_K else 0.0
+        of_number = found_when_reduced(problem, scaling.excess, number, float(margin))
         if len(of_number) >= MIN_JUDGED:
             found[number] = float(of_number.mean())
     mean_error = float((~right).mean())

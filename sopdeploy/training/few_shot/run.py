@@ -28,18 +28,9 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
-from sopdeploy.photos.copies import (
-    NO_PAIRS,
-    NearDuplicates,
-    connect,
-    find_near_duplicates,
-    number_classes,
-)
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates, number_classes
 from sopdeploy.photos.files import KEPT_NAME
-from sopdeploy.photos.photo import (
-    LabeledImages,
-    PreprocessedDataset,
-)
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
@@ -126,7 +117,9 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             score, metrics = _evaluate(setup, network, found)
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
-                label_logits = problem.logits_without_doubted(found.logits, found.folds, found.scaling)
+                plain = found.scaling._replace(margins=0.0)  # they contradict no label
+                logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
+                label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 num_doubted = int(doubts.listed.sum())
             signals.exchange()  # since the last progress
@@ -198,10 +191,7 @@ class CrossValidation:
 
 
 def cross_validate(
-    recipe: Recipe,
-    model: Classifier,
-    images: LabeledImages,
-    on_progress: Callable[[str, int, int], None],
+    recipe: Recipe, model: Classifier, images: LabeledImages, on_progress: Callable[[str, int, int], None]
 ) -> CrossValidation:
     """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
 
@@ -364,7 +354,7 @@ def _describe(
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
     right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
-    gains = estimate_gains(found.problem, found.scaling.excess, found.judged, right, images.labels)
+    gains = estimate_gains(found.problem, found.scaling, found.judged, right, images.labels)
     diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(

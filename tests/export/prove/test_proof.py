@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.network import copy_module
+from sopdeploy_export.network import copy_network
 from sopdeploy_export.program_hashes import ProgramRoot, fingerprint, program_root, tensor_hash
 from sopdeploy_export.prove.images import find_mixing
 
@@ -48,7 +48,7 @@ def test_a_network_without_training_only_parts_stays_as_it_is(name: str, make: M
 
 def test_a_graph_module_is_copied() -> None:
     traced = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)).eval())
-    copied = copy_module(traced)
+    copied = copy_network(traced)
     assert copied is not traced
     assert torch.equal(copied(torch.ones(1, 2)), traced(torch.ones(1, 2)))
 
@@ -166,7 +166,7 @@ def test_roots_and_traces_depend_on_the_weights() -> None:
 
 
 def test_state_lists_what_the_output_depends_on() -> None:
-    assert root_of(lambda n, x: n.first(x)).state == {"first.weight", "first.bias"}
+    assert root_of(lambda n, x: n.first(x)).tensors == {"first.weight", "first.bias"}
 
 
 @pytest.mark.parametrize(

@@ -622,7 +622,7 @@ def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) 
         assert ("write the 4 class names, one per line, to labels.txt" in printed) is asks
 
 
-@pytest.mark.parametrize("builder", ["Sigmoid", "Counts", "Hides"])
+@pytest.mark.parametrize("builder", ["Sigmoid", "Counts", "Shares"])
 def test_inspect_refuses_what_export_refuses_before_its_proof(builder: str, tmp_path: Path) -> None:
     torch.save(getattr(n, builder)().state_dict(), tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")

@@ -19,9 +19,9 @@ from sopdeploy_service.settings import Settings
 # `sopdeploy serve` with such processes; flags follow.
 SERVE = (
     "-c",
-    "import sys; from sopdeploy_service.devices import supervisor; "
+    "import sys; from sopdeploy_service.devices import template; "
     "from sopdeploy_commands.app import main; "
-    "supervisor.MODULE = 'tests.service.devices.gated_device'; "
+    "template.MODULE = 'tests.service.devices.gated_device'; "
     "sys.argv.insert(1, 'serve'); main()",
 )
 

@@ -1,6 +1,5 @@
 """Front ends that share an engine, as processes: failures of each kind, the queue limit, the drain."""
 
-import json
 import os
 import re
 import signal
@@ -22,8 +21,8 @@ from tests.support.children import (
     START_SECONDS,
     WAYS,
     ServerClient,
-    below,
     is_alive,
+    processes_of,
     serving,
     spawn,
 )
@@ -32,15 +31,7 @@ from tests.support.service import wait_for
 
 def process_of(client: ServerClient, name: str) -> int:
     """Return the id of the process with the *name* that the supervisor gave it, 0 while there is none."""
-    for process in below(client.child.pid):
-        try:
-            variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        configs = [one for one in variables if one.startswith(b"SOPDEPLOY_WORKER=")]
-        if configs and json.loads(configs[0].partition(b"=")[2])["name"] == name:
-            return process
-    return 0
+    return next((child for child, one in processes_of(client.child.pid).items() if one == name), 0)
 
 
 def num_admitted(client: ServerClient) -> float:

@@ -21,7 +21,7 @@ import pytest
 from sopdeploy.bundle.sealed import read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.devices import control, processes, supervisor
+from sopdeploy_service.devices import control, processes, supervisor, template
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_server import DeviceServer, wait_for_message
 from sopdeploy_service.devices.processes import Process, visible_devices
@@ -38,8 +38,8 @@ from tests.support.children import (
     START_SECONDS,
     TWO_DEVICES,
     WAYS,
-    children_of,
     is_alive,
+    processes_of,
     serving,
 )
 from tests.support.raw import GET, connect, post_of, read
@@ -76,9 +76,6 @@ def starts_of(page: str) -> set[str]:
 def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
         child = client.child
-        for pid in children_of(child.pid):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            assert b"CUDA_VISIBLE_DEVICES=" in variables  # no GPU
         connections = open_connections(client, 8, stack)
         assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
         page = client.get("/metrics").text
@@ -89,11 +86,11 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         resources = resources_of(child.pid)
 
         def send_to_the_oldest(number: signal.Signals) -> None:
-            before = children_of(child.pid)
+            before = list(processes_of(child.pid))
             os.kill(before[0], number)
             wait_for(lambda: not is_alive(before[0]))
             # A connection that the supervisor passes on before it notices the death is reset.
-            wait_for(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
+            wait_for(lambda: len(set(processes_of(child.pid)) - set(before)) == 1)
             codes = {client.post("/v1/classify", content=jpeg).status_code for _ in range(5)}
             assert codes == {200}
 
@@ -108,7 +105,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         wait_for(lambda: len(up.findall(client.get("/metrics").text)) == 2)
         wait_for(lambda: resources_of(child.pid) == resources)
         send_to_the_oldest(signal.SIGSTOP)
-        orphans = children_of(child.pid)
+        orphans = processes_of(child.pid)
         child.kill()
         wait_for(lambda: not any(is_alive(process) for process in orphans))
 
@@ -171,10 +168,10 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         process = Process("cpu", {}, settings, "cpu", 0)
         server = supervisor.Supervisor([], settings, [process], listener)
 
-        def start(_: Process) -> None:
+        async def start(_: Process) -> None:
             if next(starts) == 1100:
                 server._stopping.set()
-            process.child = SimpleNamespace(poll=lambda: 1, terminate=lambda: None)
+            process.child = SimpleNamespace(poll=lambda: 1, send_signal=lambda _: None)
 
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
@@ -196,7 +193,7 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
                 server._stopping.set()
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-        monkeypatch.setattr(supervisor.subprocess, "Popen", refuse)
+        monkeypatch.setattr(template.subprocess, "Popen", refuse)
         assert asyncio.run(server.run()) == 0
     assert len(num_open) == 5
     assert len(set(num_open)) == 1
@@ -442,10 +439,10 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
         file.write_text("")
-        before = set(children_of(client.child.pid))
+        before = set(processes_of(client.child.pid))
         for process in before:
             os.kill(process, signal.SIGKILL)
-        wait_for(lambda: len(set(children_of(client.child.pid)) - before) == len(before))
+        wait_for(lambda: len(set(processes_of(client.child.pid)) - before) == len(before))
         refused = client.post("/v1/classify", content=bytes(5_000_000))  # nobody is left to read it
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()

@@ -215,7 +215,7 @@ def test_a_stopped_process_is_not_ready_until_it_is_replaced(
 
 def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch) -> None:
     template = pool.Template()
-    monkeypatch.setattr(template, "_ask", lambda *_: (0, errno.EAGAIN))
+    monkeypatch.setattr(template, "ask", lambda *_: (0, errno.EAGAIN))
     with pytest.raises(RuntimeUnavailableError, match=r"do not start .*; allow more processes"):
         template.fork(OPTIONS)
 

@@ -325,6 +325,25 @@ def test_exports_of_label_tools_are_read_in_the_folder_of_the_images_and_in_part
     assert f"{tmp_path}/parts/train/{name}: the classes are in it" in parts.notes
 
 
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_a_table_of_ids_and_labels_is_read_beside_a_folder_of_images_without_classes(
+    tmp_path: Path, suffix: str
+) -> None:
+    for number in range(6):
+        for part, image in (("train", f"{number}a.png"), ("test", f"{number}b.png")):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.new("RGB", (40, 40), (9 * number, 9, 9)).save(tmp_path / part / image)
+    lines = [f"{number}a{suffix},{('Cat', 'dog')[number % 2]}\n" for number in range(6)]
+    (tmp_path / "train.csv").write_text("id,label\n" + "".join(lines), encoding="utf-8")
+    opened = open_folder(tmp_path)
+    assert opened.train.labels == ("Cat", "dog")
+    assert opened.train.targets.tolist() == [0, 1] * 3
+    assert any("not listed in train.csv: 6 images" in note for note in opened.notes)
+    (tmp_path / "train.csv").write_text("id,label\n" + "".join(lines[1:]), encoding="utf-8")
+    with pytest.raises(DataError, match="train: holds no class folders"):
+        open_folder(tmp_path)
+
+
 UNCERTAIN = {
     "_classes.csv": EXPORTED["_classes.csv"].replace("0.png, 1,", "0.png, 2,"),
     "metadata.csv": EXPORTED["metadata.csv"].replace("0.png", "missing.png"),

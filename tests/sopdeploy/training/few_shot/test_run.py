@@ -192,6 +192,32 @@ def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
     assert recalls[0][0] > recalls[1][0] + 0.05
 
 
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough(few: int):
+    features, classes = blobs(4000)
+    found = []
+    for first in (0, 400):
+        of_class = [np.flatnonzero(classes[first:] == label) + first for label in range(4)]
+        kept = np.concatenate([of_class[label][: few if label == 3 else 12] for label in range(4)])
+        known, problems = kept[classes[kept] < 3], []
+        for chosen, count in ((known, 3), (kept, 4)):
+            targets = softmax_targets(classes[chosen], count)
+            problem = problem_of([features[chosen]], targets)
+            folds = targets.folds(list(map(str, chosen)), 10, 0)
+            problems.append((problem, Scaling.fit([problem.cross_validate(folds)], targets)))
+        (before, fitted), (after, scaling) = problems
+        heads = [before.fit_all(fitted), after.fit_all(scaling), after.fit_all(scaling._replace(margins=0.0))]
+        answers = [head.logits(features).argmax(axis=1) for head in heads]
+        found.append([(one == classes)[classes < 3].mean() for one in answers])
+        found[-1].append((answers[1] == 3)[classes == 3].mean())
+        assert (scaling.margins > 0).tolist() == [False] * 3 + [few < 5]
+    of_known, with_margin, without, of_new = np.mean(found, axis=0)
+    assert of_new > 0.15
+    assert of_known - with_margin < 0.08
+    if few < 5:
+        assert of_known - with_margin < (of_known - without) / 4
+
+
 def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sopdeploy.training.few_shot.classifier.COMMON", 0.0)
     features, classes = blobs(4000)
@@ -243,19 +269,19 @@ def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
     scaling = Scaling.fit([validation], targets)
     right = problem.logits(validation, scaling).argmax(axis=1) == classes[kept]
     labels = ("bar", "gym", "hall", "hotel")
-    few, *others = estimate_gains(problem, scaling.excess, np.arange(len(kept)), right, labels)
+    few, *others = estimate_gains(problem, scaling, np.arange(len(kept)), right, labels)
     assert (few.label, few.count, few.more) == ("hotel", 2, 5)
     assert few.describe().startswith("2 of hotel: about ")
     with_five = np.concatenate([kept[:-2], np.flatnonzero(classes == 3)[:5]])
     of_class, found = classes == 3, []
-    for chosen in (kept, with_five):
-        head = problem_of([features[chosen]], softmax_targets(classes[chosen])).fit_all(scaling)
+    for chosen, fitted in ((kept, scaling), (with_five, scaling._replace(margins=0.0))):
+        head = problem_of([features[chosen]], softmax_targets(classes[chosen])).fit_all(fitted)
         found.append(float((head.logits(features)[of_class].argmax(axis=1) == 3).mean()))
     assert few.found < few.then
     assert [few.found, few.then] == pytest.approx(found, abs=0.15)
     assert all(gain.more == 2 * gain.count == 24 for gain in others)
     several = replace(problem, targets=replace(targets, activation="sigmoid"))
-    assert estimate_gains(several, 0.0, np.arange(len(kept)), right, labels) == ()
+    assert estimate_gains(several, UNSCALED, np.arange(len(kept)), right, labels) == ()
 
 
 def test_logits_of_the_network_have_the_scale_to_which_the_temperature_was_fitted():

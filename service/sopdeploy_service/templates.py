@@ -1,0 +1,89 @@
+"""Templates: processes that have imported what others need, and fork these for another process.
+
+A fork shares the imported libraries and takes milliseconds. `decoding.pool` and `devices.template` say how
+their templates are started, and whose children the others are.
+"""
+
+import errno
+import socket
+import struct
+import subprocess
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+# The id of the process that a template has forked or ended; of an ended one, its exit code, -N after signal
+# N. The id 0 and an error number if the system forks no other process.
+REPLY = struct.Struct("<Ii")
+START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
+STOPPED = "T"  # a state of `run_states`
+
+
+class Template(ABC):
+    """The side of the process for which a template forks; it is started when it is needed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def run(self, file: int) -> subprocess.Popen[bytes]:
+        """Run the program of the template, which reads messages from the socket *file*."""
+
+    @property
+    def process(self) -> int | None:
+        """The id of the process of the template, if there is one."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def ask(self, message: bytes, *files: int) -> tuple[int, int]:
+        """Send *message* and *files*; return the reply, as `REPLY` says. An `OSError` ends the template."""
+        with self._lock:
+            old = self._process  # it may have ended, or somebody has stopped it
+            if old is not None and (old.poll() is not None or STOPPED in run_states(old.pid)[0]):
+                self._close()
+            try:
+                end = self._socket or self._start()
+                socket.send_fds(end, [message], files)
+                reply = end.recv(REPLY.size, socket.MSG_WAITALL)
+                if len(reply) != REPLY.size:
+                    raise ConnectionResetError
+            except ConnectionError as error:
+                self._close()
+                raise BrokenPipeError(errno.EPIPE, "its template has ended") from error
+            except OSError:
+                self._close()
+                raise
+        process, code = REPLY.unpack(reply)
+        return process, code
+
+    def close(self) -> None:
+        """End the template."""
+        with self._lock:
+            self._close()
+
+    def _start(self) -> socket.socket:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(START_SECONDS)
+        with theirs:
+            self._process = self.run(theirs.fileno())
+        return self._socket
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._socket = self._process = None
+
+
+def run_states(process: int) -> tuple[set[str], int]:
+    """Return the states of the threads of *process*, as `ps` shows them, and its CPU ticks (Linux)."""
+    try:
+        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
+    except OSError:  # it has ended
+        return set(), 0
+    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
+    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
