@@ -44,11 +44,7 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.start_weights import (
-    WeightSource,
-    complete_preprocess,
-    create_initial_model,
-)
+from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
 
 ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share groups with other classes, "

@@ -16,7 +16,7 @@ from sopdeploy.models.second_order_head import HeadConfig
 from sopdeploy.photos import photo
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
-from sopdeploy.training.few_shot import features
+from sopdeploy.training.few_shot import classifier, features
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.recipe import RejectionConfig
 from sopdeploy_commands import demo
@@ -120,6 +120,8 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),
+    ("a margin, which about {:.0f} % of their", PERCENT * classifier.TAKEN),
+    ("which about {:.0f} % exceed", PERCENT * classifier.TAKEN),
     ("{} principal components ({} in the few-shot procedure)", HeadConfig().width, features.WIDTH),
     ("if more than {:.0f} % of the images, and at least three", PERCENT * photo.MAX_DAMAGED),
     (

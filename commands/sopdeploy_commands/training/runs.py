@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from sopdeploy.bundle.folder import list_bundles
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
@@ -64,6 +63,8 @@ def runs() -> list[RunRow]:
 
     Example: sopdeploy runs
     """
+    from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
+
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
     for path, manifest, why_not_served, *_ in list_bundles(Path("bundles")):  # the newest one is served

@@ -81,7 +81,7 @@ def _fork_orphan(requests: socket.socket) -> bool:
 
     Returns whether this is the new process. *requests* gets the reply.
     """
-    between = 0
+    supervisor, between = os.getppid(), 0
     try:
         if between := os.fork():
             os.waitpid(between, 0)
@@ -96,6 +96,9 @@ def _fork_orphan(requests: socket.socket) -> bool:
         return False
     while os.getppid() == between:
         time.sleep(0.001)
+    if os.getppid() != supervisor:  # it has ended, or the system gives orphans to another process
+        requests.send(templates.REPLY.pack(0, errno.ENOSYS))
+        os._exit(1)
     requests.send(templates.REPLY.pack(os.getpid(), 0))
     requests.close()
     return True

@@ -4,10 +4,9 @@ A guard refuses foreign pages, or requests without a key, before the body is rea
 Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
-import itertools
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ from sopdeploy_service.origins import (
 )
 from sopdeploy_service.settings import Settings
 
-PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
-_NUMBERS = itertools.count()
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -194,7 +191,10 @@ class RequestContextMiddleware:
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     sent = headers.get("x-request-id", "")
-    return sent if VALID_ID.fullmatch(sent) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
+    if VALID_ID.fullmatch(sent):
+        return sent
+    # Without a system call, which would release the GIL; a fork gets other numbers.
+    return f"{random.getrandbits(128):032x}"
 
 
 class OriginGuard:

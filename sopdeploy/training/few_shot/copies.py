@@ -15,11 +15,7 @@ from sopdeploy.photos.copies import Groups, connect, find_near_duplicates
 from sopdeploy.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
-from sopdeploy.training.few_shot.features import (
-    CachedNetwork,
-    compute_features,
-    full_head,
-)
+from sopdeploy.training.few_shot.features import CachedNetwork, compute_features, full_head
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 

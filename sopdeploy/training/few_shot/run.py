@@ -28,18 +28,9 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
-from sopdeploy.photos.copies import (
-    NO_PAIRS,
-    NearDuplicates,
-    connect,
-    find_near_duplicates,
-    number_classes,
-)
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates, number_classes
 from sopdeploy.photos.files import KEPT_NAME
-from sopdeploy.photos.photo import (
-    LabeledImages,
-    PreprocessedDataset,
-)
+from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
@@ -200,10 +191,7 @@ class CrossValidation:
 
 
 def cross_validate(
-    recipe: Recipe,
-    model: Classifier,
-    images: LabeledImages,
-    on_progress: Callable[[str, int, int], None],
+    recipe: Recipe, model: Classifier, images: LabeledImages, on_progress: Callable[[str, int, int], None]
 ) -> CrossValidation:
     """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
 

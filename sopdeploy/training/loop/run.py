@@ -23,12 +23,7 @@ from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_resu
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.state import (
-    STEPS_PER_READ,
-    LoopState,
-    last_loop_record,
-    set_train_mode,
-)
+from sopdeploy.training.loop.state import STEPS_PER_READ, LoopState, last_loop_record, set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 

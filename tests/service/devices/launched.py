@@ -84,12 +84,21 @@ async def supervise() -> dict[str, object]:
     end.close()
     found["code"] = await code_of(first)
     used.close()
-    template.MODULE = "tests.service.devices.launched_nowhere"
+    found["error without a subreaper"] = await error_of(used, SET_SUBREAPER=-1)
+    found["error without a template"] = await error_of(used, MODULE="tests.service.devices.launched_nowhere")
+    return found
+
+
+async def error_of(used: template.Template, **changed: object) -> str:
+    template.LIBC.prctl(template.SET_SUBREAPER, 0)
+    vars(template).update(changed)
     try:
         await start(used)
     except OSError as error:
-        found["without a template"] = error.errno == errno.EPIPE
-    return found
+        return errno.errorcode[error.errno]
+    finally:
+        used.close()
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """How processes of a server are forked: what they have, and what the end of the template changes."""
 
 import json
+import os
 import subprocess
 import sys
+
+import pytest
+
+from sopdeploy_service.http.middleware import request_id
+from tests.support.children import kills_itself
 
 
 def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
@@ -15,6 +21,15 @@ def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
             "threads": 1, "runtimes": [],  # a fork with threads or CUDA would not be safe
         },
         "code after SIGKILL": -9, "code after SIGSTOP": -9, "templates": 3, "still runs": True, "code": 3,
-        "without a template": True,
+        "error without a subreaper": "ENOSYS", "error without a template": "EPIPE",
     }  # fmt: skip
     assert "launched_nowhere" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_requests_of_forks_have_different_ids() -> None:
+    reading, writing = os.pipe()
+    assert not kills_itself(lambda: os.write(writing, request_id({}).encode()))
+    assert len({request_id({}), os.read(reading, 100).decode()}) == 2
+    for file in (reading, writing):
+        os.close(file)
