@@ -88,7 +88,7 @@ GRAPHS: dict[str, Programs] = {}
 
 
 def capture_once(
-    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs], _on_program: object
+    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs], *_: object
 ) -> Programs:
     if type(found) is not Plain:
         return capture(found, preprocess, batch, known)

@@ -20,7 +20,7 @@ from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.lower.constant_parts import evaluate_constant_parts
+from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, MeasuringImages, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
@@ -124,7 +124,7 @@ def write_file(
 
 def lowered(network: nn.Module, preprocess: Preprocess, options: ExportOptions) -> Lowered:
     """Capture *network* for the batches of *options*, and convert it to ONNX."""
-    program = evaluate_constant_parts(capture_any_batch(network, preprocess, options.batch))
+    program = fold_constant_parts(capture_any_batch(network, preprocess, options.batch))
     return Lowered(network, program, lower(program, output_names(network)))
 
 
