@@ -123,14 +123,14 @@ def export_network(
             detachment=Detachment(
                 training_only=parts,
                 plain=checked_builder,
-                reference="plain" if plain is not None else "rebuilt",
+                role="plain" if plain is not None else "rebuilt",
                 rename=rename or str,
                 written=admitted.written,
             ),
             labels=tuple(labels),
             preprocess=preprocess,
             config=description if config is None else config,
-            sha256=_hash_tensors(copied) if sha256 is None else sha256,
+            sha256=_network_sha256(copied) if sha256 is None else sha256,
             decision=sigmoid,
             warnings=(*warnings, *admitted.warnings, *_report_removable(admitted, proposes=options.detach)),
         )
@@ -189,7 +189,7 @@ def _checked_builder(
     return build
 
 
-def _hash_tensors(network: nn.Module) -> str:
+def _network_sha256(network: nn.Module) -> str:
     """Hash the names and contents of all tensors."""
     lines = [f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
