@@ -152,7 +152,7 @@ def build_fitted(
     pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
     pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-    return cast(SecondOrderHead, deployed.to(memory_format=layout))  # type: ignore[call-overload]
+    return deployed.to(memory_format=layout)
 
 
 class _Loaded(NamedTuple):
