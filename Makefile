@@ -44,7 +44,7 @@ INSTALL_ALONE = UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CO
 EVERY_COMMAND = $(ALONE)/python ../../deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
-	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
+	tests/service/http tests/service/decoding/test_decode.py tests/sweep/test_goldens.py
 
 export OMP_WAIT_POLICY := PASSIVE
 # Every pip and uv that a target starts uses these, also to build a package.

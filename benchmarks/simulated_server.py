@@ -26,6 +26,7 @@ from serving_ours import fake_model, skip_decoding
 
 from sopdeploy_service.devices import device_server
 from sopdeploy_service.devices.processes import LaunchConfig
+from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.observability.pages import SHARED_SECONDS
 from sopdeploy_service.server import process
 
@@ -98,14 +99,13 @@ def main() -> int:
     from serving_stages import Sampler  # noqa: PLC0415 - which imports this module
 
     samplers: list[Sampler] = []
-    wait_for_launch = device_server.wait_for_launch
 
     def launch_and_sample() -> LaunchConfig:
         config = wait_for_launch()
         samplers.append(Sampler(Path(samples)))  # a fork stops the timer
         return config
 
-    device_server.wait_for_launch = launch_and_sample
+    device_server.wait_for_launch = launch_and_sample  # type: ignore[attr-defined]
     code = device_server.main()
     samplers[0].write()
     return code

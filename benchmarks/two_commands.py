@@ -59,8 +59,16 @@ COVARIANCE = """
 from model_init import get_model
 from src.representation import MPNCOV
 def build():
-    pooling = {"function": MPNCOV, "iterNum": 5, "is_sqrt": True, "is_vec": True, "input_dim": 2048}
-    return get_model("mpncovresnet50", {**pooling, "dimension_reduction": 32}, 10, 0)
+    pooling = {"function": MPNCOV, "iterNum": 5, "is_sqrt": True, "is_vec": True, "input_dim": 512}
+    return get_model("resnet18", {**pooling, "dimension_reduction": 32}, 10, 0)
+"""
+EXITING = """
+from argparse import Namespace
+import models
+def build():
+    scales = {"nScales": 3, "nChannels": 16, "growthRate": 6, "grFactor": [1, 2, 4], "bnFactor": [1, 2, 4]}
+    blocks = {"nBlocks": 3, "base": 2, "stepmode": "even", "step": 1, "bottleneck": True}
+    return models.msdnet(Namespace(**scales, **blocks, prune="max", reduction=0.5, data="cifar10"))
 """
 SIMPLE_VIT = ("image_size=32", "patch_size=8", "num_classes=10", "dim=32", "depth=2", "heads=2", "mlp_dim=64")
 EXITS = ("input_shape=(3,32,32)", "num_classes=10", "starting_filter=2")
@@ -125,6 +133,14 @@ CANDIDATES = [
     Candidate("BangguWu/ECANet", "models.eca_resnet:eca_resnet18", PARALLEL, ("num_classes=10",), 64),
     Candidate(
         "d-li14/mobilenetv2.pytorch", "models.imagenet:mobilenetv2", PARALLEL, ("width_mult=0.35",), 64
+    ),
+    Candidate("kalviny/MSDNet-PyTorch", "mine:build", PARALLEL, logits="-1", code=EXITING),
+    Candidate(
+        "ArchipLab-LinfengZhang/pytorch-self-distillation-final",
+        "resnet:resnet18",
+        STATE,
+        ("num_classes=10",),
+        logits="0.0",
     ),
 ]
 SAVE = """

@@ -17,6 +17,7 @@ from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
 HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))  # also of the hub's
+S3_SCHEMES = ("s3", "s3a")
 HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
 
 
@@ -76,14 +77,19 @@ def store_options(url: str) -> dict[str, Any]:
     if scheme in HTTP_PROXIES:
         proxy = find_proxy(url)
         return {} if proxy is None else {"proxy": proxy.url}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    is_local = scheme in ("s3", "s3a") and is_this_machine(urlsplit(endpoint).hostname or "")
+    is_local = scheme in S3_SCHEMES and is_this_machine(urlsplit(requested_url(url)).hostname or "")
     return {"config_kwargs": {"proxies": {}}} if is_local else {}
 
 
 def requested_url(url: str) -> str:
-    """Return *url*, or for a repository of the hub, hf://..., the URL of the hub."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co") if url.startswith("hf://") else url
+    """Return *url*, or for hf://... and s3://... the URL of the hub or of the object store."""
+    scheme = url.partition("://")[0]
+    if scheme == "hf":
+        return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if scheme in S3_SCHEMES:
+        variables = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
+        return next(filter(None, map(os.environ.get, variables)), "https://s3.amazonaws.com")
+    return url
 
 
 def is_this_machine(host: str) -> bool:

@@ -132,7 +132,7 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run_here}))
-    monkeypatch.setattr(demo, "_photographs", lambda out: None)  # the next test
+    monkeypatch.setattr(demo, "classify_photographs", lambda out: None)  # the next test
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert re.search(r"35\d of 359 right: the held-out digits, .* \(95 % interval 9\d to ", done.stdout)
@@ -156,10 +156,10 @@ def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> No
 def test_the_demo_fails_if_fewer_answers_are_right_than_it_expects(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    demo._expect("the photographs", Rate.of(8, 10), 0.8)
+    demo.expect("the photographs", Rate.of(8, 10), 0.8)
     assert "8 of 10 right: the photographs 80.0 % (95 % interval 49 to 94 %)" in capsys.readouterr().out
     with pytest.raises(SopdeployError, match=r"only 70\.0 % right: .* at least 80 % are expected"):
-        demo._expect("the photographs", Rate.of(7, 10), 0.8)
+        demo.expect("the photographs", Rate.of(7, 10), 0.8)
 
 
 def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> None:

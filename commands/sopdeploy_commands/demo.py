@@ -44,28 +44,28 @@ def demo(*, out: Path = Path("demo")) -> None:
     """
     with writing(out):
         shutil.copytree(PHOTOS, out / "photos", copy_function=shutil.copyfile, dirs_exist_ok=True)
-    _photographs(out)
-    _digits(out)
+    classify_photographs(out)
+    classify_digits(out)
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     optional_steps = ("sopdeploy verify", "sopdeploy predict")  # `serve` checks a bundle and classifies, too
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
 
 
-def _photographs(out: Path) -> None:
+def classify_photographs(out: Path) -> None:
     """Train on fifty photographs of clothing, and classify others, and those of other things."""
     from sopdeploy.checkpoint import read_checkpoint
 
     say("Five kinds of clothing, ten photographs each; without a GPU or the internet", style="bold")
     _run(PHOTOGRAPHS, out)
     top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
-    _expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
+    expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
     _run(EXPORT, out)
     new, others = sorted(out.glob("photos/new/*/*.jpg")), sorted(out.glob("photos/others/*.jpg"))
     with _serving(out) as client:
         found, unknown = client.classify(new), client.classify(others)
     say("New photographs, over HTTP:", style="bold")
     rate = _show_answers([photo.parent.name for photo in new], found, len(new))
-    _expect("the new photographs", rate, MIN_ACCURACY)
+    expect("the new photographs", rate, MIN_ACCURACY)
     say("Photographs of other things, which are none of the classes:", style="bold")
     rows = [
         (photo.stem, answer.classes[0].label, f"{answer.score:.2f}", "known" if answer.known else "unknown")
@@ -73,10 +73,10 @@ def _photographs(out: Path) -> None:
     ]
     print_table(("photograph", "nearest class", "score", ""), rows)
     rejected = Rate.of(sum(answer.known is False for answer in unknown), len(others))
-    _expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
+    expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
 
 
-def _digits(out: Path) -> None:
+def classify_digits(out: Path) -> None:
     """Train digits with DSoP's branches, which the export detaches, and classify the held-out ones."""
     from sopdeploy.photos.libraries import open_digits
 
@@ -88,7 +88,7 @@ def _digits(out: Path) -> None:
     with _serving(out) as client:
         answers = [client.classify(digits.read(index)) for index in range(len(digits))]
     rate = _show_answers(truths, answers, _ROWS)
-    _expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
+    expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
 
 
 def _run(words: str, out: Path) -> None:
@@ -125,7 +125,7 @@ def _show_answers(truths: Sequence[str], answers: Sequence[Classification], num_
     return Rate.of(sum(row[-1] == "correct" for row in rows), len(rows))
 
 
-def _expect(what: str, rate: Rate, least: float) -> None:
+def expect(what: str, rate: Rate, least: float) -> None:
     """Print *rate* with its interval; raises an error if it is below *least*."""
     interval = f"95 % interval {100 * rate.low:.0f} to {100 * rate.high:.0f} %"
     say(f"{rate.right} of {rate.count} right: {what} {100 * rate.share:.1f} % ({interval})")

@@ -149,7 +149,7 @@ def export_subject(
     preprocess, started = subject.preprocess, time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
-        trained, detached = _prepare_networks(subject, images, options)
+        trained, detached = _detach_subject(subject, images, options)
         captures = captures or Captures(preprocess, options.batch)
         images_BHWC = torch.from_numpy(images)
         proof, captured, probe_outputs = certify(  # statements 1 to 5
@@ -222,7 +222,7 @@ def export_subject(
     return replace(exported, page=write_page(exported, subject.labels))
 
 
-def _prepare_networks(
+def _detach_subject(
     subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions
 ) -> tuple[nn.Module, nn.Module]:
     """Return the network of *subject* with its temperature, and a copy without its training-only parts.

@@ -21,7 +21,7 @@ class Detachment:
     Attributes:
         training_only: Dotted names of the removed parts.
         plain: Builds the plain network, with any weights; `None` if there is none to compare with.
-        reference: What *plain* builds: the `plain` network, or with the builder of the trained network a
+        role: What *plain* builds: the `plain` network, or with the builder of the trained network a
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         written: The attributes that each run writes and no run reads.
@@ -29,7 +29,7 @@ class Detachment:
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
-    reference: Literal["plain", "rebuilt"] = "plain"
+    role: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
     written: tuple[str, ...] = ()
 

@@ -65,10 +65,7 @@ def create_app(
     service = Service(registry, settings)
     decoders = service.decoders
     keeper = open_keeper(
-        settings,
-        service.metrics,
-        lambda image: decoders.wait_for(decoders.copy(image)),
-        is_keeper=is_keeper,
+        settings, service.metrics, lambda image: decoders.wait_for(decoders.copy(image)), is_keeper=is_keeper
     )
     if keeper is not None:
         service.keep = keeper.offer

@@ -71,8 +71,7 @@ Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Device = Annotated[
     str,
     matching(
-        r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}",
-        "device: cpu, a number, or an id GPU-... or MIG-...",
+        r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}", "device: cpu, a number, or an id GPU-... or MIG-..."
     ),
 ]
 Formats = Annotated[
@@ -84,9 +83,7 @@ Hosts = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_hosts)
 ]
 Origins = Annotated[
-    tuple[str, ...],
-    pydantic.BeforeValidator(_split_commas),
-    pydantic.AfterValidator(_check_origins),
+    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_origins)
 ]
 Networks = Annotated[tuple[Network, ...], pydantic.BeforeValidator(_parse_networks)]
 RootPath = Annotated[

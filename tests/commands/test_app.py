@@ -220,7 +220,7 @@ def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[in
 def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(closed: tuple[int, ...]) -> None:
     program = (
         "import os\nfrom sopdeploy_commands import app\n"
-        "app._run_and_flush = lambda: os.open('x', os.O_CREAT)\napp.main()"  # the number is the exit code
+        "app.app = lambda **_: exit(os.open('x', os.O_CREAT))\napp.main()"  # the number is the exit code
     )
     done = in_process(program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed])
     assert done.returncode > 2

@@ -13,7 +13,7 @@ from sopdeploy.backbones.efficientnet import EfficientNetLiteConfig
 from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
 from sopdeploy.importers.published import fetch_imagenet_weights
-from sopdeploy.proxies import find_proxy, is_this_machine, store_options
+from sopdeploy.proxies import find_proxy, is_this_machine, requested_url, store_options
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull
 from tests.support.stub_server import reply, stub_server
@@ -218,5 +218,6 @@ def test_a_store_on_this_machine_is_requested_directly(
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     assert store_options("s3://bucket/a-0.tar") == ({"config_kwargs": {"proxies": {}}} if is_direct else {})
+    assert requested_url("s3://bucket/a-0.tar") == (endpoint or "https://s3.amazonaws.com")  # for messages
     assert store_options("http://localhost/a-0.tar") == store_options("hf://owner/name") == {}
     assert store_options(f"{FAR}/a-0.tar") == {"proxy": PROXY}

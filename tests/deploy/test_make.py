@@ -21,9 +21,9 @@ def checkout(tmp_path: Path) -> Path:
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", "--all")
     git(tmp_path, "commit", "--quiet", "--message=x")
-    for program in (".venv/bin/uv", ".venv-gpu/bin/python"):
+    for program in (".venv/bin/uv", ".venv/bin/pytest", ".venv-gpu/bin/python"):
         path = tmp_path / program
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#!/bin/sh\necho "$*" >> calls\n')
         path.chmod(0o755)
         (path.parents[1] / ".installed").touch()
@@ -38,6 +38,13 @@ def make(folder: Path, *arguments: str) -> list[str]:
     subprocess.run(command, cwd=folder, env=outer, capture_output=True, text=True, check=True)
     calls = folder / "calls"
     return calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_the_tests_that_quick_runs_exist(checkout: Path) -> None:
+    (call,) = make(checkout, "unit")
+    paths = [word for word in call.split() if word.startswith("tests/")]
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_a_distribution_has_the_files_of_the_commit_and_no_others(checkout: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -22,7 +21,6 @@ from tests.support import quick_torch
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
-BRANCHED = BatchRange(optimum=2, maximum=4)
 LABELS = tuple("abcdefghij")
 MIXTURE = {"components": 4, "chosen": 2, "blocks_per_stage": 1}
 GMGAP: dict[str, Any] = {**MIXTURE, "component_widths": (6,), "gate_widths": (), "conv5_stride": 1}

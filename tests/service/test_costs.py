@@ -279,7 +279,6 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
     },
 }
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
-READ_ALIKE = {"/v1/embed": "/v1/classify", VERSIONED: INFER}  # by the same code
 MODELS = {  # routes that read JSON, and their models
     ("service", "/v1/classify"): ClassifyRequest,
     ("service", INFER): InferBody,

@@ -19,7 +19,6 @@ from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
     atomic_write,
     link_latest,
-    move_link,
     new_folder,
     remove_leftovers,
     temporary_folder,
@@ -188,11 +187,6 @@ WRITES = {
     "two downloads": "with staging(folder) as one, staging(folder) as two: (one / 'a').touch(); kill()",
     "a link": "with temporary_folder(folder) as path: (path / 'latest').symlink_to('x'); kill()",
 }
-NEXT: list[Callable[[Path], object]] = [
-    write_file,
-    write_hollow,
-    lambda folder: move_link(folder / "live", "x"),
-]
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Precision
@@ -16,15 +17,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.lower.precision import Lowered, convert_precision
+from sopdeploy_export.lower.constant_parts import fold_constant_parts
+from sopdeploy_export.lower.operators import check_operators
+from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, MeasuringImages, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
+from sopdeploy_export.prove.images import prove_images
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.tensors import prove_tensors
@@ -90,23 +94,56 @@ def agreed(
 def measured(
     checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
 ) -> tuple[ParityReference, ParityReport]:
-    """Run the export's steps on one graph: inventory, equal outputs, ONNX, parity.
+    """Write the file of a checkpoint whose detached network has the outputs of the plain one.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
     found = detached(checkpoint)
     options = ExportOptions(precision=precision, max_batch=batch.maximum)
-    program = capture_any_batch(found.network, found.preprocess, batch)
-    certified = Lowered(found.network, program, lower(program, found.network.outputs))
-    shipping = convert_precision(certified, found.preprocess, options)
+    return write_file(found.network, found.preprocess, destination, options)
+
+
+def write_file(
+    network: nn.Module,
+    preprocess: Preprocess,
+    destination: Path,
+    options: ExportOptions,
+    *,
+    own: bool = False,
+) -> tuple[ParityReference, ParityReport]:
+    """Run the steps of an export that make its file and compare it, without the proof of the network.
+
+    The operators of a network of a user's *own*, and that it keeps images apart, are checked, too.
+    """
+    certified = lowered(network, preprocess, options)
+    if own:
+        assert prove_images(certified.model, allowed=False) == ()
+        check_operators(certified.program, generated_images(preprocess.crop)[: min(2, options.max_batch)])
+    return write_graph(certified, preprocess, destination, options)
+
+
+def lowered(network: nn.Module, preprocess: Preprocess, options: ExportOptions) -> Lowered:
+    """Capture *network* for the batches of *options*, and convert it to ONNX."""
+    program = fold_constant_parts(capture_any_batch(network, preprocess, options.batch))
+    return Lowered(network, program, lower(program, output_names(network)))
+
+
+def write_graph(
+    certified: Lowered,
+    preprocess: Preprocess,
+    destination: Path,
+    options: ExportOptions,
+    measuring: MeasuringImages = NO_IMAGES,
+) -> tuple[ParityReference, ParityReport]:
+    """Write the graph in the precision of *options*, and compare the file with the network."""
+    images = generated_images(preprocess.crop)
+    shipping = convert_precision(certified, preprocess, options, measuring)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
-    deployed = Deployed(found.network, found.preprocess).eval()
-    rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(found.images))
-    expected = compute_reference(deployed, found.images, rounded, options.precision, shipping.gate)
+    rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(images))
+    deployed = Deployed(certified.network, preprocess).eval()
+    expected = compute_reference(deployed, images, rounded, options.precision, shipping.gate)
     session, drift = open_session(destination), options.allow_drift
-    return expected, prove_file(
-        session, shipping.model, expected, found.images, options.batch, allow_drift=drift
-    )
+    return expected, prove_file(session, shipping.model, expected, images, options.batch, allow_drift=drift)
 
 
 class Detached(NamedTuple):

@@ -96,7 +96,7 @@ def read_image(path: Path, max_bytes: int) -> bytes:
         raise DataError(f"{path}: {reason}") from error
 
 
-def _print_prediction(prediction: FilePrediction) -> None:
+def print_prediction(prediction: FilePrediction) -> None:
     """Print the classes of an image and, if they are explained, the cell on which the first depends most."""
     ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
@@ -121,7 +121,7 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
         if prediction.error is not None:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
-            _print_prediction(prediction)
+            print_prediction(prediction)
     return DataError.exit_code if any(prediction.error is not None for prediction in predictions) else 0
 
 

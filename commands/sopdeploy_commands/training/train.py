@@ -137,7 +137,7 @@ class TrainOptions(Options):
         return dict(zip(names, files, strict=True))
 
 
-def _show(result: "TrainingResult") -> None:
+def print_result(result: "TrainingResult") -> None:
     """Print the results, the page about them, the time and the next command."""
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
@@ -154,7 +154,7 @@ def _show(result: "TrainingResult") -> None:
     say(f"page: {result.report}", time, f"next: sopdeploy export {quote(str(result.best))} --detach")
 
 
-@command(_show, options={"data", "recipe", "out"}, distributed=True)
+@command(print_result, options={"data", "recipe", "out"}, distributed=True)
 @expand_options
 def train(
     data: str | Path | None = None,

@@ -9,7 +9,7 @@ from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, fi
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Programs
+from sopdeploy_export.capture.program import DEPENDS_ON_VALUES, Programs
 from sopdeploy_export.program_hashes import SAME_VALUES, operator_name
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
@@ -25,6 +25,8 @@ _IMAGES = 4  # probes that are computed eagerly
 SUM_TOLERANCE = 1e-3  # of probabilities
 # What torch says of `cond`, `while_loop`, `scan` and `map`.
 CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
+# What torch says of `item` and `if` on several values, as at an exit of a single image.
+READS_ONE_VALUE = re.compile(r"converted to Scalar|more than one value is ambiguous")
 # Operators whose result has values of their first operand.
 SUBSET_OF_VALUES = {
     *SAME_VALUES, "aten._to_copy", "aten.permute", "aten.transpose", "aten.expand", "aten.slice",
@@ -108,7 +110,10 @@ def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int |
                 f"the {role} network uses torch.{operation[1]}; a graph has no control flow: compute all "
                 "branches, and choose with torch.where"
             ) from error
-        raise LoweringError(f"the {role} network fails for {size} images: {first_line(error)}") from error
+        problem = f"the {role} network fails for {size} images: {first_line(error)}"
+        if READS_ONE_VALUE.search(problem):
+            problem += f"; {DEPENDS_ON_VALUES}"
+        raise LoweringError(problem) from error
     shape = tuple(logits.shape)
     if type(logits) is not Tensor or shape != (size, shape[-1] if classes is None and shape else classes):
         raise LoweringError(

@@ -130,7 +130,7 @@ def certify(
         shipped = [*compared.values()][-1]
         removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
         if detachment.plain is not None:  # it comes first, because the others are compared with the first
-            compared = {detachment.reference: load_plain_network(detachment, shipped), **compared}
+            compared = {detachment.role: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()
         programs = capture_networks(networks, captures, _details("Graphs", on_step))

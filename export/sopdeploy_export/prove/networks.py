@@ -114,4 +114,4 @@ def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
                     "so its values must follow from the config"
                 )
     plain.eval()
-    return Compared.of(detachment.reference, plain)
+    return Compared.of(detachment.role, plain)

@@ -109,7 +109,11 @@ def export_network(
         checked_builder = None
         if (builder := plain or rebuild) is not None:
             removed = () if plain is not None else parts  # *rebuild* builds the training-only parts, too
-            check = admitted.check_constants if not allow_constants else lambda _: None
+
+            def check(built: nn.Module) -> None:
+                if not allow_constants:
+                    admitted.check_constants(lambda: built)
+
             checked_builder = _checked_builder(builder, given, logits_key, preprocess, removed, check)
         elif not allow_constants:
             admitted.check_constants()
@@ -123,14 +127,14 @@ def export_network(
             detachment=Detachment(
                 training_only=parts,
                 plain=checked_builder,
-                reference="plain" if plain is not None else "rebuilt",
+                role="plain" if plain is not None else "rebuilt",
                 rename=rename or str,
                 written=admitted.written,
             ),
             labels=tuple(labels),
             preprocess=preprocess,
             config=description if config is None else config,
-            sha256=_hash_tensors(copied) if sha256 is None else sha256,
+            sha256=_network_sha256(copied) if sha256 is None else sha256,
             decision=sigmoid,
             warnings=(*warnings, *admitted.warnings, *_report_removable(admitted, proposes=options.detach)),
         )
@@ -189,7 +193,7 @@ def _checked_builder(
     return build
 
 
-def _hash_tensors(network: nn.Module) -> str:
+def _network_sha256(network: nn.Module) -> str:
     """Hash the names and contents of all tensors."""
     lines = [f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

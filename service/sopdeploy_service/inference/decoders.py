@@ -32,13 +32,7 @@ from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import child, pool
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
-from sopdeploy_service.decoding.pool import (
-    ChildEnded,
-    DecoderProcess,
-    Reply,
-    Request,
-    shared_template,
-)
+from sopdeploy_service.decoding.pool import ChildEnded, DecoderProcess, Reply, Request, shared_template
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics

@@ -30,7 +30,7 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles import bench as timing
 from sopdeploy_commands.bundles import scores as evaluate
 from sopdeploy_commands.bundles.bench import parse_batch_sizes
-from sopdeploy_commands.bundles.predict import FilePrediction, _print_prediction, predict
+from sopdeploy_commands.bundles.predict import FilePrediction, predict, print_prediction
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_service.inference.loader import load_model
@@ -341,7 +341,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
 def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)
     score = None if known is None else 0.2367
-    _print_prediction(FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score))
+    print_prediction(FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score))
     assert capsys.readouterr().out == f"a.jpg: {end}\n"
 
 

@@ -251,6 +251,13 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {},
         r"uses torch\.cond; a graph has no control flow: .* torch\.where",
     ),
+    "an exit for a single image": (
+        lambda: n.variant(
+            lambda self, x: self.fc(self.features(x) * (2 if self.features(x).amax(1) > 1 else 1))
+        ),
+        {},
+        r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*: use torch\.where",
+    ),
     "weights of inference mode": (
         n.in_inference_mode,
         {},

@@ -1,6 +1,7 @@
 """The procedure `fine_tune`: what learns, which network is kept, resumed runs, and exports."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
+from sopdeploy.photos.copies import Grouped, group_photographs
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.report.wrong_labels import find_wrong_labels
@@ -30,6 +32,7 @@ from sopdeploy.training.recipe_files import recipe_text
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.training.train import train
+from tests.export.once import proving_once
 from tests.sopdeploy.training.runs import (
     COLORS,
     RecordingCallback,
@@ -58,6 +61,22 @@ BRANCHES = ["model.name=dsop-resnet8", "model.config={base_width=4, aux_widths=[
 KEPT = [*FINE_TUNE, *PLAIN, "optimizer.lr=0.02", "epochs=5"]  # random features are weak, so learning helps
 UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
 HARMED = [*FINE_TUNE, *PLAIN, "optimizer.lr=3.0", "epochs=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _copies_are_searched_once() -> Iterator[None]:
+    """Search the held-out digits for near-duplicates once, which takes half of the time of a run."""
+    found: dict[bytes, Grouped] = {}
+
+    def group(images: LabeledImages) -> Grouped:
+        key = b"".join(images.read(index) for index in range(len(images)))
+        if key not in found:
+            found[key] = group_photographs(images)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sopdeploy.training.fine_tune.group_photographs", group)
+        yield
 
 
 def recipe(*settings: str) -> Recipe:
@@ -175,24 +194,25 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
-@pytest.mark.parametrize("event", [("step", 0, 3), ("epoch", 0, 0)], ids=str)
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str], event: Any) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str]) -> None:
     settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
     with few_digits(7):
         whole = train_with_page(settings, tmp_path / "whole")
-        interrupt(settings, tmp_path / "parts", *event)
-        best = read_checkpoint(tmp_path / "parts" / "best.pt")
-        assert (best.model, best.training["procedure"]["kind"]) == ("head:resnet8", "few_shot")
-        parts = train_with_page(settings, tmp_path / "parts", resume=True)
-        again = train_with_page(settings, tmp_path / "parts", resume=True)  # of the finished run
-    for path in ("last.pt", "best.pt"):
-        first, second = (read_checkpoint(tmp_path / run / path) for run in ("whole", "parts"))
-        assert same_bits(first.weights, second.weights)
-        assert first.decision == second.decision
-        arrays = [(checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)]
-        assert same_bits(*arrays)
-    assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
-    assert parts.num_epochs == whole.num_epochs == again.num_epochs
+        for event in (("step", 0, 3), ("epoch", 0, 0)):
+            folder = tmp_path / event[0]
+            interrupt(settings, folder, *event)
+            best = read_checkpoint(folder / "best.pt")
+            assert (best.model, best.training["procedure"]["kind"]) == ("head:resnet8", "few_shot")
+            parts = train_with_page(settings, folder, resume=True)
+            again = train_with_page(settings, folder, resume=True)  # of the finished run
+            for path in ("last.pt", "best.pt"):
+                first, second = (read_checkpoint(run / path) for run in (tmp_path / "whole", folder))
+                assert same_bits(first.weights, second.weights)
+                assert first.decision == second.decision
+                arrays = [(checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)]
+                assert same_bits(*arrays)
+            assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
+            assert parts.num_epochs == whole.num_epochs == again.num_epochs
 
 
 @pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
@@ -218,7 +238,8 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
         result = train_with_page(recipe(*FINE_TUNE, *BRANCHES, "epochs=1"), tmp_path / "run")
     assert result.model == "head:dsop-resnet8"
     assert "train_layer1_0" in (tmp_path / "run" / "history.csv").read_text()
-    exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
+    with proving_once():
+        exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
     assert (exported.certificate.proof, exported.certificate.detached) == ("three-way", ("branches",))
 
 

@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.results import LoopResult
 from sopdeploy_commands.app import app
-from sopdeploy_commands.training.train import _show as show
+from sopdeploy_commands.training.train import print_result
 from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
 
@@ -205,7 +205,7 @@ def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_an
     calibration = Calibration(
         temperature=2.0, loss_before=0.5, loss_after=0.4, num_images=9, estimated_on="held-out"
     )
-    show(
+    print_result(
         SimpleNamespace(
             networks=(),
             mistakes=(),

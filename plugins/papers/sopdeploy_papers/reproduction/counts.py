@@ -1,8 +1,11 @@
 """The counts that papers print for the networks of a table, beside those of the package."""
 
-from typing import NamedTuple
+import json
+from functools import cache
+from typing import Any, NamedTuple
 
 from sopdeploy.models.describe import Description, Published, describe
+from sopdeploy.models.registry import CatalogModel
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy_papers.reproduction.tables import DATA_SETS, Column, PrintedRow, PrintedTable
 
@@ -41,6 +44,17 @@ class RowFigure(NamedTuple):
         return self._replace(mark="" if is_rounded or is_cut_off else "✗")
 
 
+def describe_network(model: CatalogModel, *, side: int, num_classes: int) -> Description:
+    """Describe *model* for images of *side* pixels; several figures of several rows need the same counts."""
+    return _describe_once(model.name, side, num_classes, json.dumps(model.config, sort_keys=True))
+
+
+@cache
+def _describe_once(name: str, side: int, num_classes: int, config: str) -> Description:
+    options: dict[str, Any] = json.loads(config)
+    return describe(name, image_size=side, num_classes=num_classes, **options)
+
+
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     figures = _count_network(printed, recipe, table)
@@ -61,7 +75,7 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
     figure that the paper prints for this network elsewhere, and our count by the convention of the paper.
     """
     model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
-    described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
+    described = describe_network(model, side=side, num_classes=num_classes)
     counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
         "train_params": described.training.parameters / 1e6,

@@ -8,10 +8,10 @@ from pathlib import Path
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.importers.published import published_network
-from sopdeploy.models.describe import Counts, describe
+from sopdeploy.models.describe import Counts
 from sopdeploy.models.registry import CatalogModel, make_config
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
-from sopdeploy_papers.reproduction.counts import RowFigure, count_figures
+from sopdeploy_papers.reproduction.counts import RowFigure, count_figures, describe_network
 from sopdeploy_papers.reproduction.results import SeedResult, mean_error
 from sopdeploy_papers.reproduction.tables import (
     DATA_SETS,
@@ -231,7 +231,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
             other = read_recipe(row.source, (*row.overrides, *changes)).model
             if other != paper_recipe.model:
                 classes, side = DATA_SETS[table.data].classes, paper_recipe.preprocess.crop
-                described = describe(other.name, image_size=side, num_classes=classes, **other.config)
+                described = describe_network(other, side=side, num_classes=classes)
                 row.forms[form.name, changes] = described.training
     if table.measures == "counts":
         row.reason = "counted, not trained"
@@ -281,7 +281,6 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
     side = recipe.training_crop
     macs = sum(
-        describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
-        for network in networks
+        describe_network(network, side=side, num_classes=data.classes).training.macs for network in networks
     )
     return macs * _OPERATIONS_PER_MAC * num_images / GPU_OPERATIONS_PER_SECOND / 3600

@@ -85,13 +85,7 @@ def reasons_to_keep(
     return tuple(reason for reason, applies in reasons.items() if applies)
 
 
-def open_keeper(
-    settings: Settings,
-    metrics: Metrics,
-    copy: CopyImage,
-    *,
-    is_keeper: bool,
-) -> "Keeper | None":
+def open_keeper(settings: Settings, metrics: Metrics, copy: CopyImage, *, is_keeper: bool) -> "Keeper | None":
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
     One process keeps the photographs of all, as far as they are connected (`Keeper.connect`); *is_keeper*

@@ -1,5 +1,6 @@
 """Running a table: interruption, resumption, the page, and every table with small networks."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -54,6 +55,12 @@ TINY = PrintedTable(
     ),
 )
 TRAINED = [name for name in TABLES if TABLES[name].measures == "errors"]
+
+
+@functools.cache
+def planned(name: str) -> tuple[ReproducedRow, ...]:
+    """Plan a table at the scale of its paper: the networks of its rows are built on `meta` once."""
+    return plan(TABLES[name], ReproduceOptions()).rows
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +236,7 @@ def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["slides-birds", "slides-aircraft", "slides-cars"])
 def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
-    for row in plan(TABLES[name], ReproduceOptions()).rows:
+    for row in planned(name):
         assert row.recipe is not None or row.reason.startswith("cited: "), row.reason
     without = TABLES[name].rows[0].model_copy(update={"set": ("model.name=dsop-resnet8",)})
     (row,) = plan(TABLES[name].model_copy(update={"rows": (without,)}), ReproduceOptions()).rows
@@ -238,7 +245,7 @@ def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
 
 def test_a_table_of_accuracies_prints_accuracies() -> None:
     table = TABLES["slides-birds"]
-    row = next(row for row in plan(table, ReproduceOptions()).rows if row.printed.id == "netvlad-vgg16")
+    row = next(row for row in planned("slides-birds") if row.printed.id == "netvlad-vgg16")
     shown = error_table(table, [row])
     assert (shown.caption, shown.rows[0][1]) == ("Printed and measured accuracies in percent", "81.90")
     listed = CliRunner().invoke(app, ["reproduce", "list"]).stdout
@@ -248,7 +255,7 @@ def test_a_table_of_accuracies_prints_accuracies() -> None:
 @pytest.mark.parametrize("name", ["gmsop-2", "slides-birds", "dsop-3"])
 def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_so(name, tmp_path) -> None:
     small = plan(TABLES[name], ReproduceOptions(scale="small", data=tmp_path, set=("epochs=30",)))
-    for row, paper in zip(small.rows, plan(TABLES[name], ReproduceOptions()).rows, strict=True):
+    for row, paper in zip(small.rows, planned(name), strict=True):
         if row.recipe is None or paper.recipe is None:
             continue
         assert (row.recipe.model.name, row.recipe.model.config) == (
