@@ -32,11 +32,11 @@ from sopdeploy_export.lower.precision import (
 )
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from tests.export.conftest import GMSOP, export_once, trained
+from tests.export.conftest import GMSOP, export_once
 from tests.export.lower.test_int8 import painted
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.support.gpu_graphs import accepted
-from tests.sweep.steps import lowered, write_graph
+from tests.sweep.steps import write_graph
 
 Make = Callable[..., Classifier]
 
@@ -328,18 +328,11 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
         check.check_drop(PrecisionReport(precision="fp16", parts={}, accuracy=measured))
 
 
-@pytest.fixture(scope="module")
-def mixture(preprocess: Preprocess) -> Lowered:
-    """A mixture whose gate chooses other components for other images, captured for any batch."""
-    network = trained("gmsop-16-8-resnet18", **GMSOP)
-    nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
-    return lowered(network, preprocess, ExportOptions(max_batch=4))
-
-
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
-    tmp_path: Path, precision: Precision, preprocess: Preprocess, mixture: Lowered
+    tmp_path: Path, precision: Precision, preprocess: Preprocess
 ) -> None:
+    mixture = graph_of("gmsop-16-8-resnet18", preprocess, **GMSOP)
     options, measuring = ExportOptions(precision="fp16", max_batch=4), NO_IMAGES
     if precision == "int8":
         (tmp_path / "images").mkdir()
