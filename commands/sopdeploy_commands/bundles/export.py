@@ -253,7 +253,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     with naming_oddity(network, ()):
         admitted = admit(network, preprocess, logits_key=options.logits_key)
         if not options.allow_constants:
-            admitted.check_constants(build())
+            admitted.check_constants(build)
     unused, labels = admitted.removable, loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
         labels = None  # those of another network

@@ -121,11 +121,13 @@ def prove_copy(
     return programs
 
 
-def check_constants(programs: Programs, networks: Sequence[nn.Module], built: nn.Module | None) -> None:
+def check_constants(
+    programs: Programs, networks: Sequence[nn.Module], builder: Callable[[], nn.Module] | None
+) -> None:
     """Raise `LoweringError` if a graph contains a large tensor that none of *networks* has registered.
 
-    *programs* are theirs: the network of the user and its copy. What a builder has *built* for the comparison
-    may have the same tensor, in memory of its own, and code may make one in each capture: then equal graphs
+    *programs* are theirs: the network of the user and its copy. What *builder* builds for the comparison may
+    have the same tensor, in memory of its own, and code may make one in each capture: then equal graphs
     decide. They prove nothing about what all networks hold, such as a global variable, nor about a layer or a
     parameter in a list, which may have been trained and is in no weight file.
     """
@@ -137,13 +139,13 @@ def check_constants(programs: Programs, networks: Sequence[nn.Module], built: nn
     held = [leaf.value for leaf in leaves if isinstance(leaf, ObjectId)]
     learned = [value for value in held if isinstance(value, nn.Parameter)]
     layers = [tensors(value).values() for value in held if isinstance(value, nn.Module)]
-    of_built = [] if built is None else [*held_tensors(built).values()]
+    of_built = [] if builder is None else [*held_tensors(builder()).values()]
     refused = _addresses(chain(of_built, learned, *layers))
     for constants, in_other_capture in ((any_batch, one), (one, any_batch)):
         for constant in constants:
             (address,) = _addresses([constant])
             is_built = address not in refused and any(are_equal(constant, tensor) for tensor in of_built)
-            is_made = built is not None and address not in _addresses(in_other_capture)
+            is_made = builder is not None and address not in _addresses(in_other_capture)
             if address not in registered and not is_built and not is_made:
                 paths = (path for path, tensor in held_tensors(networks[0]).items() if tensor.equal(constant))
                 name = next(paths, f"a tensor of shape {tuple(constant.shape)}")

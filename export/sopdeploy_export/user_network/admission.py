@@ -60,9 +60,9 @@ class Admitted:
     removable: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def check_constants(self, built: nn.Module | None = None) -> None:
-        """Raise `LoweringError` as `prove.copy.check_constants` does; a builder has *built* a network."""
-        check_constants(self.captures.of(self.network), (self.given, self.network), built)
+    def check_constants(self, builder: Callable[[], nn.Module] | None = None) -> None:
+        """Raise `LoweringError` as `prove.copy.check_constants` does; *builder* is called if it is needed."""
+        check_constants(self.captures.of(self.network), (self.given, self.network), builder)
 
 
 def admit(

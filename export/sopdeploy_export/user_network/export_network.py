@@ -109,7 +109,11 @@ def export_network(
         checked_builder = None
         if (builder := plain or rebuild) is not None:
             removed = () if plain is not None else parts  # *rebuild* builds the training-only parts, too
-            check = admitted.check_constants if not allow_constants else lambda _: None
+
+            def check(built: nn.Module) -> None:
+                if not allow_constants:
+                    admitted.check_constants(lambda: built)
+
             checked_builder = _checked_builder(builder, given, logits_key, preprocess, removed, check)
         elif not allow_constants:
             admitted.check_constants()

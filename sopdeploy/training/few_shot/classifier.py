@@ -322,15 +322,15 @@ def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, target
     margins_K = np.zeros(len(is_learned_K))
     if is_learned_K.all() or not is_learned_K.any():
         return margins_K
-    among_learned_VNK = np.where(is_learned_K, scores_VNK, -np.inf)
-    is_right_VN = among_learned_VNK.argmax(axis=2) == targets.strata
-    surplus_VNK = scores_VNK - among_learned_VNK.max(axis=2, keepdims=True)
+    of_learned_VNL = scores_VNK[..., is_learned_K]
+    is_right_VN = np.flatnonzero(is_learned_K)[of_learned_VNL.argmax(axis=2)] == targets.strata
+    surplus_VNF = scores_VNK[..., ~is_learned_K] - of_learned_VNL.max(axis=2, keepdims=True)
     has_class_VNK = np.stack([one.has_class() for one in validations])
-    for label in np.flatnonzero(~is_learned_K):
+    for position, label in enumerate(np.flatnonzero(~is_learned_K)):
         is_judged_VN = is_right_VN & has_class_VNK[..., label]
         count = int(is_judged_VN.any(axis=0).sum())
         if count > 1:
-            surplus_P = surplus_VNK[..., label][is_judged_VN]
+            surplus_P = surplus_VNF[..., position][is_judged_VN]
             deviations = stdtrit(count - 1, 1 - TAKEN) * np.sqrt(1 + 1 / count)
             margins_K[label] = max(0.0, surplus_P.mean() + deviations * surplus_P.std())
     return margins_K

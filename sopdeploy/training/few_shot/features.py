@@ -136,9 +136,12 @@ class _Projection:
 
 @torch.no_grad()
 def build_fitted(
-    network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead
+    network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead, recipe: Recipe
 ) -> SecondOrderHead:
-    """Copy *network*, which computed the features, with a *head* of the weights *fitted* to *problem*."""
+    """Copy *network*, which computed the features, with a *head* of the weights *fitted* to *problem*.
+
+    The copy is on its device, in its mode, and notes the same layout of images.
+    """
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
@@ -148,7 +151,8 @@ def build_fitted(
         pooled.means.copy_(torch.from_numpy(problem.class_means()))
     pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
     pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
-    return deployed
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    return deployed.to(memory_format=layout)
 
 
 class _Loaded(NamedTuple):

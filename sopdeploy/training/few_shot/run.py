@@ -55,7 +55,7 @@ from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record, read_few_shot_fit
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import FewShotResult
-from sopdeploy.training.setup import LOOP_INSTEAD, move_to_device, warn_of_equal_files
+from sopdeploy.training.setup import LOOP_INSTEAD, warn_of_equal_files
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
 # of the lowest cosines, which other folds change.
@@ -112,8 +112,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             if not len(setup.file_hashes):  # otherwise, `set_up_run` has read the files and warned
                 warn_of_equal_files(images, setup.data.held_out, found.features.file_hashes, callback)
             problem, head = found.problem, found.features.head
-            fitted = build_fitted(found.network, head, problem, problem.fit_all(found.scaling))
-            network = move_to_device(recipe, fitted, setup.strategy)
+            network = build_fitted(found.network, head, problem, problem.fit_all(found.scaling), recipe)
             score, metrics = _evaluate(setup, network, found)
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
