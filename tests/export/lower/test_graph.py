@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -20,7 +21,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import capture, capture_any_batch
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
-from sopdeploy_export.lower import operators
+from sopdeploy_export.lower import operators, to_onnx
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.lower.operators import check_operators
@@ -106,6 +107,13 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     assert torch.equal(torch.cat(halves), x)
     assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
     assert torch.equal(second, x[:, 1:])
+
+
+def test_the_converters_are_collected_without_parsing_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+    monkeypatch.setattr(TracedOnnxFunction, "function_ir", property(parsed.append))
+    assert to_onnx._converters.__wrapped__().is_registered(torch.ops.aten.add.Tensor)
+    assert not parsed
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
@@ -365,7 +373,7 @@ def test_an_export_compares_the_operators(tmp_path: Path) -> None:
 
 
 STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}
-VIT = Small("head:timm:test_vit", 160, STATISTICS)
+VIT = Small("head:timm:test_vit", 48, {**STATISTICS, "image_size": 48})
 
 
 def test_a_transformer_with_a_head_agrees_and_gpu_runtimes_accept_it(tmp_path: Path) -> None:
