@@ -62,11 +62,14 @@ class HeadOptions(StrictModel):
         group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         head: What the classifier reads: the network's own vector, and the roots of the covariances of its
             last two feature maps; or the vector alone.
+        margins: Whether a class of fewer than five images beside classes that have five must exceed these by
+            a margin, so that it takes few of their images, and is found less often; `train --from` sets it.
     """
 
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
     group_copies: bool = True
     head: Literal["gap+isqrt", "gap"] = "gap+isqrt"
+    margins: bool = False
 
 
 class FewShotConfig(HeadOptions):

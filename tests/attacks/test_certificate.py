@@ -490,7 +490,6 @@ def test_another_form_than_the_dense_one_is_refused(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = trained(NAME, **GMSOP)
-    torch.nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
     monkeypatch.setattr(Components, "gathered_sum", form)
     checkpoint = save(network, NAME, tmp_path / "ckpt.pt", PREPROCESS)
     with pytest.raises(ParityError, match=r"the exported file (drifts|changes)"):

@@ -37,7 +37,8 @@ def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
 
 
 def test_a_flag_that_may_be_repeated_may_be_in_every_command() -> None:
-    waiting, repeated = list(COMMANDS.commands.values()), defaultdict(set)
+    waiting = list(COMMANDS.commands.values())
+    repeated: defaultdict[str, set[bool]] = defaultdict(set)
     while waiting:
         command = waiting.pop()
         waiting += getattr(command, "commands", {}).values()

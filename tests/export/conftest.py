@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.gmsop import GatedResNet
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
@@ -73,6 +74,8 @@ def trained(name: str = "dsop-resnet8", **config: object) -> Classifier:
             nn.init.normal_(part.bias, std=0.2)
             nn.init.normal_(part.running_mean, std=0.2)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
+    if isinstance(network, GatedResNet):  # its gate begins with zeros, which choose the same components
+        nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
     return network.eval()
 
 
@@ -116,7 +119,5 @@ def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    network = trained("gmgap-16-8-resnet18", **GMGAP)
-    torch.nn.init.normal_(network.gate.weight, std=0.1)
-    folder = tmp_path_factory.mktemp("gated")
+    network, folder = trained("gmgap-16-8-resnet18", **GMGAP), tmp_path_factory.mktemp("gated")
     return export_once(network, "gmgap-16-8-resnet18", folder, labels=HOSTILE, max_batch=1)

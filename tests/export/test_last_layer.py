@@ -83,7 +83,7 @@ def export_user_network(network, folder, **arguments):
 
 def test_the_service_and_both_clients_return_embeddings(tmp_path):
     name = "resnet8"
-    exported = export_once(trained(name, pooling="isqrt"), name, tmp_path, max_batch=2, with_features=True)
+    exported = export_once(trained(name, pooling="isqrt"), name, tmp_path, max_batch=1, with_features=True)
     loaded, body = load_model(exported.path, SETTINGS), picture_bytes()
     with running(loaded.runtime, loaded.bundle, SETTINGS, names=["mine"]) as client:
         numbers = client.post("/v1/embed", content=body).json()

@@ -377,7 +377,7 @@ def configure(
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
-    from sopdeploy.training.recipe import change_recipe, flatten
+    from sopdeploy.training.recipe import HeadOptions, change_recipe, flatten
     from sopdeploy.training.setup import Given
 
     if recipe is None and data is None:
@@ -396,6 +396,10 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
+    protects = previous is not None and "procedure.margins" not in keys  # the classes of the previous run
+    if protects and isinstance(changed.procedure, HeadOptions):
+        procedure = changed.procedure.model_copy(update={"margins": True})
+        changed = changed.model_copy(update={"procedure": procedure})
     start_weights = None if changed.start is None else changed.start.weights
     names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
     weights: WeightSource | None = start_file

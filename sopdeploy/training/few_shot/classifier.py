@@ -253,11 +253,14 @@ class Scaling(NamedTuple):
     margins: Array | float = 0.0
 
     @classmethod
-    def fit(cls, validations: Sequence[OutOfFold], targets: Targets) -> "Scaling":
+    def fit(
+        cls, validations: Sequence[OutOfFold], targets: Targets, *, has_margins: bool = False
+    ) -> "Scaling":
         """Fit the logits of V cross-validations; with "softmax", all classes have equal weights in the loss.
 
         Images whose class is absent from their head tell nothing. The targets are smoothed by 1 / (N + 2),
-        the rule of succession: without errors, the temperature would otherwise be 0.
+        the rule of succession: without errors, the temperature would otherwise be 0. The margins are 0 unless
+        *has_margins*.
         """
         classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
@@ -269,7 +272,8 @@ class Scaling(NamedTuple):
             present_VNK = np.stack([one.has_class() for one in validations])
             of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
             weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)
-            margins = estimate_margins(validations, scores_VNK, targets)
+            if has_margins:
+                margins = estimate_margins(validations, scores_VNK, targets)
         else:
             smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
         unit = float(scores_VNK.std()) or 1.0

@@ -228,7 +228,7 @@ def cross_validate(
     weights_N = weights_in_means(images)
     problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N, groups_N)
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
-    scaling = Scaling.fit(validations, targets)
+    scaling = Scaling.fit(validations, targets, has_margins=config.margins)
     logits_NK = problem.logits(validations[0], scaling)
     shifted_NK, left_out_N = logits_NK, None
     if targets.activation == "softmax":

@@ -35,6 +35,7 @@ from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint, rebuild_program
 from sopdeploy_service.runtime.tensorrt_cache import Profile
 from tests.export.conftest import LABELS, PREPROCESS, export_once, save, trained
+from tests.export.once import proving_once
 from tests.export.user_network.networks import Small, export_small
 from tests.support.forged import write_hollow
 from tests.support.rooms import PYTHONPATH
@@ -123,7 +124,8 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
     )
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     options = ExportOptions(detach=True, max_batch=4, with_features=True)
-    exported = export_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out", options=options)
+    with proving_once():  # the program is captured again below
+        exported = export_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out", options=options)
     program, probes = (
         rebuild_program(tmp_path / "ckpt.pt", exported.manifest),
         read_probes(open_bundle(exported.path)),

@@ -373,7 +373,7 @@ def test_an_export_compares_the_operators(tmp_path: Path) -> None:
 
 
 STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}
-VIT = Small("head:timm:test_vit", 160, STATISTICS)
+VIT = Small("head:timm:test_vit", 48, {**STATISTICS, "image_size": 48})
 
 
 def test_a_transformer_with_a_head_agrees_and_gpu_runtimes_accept_it(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
@@ -20,15 +21,22 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import NETWORK_PREFIX, capture_any_batch
 from sopdeploy_export.lower import float16, precision
-from sopdeploy_export.lower.accuracy import AccuracyCheck
+from sopdeploy_export.lower.accuracy import AccuracyCheck, calibration_images
 from sopdeploy_export.lower.float16 import in_float16
-from sopdeploy_export.lower.precision import Accuracy, Lowered, PrecisionReport
+from sopdeploy_export.lower.precision import (
+    NO_IMAGES,
+    Accuracy,
+    Lowered,
+    MeasuringImages,
+    PrecisionReport,
+)
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from tests.export.conftest import GMSOP, export_once, trained
+from tests.export.conftest import GMSOP, export_once
 from tests.export.lower.test_int8 import painted
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.support.gpu_graphs import accepted
+from tests.sweep.steps import write_graph
 
 Make = Callable[..., Classifier]
 
@@ -322,20 +330,19 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
-    tmp_path: Path, precision: str, preprocess: Preprocess
+    tmp_path: Path, precision: Precision, preprocess: Preprocess
 ) -> None:
-    name = "gmsop-16-8-resnet18"
-    options: dict[str, Any] = {"precision": precision, "max_batch": 4}
+    mixture = graph_of("gmsop-16-8-resnet18", preprocess, **GMSOP)
+    options, measuring = ExportOptions(precision="fp16", max_batch=4), NO_IMAGES
     if precision == "int8":
-        folder = tmp_path / "images"
-        folder.mkdir()
-        options |= {"calibrate": painted(folder, 32), "int8_for": "tensorrt", "max_drop": 100.0}
-    network = trained(name, **GMSOP)
-    nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
-    found = export_once(network, name, tmp_path, **options)
-    assert found.parity.passed
-    assert found.parity.operators["TopK"] == 1
-    accepted(onnx.load(found.path / "model.onnx"), precision)
+        (tmp_path / "images").mkdir()
+        calibrate = painted(tmp_path / "images", 32)
+        measuring = MeasuringImages(calibration_images(calibrate, preprocess), ())
+        options = ExportOptions(precision="int8", calibrate=calibrate, int8_for="tensorrt", max_batch=4)
+    _, parity = write_graph(mixture, preprocess, tmp_path / "model.onnx", options, measuring)
+    assert parity.passed
+    assert parity.operators["TopK"] == 1
+    accepted(onnx.load(tmp_path / "model.onnx"), precision)
 
 
 @pytest.mark.parametrize(("scale", "refused"), [(2, False), (1e4, True), (1e6, True)])

@@ -204,7 +204,8 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
             targets = softmax_targets(classes[chosen], count)
             problem = problem_of([features[chosen]], targets)
             folds = targets.folds(list(map(str, chosen)), 10, 0)
-            problems.append((problem, Scaling.fit([problem.cross_validate(folds)], targets)))
+            scaling = Scaling.fit([problem.cross_validate(folds)], targets, has_margins=True)
+            problems.append((problem, scaling))
         (before, fitted), (after, scaling) = problems
         heads = [before.fit_all(fitted), after.fit_all(scaling), after.fit_all(scaling._replace(margins=0.0))]
         answers = [head.logits(features).argmax(axis=1) for head in heads]
@@ -266,7 +267,7 @@ def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
     targets = softmax_targets(classes[kept])
     problem = problem_of([features[kept]], targets)
     validation = problem.cross_validate(targets.folds(list(map(str, kept)), 10, 0))
-    scaling = Scaling.fit([validation], targets)
+    scaling = Scaling.fit([validation], targets, has_margins=True)
     right = problem.logits(validation, scaling).argmax(axis=1) == classes[kept]
     labels = ("bar", "gym", "hall", "hotel")
     few, *others = estimate_gains(problem, scaling, np.arange(len(kept)), right, labels)
@@ -918,6 +919,27 @@ def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
     result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     assert result.procedure.contradictions == ()
     assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
+
+
+def test_only_a_run_that_starts_from_another_protects_its_classes(tmp_path: Path):
+    photos, plain = paint(tmp_path / "photos", 6), [*PLAIN, "procedure.group_copies=false"]
+    shutil.copytree(photos / "red", photos / "new")
+    for file in sorted((photos / "new").iterdir())[2:]:
+        file.unlink()
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipes = []
+    for out, changes in (
+        (first, {"set": plain}),
+        (second, {"from_": str(first)}),
+        (tmp_path / "third", {"from_": str(second), "set": ["procedure.margins=false"]}),
+    ):
+        best = read_checkpoint(train(photos, out=out, **changes).best)
+        recipes.append(best.training["recipe"]["procedure"].get("margins"))
+        biases = best.weights[next(name for name in best.weights if name.endswith("fc.bias"))]
+        recipes.append(biases[best.labels.index("new")] - biases[best.labels.index("red")])
+    (without, bias), (margins, lower), (again, same) = zip(recipes[::2], recipes[1::2], strict=True)
+    assert (without, margins, again) == (False, True, False)
+    assert lower < bias == same
 
 
 def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path):
