@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,10 @@ def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path)
     lines = ("#!/bin/sh", "trap 'echo reloaded; exit' HUP", "sleep 0.1", "echo ready", loop)
     script.write_text("\n".join(lines))
     script.chmod(0o755)
-    with subprocess.Popen([script], stdout=subprocess.PIPE, text=True) as server:
+    heed = partial(
+        signal.signal, signal.SIGHUP, signal.SIG_DFL
+    )  # a shell cannot trap what it was told to ignore
+    with subprocess.Popen([script], stdout=subprocess.PIPE, text=True, preexec_fn=heed) as server:
         assert server.stdout
         assert server.stdout.readline() == "ready\n"
         subprocess.run(["/bin/sh", "-c", command.replace("sopdeploy", script.name)], check=False)

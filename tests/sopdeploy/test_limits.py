@@ -455,7 +455,7 @@ UNLIMITED = {
     "training/recipe_files.py", "few_shot/cache.py", "lower/known_operators.py", "api/web.py",
     "label/app.py",
     # Files of the kernel.
-    "sopdeploy/environment.py", "decoding/child.py", "decoding/pool.py", "devices/processes.py",
+    "sopdeploy/environment.py", "decoding/child.py", "sopdeploy_service/templates.py",
     "runtime/device_memory.py",
 }  # fmt: skip
 

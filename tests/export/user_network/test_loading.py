@@ -507,7 +507,7 @@ def test_the_key_of_the_logits_stays_text(tmp_path: Path, monkeypatch: pytest.Mo
 
     def choose(_network: object, _preprocess: object, *, logits_key: str, **_options: object) -> Any:
         chosen.append(choose_output(outputs, logits_key))
-        return SimpleNamespace(removable=(), num_classes=4)
+        return SimpleNamespace(removable=(), num_classes=4, check_constants=lambda _: None)
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
     given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Small", "--preprocess", "imagenet")
