@@ -25,6 +25,7 @@ MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
 TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
+UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
@@ -65,11 +66,19 @@ class Child:
         self._running[pid] = self
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the process runs; forget all children and orphans that ended."""
+        """Return the exit code, None while the process runs; forget all children and orphans that ended.
+
+        The code is `UNKNOWN_CODE` if the process ended, and was forgotten as an orphan, before it was known.
+        """
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if (child := self._running.pop(ended[0], None)) is not None:
                     child._code = os.waitstatus_to_exitcode(ended[1])
+        if self._code is None:
+            try:
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                self._code = UNKNOWN_CODE
         return self._code
 
     def send_signal(self, number: signal.Signals) -> None:

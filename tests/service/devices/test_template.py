@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sopdeploy_service.devices.processes import UNKNOWN_CODE, Child
 from sopdeploy_service.http.middleware import request_id
 from tests.support.children import kills_itself
 
@@ -24,6 +25,14 @@ def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
         "error without a subreaper": "ENOSYS", "error without a template": "EPIPE",
     }  # fmt: skip
     assert "launched_nowhere" in done.stderr
+
+
+def test_a_process_that_was_reaped_before_it_was_known_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    child = Child(process.pid)
+    assert child.poll() == UNKNOWN_CODE
+    child.kill()  # sends no signal to a process that may have its id by now
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
