@@ -129,7 +129,7 @@ class Supervisor:
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
-        self._template = Template()
+        self._template, self._starting = Template(), asyncio.Lock()
 
     @property
     def _servers(self) -> Sequence[Process]:
@@ -197,7 +197,8 @@ class Supervisor:
             started = time.monotonic()
             code = None
             try:
-                await self._start(process)
+                async with self._starting:  # each process knows those before it
+                    await self._start(process)
                 while process.child is not None and (code := process.child.poll()) is None:
                     await asyncio.sleep(BEAT_SECONDS)
                 end = f"exited with code {code}"

@@ -265,6 +265,32 @@ def test_a_reload_reaches_devices_that_wait_for_the_number_of_front_ends(number_
         assert [control.receive_message(child) for child in children] == [(control.RELOAD, b"", [])] * 2
 
 
+def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:
+    others: list[tuple[int, ...]] = []
+
+    async def start(config: processes.LaunchConfig, *_files: int) -> SimpleNamespace:
+        others.append(config.others)
+        await asyncio.sleep(0)  # the other processes wait to be started
+        return SimpleNamespace(pid=len(others), poll=lambda: None)
+
+    async def scenario() -> None:
+        settings = load_settings(front_ends=0)
+        devices = [Process(str(number), {}, settings, "cpu", number) for number in range(3)]
+        with socket.socket() as listener:
+            server = supervisor.Supervisor([], settings, devices, listener)
+            server._loop, server._shared, server._keys = asyncio.get_running_loop(), -1, -1
+            monkeypatch.setattr(server._template, "start", start)
+            tasks = [asyncio.create_task(server._supervise(device)) for device in devices]
+            while not all(device.child for device in devices):
+                await asyncio.sleep(0)
+            for device, task in zip(devices, tasks, strict=True):
+                task.cancel()
+                server._close_control(device)
+
+    asyncio.run(scenario())
+    assert others == [(), (1,), (1, 2)]
+
+
 def num_open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
