@@ -39,7 +39,7 @@ from sopdeploy.images.preprocess import Preprocess
 CLIENTS = 4
 BURST = 500
 QUEUE = 1024
-IMAGES = (32, 8)  # files of the first kind, and of each other
+IMAGES, OTHERS = 32, 8  # files of the first kind of photograph, and of each other one
 Result = dict[str, Any]
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     os.environ.setdefault("SIMULATED_DECODING", "real")
     with tempfile.TemporaryDirectory() as name:
         folders = {
-            kind: write_images(Path(name, str(number)), IMAGES[number > 0], KINDS[kind])
+            kind: write_images(Path(name, str(number)), OTHERS if number else IMAGES, KINDS[kind])
             for number, kind in enumerate(arguments.photographs.split(","))
         }
         for kind, folder in folders.items():

@@ -66,8 +66,8 @@ def prove_copy(
     *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
     the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
     have random values, which something that was not copied with them can read. *on_program* is told what is
-    captured. Raises `LoweringError` if the
-    networks differ, and `CertificateError` if the graph depends on the *parts*.
+    captured. Raises `LoweringError` if the networks differ, and `CertificateError` if the graph depends on
+    the *parts*.
     """
     preprocess = captures.preprocess
     stored = list(tensors(given).values())

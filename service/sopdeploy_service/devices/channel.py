@@ -161,7 +161,8 @@ def output_shapes(bundle: Bundle) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 def needed_bytes(bundle: Bundle) -> tuple[int, int]:
     """Return how many bytes the outputs and the pixels of an image need."""
-    num_values = sum(map(math.prod, output_shapes(bundle)[True].values()))
+    _, shapes = output_shapes(bundle)
+    num_values = sum(map(math.prod, shapes.values()))
     return 4 * num_values, math.prod(bundle.manifest.image_shape)
 
 
