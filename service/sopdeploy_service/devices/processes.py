@@ -202,7 +202,7 @@ def list_devices(settings: Settings) -> list[Process]:
 
 def list_front_ends(settings: Settings, count: int) -> list[Process]:
     """List *count* front ends."""
-    changed: dict[str, object] = {"devices": (), "follow": False, "memory_budget": None}
+    changed: dict[str, object] = {"devices": (), "follow": False}
     if settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
     own = settings.model_copy(update=changed)

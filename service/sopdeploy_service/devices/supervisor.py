@@ -120,6 +120,8 @@ class Supervisor:
         self._front_ends: list[Process] = []
         # The number of front ends, known as soon as all devices have told their speed if it depends on this.
         self._num_front_ends = None if settings.front_ends == "auto" else settings.front_ends
+        if settings.memory_budget is not None:
+            self._num_front_ends = 0
         self._seconds: dict[Process, float] = {}  # that a device needs for an image
         self._stopping = asyncio.Event()
         self._announced = self._must_reload = False
