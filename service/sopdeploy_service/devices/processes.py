@@ -79,6 +79,7 @@ class Child:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self._code = UNKNOWN_CODE
+                self._running.pop(self.pid, None)
         return self._code
 
     def send_signal(self, number: signal.Signals) -> None:

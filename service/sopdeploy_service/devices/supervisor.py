@@ -38,7 +38,7 @@ from sopdeploy_service.devices.processes import (
     list_devices,
     list_front_ends,
 )
-from sopdeploy_service.devices.template import Template
+from sopdeploy_service.devices.template import ServerTemplate
 from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
@@ -131,7 +131,7 @@ class Supervisor:
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
-        self._template, self._starting = Template(), asyncio.Lock()
+        self._template, self._starting = ServerTemplate(), asyncio.Lock()
 
     @property
     def _servers(self) -> Sequence[Process]:
