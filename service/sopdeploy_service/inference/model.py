@@ -39,7 +39,7 @@ class RuntimeFacts(NamedTuple):
 class ImageResult(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, and how its batch ran.
 
-    *stage_seconds* has `queue` and `infer` and, after a wait for a load, `load`.
+    *stage_seconds* has `queue` and `infer`.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
