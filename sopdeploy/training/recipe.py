@@ -42,7 +42,7 @@ READ_BY_FEW_SHOT = (
 READ_BY_FINE_TUNE = (
     *READ_BY_FEW_SHOT,
     *("start.learn", "start.head_factor", "model.remove_branches_at"),
-    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema", "swa"),
+    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema"),
     *("teacher", "save"),
 )
 HOLD_OUT_KEYS = {f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()}

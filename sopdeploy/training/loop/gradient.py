@@ -7,8 +7,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.adahessian import AdaHessian
 from sopdeploy.training.loop.losses import Loss, training_loss
+from sopdeploy.training.loop.optimizer import AdaHessian
 from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 
 
@@ -38,7 +38,7 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
     if run.average is not None:
-        run.average.after_step(run.model)
+        run.average.update(run.model)
     return FinishedStep(loss, norm, finite_count, num_samples)
 
 

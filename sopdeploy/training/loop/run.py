@@ -1,14 +1,12 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
@@ -17,7 +15,6 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -58,7 +55,6 @@ def fit_loop(
                 signals.exchange()
                 run.start_epoch()
                 train_epoch(run, training, loader, folder, signals, callback, expected)
-                average_epoch(run, training, loader, signals)
                 evaluate_epoch(run, held_out, loader, signals, callback)
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
@@ -129,21 +125,6 @@ def train_epoch(
         expected.update(epoch * len(batches) + position.step, recipe.epochs * len(batches))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
-
-
-def average_epoch(run: LoopState, training: AugmentedDataset, loader: Loader, signals: SignalState) -> None:
-    """Update the average of the weights after an epoch, which may see its images once more."""
-    recipe, epoch = run.recipe, run.position.epoch
-
-    def images() -> Iterator[Tensor]:
-        shards = [run.strategy.shard(samples) for samples in epoch_batches(recipe, len(training), epoch)]
-        torch.manual_seed(derive_seed(recipe.seed, "average", epoch, run.strategy.rank))
-        for pixels, _ in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
-            yield run.normalize(pixels)
-            signals.exchange()
-
-    if run.average is not None:
-        run.average.after_epoch(run.model, recipe.epochs - epoch - 1, images)
 
 
 def evaluate_epoch(

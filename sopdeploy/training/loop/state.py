@@ -21,12 +21,12 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
-from sopdeploy.training.averages import Average
 from sopdeploy.training.checkpoints import Fit, Position, Setup, resume_of, run_record, state_errors
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
+from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
-from sopdeploy.training.optimizers import create_optimizer
+from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
@@ -93,8 +93,9 @@ class LoopState:
             teacher, sides = self.teacher.model, {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
-        averaged = recipe.ema or recipe.swa
-        self.average: Average | None = None if averaged is None else averaged.create(self.model)
+        self.average: ExponentialMovingAverage | None = None
+        if recipe.ema is not None:
+            self.average = ExponentialMovingAverage(recipe.ema.decay, self.model)
 
     @cached_property
     def optimizer(self) -> Optimizer:
