@@ -15,7 +15,7 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
-from sopdeploy.errors import LoweringError
+from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy_commands.bundles.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.runtime import tensorrt_cache as cache
@@ -60,13 +60,15 @@ def get_engine(
     fields = cache.key_fields(bundle, str(trt.__version__), gpu)
     key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
     folder = cache.cache_folder(bundle, options.cache)
-    reason = "--rebuild was given"
-    if not options.rebuild:
-        cached = cache.load_engine(folder, dict(key))
-        if isinstance(cached, cache.StoredEngine):
-            report("replaying the probes on the cached engine")
+    cached = cache.load_engine(folder, dict(key))
+    if isinstance(cached, cache.StoredEngine):
+        report("replaying the probes on the cached engine")
+        try:
             replay_probes(trt, cuda, bundle, cached.plan, key)
             return EngineFile(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+        except ParityError as error:
+            reason = f"the cached engine is wrong, {error}"
+    else:
         reason = cached  # why there is none
     report(f"building: {reason}")
     begin = time.monotonic()
