@@ -96,7 +96,7 @@ class AdaHessian(Optimizer):
 
         With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is multiplied by
         1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The Hessian diagonal of 4-D weights
-        is averaged over the kernel. Closures are not supported.
+        is averaged over the kernel.
         """
         updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in updates:

@@ -35,7 +35,6 @@ def fit_loop(
 
     Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does, by default
     `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
-    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
     recipe = run.recipe
     augment = recipe.augment
@@ -71,10 +70,7 @@ def fit_loop(
 
 
 def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
-    """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
-
-    All epochs share the pixels in memory, if their augmentation starts from fitted ones.
-    """
+    """Return *images* with the augmentation of *epoch*; `replace` gives another epoch."""
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
     fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
@@ -99,8 +95,7 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time. Raises
-    `TrainingStoppedError` then if a process was stopped.
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
     """
     recipe, epoch, position = run.recipe, run.position.epoch, run.position
     batches = epoch_batches(recipe, len(training), epoch)
@@ -171,9 +166,8 @@ def fit_best(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    With fewer than `MIN_IMAGES` images, or with several classes per image, the decision of `best.pt` remains.
-    A resumed run repeats the fit with the same images. The other processes only estimate the score. The
-    decision is fitted without mirror images, because a server computes none.
+    The decision is fitted without mirror images, because a server computes none. With few images, or several
+    classes per image, that of `best.pt` remains. The other processes only estimate the score.
     """
     recipe = run.recipe
     result = estimate_best(
@@ -223,9 +217,7 @@ def estimate_best(
 
     An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects an epoch,
     which the images outside of it measure (bootstrap bias corrected cross-validation: Tsamardinos et al.,
-    Machine Learning 107, 2018). This needs two groups, and the predictions of all epochs for all images, at
-    most the `MAX_IMAGES` of `diagnose`. With *frozen_backbone*, all epochs export the same network: nothing
-    to select. *mirrored* becomes part of the result.
+    Machine Learning 107, 2018). This needs the predictions of all epochs for all images.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count, score, is_map = best.metrics.count, best.metrics.score, best.metrics.score_name == "mAP"
@@ -251,10 +243,9 @@ def estimate_best(
 
 
 def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> float:
-    """Estimate the accuracy of the best of E epochs by B resamples of G groups of N images.
+    """Estimate the accuracy of the best of E epochs by B resamples of the groups (N,), numbered from 0.
 
-    *right_EN* tells which images each epoch classifies correctly, *group_N* the groups, numbered from 0. Each
-    resample selects the best epoch, whose accuracy is measured on the images outside of the resample.
+    *right_EN* tells which of the N images each epoch classifies correctly.
     """
     count = int(group_N.max()) + 1
     resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)

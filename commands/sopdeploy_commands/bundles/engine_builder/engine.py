@@ -42,10 +42,9 @@ def get_engine(
 ) -> EngineFile:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
-    the plan, and is given only if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without
-    TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its
-    outputs deviate from the probes.
+    *report* receives the progress; *build_via_torch* builds the plan if *options* name torch-tensorrt. Raises
+    `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be
+    built, and `ParityError` if its outputs deviate from the probes.
     """
     if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
         raise LoweringError(
@@ -96,8 +95,6 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Batches of different profiles alternate: a context must not disturb another one.
-    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
-    output has no probes.
     """
     probes = read_probes(bundle)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
