@@ -238,13 +238,13 @@ class _Bounds(fx.Interpreter):
         The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it is NaN.
         """
         result = super().run_node(n)
-        leaves = [
-            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        ]
-        if not all(bool(leaf.isfinite().all()) for leaf in leaves):
-            self.unbounded.add(n.name)
-        if any(bool(leaf.isnan().any()) for leaf in leaves):
-            self.undefined.add(n.name)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+                extremes = torch.stack(leaf.aminmax())  # both are NaN if any element is
+                if not extremes.isfinite().all():
+                    self.unbounded.add(n.name)
+                if extremes.isnan().any():
+                    self.undefined.add(n.name)
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         # It reads the images, and a tensor that does not depend on them.
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
@@ -254,8 +254,8 @@ class _Bounds(fx.Interpreter):
         """Return a copy of a floating-point *result* with the values in turn; another one as it is."""
         if not result.is_floating_point():
             return result
-        content = self._values[torch.arange(result.numel()) % len(self._values)].reshape(result.shape)
-        return torch.empty_like(result).copy_(content)
+        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
+        return torch.empty_like(result).copy_(content.reshape(result.shape))
 
 
 def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
