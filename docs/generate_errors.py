@@ -83,7 +83,7 @@ WHAT_TO_DO = {
     "writes the bundle anyway and records it.",
     "BundleError": "Copy or export the bundle again. Never edit files of a bundle.",
     "PromotionError": "Give more labelled photographs, or `--force REASON`, which is recorded.",
-    "EngineError": "Correct what the message names; after an update of TensorRT use `--rebuild`.",
+    "EngineError": "Correct what the message names.",
     "RuntimeUnavailableError": "Install what the message names, or choose another `--runtime`; "
     "`sopdeploy env` lists installed runtimes.",
     "StorageError": "Free disk space, check permissions, or choose another file or folder.",

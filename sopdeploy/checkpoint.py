@@ -56,10 +56,7 @@ MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight":
 
 
 class TrainingRecord(TypedDict, total=False):
-    """How weights were trained or where they come from, in the types of PyTorch's files.
-
-    `recipe`, `start` and `procedure` are models of `sopdeploy.training`; `procedure` is the result.
-    """
+    """How weights were trained or where they come from; `procedure` is the result of a run."""
 
     recipe: FieldValues
     images_format: str
@@ -174,10 +171,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
-    """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
-
-    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint or is invalid.
-    """
+    """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*."""
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
@@ -207,8 +201,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
 def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged, expands or would run code; *advice* is the last part of that
-    message.
+    Raises `CheckpointError` if it is damaged, expands or would run code; that message ends in *advice*.
     """
     if _is_torchscript(raw):
         raise CheckpointError(f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}")
@@ -236,11 +229,7 @@ def _is_torchscript(raw: bytes) -> bool:
 
 
 def _check_reading_cost(raw: bytes) -> None:
-    """Raise `ValueError` if reading *raw* may take more memory or time than its size explains.
-
-    That is a zip archive whose entries have more bytes, because torch compresses none, and a pickle that
-    `check_pickles` refuses.
-    """
+    """Raise `ValueError` if reading *raw* may take more memory or time than its size explains."""
     if not raw.startswith(b"PK"):
         check_pickles(io.BytesIO(raw))
         return
@@ -273,10 +262,7 @@ def is_state_dict(weights: Any) -> bool:
 
 
 def read_pytorch(file: WeightPath) -> tuple[Any, str]:
-    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file; returns content and sha256.
-
-    A safetensors file is one table of tensors. Raises `WeightsError`.
-    """
+    """Read a file of torch or safetensors; returns content and sha256, raises `WeightsError`."""
     path = file.path
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
@@ -308,10 +294,7 @@ def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
 
 
 def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Tensor]]:
-    """Find the state dicts in the outer *levels* of *content*, by their path of keys with dots.
-
-    If *content* is one itself, its path is "".
-    """
+    """Find the state dicts in the outer *levels* of *content*, by their path of keys, "" for itself."""
     if is_state_dict(content):
         return {"": content}
     found: dict[str, Mapping[str, Tensor]] = {}
@@ -325,10 +308,7 @@ def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mappi
 def without_wrappers(
     path: Path, tensors: Mapping[str, Tensor], wrappers: Container[str] = WRAPPERS
 ) -> dict[str, Tensor]:
-    """Leave *wrappers* out of the names of *tensors*, as in module.conv1.weight or features.module.0.weight.
-
-    Raises `WeightsError` if two names become one.
-    """
+    """Leave *wrappers* out of the names of *tensors*, as in features.module.0.weight."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = ".".join(part for part in name.split(".") if part not in wrappers)
@@ -350,10 +330,7 @@ def find_labels(content: Any) -> tuple[str, ...] | None:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
-
-    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any shape.
-    """
+    """Check that *tensors* are dense, real and not too large in total: strides of 0 can declare any shape."""
     total = 0
     for name, tensor in tensors.items():
         if not _is_dense(tensor) or tensor.is_complex():
@@ -400,9 +377,8 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
 def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
-    Its attribute `images_format` is the layout of the images that it was trained with. Raises
-    `CheckpointError` naming *path* and the first tensor that is missing, unknown or not finite, or has
-    another shape, dtype or layout.
+    It notes the layout of the images that it was trained with. Raises `CheckpointError` naming *path* and the
+    first tensor that does not fit.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes

@@ -37,10 +37,7 @@ _NO_NAMES = {  # what lines of other files are
 
 
 def parse_class_names(text: str, suffix: str = "") -> tuple[str, ...]:
-    """Read the class names in the *text* of a file with this *suffix*, in the order of the logits.
-
-    Raises `ValueError` that says why they are not certain.
-    """
+    """Read the class names in *text*, in the order of the logits; raises `ValueError` if not certain."""
     if suffix in (".yaml", ".yml"):
         yaml = importlib.import_module("yaml")  # only here, because servers read no such files
         return _find_names(_parse_literal(text, yaml.safe_load, yaml.YAMLError))
@@ -147,8 +144,7 @@ def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
 def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
     """Return *lines* without the numbers with which all begin or end, if they count the lines from 0 or 1.
 
-    The first line may be the heading of two columns. Returns None if the lines have no such column. Raises
-    `ValueError` if it counts something else, or if some lines lack it.
+    The first line may be the heading of two columns. None if the lines have no such column.
     """
     has_heading = len(lines) > 2 and _has_columns(lines[0])
     for side, pattern in (("begins", _LEADING), ("ends", _TRAILING)):

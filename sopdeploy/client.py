@@ -225,8 +225,7 @@ class Client:
     def _connections(self) -> httpx.Client:
         """Return the connections of this process; those of the process that it was forked from stay unused.
 
-        Two processes on one connection would read each other's responses. A lock of the other process may
-        be held for ever in this one, so its connections are dropped without `close`.
+        Two processes on one connection would read each other's responses, and a lock may be held for ever.
         """
         process, proxy = os.getpid(), None if self._proxy is None else self._proxy.url
         if process not in self._pools:
@@ -274,9 +273,7 @@ class Client:
     def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> httpx.Response:
         """Send a request and return its successful response, with retries during *timeout* seconds.
 
-        Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
-        before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or
-        `UnreachableError` when time or attempts are used up, `ServiceError` if a retry would not help.
+        Retries follow 429, 503 and connections that broke before a response, after at least `Retry-After`.
         """
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0
@@ -349,10 +346,7 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
-    """Send *request*, read the response and decode its content.
-
-    Raises `ServiceError` if it is too large or breaks off, or if its encoding is not in `ENCODINGS`.
-    """
+    """Send *request*, read the response, decode its content; raises `ServiceError` for what is not ours."""
     response = client.send(request, stream=True)
     if is_early(response):  # it answers something else
         response.close()

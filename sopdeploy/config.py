@@ -190,7 +190,7 @@ def with_registered(
 class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both.
 
-    `GROUPS` has the names of fields that the help of the command lists below a heading of their own.
+    `GROUPS` has the fields that the help lists below a heading of their own.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -213,10 +213,8 @@ class Options(StrictModel):
 def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
     """Raise `OtherVersionError` if this version of sopdeploy cannot read a file.
 
-    The format version *found* in the file must be *expected*, and the file must have no *unknown* fields.
-    A format keeps its version when it gets optional fields: files without them get their defaults.
-    *written_by* is the version of sopdeploy that wrote the file, which the error names as one that can read
-    it.
+    The format version *found* in the file must be *expected*, and the file must have no *unknown* fields. A
+    format keeps its version when it gets optional fields. *written_by* is the version that wrote the file.
     """
     reader = "a later version of sopdeploy"
     if isinstance(written_by, str):
@@ -247,8 +245,8 @@ class OtherVersionError(ValueError):
 def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     """Validate the *fields* of a file, a table of format 1, as *model*.
 
-    Raises `OtherVersionError` for another format, and for fields that do not fit and that another version of
-    sopdeploy wrote; `ValueError` for others that do not fit. Both messages have one line.
+    Raises `OtherVersionError` for another format, and for fields of another version that do not fit;
+    `ValueError` for others that do not fit. Both messages have one line.
     """
     if not isinstance(fields, Mapping):
         raise ValueError("not a table")
@@ -264,10 +262,7 @@ def validate_format(model: type[ModelT], fields: Any) -> ModelT:
 
 
 def version_advice(written_by: Any) -> str:
-    """Return the end of an error message: the version to read a file with.
-
-    Empty if this version wrote the file, or if *written_by* is no text.
-    """
+    """Return the end of an error message: the version to read a file with; empty if it is this one."""
     if not isinstance(written_by, str) or written_by == __version__:
         return ""
     return f"; read it with sopdeploy {written_by[:MAX_SHOWN]}, which wrote it (this is {__version__})"
@@ -395,9 +390,8 @@ def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:
     """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
 
-    That is the `kind` of a table behind its key, and the type behind the key of another value: the key of
-    ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str") `data.path`.
-    Only a missing key, the last part, is none of *values*. Without these, types with brackets are left out.
+    The key of ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str")
+    `data.path`. Only a missing key, the last part, is none of *values*.
     """
     parts = list(path)
     keys = []

@@ -223,10 +223,7 @@ class Decision(StrictModel):
         return Answer(ranked, is_known, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
-        """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
-
-        With up to `_MAX_LISTED` *labels*, the text lists the threshold of each class, otherwise their range.
-        """
+        """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"

@@ -55,10 +55,10 @@ def usable_cores() -> int:
 
 
 def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
-    """List the folders of the control groups of this process that can limit *controller*, and their version.
+    """List the control groups of this process that can limit *controller*, as folders, and their version.
 
-    These are its own group and those around it, whose limits count, too. A container can have its limit at
-    the root, with a path that exists on its host only. Without control groups, the result is empty.
+    These are its own group and those around it. A container can have its limit at the root, with a path that
+    exists on its host only.
     """
     with suppress(OSError):
         for line in PROCESS_CGROUP.read_text(encoding="utf-8").splitlines():
@@ -145,10 +145,7 @@ def missing_store_error(address: str) -> MissingPackageError:
 
 
 def describe_store_error(error: BaseException) -> str:
-    """Say in our words why the client of an object store has raised *error*, with its type.
-
-    Clients wrap errors of others, so the first cause with a status or a number of the system decides.
-    """
+    """Say in our words why the client of an object store has raised *error*, with its type."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:

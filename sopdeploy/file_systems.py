@@ -38,9 +38,8 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
     """Create the file *path* if needed, open it for reading and writing, and lock it.
 
     The system releases the lock when the file is closed, also when the process ends in any way. With *wait*,
-    it waits for another process. With *of_process*, child processes do not inherit the lock. If the file
-    system has no locks, `failure` of the result says so. Raises `BlockingIOError` if another process holds
-    the lock, and `OSError` if the file cannot be opened.
+    it waits for another process. With *of_process*, child processes do not inherit the lock. Raises
+    `BlockingIOError` if another process holds it, and `OSError` if the file cannot be opened.
     """
     tries = 0
     while True:
@@ -74,10 +73,7 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_if_abandoned(path: Path) -> Iterator[bool]:
-    """Yield whether the process that locked the file *path* has ended; if so, lock it during the block.
-
-    Without locks nobody knows, so it yields false.
-    """
+    """Yield whether the process that locked *path* has certainly ended; if so, lock it during the block."""
     file = None
     is_abandoned = False
     with suppress(OSError):

@@ -52,8 +52,7 @@ log = logging.getLogger("sopdeploy.files")
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file; rename it to *path* on success, delete it on error.
 
-    Several processes may write the same file at the same time. What killed processes left in the folder is
-    removed once per process. Raises `OSError`, also if *path* is a folder.
+    What killed processes left in the folder is removed once per process. Raises `OSError`, also for a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -88,10 +87,7 @@ def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
-
-    What killed processes left in *parent* is removed first. Raises `OSError`.
-    """
+    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed."""
     remove_leftovers(parent)
     outer, lock = _create_locked_folder(parent)
     try:
@@ -167,10 +163,9 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
 
 
 def read_file(path: str | Path, limit: int) -> bytes:
-    """Read the regular file at *path*, of at most *limit* bytes.
+    """Read the regular file at *path*, of at most *limit* bytes; raises `OSError`, also for a larger one.
 
-    All readers of files that users name call it, or `open_regular` and `read_at_most`. Raises `OSError`, also
-    for a larger file, which it does not read, and as `open_regular` does.
+    All readers of files that users name call it, or `open_regular` and `read_at_most`.
     """
     with open_regular(path, buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -181,10 +176,7 @@ def read_file(path: str | Path, limit: int) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a file of at most *limit* bytes in UTF-8, without the mark with which some editors begin it.
-
-    Raises `OSError` as `read_file` does, and `UnicodeDecodeError`.
-    """
+    """Read a file of at most *limit* bytes in UTF-8, without a byte order mark; raises `OSError`."""
     return read_file(path, limit).decode("utf-8-sig").replace("\r\n", "\n")
 
 
@@ -202,10 +194,7 @@ def expand_user(path: Path | str) -> Path:
 
 
 def link_latest(target: Path) -> None:
-    """Make `latest` beside *target* a relative link to it, in one step; a file or folder of that name stays.
-
-    It is a convenience: if it cannot be made, one line tells why.
-    """
+    """Make `latest` beside *target* a link to it, in one step; a file or folder of that name stays."""
     link = target.with_name(LATEST)
     is_no_link = link.exists() and not link.is_symlink()
     if target.name == LATEST or is_no_link:
@@ -259,10 +248,7 @@ def has_manifest(path: Path) -> bool:
 
 
 def holds_output(path: Path) -> bool:
-    """Check whether the folder *path* is a bundle or a run, or holds some, as `runs` and `bundles` do.
-
-    Reads no file and lists no folder: a folder that holds some has the link `latest`.
-    """
+    """Check whether the folder *path* is a bundle or a run, or holds some and so has the link `latest`."""
     return any(
         all(os.path.isfile(folder / name) for name in names)  # noqa: PTH113 - false if the path is too long
         for folder in (path, path / LATEST)
@@ -339,10 +325,7 @@ class WeightPath(NamedTuple):
 
 
 def check_is_weights(path: Path) -> WeightPath:
-    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so.
-
-    These are zip archives, pickles, safetensors, and files of the importers that packages register.
-    """
+    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so."""
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
         raise WeightsError(f"{path}: {problem}; give a weight file")
@@ -370,10 +353,7 @@ def _magic_of_importers() -> tuple[bytes, ...]:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
-
-    `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
-    """
+    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch."""
     check_is_file(path)
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")
@@ -390,10 +370,7 @@ def check_is_checkpoint(path: Path) -> None:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read class names from *file*, one per line, as JSON or as other tools write them.
-
-    Raises `ConfigError` for a file that cannot be read, and if it is not certain what the names are.
-    """
+    """Read class names from *file* by `class_names`; raises `ConfigError` if they are not certain."""
     try:
         found = parse_class_names(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
     except UnicodeDecodeError as error:

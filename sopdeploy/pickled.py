@@ -44,10 +44,7 @@ class StoredKind:
             self.order = state[1]
 
     def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
-        """Read an array from its bytes *raw*; None if it does not contain numbers.
-
-        Raises `ValueError` if it needs more or fewer bytes.
-        """
+        """Read an array from its bytes *raw*; None if it does not contain numbers."""
         if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
             return None
         dtype = np.dtype(self.order + self.text)
@@ -111,10 +108,8 @@ def check_pickles(file: IO[bytes]) -> None:
 def _count_hashed_values(file: IO[bytes], cost: int) -> int:
     """Count the values that Python would hash to read the next pickle of *file*.
 
-    It reads no value, but follows the operations with the extent of each value in its place. A tuple has that
-    of its values, every other value has the extent 1, because only tuples are hashed by content. Raises
-    `ValueError` for a costly function, and for too many values together with *cost*, those of the pickles
-    before.
+    It reads no value, but follows the operations with the extent of each value in its place; only tuples are
+    hashed by content. *cost* is that of the pickles before.
     """
     stack: list[_Extent | None] = []  # None is a mark
     memo: dict[Any, _Extent | None] = {}
@@ -152,11 +147,10 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
 
 
 def distinct_values(content: Any) -> list[Any]:
-    """List each object in *content* once, without the containers.
+    """List each object in *content* once, without the containers, in linear time.
 
-    These are dicts, lists, tuples, sets and namespaces. Takes linear time. Raises `ValueError` for more than
-    `MAX_VALUES`, counted wherever they are named, for more than `MAX_LEVELS`, and if *content* contains
-    itself.
+    Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for more than
+    `MAX_LEVELS`, and if *content* contains itself.
     """
     found: list[Any] = []
     extents: dict[int, _Extent | None] = {}  # by the identity of an object; None while it is measured

@@ -59,10 +59,8 @@ class PluginRegistry(Generic[_Item]):
     def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
 
-        An item that is imported when it is used is given as `module:name`.
-
-        Raises `ConfigError` for other characters than letters, digits, `.`, `_` and `-`, and for a name that
-        another module has registered.
+        An item that is imported when it is used is given as `module:name`. Raises `ConfigError` for a name
+        with other characters, or of another module.
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
@@ -73,10 +71,7 @@ class PluginRegistry(Generic[_Item]):
         self.registered[name] = Registered(item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:
-        """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
-
-        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in use.
-        """
+        """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`."""
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:
             raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
@@ -87,10 +82,7 @@ class PluginRegistry(Generic[_Item]):
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
-        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None.
-
-        Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
-        """
+        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None."""
         if name in (own := self.own()):
             return own[name]
         problems: list[str] = []
@@ -169,10 +161,7 @@ def plugin_entry_points() -> tuple[EntryPoint, ...]:
 
 
 def installed_plugins() -> tuple[EntryPoint, ...]:
-    """List the entry points of plug-ins; none if `SOPDEPLOY_PLUGINS` is `off`.
-
-    Raises `ConfigError` for another value than `on` and `off`.
-    """
+    """List the entry points of plug-ins; none if `SOPDEPLOY_PLUGINS` is `off`."""
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")

@@ -59,8 +59,7 @@ def folder_name(folder: str | Path) -> str:
 def folder_project(folder: Path) -> str:
     """Name the project of the data by their *folder*; by its parent if it is a file or named `train`.
 
-    Other characters than those of a name are replaced by `-`; the name is empty if nothing remains. A name
-    that ends as that of a bundle gets a `.` there.
+    Characters that no name has become `-`, and the end of a bundle's name `.`; the name may be empty.
     """
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path

@@ -35,9 +35,8 @@ class Proxy(NamedTuple):
 def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | None:
     """Return the proxy through which *url* is requested, or None for a direct connection.
 
-    That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY; the names may be lower case. NO_PROXY lists hosts,
-    domains, addresses and networks without a proxy. A server on this machine never has one. Raises
-    `ConfigError` for a value that is not the URL of a proxy with one of *schemes*.
+    That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY. NO_PROXY lists hosts, domains, addresses and networks
+    without a proxy; this machine never has one. Raises `ConfigError` for no URL of one of *schemes*.
     """
     target, proxies = urlsplit(url), getproxies()
     host = (target.hostname or "").rstrip(".")
@@ -68,8 +67,7 @@ def describe_route(url: str, proxy: Proxy | None) -> str:
 def store_options(url: str) -> dict[str, Any]:
     """Return the arguments with which fsspec requests *url* through the proxy of `find_proxy`.
 
-    The clients of other stores read the variables themselves; that of S3 is told about a server on this
-    machine. Raises `ConfigError` for a proxy that cannot be used.
+    The clients of other stores read the variables themselves; that of S3 is told about this machine.
     """
     scheme = url.partition("://")[0]
     if scheme == "hf":

@@ -254,11 +254,7 @@ def _to_config_error(error: Any) -> Exception:
 
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
-    """Write the end of the message about the unknown option *name*: what may be meant; may be empty.
-
-    This is one of the *parameters* of the command, or a setting that they take: of the server by --setting,
-    of a recipe by --set.
-    """
+    """Say which option, or which setting that an option takes, the unknown option *name* may mean; or ""."""
     options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
     key = name.lstrip("-").replace("-", "_")
     means_gpu = key in {"gpu", "cuda", "device", "gpus"}

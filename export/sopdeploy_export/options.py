@@ -132,8 +132,6 @@ class EngineOptions(Options):
     """Largest batch of each optimization profile, such as 1,8,32."""
     cache: Path | None = None
     """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
-    rebuild: bool = False
-    """Build even if the cache has one."""
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "EngineOptions":

@@ -50,10 +50,7 @@ def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
 
 
 def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
-    """Read the manifest at the start of *archive*, an open file that errors call *name*.
-
-    Raises `BundleError` if that is no archive of a bundle.
-    """
+    """Read the manifest at the start of *archive*, which errors call *name*; raises `BundleError`."""
     archive.seek(0)
     try:
         first_block = archive.read(BLOCK)
@@ -70,8 +67,7 @@ def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
 def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> None:
     """Write the files of *archive* into the empty *folder*; *manifest* comes from `read_archived_manifest`.
 
-    Raises `BundleError` if anything but file contents differs from what `write_archive` writes. File contents
-    are checked later by `open_bundle`.
+    Raises `BundleError` if anything but file contents differs from what `write_archive` writes.
     """
     for file in manifest.files:
         check_file_name(Path(name), file)
@@ -126,10 +122,7 @@ def upload(file: Path, destination: str, name: str) -> str:
 
 
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
-    """Copy *source*, a path or URL, to *target*, an open file in *folder*.
-
-    Raises `BundleError` if it does not exist or is larger than *limit* bytes.
-    """
+    """Copy *source*, a path or URL, to *target*, an open file in *folder*; at most *limit* bytes."""
     size = 0
     with ExitStack() as stack:
         if "://" in source:
@@ -151,10 +144,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
 
 @contextmanager
 def _open_store(url: str) -> Iterator[tuple[Any, str]]:
-    """Yield the fsspec file system of *url* and the path in it.
-
-    Raises `BundleError` for the errors of its client.
-    """
+    """Yield the fsspec file system of *url* and the path in it; convert the errors of its client."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     try:
         yield fsspec.core.url_to_fs(url, **store_options(url))

@@ -173,10 +173,10 @@ def give_final_name(
 ) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it. The result
-    has the manifest of the bundle that has the name at the end, which is read again: it equals *manifest*,
-    or without a *signature* may differ from it by its time. Raises `BundleError` if a different or damaged
-    bundle has the name; it stays as it is.
+    A *signature* of *manifest* is written first, so that the bundle is never there without it. The manifest
+    of the bundle that has the name at the end is read again: it equals *manifest*, or without a *signature*
+    may have another time. Raises `BundleError` if a different or damaged bundle has the name; it stays as it
+    is.
     """
     target = destination / manifest.name
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
@@ -221,10 +221,7 @@ def _rename_sealed(folder: Path, target: Path) -> bool:
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
-    """Read the bundle *target*; raise `BundleError` unless it has *manifest*, maybe with another time.
-
-    If it *is_signed*, the time must be the same, because the signature contains it.
-    """
+    """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
     found = open_bundle(target, with_graph=False).manifest
     if not found.has_content_of(manifest):
         raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
@@ -382,8 +379,8 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
 class ListedBundle(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
-    `why_not_served` is empty for the bundle that is served; then it was read, and is `bundle`. `is_replaced`
-    is true if a later export, or the bundle of which this is a copy, is served instead.
+    `why_not_served` is empty for the bundle that is served, which then is `bundle`. `is_replaced` is true if
+    a later export, or the bundle of which this is a copy, is served instead.
     """
 
     path: Path
@@ -414,8 +411,8 @@ class ListedBundle(NamedTuple):
 def read_bundles(folder: Path) -> Iterator[ListedBundle]:
     """Yield the bundles directly in *folder*, by name; `why_not_served` says why a manifest cannot be read.
 
-    A folder with a manifest or a required file counts; hidden folders, which are incomplete, and links to
-    folders in *folder* do not. Raises `BundleError` if *folder* exists but cannot be read.
+    Hidden folders, which are incomplete, and links to folders in *folder* do not count. Raises `BundleError`
+    if *folder* exists but cannot be read.
     """
     try:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -467,10 +464,7 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
 
 
 def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, bool]]:
-    """Yield a line for each project, and whether one of its bundles is damaged or unreadable.
-
-    The line names the bundle that is served, then the others with their reasons.
-    """
+    """Yield a line for each project, the served bundle first, and whether one of its bundles is damaged."""
     texts_by_project: dict[str, list[str]] = {}
     damaged_projects = set()
     for bundle in listed:

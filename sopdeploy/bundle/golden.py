@@ -74,10 +74,9 @@ def count_examples(preprocess: Preprocess) -> int:
 
 
 def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
-    """Draw three JPEGs from a fixed seed: a wide one, a tall one that is enlarged, and a gray one.
+    """Draw JPEGs from a fixed seed: a wide one with 4:2:0, a tall one that is enlarged, and a gray one.
 
-    The first has the chroma subsampling of cameras (4:2:0), the second none. If JPEGs are decoded at a
-    smaller scale, a fourth one is large and turned, so that its pixels tell at which scale.
+    If JPEGs are decoded at a smaller scale, a fourth one is large and turned, so that its pixels tell which.
     """
     random = np.random.default_rng(_SEED)
     side, files = preprocess.resize, []
@@ -124,10 +123,7 @@ def write_golden(
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
-    """Read the examples of *bundle*.
-
-    Raises `BundleError` if a file is missing, is damaged or does not match the bundle.
-    """
+    """Read the examples of *bundle*; raises `BundleError` for files that do not fit it."""
     manifest, examples = bundle.manifest, list[Golden]()
     is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
     try:
@@ -151,8 +147,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None) -> None:
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
-    Raises `ParityError` for a pixel that is more than `_MAX_LEVELS` gray levels off, as with another version
-    of Pillow than *exporter*, and for logits outside of the tolerance.
+    Raises `ParityError` for pixels more than `_MAX_LEVELS` off, as with another Pillow than *exporter*, and
+    for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN

@@ -46,8 +46,8 @@ def hash_parts(*parts: str | bytes) -> str:
 def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
     """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is not an ONNX model, can be read in two ways, keeps weights
-    outside the file or holds a subgraph (control flow), and `ImportError` if `onnx` is not installed.
+    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways, and `ImportError` if
+    `onnx` is not installed.
     """
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
@@ -66,10 +66,7 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
 
 
 def onnx_root(model: "onnx.ModelProto") -> str:
-    """Compute the root of the graph of *model*, as `read_model` does.
-
-    Raises `CertificateError` if runtimes could read the graph in two ways, other types if it is not complete.
-    """
+    """Compute the root of the graph of *model*; raises other types than `read_model` if it is incomplete."""
     if not model.HasField("graph"):
         raise ValueError("no graph")
     if model.functions:
@@ -79,10 +76,7 @@ def onnx_root(model: "onnx.ModelProto") -> str:
 
 
 def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
-    """Hash every value of *graph* in topological order; return the hashes of its outputs.
-
-    Raises `CertificateError` for a value with two definitions: runtimes differ in which one they use.
-    """
+    """Hash every value of *graph* in topological order; return the hashes of its outputs."""
     hashes: dict[str, str] = {}  # by the name of the value
 
     def define(name: str, value_hash: str) -> None:
@@ -109,10 +103,7 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
 
 
 def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
-    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation.
-
-    Raises `CertificateError` for a subgraph, and for a tensor beside another value.
-    """
+    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation."""
     fields = {field.name for field, _ in attribute.ListFields()}
     if fields & SUBGRAPHS:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
@@ -127,11 +118,7 @@ def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str |
 
 
 def _hash_constant(tensor: "onnx.TensorProto") -> str:
-    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it.
-
-    Raises `CertificateError` unless one field alone, of the graph's own file, stores its numbers. A tensor
-    without numbers may have no such field.
-    """
+    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it."""
     from onnx import numpy_helper  # noqa: PLC0415 # a server runs without it
 
     if tensor.data_location or tensor.external_data:
@@ -235,10 +222,7 @@ def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
-    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*.
-
-    The batch size, and sizes that the graph does not state, are not compared.
-    """
+    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*."""
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
     def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:

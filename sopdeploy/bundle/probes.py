@@ -80,10 +80,7 @@ def write_probes(path: Path, probes: Probes) -> None:
 
 
 def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an `.npz` file, which are not compressed, so they fit into its size.
-
-    Raises `ValueError` for compressed or overlapping arrays, and many types for a damaged file.
-    """
+    """Read the arrays of an `.npz` file; raises `ValueError` if they need more memory than its size."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = archive.infolist()
     is_compressed = any(file.compress_type != zipfile.ZIP_STORED for file in files)
@@ -94,11 +91,7 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
 
 
 def read_probes(bundle: Bundle) -> Probes:
-    """Read the probes of *bundle*.
-
-    Raises `BundleError` unless there is an image, images differ, tolerances are finite and every output has
-    expected values.
-    """
+    """Read the probes of *bundle*; raises `BundleError` unless they can tell another network."""
     path, manifest = bundle.path / PROBES, bundle.manifest
     try:
         arrays = read_arrays(bundle.contents[PROBES])
@@ -126,18 +119,14 @@ def read_probes(bundle: Bundle) -> Probes:
 
 
 def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
-    """Run the probes in batches of *batch* and compare every output.
-
-    Raises `ParityError` if an output is missing, has another shape or is not within its tolerance.
-    """
+    """Run the probes in batches of *batch* and compare every output; raises `ParityError`."""
     return replay_in_turn({batch: probes}, run)[0]
 
 
 def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tuple[Replay, ...]:
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
-    So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
-    `ParityError` as `replay` does.
+    So consecutive batches have different sizes, and an engine uses another profile for each of them.
     """
     sizes = list(probes_by_batch)
     replays: dict[int, Replay] = {}  # of all batches so far, by their size
@@ -161,8 +150,7 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
 def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
     """Compute the largest difference of the *outputs* of *probes*, which ran as one batch, by output.
 
-    Raises `ParityError` if an output is missing, has another shape or is not within its tolerance. *batch* is
-    the size that the replay is recorded for.
+    Raises `ParityError` if an output is missing, has another shape or is not within its tolerance.
     """
     deviations: dict[str, float] = {}
     for name, expected in probes.expected.items():

@@ -110,10 +110,7 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def _reading(key: Path, content: str) -> Iterator[None]:
-    """Limit the size of *key*, and convert the error of a block that reads it to a `ConfigError`.
-
-    The file should hold *content*.
-    """
+    """Limit the size of *key*, and convert the error of a block that reads its *content*."""
     try:
         read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield

@@ -192,10 +192,7 @@ def _start_progress(function: Callable[..., Any], as_json: bool, stack: ExitStac
 def _declare_parameters(
     function: Callable[..., Any], options: Collection[str], hidden: Collection[str] = ()
 ) -> list[inspect.Parameter]:
-    """Declare the parameters of *function* that the command line can express, without the *hidden* ones.
-
-    Keyword parameters and those in *options* become options, the others arguments; all become keyword-only.
-    """
+    """Declare the parameters of *function* that the command line can express, without *hidden* ones."""
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     headings = getattr(function, "headings", {})  # of options in the help, by parameter
     declared = []
@@ -245,11 +242,7 @@ def _limits(annotation: Any) -> dict[str, float]:
 
 
 def _command_line_type(annotation: Any) -> Any:
-    """Return the type of an argument or option, or None if the command line cannot express *annotation*.
-
-    `str | Sequence[str]` is a repeated value on the command line, and `str | Path` a path. Other unions of
-    two types do not occur.
-    """
+    """Return the type of an argument or option; None if the command line cannot express *annotation*."""
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
     members = {_without_metadata(part) for part in (get_args(annotation) if is_union else (annotation,))}

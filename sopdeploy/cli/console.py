@@ -51,10 +51,9 @@ def plain_text(text: str) -> Text:
 
 
 def _isolate_right_to_left(line: str) -> str:
-    """Put every run of right-to-left words in *line*, except those of `_COPIED`, between U+2068 and U+2069.
+    """Put every run of right-to-left words in *line* between U+2068 and U+2069, except in `_COPIED`.
 
-    Without these characters, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
-    name.
+    Otherwise, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the name.
     """
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
     directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)  # a letter for each character
@@ -72,10 +71,9 @@ def _isolate_right_to_left(line: str) -> str:
 def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
-    With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
-    system that name a file or are in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are
-    user errors. If a signal has stopped a run, the exit code is another one, and only the first process of
-    the run prints the line, without `error:` before it.
+    With *as_json*, also print its code, message and complete lists as JSON on stdout. If a signal has stopped
+    a run, the exit code is another one, and only the first process prints the line, without `error:` before
+    it.
     """
     try:
         with _system_errors_as_user_errors(), missing_extras():
@@ -157,10 +155,7 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Print on stderr what code in the block, such as that of a network, prints on stdout.
-
-    This includes what libraries in C and other programs print, if stdout is a file or a pipe of this process.
-    """
+    """Print on stderr what code in the block, also a library in C, prints on stdout."""
     sys.stdout.flush()
     with ExitStack() as stack:
         with suppress(OSError):  # stdout is closed

@@ -44,9 +44,9 @@ class CenterCrop(StrictModel):
 class PadCrop(StrictModel):
     """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
-    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options.
-    With `doubled`, an epoch has every image and its mirror image, whatever `flip` is. With `held_out`,
-    held-out images are padded and cropped at random, too.
+    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options:
+    with `doubled`, an epoch has every image and its mirror image; `held_out` images are padded and cropped,
+    too.
     """
 
     kind: Literal["pad-crop"]

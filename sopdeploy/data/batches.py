@@ -120,10 +120,7 @@ class _RequestSampler:
 
 @dataclass
 class _BatchDataset:
-    """Load whole batches (images, labels). After a `DataError`, the result is its message, as a tuple of one.
-
-    DataLoader would add a traceback to a raised error; `load_batches` raises it instead.
-    """
+    """Load whole batches (images, labels); instead of a `DataError`, its message, without a traceback."""
 
     datasets: Sequence[Dataset]
 

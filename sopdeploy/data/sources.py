@@ -136,10 +136,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
 
 
 def _group_by_name(split: Split, pattern: str) -> Split:
-    """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups.
-
-    An image in whose name it finds nothing is a group. Raises `DataError` if it finds nothing in any name.
-    """
+    """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups."""
     if not pattern:
         return split
     names = (PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train)))

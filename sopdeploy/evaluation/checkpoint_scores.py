@@ -19,11 +19,7 @@ from sopdeploy.photos.photo import describe_seen
 
 
 class CheckpointScores(NamedTuple):
-    """The predictions of a checkpoint, and the decision that was fitted to them, if any.
-
-    They are one score per image, with the sorted `labels`, or, for a multi-label network, the probabilities
-    of all classes in output order.
-    """
+    """The predictions of a checkpoint with the `labels` they refer to, and the fitted decision, if any."""
 
     checkpoint: Checkpoint
     labels: tuple[str, ...]

@@ -188,10 +188,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
 
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Return the logit of the threshold of *scores* (N,) with the largest F1 for the targets *true* (N,).
-
-    It lies half-way between two neighboring logits; of several best ones, it is the nearest to 0 (0.5).
-    """
+    """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
     precision, recall, distinct = precision_recall_curve(true, scores)  # the distinct scores, ascending

@@ -14,10 +14,7 @@ LISTED_RATIO = 6
 
 
 class LabelDoubts(NamedTuple):
-    """Which labels (N,) of images are `listed`, the classes that are `suggested`, and all `probabilities`.
-
-    The probabilities are (N, C).
-    """
+    """Which labels (N,) are `listed`, the classes `suggested` (N,), and all `probabilities` (N, C)."""
 
     listed: NDArray[np.bool_]
     suggested: NDArray[np.intp]

@@ -181,10 +181,7 @@ def resampled_precision(
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Compute the average precision of *scores* (N,) for a class; None if no image shows it.
-
-    *true* (N,) marks the images that do.
-    """
+    """Compute the average precision of *scores* (N,) for a class that *true* (N,) images show, else None."""
     if not true.any():
         return None
     each_image_once = np.ones((1, len(true)), np.int64)  # as the only resample

@@ -48,10 +48,7 @@ class ProcessGroup:
 
 
 class EvalMetrics(StrictModel):
-    """Top-1 and top-5 accuracy and mean loss over `count` images.
-
-    With fewer than five classes `top5` covers all of them.
-    """
+    """Top-1 and top-5 accuracy, of at most all classes, and mean loss over `count` images."""
 
     score_name: ClassVar[str] = "top-1"
     top1: Fraction
@@ -86,11 +83,7 @@ def classification_loss(
 def evaluate_network(
     model: nn.Module, dataset: PreprocessedDataset, preprocess: Preprocess, **options: Any
 ) -> HeldOutMetrics:
-    """Evaluate the main head of *model* on *dataset*, on the device of the model.
-
-    Raises `DataError` without images, `TrainingError` if the loss is not finite. The *options* are those of
-    `predict_logits`.
-    """
+    """Evaluate the main head of *model* on *dataset* with the *options* of `predict_logits`."""
     if not len(dataset):
         raise DataError(NO_IMAGES)
     logits, targets = predict_logits(model, dataset, preprocess, **options)

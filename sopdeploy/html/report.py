@@ -85,11 +85,7 @@ def _template() -> Any:
 
 
 def insert_names(template: str, *names: str, tag: str = "bdi") -> Any:
-    """Insert *names* into *template* at its `{}`, as markup, and escape them.
-
-    A name from right to left, such as an Arabic one, does not reorder the text around it. The tag `code` is
-    for commands to copy.
-    """
+    """Insert *names* into *template* at its `{}`, as markup, and escape them; each keeps its direction."""
     from markupsafe import Markup  # noqa: PLC0415  # of the extra `train`
 
     marked = Markup(template.replace("{}", f"<{tag}>{{}}</{tag}>"))  # noqa: S704 # of this package

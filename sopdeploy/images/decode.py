@@ -99,10 +99,7 @@ def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
 def _loaded(
     image: Image.Image, body: bytes, rules: Preprocess, max_pixels: int, choose_view: ChooseView | None
 ) -> Iterator[_Loaded]:
-    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it.
-
-    Raises `ImageError`, also for what a decoder or the block of the caller raises.
-    """
+    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it."""
     try:
         opened_size, scale = image.size, 1
         if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels

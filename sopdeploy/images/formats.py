@@ -51,8 +51,7 @@ def open_image(
 ) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    Raises `ImageError` for a file that is not accepted, is not one of *formats* (names of `FORMATS`), is too
-    large, or has a damaged header.
+    Raises `ImageError` for a file that is not one of *formats* (names of `FORMATS`), too large or damaged.
     """
     if not body:
         raise ImageError("this is not an image: it is empty", code="empty_body", status=400)
@@ -87,8 +86,7 @@ def open_image(
 def without_metadata(body: bytes) -> bytes:
     """Leave out what the decoder of the JPEG, PNG or GIF file *body* does not need for the first frame.
 
-    Pillow parses it, and refuses the image if it is damaged or large when unpacked. The decoders of other
-    formats do not read their metadata. A PNG keeps what may tell the orientation.
+    Pillow parses it, and refuses the image if it is damaged or large. A PNG keeps what tells the orientation.
     """
     find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(body[:2])
     parts, begin = [], 0
@@ -163,10 +161,7 @@ def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
-    """Count the bytes of the text in the *content* of a *chunk* of a PNG: at most *limit*, also if damaged.
-
-    No more than *limit* bytes are unpacked. Source: the PNG specification, section 11.3.3.
-    """
+    """Count the bytes of the text in a *chunk* of a PNG, at most *limit* (PNG specification, 11.3.3)."""
     text = content.partition(b"\0")[2]
     if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
         return min(len(content), limit)
@@ -212,10 +207,7 @@ def too_large_error(max_bytes: int) -> ImageError:
 
 
 def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
-    """Detect the format of *body*, as Pillow names it.
-
-    Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
-    """
+    """Detect the format of *body*, as Pillow names it; raises `ImageError` if it is not one of *formats*."""
     detected = find_format(body[:HEAD_BYTES])
     accepted = FORMATS if formats is None else formats
     if any(FORMATS[name] == detected for name in accepted):

@@ -46,9 +46,8 @@ def capture_time(image: Image.Image) -> int:
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
-    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a file
-    that `open_image` rejects, also because it has more than *max_pixels*, that is damaged, or that would be
-    a PNG of more than `MAX_COPIED_PIXELS`.
+    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a damaged
+    file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:

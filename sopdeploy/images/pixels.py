@@ -164,9 +164,8 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
 def to_rgb(image: Image.Image, rules: Preprocess, orientation: int | None = None) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
-    Its *orientation* is by default that of EXIF, or upright if *rules* do not apply it. An unreadable one is
-    ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to white. An image that is upright and
-    RGB is returned itself, not copied.
+    Its *orientation* is by default that of EXIF, or upright if *rules* do not apply it. 16-bit gray is scaled
+    to 8 bits, because Pillow clips it to white. An upright RGB image is returned itself, not copied.
     """
     image.load()
     frame_alpha: Image.Image | None = None  # of a GIF whose first frame covers a part of the canvas

@@ -16,7 +16,7 @@ from sopdeploy.errors import amount, shorten
 from sopdeploy.files import PARTIAL, open_regular
 from sopdeploy.images.limits import FORMATS, describe_formats
 
-SUFFIXES = (".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".webp")  # only to open fewer files
+SUFFIXES = (*(f".{name}" for name in FORMATS), ".jpg", ".heif")  # only to open fewer files
 HEAD_BYTES = 64  # what `find_format` needs
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -47,10 +47,7 @@ _skipped: ContextVar[dict[Path, Mapping[str, int]] | None] = ContextVar("skipped
 
 
 def find_format(head: bytes) -> str:
-    """Name the format of the file that begins with *head*, as Pillow does; "" for an unknown one.
-
-    It may be one that is never accepted.
-    """
+    """Name the format of the file that begins with *head*, as Pillow does; "" for an unknown one."""
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
@@ -76,10 +73,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def counts_as_image(name: str, read_head: Callable[[], bytes]) -> bool:
-    """Tell whether the file *name* is to be read as an image: by its ending, or else by its first bytes.
-
-    *read_head* reads these. A file that is being written is no image.
-    """
+    """Tell whether the file *name* is read as an image: by its ending, or else by its first bytes."""
     return has_image_suffix(name) or (
         not name.endswith(PARTIAL) and find_format(read_head()) in FORMATS.values()
     )

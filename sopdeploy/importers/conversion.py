@@ -86,8 +86,7 @@ class Importer:
 def register_importer(name: str, importer: Importer) -> None:
     """Let `sopdeploy import`, and training from weights, read the files of another project.
 
-    Importers of sopdeploy come first. Raises `ConfigError` if *name* is invalid, or if another module has
-    registered it.
+    Importers of sopdeploy come first. Raises `ConfigError` if *name* is invalid or in use.
     """
     IMPORTERS.register(name, importer, importer.convert.__module__)
 
@@ -184,11 +183,7 @@ def _misfit_error(file: WeightFile, converted: ConvertedWeights, model: str, dif
 
 
 def make_row_wise(tensors: Mapping[str, Tensor], triangles: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return *tensors* with the *triangles*, by name and number of rows, in the order row by row.
-
-    Their last axis is a triangle column by column. A tensor of another length stays, so that `fit_tensors`
-    reports its shape.
-    """
+    """Return *tensors* with *triangles*, by name and number of rows, that were column by column."""
     row_wise = dict(tensors)
     for name, channels in triangles.items():
         rows, columns = torch.triu_indices(channels, channels)  # row by row

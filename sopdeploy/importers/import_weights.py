@@ -104,9 +104,7 @@ def import_weights(
 
     *settings* are values of the model's config, by dotted key, that the weight file does not contain. The
     file *labels* has the class names. *preprocess* replaces values of the preprocessing. *triangle* is the
-    order of the covariance vector in the weight file, by default that of its project. Raises a
-    `SopdeployError` if it cannot be read, is of an unknown project or of another network, or is known to be
-    broken.
+    order of the covariance vector in the file, by default that of its project. Raises a `SopdeployError`.
     """
     source = source_file.path
     if destination.exists() and source.exists() and destination.samefile(source):
@@ -157,10 +155,7 @@ def import_weights(
 
 
 def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
-    """Read the weight file or the checkpoint *file*, whose format is detected.
-
-    Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
-    """
+    """Read the weight file or the checkpoint *file*, whose format is detected."""
     path = file.path
     if not file.first.startswith(TORCH_MAGIC):
         for importer in _registered_importers():
@@ -183,8 +178,7 @@ def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = No
     """Convert *file* for catalog *model*; its covariance vectors become triangles row by row.
 
     *triangle* is their order in the file, by default that of its project. Raises `WeightsError` if no
-    importer recognizes the file; the message names a network of timm that fits. Raises `ConfigError` for a
-    *triangle* where the network has none.
+    importer recognizes the file, with a network of timm that fits.
     """
     if converted := _convert_by_importer(file, model):
         if triangle is not None and not converted.triangles:
@@ -242,10 +236,7 @@ def _registered_importers() -> Iterator[Importer]:
 def _find_class_names(
     weights: WeightFile, converted: ConvertedWeights, file: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Find the class names in output order, and their origin.
-
-    *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong.
-    """
+    """Find the class names in output order, by default those in the file or of its data, and their origin."""
     count = converted.num_classes
     names = weights.labels if file is None else read_class_names(file)
     if names is not None:

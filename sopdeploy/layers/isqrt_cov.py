@@ -154,10 +154,7 @@ class ISqrtCov(nn.Module, ExportHints):
 
 
 def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
-    """Decide whether the N *iterations* on G (M x M) take fewer multiply-adds than on A (d x d).
-
-    d is *channels*, M is *positions*. Shapes that are symbolic during tracing use A.
-    """
+    """Decide whether N *iterations* on G (M x M) are cheaper than on A (d x d); symbolic shapes use A."""
     if type(positions) is not int or type(channels) is not int:
         return False
     products = max(1, 3 * iterations - 3)  # of two square matrices, as counted at the top of this file
@@ -166,10 +163,7 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
 
 
 class Prenormalized(NamedTuple):
-    """Input of the Newton-Schulz iteration: X (B, d, M), its norm n (B, 1, 1), and A or G as `matrix`.
-
-    A has the shape (B, d, d); G, with `use_gram`, has (B, M, M).
-    """
+    """X (B, d, M), its norm n (B, 1, 1), and the `matrix` A (B, d, d), or with `use_gram` G (B, M, M)."""
 
     x: Tensor
     norm: Tensor
@@ -178,10 +172,7 @@ class Prenormalized(NamedTuple):
 
 
 def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormalized:
-    """Compute A or G: center the map, compute X X^T or X^T X, divide it by its trace or Frobenius norm.
-
-    Both products have the same trace and the same Frobenius norm.
-    """
+    """Compute A or G: center the map, compute X X^T or X^T X, divide it by its trace or Frobenius norm."""
     x_BdM = covariance_factor(at_least_float32(features_BdHW))
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)

@@ -16,10 +16,7 @@ def is_in(name: str, *modules: str) -> bool:
 
 
 def last_linear(module: nn.Module, outputs: int, training_only: Sequence[str] = ()) -> nn.Linear | None:
-    """Find the last part of *module* with parameters outside of *training_only*.
-
-    `None` if it is not a linear layer with this number of *outputs*.
-    """
+    """Find the last part of *module* outside of *training_only*; None unless linear with *outputs*."""
     exported = [
         part for name, part in module.named_modules() if part._parameters and not is_in(name, *training_only)
     ]
@@ -57,10 +54,7 @@ class Classifier(Backbone):
     inference_class: ClassVar[type[Backbone] | None] = None
 
     def inference_model(self) -> Backbone:
-        """Build the network to export from the config, with fresh weights.
-
-        It shares no object with this one, because the certificate compares the two.
-        """
+        """Build the network to export from the config, with fresh weights; shares no object with this one."""
         if self.training_only and self.inference_class is None:
             raise TypeError(f"{type(self).__name__} has training-only parts; set inference_class")
         return (self.inference_class or type(self))(self.config, self.num_classes)
@@ -106,10 +100,7 @@ class Classifier(Backbone):
         return self.logits_layer() is not None
 
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Look up the channels of the feature maps at *taps*, in the order of computation.
-
-        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without feature maps.
-        """
+        """Look up the channels of the maps at *taps*, `None` for the last, in the order of computation."""
         names = list(self.tap_channels)
         if not names:
             raise ConfigError("head.taps: this network has no feature maps; set head.kind=gap")
@@ -120,10 +111,7 @@ class Classifier(Backbone):
         return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
 
     def remove_classifier(self) -> int:
-        """Replace the layer that computes the logits by the identity; return the length of its input.
-
-        The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
-        """
+        """Replace the layer that computes the logits by the identity; return the length of its input."""
         layer = Classifier.logits_layer(self)  # the method of a subclass returns the layer of its new head
         if layer is None:
             raise ConfigError("head: the last layer of this network is not linear; choose another network")

@@ -41,11 +41,7 @@ class Counts(StrictModel):
 
 @dataclass
 class Tally:
-    """Counts by the dotted names of tensors and modules, and quantities that some papers add.
-
-    `norm_outputs` is the number of values that batch norms compute for one image, `root_products` the sum of
-    d^3 over all covariance roots.
-    """
+    """Counts by the names of tensors and modules; outputs of batch norms, and d^3 of covariance roots."""
 
     parameters: Counter[str] = field(default_factory=Counter)
     macs: Counter[str] = field(default_factory=Counter)
@@ -108,10 +104,7 @@ def _count_call(
     keywords: dict[str, Any],
     returned: Any,
 ) -> None:
-    """Add to *counts* the operations of *module* for one image, which may be rows of many windows.
-
-    A subclass of a layer can have other inputs, and can return its output with more values.
-    """
+    """Add to *counts* the operations of *module* for one image, which may be rows of many windows."""
     output = next((leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)), None)
     if output is None:
         return
@@ -265,8 +258,8 @@ def describe(
 ) -> Description:
     """Count parameters and multiply-adds of model *name* without allocating weights (`meta` device).
 
-    *image_size* is the side of the input in pixels. Raises `ConfigError` for an unknown name, an invalid
-    option, or a size that the network cannot compute.
+    *image_size* is the side of the input in pixels. Raises `ConfigError` for what the network does not
+    accept.
     """
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):

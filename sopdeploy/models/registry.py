@@ -272,11 +272,10 @@ PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
 
 
 def entry(name: str) -> Entry:
-    """Look up *name* in the catalog and among registered networks.
+    """Look up *name* in the catalog and among registered networks; raises `ConfigError` with near names.
 
     `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
-    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`. Raises `ConfigError`
-    with the nearest names if *name* is unknown.
+    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
     found: Entry | None

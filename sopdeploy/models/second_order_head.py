@@ -149,11 +149,7 @@ class PooledHead(nn.Module, ExportHints):
 
     @torch.no_grad()
     def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set the projection of every tap to the principal components of its maps.
-
-        *batches* have maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
-        channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
-        """
+        """Set the projection of each tap to principal components of its maps (B, C, H, W) in *batches*."""
         for tap, channels in self.channels.items():
             if "isqrt" in self.config.parts and channels > self.config.width:
                 components_dC = principal_components([maps[tap] for maps in batches], self.config.width)
@@ -180,10 +176,7 @@ class SecondOrderHead(Classifier):
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
     def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
-        """Copy the network with another *head*, of random weights, on some of the maps of this one.
-
-        Raises `ConfigError` if an attribute of the network cannot be copied, such as a lock.
-        """
+        """Copy the network with another *head*, of random weights, on some of the maps of this one."""
         try:
             network = copy.deepcopy(self)
         except (TypeError, RuntimeError) as error:
@@ -234,10 +227,10 @@ class SecondOrderHead(Classifier):
 
 
 def head_entry(_prefix: str, name: str) -> Entry:
-    """Build the entry of `head:NAME` for the network *name*.
+    """Build the entry of `head:NAME` for the network *name*: its options, and `head`.
 
-    Its config has the options of the network, and `head`. Of `dsop-NAME`, the branches remain, and are
-    detached before export. Raises `ConfigError` for a network with a head or other training-only parts.
+    Of `dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError` for a network
+    with a head or other training-only parts.
     """
     base = entry(name)
     if issubclass(base.network, SecondOrderHead):
@@ -252,10 +245,7 @@ def head_entry(_prefix: str, name: str) -> Entry:
 
 @cache
 def _derive_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
-    """Derive the classes of *network* with a head and of its *config*, once for all lookups.
-
-    The inference model of a network with branches is that without them, with the same head.
-    """
+    """Derive the classes of *network* with a head and of its *config*, once for all lookups."""
     with_option = pydantic.create_model(
         f"Head{config.__name__}", __base__=config, head=(HeadConfig, HeadConfig())
     )
@@ -277,11 +267,10 @@ def tuned_name(name: str) -> str:
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
-    """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
+    """Build `head:NAME` with a random *head* for *model*, the network *name* of the catalog.
 
     The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
-    except those of its classifier and its training-only parts. The weights of the head are random. Raises
-    `ConfigError` if the network cannot have this head.
+    except those of its classifier and its training-only parts.
     """
     with_head_entry = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
@@ -302,10 +291,9 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
 def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     """Compute the first *width* principal components (d, C) float64 of the positions of maps (B, C, H, W).
 
-    They are the eigenvectors of the covariance (C, C) over all positions of *batches*, which are of any
-    floating-point type and device. The largest eigenvalue is first. Each component has length 1, and its
-    element of largest absolute value is positive, so that the result does not depend on the library. Raises
-    `DataError` if the values of the maps are not finite.
+    The largest eigenvalue is first. Each component has length 1, and its element of largest absolute value is
+    positive, so that the result does not depend on the library. Raises `DataError` for values that are not
+    finite.
     """
 
     def rows_of(maps_BCHW: Tensor) -> Tensor:  # (positions, C)

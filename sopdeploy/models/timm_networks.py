@@ -67,10 +67,7 @@ class TimmConfig(StrictModel):
 
 
 def import_timm(name: str) -> Any:
-    """Import `timm`.
-
-    Raises `MissingPackageError`, or `ConfigError` if it has no network *name* (with its tag, if any).
-    """
+    """Import `timm`; raises `MissingPackageError`, or `ConfigError` if it has no network *name*."""
     timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}")
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
@@ -81,10 +78,9 @@ def import_timm(name: str) -> Any:
 
 @cache
 def find_timm_taps(name: str) -> dict[str, int]:
-    """Find the taps of timm's network *name*, stages of stride 4 or more, and the channels of their maps.
+    """Find the stages of timm's network *name* of stride 4 or more, and the channels of their maps.
 
-    The result is empty if the network does not name its stages, if a stage returns no feature map, or if its
-    code depends on the values of pixels.
+    The result is empty if stages have no name or feature map, or if the code depends on the values of pixels.
     """
     timm = import_timm(name)
     side = timm.get_pretrained_cfg(name).input_size[-1]
@@ -183,10 +179,7 @@ class TimmBackbone(Backbone):
         return nearest_block(self.timm_network, self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
-
-        Raises `ConfigError` if the network has position embeddings for another image size.
-        """
+        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage."""
         if self.fixed_size is not None and self.fixed_size != images.shape[-1]:
             raise ConfigError(
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
@@ -220,10 +213,7 @@ class PlainTimm(Classifier, TimmBackbone):
 
 
 def timm_entry(family: str, name: str) -> Entry:
-    """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights.
-
-    Raises `ConfigError` if timm has no network *name*.
-    """
+    """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights."""
     side = import_timm(name).get_pretrained_cfg(name).input_size[-1]
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)

@@ -58,10 +58,7 @@ class UserNetwork(Classifier):
         return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits and the outputs of *taps*.
-
-        The logits take the place of the last feature map, because the network contains its classifier.
-        """
+        """Compute the logits, in the place of the last feature map, and the outputs of *taps*."""
         logits, outputs = run_tapped(self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
@@ -76,10 +73,7 @@ class UserNetwork(Classifier):
         return features
 
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
-
-        Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
-        """
+        """Run one image to find the channels at the modules *taps*; `None` is the last feature map."""
         side = self.source.image_size
         modules = (find_last_map(self.network, side),) if taps is None else taps
         channels, _ = find_taps(self.network, modules, side)
@@ -121,10 +115,7 @@ class PooledOptions(StrictModel):
 
 
 class PooledNetwork(UserNetwork):
-    """A network of the user up to a feature map, its last one or the tap; a pooling and a classifier follow.
-
-    The modules with parameters that run after the map are replaced by the identity.
-    """
+    """A network of the user up to a feature map, its last one or the tap; pooling and classifier follow."""
 
     classify = Backbone.classify  # not those of `UserNetwork`, whose network has its own classifier
     remove_classifier = Classifier.remove_classifier
@@ -298,10 +289,9 @@ def run_tapped(network: nn.Module, images: Tensor, taps: Collection[str]) -> tup
 
 
 def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
-    """Run *network* in eval mode on one black image; return its output and those of all its modules by name.
+    """Run *network* in eval mode on one black image; return its output and those of its modules by name.
 
-    The outputs are in the order of computation. Train and eval modes are restored afterwards. Raises
-    `ConfigError` if the network cannot run.
+    The outputs are in the order of computation. Raises `ConfigError` if the network cannot run.
     """
     modes = {part: part.training for part in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), None)
@@ -321,10 +311,7 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
-    """Run *network* on one black image to find the channels at *taps* and the number of classes.
-
-    The taps are in the order of computation. Raises `ConfigError` as `dsop` does.
-    """
+    """Run *network* once to find the channels at *taps*, in the order of computation, and its classes."""
     modules = dict(network.named_modules())
     for tap in taps:
         if tap not in modules:
@@ -348,10 +335,9 @@ def _shape(output: Any) -> tuple[int, ...]:
 
 
 def find_last_map(network: nn.Module, image_size: int) -> str:
-    """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
+    """Find the outermost module of *network* that computes the last feature map (1, C, side, side).
 
-    Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or
-    if tokens (1, N, C) follow: the map may then be the weights of an attention.
+    Raises `ConfigError` if there is none, or if tokens (1, N, C) follow: the map may be that of an attention.
     """
     _, outputs = run_once(network, image_size)
     for name, output in reversed(outputs.items()):  # a module returns after the modules inside of it
@@ -367,10 +353,7 @@ def find_last_map(network: nn.Module, image_size: int) -> str:
 
 
 def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
-    """Replace modules with parameters that run only after the module *tap* by the identity.
-
-    Raises `ConfigError` if the network cannot run without them.
-    """
+    """Replace modules with parameters that run only after the module *tap* by the identity."""
     _, outputs = run_once(network, image_size)
     names = list(outputs)  # in the order in which the modules first return
     removed = []

@@ -104,10 +104,8 @@ def check_data(
     """Decode every image below *path* and report contents and problems.
 
     With *near*, near-duplicates are searched, too: among up to `MAX_FEATURES` images by *group_by_features*,
-    which returns a group number (N,) per image. Without it, and among more images, they are found by edges.
-
-    *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
-    (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
+    which returns a group number (N,) per image, otherwise by edges. Raises `DataError` for fewer than two
+    classes.
     """
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
@@ -151,10 +149,7 @@ def check_data(
 
 
 def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) -> _FileInfo:
-    """Decode an image and describe its file; of one that cannot be decoded, the length and the error.
-
-    If *keeps_small*, the description contains its small gray image.
-    """
+    """Describe the file of an image, with its small image if *keeps_small*; or its length and error."""
     file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
     length = 0  # if it cannot be read
     try:
@@ -192,10 +187,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
 def _find_near(
     infos: Sequence[_FileInfo], group_by_features: Callable[[ImageFiles], Groups] | None, train: str
 ) -> Iterator[Duplicates]:
-    """Yield the groups of near-duplicates whose files do not all have the same pixels.
-
-    *train* is the name of the training part.
-    """
+    """Yield the groups of near-duplicates that are no exact duplicates; *train* names the training part."""
     if len(infos) < 2:
         return
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)

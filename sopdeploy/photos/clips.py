@@ -40,11 +40,10 @@ _BLOCK = 2**25  # cosines that are computed at once
 
 
 class Clips(NamedTuple):
-    """The `groups` (N,) of images of one clip or object, and a pair of each of two kinds of names.
+    """The `groups` (N,) of images of one clip or object, and pairs of images; None without such ones.
 
-    `found` are two images of a group that its copies do not explain, `doubtful` two images that may show one
-    object, but are no group; both are None without such images. `pattern` is a regular expression that groups
-    the doubtful ones by name; empty if none does.
+    `found` are two images of a group that its copies do not explain, `doubtful` two that may show one object,
+    but are no group. `pattern` is a regular expression that groups the doubtful ones by name, or empty.
     """
 
     groups: Groups
@@ -64,10 +63,7 @@ class Clips(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """A name without its suffix: the texts between its numbers, the numbers, and its template.
-
-    Names have one `template` if they differ in numbers and letters only.
-    """
+    """A name without suffix: texts and numbers in turn, and its template without digits and letters."""
 
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
@@ -87,8 +83,7 @@ class _Name(NamedTuple):
 class _Relation(NamedTuple):
     """Related images have equal `runs` (N,); in a sequence, also `ranks` (N,) at most `WINDOW` apart.
 
-    It relates names of one `template` by what is `shared`, such as `START`. `pattern` is a regular expression
-    that finds equal parts in related names; empty if there is none.
+    It relates names of one `template` by what is `shared`; `pattern` is a regular expression for equal parts.
     """
 
     template: str
@@ -102,8 +97,7 @@ class _Measured(NamedTuple):
     """How much more often than by chance the most similar image outside of the group is related.
 
     `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales", 1960),
-    `similar` the median cosine of these images, and `pair` one of them with its most similar image. The
-    `relation` is the measured one.
+    `similar` the median cosine of these images, and `pair` one of them with its most similar image.
     """
 
     excess: float
@@ -325,7 +319,7 @@ def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: 
     """Return the pairs (2, P) of neighbors in the sequences of *relation* that belong together.
 
     Two neighbors do if a cosine across the gap between them, of images at most two apart, exceeds this
-    *quantile* of the cosines of images half a sequence apart. No pairs if all sequences are short.
+    *quantile* of the cosines of images half a sequence apart.
     """
     runs = relation.runs
     ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks

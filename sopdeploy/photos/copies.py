@@ -51,9 +51,8 @@ DECIMALS = 4  # of a signature; float32 differs between processors from the seve
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    Alike are the images of classes whose images look so much alike that few copies are found among them:
-    frames of one clip, or images of one kind, such as parts before one camera. The vectors are those of the
-    whole images (N, D), whitened, of length 1.
+    Alike are the images of classes among whose images few copies are found: frames of one clip, or parts
+    before one camera. The vectors are those of the whole images (N, D), whitened, of length 1.
     """
 
     pairs: NDArray[np.intp]
@@ -71,8 +70,7 @@ def find_near_duplicates(
     """Find the near-duplicates among N images with *targets*, (N,) or (N, C): pairs in any order.
 
     *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole one first.
-    *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes* (N,), which `connect`
-    groups by the hashes, one is compared. Each image is compared with *num_candidates* by either vectors.
+    *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes* (N,), one is compared.
     """
     first_N = np.sort(np.unique(hashes, return_index=True)[1])  # of the images with equal pixels, one
     whole = [part[:, 0] for part in views]
@@ -95,7 +93,7 @@ def _find_candidates(
 ) -> NDArray[np.intp]:
     """Pair each image of *views*, (N, V, D) each, with *num_others* by whitened and by plain vectors.
 
-    By whitened vectors, the whole of one image resembles a view of the other one. No pair is there twice.
+    By whitened vectors, the whole of one image resembles a view of the other one.
     """
     count, num_views = views[0].shape[:2]
     num_others = min(num_others, count - 1)
@@ -131,9 +129,8 @@ def _confirm(
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Select the *candidates* (2, P) with *shares* (P,) of equal tiles as copies have them, and *turned*.
 
-    Also tells which images (N,) are of *classes* (N,) that look alike: many of their images resemble others
-    that are no copies of them, or nearly all would be one group. The latter are frames of one clip, or small
-    objects before one background, and none of their pairs is selected.
+    Also tells which images (N,) are of *classes* (N,) that look alike, or whose images would nearly all be
+    one group: no pairs of the latter are selected.
     """
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])  # pairs of two copies do not count
     is_outside = groups[candidates[0]] != groups[candidates[1]]
@@ -177,11 +174,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
 
 
 def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
-    """Fit a whitening to vectors, given in *parts*; returns the function that whitens any vectors in parts.
-
-    It scales the parts to equal norms, divides the principal components by their damped standard deviations,
-    and returns rows of norm 1.
-    """
+    """Fit a whitening to vectors in *parts*; returns the function that whitens any vectors to norm 1."""
     means = [part.mean(axis=0) for part in parts]
     squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]  # not 0 if all vectors are equal
@@ -224,8 +217,7 @@ def shrink(image: Image.Image) -> NDArray[np.uint8]:
 def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     """Find the pairs (2, P) of equal images in any of eight orientations, by their *small* ones (N, S, S).
 
-    They are compared after whitening, as other vectors are. Copies that are turned, smaller and re-encoded
-    reach 0.97, different photographs up to 0.94, also of classes that look alike.
+    Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
     """
     count, width = len(small), SMALL // TURNED_SIDE
     small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(axis=(2, 4), dtype=np.float32)
@@ -269,10 +261,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
 def group_by_edges(
     images: LabeledImages, hashes: Sequence[str], small: Sequence[NDArray[np.uint8]]
 ) -> tuple[Groups, NDArray[np.float32]]:
-    """Group *images* by the *hashes* of their pixels, their *small* images, and the groups that are known.
-
-    Also returns the vectors (N, D) that tell how similar the images are.
-    """
+    """Group *images* by *hashes*, *small* images and known groups; also return vectors (N, D) of edges."""
     views = np.stack([signature(one) for one in small])[
         :, None
     ]  # (N, 1, 512): the whole image is the only view
@@ -281,10 +270,7 @@ def group_by_edges(
 
 
 class Grouped(NamedTuple):
-    """Groups (N,) of photographs that belong together, hashes of their files, and the times they were taken.
-
-    `vectors` (N, D) of their edges tell how similar they are; they are empty if only files were compared.
-    """
+    """Groups (N,) of photographs, hashes of files, times, and vectors (N, D) unless only files were equal."""
 
     groups: Groups
     file_hashes: NDArray[np.int64]
@@ -304,8 +290,7 @@ class _Inspected(NamedTuple):
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be decoded, or
-    there are more than `MAX_SIGNATURES`, they are equal files.
+    If an image cannot be decoded, or there are more than `MAX_SIGNATURES`, near-duplicates are equal files.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 

@@ -35,10 +35,7 @@ _Images = NDArray[np.float32]
 
 
 def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Return the share (P,) of equal tiles of each of the *pairs* (2, P), by *small* images (N, S, S).
-
-    Each image of a pair may show a part of the other one.
-    """
+    """Return the share (P,) of equal tiles of *pairs* (2, P), each of which may show a part of the other."""
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
     order = np.argsort(both_ways[0], kind="stable")
@@ -57,10 +54,7 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 
 
 def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images, NDArray[np.float64]]:
-    """Find where the first image of each of the *pairs*, sorted by it, correlates most with the second one.
-
-    Returns the correlations (P,), and the boxes (P, 4): top, left, height and width in pixels of *small*.
-    """
+    """Find correlations (P,) and boxes (P, 4) of the second images of *pairs*, sorted, in the first ones."""
     side, num_pairs = small.shape[1], pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
@@ -91,10 +85,9 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
 
 
 def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.float64]) -> _Images:
-    """Fit affine maps from the second images of *pairs* to *boxes* (P, 4) in the first ones.
+    """Fit affine maps from the second images of *pairs* to *boxes* (P, 4); return shares of equal tiles.
 
-    Returns the shares of equal tiles. The maps change inversely: how the second image changes with an affine
-    map of itself is computed once.
+    The maps change inversely: how the second image changes with a map of itself is computed once.
     """
     side, num_pairs = small.shape[1], pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
@@ -171,10 +164,7 @@ def _smooth(images: NDArray[np.uint8]) -> _Images:
 def _sample(
     images: _Images, chosen: NDArray[np.intp], points: NDArray[Any]
 ) -> tuple[_Images, NDArray[np.bool_]]:
-    """Interpolate *images* (N, S, S) at *points* (P, K, 2), pixels of the *chosen* (P,) images.
-
-    Returns the samples (P, K), and which points are inside.
-    """
+    """Interpolate *images* (N, S, S) at *points* (P, K, 2) of the *chosen* (P,); tell which are inside."""
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)

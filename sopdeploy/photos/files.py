@@ -124,8 +124,8 @@ def list_outputs(folder: Path) -> list[str]:
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
     """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is one of photographs.
 
-    That is *images*, the training data, a folder below it, or any folder that holds images or class folders
-    of images. *setting* names *folder* unless it is an argument. A folder need not exist.
+    That is *images*, a folder below it, or any folder that holds images or class folders of images. *setting*
+    names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
     real_folder = Path(os.path.realpath(folder))  # `resolve` raises an error for a link that leads to itself
@@ -150,9 +150,8 @@ def list_images(
 ) -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
-    All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an array; the
-    others are text for messages. Folders in *visited* are left out, as `walk` does. Raises `DataError` for a
-    folder that cannot be listed.
+    Paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them; others are for
+    messages.
     """
     images, others = [], []
     for path in walk(root / folder, visited):
@@ -169,8 +168,7 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
 
     Links to folders are followed. Each real folder is listed once: under its own path if it is below
     *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed,
-    nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
-    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
+    nor, without *hidden*, bundles and runs; those that are listed are added to it.
     """
     visited = set() if visited is None else visited
     root = folder.resolve()
@@ -207,10 +205,7 @@ def folder_identity(folder: Path) -> FolderIdentity:
 
 
 def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
-    """List the content of *folder*, sorted by name; what is hidden only with *hidden*.
-
-    Raises `DataError` if it cannot be listed or, without *hidden*, if a name is not UTF-8.
-    """
+    """List the content of *folder*, sorted by name; what is hidden, or not UTF-8, only with *hidden*."""
     try:
         with os.scandir(folder) as scanned:
             entries = [entry for entry in scanned if hidden or not is_hidden(entry.name)]

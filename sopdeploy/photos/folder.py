@@ -61,8 +61,7 @@ def open_folder(path: Path) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
-    Hidden files are ignored, and without a folder of held-out images also classes of a single image. Raises
-    `DataError` if the images cannot be used.
+    Without a folder of held-out images, classes of a single image are left out. Raises `DataError`.
     """
     root = data_folder(path)
     opened = open_parts(root, max_held_out=1)
@@ -93,8 +92,8 @@ def open_folder(path: Path) -> Split:
 def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
-    Of the folders with held-out images, it opens the first *max_held_out*, by default all. Raises `DataError`
-    for fewer than two classes, and for files that cannot be read.
+    Of the folders with held-out images, it opens the first *max_held_out*, by default all. Raises
+    `DataError`.
     """
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
@@ -193,11 +192,7 @@ def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
 
 
 def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
-    """Find the folder of training images and the first *max_held_out* of held-out ones, by name; None: all.
-
-    Without a folder of training images, *root* holds the classes. Raises `DataError` if there are only
-    held-out images, or if the training folder may be a class.
-    """
+    """Find the folder of training images, or *root*, and the first *max_held_out* of held-out ones."""
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
     if not parts.train:
@@ -223,10 +218,10 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 
 
 class ClassListing(NamedTuple):
-    """What class folders hold.
+    """What class folders hold, with paths relative to the root of `images`.
 
     `other_files` are the files that are no images by class, `nested` the folders with images in class
-    folders. Their paths are relative to the root of `images`.
+    folders.
     """
 
     images: ImageFiles
@@ -238,8 +233,7 @@ def list_classes(root: Path) -> ClassListing:
     """List the content of every class folder in *root*, sorted; a class may be empty.
 
     Folders with one name in two encodings are one class. The images of a folder in a class folder are a
-    group, unless it holds all images of the class. A folder that links in several class folders lead to is
-    listed for the first one; a link to a class folder is not followed.
+    group, unless it holds all images of the class. A link to a class folder is not followed.
     """
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
@@ -319,11 +313,11 @@ def no_classes(root: Path, part: Path | None = None) -> DataError:
 
 
 def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
-    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes.
+    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
-    Returns "" if there is none. For `archive/images/rose/1.jpg`, it is `archive/images`: of the folders with
-    several subfolders, the one with the most images. There is none if a class folder holds images itself, or
-    if the subfolders of several class folders share no name: they are then the objects of each class.
+    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder holds images
+    itself, or if the subfolders of several class folders share no name: they are then the objects of each
+    class.
     """
     counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its parent
     for path in images.paths.tolist():
@@ -366,14 +360,10 @@ def open_evaluation_images(
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
-    It opens only the held-out images if the data are split: by folders such as train/ and val/, by an
-    official layout, or by the column `split` of a `labels.csv`. Classes are matched by name; WordNet IDs
-    match the names of ImageNet's classes. With *multi_label*, the network predicts several classes per image,
-    which `labels.csv` lists.
-
-    *log* receives a line about classes without images and about the part that is opened. Raises `DataError`
-    for folders that are no class of the network, or if there are no images. With *other_classes*, such
-    folders are left out with a line, as those of an official layout are.
+    It opens only the held-out images if the data are split. Classes are matched by name; WordNet IDs match
+    the names of ImageNet's classes. With *multi_label*, `labels.csv` lists several classes per image. *log*
+    receives a line about classes without images and about the part that is opened. Raises `DataError` for
+    folders that are no class of the network, unless *other_classes* are left out, or if there are no images.
     """
     root = check_holds_classes(root)
     if multi_label:
@@ -493,8 +483,8 @@ class UnknownImages(NamedTuple):
 def open_unknown(root: Path) -> UnknownImages:
     """Open the images of no class below *root*, without those that a server kept because of their scores.
 
-    The live network rejected most of these, so that the share that it or a later network rejects would seem
-    higher than it is. Those of the uniform sample remain. The line says how many are left out, if any are.
+    The live network rejected most of these, so that the share that a network rejects would seem higher than
+    it is. Those of the uniform sample remain.
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]

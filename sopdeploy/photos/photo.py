@@ -76,7 +76,7 @@ class Photo:
     def preprocess(self, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
         """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does.
 
-        With *choose_view*, these are the pixels of its view. Raises `DataError` if the image is damaged.
+        With *choose_view*, these are the pixels of its view.
         """
         with image_errors(self.name):
             return decode(self.content, rules, choose_view=choose_view).pixels
@@ -297,8 +297,7 @@ class FittedPixels:
     """The pixels (N, crop, crop, 3) of *images* by *rules*; not kept if they exceed `MAX_IN_MEMORY`.
 
     The memory is anonymous and shared: forked loader processes fill and read the same pages, without the
-    small /dev/shm of containers. A process that is started in another way begins with empty pixels. Two
-    processes may compute the same image at the same time; they write the same bytes.
+    small /dev/shm of containers. Two processes may compute the same image; they write the same bytes.
     """
 
     def __init__(self, images: LabeledImages, rules: Preprocess) -> None:
@@ -314,10 +313,7 @@ class FittedPixels:
         return type(self), (self.images, self.rules)
 
     def read(self, samples: Sequence[int]) -> Pixels:
-        """Return the pixels (B, crop, crop, 3) of the images at the indices *samples*.
-
-        If pixels are kept, they are computed at their first use only. Raises `DataError` for a damaged image.
-        """
+        """Return the pixels (B, crop, crop, 3) of the images at *samples*; kept ones are computed once."""
         if not self.is_kept:
             return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]
@@ -360,10 +356,7 @@ class FittedDataset(Dataset):
         return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
 
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Return images at *indices* fitted to the network, (B, crop, crop, 3).
-
-        These are indices of original images. *rules* are ignored if there are `fitted` images.
-        """
+        """Return images at *indices* fitted by *rules*, (B, crop, crop, 3), or the `fitted` ones."""
         if self.fitted is not None:
             return self.fitted.read(indices)
         return np.stack([self.images.preprocess(index, rules) for index in indices])
@@ -418,9 +411,9 @@ def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) 
 
 
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
-    """Keep the classes *labels* of *images*, in this order.
+    """Keep the classes *labels* of *images*, in this order; leave out images of other classes.
 
-    With one class per image, images of other classes are left out; with several, they remain without a class.
+    With several classes per image, these remain without a class.
     """
     if images.is_multi_label:
         columns = [images.labels.index(label) for label in labels]
@@ -475,10 +468,7 @@ def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64])
 def describe_seen(
     images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64], *, is_sample: bool = False
 ) -> str:
-    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none.
-
-    With *is_sample*, it may have more training files than *hashes*.
-    """
+    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
     seen = count_seen(images, hashes)
     if not seen:
         return ""
@@ -520,8 +510,7 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """Leave the damaged images of *split* out, after *first*, the error of one; its note names them.
 
     Raises *first* if none is damaged, and an error with all of them if they are too many (`MAX_DAMAGED`,
-    `MANY_DAMAGED`), or if too few remain: none of a class, or one if images are held out from it, or none of
-    those that are held out.
+    `MANY_DAMAGED`), or if too few remain of a class or of those that are held out.
     """
     found, errors = list[LeftOut](), list[str]()
     for name, images in (("train", split.train), ("held_out", split.held_out)):

@@ -84,9 +84,7 @@ def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
     This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/` itself; those
-    beside it may have no classes. Raises `DataError` if `labels.csv` cannot be read. Without it, a table of
-    another name or format, such as `Labels.CSV`, `labels.xlsx`, `labels.txt` or `labels.json`, is an error,
-    too, instead of being ignored.
+    beside it may have no classes. Raises `DataError` for another `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -109,10 +107,7 @@ def find_table(root: Path) -> Path | None:
 
 
 def read_table_text(table: Path) -> str:
-    """Read the text of the regular file *table* in UTF-8 or, with a byte order mark, UTF-16 or UTF-32.
-
-    Raises `DataError` if it cannot be read, is larger than the limit or is empty.
-    """
+    """Read *table* in UTF-8, or with its mark in UTF-16 or UTF-32; raises `DataError`."""
     try:
         content = read_file(table, MAX_TABLE_BYTES)
     except OSError as error:
@@ -146,11 +141,9 @@ def read_label_table(
 ) -> OpenedParts:
     """Read *table*; its classes must be among *labels*, by default all classes, sorted.
 
-    The parts are `train` and `val`, or `UNSPLIT` if the table has no column `split`. Their targets are (N, C)
-    float32, 1 for the classes of an image, or class indices (N,). With *multi_label*, images may have any
-    number of classes. By default, they may if an image of the table does not have exactly one. The notes are
-    about confusable classes and images that are not listed. Raises `DataError` naming the line of the first
-    invalid row, or the files that do not exist.
+    The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are (N, C) float32,
+    1 for the classes of an image, or class indices (N,). *multi_label* is by default true if an image does
+    not have exactly one class. Raises `DataError` naming the line of the first invalid row, or missing files.
     """
     root = table.parent
     image_paths, other_files = list_images(root)
@@ -191,10 +184,7 @@ def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:
 def _build_targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*: (N, C) if *multi_label* is true, class indices (N,) if it is false.
-
-    None selects class indices if every image has exactly one class. Raises `DataError` if false does not fit.
-    """
+    """Build the targets of *rows*: (N, C) if *multi_label* or not each has one class, else (N,)."""
     names = [normalize(label) for label in labels]
     targets = np.array([[name in row.classes for name in names] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
@@ -210,10 +200,7 @@ def _build_targets(
 
 
 class _Row(NamedTuple):
-    """The line number of an image, its name in the table, classes, part and group, and the path of its file.
-
-    The part is None without a column `split`, the path until all lines are read and their files exist.
-    """
+    """A line of a table: the part is None without a column `split`, the path until its file is found."""
 
     line: int
     file: str
@@ -224,10 +211,7 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
-    """Read the rows of *table*; *image_paths* are the files in its folder.
-
-    Raises `DataError` for the first invalid line, or else for the files that do not exist.
-    """
+    """Read the rows of *table*, of whose folder *image_paths* are the images; raises `DataError`."""
     root = table.parent
     path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
     path_of_short_name = _index_names(image_paths)
@@ -340,8 +324,8 @@ def _read_coco(content: Any) -> Iterator[dict[str, str]]:
 def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
 
-    A first line `sep=;` names the separator; without it, it is the most frequent one in the heading. Columns
-    other than `file` are classes if there is none of that name, and each cell is 1 or 0.
+    The separator is that of a first line `sep=;`, or the most frequent one in the heading. Without a column
+    `classes`, other columns are classes with 1 and 0.
     """
     try:
         heading, _, rest = text.partition("\n")

@@ -60,13 +60,10 @@ def write_run_page(
 ) -> list[tuple[str, str, int]]:
     """Write `report.html` about the finished *run* to *folder*.
 
-    The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
-    predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
-    *networks* are those that were compared before, *before* earlier runs: date, run, numbers of images and
-    classes, and accuracy.
-
-    Returns the mistakes: true class, predicted class and number of images, the most frequent one first; none
-    if images have several classes, or if there is no score.
+    It shows held-out images, or else the out-of-fold predictions of the training images. *on_image* receives
+    the numbers of images evaluated and in total. *networks* are those that were compared, *before* earlier
+    runs: date, run, numbers of images and classes, and accuracy. Returns the mistakes, the most frequent one
+    first: true class, predicted class and number of images; none if images have several classes.
     """
     setup, fit, page = run.setup, run.fit, folder / PAGE
     result: Any = fit.result
@@ -133,10 +130,7 @@ def write_run_page(
 
 
 def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_selected: bool = False) -> str:
-    """Say what *score* means for new photographs, without terms if it is a rate.
-
-    A number is an mAP. If *is_selected*, the score is too high.
-    """
+    """Say what *score* means for new photographs; if it *is_selected*, it is too high."""
     qualifier = "at most " if is_selected else ""
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."
@@ -160,10 +154,7 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
 def _predict_shown_images(
     setup: Setup, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
-    """Return the images that the page evaluates, what they are, and their calibrated logits (N, C).
-
-    *description* is that of held-out images.
-    """
+    """Return the images of the page, what they are, and their calibrated logits (N, C)."""
     held_out, recipe = setup.data.held_out, setup.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = "the training images, each predicted by a network that was fitted without it"
@@ -210,10 +201,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
 
 
 def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
-    """Choose images that are predicted wrongly, by (true class, predicted class); none with several classes.
-
-    Of each pair the most confident one is chosen first, then others, the most confident pairs first.
-    """
+    """Choose wrongly predicted images by (true class, predicted class), the most confident ones first."""
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
     by_cell: dict[tuple[int, int], list[int]] = {}
@@ -292,10 +280,7 @@ def _show_photographs(
     captions: list[tuple[int, Any]],
     names: Mapping[int, str] = MappingProxyType({}),
 ) -> Section:
-    """Show the images of *captions*, (index, caption as markup), as JPEGs; an empty section without them.
-
-    *names* are those of figures that links lead to, by index.
-    """
+    """Show the images of *captions*, (index, markup), as JPEGs; *names* are for links to them, by index."""
     figures = []
     for index, caption in captions:
         small = images.photo(index).pixels.copy()

@@ -32,7 +32,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
 
     *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
-    out-of-fold predictions of one class per image, `DataError` if images or labels have changed since.
+    out-of-fold predictions, `DataError` if images or labels have changed since.
     """
     path = run / "last.pt"
     if not path.is_file():
@@ -57,10 +57,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List (index, description) of images whose label is probably wrong, the least probable label first.
-
-    `find_label_doubts` tells which are.
-    """
+    """List (index, description) of the images of `find_label_doubts`, the least probable label first."""
     labels = images.targets.astype(np.int64)
     listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]

@@ -120,10 +120,7 @@ class Setup:
         return isinstance(self.recipe.procedure, FewShotConfig)
 
     def random_frozen_parts(self) -> str:
-        """Name the random parts of the frozen network to which a head is fitted, or "".
-
-        There are none in the training loop, which fits no head to a frozen network.
-        """
+        """Name the random parts of the frozen network to which a head is fitted, or ""."""
         if not isinstance(self.recipe.procedure, HeadOptions):
             return ""
         if self.weights is None:
@@ -177,11 +174,7 @@ class Fit:
 
 
 class ResumeState(TypedDict, total=False):
-    """What `last.pt` contains to resume a run, in the types of PyTorch's files.
-
-    The last four are of a loop: `frozen` is the content of a checkpoint. `left_out` are the fields of each
-    `LeftOut`, if there are any.
-    """
+    """What `last.pt` contains to resume a run; the last four are of a loop, `frozen` is a checkpoint."""
 
     position: FieldValues
     train_count: int
@@ -196,10 +189,7 @@ class ResumeState(TypedDict, total=False):
 
 
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
-    """Build the content of `best.pt`, or with *resume* that of `last.pt`.
-
-    *resume* is what `last.pt` contains in addition. Raises `TrainingError` if a weight is a NaN or infinity.
-    """
+    """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
     weights = fit.network.state_dict()
     learning = {} if fit.learning is None else fit.learning.state_dict()  # raw, if *weights* are averages
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
@@ -344,9 +334,7 @@ def has_same_images(
 ) -> bool:
     """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    A run with out-of-fold predictions has recorded order and labels, others only which files they are. What
-    is unknown is not compared: hashes that are empty, and what older runs do not record. Raises
-    `CheckpointError` if the record is damaged.
+    What is unknown is not compared: hashes that are empty, and what older runs do not record.
     """
     with state_errors(last, source):
         arrays = (last.resume or {}).get("procedure", {})
@@ -417,11 +405,7 @@ class RunFolder:
             self._created.close()
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
-        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
-
-        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
-        resume.
-        """
+        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new`, without a lock yet."""
         has_run = self.last.exists()
         if resume is True and not has_run:
             raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
@@ -432,10 +416,7 @@ class RunFolder:
         return None
 
     def check_new(self) -> None:
-        """Check that a new run can begin in the folder, which may be empty or not exist.
-
-        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
-        """
+        """Raise `ConfigError` or `StorageError` unless a new run can begin in the folder."""
         if self.last.exists():
             raise ConfigError(
                 f"{self.path} holds a run; continue it or choose another folder",

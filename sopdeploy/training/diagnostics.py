@@ -81,10 +81,7 @@ def median_throughput(history: Sequence[EpochRow]) -> float:
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the columns of *history*, and its rows: all numbers of an epoch by name.
-
-    A row has no metrics of heads that were removed before it.
-    """
+    """Return the columns of *history*, and its rows: all numbers of an epoch by name."""
     rows = []
     for epoch in history:
         row: dict[str, float] = {"epoch": epoch.epoch, "lr": epoch.lr}

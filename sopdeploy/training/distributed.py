@@ -73,7 +73,7 @@ class Strategy(ProcessGroup):
     ) -> list[Tensor | None]:
         """Sum each of *tensors*, which have the shapes of *parameters*, over the processes.
 
-        None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
+        None counts as 0. The sum is None if all are: weight decay must skip such parameters.
         """
         if not self.joined or not parameters:
             return list(tensors)
@@ -141,9 +141,9 @@ class SignalState:
     received: set[int] = field(default_factory=set)
 
     def exchange(self, *, save_due: bool = False) -> bool:
-        """Exchange the signals of all processes, which must call this the same number of times.
+        """Exchange the signals of all processes, and return whether *save_due* is true in one of them.
 
-        Returns whether *save_due* is true in one of them; raises `TrainingStoppedError` if one was stopped.
+        All call it equally often. Raises `TrainingStoppedError` if one was stopped.
         """
         flags = [number in self.received for number in STOP_SIGNALS] + [save_due]
         *counts, due_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()

@@ -52,8 +52,7 @@ def fit_fine_tune(
     """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
-    the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
-    loss is not finite, and `DataError` for images that cannot be used.
+    the entry `training` of `best.pt`.
     """
     if last is None:
         frozen = fit_new(setup, callback)
@@ -92,8 +91,7 @@ def keep_better(
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
     Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The means and the
-    temperature of the trained network are fitted in place. Returns the fit and the record of the better
-    network's training.
+    temperature of the trained network are fitted in place.
     """
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
@@ -140,10 +138,7 @@ def keep_better(
 def _keep_frozen(
     run: LoopState, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Write `best.pt` with the frozen network, and the history of the run.
-
-    The result of the network says how the comparison ended.
-    """
+    """Write `best.pt` with the frozen network, whose result tells the comparison, and the history."""
     result: Any = frozen.result
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
@@ -190,9 +185,9 @@ def _set_class_means(network: SecondOrderHead, images: PreprocessedDataset, run:
 def _apply_temperature(
     network: SecondOrderHead, logits_NK: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Fit a temperature to *logits_NK*, divide the classifier of *network* by it, and return its new logits.
+    """Divide the classifier of *network* by the temperature of *logits_NK*; return its new logits.
 
-    Nothing changes if it does not lower the loss. The energies of the logits, the cosines, stay the same.
+    The energies of the logits, the cosines, stay the same.
     """
     if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK

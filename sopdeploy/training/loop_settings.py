@@ -1,16 +1,90 @@
-"""The settings of the training loop in a recipe; larger parts have their own files. Imports no torch."""
+"""The settings of the training loop in a recipe; schedules and augmentation have their own files.
 
+A recipe without `optimizer.kind` uses SGD. Weight decay applies to every parameter, as in the papers.
+`clip_norm` limits the norm of the whole gradient; 0 disables clipping. Imports no torch.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, FractionBelowOne, NonNegative, Positive, StrictModel
+from sopdeploy.config import Count, FractionBelowOne, NonNegative, Positive, PositiveRate, StrictModel
 from sopdeploy.data.augment import Augmentation, ColorConfig
 from sopdeploy.models.registry import CatalogModel
-from sopdeploy.training.averages import EmaConfig, SwaConfig
-from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedules import Schedule
+
+Betas = tuple[FractionBelowOne, FractionBelowOne]
+
+
+class OptimizerSettings(StrictModel):
+    """Common settings; subclasses add the other arguments of their optimizer."""
+
+    lr: PositiveRate
+    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.0
+    clip_norm: NonNegative = 0.0
+
+
+class Sgd(OptimizerSettings):
+    """Stochastic gradient descent with momentum; weight decay is part of the gradient."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: FractionBelowOne = 0.9
+    nesterov: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_nesterov(self) -> "Sgd":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class AdamW(OptimizerSettings):
+    """Adam with decoupled weight decay. Source: Loshchilov and Hutter (ICLR 2019)."""
+
+    kind: Literal["adamw"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.01
+
+
+class RAdam(OptimizerSettings):
+    """Rectified Adam with decoupled weight decay. Source: Liu et al. (ICLR 2020)."""
+
+    kind: Literal["radam"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class RMSProp(OptimizerSettings):
+    """RMSProp with momentum; weight decay is part of the gradient.
+
+    With `tensorflow`, `eps` is added inside of the root and the mean of the squares starts at 1, as in
+    EfficientNet's code. With an `eps` of 1e-3, small gradients then have up to 32 times shorter steps.
+    """
+
+    kind: Literal["rmsprop"]
+    alpha: FractionBelowOne = 0.9
+    momentum: FractionBelowOne = 0.9
+    eps: Positive = 1e-3
+    tensorflow: bool = False
+
+
+class AdaHessianConfig(OptimizerSettings):
+    """AdaHessian, with the defaults of its paper."""
+
+    kind: Literal["adahessian"]
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-4
+    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+
+
+OptimizerConfig = Annotated[
+    Sgd | AdamW | RAdam | RMSProp | AdaHessianConfig,
+    pydantic.Field(discriminator="kind"),
+    pydantic.BeforeValidator(lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value),
+]
 
 
 class TeacherConfig(StrictModel):
@@ -41,6 +115,12 @@ class ValidationConfig(StrictModel):
     mirror: bool = False
 
 
+class EmaConfig(StrictModel):
+    """The decay of the averaged weights that are exported; in update n, at most (1 + n) / (10 + n)."""
+
+    decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
+
+
 class SaveConfig(StrictModel):
     """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
 
@@ -63,15 +143,14 @@ class LoopSettings(StrictModel):
     schedule: Schedule
     loss: LossConfig = LossConfig()
     ema: EmaConfig | None = None
-    swa: SwaConfig | None = None
     teacher: TeacherConfig | None = None
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
 
-    @pydantic.model_validator(mode="after")
-    def _check_average(self) -> "LoopSettings":
-        if self.swa is not None and self.ema is not None:
-            raise ValueError("swa: the weights have one average; set ema=null or swa=null")
-        if self.swa is not None and self.swa.epochs > self.epochs:
-            raise ValueError(f"swa.epochs: the run has only {self.epochs} epochs; give no more")
-        return self
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _leave_out_former(cls, values: Any) -> Any:
+        """Leave out `swa`, which recipes of runs of 0.1.0 have without a value."""
+        if isinstance(values, Mapping) and values.get("swa", ...) is None:
+            return {key: value for key, value in values.items() if key != "swa"}
+        return values

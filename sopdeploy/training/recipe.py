@@ -42,7 +42,7 @@ READ_BY_FEW_SHOT = (
 READ_BY_FINE_TUNE = (
     *READ_BY_FEW_SHOT,
     *("start.learn", "start.head_factor", "model.remove_branches_at"),
-    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema", "swa"),
+    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema"),
     *("teacher", "save"),
 )
 HOLD_OUT_KEYS = {f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()}
@@ -172,10 +172,7 @@ class Recipe(LoopSettings):
     rejection: RejectionConfig = RejectionConfig()
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values.
-
-        Procedures that fit a head read only the options that the network with the head has.
-        """
+        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values."""
         procedure = self.procedure
         if not isinstance(procedure, HeadOptions):
             return True
@@ -194,10 +191,7 @@ class Recipe(LoopSettings):
         return is_in_read_table or contains_read_key
 
     def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
-        """Raise `ConfigError` if the procedure ignores a *given* key.
-
-        Without *holds_out*, the data have held-out images, so that the run chooses none.
-        """
+        """Raise `ConfigError` for *given* keys without effect; *holds_out*: the run chooses its images."""
         if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
@@ -238,10 +232,7 @@ class Recipe(LoopSettings):
         return self.start.model_copy(update={"learn": "classifier"})
 
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
-        """Compute the learning rate after *time* epochs of a group with this *factor*.
-
-        In the first phase, in which only the classifier learns, it is that of the classifier for all groups.
-        """
+        """Compute the learning rate after *time* epochs of a group with this *factor*."""
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr
             return self.optimizer.lr * self.start.head_factor if rate is None else rate
@@ -292,11 +283,9 @@ def change_recipe(
 ) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
-    A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
-    *source* also names the recorded values in messages. *changes* are dotted keys with their values. If they
-    select another network, data source or procedure, options that the selected one does not have are dropped.
-    Selecting `fine_tune` adds `FINE_TUNE_SETTINGS`, which other *changes* override. Raises `ConfigError` that
-    names the file or key, and the closest key.
+    *changes* are dotted keys with their values. If they select another network, data source or procedure,
+    options that the selected one does not have are dropped. Selecting `fine_tune` adds `FINE_TUNE_SETTINGS`,
+    which other *changes* override. Raises `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}

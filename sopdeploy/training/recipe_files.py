@@ -24,7 +24,6 @@ FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "schedule": {"kind": "cosine", "warmup_epochs": 0.5},
     "loss": {"label_smoothing": 0.1},
     "ema": None,
-    "swa": None,
     "teacher": None,
     "validation": {"mirror": False},  # the comparison is that of deployed networks
     "start.classifier_epochs": 0,  # the classifier is fitted
@@ -69,10 +68,9 @@ def recipe_text(source: str | Path) -> str:
 
 
 def read_values(source: str | Path) -> FieldValues:
-    """Read the values of *source*, and of its `base` where it has none.
+    """Read the values of *source*, and of its `base` where it has none; raises `ConfigError`.
 
-    A table of another `kind` or `name` replaces that of the base; others only set keys. If *source* selects
-    `fine_tune`, the settings of this procedure replace those of the base. Raises `ConfigError`.
+    A table of another `kind` or `name` replaces that of the base; others only set keys.
     """
     try:
         values = parse_toml(recipe_text(source))
@@ -119,11 +117,7 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Split `key=value` into the dotted key and the parsed TOML value.
-
-    A value that is not TOML is a string, and `null` removes a value or a table. Raises `ConfigError` without
-    an equals sign or with an empty key.
-    """
+    """Split `key=value` into key and TOML value; other texts are strings, `null` is None."""
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")

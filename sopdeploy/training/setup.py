@@ -57,10 +57,9 @@ FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
 
 
 class Division(NamedTuple):
-    """The images of a run.
+    """The images of a run; arrays are empty for what it does not hold out or hash.
 
-    `file_hashes` (N,) are those of the training images in their order, or empty if unknown; `held_out` is the
-    `Record` of the images that the run holds out, empty if it holds none out or their files are not hashed.
+    `file_hashes` (N,) are those of the training images in their order, `held_out` is a `Record`.
     """
 
     data: Split
@@ -69,10 +68,7 @@ class Division(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the caller of a run knows already: recipe `keys` that the user has set, and what is opened.
-
-    `weights` is the file of `start.weights`, checked or opened, `data` the opened data of the recipe.
-    """
+    """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already."""
 
     keys: Sequence[str] = ()
     weights: WeightSource | None = None
@@ -89,11 +85,7 @@ def set_up_run(
     callback: Callback,
     given: Given = NOTHING_GIVEN,
 ) -> Setup:
-    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
-
-    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
-    `CheckpointError` if *last* has no valid state to resume from.
-    """
+    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file."""
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
     opened = open_data(recipe.data) if given.data is None else given.data
@@ -125,10 +117,7 @@ def set_up_run(
 def new_setup(
     recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
 ) -> Setup:
-    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
-
-    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
-    """
+    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known."""
     check_count(division.data.train)
     model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
     placed = move_to_device(recipe, model, strategy)
@@ -221,9 +210,8 @@ def _has_head(recipe: Recipe) -> bool:
 def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy) -> Division:
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
-    A new run chooses them; the run of *last* has recorded its choice. The first process decides for all and
-    alone reads the files, each once, unless there are more than `MAX_HASHED`: then a resumed run repeats its
-    choice. A new run of the few-shot procedure hashes the files when it computes their features.
+    A new run chooses them; the run of *last* has recorded its choice, or repeats it for more than
+    `MAX_HASHED` images. The first process decides for all, and alone reads the files, each once.
     """
     images, config = opened.train, recipe.data
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
@@ -269,13 +257,7 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training.
-
-    Warns of the classes of which *division* could hold out no image of *opened*, and of equal files with
-    different labels or in both parts. Raises `DataError` if no held-out image of the loop has a class, and
-    `ConfigError` or `DataError` if `rejection.unknown`, or another one of the *keys* that the user has set,
-    could not be used after the training.
-    """
+    """Check the images before the training; raises errors about what could not be used after it."""
     data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
@@ -307,10 +289,7 @@ def _check_data(
 def warn_of_equal_files(
     train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
 ) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
-
-    More than `MAX_HASHED` held-out files are not read.
-    """
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
     if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
@@ -337,10 +316,7 @@ def check_same_step(setup: Setup, folder: RunFolder) -> None:
 
 
 def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -> Origin:
-    """Describe where the run in *folder*, which may continue *last*, comes from.
-
-    The first process alone writes files, so the others may have other ids of the run.
-    """
+    """Describe where the run in *folder*, which may continue *last*, comes from."""
     before = None if last is None else last.origin
     data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
     return Origin(
@@ -355,10 +331,7 @@ def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -
 
 
 def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
-    """Move *model* to the device, in eval mode, and note the layout of its images.
-
-    Raises `ConfigError` if it cannot compute the images of *recipe*.
-    """
+    """Move *model* to the device, in eval mode, and note the layout of its images."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     sides, what = {recipe.preprocess.crop, recipe.training_crop}, f"preprocess.crop: {recipe.model.name}"

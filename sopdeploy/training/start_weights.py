@@ -59,11 +59,7 @@ class StartReport(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartWeights:
-    """Tensors to start from, under the names of the catalog.
-
-    `labels` are the classes of the file's classifier if their names are known, `training_only` the parts of
-    its network that are not exported.
-    """
+    """Tensors to start from, under the names of the catalog; `labels` are None if they are not known."""
 
     file: str
     sha256: str
@@ -79,9 +75,7 @@ def read_start_weights(
 ) -> StartWeights | None:
     """Read the weights that `start.weights` of *recipe* selects; None for random weights.
 
-    *source* is the file, if it was checked or opened before. The first process fetches published weights to
-    the cache, then the others read them. Raises `ConfigError` if the value is missing or no weights are
-    published, `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
+    *source* is the file, if it was opened before. The first process fills the cache for the others.
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
@@ -106,10 +100,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
-    """Read the file of `start.weights`, a checkpoint or a file that an importer can read.
-
-    *source* is this file, if it was opened before.
-    """
+    """Read the file of `start.weights`, or *source*, which was opened before."""
     model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
@@ -164,8 +155,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
     Random weights remain in parts that networks add to a backbone, and in classifiers of another width or of
-    other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
-    shape or does not exist in *model*, or any tensor to load that is not finite.
+    other classes. Raises `WeightsError` for the first other tensor that does not fit or is not finite.
     """
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
@@ -202,8 +192,7 @@ def _match_tensors(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Find the tensors of *weights* to load, and list the parts of *model* that keep random weights.
 
-    The parts *not_loaded* keep them in any case, those that *may_be_new* if the file lacks a tensor of them
-    or has one of another shape. Raises the errors of `load_start_weights`.
+    The parts *not_loaded* keep them in any case, those that *may_be_new* if the file has no tensor that fits.
     """
     own = model.state_dict()
     container = classifier_name(model).rpartition(".")[0]  # `classifier` of `classifier.6`; "" of `fc`
@@ -242,10 +231,7 @@ def create_initial_model(
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    *source* is the file of `start.weights`, if it was checked or opened before. Without `start`, the recipe
-    stays as it is; with weights, these are loaded, and their preprocessing completes that of the recipe; with
-    "none", the default preprocessing does. Raises the errors of `read_start_weights` and
-    `load_start_weights`.
+    The preprocessing of the start weights, *source* if they were read before, completes that of the recipe.
     """
     weights = read_start_weights(recipe, strategy, source)
     model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)
@@ -261,10 +247,7 @@ def create_initial_model(
 
 
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
-    """Create the model of *recipe*; one with position embeddings for the images of recipe or *tensors*.
-
-    This is the `preprocess.crop` that the recipe sets or, without it, the size that the weights are for.
-    """
+    """Create the model of *recipe*; position embeddings are for its `preprocess.crop`, or for *tensors*."""
     name, config = recipe.model.name, recipe.model.config
 
     def create(**size: int) -> Classifier:
@@ -280,11 +263,7 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network.
-
-    Without one, this is the last layer with a matrix or kernel, because some networks classify by a
-    convolution; norms have vectors only.
-    """
+    """Return the name of the last linear layer of the deployed network; some classify by a convolution."""
     exported = [
         (name, module) for name, module in model.named_modules() if not is_in(name, *model.training_only)
     ]

@@ -91,11 +91,10 @@ def train_run(
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
     first process only. If a new run of one process meets a damaged image, it begins again without all damaged
-    ones (`leave_out_unreadable`). *strategy* defaults to the processes that torchrun started. A recipe key
-    of *given* that has no effect is a `ConfigError`.
+    ones (`leave_out_unreadable`). *strategy* defaults to the processes that torchrun started.
 
-    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
-    not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
+    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not finite,
+    `TrainingStoppedError` after Ctrl-C or SIGTERM.
     """
     if strategy is None:
         strategy = Strategy(select_device(recipe.device))

@@ -95,6 +95,22 @@ def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tm
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
+def test_a_cached_engine_that_computes_something_else_is_built_again(
+    built: EngineFile, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = iter([ParityError("probes: output 'logits' deviates by 1"), built.record.replays])
+
+    def replay(*_: Any) -> Any:
+        if isinstance(outcome := next(outcomes), ParityError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("sopdeploy_commands.bundles.engine_builder.engine.replay_probes", replay)
+    again = get_engine(bundle, OPTIONS)
+    assert again.reason == "the cached engine is wrong, probes: output 'logits' deviates by 1"
+    assert again.path == built.path
+
+
 def test_a_bundle_that_is_quantized_for_cpus_is_refused(install: Install, bundle: Bundle) -> None:
     install()
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
@@ -109,12 +125,11 @@ def test_the_message_of_tensorrt_reaches_the_user(
     message = (
         r"^TensorRT 11\.1\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
     )
-    for rebuild in (True, False):
-        with pytest.raises(RuntimeUnavailableError, match=message):
-            get_engine(bundle, OPTIONS.model_copy(update={"rebuild": rebuild}))
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        get_engine(bundle, OPTIONS)
     trt._faults = {"refuse"}
     with pytest.raises(EngineError, match=r"11\.1\.0 cannot build the engine: Could not find any impl"):
-        get_engine(bundle, OPTIONS.model_copy(update={"rebuild": True}))
+        get_engine(bundle, OPTIONS.model_copy(update={"profiles": "1,2"}))  # which is not in the cache
 
 
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
@@ -217,8 +232,7 @@ def test_the_command_builds_an_engine_and_then_uses_the_cache(install: Install, 
     assert "precision fp32" in first.stdout
     assert "probes   batch 16: logits of " in first.stdout
     assert "built    no, it was in the cache" in run(bundle.path).stdout
-    assert "--rebuild was given" in run(bundle.path, "--rebuild").stdout
-    assert trt._builds == 2
+    assert trt._builds == 1
 
 
 def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_too(

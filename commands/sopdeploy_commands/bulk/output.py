@@ -83,10 +83,7 @@ class RunState(RowsState):
     images: str
 
     def difference(self, other: "RunState | None") -> str:
-        """Describe the first field but `written_by` that differs in *other*; empty if none does.
-
-        In None, which is the state of an unknown run, all fields differ.
-        """
+        """Describe the first field but `written_by` that differs in *other*, if any; None differs in all."""
         here = self.model_dump(mode="json", exclude={"written_by"})
         there = {} if other is None else other.model_dump(mode="json")
         name = next((name for name in sorted(here) if there.get(name) != here[name]), None)
@@ -101,11 +98,7 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
-
-        Raises `ConfigError` if another process uses it. Without locks, two runs at once write the same rows
-        twice, so a line warns of it.
-        """
+        """Create the folder and reserve it for this process; without `begin`, nothing of it remains."""
         with ExitStack() as created:
             with writing(self.path):
                 created.enter_context(new_folder(self.path))  # removes what this run created and left empty
@@ -139,8 +132,7 @@ class OutputFolder:
     def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
         """Write the list of *images* in parts of *part_images*, and *state*.
 
-        Raises `ConfigError` if the folder belongs to a run with other images or another state: rows of
-        different runs must not be mixed.
+        Raises `ConfigError` if the folder belongs to another run: rows of different runs must not be mixed.
         """
         with atomic_write(self.path / LISTING) as partial:
             hashed = _write_list(partial, images, part_images)

@@ -135,11 +135,7 @@ def _classify_to_csv(
     settings: Settings,
     on_image: Callable[[int, int], None],
 ) -> Classified:
-    """Classify the images of *sources* into the CSV file *out*, one after the other, as `predict` does.
-
-    It needs no package of an extra, and is written as a whole or not at all. Several classes are joined by
-    `; `. Raises the errors of `classify`.
-    """
+    """Classify the images of *sources* into the CSV file *out* as `predict` does, without any extra."""
     from sopdeploy_commands.bulk.sources import list_sources, read_listed
     from sopdeploy_commands.bundles.predict import FilePrediction, predict_one
     from sopdeploy_service.http.problems import describe_error
@@ -188,10 +184,7 @@ def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[s
 def _open_classifier(
     bundle: Path, settings: Settings, options: ClassifyOptions
 ) -> "BatchClassifier | RayClassifier":
-    """Load *bundle* in this process or, if *options* name a Ray cluster, on its machines.
-
-    Connects to the cluster; `local` starts one here. Sets environment variables of Ray that are not set.
-    """
+    """Load *bundle* in this process or, if *options* name a Ray cluster, on its machines."""
     from sopdeploy_commands.bulk.classifier import BatchClassifier
 
     if options.ray is None:

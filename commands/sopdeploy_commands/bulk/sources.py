@@ -132,10 +132,7 @@ def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> boo
 
 
 def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
-    """Read the first bytes of an object, or nothing if many with its suffix were no images.
-
-    Each takes a request.
-    """
+    """Read the first bytes of an object, unless `MAX_OPENED` with its suffix were no images."""
     return b"" if skipped[suffix_of(name)] >= MAX_OPENED else bytes(store.cat_file(name, 0, HEAD_BYTES))
 
 
@@ -181,10 +178,7 @@ def _read_member_head(file: Any, member: tarfile.TarInfo) -> bytes:
 
 
 def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
-    """Yield the images of the list *location*: one image or archive per line, relative to its folder.
-
-    Raises `ValueError` for a line that is too long for an address.
-    """
+    """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
     folder = location[: location.rfind("/") + 1]  # "lists/" of "lists/a.txt", "/" of "/a.txt"
     with io.TextIOWrapper(_open_for_reading(location), "utf-8-sig") as lines:
         while line := lines.readline(MAX_LINE):
@@ -204,10 +198,7 @@ def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
 
 class _BoundedReads:
-    """A file in which `tarfile` reads at most `MAX_HEADER_BYTES` at once, such as a long name.
-
-    The archive itself says how long they are.
-    """
+    """A file in which `tarfile` reads at most `MAX_HEADER_BYTES` at once, such as a long name."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell

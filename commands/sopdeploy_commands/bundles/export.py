@@ -194,10 +194,10 @@ def project_name(import_path: str) -> str:
 
 
 class Inspection(StrictModel):
-    """The parts of a network that its output ignores; `table` names the table of weights in the file.
+    """The parts of a network that its output ignores; `command` exports the network without them.
 
-    `command` exports the network without these parts. `ignored` are the tensors of the file that the network
-    does not have; `labels` are the class names in the file, if it has one for each logit.
+    `table` names the table of weights in the file, `ignored` its tensors that the network does not have;
+    `labels` are the class names in the file, if it has one for each logit.
     """
 
     network: str
@@ -276,12 +276,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
 
 def read_preprocess(text: str | None) -> Preprocess:
-    """Read the preprocessing rules that *text* names.
+    """Read the preprocessing rules that *text* names; after `scaled:`, with this decoding.
 
     It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`, `torchvision:WEIGHTS`, or a file.
-    After `scaled:`, the decoding of these rules becomes "scaled".
-
-    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")

@@ -30,12 +30,7 @@ AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 
 
 class FilePrediction(Classes):
-    """The most probable classes of one image, best first, or the error.
-
-    `image` is the path of a file or, for an image in memory, its file name or position. A multi-label
-    network gives all classes above their threshold, at most `top_k` if that is set. `known` and `score` are
-    omitted unless the bundle has a threshold for them, `explanation` unless it was requested.
-    """
+    """The most probable classes of one image, best first, or the error; `image` is its path or position."""
 
     image: str
     classes: tuple[ClassProbability, ...] = ()
@@ -50,10 +45,7 @@ class FilePrediction(Classes):
 def predict_one(
     loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
-    """Predict the classes of *image*; one that cannot be used gets an `error`.
-
-    It runs in batches of one, so that the prediction does not depend on other images.
-    """
+    """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, loaded, settings)
@@ -188,10 +180,7 @@ def predict(
 
 
 def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
-    """Convert a text to a path and an array to an image; opens no file.
-
-    Raises `DataError` for anything else, which it calls image *number*.
-    """
+    """Convert a text to a path, an array to an image; raises `DataError` about image *number*."""
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):

@@ -34,10 +34,8 @@ def scores_of_bundle(
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
     Returns the sorted class names, one score per image (all predictions of a multi-label network), and the
-    names of bundle, runtime and device. *mirror* is that of `logits_of_images`. Calls *on_image* with the
-    number of finished images and of all images, *log* with lines about the folder, also about images that the
-    network was trained on. Raises `DataError` for folders that are no class of the network and for images
-    that the server would reject, and the errors of `load_model`.
+    names of bundle, runtime and device. *log* receives lines about the folder. Raises `DataError` for folders
+    that are no class of the network and for images that the server would reject.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
@@ -69,10 +67,7 @@ def logits_of_images(
     *,
     mirror: bool = False,
 ) -> NDArray[np.float32]:
-    """Compute the logits (N, C) of *images*; raise `DataError` for one that the server would reject.
-
-    With *mirror*, they are means over an image and its mirror image.
-    """
+    """Compute the logits (N, C) of *images*, with *mirror* means over them and their mirror images."""
     manifest = loaded.bundle.manifest
     max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
     rows: list[NDArray[np.float32]] = []

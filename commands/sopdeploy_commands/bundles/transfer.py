@@ -42,10 +42,7 @@ class Pushed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pulled:
-    """Path of a pulled bundle, sha256 of its archive, and whether its signature was checked.
-
-    `is_new` is false if the bundle was in the folder already.
-    """
+    """Path of a pulled bundle, sha256 of its archive, whether its signature was checked, and if it is new."""
 
     path: Path
     sha256: str
@@ -171,8 +168,7 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
     """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
     A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another. A project may be called like a bundle, `<project>-<id>`;
-    such a name in *source* is taken for that of a bundle.
+    put one signed bundle in the place of another.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:

@@ -24,11 +24,10 @@ _ROUNDING = 1 + 1e-9
 
 
 class Verification(StrictModel):
-    """The facts of a bundle that passed every check; `golden` counts its golden examples.
+    """The facts of a bundle that passed every check; `notes` say what the checks cannot show.
 
-    `replays` has the deviation and the tolerance of each output by batch size. `onnx_root` is the root that
-    was recomputed from `model.onnx`; None if `onnx` is not installed. `notes` say what the checks of this
-    bundle cannot show.
+    `replays` has the deviation and the tolerance of each output by batch size, `golden` the number of
+    examples. `onnx_root` was recomputed from `model.onnx`; None if `onnx` is not installed.
     """
 
     bundle: str
@@ -112,11 +111,7 @@ def verify(
 
 
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
-    """Raise `BundleError` if `parity.json` of *bundle* does not explain the tolerances of its *probes*.
-
-    The largest tolerance of an output is `floors_allowed` times its noise floor. If the user of `export`
-    allowed drift, it may also be `ALLOWED_DRIFTS` times the observed drift.
-    """
+    """Raise `BundleError` unless noise floors, or allowed drift, explain the tolerances of *probes*."""
     advice = "export the bundle again"
     try:
         parity = parse_json(bundle.contents["parity.json"])

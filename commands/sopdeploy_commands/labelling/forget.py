@@ -87,10 +87,7 @@ def _delete(traces: "_Traces") -> list[Path]:
 
 
 class _Traces(NamedTuple):
-    """What remains of a photograph: files, in the order in which to delete them, and rows by their table.
-
-    `unfinished` are all temporary files: a process may have been killed while it wrote a copy.
-    """
+    """What remains of a photograph: files, in the order to delete them, rows by table, temporary files."""
 
     files: list[Path]
     rows: "dict[Path, list[_TableRow]]"
@@ -172,10 +169,7 @@ class _Wanted(NamedTuple):
 
 
 class _TableRow(NamedTuple):
-    """The number of a row in its table, and what it says of its image.
-
-    A member of an archive has the `location` of the archive, and an `offset` in it, which is never 0.
-    """
+    """A row of a table; a member of an archive has its `location`, and an `offset`, which is never 0."""
 
     number: int
     path: str
@@ -195,10 +189,7 @@ def _final_path(path: Path) -> Path:
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
-    """Find the rows of *wanted* in the *tables* of `classify`.
-
-    The list of a run says where the images of its other tables are.
-    """
+    """Find the rows of *wanted* in *tables*; the list of a run says where images of the others are."""
     all_rows = {table: list(_read_table(table)) for table in tables}
     listed: dict[tuple[Path, str], _TableRow] = {}
     for table, rows in all_rows.items():
@@ -249,10 +240,7 @@ def _output_folder(table: Path) -> Path:
 
 
 def _lock_output(folder: Path, locks: ExitStack) -> None:
-    """Keep runs of `classify` out of *folder* until *locks* are closed.
-
-    A folder without a run is not locked. Raises `DataError` if a run is writing to it.
-    """
+    """Keep runs of `classify` out of *folder*, if it has one, until *locks* are closed."""
     if not (folder / STATE).exists():
         return
     with writing(folder):
@@ -291,10 +279,7 @@ def _check_format(table: Path) -> None:
 
 
 def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
-    """Replace the rows with *numbers* of a table of `classify` by empty ones.
-
-    The table keeps its number of rows, so that a run can continue.
-    """
+    """Empty the rows with *numbers* of a table, which keeps their number so that a run can continue."""
     import pyarrow as pa  # of an extra
     import pyarrow.parquet as pq
 

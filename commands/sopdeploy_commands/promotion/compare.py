@@ -52,11 +52,7 @@ LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused 
 
 
 class BundleScore(StrictModel):
-    """Accuracy and log loss of one bundle.
-
-    `accepted` is the share of the photographs that are `known`, `rejected` that of the unknown ones that are
-    not; None without a threshold or unknown photographs.
-    """
+    """Accuracy and log loss of one bundle; shares of known and of rejected unknown images, if it has any."""
 
     bundle: str
     id: str
@@ -84,11 +80,7 @@ class Change(StrictModel):
 
 
 class ClassChange(Change):
-    """One class: photographs that the first and the second bundle classify correctly.
-
-    `p` is corrected by Holm's method over the classes with at least `TESTABLE` wins and losses; None for the
-    others.
-    """
+    """One class; `p` is corrected by Holm's method over classes with `TESTABLE` changes, else None."""
 
     label: str
     num_images: int
@@ -349,10 +341,7 @@ def read_promotions(link: Path) -> list[Promotion]:
 
 
 def read_link(link: Path) -> str | None:
-    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link.
-
-    If that is a link, too, such as `latest`, it is followed: later it leads to another bundle.
-    """
+    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link."""
     if not link.is_symlink():
         return None
     target = str(link.readlink())
@@ -386,8 +375,8 @@ def _leave_out_seen(
 ) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns what was left out; appends to *notes*. A suspect is a bundle that was trained on some of the
-    images, and has a record of the largest size, which may be incomplete: it may have seen more of them.
+    Also returns what was left out. A suspect is a bundle that was trained on some of the images, and whose
+    record is full: it may have seen more of them.
     """
     grouped = group_photographs(images)
     recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
@@ -483,10 +472,7 @@ def compare_classes(
     first_N: NDArray[np.bool_],
     second_N: NDArray[np.bool_],
 ) -> list[ClassChange]:
-    """Compare the two bundles in each class of *targets_N*, the classes of the photographs.
-
-    *first_N* and *second_N* tell which photographs the bundles classify correctly.
-    """
+    """Compare the two bundles in each class of *targets_N*; *first_N* and *second_N*: what they get right."""
     changes = []
     for target in np.unique(targets_N).tolist():
         first, second = first_N[targets_N == target], second_N[targets_N == target]

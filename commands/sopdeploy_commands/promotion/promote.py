@@ -140,10 +140,7 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
 
 
 def _read_target(link: Path) -> str | None:
-    """Read where *link* leads; None if it does not exist.
-
-    Raises `ConfigError` for a file or folder, and if there is no folder for the link.
-    """
+    """Read where *link* leads, None if it does not exist; raises `ConfigError` for a file or folder."""
     if not link.parent.is_dir():
         raise ConfigError(f"{link}: {link.parent} is no folder; create it")
     if link.exists() and not link.is_symlink():
@@ -163,9 +160,8 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to *before* or
-    would lead to itself, and `BundleError` if *after* has no longer the files of *manifest*, which were
-    loaded and compared.
+    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to *before*, and
+    `BundleError` if *after* has no longer the files of *manifest*, which were loaded and compared.
     """
     if leads_through(link.parent / after, link):
         raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")

@@ -75,8 +75,6 @@ def choose_network(
     It sets the threads of torch, and downloads the weights of the networks that need at most *within*
     milliseconds; only these are cross-validated. *configured* are the recipes by name, with what is known of
     each run. With *may_skip*, networks whose weights cannot be reached are skipped.
-    Raises `ConfigError` if all networks take longer, or if one would not be trained by the few-shot
-    procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data = open_data(shared.data) if given.data is None else given.data
@@ -135,10 +133,7 @@ def select_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Spli
 
 
 def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
-    """Export the network of each of *recipes* with random weights, and measure its size and its time.
-
-    The time is that of one image of noise.
-    """
+    """Export the network of each of *recipes* with random weights; measure its size and time for an image."""
     onnxruntime = import_onnxruntime()
     graphs: dict[str, bytes] = {}
     images: dict[str, NDArray[np.uint8]] = {}
@@ -182,11 +177,10 @@ def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.ui
 def fetch_weights(
     recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool, download: bool = True
 ) -> list[str]:
-    """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
+    """Fetch the published start weights of *recipes*; return the names of all that have their weights.
 
-    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that cannot be are
-    missing, and a warning names them. Raises `WeightsError` for the first one without *may_skip*, and if none
-    can be fetched.
+    Without *download*, it only asks whether they can be fetched. With *may_skip*, others are named in a
+    warning.
     """
     problems: dict[str, WeightsError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
@@ -234,11 +228,7 @@ def score_network(
 
 
 def is_significantly_better(best: Validated, other: Validated) -> bool:
-    """Tell whether *best* is significantly better than *other*.
-
-    The 95 % interval of the difference, from one image per group, is then above 0. With several classes per
-    image, the score of *other* is below the interval of *best*.
-    """
+    """Tell whether *best* is significantly better than *other*, by the interval of their difference."""
     if best.right is None or other.right is None:
         return other.score.value < best.score.low
     first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group

@@ -16,11 +16,7 @@ MAX_BEFORE = 5  # runs that a page lists; reading one takes a tenth of a second
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRow:
-    """A run, a bundle, or a bundle and its run; what is unknown is empty or None.
-
-    `newest` tells whether a server of `bundles` serves the bundle, `problem` why not, or why a file cannot
-    be read.
-    """
+    """A run, a bundle, or a bundle and its run; `problem` says why it is not served or cannot be read."""
 
     project: str = ""
     date: str = ""

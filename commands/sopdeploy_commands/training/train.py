@@ -79,11 +79,8 @@ class TrainOptions(Options):
         """Return the options that train each network alone, by its name.
 
         The networks are those of `models`, or with `within` alone those of the built-in list; without both,
-        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, are only
-        checked: they may not name a network. If `weights` is a folder, networks of the built-in list without
-        a file in it are left out. Raises `ConfigError` for another number of `weights` than of networks, and
-        for options that do not fit together, and `WeightsError` if a network of `models`, or each of the
-        built-in list, has no file in the folder.
+        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, may not name a
+        network.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
@@ -117,7 +114,7 @@ class TrainOptions(Options):
         return [choice.name for choice in read_choices().networks]
 
     def _weights_by_network(self) -> dict[str, str | None]:
-        """Divide `weights` among the networks; leaves out and raises as `per_network`."""
+        """Divide `weights` among the networks; those of the built-in list without a file are left out."""
         names = self.networks()
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
@@ -271,8 +268,7 @@ def read_request(
 ) -> TrainRequest:
     """Read the recipe of each network and the run to start from; writes no file.
 
-    First raises the error of a path or a text that `train` cannot use, before torch is imported. The data are
-    opened if the recipe for photos will use them as they are.
+    First raises the error of a path or a text that `train` cannot use, before torch is imported.
     """
     opened = None
     for assignment in options.set:
@@ -321,12 +317,7 @@ def _parse_milliseconds(text: str) -> float:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of the run that *source* gives.
-
-    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises `ConfigError` if the
-    run of a bundle is not there or is another one by now, or if a checkpoint is not of a run, and the errors
-    of `read_checkpoint`.
-    """
+    """Read the best checkpoint of the run *source*: the run, its checkpoint, or a bundle exported from it."""
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.checkpoints import RUNS
@@ -372,8 +363,7 @@ def configure(
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
     Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
-    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights, if it
-    is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
+    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights

@@ -124,11 +124,7 @@ class FeatureCache:
 
 
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
-    """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
-
-    The code that decodes images is hashed, too: a change may concern some files only, and not the first one.
-    The head is left out, because the features do not depend on it.
-    """
+    """Hash all that determines the features: network, decoding, preprocessing, versions, processor."""
     device = next(network.parameters()).device
     processor = (
         torch.cuda.get_device_name(device)

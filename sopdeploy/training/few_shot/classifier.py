@@ -103,8 +103,8 @@ class Targets:
 def spread_groups(groups_N: Indices, strata_N: NDArray[np.int64], num_folds: int, seed: int) -> Indices:
     """Assign each group of images to one of *num_folds* folds (N,), so that each has its share of all strata.
 
-    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import is slow: groups in random
-    order, the most uneven ones first, each into the fold that spreads the strata best. Folds may be empty.
+    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes two seconds: groups in
+    random order, the most uneven ones first, each into the fold that spreads the strata best.
     """
     num_groups = int(groups_N.max()) + 1
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
@@ -386,10 +386,7 @@ class LinearProblem:
     groups: Indices | None = None
 
     def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> OutOfFold:
-        """Fit heads without each of the folds (N,), and apply them to its images.
-
-        *fitted* (N,) selects the images to which heads are fitted, by default all.
-        """
+        """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images."""
         products_NK = np.zeros(self.targets.classes.shape)
         moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
         totals = [np.sum(of_folds, axis=0) for of_folds in zip(*moments, strict=True)]
@@ -428,9 +425,9 @@ class LinearProblem:
     def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        A label is doubtful if, by the out-of-fold *logits_NK*, its probability is below `IMPLAUSIBLE` and
-        another class is more probable. Without any, *logits_NK* are returned. Heads without these images
-        contradict their labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section 3).
+        These contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section
+        3). A label is doubtful if by *logits_NK* it is less probable than another class and than
+        `IMPLAUSIBLE`.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
         is_label_NK = self.targets.classes > 0  # true once in each row, so that it selects N values
@@ -477,10 +474,7 @@ class LinearProblem:
         return np.flatnonzero(judged_K & (cosines_K < DIFFUSE * np.median(cosines_K[judged_K])))
 
     def class_means(self) -> NDArray[np.float32]:
-        """Compute the weighted mean own vector (K, D_0) of each class, scaled to length 1.
-
-        A class without images has the mean of another one.
-        """
+        """Compute the weighted mean own vector (K, D_0) of each class, scaled to length 1."""
         return mean_vectors(self.own, self._weighted_classes())
 
     def _weighted_classes(self) -> Array:
@@ -505,10 +499,9 @@ def class_sums(
 
 
 def mean_vectors(own_ND: NDArray[np.float32], classes_NK: Array) -> NDArray[np.float32]:
-    """Compute the mean (K, D_0) of the own vectors of each class, scaled to length 1.
+    """Compute the weighted mean (K, D_0) of the own vectors of each class, scaled to length 1.
 
-    *classes_NK* has the weight of each image for its classes, else 0. A class without images has the mean of
-    another one, which changes no largest cosine.
+    A class without images has the mean of another one, which changes no largest cosine.
     """
     present_K = classes_NK.sum(axis=0) > 0
     filled = np.where(present_K, np.arange(present_K.size), present_K.argmax())

@@ -26,10 +26,7 @@ def has_default_weights() -> bool:
 
 
 def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None]) -> Groups:
-    """Group *images* by the features of the default network, as `train` does; returns a number per image.
-
-    *on_image* receives the numbers of images done and in total. Raises `DataError` for unreadable images.
-    """
+    """Group *images* (N,) by the features of the default network, as `train` does."""
     outputs = _open_default_network()
     features = compute_features(outputs, "gap", images, on_image)
     near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
@@ -38,11 +35,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
 @torch.no_grad()
 def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
-    """Yield the vector (D,) of length 1 of each photograph of *paths* by the default network.
-
-    Downloads its weights if they are not on this machine; raises `WeightsError` if they cannot be reached.
-    Files that are no images are left out.
-    """
+    """Yield the vector (D,) of length 1 of each image of *paths* by the default network, which is fetched."""
     network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]

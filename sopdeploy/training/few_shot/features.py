@@ -64,8 +64,8 @@ def compute_features(
 ) -> Features:
     """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
-    The images are shuffled, so that the first ones show many classes: these determine the projections and
-    the space. *kind* is that of the head to fit. *on_image* receives the numbers of images done and in total.
+    The images are shuffled, because the first ones determine the projections and the space. *kind* is that of
+    the head to fit. *on_image* receives the numbers of images done and in total.
     """
     count, pooled, head = len(images), outputs.network.pooled_head, head_to_fit(outputs.network, kind)
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
@@ -107,10 +107,7 @@ def compute_features(
 
 
 class _Projection:
-    """The coordinates `reduced` (count, R) of vectors in the `space` of the first `MAX_RANK` of them.
-
-    *columns* are the parts of the vectors. Vectors wait until there are enough for the space.
-    """
+    """The coordinates `reduced` (count, R) of vectors in the space of the first of them."""
 
     def __init__(self, count: int, columns: Sequence[slice]) -> None:
         self.count, self.columns = count, columns
@@ -138,10 +135,7 @@ class _Projection:
 def build_fitted(
     network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead, recipe: Recipe
 ) -> SecondOrderHead:
-    """Copy *network*, which computed the features, with a *head* of the weights *fitted* to *problem*.
-
-    The copy is on its device, in its mode, and notes the same layout of images.
-    """
+    """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
@@ -167,10 +161,7 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Photographs(Dataset):
-    """Pixels of photographs, which are only decoded if the *cache* has no entry, with facts about each.
-
-    The photograph at the index *always_decoded* is decoded in any case.
-    """
+    """Pixels of photographs, decoded only if the *cache* has no entry, or at *always_decoded*."""
 
     preprocess: Preprocess
     cache: FeatureCache
@@ -233,9 +224,8 @@ class CachedNetwork:
     def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Yield each batch of images, and the entries of all of them; new ones are written to the cache.
 
-        An entry is [hash of the pixels, small image, own vector, map of each tap]. A photograph is read once,
-        unless its entry in the cache is damaged. The first photograph is computed in any case: if its entry
-        differs, something that the name of the entry does not contain has changed, and the cache is not read.
+        The first photograph is computed in any case: if its entry differs, something that the name of the
+        entry does not contain has changed, and the cache is not read.
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
@@ -276,11 +266,7 @@ class CachedNetwork:
             yield loaded, cast(list[Entry], loaded.entries)
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
-        """Compute the entries of *pixels* (B, H, W, 3) in a full batch.
-
-        A smaller one is filled with copies of its last image, because the kernels, and thereby the last bits
-        of the features, depend on the size of the batch.
-        """
+        """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
@@ -294,10 +280,7 @@ class CachedNetwork:
 
 
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
-    """Average each of *maps* (B, C, H, W) as a whole and in its four corners, which overlap; (B, 5, C).
-
-    Without maps, the only view is the network's own vector, (B, 1, D_0).
-    """
+    """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each."""
     if not maps:
         return [own_vectors.float().cpu().numpy()[:, None]]
     averages = []
@@ -311,10 +294,7 @@ def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArr
 
 
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
-    """Give *model* a head on all statistics of its last taps.
-
-    Without taps, the head reads the network's own vector. It is random: *recipe* seeds torch.
-    """
+    """Give *model* a random head on all statistics of its last taps, or else on its own vector."""
     torch.manual_seed(derive_seed(recipe.seed, "head"))
     head = HeadConfig(kind="gap")
     if model.tap_channels:

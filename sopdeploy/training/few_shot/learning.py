@@ -17,8 +17,7 @@ def found_when_reduced(
 ) -> NDArray[np.bool_]:
     """Tell which photographs are found if their class has only *number* others, and all classes keep theirs.
 
-    Each class is reduced in turn, to one with this *margin*; its other photographs are judged, one of each
-    group.
+    Each class is reduced in turn, to one with this *margin*; one photograph of each group is judged.
     """
     random, labels_N = np.random.default_rng(number), problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups

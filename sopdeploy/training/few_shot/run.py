@@ -74,10 +74,8 @@ def fit_few_shot(
 ) -> tuple[FewShotFit, Mapping[str, Any]]:
     """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
 
-    The run of *last* is finished and not trained again. The decision is fitted to the out-of-fold
-    predictions. Held-out images, if there are any, are used only for the score. Returns the fit and the
-    entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, and `DataError` for
-    images that cannot be used.
+    The run of *last* is finished and not trained again. The decision is fitted to out-of-fold predictions;
+    held-out images are used only for the score. Returns the fit and the entry `training` of `best.pt`.
     """
     if last is None:
         fit = fit_new(setup, callback)
@@ -94,10 +92,7 @@ def fit_few_shot(
 
 
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
-    """Fit and evaluate the network of a new run; writes no file.
-
-    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
-    """
+    """Fit and evaluate the network of a new run; writes no file."""
     since, recipe, images = time.monotonic(), setup.recipe, setup.data.train
     with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
@@ -192,10 +187,7 @@ class CrossValidation:
 def cross_validate(
     recipe: Recipe, model: Classifier, images: LabeledImages, on_progress: Callable[[str, int, int], None]
 ) -> CrossValidation:
-    """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
-
-    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group of copies.
-    """
+    """Cross-validate classifiers on features of *images*; *on_progress* receives (step, done, total)."""
     config: Any = recipe.procedure
     name, count, targets = recipe.model.name, len(images), Targets.of(images)
     started = time.monotonic()
@@ -256,11 +248,7 @@ def cross_validate(
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to the folds (N,) of one cross-validation, or of three for few groups.
-
-    Few are less than `FEW_GROUPS` different *keys_N*, with one class per image. There are *at_most* folds,
-    and images with equal keys share one (`Targets.folds`).
-    """
+    """Assign images to folds (N,), those with equal *keys_N* to one; with few keys, in three ways."""
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
@@ -270,8 +258,7 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices) -> Indices:
     """Choose the images that the score counts: of the typical photographs, the copy with the most pixels.
 
-    With one class per image, those of a class that is one group do not count, because no classifier is fitted
-    to others of it.
+    Those of a class that is one group do not count, because no classifier is fitted to others of it.
     """
     _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
     for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
@@ -293,9 +280,8 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select images (N,) that are like new photographs: those that no server kept.
 
-    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class without other
-    images are selected all the same. All images are selected if fewer than `MIN_COSINES` are not kept, too
-    few for a threshold, or if images have several classes.
+    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class without others are
+    selected, and all if too few are not kept for a threshold, or if images have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
     is_kept_N = np.asarray([KEPT_NAME.fullmatch(name) is not None for name in names], np.bool_)
@@ -313,10 +299,7 @@ def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
 def _evaluate(
     setup: Setup, network: Classifier, found: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
-    """Return the score to report, and the metrics of the same predictions.
-
-    These are predictions for the held-out images, or else those of the cross-validation.
-    """
+    """Return the score and the metrics of the held-out images, or else of the cross-validation."""
     recipe, held_out, images = setup.recipe, setup.data.held_out, setup.data.train
     if len(held_out):
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
@@ -388,10 +371,7 @@ def _describe(
 
 
 def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Find the pairs of classes whose images are predicted as the other one as often as by chance.
-
-    Of the judged images of either class that are predicted as one of the two, at least `CHANCE` are wrong.
-    """
+    """Find pairs of classes of whose images at least `CHANCE` are predicted as the other one."""
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
     counts_KK = np.zeros((len(labels), len(labels)), np.int64)
@@ -403,11 +383,7 @@ def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tup
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits.
-
-    With one class per image, the result says why the decision has no threshold for unknown images, and
-    images that a server kept do not count.
-    """
+    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
     recipe, targets, accepts = setup.recipe, setup.data.train.targets, setup.recipe.rejection.accepts
     if setup.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))

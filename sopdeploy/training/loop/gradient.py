@@ -7,16 +7,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.adahessian import AdaHessian
 from sopdeploy.training.loop.losses import Loss, training_loss
+from sopdeploy.training.loop.optimizer import AdaHessian
 from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 
 
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Waits for no result of the device. `LoopState.read_steps` finds a loss, gradient or buffer that is not
-    finite, before anything is evaluated or written.
+    Waits for no result of the device. `LoopState.read_steps` finds what is not finite before it is written.
     """
     recipe, position = run.recipe, run.position
     # Each process draws other random numbers; process 0 draws those of a run of a single process.
@@ -38,15 +37,14 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
     if run.average is not None:
-        run.average.after_step(run.model)
+        run.average.update(run.model)
     return FinishedStep(loss, norm, finite_count, num_samples)
 
 
 def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
-    """Compute the gradient of a step and return the loss over all processes.
+    """Compute the gradient of a step from normalized images, and return the loss over all processes.
 
-    *batch* has normalized images, this process' part of the *num_samples* samples of the step. The mean loss
-    of the part is weighted by its share, so that the sum over the processes is the mean over the step.
+    The mean loss of a part is weighted by its share, so that the sum is the mean over the step.
     """
     images, targets = batch
     recipe, position = run.recipe, run.position

@@ -42,9 +42,8 @@ def training_loss(
 ) -> Loss:
     """Compute alpha * main + sum of beta * branch + penalties.
 
-    *labels* are class indices (B,), or (B, classes) with "sigmoid"; *activation* and *label_smoothing* are
-    those of `classification_loss`. *weights* are the model's `loss_weights()`: alpha under `main`, each
-    beta under the name of its branch.
+    *labels* are class indices (B,), or (B, classes) with "sigmoid". *weights* are the model's
+    `loss_weights()`: alpha under `main`, each beta under the name of its branch.
     """
     if isinstance(output, Tensor):
         output = TrainingOutput(output, {}, {})
@@ -62,8 +61,7 @@ def training_loss(
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
-    Its random weights depend on *seed*. *label_smoothing* applies to its own loss. Raises `ConfigError`
-    without a teacher, and for one that does not fit the classes, the colors or the joint training.
+    Raises `ConfigError` for one that does not fit the classes, the colors or the joint training.
     """
 
     def __init__(

@@ -1,14 +1,12 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
@@ -17,7 +15,6 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
 from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -38,7 +35,6 @@ def fit_loop(
 
     Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does, by default
     `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
-    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
     recipe = run.recipe
     augment = recipe.augment
@@ -58,7 +54,6 @@ def fit_loop(
                 signals.exchange()
                 run.start_epoch()
                 train_epoch(run, training, loader, folder, signals, callback, expected)
-                average_epoch(run, training, loader, signals)
                 evaluate_epoch(run, held_out, loader, signals, callback)
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
@@ -75,10 +70,7 @@ def fit_loop(
 
 
 def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
-    """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
-
-    All epochs share the pixels in memory, if their augmentation starts from fitted ones.
-    """
+    """Return *images* with the augmentation of *epoch*; `replace` gives another epoch."""
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
     fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
@@ -103,8 +95,7 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time. Raises
-    `TrainingStoppedError` then if a process was stopped.
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
     """
     recipe, epoch, position = run.recipe, run.position.epoch, run.position
     batches = epoch_batches(recipe, len(training), epoch)
@@ -129,21 +120,6 @@ def train_epoch(
         expected.update(epoch * len(batches) + position.step, recipe.epochs * len(batches))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
-
-
-def average_epoch(run: LoopState, training: AugmentedDataset, loader: Loader, signals: SignalState) -> None:
-    """Update the average of the weights after an epoch, which may see its images once more."""
-    recipe, epoch = run.recipe, run.position.epoch
-
-    def images() -> Iterator[Tensor]:
-        shards = [run.strategy.shard(samples) for samples in epoch_batches(recipe, len(training), epoch)]
-        torch.manual_seed(derive_seed(recipe.seed, "average", epoch, run.strategy.rank))
-        for pixels, _ in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
-            yield run.normalize(pixels)
-            signals.exchange()
-
-    if run.average is not None:
-        run.average.after_epoch(run.model, recipe.epochs - epoch - 1, images)
 
 
 def evaluate_epoch(
@@ -190,9 +166,8 @@ def fit_best(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    With fewer than `MIN_IMAGES` images, or with several classes per image, the decision of `best.pt` remains.
-    A resumed run repeats the fit with the same images. The other processes only estimate the score. The
-    decision is fitted without mirror images, because a server computes none.
+    The decision is fitted without mirror images, because a server computes none. With few images, or several
+    classes per image, that of `best.pt` remains. The other processes only estimate the score.
     """
     recipe = run.recipe
     result = estimate_best(
@@ -242,9 +217,7 @@ def estimate_best(
 
     An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects an epoch,
     which the images outside of it measure (bootstrap bias corrected cross-validation: Tsamardinos et al.,
-    Machine Learning 107, 2018). This needs two groups, and the predictions of all epochs for all images, at
-    most the `MAX_IMAGES` of `diagnose`. With *frozen_backbone*, all epochs export the same network: nothing
-    to select. *mirrored* becomes part of the result.
+    Machine Learning 107, 2018). This needs the predictions of all epochs for all images.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count, score, is_map = best.metrics.count, best.metrics.score, best.metrics.score_name == "mAP"
@@ -270,10 +243,9 @@ def estimate_best(
 
 
 def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> float:
-    """Estimate the accuracy of the best of E epochs by B resamples of G groups of N images.
+    """Estimate the accuracy of the best of E epochs by B resamples of the groups (N,), numbered from 0.
 
-    *right_EN* tells which images each epoch classifies correctly, *group_N* the groups, numbered from 0. Each
-    resample selects the best epoch, whose accuracy is measured on the images outside of the resample.
+    *right_EN* tells which of the N images each epoch classifies correctly.
     """
     count = int(group_N.max()) + 1
     resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)

@@ -21,12 +21,12 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
-from sopdeploy.training.averages import Average
 from sopdeploy.training.checkpoints import Fit, Position, Setup, resume_of, run_record, state_errors
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
+from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
-from sopdeploy.training.optimizers import create_optimizer
+from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
@@ -40,10 +40,7 @@ STEPS_PER_READ = {"cpu": 1, "cuda": 16}
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """What a step has computed, on the device: its loss over all processes, and the norm of the gradient.
-
-    `finite_count` is the number of processes in which all values are finite, `num_samples` that of samples.
-    """
+    """What a step has computed, on the device; `finite_count` counts processes without infinities."""
 
     loss: Loss
     norm: Tensor
@@ -93,8 +90,9 @@ class LoopState:
             teacher, sides = self.teacher.model, {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
-        averaged = recipe.ema or recipe.swa
-        self.average: Average | None = None if averaged is None else averaged.create(self.model)
+        self.average: ExponentialMovingAverage | None = None
+        if recipe.ema is not None:
+            self.average = ExponentialMovingAverage(recipe.ema.decay, self.model)
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -123,10 +121,7 @@ class LoopState:
         return [buffer for buffer in self.trained().buffers() if buffer.is_floating_point()]
 
     def read_steps(self) -> list[float]:
-        """Add the unread steps to the position and return their losses, in one wait for the device.
-
-        Raises `TrainingError` if a value of a step is not finite.
-        """
+        """Add the unread steps to the position and return their losses, in one wait for the device."""
         steps, position = self.unread, self.position
         if not steps:
             return []
@@ -174,10 +169,9 @@ class LoopState:
         self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*position.history, row))
 
     def synchronize_buffers(self) -> None:
-        """Average the floating-point buffers over processes: the running statistics of batch norms.
+        """Average the running statistics of batch norms over processes.
 
-        The running statistics are linear in those of the batches, so averaging once gives the same result
-        as averaging in every step.
+        They are linear in those of the batches, so averaging once equals averaging in every step.
         """
         if self.strategy.world == 1:
             return
@@ -213,10 +207,7 @@ class LoopState:
                 self.groups.append({"params": list(self.teacher.model.parameters())})
 
     def start_epoch(self) -> None:
-        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it.
-
-        Parameters keep their optimizer states, and tensors their averages.
-        """
+        """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
         epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
@@ -302,10 +293,7 @@ def freeze(model: Classifier, start: StartConfig | None) -> None:
 
 
 def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
-    """Build the optimizer's parameter groups: the classifier has its own if `head_factor` is not 1.
-
-    Groups may have frozen parameters; optimizers skip those without gradient.
-    """
+    """Build the optimizer's parameter groups: the classifier has its own if `head_factor` is not 1."""
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
     head = classifier_name(model)

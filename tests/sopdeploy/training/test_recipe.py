@@ -59,7 +59,7 @@ OVERRIDES = [
     (["data={kind='folder'}", "data.path=my photos/2024"], "data.path", Path("my photos/2024")),
     (["procedure.kind=fine_tune", "ema.decay=0.5"], "ema.decay", 0.5),
     (["ema.decay=0.5", "ema=null"], "ema", None),
-    (["swa.epochs=2"], "swa.epochs", 2),
+    (["swa=null"], "epochs", 5),  # as in runs of 0.1.0
 ]
 
 
@@ -89,8 +89,6 @@ INVALID_OVERRIDES = [
     ("model.config.depth=9", "depth must be 6n + 2"),
     ("ema={decay=1.0}", "ema.decay: must be less than 1"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
-    ("ema.decay=0.5\nswa.epochs=2", "swa: the weights have one average; set ema=null or swa=null"),
-    ("swa.epochs=99", "swa.epochs: the run has only 5 epochs"),
     ("optimizer=null", "optimizer: must be a table"),
     ("epochs=0", "epochs: must be at least 1 (got '0')"),
     ("preprocess={crop=99, resize=16}", "crop (99) is larger than resize (16)"),

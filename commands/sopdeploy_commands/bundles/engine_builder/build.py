@@ -24,9 +24,8 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
 
-    TensorRT accepts uint8 only for network inputs, so the cast must come first. The result is the same,
-    because casts commute with operators that only move values, and keep the shape. Later casts of *model*
-    remain and do not change float32 values. Raises `LoweringError` if another operator reads uint8 values.
+    TensorRT accepts uint8 only for network inputs. The result is the same, because casts commute with
+    operators that only move values. Raises `LoweringError` if another operator reads uint8 values.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
@@ -55,11 +54,7 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
 def parse_and_build(
     trt: Any, graph: bytes, profiles: Sequence[Profile], workspace: int, report: Report
 ) -> bytes:
-    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
-
-    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
-    `KeyboardInterrupt` after Ctrl-C.
-    """
+    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress."""
     logger = reset_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -94,10 +89,7 @@ def parse_and_build(
 
 @contextmanager
 def interrupts_recorded() -> Iterator[threading.Event]:
-    """Set an event on Ctrl-C in the block, and raise `KeyboardInterrupt` only at its end.
-
-    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
-    """
+    """Set an event on Ctrl-C in the block; raise at its end, because TensorRT's C++ code must not see it."""
     interrupt = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     is_replaced = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -15,7 +15,7 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
-from sopdeploy.errors import LoweringError
+from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy_commands.bundles.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.runtime import tensorrt_cache as cache
@@ -42,10 +42,9 @@ def get_engine(
 ) -> EngineFile:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    A build may use a quarter of the GPU's memory. *report* receives the progress; *build_via_torch* builds
-    the plan, and is given only if *options* name torch-tensorrt. Raises `RuntimeUnavailableError` without
-    TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its
-    outputs deviate from the probes.
+    *report* receives the progress; *build_via_torch* builds the plan if *options* name torch-tensorrt. Raises
+    `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be
+    built, and `ParityError` if its outputs deviate from the probes.
     """
     if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
         raise LoweringError(
@@ -60,13 +59,15 @@ def get_engine(
     fields = cache.key_fields(bundle, str(trt.__version__), gpu)
     key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
     folder = cache.cache_folder(bundle, options.cache)
-    reason = "--rebuild was given"
-    if not options.rebuild:
-        cached = cache.load_engine(folder, dict(key))
-        if isinstance(cached, cache.StoredEngine):
-            report("replaying the probes on the cached engine")
+    cached = cache.load_engine(folder, dict(key))
+    if isinstance(cached, cache.StoredEngine):
+        report("replaying the probes on the cached engine")
+        try:
             replay_probes(trt, cuda, bundle, cached.plan, key)
             return EngineFile(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+        except ParityError as error:
+            reason = f"the cached engine is wrong, {error}"
+    else:
         reason = cached  # why there is none
     report(f"building: {reason}")
     begin = time.monotonic()
@@ -94,8 +95,6 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Batches of different profiles alternate: a context must not disturb another one.
-    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
-    output has no probes.
     """
     probes = read_probes(bundle)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})

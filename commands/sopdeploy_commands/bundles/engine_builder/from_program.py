@@ -21,9 +21,8 @@ def build_from_program(
 ) -> bytes:
     """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
 
-    *read_program* returns the program in float32. Raises its errors, `RuntimeUnavailableError` without
-    torch-tensorrt or a GPU, and `EngineError` if the bundle has another precision, an operator has no
-    converter, or the build fails.
+    *read_program* returns the program in float32. Raises `RuntimeUnavailableError` without torch-tensorrt or
+    a GPU, and `EngineError` if the bundle has another precision or the build fails.
     """
     manifest = bundle.manifest
     if manifest.precision != "fp32":
@@ -69,10 +68,7 @@ def build_from_program(
 
 
 def _cast_program_images_first(program: ExportedProgram) -> None:
-    """Cast the uint8 images of *program* to float32 before all other operators, in place.
-
-    The only operator that TensorRT has for uint8 is a cast; moving pixels after it gives the same values.
-    """
+    """Cast the uint8 images of *program* to float32 first, in place: TensorRT can only cast uint8."""
     (name,), graph = program.graph_signature.user_inputs, program.graph
     images = next(node for node in graph.nodes if node.name == name)
     with graph.inserting_after(images):

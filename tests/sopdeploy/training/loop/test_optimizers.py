@@ -11,15 +11,14 @@ from torch.optim import lr_scheduler
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import open_data
-from sopdeploy.training.adahessian import AdaHessian, random_signs
-from sopdeploy.training.averages import EmaConfig, ExponentialMovingAverage, LastEpochsAverage, SwaConfig
+from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import training_loss
+from sopdeploy.training.loop.optimizer import AdaHessian, create_optimizer, random_signs
 from sopdeploy.training.loop.run import augmented_images
-from sopdeploy.training.optimizers import create_optimizer
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.runs import interrupt, same_bits, same_run, short_recipe
+from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -109,10 +108,10 @@ def change(model: nn.Module) -> None:
 
 def test_floating_point_tensors_are_averaged_and_integers_copied(model) -> None:
     before = copy.deepcopy(model.state_dict())
-    ema = ExponentialMovingAverage(EmaConfig(decay=0.9), model)
+    ema = ExponentialMovingAverage(0.9, model)
     ema.count = 99
     change(model)
-    ema.after_step(model)
+    ema.update(model)
     after = model.state_dict()
     for name, mean in ema.model.state_dict().items():
         if name.endswith("num_batches_tracked"):
@@ -126,12 +125,12 @@ def test_floating_point_tensors_are_averaged_and_integers_copied(model) -> None:
 @pytest.mark.parametrize(("updates", "decay"), [(1, 2 / 11), (9, 10 / 19), (1000, 0.99)])
 def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
     model = nn.Linear(1, 1, bias=False)
-    ema = ExponentialMovingAverage(EmaConfig(decay=0.99), model)
+    ema = ExponentialMovingAverage(0.99, model)
     ema.count = updates - 1
     with torch.no_grad():
         ema.model.weight.zero_()
         model.weight.fill_(1.0)
-    ema.after_step(model)
+    ema.update(model)
     assert float(ema.model.weight) == pytest.approx(1 - decay)
 
 
@@ -144,40 +143,6 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
     assert not same_bits(raw, average)
     assert same_bits(last.weights, average)
     assert last.training["metrics"] == last.resume["position"]["history"][-1]["metrics"]
-
-
-def test_an_average_of_the_last_epochs_has_their_mean_and_statistics_of_its_own(model) -> None:
-    average, images, states = LastEpochsAverage(SwaConfig(epochs=2), model), torch.randn(3, 8, 3), []
-    for left in (2, 1, 1, 0):  # a run that is stopped before it has evaluated an epoch repeats its end
-        change(model)
-        if left != 1 or len(states) != 2:
-            states.append(copy.deepcopy(model.state_dict()))
-        else:
-            model.load_state_dict(states[-1])
-        average.after_epoch(model, left, lambda: images)
-        assert average.count == max(0, 2 - left)
-    found = average.model.state_dict()
-    for name in ("0.weight", "0.bias", "1.weight"):
-        torch.testing.assert_close(found[name], (states[1][name] + states[2][name]) / 2)
-    inputs = average.model[0](images)
-    torch.testing.assert_close(found["1.running_mean"], inputs.mean(dim=(0, 1)))
-    torch.testing.assert_close(found["1.running_var"], inputs.var(dim=1).mean(dim=0))
-    assert average.model[1].momentum == model[1].momentum
-
-
-def test_a_run_exports_the_average_of_its_last_epochs_and_resumes_to_the_same_bits(tmp_path) -> None:
-    recipe = short_recipe("swa.epochs=2")
-    whole = train_recipe(recipe, tmp_path / "whole").out
-    last = read_checkpoint(whole / "last.pt")
-    assert last.resume is not None
-    assert last.training["weights"] == "average"
-    assert last.resume["average"]["count"] == 2
-    assert same_bits(last.weights, last.resume["average"]["weights"])
-    for number, event in enumerate([("step", 2, 3), ("evaluation", 2, 36)]):
-        out = tmp_path / str(number)
-        interrupt(recipe, out, *event)
-        train_recipe(recipe, out, resume=True)
-        assert same_run(out, whole)
 
 
 def test_training_crops_can_have_another_size_than_evaluation() -> None:

@@ -1,4 +1,4 @@
-"""The optimizer AdaHessian."""
+"""Create the optimizer that a recipe selects: one of torch or timm, or AdaHessian, which this file has."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,9 +7,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import MissingPackageError
 from sopdeploy.seeds import derive_seed
+from sopdeploy.training.loop_settings import AdaHessianConfig, OptimizerConfig, RAdam, RMSProp
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
+
+
+def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
+    """Create the optimizer of *config* for *parameters* or their groups.
+
+    "foreach" updates all parameters in a few calls, with the bits of a loop over them; RAdam has other bits.
+    """
+    options: dict[str, Any] = config.model_dump(exclude={"kind", "clip_norm", "tensorflow"})
+    if isinstance(config, AdaHessianConfig):
+        return AdaHessian(parameters, **options)
+    if isinstance(config, RAdam):
+        return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **options)
+    form: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    chosen = form[config.kind]
+    if isinstance(config, RMSProp) and config.tensorflow:
+        timm_optim = import_optional("timm.optim", "timm", "sopdeploy[train]", MissingPackageError)
+        chosen = timm_optim.RMSpropTF
+    created: Optimizer = chosen(parameters, foreach=True, **options)
+    return created
 
 
 class AdaHessian(Optimizer):
@@ -74,7 +96,7 @@ class AdaHessian(Optimizer):
 
         With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is multiplied by
         1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The Hessian diagonal of 4-D weights
-        is averaged over the kernel. Closures are not supported.
+        is averaged over the kernel.
         """
         updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in updates:
