@@ -24,8 +24,7 @@ from onnxscript.rewriter.rules import common as common_rules
 from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from onnxscript.values import TracedOnnxFunction
 from onnxscript.version_converter import convert_version
-from torch import Tensor
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core, _flags, _fx_passes, _ir_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -70,7 +69,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"
             )
-    model = convert(fold_constant_parts(program), [INPUT], outputs)
+    model = to_ir(fold_constant_parts(program), [INPUT], outputs)
     _clear_metadata_and_inner_shapes(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
@@ -106,7 +105,7 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
                 output.shape, output.type = None, None
 
 
-def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
@@ -126,7 +125,7 @@ def _translate(program: ExportedProgram, inputs: Sequence[str], outputs: Sequenc
     Other than there, types are promoted without computing every value again, which takes a fifth of the time.
     """
     registry = _converters()
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         decomposed = _fx_passes.decompose_with_registry(program, registry)
         for module in decomposed.graph_module.modules():
             promotion = InsertTypePromotion(module)
@@ -144,7 +143,7 @@ class _Promotion(type_promotion._TypePromotionInterpreter):
     """Inserts casts where ATen promotes types; the values of all other nodes are those of the capture."""
 
     def run_node(self, node: fx.Node) -> Any:
-        """Cast the operands of *node* if its operator has a rule; return its value, by which others are cast."""
+        """Cast the operands of *node* if its operator has a rule; return the value of *node*."""
         if node.op != "call_function" or "val" not in node.meta:
             return super().run_node(node)
         rule = type_promotion.get_type_promotion_rule(node, self.type_promotion_table)
