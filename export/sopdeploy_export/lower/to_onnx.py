@@ -159,7 +159,7 @@ def _converters() -> ONNXRegistry:
 
     It also parses the source of each, for a domain that nothing reads: most of the time, which is left out.
     """
-    with patch.object(TracedOnnxFunction, "function_ir", SimpleNamespace(domain="")):
+    with patch.object(TracedOnnxFunction, "function_ir", SimpleNamespace(domain=""), create=True):
         return ONNXRegistry.from_torchlib()
 
 
