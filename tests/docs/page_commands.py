@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.docs.reading import ROOT, blocks
 from tests.support.children import free_port, line_of
 
 DRAW = """
