@@ -90,9 +90,10 @@ Divided as in the repository, or by lot; 96 to 400 photographs of a set are the 
 
 The present head, measured on photographs that were drawn anew: up to ten classes, up to 40 photographs of
 each for the test. The sets C did not decide on the head, but for the margins of classes of fewer than five;
-rules for clips, copies, `known` and a class for anything else used them. The test photographs of brain are those of the folder `Testing`, on which all heads fail. "Other sets"
-are the seven others of C. Both logistic regressions have C chosen by cross-validation; one reads the
-network's own vector, an average, the other one the features of `train`.
+rules for clips, copies, `known` and a class for anything else used them. The test photographs of brain are
+those of the folder `Testing`, on which all heads fail. "Other sets" are the seven others of C. Both
+logistic regressions have C chosen by cross-validation; one reads the network's own vector, an average, the
+other one the features of `train`.
 
 | set | {eight} |
 |---|{eight_line}|
