@@ -29,7 +29,6 @@ MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
-MAX_PATH_STEPS = 1_000  # folders and links of a path
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
@@ -200,40 +199,21 @@ def link_latest(target: Path) -> None:
     if target.name == LATEST or is_no_link:
         return
     try:
-        move_link(link, target.name)
+        move_link(link, target_of(link, target))
     except OSError as error:
         log.warning("%s: this link cannot be made (%s); use %s", link, os_reason(error), target)
 
 
 def move_link(link: Path, target: str) -> None:
-    """Make *link* a link to *target*, in one step; raises `OSError`, also if it would lead to itself."""
-    if leads_through(link.parent / target, link):
-        raise OSError(errno.ELOOP, "the link would lead to itself", str(link))
+    """Make *link* a link to *target*, in one step; raises `OSError`."""
     with temporary_folder(link.parent) as folder:
         (folder / link.name).symlink_to(target)
         (folder / link.name).replace(link)
 
 
-def leads_through(path: Path, link: Path) -> bool:
-    """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
-    real_link = Path(os.path.realpath(link.parent), link.name)
-    current = Path("/")
-    names = list(reversed(Path.cwd().joinpath(path).parts[1:]))  # from *current* on, the next one last
-    for _ in range(MAX_PATH_STEPS):
-        if not names:
-            return False
-        name = names.pop()
-        if name == "..":
-            current = current.parent
-            continue
-        current /= name
-        if current == real_link:
-            return True
-        if current.is_symlink():
-            target = current.readlink()
-            current = Path("/") if target.is_absolute() else current.parent
-            names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
-    return True
+def target_of(link: Path, path: Path) -> str:
+    """Return where *link* must lead to reach *path*: through no other link, so never to itself."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(link.parent))
 
 
 def sha256(path: Path) -> str:
