@@ -15,11 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sopdeploy.class_names import ADVICE as NAMES_ADVICE
-from sopdeploy.class_names import parse_class_names
-from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
+from sopdeploy.errors import CheckpointError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
-from sopdeploy.names import label_problem
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
@@ -347,19 +344,3 @@ def check_is_checkpoint(path: Path) -> None:
     if not is_checkpoint:
         problem = describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
         raise CheckpointError(f"{path}: {problem}")
-
-
-def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read class names from *file* by `class_names`; raises `ConfigError` if they are not certain."""
-    try:
-        found = parse_class_names(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        message = f"{file} cannot be read ({reason}); {NAMES_ADVICE}"
-        raise ConfigError(message, setting="labels") from error
-    names = tuple(name.strip() for name in found)
-    if problem := label_problem(names):
-        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
-    return names

@@ -29,8 +29,9 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import TORCH_MAGIC, WeightPath, read_class_names, sha256
+from sopdeploy.files import TORCH_MAGIC, WeightPath, sha256
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
     Importer,

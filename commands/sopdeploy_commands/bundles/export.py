@@ -29,10 +29,10 @@ from sopdeploy.files import (
     check_is_weights,
     describe_foreign,
     has_manifest,
-    read_class_names,
     read_file,
 )
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES

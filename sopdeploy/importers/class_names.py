@@ -6,10 +6,14 @@ depend on them.
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from sopdeploy.config import parse_json
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import MAX_NAMES_BYTES, read_text
+from sopdeploy.names import label_problem
 
-ADVICE = 'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
+_ADVICE = 'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
 _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<name>\S.*)")
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
 _CELL_ENDS = (re.compile(r"\t"), re.compile(r"[,;](?!\s)"))  # of tables; `tench, Tinca tinca` is one name
@@ -23,13 +27,28 @@ _NO_NAMES = {  # what lines of other files are
 }
 
 
-def parse_class_names(text: str, suffix: str = "") -> tuple[str, ...]:
-    """Read the class names in *text*, in the order of the logits; raises `ValueError` if not certain."""
-    if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Read the class names in *file*, in the order of the logits; raises `ConfigError` if not certain."""
+    try:
+        text = read_text(file, MAX_NAMES_BYTES)
+        names = _parse(text, is_json=file.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{file} cannot be read ({reason}); {_ADVICE}", setting="labels") from error
+    if problem := label_problem(names):
+        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
+    return names
+
+
+def _parse(text: str, *, is_json: bool) -> tuple[str, ...]:
+    """Return the names in a JSON list or in lines; raises `ValueError`."""
+    if is_json:
         names = parse_json(text)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError('no list of names such as ["cat", "dog"]')
-        return tuple(names)
+        return tuple(name.strip() for name in names)
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     lines = [line for line in lines if line]
     if not lines:
