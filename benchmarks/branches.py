@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 import torch
+from measure import markdown
 from torch import nn
 
 from sopdeploy import Preprocess, export_network, unused_modules
@@ -285,17 +286,14 @@ def in_processes(folder: Path, candidates: Sequence[Candidate]) -> Iterator[Row]
 
 def table(rows: list[Row]) -> str:
     """Write the table of the page."""
-    lines = [
-        "| kind | repository | network | pixels | result | removed | of the bytes | file differs by |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("kind", "repository", "network", "pixels", "result", "removed", "of the bytes", "file differs by")
+    cells = []
     for row in rows:
         result = row.proof or (f"refused: {row.refused}" if row.refused else f"fails: {row.crashed}")
         numbers = (f"{row.percent:g} %", f"{row.difference:.0e}") if row.proof else ("", "")
         removed = row.removed or ("nothing: the output depends on all parts" if row.proof else "")
-        cells = (row.kind, row.repository, row.network, str(row.pixels), result, removed, *numbers)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append((row.kind, row.repository, row.network, row.pixels, result, removed, *numbers))
+    return markdown(head, cells)
 
 
 def main() -> None:

@@ -35,54 +35,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from measure import Result, keep_draw, make_parser, one_line_errors, report
+from numpy.typing import NDArray
+from photo_vectors import class_folders
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torch import Tensor
 
-from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
-from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
-from sopdeploy.layers.normalize import Normalize
-from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import PreprocessedDataset
 from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import FinishedRun, train_run
 
-BATCH = 4
+Array = NDArray[Any]
 KINDS = ("encoded", "cropped", "half", "burst")
-
-
-def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_maps: bool) -> dict[str, Any]:
-    """Compute the vectors, the feature maps if needed, and the targets of the photographs in *folder*."""
-    if cache.exists():
-        return dict(load_plain(cache, cache.read_bytes()))
-    content = read_checkpoint(checkpoint)
-    model = build_classifier(content, checkpoint)
-    taps = tuple(model.tap_channels)[-2:]
-    network = with_head(name, model, HeadConfig(kind="gap+mean", taps=taps)).eval()
-    assert isinstance(network, SecondOrderHead)  # noqa: S101  # by its name
-    network.to(memory_format=torch.channels_last)
-    images = open_evaluation_images(
-        folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    )
-    normalize, parts = Normalize(content.preprocess, torch.channels_last), []
-    dataset = PreprocessedDataset(images, content.preprocess)
-    for pixels, _ in load_batches(dataset, sequential_batches(len(images), BATCH), 0, torch.device("cpu")):
-        own, maps = network.head_inputs(normalize(pixels))
-        parts.append((own, maps if with_maps else {}))
-    inputs = {
-        "own": torch.cat([own for own, _ in parts]),
-        "maps": {tap: torch.cat([maps[tap] for _, maps in parts]) for tap in parts[0][1]},
-        "targets": torch.from_numpy(images.targets),
-        "paths": ["/".join(images.path(index).parts[-2:]) for index in range(len(images))],
-    }
-    write_plain(cache, inputs)
-    return inputs
 
 
 def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> bytes:
@@ -144,7 +113,6 @@ def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     return float(np.mean(wrong)), float(np.mean(divided))
 
 
-@torch.no_grad()
 def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed: int) -> dict[str, float]:
     """Train on one draw and test; results are cached."""
     path: Path = given.cache / f"{kind}-{copies}-{size}-{seed}.json"
@@ -154,8 +122,7 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
     for previous in (folder, run):
         shutil.rmtree(previous, ignore_errors=True)
     draw(given, folder, kind, copies, size, seed)
-    with torch.enable_grad():
-        fit = train_on(given, folder, run).fit
+    fit = train_on(given, folder, run).fit
     rule = fit.decision.rejection if fit.decision else None
     if (
         not isinstance(fit, FewShotFit)
@@ -164,16 +131,16 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
         or rule is None
     ):
         raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
-    logits, targets = test_logits(run / "best.pt", given.test, given.model, given.cache / "test.pt")
+    logits, targets = test_logits(run / "best.pt", given.test)
     score = fit.result.top1
     wrong, divided = count_errors(folder, fit.groups)
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
-        "accuracy": 100 * float((logits.argmax(dim=1) == targets).double().mean()),
+        "accuracy": 100 * float((logits.argmax(axis=1) == targets).mean()),
         "estimate": 100 * score.share,
         "low": 100 * score.low,
         "high": 100 * score.high,
-        "accepted": 100 * float((log_sum_exp(logits.numpy()) >= rule.threshold).mean()),
+        "accepted": 100 * float((log_sum_exp(logits) >= rule.threshold).mean()),
         "accepted, low": 100 * low,
         "accepted, high": 100 * high,
         "grouped wrongly": 100 * wrong,
@@ -183,17 +150,13 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
     return measured
 
 
-def test_logits(best: Path, test: Path, name: str, cache: Path) -> tuple[Tensor, Tensor]:
-    """Compute the logits (N, K) of the run of *best*, of network *name*, for the photographs in *test*.
+def test_logits(best: Path, test: Path) -> tuple[Array, Array]:
+    """Compute the logits (N, K) of the run of *best* for the photographs in *test*.
 
-    Also returns their targets (N,), numbers of the folders in *test*. The features are cached.
+    Also returns their classes (N,), numbers of the folders in *test*.
     """
-    model = build_classifier(read_checkpoint(best), best)
-    if not isinstance(model, SecondOrderHead):
-        raise DataError(f"{best}: the network has no second-order head")
-    inputs = head_inputs(best, test, name, cache, with_maps=True)
-    maps = {tap: inputs["maps"][tap].float() for tap in model.maps}
-    return model.pooled_head(inputs["own"].float(), maps), inputs["targets"]
+    content, images = read_checkpoint(best), open_evaluation_images(test, class_folders(test))
+    return score_images(build_classifier(content, best), content.preprocess, images), images.targets
 
 
 def train_on(given: argparse.Namespace, folder: Path, run: Path) -> FinishedRun:

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from load import put_load, serving
+from load import put_loads, serving
 
 BATCHES = "1,8,32,64"
 WARM_UPS, SECONDS = 3, 2.0  # for each batch size
@@ -105,7 +105,7 @@ def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     for front_ends in FRONT_ENDS:
         with serving(str(bundle["path"]), "--runtime", runtime, "--front-ends", front_ends) as (_, url):
             for images in ("images", "phone"):
-                load = put_load(f"{url}/v1/classify", folder / images, 6, "--connections", 64)
+                load = put_loads(f"{url}/v1/classify", folder / images, 6, 64)
                 row = {"bundle": bundle["name"], "front ends": front_ends, "photographs": images}
                 yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
 

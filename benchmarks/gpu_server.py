@@ -2,7 +2,6 @@
 
     python benchmarks/gpu_server.py BUNDLE ... --out FILE [--seconds 5] [--front-ends 0,2,4,8,auto]
         [--photographs "500 x 375,12 MP"] [--connections 64,256]
-    python benchmarks/gpu_server.py --simulated 1,0.0625,64 --out FILE      # rehearsal without a GPU
 
 For each bundle and number: seconds until the server is ready, the answers to 500 small photographs at once,
 and for each kind of photograph and number of connections, from four client processes: images/s, p50 and p99,
@@ -23,20 +22,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from load import Load, put_load, serving
+from load import put_loads, serving
 from serving_alone import KINDS, decode_image, read_files, repeat, write_images
 from serving_peers import cpu_seconds
-from simulated_server import running
 
 from sopdeploy.images.preprocess import Preprocess
 
-CLIENTS = 4
 BURST = 500
 QUEUE = 1024
 IMAGES, OTHERS = 32, 8  # files of the first kind of photograph, and of each other one
@@ -70,23 +66,6 @@ class GpuWatch:
         return {"gpu_busy_percent": mean, "gpu_mib": max(self.mebibytes, default=None)}
 
 
-def put_loads(url: str, folder: Path, seconds: float, connections: int) -> dict[str, float]:
-    """Put load from `CLIENTS` processes; the latencies are those of the median client."""
-
-    def one(_: int) -> Load:
-        return put_load(url, folder, seconds, "--connections", connections // CLIENTS)
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        loads = list(pool.map(one, range(CLIENTS)))
-    codes = sum((Counter(load.codes) for load in loads), Counter[str]())
-    return {
-        "images_per_s": sum(load.images_per_s for load in loads),
-        "p50_ms": statistics.median(load.p50_ms for load in loads),
-        "p99_ms": statistics.median(load.p99_ms for load in loads),
-        "refused": sum(count for code, count in codes.items() if code != "200"),
-    }
-
-
 def send_burst(url: str, folder: Path) -> Result:
     """Send `BURST` images at once to an idle server; return the seconds and the number of each status."""
     bodies = [path.read_bytes() for path in sorted(folder.iterdir())]
@@ -115,16 +94,10 @@ def measure_decoding(kind: str, folder: Path, seconds: float) -> Result:
 def measure(
     bundle: str, front_ends: str, folders: dict[str, Path], arguments: argparse.Namespace
 ) -> Iterator[Result]:
-    """Measure a server for *bundle*, or for the simulated device, with so many *front_ends*."""
+    """Measure a server for *bundle* with so many *front_ends*."""
     started = time.perf_counter()
-    if arguments.simulated:
-        settings = {"devices": "cpu", "front_ends": front_ends.replace("auto", "2"), "queue_size": QUEUE}
-        server: AbstractContextManager[Any] = running(settings, arguments.simulated)
-    else:
-        options = ("--front-ends", front_ends, "--setting", f"queue_size={QUEUE}")
-        server = serving(bundle, *options)
-    with server as found:
-        process, address = (found.child, found.url) if arguments.simulated else found
+    options = ("--front-ends", front_ends, "--setting", f"queue_size={QUEUE}")
+    with serving(bundle, *options) as (process, address):
         ready = time.perf_counter() - started
         number = httpx.get(f"{address}/v1/status", timeout=30).json()["front_ends"]
         url = f"{address}/v1/classify"
@@ -136,10 +109,10 @@ def measure(
                 threading.Thread(target=watch.watch, daemon=True).start()
                 before = cpu_seconds(process.pid)
                 load = put_loads(url, folder, arguments.seconds, connections)
-                images = load["images_per_s"] * (arguments.seconds + 1.0)  # with the warm-up
-                cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(images, 1.0)
-                row = {**fields, "photographs": kind, "connections": connections, **load}
-                yield {**row, "cpu_ms": cpu_ms, **watch.stop()}
+                cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(load.all_answered, 1)
+                values = {"images_per_s": load.images_per_s, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms}
+                row = {**fields, "photographs": kind, "connections": connections, **values}
+                yield {**row, "refused": load.refused, "cpu_ms": cpu_ms, **watch.stop()}
 
 
 def write(result: Result, out: Path) -> None:
@@ -152,13 +125,12 @@ def write(result: Result, out: Path) -> None:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundles", nargs="*")
+    parser.add_argument("bundles", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--front-ends", default="auto,0,4,2,8")
     parser.add_argument("--photographs", default="500 x 375,12 MP", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--connections", default="64,256")
-    parser.add_argument("--simulated", help="milliseconds of a batch and of an image, and the largest batch")
     parser.add_argument("--minutes", type=float, default=14.0, help="no measurement begins after so long")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
@@ -166,7 +138,6 @@ def main() -> None:
     done = {
         (line.get("bundle"), line.get("front_ends", line.get("decoding"))) for line in map(json.loads, lines)
     }
-    os.environ.setdefault("SIMULATED_DECODING", "real")
     with tempfile.TemporaryDirectory() as name:
         folders = {
             kind: write_images(Path(name, str(number)), OTHERS if number else IMAGES, KINDS[kind])
@@ -176,13 +147,13 @@ def main() -> None:
             if (None, kind) not in done:
                 write(measure_decoding(kind, folder, arguments.seconds / 2), arguments.out)
         for front_ends in arguments.front_ends.split(","):
-            for bundle in arguments.bundles or ["simulated"]:
+            for bundle in arguments.bundles:
                 if (bundle, front_ends) in done or time.monotonic() > end:
                     continue
                 try:
                     for result in measure(bundle, front_ends, folders, arguments):
                         write(result, arguments.out)
-                except (OSError, RuntimeError, SystemExit, httpx.HTTPError) as error:
+                except (OSError, RuntimeError, httpx.HTTPError) as error:
                     row = {"bundle": bundle, "front_ends": front_ends, "error": str(error)}
                     write(row, arguments.out)
 

@@ -17,12 +17,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 BOUNDARY = "--------sopdeploy-benchmark"
+CLIENTS = 4  # of `put_loads`
 WARM_UP_SECONDS = 1.0
 START_SECONDS = 120.0  # a start takes 6 to 21 s on an H200
 
@@ -40,6 +42,30 @@ class Load:
     p50_ms: float
     p99_ms: float
     codes: dict[str, int]
+
+    @property
+    def refused(self) -> int:
+        """The number of responses other than 200."""
+        return sum(count for code, count in self.codes.items() if code != "200")
+
+
+def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
+    """Put load from `CLIENTS` processes, one of which would be the limit of a fast server.
+
+    The latencies are those of the median client.
+    """
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        options = "--connections", connections // CLIENTS
+        sent = [pool.submit(put_load, url, folder, seconds, *options) for _ in range(CLIENTS)]
+        loads = [one.result() for one in sent]
+    return Load(
+        images_per_s=sum(load.images_per_s for load in loads),
+        answered=sum(load.answered for load in loads),
+        all_answered=sum(load.all_answered for load in loads),
+        p50_ms=statistics.median(load.p50_ms for load in loads),
+        p99_ms=statistics.median(load.p99_ms for load in loads),
+        codes=dict(sum((Counter(load.codes) for load in loads), Counter[str]())),
+    )
 
 
 def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:

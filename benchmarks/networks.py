@@ -1,11 +1,11 @@
 """Export a network of every family of timm, all classifiers of torchvision and some of transformers.
 
-    python benchmarks/networks.py --results FILE [--library timm] [--minutes 4] [--page PAGE]
+    python benchmarks/networks.py --results FILE [--library timm] [--minutes 4]
 
 Weights are random; batch norms have the statistics of the exporter's images. Each network is exported for
 batches of 1 to 64 images, with its own builder as the plain network, and is accepted with proof or refused
 for one reason. FILE has a line of JSON per network: another call continues, and networks in FILE are not
-tried again. The page has tables of all results. transformers is optional: its networks are left out if it is
+tried again. Tables of all results are printed. transformers is optional: its networks are left out if it is
 not installed.
 """
 
@@ -15,16 +15,17 @@ import importlib
 import importlib.util
 import itertools
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+from measure import markdown
 from torch import nn
 from torchvision import models
 
@@ -237,46 +238,36 @@ def attempt(candidate: Candidate) -> Row:
     return row.model_copy(update={"pixels": side, "seconds": seconds, **found})
 
 
-def render(rows: list[Row]) -> str:
-    """Write the page with the tables of *rows*."""
-    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "timm", "torchvision")}
-    if importlib.util.find_spec("transformers") is not None:
-        versions["transformers"] = importlib.import_module("transformers").__version__
+def tables(rows: list[Row]) -> str:
+    """Write the tables of docs/benchmarks/networks.md."""
     rows = sorted(rows, key=lambda row: (row.library, row.family))
-    accepted, others = [row for row in rows if row.proof], [row for row in rows if not row.proof]
-    lines = [
-        "# Families of networks",
-        "",
-        f"`python benchmarks/networks.py` on {datetime.now(UTC):%Y-%m-%d}, with "
-        f"{', '.join(map(' '.join, versions.items()))}:",
-        f"{len(accepted)} of {len(rows)} networks are exported with proof. Weights are random. Of timm, each",
-        "is the smallest of its family, with two blocks or one in each of four stages, if they are options.",
-        "",
-        "## Refused",
-        "",
-        "| library | network | pixels | reason |",
-        "|---|---|---|---|",
+    refused = [
+        (row.library, f"`{row.network}`", row.pixels, (row.refused or row.crashed).replace("|", "\\|"))
+        for row in rows
+        if not row.proof
     ]
-    for row in others:
-        reason = (row.refused or row.crashed).replace("|", "\\|")
-        lines.append(f"| {row.library} | `{row.network}` | {row.pixels} | {reason} |")
-    lines += ["", "## Exported", "", "`drift` is the largest difference of the logits from float64.", ""]
-    lines += ["| library | network | pixels | drift |", "|---|---|---|---|"]
-    for row in accepted:
-        family = f" ({row.family})" if row.library == "timm" else ""
-        lines.append(f"| {row.library} | `{row.network}`{family} | {row.pixels} | {row.drift:.1e} |")
-    return "\n".join(lines) + "\n"
+    exported = [
+        (
+            row.library,
+            f"`{row.network}`{f' ({row.family})' if row.library == 'timm' else ''}",
+            row.pixels,
+            f"{row.drift:.1e}",
+        )
+        for row in rows
+        if row.proof
+    ]
+    head = ("library", "network", "pixels")
+    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, 'drift'), exported)}"
 
 
 def main() -> None:
-    """Try the networks that are not in the file of results, and write the page."""
+    """Try the networks that are not in the file of results, and print the tables of all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--library", choices=LIBRARIES, action="append")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no network afterwards")
-    parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
@@ -287,12 +278,11 @@ def main() -> None:
                 break
             row = attempt(candidate)
             line = row.model_dump_json(exclude_unset=True)
-            print(line, flush=True)
+            print(line, file=sys.stderr, flush=True)
             rows.append(row)
             with arguments.results.open("a") as file:
                 file.write(line + "\n")
-    if arguments.page is not None:
-        arguments.page.write_text(render(rows), encoding="utf-8")
+    print(tables(rows))
 
 
 if __name__ == "__main__":

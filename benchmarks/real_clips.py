@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from copied_photos import draws_parser, parse_draws, test_logits, train_on
 from measure import Result, keep_draw, one_line_errors, report
 
@@ -57,7 +56,6 @@ def link(images: dict[str, list[list[Path]]], folder: Path, *, numbered: bool = 
     return [one for _, one in sorted(names)]
 
 
-@torch.no_grad()
 def run_draw(given: argparse.Namespace, name: str, count: int, seed: int, names: str) -> dict[str, Any]:
     """Train on *count* objects of each class and test; results are cached."""
     path: Path = given.cache / f"{name}-{count}-{given.frames}-{names}-{seed}.json"
@@ -72,15 +70,14 @@ def run_draw(given: argparse.Namespace, name: str, count: int, seed: int, names:
         chosen = [objects[index] for index in random.permutation(len(objects))[:count]]
         drawn[label] = [sorted(random.permutation(frames)[: given.frames].tolist()) for frames in chosen]
     true = np.asarray(link(drawn, folder, numbered=names == "numbered"))
-    with torch.enable_grad():
-        fit = train_on(given, folder, run).fit
+    fit = train_on(given, folder, run).fit
     if not isinstance(fit, FewShotFit) or not isinstance(fit.result, FewShotResult):
         raise DataError(f"{source}: not trained by the few-shot procedure; give fewer objects")
     test = given.cache / f"{name}-test"
     if not test.exists():
         link(objects_of(source, test=True), test)
-    logits, targets = test_logits(run / "best.pt", test, given.model, given.cache / f"{name}.pt")
-    accuracy, score = float((logits.argmax(dim=1) == targets).double().mean()), fit.result.top1
+    logits, targets = test_logits(run / "best.pt", test)
+    accuracy, score = float((logits.argmax(axis=1) == targets).mean()), fit.result.top1
     mixed = [len(set(true[fit.groups == group])) > 1 for group in fit.groups]
     measured = {
         "accuracy": 100 * accuracy,

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from copied_photos import draws_parser, parse_draws, test_logits, train_on
 from measure import Result, keep_draw, one_line_errors, report
 
@@ -42,20 +41,18 @@ def link(files: list[tuple[str, Path, str]], folder: Path) -> None:
         (folder / label / name).symlink_to(path.resolve())
 
 
-@torch.no_grad()
 def measure(given: argparse.Namespace, name: str, photos: Path, run: Path) -> tuple[dict[str, Any], Any]:
     """Train on *photos* and measure on TEST and on --unknown; also return the threshold."""
     shutil.rmtree(run, ignore_errors=True)
-    with torch.enable_grad():
-        fit = train_on(given, photos, run).fit
+    fit = train_on(given, photos, run).fit
     rule = fit.decision.rejection if fit.decision else None
     if not isinstance(fit, FewShotFit) or not isinstance(fit.result, FewShotResult) or rule is None:
         raise DataError(f"{photos}: no threshold was fitted; give a larger --size")
     best, score = run / "best.pt", fit.result.top1
-    tested, targets = test_logits(best, given.photos[name][1], given.model, given.cache / f"{name}-test.pt")
-    unknown, _ = test_logits(best, given.unknown, given.model, given.cache / "unknown.pt")
-    accuracy = float((tested.argmax(dim=1) == targets).double().mean())
-    accepted = float((log_sum_exp(tested.numpy()) >= rule.threshold).mean())
+    tested, targets = test_logits(best, given.photos[name][1])
+    unknown, _ = test_logits(best, given.unknown)
+    accuracy = float((tested.argmax(axis=1) == targets).mean())
+    accepted = float((log_sum_exp(tested) >= rule.threshold).mean())
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
         "accuracy": 100 * accuracy,
@@ -63,7 +60,7 @@ def measure(given: argparse.Namespace, name: str, photos: Path, run: Path) -> tu
         "holds": 100.0 * (score is not None and score.low <= accuracy <= score.high),
         "accepted": 100 * accepted,
         "accepted holds": 100.0 * (low <= accepted <= high),
-        "rejected": 100 * float((log_sum_exp(unknown.numpy()) < rule.threshold).mean()),
+        "rejected": 100 * float((log_sum_exp(unknown) < rule.threshold).mean()),
     }
     return measured, rule.threshold
 
@@ -85,13 +82,10 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         traffic |= {(label, file.name) for _, file, _ in files[given.size :]}
     link(own, folder)
     first, threshold = measure(given, name, folder, given.cache / "run")
-    with torch.no_grad():
-        logits, targets = test_logits(
-            given.cache / "run" / "best.pt", train, given.model, given.cache / f"{name}-train.pt"
-        )
+    logits, targets = test_logits(given.cache / "run" / "best.pt", train)
     files_of_train = sorted((labels.index(one.parent.name), one) for one in train.glob("*/*"))
-    largest = np.sort(softmax(logits.numpy()), axis=1)
-    is_kept = (log_sum_exp(logits.numpy()) < threshold) | (largest[:, -1] - largest[:, -2] < LOW_MARGIN)
+    largest = np.sort(softmax(logits), axis=1)
+    is_kept = (log_sum_exp(logits) < threshold) | (largest[:, -1] - largest[:, -2] < LOW_MARGIN)
     kept = [
         (labels[target], file)
         for (target, file), keep, expected in zip(files_of_train, is_kept, targets.tolist(), strict=True)

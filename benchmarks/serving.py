@@ -21,20 +21,23 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from load import Load, put_load
-from measure import existing, make_parser, markdown, one_line_errors, report
+from measure import Result, existing, make_parser, markdown, one_line_errors, report
 from serving_alone import PHOTO, SMALL, Photographs, bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
-from serving_rounds import Rounds
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_model
 
-HERE = Path(__file__).resolve().parent
+CHECKOUT = Path(__file__).resolve().parents[1]
+ROOMS = ("", "export", "service", "commands", "plugins/papers")
 DELAY_MS = 5  # batching delay of the other servers; sopdeploy needs none
 
 
@@ -58,109 +61,50 @@ CASES = (
 REAL = Case(name="real engine", largest=8, connections=32)
 
 
-@dataclass(frozen=True, slots=True)
-class Driven:
-    """Result of a load, and the CPU seconds of the server for all of its images."""
+class Driven(NamedTuple):
+    """Result of a load, and the CPU milliseconds of the server for each of its images."""
 
     load: Load
-    cpu_s: float
-
-    @property
-    def cpu_ms(self) -> float:
-        """CPU milliseconds per image."""
-        return 1000 * self.cpu_s / max(self.load.all_answered, 1)
+    cpu_ms: float
 
 
-def drive(peer: Peer, port: int, process: int, connections: int, folder: Path, seconds: float) -> Driven:
-    """Put load on a server and measure it."""
-    url = f"http://127.0.0.1:{port}{peer.path}"
-    form = ["--form"] if peer.form else []
-    before = cpu_seconds(process)
-    load = put_load(url, folder, seconds, "--connections", connections, "--header", peer.header, *form)
-    return Driven(load, cpu_seconds(process) - before)
+class Running(NamedTuple):
+    """A server that runs, with the port and the process of its supervisor."""
+
+    peer: Peer
+    port: int
+    process: int
+
+    def drive(self, connections: int, folder: Path, seconds: float) -> Driven:
+        """Put load on the server and measure it."""
+        url, form = f"http://127.0.0.1:{self.port}{self.peer.path}", ["--form"] if self.peer.form else []
+        before = cpu_seconds(self.process)
+        options = ("--connections", connections, "--header", self.peer.header, *form)
+        load = put_load(url, folder, seconds, *options)
+        spent = cpu_seconds(self.process) - before
+        return Driven(load, 1000 * spent / max(load.all_answered, 1))
 
 
-class Benchmark:
-    """Measures all servers alternately."""
+@contextmanager
+def running_ours(case: Case, checkout: Path, *options: str) -> Iterator[Running]:
+    """Run the server of *checkout* with the accelerator of *case*, or with the bundle that *options* name."""
+    port, folder = free_port(), checkout / "benchmarks"
+    fake = ["--fake", case.fake] if case.fake else []
+    command = [sys.executable, str(folder / "serving_ours.py"), "--port", str(port), *fake, *options]
+    command += ["--largest", str(case.largest)]
+    path = {"PYTHONPATH": os.pathsep.join(str(checkout / room) for room in ROOMS)}
+    with started(command, OURS, port, path, folder) as process:
+        yield Running(OURS, port, process)
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self._arguments = arguments
-        kinds = {size: Photographs(size) for size in (PHOTO, SMALL)}
-        self._folders = {size: write_images(folder / f"{size[0]}", kind=kind) for size, kind in kinds.items()}
-        self._pythons = dict(text.split("=", 1) for text in arguments.python or ())
-        self._seconds = 4.0 if arguments.quick else 10.0
-        self._rows: dict[tuple[str, str], Rounds] = {}
 
-    def run(self) -> list[Rounds]:
-        """Measure every case in every round."""
-        known = [*CASES, *([REAL] if self._arguments.bundle else [])]
-        cases = [case for case in known if case.name in (self._arguments.case or [case.name])]
-        for _ in range(1 if self._arguments.quick else self._arguments.rounds):
-            for case in cases:
-                self._round(case)
-        return list(self._rows.values())
-
-    def _round(self, case: Case) -> None:
-        model = self._model(case)
-        before = bare_runtime(model.runtime, case.largest, self._seconds / 2)
-        measured = {name: self._measure(name, peer, case) for name, peer in self._peers().items()}
-        driven = self._measure_ours(case)
-        after = bare_runtime(model.runtime, case.largest, self._seconds / 2)
-        speed = statistics.mean((before.images_per_s, after.images_per_s))
-        alone_ms = self._peer_pipeline_ms(case) if measured else self._pipeline_ms(model, case)
-        for name, server in {"sopdeploy": driven, **measured}.items():
-            self._add(name, case, server, speed, alone_ms)
-
-    def _add(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
-        row = self._rows.setdefault((name, case.name), Rounds(name, case.name))
-        row.ratios.append(driven.load.images_per_s / speed)
-        row.note(driven.load, driven.cpu_ms - alone_ms, driven.cpu_ms)
-
-    def _model(self, case: Case) -> LoadedModel:
-        if case.fake is None:
-            return load_model(self._arguments.bundle, settings_for(case.largest))
-        fixed, each = map(float, case.fake.split(","))
-        return fake_model(fixed, each, case.largest)
-
-    def _pipeline_ms(self, model: LoadedModel, case: Case) -> float:
-        rules = model.bundle.manifest.preprocess
-        return pipeline(
-            model.runtime, rules, self._folders[case.size], case.largest, self._seconds / 2
-        ).cpu_ms
-
-    def _peer_pipeline_ms(self, case: Case) -> float:
-        python, environment = self._arguments.peers_python, {**os.environ, **self._environment(case)}
-        pipeline_alone = peer_pipeline(
-            python,
-            self._arguments.peers,
-            environment,
-            self._folders[case.size],
-            case.largest,
-            self._seconds / 2,
-        )
-        return pipeline_alone.cpu_ms
-
-    def _peers(self) -> dict[str, Peer]:
-        if self._arguments.peers is None:
-            return {}
-        names = self._arguments.only.split(",") if self._arguments.only else list(PEERS)
-        return {name: PEERS[name] for name in names}
-
-    def _measure(self, name: str, peer: Peer, case: Case) -> Driven:
-        port = free_port()
-        command = peer_command(self._pythons.get(name, self._arguments.peers_python), peer, port)
-        with started(command, peer, port, self._environment(case), self._arguments.peers) as process:
-            return drive(peer, port, process, case.connections, self._folders[case.size], self._seconds)
-
-    def _measure_ours(self, case: Case) -> Driven:
-        port = free_port()
-        runtime = ["--fake", case.fake] if case.fake else ["--bundle", str(self._arguments.bundle)]
-        command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *runtime]
-        with started([*command, "--largest", str(case.largest)], OURS, port, {}, HERE) as process:
-            return drive(OURS, port, process, case.connections, self._folders[case.size], self._seconds)
-
-    def _environment(self, case: Case) -> dict[str, str]:
-        return peer_environment(case, self._arguments.onnx)
+@contextmanager
+def running_peer(case: Case, name: str, python: str, arguments: argparse.Namespace) -> Iterator[Running]:
+    """Run the server *name* of `PEERS`."""
+    peer, port = PEERS[name], free_port()
+    environment = peer_environment(case, arguments.onnx)
+    command = peer_command(python, peer, port)
+    with started(command, peer, port, environment, arguments.peers) as process:
+        yield Running(peer, port, process)
 
 
 def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
@@ -179,52 +123,145 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
     return {**environment, "PEER_FAKE": case.fake} if case.fake else environment
 
 
+@dataclass(slots=True)
+class Rounds:
+    """Measurements of one server in one case, one value per round.
+
+    `ratios` compare with the reference of the same round; `refused` counts responses other than 200. Each
+    benchmark documents what `cpu_ms` includes; `all_cpu_ms` is all CPU time of the server per image.
+    """
+
+    server: str
+    case: str
+    ratios: list[float] = field(default_factory=list)
+    images_per_s: list[float] = field(default_factory=list)
+    p99_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    all_cpu_ms: list[float] = field(default_factory=list)
+    refused: int = 0
+
+    def note(self, driven: Driven, alone_ms: float = 0.0) -> None:
+        """Add the measurements of one round; `cpu_ms` is without *alone_ms*."""
+        self.images_per_s.append(driven.load.images_per_s)
+        self.p99_ms.append(driven.load.p99_ms)
+        self.cpu_ms.append(driven.cpu_ms - alone_ms)
+        self.all_cpu_ms.append(driven.cpu_ms)
+        self.refused += driven.load.refused
+
+    def medians(self) -> tuple[float, float, float]:
+        """Medians of images per second, p99 and CPU milliseconds per image."""
+        middle = statistics.median
+        return middle(self.images_per_s), middle(self.p99_ms), middle(self.cpu_ms)
+
+    def results(self, against: str) -> list[Result]:
+        """Return throughput, p99 and CPU time; the ratio to *against* is the median of the rounds."""
+        rate, p99, cpu = self.medians()
+        runs, case = len(self.ratios), f"{self.case}, {self.server}"
+        reference, every = rate / statistics.median(self.ratios), statistics.median(self.all_cpu_ms)
+        name = f"{case}: throughput"
+        return [
+            Result(case=name, against=against, ours=rate, other=reference, unit="images/s", runs=runs),
+            Result(case=f"{case}: p99", ours=p99, unit="ms", runs=runs),
+            Result(case=f"{case}: CPU per image", ours=cpu, unit="cpu-ms", runs=runs),
+            Result(case=f"{case}: all CPU per image", ours=every, unit="cpu-ms", runs=runs),
+        ]
+
+
+def measure(
+    case: Case, arguments: argparse.Namespace, folder: Path, rows: dict[tuple[str, str], Rounds]
+) -> None:
+    """Measure one round of *case* with the images in *folder*; add it to *rows*, by server and case."""
+    seconds = 4.0 if arguments.quick else 10.0
+    pythons = dict(text.split("=", 1) for text in arguments.python or ())
+    names = (arguments.only.split(",") if arguments.only else list(PEERS)) if arguments.peers else []
+    if case.fake is None:
+        model, options = (
+            load_model(arguments.bundle, settings_for(case.largest)),
+            ["--bundle", str(arguments.bundle)],
+        )
+    else:
+        fixed, each = map(float, case.fake.split(","))
+        model, options = fake_model(fixed, each, case.largest), []
+    before = bare_runtime(model.runtime, case.largest, seconds / 2)
+    driven: dict[str, Driven] = {}
+    for name in names:
+        with running_peer(case, name, pythons.get(name, arguments.peers_python), arguments) as server:
+            driven[name] = server.drive(case.connections, folder, seconds)
+    with running_ours(case, CHECKOUT, *options) as server:
+        driven["sopdeploy"] = server.drive(case.connections, folder, seconds)
+    after = bare_runtime(model.runtime, case.largest, seconds / 2)
+    if names:
+        environment: Mapping[str, str] = {**os.environ, **peer_environment(case, arguments.onnx)}
+        alone = peer_pipeline(
+            arguments.peers_python, arguments.peers, environment, folder, case.largest, seconds / 2
+        )
+    else:
+        rules = model.bundle.manifest.preprocess
+        alone = pipeline(model.runtime, rules, folder, case.largest, seconds / 2)
+    for name, of_server in driven.items():
+        row = rows.setdefault((name, case.name), Rounds(name, case.name))
+        row.ratios.append(
+            of_server.load.images_per_s / statistics.mean((before.images_per_s, after.images_per_s))
+        )
+        row.note(of_server, alone.cpu_ms)
+
+
 def show(rows: list[Rounds]) -> None:
     """Print a table of the medians."""
-    head = (
-        "case",
-        "server",
-        "ratio",
-        "rounds",
-        "images/s",
-        "p99 ms",
-        "CPU ms besides decoding and runtime",
-        "CPU ms",
-    )
+    cpu = ("CPU ms besides decoding and runtime", "CPU ms")
     cells = []
     for row in rows:
         ratios = " ".join(f"{value:.3f}" for value in row.ratios)
-        ratio, *medians = (
-            f"**{statistics.median(row.ratios):.3f}**",
-            *(f"{value:.2f}" for value in (*row.medians(), statistics.median(row.all_cpu_ms))),
-        )
+        ratio = f"**{statistics.median(row.ratios):.3f}**"
+        medians = [f"{value:.2f}" for value in (*row.medians(), statistics.median(row.all_cpu_ms))]
         cells.append((row.case, row.server, ratio, ratios, *medians))
-    print(markdown(head, cells))
+    print(markdown(("case", "server", "ratio", "rounds", "images/s", "p99 ms", *cpu), cells))
+
+
+def peers_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Create a parser with the options of other servers."""
+    parser = make_parser(description)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
+    parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
+    parser.add_argument("--only", help="names of servers, comma-separated")
+    parser.add_argument("--onnx", type=existing, help="ONNX file that the other servers load")
+    return parser
+
+
+def parse_peers(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line."""
+    arguments = parser.parse_args()
+    if arguments.peers is not None and arguments.onnx is None:
+        parser.error("--peers needs --onnx, the file that those servers load")
+    return arguments
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = make_parser(__doc__)
+    parser = peers_parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
-    parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
     parser.add_argument("--python", action="append", help="NAME=PYTHON of a server with another environment")
-    parser.add_argument("--only", help="names of servers, comma-separated")
     parser.add_argument("--case", action="append", help="run only this case; can be repeated")
     parser.add_argument(
         "--bundle",
         type=existing,
         help="bundle with 224-pixel input for the real engine: the network of --onnx",
     )
-    parser.add_argument("--onnx", type=existing, help="ONNX file of the other servers for the real engine")
-    arguments = parser.parse_args()
-    if arguments.peers is not None and arguments.onnx is None:
-        parser.error("--peers needs --onnx, the file that those servers load")
-    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+    arguments = parse_peers(parser)
+    known = [*CASES, *([REAL] if arguments.bundle else [])]
+    cases = [case for case in known if case.name in (arguments.case or [case.name])]
+    found: dict[tuple[str, str], Rounds] = {}
+    with one_line_errors(), tempfile.TemporaryDirectory() as work:
         if arguments.bundle is not None:
             open_bundle(arguments.bundle)
-        rows = Benchmark(arguments, Path(folder)).run()
+        folders = {
+            size: write_images(Path(work, f"{size[0]}"), kind=Photographs(size)) for size in (PHOTO, SMALL)
+        }
+        for _ in range(1 if arguments.quick else arguments.rounds):
+            for case in cases:
+                measure(case, arguments, folders[case.size], found)
+    rows = list(found.values())
     if arguments.json:
         report([result for row in rows for result in row.results("bare runtime")], as_json=True)
     else:

@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import uvicorn
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
-from sopdeploy.images.decode import Decoded
 from sopdeploy.images.preprocess import Decoding, Preprocess
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
@@ -54,16 +51,6 @@ def fake_model(
     return LoadedModel(
         bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels), runtime=runtime, replays={}
     )
-
-
-def skip_decoding() -> None:
-    """Let the server return the same pixels for all images instead of decoding them."""
-    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
-
-    async def decode(*_: object) -> Decoded:
-        return image
-
-    Decoders.decode = decode  # type: ignore[assignment, method-assign]
 
 
 def settings_for(largest: int) -> Settings:

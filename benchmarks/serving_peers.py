@@ -103,12 +103,6 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def own_cpu_seconds(process: int) -> float:
-    """Read the CPU seconds of *process* alone from /proc."""
-    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def cpu_seconds(process: int) -> float:
     """Read the CPU seconds of *process* and its descendants from /proc; 0 on other systems than Linux.
 

@@ -1,8 +1,7 @@
 """Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
 `results.toml` has the numbers that the README states, except those of other photographs, which come from
-`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`
-and `serving_stages.json`.
+`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`.
 """
 
 import json
@@ -56,10 +55,9 @@ def measured() -> list[Measured]:
 
 
 def measured_on_pages() -> list[Measured]:
-    """Read `measured.toml`, and the documents that benchmarks printed."""
+    """Read `measured.toml`, and the document that a benchmark printed."""
     document = tomllib.loads((FOLDER / "measured.toml").read_text(encoding="utf-8"))
-    written = [serving_photos(), serving_stages()]
-    return [*written, *(Measured(**one) for one in document["results"])]
+    return [serving_photos(), *(Measured(**one) for one in document["results"])]
 
 
 def page_with_tables(path: Path) -> str:
@@ -125,24 +123,6 @@ def serving_photos() -> Measured:
     tables = [table(["date", "machine", "rounds", "commit"], [facts]), table(head, list(cells.values()))]
     command = "python benchmarks/serving_photos.py --peers FOLDER --peers-python PYTHON --onnx FILE --json"
     return Measured(command, document["date"], document["commit"], "serving.md", {}, [], tables)
-
-
-def serving_stages() -> Measured:
-    """Build the table of 16 simulated cores by kind of photograph."""
-    document = json.loads((FOLDER / "serving_stages.json").read_text(encoding="utf-8"))
-    values: dict[str, dict[str, float]] = {}
-    for row in document["results"]:
-        kind, _, part = row["case"].removeprefix("2 front ends, ").partition(": ")
-        values.setdefault(kind, {})[part] = row["ours"]
-    head = ["photograph", "CPU ms per image: front end", "decoder", "engine", "16 cores: images/s"]
-    parts = ("front ends", "decoder processes", "engine")
-    rows = [
-        [kind, *(number(found[part] / 1000, 2) for part in parts), number(found["16 cores"], 0)]
-        for kind, found in values.items()
-    ]
-    command = 'python benchmarks/serving_stages.py --quick --json --kind "12 MP" ...'
-    date, commit = document["date"], document["commit"]
-    return Measured(command, date, commit, "../howto/gpu.md", {}, [], [table(head, rows)])
 
 
 def number(value: float, digits: int) -> str:

@@ -152,7 +152,7 @@ def export_subject(
         trained, detached = _detach_subject(subject, images, options)
         captures = captures or Captures(preprocess, options.batch)
         images_BHWC = torch.from_numpy(images)
-        proof, captured, probe_outputs = certify(  # statements 1 to 5
+        proof, captured, probe_outputs = certify(  # the statements about networks
             trained,
             detached,
             captures,

@@ -202,6 +202,8 @@ class Settings(StrictModel):
             raise ValueError(f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it")
         if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
+        if self.front_ends not in {"auto", 0} and self.memory_budget is not None:  # engines load all models
+            raise ValueError("front_ends excludes memory_budget; remove one of them")
         if self.max_images > self.queue_size:  # else a request of so many images is never admitted
             sizes = f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             raise ValueError(f"{sizes}; lower it")

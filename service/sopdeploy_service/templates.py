@@ -19,8 +19,8 @@ START_SECONDS = 60.0  # for the imports; a template that takes longer is replace
 STOPPED = "T"  # a state of `run_states`
 
 
-class Template(ABC):
-    """The side of the process for which a template forks; it is started when it is needed. Thread-safe."""
+class TemplateProcess(ABC):
+    """A template, for the process for which it forks; it is started when it is needed. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from sopdeploy.errors import amount, shorten
 from sopdeploy.files import PARTIAL, open_regular
 from sopdeploy.images.limits import FORMATS, describe_formats
 
-SUFFIXES = (".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".webp")  # only to open fewer files
+SUFFIXES = (*(f".{name}" for name in FORMATS), ".jpg", ".heif")  # only to open fewer files
 HEAD_BYTES = 64  # what `find_format` needs
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",

@@ -614,7 +614,7 @@ def test_what_no_key_pays_for_costs_little_more_than_livez() -> None:
     routes = ROUTES["service"]
     free = {route: price.calls for route, price in routes.items() if price.payer != "key"}
     # Half of the calls of the others are those of the router, which tries one route after the other: the
-    # time is at most twice that of `/livez` (`benchmarks/route_costs.py`).
+    # time is at most twice that of `/livez` (measured: docs/decisions.md).
     assert max(free.values()) <= 2.5 * routes["GET", "/livez"].calls
 
 

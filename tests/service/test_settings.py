@@ -37,6 +37,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
             "is larger than 87.5 % of max_upload_bytes",
         ),
         ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
+        ({"front_ends": 2, "memory_budget": "1GB"}, "front_ends excludes memory_budget; remove one of them"),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

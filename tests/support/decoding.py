@@ -16,7 +16,7 @@ class Child(pool.DecoderProcess):
     """A child whose calls wait in the thread of a test; `restrictions` are those of its sandbox."""
 
     def __init__(
-        self, template: pool.Template, options: child.ChildOptions, loop: asyncio.AbstractEventLoop
+        self, template: pool.DecoderTemplate, options: child.ChildOptions, loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(template, options, 60, on_idle=lambda *_: self._run_next())
         self._waits_on = loop
@@ -49,7 +49,7 @@ class Child(pool.DecoderProcess):
 
 
 @contextmanager
-def running_child(template: pool.Template, options: child.ChildOptions) -> Iterator[Child]:
+def running_child(template: pool.DecoderTemplate, options: child.ChildOptions) -> Iterator[Child]:
     """Start a child with *options*; end it after the block."""
     with running_loop() as loop:
         one = Child(template, options, loop)

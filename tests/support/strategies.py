@@ -7,6 +7,7 @@ import orjson
 from hypothesis import strategies as st
 from PIL import Image
 
+from sopdeploy.images.limits import FORMATS
 from tests.support.pictures import encoded
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (24, 31, 3), dtype=np.uint8))
@@ -16,7 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FILES = {
     kind: encoded(NOISE.convert("P") if kind == "PNG" else NOISE, kind, **OPTIONS.get(kind, {}))
-    for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "HEIF")
+    for kind in FORMATS.values()
 }
 MAGICS = [*(body[:12] for body in FILES.values()), b"GIF87a", b"BM", b"RIFF....WEBP", b"%!PS"]
 TOKENS = [*'[]{},:"-.e01', "", "true", "null"]

@@ -97,7 +97,7 @@ def _facts_table(facts: Mapping[str, str]) -> Table:
 
 def _statements_table() -> Table:
     """List what the statements of the certificate say."""
-    rows = [(f"{number}. {name}", text) for number, (name, text) in enumerate(STATEMENTS.items(), 1)]
+    rows = [(f"{number}. {name}", one.STATEMENT) for number, (name, one) in enumerate(STATEMENTS.items(), 1)]
     return Table(
         caption="The export stops at the first statement that does not hold. None says how accurate it is.",
         columns=["statement", "what holds"],

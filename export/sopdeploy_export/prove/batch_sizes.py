@@ -1,4 +1,4 @@
-"""Statement 3: the graph for any batch size, with one image, computes what the graph for one image computes.
+"""Batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
 
 torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not compared.
 

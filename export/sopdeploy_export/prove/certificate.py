@@ -2,7 +2,8 @@
 
 `STATEMENTS` lists what is checked. The export stops at the first statement that does not hold; `Certificate`
 is created when all of them do. `certify` checks those about networks, in this order, and returns a
-`NetworkProof`; `pipeline` checks those about the ONNX graph. Each statement has a file beside this one.
+`NetworkProof`; `pipeline` checks those about the ONNX graph. `make docs` lists
+them in docs/concepts.md.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
@@ -41,15 +42,15 @@ from sopdeploy_export.prove.repetition import prove_repetition
 from sopdeploy_export.prove.tensors import TensorEntry, needed_tensors, prove_tensors, prove_values_unread
 from sopdeploy_export.subject import Detachment
 
-STATEMENTS = {
-    "Tensors": tensors.STATEMENT,
-    "Graphs": graphs.STATEMENT,
-    "Batch sizes": batch_sizes.STATEMENT,
-    "Outputs": outputs.STATEMENT,
-    "Repetition": repetition.STATEMENT,
-    "ONNX": onnx_graphs.STATEMENT,
-    "Images": images.STATEMENT,
-    "File": file.STATEMENT,
+STATEMENTS = {  # by title: the module beside this one with the sentence `STATEMENT`
+    "Tensors": tensors,
+    "Graphs": graphs,
+    "Batch sizes": batch_sizes,
+    "Outputs": outputs,
+    "Repetition": repetition,
+    "ONNX": onnx_graphs,
+    "Images": images,
+    "File": file,
 }
 
 
@@ -112,7 +113,7 @@ def certify(
     detachment: Detachment | None = None,
     on_step: Step = lambda _: None,
 ) -> tuple[NetworkProof, dict[str, Programs], ProbeOutputs]:
-    """Prove statements 1 to 5: *detached* is the plain network with the weights of *trained*.
+    """Prove the statements about networks: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
     declares its own. Returns the proof, the programs by network and their outputs; the trained network stands

@@ -1,4 +1,4 @@
-"""Statement 0, for a network of the user: its exported copy computes what the given network computes.
+"""Copy, for a network of the user: its exported copy computes what the given network computes.
 
 The network that the user gave is captured, not a copy, because its classes can define how they are copied.
 

@@ -1,4 +1,4 @@
-"""Statement 8: the file, loaded from disk, differs from the network in float64 by rounding only.
+"""File: the file, loaded from disk, differs from the network in float64 by rounding only.
 
 The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
 float64. The noise floor is the error of the network's own run in the exported precision. Every output must

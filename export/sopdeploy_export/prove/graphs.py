@@ -1,4 +1,4 @@
-"""Statement 2: the trained network's output, the detached and the plain network have one Merkle root.
+"""Graphs: the trained network's output, the detached and the plain network have one Merkle root.
 
 No operation of a removed part is behind an output. What all networks share, such as a frozen buffer, is not
 compared with anything.

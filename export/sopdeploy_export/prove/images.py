@@ -1,4 +1,4 @@
-"""Statement 7: no output of an image depends on the other images of its batch.
+"""Images: no output of an image depends on the other images of its batch.
 
 The proof follows the data flow in the ONNX graph. Every value has at most one batch axis, of `outer * batch *
 run_length` rows: row r belongs to the image `r // run_length % batch`. The rules of `batch_layouts.py` say

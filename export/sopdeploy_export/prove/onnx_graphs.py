@@ -1,7 +1,7 @@
-"""Statement 6: the ONNX graphs of the compared networks have one Merkle root.
+"""ONNX: the ONNX graphs of the compared networks have one Merkle root.
 
 Networks with equal programs can differ here only through the converter. It is not proved that the graph
-computes what the network computes: statement 8 compares numbers.
+computes what the network computes: the statement "File" compares numbers.
 
 Refused: a converter that gives two graphs for one program
 (`test_a_converter_that_gives_two_networks_with_one_program_two_graphs_is_rejected`).

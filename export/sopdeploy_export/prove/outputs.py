@@ -1,4 +1,4 @@
-"""Statement 4: the networks return bitwise equal outputs for probe images, alone and in batches.
+"""Outputs: the networks return bitwise equal outputs for probe images, alone and in batches.
 
 This says nothing of other images, of which only the graphs do.
 

@@ -1,4 +1,4 @@
-"""Statement 5: outputs do not depend on how often the network ran, and nothing that it holds changes.
+"""Repetition: outputs do not depend on how often the network ran, and nothing that it holds changes.
 
 The network runs on probe images, then `CALLS` times on another image, and on the probe images again: whatever
 holds the state, such as a context variable or a file, the outputs must be equal. State that changes outputs

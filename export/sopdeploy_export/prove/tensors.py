@@ -1,4 +1,4 @@
-"""Statement 1: each tensor is removed, needed or neither.
+"""Tensors: each tensor is removed, needed or neither.
 
 Removed tensors share no memory with the others, and the graph of the trained network stays the same while
 they have random values: neither an alias nor a number that code reads brings them back. It is not proved that

@@ -23,7 +23,7 @@ from fastapi.responses import RedirectResponse
 from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES, describe_formats
-from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
+from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
@@ -67,6 +67,7 @@ class Page:
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
         html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)
         inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
+        inline = inline.replace("{suffixes}", "|".join(map(re.escape, SUFFIXES)))
         self.html = html.replace("</body>", f"{inline}</body>")
         rules = [
             "default-src 'none'",

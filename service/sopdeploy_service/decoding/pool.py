@@ -24,9 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
-from sopdeploy_service import templates
 from sopdeploy_service.decoding import child
-from sopdeploy_service.templates import START_SECONDS
+from sopdeploy_service.templates import START_SECONDS, TemplateProcess
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
@@ -89,7 +88,7 @@ def exit_reason(code: int) -> str:
         return f"signal {-code}"
 
 
-class Template(templates.Template):
+class DecoderTemplate(TemplateProcess):
     """Forks decoder processes, which end with it; it gets nothing of this process but the modules."""
 
     def __init__(self, program: str = DECODER_MODULE) -> None:
@@ -148,9 +147,9 @@ def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
 
 
 @functools.cache
-def shared_template() -> Template:
+def shared_template() -> DecoderTemplate:
     """Return the template of this process; it ends with this process."""
-    template = Template()
+    template = DecoderTemplate()
     atexit.register(template.close)
     return template
 
@@ -165,7 +164,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     def __init__(
         self,
-        template: Template,
+        template: DecoderTemplate,
         options: child.ChildOptions,
         seconds: float,
         on_idle: Callable[["DecoderProcess", float], None] = lambda _child, _seconds: None,

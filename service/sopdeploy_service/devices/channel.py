@@ -36,14 +36,12 @@ from sopdeploy_service.inference.results import HttpError
 REQUEST = struct.Struct("=BBHId")  # kind, flags, number of the model, slot, deadline
 RUN, CANCEL = 1, 2  # kinds; the others are numbers of a slot in use
 FEATURES, FOR_DRIFT = 1, 2  # flags
-FRAME = struct.Struct("=BI")  # of the engine: kind and bytes of what follows
-RESULTS, LOADED = 1, 2  # kinds: `RESULT` structures; the runtime and timings of each model by name, as JSON
-RESULT = struct.Struct("=IHddd")  # slot; images in the batch, or `FAILED`; seconds of queue, batch, load
+RESULT = struct.Struct("=IHdd")  # slot; images in the batch, or `FAILED`; seconds of queue and batch
 FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
-MAX_SLOTS, MAX_MODELS_BYTES, MAX_FRAME_BYTES = 1 << 20, 1 << 28, 1 << 24
+MAX_SLOTS, MAX_MODELS_BYTES = 1 << 20, 1 << 28
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does

@@ -9,7 +9,6 @@ the front end closes it.
 """
 
 import asyncio
-import json
 import logging
 import math
 import signal
@@ -30,9 +29,9 @@ from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
-from sopdeploy_service.inference.model import ImageResult, Model, Registry
+from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
-from sopdeploy_service.inference.results import HttpError, RejectedError
+from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
 from sopdeploy_service.settings import Settings
@@ -50,7 +49,7 @@ class FrontEndChannel(asyncio.Protocol):
     """
 
     def __init__(
-        self, name: str, engine: "Engine", models: Sequence[Model], slots: Slots, opening: bytes
+        self, name: str, engine: "Engine", models: Sequence[LocalModel], slots: Slots, opening: bytes
     ) -> None:
         self.name = name
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
@@ -62,9 +61,8 @@ class FrontEndChannel(asyncio.Protocol):
         self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
         self._in_use = ExitStack()  # holds the models until the end of the channel
-        if not engine.loads_at_first_use:  # otherwise each image uses its model
-            for model in models:
-                self._in_use.enter_context(engine.registry.use(model))
+        for model in models:
+            self._in_use.enter_context(engine.registry.use(model))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the opening, which describes the models."""
@@ -120,42 +118,8 @@ class FrontEndChannel(asyncio.Protocol):
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
         image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
-        if isinstance(model, LocalModel) and not self._engine.loads_at_first_use:
-            self.cancel_by_slot[slot] = partial(model.queue.remove, image)
-            model.queue.put(image)
-            return
-        task = asyncio.get_running_loop().create_task(self._load_and_run(model.name, image))
-        task.add_done_callback(
-            lambda done: image.settle(results.CLIENT_GONE if done.cancelled() else done.result())
-        )
-
-        def cancel_task() -> bool:
-            task.cancel()
-            return False  # the end of the task frees the slot
-
-        self.cancel_by_slot[slot] = cancel_task
-
-    async def _load_and_run(self, name: str, image: QueuedImage) -> ImageResult | HttpError:
-        """Run *image* with the model *name*, which may have to be loaded first; return its result."""
-        registry = self._engine.registry
-        try:
-            model = registry.find(name)
-            with registry.use(model):
-                stages: dict[str, float] = {}
-                if not model.is_loaded:
-                    started = time.monotonic()
-                    model = await registry.wait_until_loaded(model)
-                    stages["load"] = time.monotonic() - started
-                # A copy: after a cancellation, the slot is free before the end of the batch.
-                ran = await model.run(
-                    image.pixels.copy(), image.deadline, features=image.features, for_drift=image.for_drift
-                )
-                return ran._replace(stage_seconds={**stages, **ran.stage_seconds})
-        except RejectedError as error:
-            return error.reason
-        except Exception:  # a bug fails its own image
-            log.exception("%s: an image was not run", name)
-            return results.INFERENCE_FAILED
+        self.cancel_by_slot[slot] = partial(model.queue.remove, image)
+        model.queue.put(image)
 
     def _answer(self, slot: int, names: Sequence[str], result: ImageResult | HttpError) -> None:
         """Write *result* into *slot*, and answer at the end of this turn of the loop, with others."""
@@ -164,24 +128,20 @@ class FrontEndChannel(asyncio.Protocol):
         del self.cancel_by_slot[slot]
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
-            answer = channel.RESULT.pack(slot, channel.FAILED, 0.0, 0.0, 0.0)
+            answer = channel.RESULT.pack(slot, channel.FAILED, 0.0, 0.0)
         else:
             self._slots.write_outputs(slot, result.outputs, names)
             seconds = result.stage_seconds
-            stages = seconds["queue"], seconds["infer"], seconds.get("load", 0.0)
-            answer = channel.RESULT.pack(slot, result.batch_size, *stages)
+            answer = channel.RESULT.pack(slot, result.batch_size, seconds["queue"], seconds["infer"])
         if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
         self._answers += answer
 
     def _flush(self) -> None:
+        """Send the answers unless the front end has gone; cut it off if it does not read."""
         answers, self._answers = self._answers, bytearray()
-        self.send(channel.RESULTS, answers)
-
-    def send(self, kind: int, body: bytes | bytearray) -> None:
-        """Send *body* unless the front end has gone; cut it off if it does not read."""
         if self.transport is not None:
-            self.transport.write(channel.FRAME.pack(kind, len(body)) + body)
+            self.transport.write(answers)
             if self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
                 self.cut_off("the results are not read")
 
@@ -203,11 +163,9 @@ class Engine:
     ) -> None:
         self.registry, self._settings, self._supervisor = registry, settings, supervisor
         self._sources, self._links = sources, links
-        self.loads_at_first_use = settings.memory_budget is not None
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._supervisor_left = False
-        self._loaded: list[str] = []  # as the front ends know it
 
     async def run(self) -> int:
         """Serve until the supervisor and the front ends have left; return the exit code.
@@ -247,18 +205,11 @@ class Engine:
         return EXIT_RUNTIME_DEAD if is_dead else 0
 
     def _report(self) -> None:
-        """Show the supervisor that the event loop runs, and front ends which models are loaded."""
-        models = self.registry.models()
+        """Show the supervisor that the event loop runs."""
         num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
-        bundles = " ".join(model.bundle_name for model in models)
+        bundles = " ".join(model.bundle_name for model in self.registry.models())
         status = Status(0, num_images, bundles)
         control.send_message(self._supervisor, control.STATUS, status.to_bytes())
-        loaded = [model.name for model in models if model.is_loaded]
-        if loaded != self._loaded:
-            self._loaded = loaded
-            facts = {model.name: (model.runtime, model.latency.measured()) for model in models}
-            for front_end in self.front_ends:
-                front_end.send(channel.LOADED, json.dumps(facts).encode())
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""
@@ -277,7 +228,7 @@ class Engine:
 
     async def connect(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* at the other end of *connection* with the present models."""
-        models = self.registry.models()
+        models = cast(Sequence[LocalModel], self.registry.models())
         facts = [ModelFacts.describe(model) for model in models]
         try:
             slots, described = channel.open_channel(connection, facts, 2 * self._settings.queue_size)

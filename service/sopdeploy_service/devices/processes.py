@@ -79,6 +79,7 @@ class Child:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self._code = UNKNOWN_CODE
+                self._running.pop(self.pid, None)
         return self._code
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -202,7 +203,7 @@ def list_devices(settings: Settings) -> list[Process]:
 
 def list_front_ends(settings: Settings, count: int) -> list[Process]:
     """List *count* front ends."""
-    changed: dict[str, object] = {"devices": (), "follow": False, "memory_budget": None}
+    changed: dict[str, object] = {"devices": (), "follow": False}
     if settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
     own = settings.model_copy(update=changed)

@@ -8,20 +8,19 @@ the shortest queue.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from sopdeploy.errors import first_line
 from sopdeploy_service.devices import channel
-from sopdeploy_service.devices.channel import ChannelError, ModelFacts
+from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.model import ImageResult, Model, Registry, RuntimeFacts, State, settle
+from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.lifetime import start_task
@@ -44,7 +43,6 @@ class EngineChannel(asyncio.Protocol):
         except Exception as error:  # whatever an engine sends, which is not trusted
             connection.close()
             raise ChannelError(f"{engine}: {first_line(error)}") from error
-        self.on_loaded: Callable[[], None] = lambda: None  # *models* have changed
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
@@ -55,7 +53,7 @@ class EngineChannel(asyncio.Protocol):
             int, tuple[asyncio.Future[ImageResult | HttpError], Mapping[str, tuple[int, ...]]]
         ] = {}
         self._requests = bytearray()  # not sent yet
-        self._rest = b""  # of an incomplete frame
+        self._rest = b""  # of an incomplete record
         self._ended_with = results.RUNTIME_DEAD
 
     async def open(self) -> None:
@@ -122,44 +120,23 @@ class EngineChannel(asyncio.Protocol):
             self._transport.write(requests)
 
     def data_received(self, data: bytes) -> None:
-        """Handle the frames that have arrived; end the channel if one of them is invalid."""
+        """Pass on the results of images and free their slots; end the channel if one of them is invalid."""
         data = self._rest + data
-        begin = 0
+        whole = len(data) - len(data) % channel.RESULT.size
+        self._rest = data[whole:]
         try:
-            while begin + channel.FRAME.size <= len(data):
-                kind, size = channel.FRAME.unpack_from(data, begin)
-                if size > channel.MAX_FRAME_BYTES:
-                    raise ChannelError(f"a frame of {size} bytes")
-                body = data[begin + channel.FRAME.size : begin + channel.FRAME.size + size]
-                if len(body) < size:
-                    break
-                begin += channel.FRAME.size + size
-                self._handle(kind, body)
-        except Exception as error:  # the engine is not trusted
-            log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
-            self.close(results.RUNTIME_DEAD)
-        self._rest = data[begin:]
-
-    def _handle(self, kind: int, body: bytes) -> None:
-        """Pass on the results of images and free their slots, or note which models are loaded."""
-        if kind == channel.RESULTS:
-            for slot, batch_size, queue, infer, load in channel.RESULT.iter_unpack(body):
+            for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(memoryview(data)[:whole]):
                 future, shapes = self._images[slot]  # it stays there if an error follows
                 if batch_size == channel.FAILED:
                     settle(future, self._slots.read_error(slot))
                 else:
-                    stages = {"load": load} if load else {}
-                    stages |= {"queue": queue, "infer": infer}
-                    settle(future, ImageResult(self._slots.read_outputs(slot, shapes), stages, batch_size))
+                    outputs = self._slots.read_outputs(slot, shapes)
+                    settle(future, ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size))
                 del self._images[slot]
                 self._free_slots.append(slot)
-            return
-        known = orjson.loads(body)  # `LOADED`
-        for number, facts in enumerate(self.models):
-            if facts.name in known:
-                runtime, timings = known[facts.name]
-                self.models[number] = facts._replace(runtime=RuntimeFacts(*runtime), timings=timings)
-        self.on_loaded()
+        except Exception as error:  # the engine is not trusted
+            log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
+            self.close(results.RUNTIME_DEAD)
 
 
 class RemoteModel(Model):
@@ -168,19 +145,10 @@ class RemoteModel(Model):
     def __init__(self, routes: Sequence[tuple[EngineChannel, int]], settings: Settings) -> None:
         """Describe the model of *routes*, of which there is at least one; the newest channel is the last."""
         self.routes = routes
-        facts = self._find_facts()
+        newest, number = routes[-1]
+        facts = newest.models[number]
         super().__init__(facts.name, facts.bundle, facts.runtime, facts.timings, settings)
         self._last_batch = (0, 0.0)  # its size and seconds, of which each of its images tells
-
-    def _find_facts(self) -> ModelFacts:
-        """Return what the newest channel knows on which the model is loaded; without one, the newest."""
-        known = [to_engine.models[number] for to_engine, number in reversed(self.routes)]
-        return next((facts for facts in known if facts.runtime.is_loaded), known[0])
-
-    def update_runtime(self) -> None:
-        """Describe the runtime again, after the model was loaded or released."""
-        facts = self._find_facts()
-        self.set_runtime(facts.runtime, facts.timings)
 
     @property
     def is_down(self) -> bool:
@@ -286,12 +254,7 @@ class RemoteRegistry(Registry):
         routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}  # by name and version
         versions: dict[str, str] = {}  # by name
         for to_engine in self._channels.values():
-            to_engine.on_loaded = self._update_runtimes
             for number, facts in enumerate(to_engine.models):
                 version = versions[facts.name] = facts.bundle.manifest.id
                 routes.setdefault((facts.name, version), []).append((to_engine, number))
         self._by_name = {name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions}
-
-    def _update_runtimes(self) -> None:
-        for model in self._by_name.values():
-            model.update_runtime()

@@ -38,7 +38,7 @@ from sopdeploy_service.devices.processes import (
     list_devices,
     list_front_ends,
 )
-from sopdeploy_service.devices.template import Template
+from sopdeploy_service.devices.template import ServerTemplate
 from sopdeploy_service.http.api_keys import KeyFile, read_keys
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
@@ -120,6 +120,8 @@ class Supervisor:
         self._front_ends: list[Process] = []
         # The number of front ends, known as soon as all devices have told their speed if it depends on this.
         self._num_front_ends = None if settings.front_ends == "auto" else settings.front_ends
+        if settings.memory_budget is not None:
+            self._num_front_ends = 0
         self._seconds: dict[Process, float] = {}  # that a device needs for an image
         self._stopping = asyncio.Event()
         self._announced = self._must_reload = False
@@ -129,7 +131,7 @@ class Supervisor:
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
-        self._template, self._starting = Template(), asyncio.Lock()
+        self._template, self._starting = ServerTemplate(), asyncio.Lock()
 
     @property
     def _servers(self) -> Sequence[Process]:

@@ -25,7 +25,7 @@ LAUNCH, NUM_FILES = b"launch", 4  # a message: with the launch config and the fi
 LIBC = ctypes.CDLL(None)
 
 
-class Template(templates.Template):
+class ServerTemplate(templates.TemplateProcess):
     """Forks the processes of a server, which are children of this process and do not end with it."""
 
     async def start(self, config: LaunchConfig, *files: int) -> Child:

@@ -160,7 +160,9 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
     name: str = settings.runtime
     if name == "auto":
-        name, reason = _choose_runtime(bundle, settings)
+        own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
+        reasons = ((other, own[other].reason_for_auto(bundle, settings)) for other in reversed(own))
+        name, reason = next((other, found) for other, found in reasons if found is not None)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
     try:
         return _open_named(name, bundle, settings)
@@ -171,13 +173,6 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
             f"{name} is set up here but does not work: {error} "
             f"(SOPDEPLOY_RUNTIME={cpu_runtime()} would serve from the CPU)"
         ) from error
-
-
-def _choose_runtime(bundle: Bundle, settings: Settings) -> tuple[str, str]:
-    """Return the name of the runtime for `auto`, the first one that is set up here, and the reason."""
-    own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
-    reasons = ((name, own[name].reason_for_auto(bundle, settings)) for name in reversed(own))
-    return next((name, reason) for name, reason in reasons if reason is not None)
 
 
 def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:

@@ -39,7 +39,7 @@ class RuntimeFacts(NamedTuple):
 class ImageResult(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, and how its batch ran.
 
-    *stage_seconds* has `queue` and `infer` and, after a wait for a load, `load`.
+    *stage_seconds* has `queue` and `infer`.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
@@ -111,15 +111,11 @@ class Model(ABC):
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
         self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
-        self.set_runtime(runtime, timings)
+        self.runtime, self.is_loaded, self.largest_batch = runtime, runtime.is_loaded, runtime.largest_batch
+        self.latency = LatencyTable(timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()
         self.unused.set()
-
-    def set_runtime(self, runtime: RuntimeFacts, timings: Iterable[tuple[int, float]]) -> None:
-        """Describe the *runtime* from now on, with *timings* as the constructor takes them."""
-        self.runtime, self.is_loaded, self.largest_batch = runtime, runtime.is_loaded, runtime.largest_batch
-        self.latency = LatencyTable(timings)
 
     @property
     @abstractmethod

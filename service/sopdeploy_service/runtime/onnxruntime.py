@@ -111,7 +111,10 @@ class CudaOnnxRuntime(OnnxRuntime):
     @staticmethod
     def is_set_up() -> bool:
         """Tell whether the installed onnxruntime supports CUDA."""
-        return has_cuda()
+        try:
+            return CUDA in import_onnxruntime().get_available_providers()
+        except RuntimeUnavailableError:
+            return False
 
     @staticmethod
     def precisions() -> set[str]:
@@ -298,11 +301,3 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
             "export the bundle again"
         )
     return session
-
-
-def has_cuda() -> bool:
-    """Return whether the installed onnxruntime supports CUDA."""
-    try:
-        return CUDA in import_onnxruntime().get_available_providers()
-    except RuntimeUnavailableError:
-        return False

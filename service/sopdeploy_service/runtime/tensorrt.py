@@ -1,13 +1,9 @@
 """TensorRT on the GPU, with a checked engine from the cache; never builds one."""
 
 import logging
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
@@ -25,7 +21,7 @@ from sopdeploy_service.settings import Settings
 log = logging.getLogger("sopdeploy.service")
 
 
-class TensorRTRuntime(OwnRuntime):
+class TensorRTRuntime(EngineSession, OwnRuntime):
     """The engine of a bundle on this machine's first GPU."""
 
     setting, title, extra, needs_gpu = "tensorrt", "TensorRT", "tensorrt", True
@@ -41,8 +37,7 @@ class TensorRTRuntime(OwnRuntime):
         for folder in engine_folders(bundle, settings):
             found = load_engine(folder, fields)
             if not isinstance(found, str):  # an engine, not the reason why there is none
-                self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
-                self.largest_batch = self._session.largest_batch
+                super().__init__(trt, cuda, found.plan, bundle.manifest, found.record.key)
                 return
             reasons.append(found)
         reason = reasons[0] if reasons else EMPTY
@@ -64,20 +59,6 @@ class TensorRTRuntime(OwnRuntime):
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
             return None
         return f"engines in {' and '.join(map(str, folders))}" if folders else None
-
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        return self._session.run(images)
-
-    def begin(
-        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
-    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
-        return self._session.begin(images, names)
-
-    def close(self) -> None:
-        """Release the engine and its memory."""
-        self._session.close()
 
 
 def engine_folders(bundle: Bundle, settings: Settings) -> list[Path]:

@@ -32,11 +32,7 @@ LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the clie
 GRACE = 1.0  # seconds for headers, a body or reading; who takes longer may have to make room for another one
 MIN_SECONDS = 0.001  # of a body, for its rate
 MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-PROBE_SECONDS = 0.2  # between two of them to a client that has ended its side of the connection
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
-MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
 CALLBACK_BYTES = 64  # of content pay for a chunk or a read, each of which the parser calls back for
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
@@ -189,9 +185,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # What has arrived of the headers or, besides its content, of the body, and `CALLBACK_BYTES` for each
         # read and chunk. Content pays for as many bytes of it. `_read_bytes` are those of the present read.
         self._overhead_bytes = self._read_bytes = 0
-        self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = False  # true after the last request
-        self._is_half_closed = False  # whether the client sends no more; it may still read
         self._closed = False  # whether `close` was called; the transport may still have output
         self._timer: asyncio.TimerHandle | None = None  # limits the wait for headers, a body or the end
         self._write_timer: asyncio.TimerHandle | None = None
@@ -212,70 +206,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._start_header_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all timers and drop queued requests."""
+        """Stop all timers."""
         self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._stop_timer()
         self.resume_writing()  # stops the write timeout
-        self.pipeline.clear()
-        self._held = b""
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport  # not this object, which also refers to the cycle
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None: close at once
-        """Keep the connection open for a client that sends no more but has not got its response.
-
-        A client that has closed the connection looks the same. It refuses what is sent to it, so HTTP/1.1
-        clients get an interim response, which they ignore, until the response begins.
-        """
-        if self._closed or self._in_body or self.cycle is None or self.cycle.response_complete:
-            return False
-        self._is_half_closed = True
-        self._probe()
-        return True
-
-    def _probe(self) -> None:
-        """Send interim responses from now on until the response begins, none to HTTP/1.0.
-
-        After one that is refused, the next one ends the connection.
-        """
-        if self.transport.is_closing() or self.cycle.response_started or self.cycle.response_complete:
-            return
-        if self.cycle.scope["http_version"] == "1.1":
-            self.write(CONTINUE)
-        self.loop.call_later(PROBE_SECONDS, self._probe)
-
     def data_received(self, data: bytes) -> None:
-        """Parse *data*; hold back what follows queued requests until their responses are complete."""
+        """Parse *data*; reject a bad request, else note what is due: headers or a body."""
         if self._ignores_input:
             return
-        if self.pipeline or self._held:
-            self.flow.pause_reading()
-            self._held += data
-            return
-        # One request is parsed at once, which is faster than in pieces. The number is an estimate: a body
-        # with this text only takes longer, and `MAX_PIPELINE` limits requests beyond the first piece.
-        num_requests = data.count(b" HTTP/1.", 0, PIECE_BYTES)
-        if num_requests < 2:
-            self._parse(data)
-            return
-        for start in range(0, len(data), PIECE_BYTES):
-            if self.pipeline:
-                self._held = data[start:]
-                break
-            if not self._ignores_input:
-                self._parse(data[start : start + PIECE_BYTES])
-
-    def _parse(self, data: bytes) -> None:
-        """Parse *data*; reject a bad request, else note what is due: headers or a body."""
         self._read_bytes = len(data)
         self._overhead_bytes += len(data) + CALLBACK_BYTES
         try:
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            if self._error is None and not self._ignores_input:  # else it follows the last request
-                self._error = _MALFORMED
+            if self._ignores_input:  # it follows the last request
+                return
+            self._error = self._error or _MALFORMED
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
         if self._error is None and self._overhead_bytes > limit:
@@ -319,12 +270,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._ignores_input = True
 
     def _refuse(self, reason: HttpError) -> NoReturn:
-        """Stop the parser, which calls back for nothing more, and let `_parse` reject the request."""
+        """Stop the parser, which calls back for nothing more, and let `data_received` reject the request."""
         self._error = reason
         raise RejectedError(reason)
 
     def on_message_begin(self) -> None:
-        """Begin a request: end the idle time before it, and count its headers from zero."""
+        """Begin a request: end the idle time before it, and count its headers from zero.
+
+        One that does not wait for the response before it (pipelining) is ignored: that response closes the
+        connection, and the client sends the request again (RFC 9112, section 9.3.2).
+        """
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive, self._ignores_input = False, True
+            raise RejectedError(_MALFORMED)  # stops the parser
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
         self._shared.idle.pop(self, None)
@@ -360,7 +318,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         else:  # HTTP/1.0 has neither transfer codings nor interim responses
             self.expect_100_continue = False
             is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
-        if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
+        if not is_valid:
             self._refuse(_MALFORMED)
         if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
@@ -407,24 +365,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._closed:  # the next request must not begin
             self.server_state.total_requests += 1
             return
-        super().on_response_complete()  # begins with the next request if it was received
-        if self.pipeline:
-            self.flow.pause_reading()  # uvicorn has resumed it
-        elif self._held:
-            held, self._held = self._held, b""
-            self.data_received(held)
-        # The held data may have begun the next request, which is then `cycle`, or closed the connection.
-        is_next_running = not self.cycle.response_complete
-        if self.transport.is_closing() or is_next_running:
+        super().on_response_complete()
+        if self.transport.is_closing():
             return
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
             self._start_timer(LINGER_SECONDS, self.abort)
-        elif self._in_headers:  # of the next request
-            self._unset_keepalive_if_required()
-            self._start_header_timeout()
-        elif self._is_half_closed:
-            self.close()
         else:
             self._shared.idle[self] = None
 
@@ -452,8 +398,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Close after the pending output; a client that still sends gets time to read its response."""
         if self._closed:
             return
+        is_input_in_transit |= self._ignores_input or self._in_body or self._in_headers
         self._ignores_input = self._closed = True
-        if is_input_in_transit or self._in_body or self._in_headers:  # read on, as `LINGER_SECONDS` says
+        if is_input_in_transit:  # read on, as `LINGER_SECONDS` says
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
@@ -494,9 +441,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._ignores_input = True
         is_app_responding = self.cycle is not None and not self.cycle.response_complete
         if is_app_responding:
-            # The response is to an earlier request if the rejected one is queued or still in its headers.
-            is_to_earlier = bool(self.pipeline) or not self._in_body
-            if is_to_earlier or self.cycle.response_started:
+            # The response is to an earlier request if the rejected one is still in its headers.
+            if not self._in_body or self.cycle.response_started:
                 self.cycle.keep_alive = False  # closes after the response
                 return
             self.cycle.disconnected = True  # the app, which reads the invalid body, sees this

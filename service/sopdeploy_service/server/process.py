@@ -60,6 +60,8 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 def may_need_front_ends(settings: Settings) -> bool:
     """Tell whether a server with *settings* may need front ends, which only the speed of its models shows."""
+    if settings.memory_budget is not None:
+        return False
     if settings.front_ends != "auto":
         return settings.front_ends > 0
     return bool(settings.runtime_needs_gpu()) or (settings.runtime == "auto" and may_use_gpu(settings))

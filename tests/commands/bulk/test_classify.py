@@ -139,13 +139,13 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     bodies = {"bad": b"die", "large": picture_bytes(size=(2000, 1600)), **dict.fromkeys("abcdefgh", BODY)}
     for name, body in bodies.items():
         (tmp_path / f"{name}.jpg").write_bytes(body)
-    template = pool.Template("tests.service.decoding.misbehaving")
+    template = pool.DecoderTemplate("tests.service.decoding.misbehaving")
     monkeypatch.setattr(decoders, "shared_template", lambda: template)
     classify(bundle_path, [str(tmp_path)], tmp_path / "out", SETTINGS, OPTIONS)
     template.close()
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
     assert errors == dict.fromkeys(bodies) | {"bad": "decoder_crashed"}
-    monkeypatch.setattr(decoders, "shared_template", lambda: pool.Template("sopdeploy_service.absent"))
+    monkeypatch.setattr(decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent"))
     with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
         classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)
 

@@ -11,12 +11,19 @@ from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import ParityError
 from sopdeploy_commands.bundles import fastest_form
 from sopdeploy_commands.bundles.fastest_form import BundleForm, describe_fastest_form, measure_forms
-from sopdeploy_service.runtime import openvino
+from sopdeploy_service.runtime import openvino, own
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from tests.support.forged import graph
 
 ORT, ORT8 = BundleForm("fp32", "ONNX Runtime"), BundleForm("int8", "ONNX Runtime")
 VINO, VINO8 = BundleForm("fp32", "OpenVINO"), BundleForm("int8", "OpenVINO")
+
+
+@pytest.fixture(autouse=True)
+def two_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the project have two runtimes for CPUs, whichever others it has."""
+    monkeypatch.setattr(own, "OWN", {"onnxruntime-cpu": OnnxRuntime, "openvino": OpenVINORuntime})
 
 
 HERE, OPENVINO = "faster on this processor:", "serve with --runtime openvino"

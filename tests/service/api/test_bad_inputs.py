@@ -11,6 +11,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
+from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.api.admission import parse_upload
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.inference.results import RejectedError
@@ -102,7 +103,7 @@ def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
 
 
 def test_every_accepted_format_is_classified_whatever_its_media_type(client):
-    for kind in ("HEIF", "WEBP", "GIF", "BMP"):
+    for kind in FORMATS.values():
         for media_type in ("image/x-ms-bmp", "image/png", "application/json"):
             reply = client.post("/v1/classify", content=saved(kind), headers={"Content-Type": media_type})
             assert (reply.status_code, reply.json()["warnings"]) == (200, []), (kind, media_type)

@@ -14,6 +14,7 @@ from PIL import Image
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode, is_truncated
+from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.folder import open_evaluation_images
@@ -39,7 +40,7 @@ def pixels_of(body: bytes) -> NDArray[np.uint8]:
 
 
 def test_every_accepted_format_gives_the_same_image() -> None:
-    for kind in ("PNG", "BMP", "JPEG", "WEBP", "GIF", "HEIF"):
+    for kind in FORMATS.values():
         found = pixels_of(encoded(GRADIENT, kind, quality=95)).astype(int)
         difference = np.abs(found - preprocess_image(GRADIENT, RULES)).mean()
         assert difference <= (0 if kind in {"PNG", "BMP"} else 8), kind

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
+from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.inference.daemon_threads import running_loop
@@ -33,7 +34,7 @@ MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
 TURNED = Image.Exif()
 TURNED[274] = 6  # the orientation
 IMAGES = {
-    **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "HEIF")},
+    **{kind: picture_bytes(kind=kind) for kind in FORMATS.values()},
     "CMYK JPEG": saved("CMYK", "JPEG"),
     "JPEG with two images": saved("RGB", "MPO", **MORE),
     "turned JPEG": saved("RGB", "JPEG", exif=TURNED),

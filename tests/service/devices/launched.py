@@ -46,7 +46,7 @@ def num_sockets() -> int:
     return count
 
 
-async def start(of: template.Template) -> tuple[Child, socket.socket, dict[str, object]]:
+async def start(of: template.ServerTemplate) -> tuple[Child, socket.socket, dict[str, object]]:
     ours, theirs = control.socket_pair()
     shared = create_memory("x", 8)
     with theirs:
@@ -67,7 +67,7 @@ async def code_of(child: Child) -> int:
 
 async def supervise() -> dict[str, object]:
     found: dict[str, object] = {}
-    used = template.Template()
+    used = template.ServerTemplate()
     first, end, found["facts"] = await start(used)
     templates, os.environ["LIGHT"] = [], "1"
     for number in (signal.SIGKILL, signal.SIGSTOP):
@@ -89,7 +89,7 @@ async def supervise() -> dict[str, object]:
     return found
 
 
-async def error_of(used: template.Template, **changed: object) -> str:
+async def error_of(used: template.ServerTemplate, **changed: object) -> str:
     template.LIBC.prctl(template.SET_SUBREAPER, 0)
     vars(template).update(changed)
     try:

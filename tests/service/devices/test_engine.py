@@ -6,7 +6,7 @@ import fcntl
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import cast
@@ -22,7 +22,6 @@ from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -370,35 +369,3 @@ def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
         assert [Status.from_bytes(rest).bundles for _, rest in engine.messages()] == [name]
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
-
-
-def test_an_engine_loads_a_model_at_its_first_image(bundle, monkeypatch) -> None:
-    async def load(*_given: object) -> LoadedModel:
-        runtime = FakeRuntime(num_classes=7, largest_batch=32)
-        return LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.02), (32, 0.1)))
-
-    monkeypatch.setattr("sopdeploy_service.inference.memory_budget.load_in_background", load)
-    settings = Settings(memory_budget=70_000_000, drain_seconds=0.1, queue_size=8, max_images=8)
-
-    async def run() -> None:
-        engine = EngineUnderTest(BudgetedRegistry({"a": bundle, "b": bundle}, settings), settings)
-        registry, other = [RemoteRegistry([await engine.open()], settings) for _ in range(2)]
-        await registry.start()
-        await other.start()
-        loads: list[Sequence[bool]] = []
-        for name in "ab":
-            found = await asyncio.gather(*(registry.find(name).run(one, FOREVER) for one in PIXELS[:4]))
-            assert all("load" in one.stage_seconds for one in found)
-            assert "load" not in (await registry.find(name).run(PIXELS[0], FOREVER)).stage_seconds
-            loads.append([model.is_loaded for model in engine.engine.registry.models()])
-            for each in (registry, other):  # which has run no image
-                await until(lambda each=each: [model.is_loaded for model in each.models()] == loads[-1])
-                assert each.find(name).runtime == ("fake", "fake", 32)
-                assert each.find(name).latency.total_seconds(60, each.find(name).largest_batch) == 0.2
-        assert loads == [[True, False], [False, True]]
-        assert {other.find("a").runtime.name, registry.find("a").runtime.name} == {"not loaded"}
-        await registry.stop()
-        await other.stop()
-        assert await engine.end() == 0
-
-    asyncio.run(run())

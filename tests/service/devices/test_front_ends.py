@@ -6,14 +6,12 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from sopdeploy_service.devices import control, device_server
 from sopdeploy_service.devices.processes import choose_front_ends
-from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
+from sopdeploy_service.server.process import may_need_front_ends
 from sopdeploy_service.settings import Settings
 from tests.service.devices import gated_device
 from tests.support.children import (
@@ -180,18 +178,10 @@ def test_the_number_of_front_ends_follows_the_cores_unless_one_process_suffices(
     assert choose_front_ends(Settings(front_ends=3), seconds) == 3
 
 
-def test_models_that_are_loaded_at_their_first_use_tell_no_speed(bundle, monkeypatch) -> None:
-    settings = Settings(memory_budget=70_000_000)
-    registry = BudgetedRegistry({"a": bundle}, settings)
-    monkeypatch.setattr(device_server, "load_registry", lambda *_: registry)
+def test_models_that_are_loaded_at_their_first_use_need_no_front_ends(monkeypatch) -> None:
     monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: True)
-    monkeypatch.setattr(device_server, "serve_http", lambda *_: 0)
-    config = SimpleNamespace(settings=settings, sources=(), device="0", front_ends=None)
-    ours, theirs = control.socket_pair()
-    with ours, theirs:
-        control.send_message(ours, control.FRONT_ENDS, b"0")
-        assert device_server.run_device(config, theirs) == 0
-        assert choose_front_ends(Settings(), float(control.receive_message(ours).rest)) == 0
+    assert may_need_front_ends(Settings())
+    assert not may_need_front_ends(Settings(memory_budget=70_000_000))
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

@@ -434,24 +434,15 @@ def test_an_engine_that_opens_its_channel_never_delays_no_other_one(bundle, monk
     asyncio.run(scenario())
 
 
-def frame(kind: int, body: bytes, size: int | None = None) -> bytes:
-    return channel.FRAME.pack(kind, len(body) if size is None else size) + body
-
-
 def result(slot: int, batch_size: int = channel.FAILED) -> bytes:
-    return channel.RESULT.pack(slot, batch_size, 0.0, 0.0, 0.0)
+    return channel.RESULT.pack(slot, batch_size, 0.0, 0.0)
 
 
-FRAMES: dict[str, bytes] = {
-    "a slot without an image": frame(channel.RESULTS, result(0, 1)),
-    "a slot that does not exist": frame(channel.RESULTS, result(2**32 - 1, 1)),
-    "half a result": frame(channel.RESULTS, result(3)[:-1]),
-    "a result twice": frame(channel.RESULTS, result(3, 1) * 2),
-    "an endless frame": frame(channel.RESULTS, b"", 2**32 - 1),
-    "an unknown kind": frame(9, b"\xff"),
-    "no JSON": frame(channel.LOADED, b"{"),
-    "a number of models": frame(channel.LOADED, b"1"),
-    "other facts": frame(channel.LOADED, b'{"tiny": 1}'),
+RESULTS: dict[str, bytes] = {
+    "a slot without an image": result(0, 1),
+    "a slot that does not exist": result(2**32 - 1, 1),
+    "a result twice": result(3, 1) * 2,
+    "no result": b"\xff" * channel.RESULT.size,
 }
 OTHER_ERRORS = [{"code": "x", "status": status, "message": "x"} for status in (200, [], "400")]
 ERRORS = {
@@ -463,7 +454,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name", [*FRAMES, *ERRORS])
+@pytest.mark.parametrize("name", [*RESULTS, *ERRORS])
 def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(bundle, name, caplog) -> None:
     facts = [channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())]
 
@@ -479,7 +470,7 @@ def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(bundle, n
         if name in ERRORS:
             data = ERRORS[name]
             slots._memory[3, : len(data)] = np.frombuffer(data, np.uint8)
-        theirs.sendall(FRAMES.get(name, frame(channel.RESULTS, result(3))))
+        theirs.sendall(RESULTS.get(name, result(3)))
         with suppress(RejectedError):
             await asyncio.wait_for(waiting, 5)
             assert name == "a result twice"  # the first one was valid

@@ -33,6 +33,7 @@ def test_a_process_that_was_reaped_before_it_was_known_has_ended() -> None:
     child = Child(process.pid)
     assert child.poll() == UNKNOWN_CODE
     child.kill()  # sends no signal to a process that may have its id by now
+    assert process.pid not in Child._running
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

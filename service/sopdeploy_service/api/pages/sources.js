@@ -2,7 +2,7 @@
 // Where images come from besides single files: folders, and the camera of a laptop.
 
 const MAX_IMAGES = 1000; // of a folder; `sopdeploy classify` takes more
-const IMAGE_NAME = /\.(jpe?g|png|webp|gif|bmp|hei[cf])$/i; // browsers know no type of some of them
+const IMAGE_NAME = /({suffixes})$/i; // browsers know no type of some of them
 
 /** Images among `files`, sorted by path. */
 const imagesOf = (files) => [...files].filter((file) => IMAGE_NAME.test(file.name) && !pathOf(file).split("/").some((part) => part.startsWith(".")))
