@@ -29,7 +29,7 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, NewtonSchulzConf
 from sopdeploy.layers.mixture import Components, softmax_of_largest
 from sopdeploy.models.base import Classifier
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.lower.to_onnx import convert
+from sopdeploy_export.lower.to_onnx import to_ir
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 EXPERTS = {8: 0.52, 2: 0.17}  # largest share of the time of all 16, by K
@@ -101,7 +101,7 @@ def session_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSes
     shapes, names = ({0: Dim("batch", min=1)},) * len(inputs), ["features", "logits"][: len(inputs)]
     with torch.no_grad():
         program = torch.export.export(layer.eval(), inputs, dynamic_shapes=shapes)
-    model = ir.to_proto(convert(program, names, ["vector"]))
+    model = ir.to_proto(to_ir(program, names, ["vector"]))
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

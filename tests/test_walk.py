@@ -119,13 +119,16 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
     assert measured["log_loss"] == pytest.approx(found["log_loss"], abs=1e-5)
 
 
-def run_here(command: list[str], *, cwd: Path, check: bool) -> CompletedProcess[str]:
+def run_here(
+    command: list[str], *, cwd: Path, check: bool, stdout: int, stderr: int, text: bool
+) -> CompletedProcess[str]:
     """Run a command of `sopdeploy` in this process, as a process of its own would import torch again."""
     assert (command[:3], check) == ([sys.executable, "-m", "sopdeploy"], False)
+    assert (stdout, stderr, text) == (subprocess.PIPE, subprocess.STDOUT, True)
     with chdir(cwd), quick_torch.one_thread(), proving_once():
         done = CliRunner().invoke(app, command[3:])
     assert done.exit_code == 0, done.output
-    return CompletedProcess(command, done.exit_code)
+    return CompletedProcess(command, done.exit_code, done.output)
 
 
 def test_the_demo_detaches_branches_serves_and_classifies_digits(

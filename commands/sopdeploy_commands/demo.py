@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import TextIO, cast
 
 import typer
@@ -35,7 +37,8 @@ _PROGRAM = (sys.executable, "-m", "sopdeploy")
 def demo(*, out: Path = Path("demo")) -> None:
     """Train on packaged photographs and on digits, export, serve and classify over HTTP, without internet.
 
-    The photographs are copied to OUT/photos: every printed command works in that folder, too.
+    The photographs are copied to OUT/photos: every printed command works in OUT, too, those for the digits in
+    OUT/digits.
 
     Example: sopdeploy demo
 
@@ -44,8 +47,11 @@ def demo(*, out: Path = Path("demo")) -> None:
     """
     with writing(out):
         shutil.copytree(PHOTOS, out / "photos", copy_function=shutil.copyfile, dirs_exist_ok=True)
-    classify_photographs(out)
-    classify_digits(out)
+        (out / "digits").mkdir(exist_ok=True)
+    with ThreadPoolExecutor() as pool:  # a failure is told once both have ended
+        digits = pool.submit(_prepare_digits, out / "digits")
+        classify_photographs(out)
+    classify_digits(out / "digits", digits.result())
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     optional_steps = ("sopdeploy verify", "sopdeploy predict")  # `serve` checks a bundle and classifies, too
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
@@ -76,13 +82,31 @@ def classify_photographs(out: Path) -> None:
     expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
 
 
-def classify_digits(out: Path) -> None:
-    """Train digits with DSoP's branches, which the export detaches, and classify the held-out ones."""
+def _prepare_digits(out: Path) -> list[CompletedProcess[str]]:
+    """Train digits with DSoP's branches in the folder *out*, and export them, beside the photographs."""
+    done: list[CompletedProcess[str]] = []
+    for words in (DIGITS, EXPORT):
+        if not done or not done[-1].returncode:
+            command = [*_PROGRAM, *words.split()]
+            done.append(
+                subprocess.run(
+                    command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+                )
+            )
+    return done
+
+
+def classify_digits(out: Path, prepared: Sequence[CompletedProcess[str]]) -> None:
+    """Show what was *prepared* in the folder *out*, and classify the held-out digits."""
     from sopdeploy.photos.libraries import open_digits
 
     say("Branches that only train: DSoP on digits; the export detaches them, with proof", style="bold")
-    _run(DIGITS, out)
-    _run(EXPORT, out)
+    say("These two commands ran in the folder digits, beside those above:", style="bold")
+    for words, done in zip((DIGITS, EXPORT), prepared, strict=False):
+        say("", f"$ sopdeploy {words}", style="bold cyan")
+        say(*done.stdout.splitlines())
+        if done.returncode:
+            raise typer.Exit(done.returncode)  # the command has printed its error
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as client:

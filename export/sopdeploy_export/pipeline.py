@@ -24,6 +24,7 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images, output
 from sopdeploy_export.capture.program import Captures, capture_any_batch
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
+from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
@@ -33,7 +34,7 @@ from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_ex
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.prove.certificate import Certificate, FileRoots, Step, announce, certify
+from sopdeploy_export.prove.certificate import Certificate, Step, announce, certify
 from sopdeploy_export.prove.file import compute_reference, prove_file
 from sopdeploy_export.prove.images import prove_images
 from sopdeploy_export.prove.onnx_graphs import prove_onnx
@@ -141,11 +142,8 @@ def export_subject(
     """
     if problem := label_problem(subject.labels):
         raise ConfigError(f"{problem}; rename the class and train again")
-    accuracy_check = None
-    if options.calibrate is not None or options.evaluate is not None:
-        from sopdeploy_export.lower.accuracy import AccuracyCheck  # noqa: PLC0415 # rarely needed
-
-        accuracy_check = AccuracyCheck(subject, options)
+    has_photos = options.calibrate is not None or options.evaluate is not None
+    accuracy_check = AccuracyCheck(subject, options) if has_photos else None
     preprocess, started = subject.preprocess, time.monotonic()
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
@@ -185,9 +183,7 @@ def export_subject(
         model, precision = converted.model, converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
-        roots = FileRoots(**dict(proof.roots), onnx=root, shipped=shipped_root)
-        about_networks = {**dict(proof), "roots": roots}
-        certificate = Certificate(**about_networks, mixes_images=mixes_images, precision=options.precision)
+        certificate = Certificate.of(proof, root, shipped_root, mixes_images, options.precision)
         session = open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)

@@ -155,7 +155,7 @@ class Settings(StrictModel):
     )
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
     front_ends: FrontEnds | Literal["auto"] = setting(
-        "auto", "HTTP processes before engines; auto: a quarter of the cores for a fast GPU, else 0"
+        "auto", "HTTP processes before engines; auto: a quarter of the cores for a GPU, else 0"
     )
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(

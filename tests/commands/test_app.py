@@ -381,23 +381,49 @@ EARLY_MISTAKES = {  # command: its error
 }
 
 
-@pytest.mark.parametrize("command", EARLY_MISTAKES)
-def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: str, tmp_path: Path) -> None:
-    (tmp_path / "one" / "a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a" / "0.png")
-    (tmp_path / "photos.zip").write_bytes(b"PK")
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as checkpoint:
+# Runs each command line of stdin in a fork of a process that has imported what most of them import.
+IN_FORKS = """
+import json, os, sys
+import sopdeploy.cli.command, sopdeploy.photos.folder, sopdeploy.training.recipe
+import sopdeploy_commands.bundles.export, sopdeploy_commands.training.train
+from sopdeploy_commands.app import main
+assert "torch" not in sys.modules
+for number, words in enumerate(json.load(sys.stdin)):
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(f"{number}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv[1:] = words
+        try:
+            main()
+        except SystemExit as stop:
+            os._exit(9 if "torch" in sys.modules else stop.code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def early_mistakes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Run the commands; return the exit code and stderr of each."""
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "one" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "one" / "a" / "0.png")
+    (folder / "photos.zip").write_bytes(b"PK")
+    with zipfile.ZipFile(folder / "ckpt.pt", "w") as checkpoint:
         checkpoint.writestr("ckpt/data.pkl", b"")
-    program = (
-        "import sys\n"
-        "from sopdeploy_commands.app import main\n"
-        "try:\n    main()\n"
-        "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
-    )
-    done = in_process(*command.split(), program=("-c", program), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert EARLY_MISTAKES[command] in done.stderr
-    assert done.stderr.count("\n") == 1
+    lines = json.dumps([command.split() for command in EARLY_MISTAKES])
+    done = in_process(program=("-c", IN_FORKS), cwd=folder, input=lines)
+    assert done.returncode == 0, done.stderr
+    texts = [(folder / f"{number}.txt").read_text("utf-8") for number in range(len(EARLY_MISTAKES))]
+    return dict(zip(EARLY_MISTAKES, zip(map(int, done.stdout.split()), texts, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("command", EARLY_MISTAKES)
+def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(
+    command: str, early_mistakes: dict[str, tuple[int, str]]
+) -> None:
+    code, stderr = early_mistakes[command]
+    assert code == 2, stderr
+    assert EARLY_MISTAKES[command] in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_all_sections_are_printed() -> None:

@@ -24,7 +24,7 @@ from sopdeploy_commands.bulk import sources
 from sopdeploy_commands.bundles import verify
 from sopdeploy_export.prove.file import FLOORS, FLOORS_BY_PRECISION
 from sopdeploy_service.api import admission
-from sopdeploy_service.devices import processes, supervisor
+from sopdeploy_service.devices import supervisor
 from sopdeploy_service.inference import decoders, memory_budget
 from sopdeploy_service.labelling.keep import keeper
 from sopdeploy_service.server import http_protocol, sockets
@@ -116,7 +116,6 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
     ("{:.0f} s suffice for one that does not run", supervisor.IDLE_SECONDS),
-    ("({:.1f} ms per image in the warm-up)", 1000 * processes.FEED_SECONDS),
     ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),

@@ -6,9 +6,9 @@ replaced: only what comes before it depends on a client's bytes.
 """
 
 import asyncio
+import cProfile
 import gc
 import re
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -107,28 +107,30 @@ class Site(NamedTuple):
         return Reply(messages[0]["status"], content, sent)
 
     def cost(self, *request: Any) -> tuple[Reply, Cost]:
-        """Send *request* and count."""
-        calls = 0
+        """Send *request* and count; the counter in C takes a fifth of the time of one in Python."""
+        elsewhere = 0
 
         def count(_frame: FrameType, event: str, _argument: Any) -> None:
-            nonlocal calls
-            calls += event in {"call", "c_call"}
+            nonlocal elsewhere
+            elsewhere += event in {"call", "c_call"}
 
         parse_host.cache_clear()  # which a client can fill with other names
-        gc.collect()  # the tasks of earlier requests, which anyio lists, and whose end it would count
+        gc.collect(1)  # the tasks of earlier requests, which anyio lists, and whose end it would count
         gc.disable()
+        counted = cProfile.Profile()
         tracemalloc.start()
         threading.setprofile(count)
-        sys.setprofile(count)
+        counted.enable()
         try:
             reply = self.send(*request)
         finally:
-            sys.setprofile(None)
+            counted.disable()
             threading.setprofile(None)
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             gc.enable()
-        return reply, Cost(calls, peak)
+        calls = sum(entry.callcount for entry in counted.getstats())
+        return reply, Cost(calls + elsewhere, peak)
 
 
 @pytest.fixture(scope="module", autouse=True)

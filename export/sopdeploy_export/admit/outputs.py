@@ -1,6 +1,7 @@
 """Checks of what a network returns and changes when it runs, and of how its graph ends."""
 
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,26 @@ SUBSET_OF_VALUES = {
 }  # fmt: skip
 
 
-def check_outputs(
-    deployed: Deployed, preprocess: Preprocess, classes: int | None, role: str
-) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+class FirstRuns(NamedTuple):
+    """What the first runs of a network show.
+
+    Attributes:
+        filled: The first attribute that the first two runs change, such as a cache, if any.
+        written: The attributes that the last two runs change, too; no run may read them (`check_unread`).
+        warnings: Findings that do not stop the export.
+    """
+
+    filled: str | None
+    written: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def check_first_runs(deployed: Deployed, preprocess: Preprocess, classes: int | None, role: str) -> FirstRuns:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
-    Returns the path of the first attribute that the first two runs change, such as a cache, or None if they
-    change none; the attributes that the last two runs change, too, which no run may read (`check_unread`);
-    and warnings. Raises the errors of `check_finite`, and `LoweringError` if the network fails,
-    returns no (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last two
-    runs change other state than attributes of modules, or return other logits.
+    Raises the errors of `check_finite`, and `LoweringError` if the network fails, returns no (B, classes)
+    logits, returns probabilities or reads tensors in Python code, or if the last two runs change other state
+    than attributes of modules, or return other logits.
     """
     images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     before = read_state(network)
@@ -75,7 +86,7 @@ def check_outputs(
             f"the {role} network returns probabilities, to which the service would apply a softmax; return "
             "the logits before its softmax, or the logarithms of the probabilities"
         )
-    return first_change(before, after_first), written, tuple(warnings)
+    return FirstRuns(first_change(before, after_first), written, tuple(warnings))
 
 
 def check_finite(logits: Tensor, role: str) -> None:

@@ -102,6 +102,14 @@ class Certificate(NetworkProof):
     mixes_images: tuple[str, ...]
     precision: Precision
 
+    @classmethod
+    def of(
+        cls, proof: NetworkProof, onnx: str, shipped: str, mixes_images: tuple[str, ...], precision: Precision
+    ) -> "Certificate":
+        """Add to *proof* what was proved of the graph and of the file: roots, and images that mix."""
+        roots = FileRoots(**dict(proof.roots), onnx=onnx, shipped=shipped)
+        return cls(**{**dict(proof), "roots": roots}, mixes_images=mixes_images, precision=precision)
+
 
 def certify(
     trained: nn.Module,

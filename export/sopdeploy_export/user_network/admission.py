@@ -22,7 +22,7 @@ from sopdeploy_export.admit.network import (
     unwrap,
     unwrap_and_check,
 )
-from sopdeploy_export.admit.outputs import check_ends_in_logits, check_outputs, check_unchanged_by_run
+from sopdeploy_export.admit.outputs import check_ends_in_logits, check_first_runs, check_unchanged_by_run
 from sopdeploy_export.admit.state import check_torch_state, find_oddity
 from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
@@ -100,7 +100,7 @@ def admit(
             problem = "holds NaN or infinite values; train again or use an earlier checkpoint"
             raise LoweringError(f"{next(name for name in broken if name in needed)} {problem}")
     trial = Deployed(copy_network(copied), preprocess).eval()  # its runs can fill caches
-    cache, written, warnings = check_outputs(trial, preprocess, classes, "trained")
+    filled, written, warnings = check_first_runs(trial, preprocess, classes, "trained")
     on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
         programs = prove_copy(
@@ -112,8 +112,8 @@ def admit(
             with_features=options.with_features,
             on_program=lambda size: on_step(f"checking the network, its graph, {size}"),
         )
-    if cache is not None:
-        check_unchanged_by_run(cache, programs, captures.of(trial.network))
+    if filled is not None:
+        check_unchanged_by_run(filled, programs, captures.of(trial.network))
     if written:
         check_unread(trial, written, preprocess, options.batch, programs)
     if created:
@@ -156,8 +156,8 @@ def _check_without(
 ) -> None:
     """Check that *network* without *removed* parts runs, and changes no other attributes than *written*."""
     detached = detach(network, removed, probe_pixels(network, preprocess))
-    _, changed, _ = check_outputs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
-    if other := [name for name in changed if name not in written]:
+    runs = check_first_runs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+    if other := [name for name in runs.written if name not in written]:
         raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
 
 

@@ -25,12 +25,10 @@ from sopdeploy_service.server.lifetime import BEAT_SECONDS
 CLIENT, CHANNEL, PHOTOS = b"client", b"channel", b"photos"
 SEND_METRICS, PAGE = b"send-metrics", b"page"  # with a file: a socket for its metrics; those of all processes
 RELOAD = b"reload"  # the bundles
-FRONT_ENDS = b"front-ends"  # their number; with 0, the device serves HTTP itself
 # To the supervisor
 STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
-SPEED = b"speed"  # seconds that the loaded models of a device need for an image; `FRONT_ENDS` is the answer
 NEW_MODELS, BAD_FRONT_END = b"models", b"bad"  # of an engine: after a reload; with the name of a front end
-COSTS = {STATUS: 1, METRICS: 1, SPEED: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
+COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
 # Tokens of a process. It gets another one for each client, because it reports its arrival.
 TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
 MAX_MESSAGE = 1 << 14

@@ -5,7 +5,6 @@ engine of front ends. A front end serves HTTP with the models of engines.
 """
 
 import asyncio
-import math
 import os
 import signal
 import socket
@@ -159,17 +158,14 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
     links = find_links(config.sources, settings)
     registry = load_registry(config.sources, settings)
-    if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu(registry, settings):
+    if settings.memory_budget is None:
+        runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
+    else:  # nothing is loaded yet
+        runs_on_cpu = not may_use_gpu(settings)
+    if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu:
         reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")
-    num_front_ends = config.front_ends
-    if num_front_ends is None:  # the supervisor knows it when all devices have told their speed
-        seconds = math.inf  # on a CPU, which has no core to spare, and before a model is loaded
-        if not runs_on_cpu(registry, settings):
-            seconds = min(model.latency.seconds_per_image() for model in registry.models())
-        control.send_message(supervisor, control.SPEED, repr(seconds).encode())
-        num_front_ends = int(wait_for_message(supervisor, control.FRONT_ENDS)[0])
-    if num_front_ends == 0:
+    if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
     for file in (config.shared, config.keys):  # an engine serves no client
         os.close(file)
@@ -179,26 +175,20 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
 
 
 def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
-    """Return the first channel to an engine; `DeviceServer` receives those that follow."""
-    while True:
-        engine, files = wait_for_message(supervisor, control.CHANNEL)
-        with suppress(ChannelError):  # the engine has ended, too; another one follows
-            return EngineChannel(engine, socket.socket(fileno=files[0]))
-
-
-def wait_for_message(supervisor: socket.socket, kind: bytes) -> tuple[str, list[int]]:
-    """Wait for a message of *kind*, ignoring others; return its rest and files.
+    """Return the first channel to an engine; `DeviceServer` receives those that follow.
 
     Exits if the supervisor ends.
     """
-    supervisor.setblocking(True)
     while True:
+        supervisor.setblocking(True)
         message = control.receive_message(supervisor)
+        supervisor.setblocking(False)
         if not message.kind:
             raise SystemExit(0)
-        if message.kind == kind:
-            supervisor.setblocking(False)
-            return message.rest.decode(), message.files
+        if message.kind == control.CHANNEL:
+            with suppress(ChannelError):  # the engine has ended, too; another one follows
+                return EngineChannel(message.rest.decode(), socket.socket(fileno=message.files[0]))
+            continue
         for file in message.files:  # of a request for metrics
             os.close(file)
 
@@ -218,7 +208,7 @@ def serve_http(
     )
     service: Service = app.state.service
     service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
-    service.num_front_ends = config.front_ends or 0
+    service.num_front_ends = config.front_ends
     service.max_upload_bytes = upload_budget(settings, count)
     # The supervisor, the other processes as far as they run, and processes like this one.
     at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
@@ -228,13 +218,6 @@ def serve_http(
     server = DeviceServer(app, settings, supervisor, config.sources, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
-
-
-def runs_on_cpu(registry: Registry, settings: Settings) -> bool:
-    """Tell whether a model runs on the CPU; with a memory budget, whether those to be loaded will."""
-    if settings.memory_budget is not None:
-        return not may_use_gpu(settings)
-    return any(model.runtime.device == "cpu" for model in registry.models())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import pydantic
 
-from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
@@ -20,8 +19,6 @@ from sopdeploy_service.settings import Settings, decoders_per_process
 from sopdeploy_service.templates import run_states
 
 ANY_DEVICE = ""
-FEED_SECONDS = 0.0008  # that a process needs to feed an engine with an image, beside 16 decoders
-MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
 TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
@@ -36,8 +33,9 @@ class LaunchConfig(pydantic.BaseModel):
     memory *shared* of admitted images and rate limits, and the API *keys* as the supervisor has read them.
     The first of these processes keeps the photographs of all.
 
-    A front end has no *device*. *front_ends* is their number, None while nobody knows it. *position* counts
-    the processes of a kind; *num_servers* of them serve HTTP. *supervisor* and *others* are process ids.
+    A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP. *position*
+    counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor* and *others* are process
+    ids.
     """
 
     name: str
@@ -46,7 +44,7 @@ class LaunchConfig(pydantic.BaseModel):
     sources: tuple[str, ...]
     settings: Settings
     supervisor: int
-    front_ends: int | None
+    front_ends: int
     position: int
     num_servers: int
     others: tuple[int, ...]
@@ -201,22 +199,14 @@ def list_devices(settings: Settings) -> list[Process]:
     return processes
 
 
-def list_front_ends(settings: Settings, count: int) -> list[Process]:
-    """List *count* front ends."""
+def list_front_ends(settings: Settings) -> list[Process]:
+    """List the front ends; `auto`, which `run_server` replaces by a number, has none."""
+    count = 0 if settings.front_ends == "auto" else settings.front_ends
     changed: dict[str, object] = {"devices": (), "follow": False}
-    if settings.decoders == "auto":
+    if count and settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
     own = settings.model_copy(update=changed)
     return [Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)]
-
-
-def choose_front_ends(settings: Settings, seconds_per_image: float) -> int:
-    """Return the number of front ends for models that need *seconds_per_image*; 0: one process suffices."""
-    if settings.front_ends != "auto":
-        return settings.front_ends
-    if seconds_per_image >= FEED_SECONDS:
-        return 0
-    return max(MIN_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
 
 
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,10 +1,9 @@
 """Several processes behind one port, restarted when they die: one for each device, and front ends.
 
 A runtime belongs to one process, so several GPUs need several processes. The process of a device serves HTTP
-itself or, if its models are faster than one process can decode and answer, is the engine of front ends, which
-serve HTTP. The supervisor accepts every connection and passes it to the process with the fewest open
-connections. Connections wait while all processes have enough of them on the way; if none is there, they get
-a 503 response at once. SIGHUP reloads the bundles of every device.
+itself or is the engine of front ends, which serve HTTP. The supervisor accepts every connection and passes it
+to the process with the fewest open connections. Connections wait while all processes have enough of them on
+the way; if none is there, they get a 503 response at once. SIGHUP reloads the bundles of every device.
 
 When an engine or a front end starts, the supervisor creates the channels between it and the others. It trusts
 no other process (`devices.control`).
@@ -34,7 +33,6 @@ from sopdeploy_service.devices.control import Message, Status
 from sopdeploy_service.devices.processes import (
     LaunchConfig,
     Process,
-    choose_front_ends,
     list_devices,
     list_front_ends,
 )
@@ -59,7 +57,7 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
-    """Serve the bundles at *sources* with a process for each of the devices of *settings*, and front ends.
+    """Serve the bundles at *sources* with a process for each device, and front ends, both of *settings*.
 
     Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a key file that
     it cannot use, and on other systems than Linux.
@@ -117,14 +115,9 @@ class Supervisor:
     ) -> None:
         self._sources = tuple(str(source) for source in sources)
         self._settings, self._devices, self._listener = settings, devices, listener
-        self._front_ends: list[Process] = []
-        # The number of front ends, known as soon as all devices have told their speed if it depends on this.
-        self._num_front_ends = None if settings.front_ends == "auto" else settings.front_ends
-        if settings.memory_budget is not None:
-            self._num_front_ends = 0
-        self._seconds: dict[Process, float] = {}  # that a device needs for an image
+        self._front_ends = list_front_ends(settings)
         self._stopping = asyncio.Event()
-        self._announced = self._must_reload = False
+        self._announced = False
         self._code = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = CollectorRegistry()  # of this process
@@ -136,7 +129,7 @@ class Supervisor:
     @property
     def _servers(self) -> Sequence[Process]:
         """The processes that serve HTTP."""
-        return self._front_ends or (self._devices if self._num_front_ends == 0 else ())
+        return self._front_ends or self._devices
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code."""
@@ -156,11 +149,11 @@ class Supervisor:
             memory = memoryview(map_memory(os.dup(self._shared)))
             self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
             start_task(self._tasks, self._kill_hanging())
-            async with asyncio.TaskGroup() as self._group:
-                for process in self._devices:
-                    self._group.create_task(self._supervise(process))
-                if self._num_front_ends:
-                    self._start_front_ends(self._num_front_ends)
+            if count := len(self._front_ends):
+                log.info("front ends", extra={"front_ends": count, "engines": len(self._devices)})
+            async with asyncio.TaskGroup() as group:
+                for process in (*self._devices, *self._front_ends):
+                    group.create_task(self._supervise(process))
         return self._code
 
     def _stop(self) -> None:
@@ -188,7 +181,6 @@ class Supervisor:
         if terminal_is_closed():
             self._stop()
             return
-        self._must_reload = self._num_front_ends is None
         for process in self._devices:
             process.send(control.RELOAD)
 
@@ -233,9 +225,9 @@ class Supervisor:
             sources=self._sources,
             settings=process.settings,
             supervisor=os.getpid(),
-            front_ends=self._num_front_ends,
+            front_ends=len(self._front_ends),
             position=process.position,
-            num_servers=self._num_front_ends or len(self._devices),
+            num_servers=len(self._servers),
             others=tuple(ids_of_others),
         )
         ours, theirs = control.socket_pair()
@@ -271,23 +263,6 @@ class Supervisor:
             process.child.kill()
         self._close_control(process)
 
-    def _decide_front_ends(self, seconds_per_image: float) -> None:
-        """Tell all devices, which wait for it, how many front ends there will be, and start these."""
-        count = self._num_front_ends = choose_front_ends(self._settings, seconds_per_image)
-        for device in self._devices:
-            device.send(control.FRONT_ENDS, str(count).encode())
-            if self._must_reload:  # the device has ignored this message while it waited
-                device.send(control.RELOAD)
-        if count:
-            self._start_front_ends(count)
-
-    def _start_front_ends(self, count: int) -> None:
-        """Start *count* front ends, each of which is restarted when it ends."""
-        self._front_ends = list_front_ends(self._settings, count)
-        log.info("front ends", extra={"front_ends": count, "engines": len(self._devices)})
-        for process in self._front_ends:
-            self._group.create_task(self._supervise(process))
-
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*; this ends an engine."""
         if process.control is not None:
@@ -317,11 +292,9 @@ class Supervisor:
 
     def _messages_of(self, process: Process) -> set[bytes]:
         """Return the kinds of messages that *process* may send."""
-        if process.is_front_end:
+        if process in self._servers:
             return {control.STATUS, control.METRICS}
-        if self._num_front_ends == 0:
-            return {control.STATUS, control.METRICS, control.SPEED}
-        return {control.STATUS, control.SPEED, control.NEW_MODELS, control.BAD_FRONT_END}
+        return {control.STATUS, control.NEW_MODELS, control.BAD_FRONT_END}
 
     def _handle(self, process: Process, message: Message) -> None:
         """Handle a *message* that *process* may send; raises `ValueError` if its rest is invalid."""
@@ -330,13 +303,6 @@ class Supervisor:
                 self._handle_status(process, Status.from_bytes(message.rest))
             case control.METRICS:
                 start_task(self._tasks, self._send_page(process))
-            case control.SPEED:
-                seconds = float(message.rest)
-                if not seconds >= 0:
-                    raise ValueError(f"{seconds} seconds per image")
-                self._seconds[process] = seconds
-                if self._num_front_ends is None and len(self._seconds) == len(self._devices):
-                    self._decide_front_ends(max(self._seconds.values()))
             case control.NEW_MODELS:
                 self._connect_front_ends(process)
             case control.BAD_FRONT_END:
@@ -368,7 +334,7 @@ class Supervisor:
             else:
                 self._connect_front_ends(process)
         expected = (*self._devices, *self._front_ends)
-        if not self._announced and self._servers and all(other.is_ready for other in expected):
+        if not self._announced and all(other.is_ready for other in expected):
             self._announced = True
             self._listener.listen(MAX_PENDING)
             with contextlib.suppress(OSError):  # nobody reads it

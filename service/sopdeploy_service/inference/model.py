@@ -1,7 +1,6 @@
 """Models as requests see them, whichever process runs them: their names, their facts, and `run`."""
 
 import asyncio
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,10 +81,6 @@ class LatencyTable:
     def measured(self) -> tuple[tuple[int, float], ...]:
         """Return (images, seconds) of each size, as the constructor takes them."""
         return tuple(self._seconds.items())
-
-    def seconds_per_image(self) -> float:
-        """Estimate the seconds of an image in batches of the best size; infinite before a measurement."""
-        return min((seconds / size for size, seconds in self._seconds.items()), default=math.inf)
 
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""

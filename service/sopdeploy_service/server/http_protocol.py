@@ -216,9 +216,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.transport = self.transport  # not this object, which also refers to the cycle
 
     def data_received(self, data: bytes) -> None:
+        """Parse *data* unless the last request has arrived."""
+        if not self._ignores_input:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         """Parse *data*; reject a bad request, else note what is due: headers or a body."""
-        if self._ignores_input:
-            return
         self._read_bytes = len(data)
         self._overhead_bytes += len(data) + CALLBACK_BYTES
         try:
@@ -270,7 +273,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._ignores_input = True
 
     def _refuse(self, reason: HttpError) -> NoReturn:
-        """Stop the parser, which calls back for nothing more, and let `data_received` reject the request."""
+        """Stop the parser, which calls back for nothing more, and let `_parse` reject the request."""
         self._error = reason
         raise RejectedError(reason)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.environment import usable_cores
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_bundle, wait_in_time
@@ -21,6 +22,8 @@ from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a supervisor does not import it
     from sopdeploy_service.inference.service import ModelRegistry
+
+MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -36,10 +39,11 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     # Read before the bundles: a link that moves while they are loaded then counts as moved. With several
     # devices, this only checks that there are links; each process reads them on its own.
     links = find_links(sources, settings)
-    if settings.devices or may_need_front_ends(settings):
+    front_ends = choose_front_ends(settings)
+    if settings.devices or front_ends:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
-        return run_supervisor(sources, settings)
+        return run_supervisor(sources, settings.model_copy(update={"front_ends": front_ends}))
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         registry = load_registry(sources, settings)
         from sopdeploy_service.app import create_app  # noqa: PLC0415
@@ -58,13 +62,15 @@ def configured_process(settings: Settings) -> Iterator[None]:
         yield
 
 
-def may_need_front_ends(settings: Settings) -> bool:
-    """Tell whether a server with *settings* may need front ends, which only the speed of its models shows."""
+def choose_front_ends(settings: Settings) -> int:
+    """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
     if settings.memory_budget is not None:
-        return False
+        return 0
     if settings.front_ends != "auto":
-        return settings.front_ends > 0
-    return bool(settings.runtime_needs_gpu()) or (settings.runtime == "auto" and may_use_gpu(settings))
+        return settings.front_ends
+    if "cpu" in settings.devices or not may_use_gpu(settings):
+        return 0
+    return max(MIN_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
 
 
 def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, Path]:

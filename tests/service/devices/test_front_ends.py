@@ -6,12 +6,12 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sopdeploy_service.devices.processes import choose_front_ends
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
-from sopdeploy_service.server.process import may_need_front_ends
+from sopdeploy_service.server.process import choose_front_ends
 from sopdeploy_service.settings import Settings
 from tests.service.devices import gated_device
 from tests.support.children import (
@@ -161,27 +161,27 @@ def test_no_process_survives_the_supervisor(bundle_path, jpeg) -> None:
         wait_for(lambda: not any(map(is_alive, processes)))
 
 
-SPEEDS = {  # cores, seconds of an image -> front ends
-    "a fast model": (16, 0.00008, 4),
-    "few cores": (4, 0.00008, 2),
-    "many cores": (64, 0.00008, 16),
-    "a model that one process feeds": (16, 0.002, 0),
-    "a CPU": (16, float("inf"), 0),
+NUMBERS: dict[
+    str, tuple[dict[str, Any], int, bool, int]
+] = {  # settings, cores, whether a GPU can be used -> front ends
+    "a GPU": ({}, 16, True, 4),
+    "few cores": ({}, 4, True, 2),
+    "many cores": ({}, 64, True, 16),
+    "a CPU": ({}, 16, False, 0),
+    "a runtime of a CPU beside a GPU": ({"runtime": "onnxruntime-cpu"}, 16, True, 0),
+    "a device that is a CPU": ({"devices": ("0", "cpu")}, 16, True, 0),
+    "a number": ({"front_ends": 3}, 16, False, 3),
+    "one process": ({"front_ends": 0}, 16, True, 0),
+    "models that are loaded at their first use": ({"memory_budget": 70_000_000}, 16, True, 0),
 }
 
 
-@pytest.mark.parametrize("name", SPEEDS)
-def test_the_number_of_front_ends_follows_the_cores_unless_one_process_suffices(monkeypatch, name) -> None:
-    cores, seconds, expected = SPEEDS[name]
-    monkeypatch.setattr("sopdeploy_service.devices.processes.usable_cores", lambda: cores)
-    assert choose_front_ends(Settings(), seconds) == expected
-    assert choose_front_ends(Settings(front_ends=3), seconds) == 3
-
-
-def test_models_that_are_loaded_at_their_first_use_need_no_front_ends(monkeypatch) -> None:
-    monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: True)
-    assert may_need_front_ends(Settings())
-    assert not may_need_front_ends(Settings(memory_budget=70_000_000))
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_number_of_front_ends_follows_the_cores_if_a_gpu_is_used(monkeypatch, name) -> None:
+    settings, cores, has_gpu, expected = NUMBERS[name]
+    monkeypatch.setattr("sopdeploy_service.server.process.usable_cores", lambda: cores)
+    monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: has_gpu)
+    assert choose_front_ends(Settings(**settings)) == expected
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

@@ -23,7 +23,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, processes, supervisor, template
 from sopdeploy_service.devices.control import Status
-from sopdeploy_service.devices.device_server import DeviceServer, wait_for_message
+from sopdeploy_service.devices.device_server import DeviceServer
 from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
@@ -242,27 +242,6 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
         assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "")
-
-
-@pytest.mark.parametrize("number_is_known", [False, True])
-def test_a_reload_reaches_devices_that_wait_for_the_number_of_front_ends(number_is_known) -> None:
-    settings = load_settings(front_ends=0 if number_is_known else "auto")
-    processes = [Process(name, {}, settings, "cpu", number) for number, name in enumerate(("fast", "slow"))]
-    with socket.socket() as listener, ExitStack() as stack:
-        server = supervisor.Supervisor([], settings, processes, listener)
-        children = []
-        for process in processes:
-            pair = control.socket_pair()
-            ours, theirs = map(stack.enter_context, pair)
-            process.reset(ours)
-            children.append(theirs)
-        server._on_hangup()
-        if not number_is_known:
-            for process, child in zip(processes, children, strict=True):
-                assert control.send_message(child, control.SPEED, b"inf")
-                server._receive(process)
-            assert [wait_for_message(child, control.FRONT_ENDS) for child in children] == [("0", [])] * 2
-        assert [control.receive_message(child) for child in children] == [(control.RELOAD, b"", [])] * 2
 
 
 def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:

@@ -86,7 +86,7 @@ def recipe(*settings: str) -> Recipe:
 
 @pytest.mark.parametrize(
     ("settings", "every", "verdict", "model"),
-    [(KEPT, 2, "better", "head:resnet8"), (UNDECIDED, 7, None, "head:resnet8"), (HARMED, 7, "worse", "")],
+    [(KEPT, 2, "better", "head:resnet8"), (UNDECIDED, 14, None, "head:resnet8"), (HARMED, 14, "worse", "")],
     ids=["better", "the same", "worse"],
 )
 def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
@@ -196,15 +196,15 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
 @pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str]) -> None:
     settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
-    with few_digits(7):
-        whole = train_with_page(settings, tmp_path / "whole")
+    with few_digits(14):
+        whole = train_recipe(settings, tmp_path / "whole")
         for event in (("step", 0, 3), ("epoch", 0, 0)):
             folder = tmp_path / event[0]
             interrupt(settings, folder, *event)
             best = read_checkpoint(folder / "best.pt")
             assert (best.model, best.training["procedure"]["kind"]) == ("head:resnet8", "few_shot")
             parts = train_with_page(settings, folder, resume=True)
-            again = train_with_page(settings, folder, resume=True)  # of the finished run
+            again = train_recipe(settings, folder, resume=True)  # of the finished run
             for path in ("last.pt", "best.pt"):
                 first, second = (read_checkpoint(run / path) for run in (tmp_path / "whole", folder))
                 assert same_bits(first.weights, second.weights)
@@ -225,7 +225,7 @@ def test_a_signal_after_the_cross_validation_stops_the_run(
 
     original = few_shot._evaluate
     monkeypatch.setattr(few_shot, "_evaluate", evaluate)
-    with few_digits(7), pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"):
+    with few_digits(14), pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"):
         train_recipe(recipe(*UNDECIDED, f"procedure.kind={kind}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -234,7 +234,7 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tuning, "is_better", True)  # whatever the figures are
-    with few_digits(7):
+    with few_digits(14):
         result = train_with_page(recipe(*FINE_TUNE, *BRANCHES, "epochs=1"), tmp_path / "run")
     assert result.model == "head:dsop-resnet8"
     assert "train_layer1_0" in (tmp_path / "run" / "history.csv").read_text()
@@ -252,7 +252,7 @@ def test_class_means_are_those_of_the_network_that_is_kept(
 
     monkeypatch.setattr("sopdeploy.training.fine_tune.weights_in_means", weights_of)
     monkeypatch.setattr(Tuning, "is_better", True)
-    with few_digits(7):
+    with few_digits(14):
         result = train_with_page(recipe(*FINE_TUNE, *PLAIN, "epochs=1"), tmp_path / "run")
         images = open_digits().train
     best = read_checkpoint(result.best)

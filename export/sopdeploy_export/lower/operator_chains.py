@@ -1,0 +1,282 @@
+"""The operators of a program, and pairs of them, recorded with their arguments while the program runs."""
+
+import hashlib
+import sys
+from collections.abc import Sequence, Set
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sopdeploy_export.program_hashes import module_of
+
+ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
+# Elementwise operators and these have one ONNX form for all sizes from `LARGE`.
+SIZELESS = ("aten::convolution", "aten::conv2d", "aten::_native_batch_norm_legit_no_training", "aten::pad")
+LARGE = 4
+PRODUCTS = ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+ENOUGH = 64  # elements along an axis, on which a product of matrices or an elementwise operator is compared
+CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
+
+
+class _Range(NamedTuple):
+    """Whether an operand depends on the images, or else is a weight; can be infinite; can be NaN."""
+
+    is_varying: bool
+    is_unbounded: bool
+    is_undefined: bool
+
+
+class Operator(NamedTuple):
+    """One operator of a program: its arguments, and the part of the network that it is in.
+
+    `used` has the positions of the results that something reads, `ranges` an item for each of the `operands`.
+    """
+
+    target: OpOverload
+    arguments: tuple[Any, dict[str, Any]]
+    used: tuple[int, ...]
+    part: str
+    ranges: tuple[_Range, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the operator without its overload."""
+        return str(self.target).replace(".", "::", 1).partition(".")[0]
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether an element of the result depends on one element of each operand only."""
+        return torch.Tag.pointwise in self.target.tags or self.name in CASTS
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+    def describe(self) -> str:
+        """Describe the operator; those with equal descriptions are compared once."""
+        # All sizes above the limit count as the limit.
+        limit = LARGE if self.is_elementwise or self.name in SIZELESS else sys.maxsize
+        described = tree_map_only(
+            Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), self.arguments
+        )
+        if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
+            described = tree_map_only(int, lambda number: min(number, limit), described)
+        return f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
+
+    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the used results for other *operands*, in the order of the property `operands`."""
+        remaining = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
+        results = self.target(*args, **kwargs)
+        return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
+
+
+class Chain(NamedTuple):
+    """What is compared: one operator, or two of which the first one's result is the second one's operand.
+
+    `reads_first_at` has the positions of this operand among those of the second operator, which can read it
+    twice.
+    """
+
+    operators: tuple[Operator, ...]
+    reads_first_at: frozenset[int] = frozenset()
+
+    @property
+    def last(self) -> Operator:
+        """The operator whose results are compared."""
+        return self.operators[-1]
+
+    @property
+    def inputs(self) -> list[tuple[Tensor, _Range]]:
+        """The operands that are not the first operator's result, each with its range."""
+        first, *second = self.operators
+        inputs = [*zip(first.operands, first.ranges, strict=True)]
+        for operator in second:  # if there is one
+            pairs = zip(operator.operands, operator.ranges, strict=True)
+            inputs += [pair for i, pair in enumerate(pairs) if i not in self.reads_first_at]
+        return inputs
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors of `inputs`."""
+        return [operand for operand, _ in self.inputs]
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the largest operand."""
+        return max(operand.numel() for operand in self.operands)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether an element of the result depends on one element of each operand only."""
+        return all(operator.is_elementwise for operator in self.operators)
+
+    @property
+    def can_be_unbounded(self) -> bool:
+        """Whether an operand can be infinite or NaN."""
+        return any(can_be.is_unbounded for _, can_be in self.inputs)
+
+    def is_one_of(self, names: Sequence[str]) -> bool:
+        """Return whether an operator has one of *names*."""
+        return any(operator.name in names for operator in self.operators)
+
+    def describe(self) -> str:
+        """Hash the description of the operators; chains with equal descriptions are compared once."""
+        described = (operator.describe() for operator in self.operators)
+        text = f" -> {sorted(self.reads_first_at)} ".join(described)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def cropped(self) -> "Chain":
+        """Return the chain with a part of large operands, unless an operator needs whole operands."""
+        operators = []
+        for operator in self.operators:
+            if not operator.is_elementwise and operator.name not in PRODUCTS:
+                return self
+            arguments = tree_map_only(Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments)
+            operators.append(operator._replace(arguments=arguments))
+        return self._replace(operators=tuple(operators))
+
+    def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Compute the used results of each operator for other *operands*, in the order of `operands`."""
+        remaining = iter(operands)
+        first, *second = self.operators
+        results = [first.run([next(remaining) for _ in first.operands])]
+        for operator in second:  # if there is one
+            positions = range(len(operator.operands))
+            read = [results[0][0] if i in self.reads_first_at else next(remaining) for i in positions]
+            results.append(operator.run(read))
+        return results
+
+
+class _Bounds(fx.Interpreter):
+    """Runs a program and collects the values that can be infinite or NaN, in `unbounded`; NaN in `undefined`.
+
+    The result of every layer with weights is replaced by *values* in turn. If they are equal, a division by a
+    sum, a norm or a deviation gives NaN, unless a constant is added to it.
+    """
+
+    def __init__(self, program: fx.GraphModule, values: Sequence[float]) -> None:
+        super().__init__(program)
+        self.unbounded: set[str] = set()  # names of nodes, as the next one
+        self.undefined: set[str] = set()
+        self._values = torch.tensor(values)
+        self._after_images = _nodes_after_images(self.graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and replace its result if it is that of a layer with weights.
+
+        The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it is NaN.
+        """
+        result = super().run_node(n)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+                extremes = torch.stack(leaf.aminmax())  # both are NaN if any element is
+                if not extremes.isfinite().all():
+                    self.unbounded.add(n.name)
+                if extremes.isnan().any():
+                    self.undefined.add(n.name)
+        operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
+        # It reads the images, and a tensor that does not depend on them.
+        has_weights = n in self._after_images and not self._after_images.issuperset(operands)
+        return tree_map_only(Tensor, self._filled_like, result) if has_weights else result
+
+    def _filled_like(self, result: Tensor) -> Tensor:
+        """Return a copy of a floating-point *result* with the values in turn; another one as it is."""
+        if not result.is_floating_point():
+            return result
+        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
+        return torch.empty_like(result).copy_(content.reshape(result.shape))
+
+
+def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes of *graph* that depend on the images, its only placeholders."""
+    after_images: set[fx.Node] = set()
+    for node in graph.nodes:  # in topological order
+        if node.op == "placeholder" or not after_images.isdisjoint(node.all_input_nodes):
+            after_images.add(node)
+    return after_images
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program and records its operators, and pairs of them, in `chains` by their descriptions.
+
+    *bounds* has the nodes whose values can be infinite or NaN; *compared*, descriptions, are left out.
+    """
+
+    def __init__(self, program: fx.GraphModule, bounds: Sequence[_Bounds], compared: Set[str]) -> None:
+        super().__init__(program)
+        self._unbounded = {name for each in bounds for name in each.unbounded}
+        self._undefined = {name for each in bounds for name in each.undefined}
+        self._compared = compared
+        self.chains: dict[str, Chain] = {}
+        self._by_node: dict[fx.Node, Operator] = {}
+        self._after_images = _nodes_after_images(self.graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; record its operator, and its pairs with the operators of its operands."""
+        arguments: Any = self.fetch_args_kwargs_from_env(n)
+        results = super().run_node(n)
+        nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
+        operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
+        ranges = []
+        for node in operands:
+            is_varying = node in self._after_images
+            can_be_unbounded = is_varying and node.name in self._unbounded
+            ranges.append(_Range(is_varying, can_be_unbounded, is_varying and node.name in self._undefined))
+        operator = _as_operator(n, arguments, results, tuple(ranges))
+        if operator is None:
+            return results
+        self._record(Chain((operator,)))
+        if isinstance(results, Tensor):
+            self._by_node[n] = operator
+        for node in dict.fromkeys(operands):
+            if node in self._by_node:
+                positions = frozenset(i for i, operand in enumerate(operands) if operand is node)
+                self._record(Chain((self._by_node[node], operator), positions))
+        return results
+
+    def _record(self, chain: Chain) -> None:
+        """Record *chain* with small operands, unless one with its description is smaller or was compared."""
+        chain = chain.cropped()
+        description = chain.describe()
+        known = self.chains.get(description)
+        if description not in self._compared and (known is None or chain.size < known.size):
+            self.chains[description] = chain
+
+
+def _as_operator(
+    node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any, ranges: tuple[_Range, ...]
+) -> Operator | None:
+    """Return the operator of *node*; None if it has no operands or no results that can be compared."""
+    is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
+    has_tensors = isinstance(results, Tensor | list | tuple)
+    if not (is_aten and has_tensors and node.users):
+        return None
+    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+    if any(leaf.is_complex() for leaf in leaves):
+        return None
+    # Of several results, the users are `getitem` nodes, whose second argument is the position.
+    positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
+    target = cast(OpOverload, node.target)
+    operator = Operator(target, arguments, tuple(sorted(positions)), module_of(node), ranges)
+    return operator if operator.operands else None
+
+
+def record_chains(module: fx.GraphModule, pixels: Tensor, compared: Set[str]) -> dict[str, Chain]:
+    """Run *module* on *pixels* (B, H, W, 3), and return its chains by descriptions, without those *compared*.
+
+    A pair comes after its two operators.
+    """
+    # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
+    bounds = [_Bounds(module, values) for values in (ORDINARY, (0.0,), (1.0,))]
+    for each in bounds:
+        with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
+            each.run(pixels)
+    recorder = _Recorder(module, bounds, compared)
+    recorder.run(pixels)
+    return recorder.chains
