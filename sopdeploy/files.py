@@ -83,7 +83,10 @@ def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed."""
+    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
+
+    What killed processes left in *parent* is removed first. Raises `OSError`.
+    """
     remove_leftovers(parent)
     outer, lock = _create_locked_folder(parent)
     try:
@@ -330,7 +333,10 @@ def _magic_of_importers() -> tuple[bytes, ...]:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch."""
+    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
+
+    `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
+    """
     check_is_file(path)
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")

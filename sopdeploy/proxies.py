@@ -64,7 +64,8 @@ def describe_route(url: str, proxy: Proxy | None) -> str:
 def store_options(url: str) -> dict[str, Any]:
     """Return the arguments with which fsspec requests *url* through the proxy of `find_proxy`.
 
-    The clients of other stores read the variables themselves; that of S3 is told about this machine.
+    The clients of other stores read the variables themselves; that of S3 is told about a server on this
+    machine. Raises `ConfigError` for a proxy that cannot be used.
     """
     scheme = url.partition("://")[0]
     if scheme == "hf":

@@ -156,7 +156,10 @@ def import_weights(
 
 
 def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
-    """Read the weight file or the checkpoint *file*, whose format is detected."""
+    """Read the weight file or the checkpoint *file*, whose format is detected.
+
+    Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
+    """
     path = file.path
     if not file.first.startswith(TORCH_MAGIC):
         for importer in _registered_importers():

@@ -95,7 +95,11 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and reserve it for this process; without `begin`, nothing of it remains."""
+        """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
+
+        Raises `ConfigError` if another process uses it. Without locks, two runs at once write the same rows
+        twice, so a line warns of it.
+        """
         with ExitStack() as created:
             with writing(self.path):
                 created.enter_context(new_folder(self.path))  # removes what this run created and left empty

@@ -276,9 +276,12 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
 
 def read_preprocess(text: str | None) -> Preprocess:
-    """Read the preprocessing rules that *text* names; after `scaled:`, with this decoding.
+    """Read the preprocessing rules that *text* names.
 
     It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`, `torchvision:WEIGHTS`, or a file.
+    After `scaled:`, the decoding of these rules becomes "scaled".
+
+    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")

@@ -119,7 +119,10 @@ class LoopState:
         return [buffer for buffer in self.trained().buffers() if buffer.is_floating_point()]
 
     def read_steps(self) -> list[float]:
-        """Add the unread steps to the position and return their losses, in one wait for the device."""
+        """Add the unread steps to the position and return their losses, in one wait for the device.
+
+        Raises `TrainingError` if a value of a step is not finite.
+        """
         steps, position = self.unread, self.position
         if not steps:
             return []

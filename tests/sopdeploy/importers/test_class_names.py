@@ -9,18 +9,45 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.importers.class_names import read_class_names
 
 NAMES = ("cat", "dog", "bird")
+CONFIG = {
+    "architectures": ["X"],
+    "id2label": {"0": "cat", "1": "dog", "2": "bird"},
+    "label2id": {"bird": 2, "cat": 0, "dog": 1},
+}
 UNDERSTOOD: dict[str, tuple[str, str]] = {
     "lines": ("a.txt", "cat\ndog\n\nbird"),
     "lines of Windows": ("a.txt", "cat\r\ndog\r\nbird\r\n"),
     "lines of an old Macintosh": ("a.txt", "cat\rdog\rbird\r"),
     "a mark of the byte order": ("a.txt", "\ufeffcat\ndog\nbird"),
+    "numbers of Teachable Machine": ("a.txt", "0 cat\n1 dog\n2 bird\n"),
+    "numbers from 1": ("a.txt", "1. cat\n2. dog\n3. bird\n"),
+    "numbers with colons": ("a.txt", "0: cat\n1: dog\n2: bird\n"),
+    "numbers in brackets": ("a.txt", "1) cat\n2) dog\n3) bird\n"),
+    "numbers behind the names": ("a.txt", "cat 0\ndog 1\nbird 2\n"),
+    "a table with numbers": ("a.csv", "0,cat\n1,dog\n2,bird\n"),
+    "a table with a heading": ("a.csv", "index;name\n0;cat\n1;dog\n2;bird\n"),
+    "a table with numbers at the end": ("a.tsv", "cat\t0\ndog\t1\nbird\t2\n"),
+    "quotes": ("a.txt", '"cat"\n"dog"\n"bird"\n'),
+    "quotes and commas": ("a.txt", "'cat',\n'dog',\n'bird'\n"),
+    "commas": ("a.txt", "cat,\ndog,\nbird,\n"),
+    "bullets": ("a.md", "- cat\n- dog\n- bird\n"),
+    "bullets and numbers": ("a.md", "* 0 cat\n* 1 dog\n* 2 bird\n"),
     "JSON": ("a.json", '["cat", "dog", "bird"]'),
     "JSON in a text file": ("a.txt", '[\n"cat",\n"dog",\n"bird"\n]'),
+    "lines of JSON": ("a.jsonl", '"cat"\n"dog"\n"bird"\n'),
+    "numbers as keys, in another order": ("a.json", '{"2": "bird", "0": "cat", "1": "dog"}'),
+    "class_to_idx": ("a.json", '{"bird": 2, "cat": 0, "dog": 1}'),
+    "config.json of a network": ("config.json", json.dumps(CONFIG)),
+    "metadata.json of Teachable Machine": ("a.json", json.dumps({"imageSize": 224, "labels": NAMES})),
+    "a Python dictionary": ("a.txt", "{2: 'bird',\n 0: 'cat',\n 1: 'dog'}"),
+    "a Python list": ("a.txt", "['cat', 'dog', 'bird']"),
+    "data.yaml": ("data.yaml", "nc: 3\nnames: [cat, dog, bird]\n"),
+    "data.yaml with numbers": ("data.yml", "names:\n  0: cat\n  1: dog\n  2: bird\n"),
 }
 
 
 @pytest.mark.parametrize("case", UNDERSTOOD)
-def test_a_list_and_lines_are_understood(case: str, tmp_path: Path) -> None:
+def test_names_that_tools_write_are_understood(case: str, tmp_path: Path) -> None:
     name, text = UNDERSTOOD[case]
     (tmp_path / name).write_bytes(text.encode())
     assert read_class_names(tmp_path / name) == NAMES
@@ -47,16 +74,14 @@ def test_a_number_or_a_mark_that_belongs_to_a_name_stays(case: str, tmp_path: Pa
 REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "nothing": ("a.txt", b"\n \n", "holds no name"),
     "another encoding": ("a.txt", "m\xf6we".encode("latin-1"), "is not in UTF-8; save it in this encoding"),
-    "numbers of Teachable Machine": ("a.txt", b"0 cat\n1 dog\n2 bird\n", "3 of 3 lines begin with a number"),
-    "numbers behind the names": ("a.txt", b"cat 0\ndog 1\nbird 2\n", "3 of 3 lines end with a number"),
-    "a table with a heading": ("a.csv", b"index;name\n0;cat\n1;dog\n", "2 of 3 lines begin with a number"),
-    "numbers in another order": ("a.txt", b"1 cat\n10 dog\n2 bird", "3 of 3 lines begin with a number"),
-    "lines in another order": ("a.csv", b"cat,1\ndog,0", "2 of 2 lines end with a number"),
-    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "2 of 2 lines begin with a number"),
+    "numbers in another order": ("a.txt", b"1 cat\n10 dog\n2 bird", "each line begins with a number"),
+    "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "each line begins with a number"),
+    "lines in another order": ("a.csv", b"cat,1\ndog,0", "each line ends with a number"),
+    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "each line begins with a number"),
     "a name without a number": ("a.txt", b"0 cat\n1 dog\nbird", "2 of 3 lines begin with a number"),
     "a heading without columns": ("a.txt", b"names:\n 0: cat\n 1: dog", "2 of 3 lines begin with a number"),
     "ids of WordNet": ("a.txt", b"n01440764 tench\nn01443537 goldfish", "an id such as n01440764; leave"),
-    "more columns": ("a.csv", b"0,cat,pet\n1,dog,pet", "2 of 2 lines begin with a number"),
+    "more columns": ("a.csv", b"0,cat,pet\n1,dog,pet", "each line begins with a number|a table of 3 columns"),
     "columns without numbers": ("a.csv", b"cat,pet\ndog,pet", "a table of 2 columns"),
     "one line": ("a.csv", b"cat, dog, bird", "all names stand in one line"),
     "a comment": ("a.txt", b"# classes\ncat\ndog", "name 1 may be a comment: '# classes'"),
@@ -64,12 +89,20 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "some quotes": ("a.txt", b"'cat'\ndog", "name 1 begins with a quote"),
     "a key": ("a.txt", b"nc: 3\nnames: [cat, dog]", "name 1 has a key"),
     "a label map of TensorFlow": ("a.pbtxt", b"item {\n id: 1\n name: 'cat'\n}", "name 1 has a bracket"),
-    "a Python list": ("a.txt", b"['cat', 'dog']", "not JSON"),
-    "quotes": ("a.txt", b"'cat'\n'dog'", "name 1 begins with a quote"),
-    "bullets": ("a.md", b"- cat\n- dog", "name 1 begins with a bullet"),
-    "commas": ("a.txt", b"cat,\ndog,", "name 1 ends with a comma"),
+    "a bracket that is not closed": ("a.txt", b"['cat',\n'dog'", "neither JSON nor another list"),
+    "code": ("a.txt", b"[__import__('os').getcwd()]", "neither JSON nor another list"),
+    "an object of YAML": ("a.yaml", b"names: !!python/object/apply:os.getcwd []", "neither JSON nor another"),
     "JSON that is cut off": ("a.json", b'["cat", "dog', "not JSON"),
-    "a dictionary": ("a.json", b'{"0": "cat", "1": "dog"}', "no list of names such as"),
+    "numbers of a dictionary from 1": (
+        "a.json",
+        b'{"1": "cat", "2": "dog"}',
+        "its numbers are 1 to 2, not 0 to 1",
+    ),
+    "two lists": (
+        "a.json",
+        b'{"names": ["a"], "x": {"classes": ["b"]}}',
+        r"several lists of names \(names, x\.cla",
+    ),
     "two texts for a class": ("a.json", b'{"0": ["n01440764", "tench"]}', "no list of names such as"),
     "a name twice": ("a.txt", b"crane\ncat\ncrane", "class 'crane': its name occurs twice; correct the file"),
     "an empty name": ("a.json", b'["cat", "", "dog"]', "its name is empty"),
