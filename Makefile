@@ -13,6 +13,7 @@ STAMP := $(VENV)/.installed$(if $(NEWEST),-$(shell date +%F))
 CUDA := $(VENV)/cuda
 # Empty where the CUDA provider of ONNX Runtime does not exist.
 CUDA_STAND_IN := $(if $(and $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell command -v gcc)),cuda-stand-in)
+SOAK ?= --seconds 300
 TARGET ?= cpu
 WHEELS ?=
 CARRY ?= build/gpu
@@ -63,7 +64,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
-	pictures site gpu-bundles gpu-wheels gpu-check dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
+	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on photographs and on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -158,6 +159,9 @@ gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then
 	test -f $(CARRY)/load.py || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
 	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS); parts=$$?; \
 		$(GPU_VENV)/bin/python -m pytest -q tests/gpu && exit $$parts
+
+soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
+	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 # From an archive: an sdist of the checkout would have its photographs and keys, too.
 dist: $(STAMP)  ## sdist and wheel of the commit in dist/, reproducible

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +50,9 @@ STYLE: Any = {
 
 def photograph_pages(work: Path, folder: Path) -> None:
     """Train and export in *work* as the README does, and photograph to *folder* each page that is made."""
-    run = sopdeploy.train(data=PHOTOS / "clothing", out=work / "run", progress=False)
-    exported = sopdeploy.export(run.best, work / "bundles", detach=True)
+    with chdir(work):  # pages show the paths as they are given
+        run = sopdeploy.train(data=PHOTOS / "clothing", progress=False)
+        exported = sopdeploy.export(run.best, detach=True)
     with (
         sync_playwright() as playwright,
         playwright.chromium.launch(
@@ -59,14 +60,14 @@ def photograph_pages(work: Path, folder: Path) -> None:
         ) as browser,
     ):
         page = browser.new_page(viewport={"width": WIDTH, "height": 900})
-        with printed_address("serve", str(exported.path), "--port", "0") as url:
+        with printed_address("serve", str(work / exported.path), "--port", "0") as url:
             for _ in range(2):  # the first request also opens the connection and fills caches
                 page.goto(url)
                 page.set_input_files("#file", SHOWN)
                 page.wait_for_selector("#answer[aria-busy=false] #classes li")
             photograph(page, folder / "prediction.png", "main > .panel:not(.snippets, .proof, .card)")
         for name, path in {"report": run.out / "report.html", "export": exported.page}.items():
-            page.goto(f"file://{path}")
+            page.goto((work / path).as_uri())
             photograph(page, folder / f"{name}.png", "header, section:nth-of-type(-n+2)")
         photos, heap = sort_some(work)
         with printed_address("label", str(heap), "--photos", str(photos), "--port", "0") as url:
@@ -100,8 +101,10 @@ def printed_address(*arguments: str) -> Iterator[str]:
     command = [sys.executable, "-m", "sopdeploy", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         lines = (line.split() for line in server.stdout or ())
-        yield next(words[1] for words in lines if words[1:] and words[1].startswith("http"))
-        server.terminate()
+        try:
+            yield next(words[1] for words in lines if words[1:] and words[1].startswith("http"))
+        finally:
+            server.terminate()
 
 
 def photograph(page: Any, path: Path, selector: str) -> None:

@@ -92,10 +92,10 @@ def other_photos() -> Measured:
     claims = [
         "right on {accuracy_least:.1f} % ({accuracy_least_set}) to {accuracy_most:.1f} % "
         "({accuracy_most_set}) of new photos, {accuracy:.1f} % on average",
-        "gains {over_averages_least:.1f} to {over_averages_most:.1f} points over a logistic regression on "
-        "the averages that networks end with (mean {over_averages:.1f}, standard deviation "
-        "{over_averages_sd:.1f}), {over_same_least:.1f} to {over_same_most:.1f} over one on its own "
-        "features (mean {over_same:.1f}, {over_same_sd:.1f})",
+        "gains {over_averages:.1f} points (standard deviation {over_averages_sd:.1f}, "
+        "{over_averages_least:.1f} to {over_averages_most:.1f}) over a logistic regression on the averages "
+        "that networks end with, and {over_same:.1f} ({over_same_sd:.1f}, {over_same_least:.1f} to "
+        "{over_same_most:.1f}) over one on its own features",
         "rejects {unknown_rejected:.1f} % of photos of other things, at worst {worst:.1f} % ({worst_set}) "
         "and {second:.1f} % ({second_set}) of those of other kinds, and only {new_class_rejected:.1f} % of "
         "a new class",

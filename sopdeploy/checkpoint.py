@@ -85,11 +85,9 @@ class Checkpoint:
     """A trained network and everything needed to use it.
 
     Attributes:
-        model: catalog name of the network.
         config: keyword arguments of `create_model`.
         weights: state dict of the training network; the averaged weights if EMA was enabled.
         labels: class names in output order.
-        preprocess: image preprocessing.
         training: a `TrainingRecord`; a file can contain anything.
         resume: what `training.checkpoints` adds to `last.pt`; `None` if training cannot be resumed from it.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
@@ -171,7 +169,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
-    """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*."""
+    """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
+
+    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint or is invalid.
+    """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
@@ -308,7 +309,10 @@ def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mappi
 def without_wrappers(
     path: Path, tensors: Mapping[str, Tensor], wrappers: Container[str] = WRAPPERS
 ) -> dict[str, Tensor]:
-    """Leave *wrappers* out of the names of *tensors*, as in features.module.0.weight."""
+    """Leave *wrappers* out of the names of *tensors*, as in module.conv1.weight or features.module.0.weight.
+
+    Raises `WeightsError` if two names become one.
+    """
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = ".".join(part for part in name.split(".") if part not in wrappers)
@@ -330,7 +334,10 @@ def find_labels(content: Any) -> tuple[str, ...] | None:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that *tensors* are dense, real and not too large in total: strides of 0 can declare any shape."""
+    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
+
+    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any shape.
+    """
     total = 0
     for name, tensor in tensors.items():
         if not _is_dense(tensor) or tensor.is_complex():

@@ -15,11 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sopdeploy.class_names import ADVICE as NAMES_ADVICE
-from sopdeploy.class_names import parse_class_names
-from sopdeploy.errors import CheckpointError, ConfigError, StorageError, WeightsError
+from sopdeploy.errors import CheckpointError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
-from sopdeploy.names import label_problem
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
@@ -29,7 +26,6 @@ MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
-MAX_PATH_STEPS = 1_000  # folders and links of a path
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
@@ -87,7 +83,10 @@ def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed."""
+    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
+
+    What killed processes left in *parent* is removed first. Raises `OSError`.
+    """
     remove_leftovers(parent)
     outer, lock = _create_locked_folder(parent)
     try:
@@ -200,40 +199,21 @@ def link_latest(target: Path) -> None:
     if target.name == LATEST or is_no_link:
         return
     try:
-        move_link(link, target.name)
+        move_link(link, target_of(link, target))
     except OSError as error:
         log.warning("%s: this link cannot be made (%s); use %s", link, os_reason(error), target)
 
 
 def move_link(link: Path, target: str) -> None:
-    """Make *link* a link to *target*, in one step; raises `OSError`, also if it would lead to itself."""
-    if leads_through(link.parent / target, link):
-        raise OSError(errno.ELOOP, "the link would lead to itself", str(link))
+    """Make *link* a link to *target*, in one step; raises `OSError`."""
     with temporary_folder(link.parent) as folder:
         (folder / link.name).symlink_to(target)
         (folder / link.name).replace(link)
 
 
-def leads_through(path: Path, link: Path) -> bool:
-    """Tell whether *path* leads through *link*, which need not exist, or through too many links."""
-    real_link = Path(os.path.realpath(link.parent), link.name)
-    current = Path("/")
-    names = list(reversed(Path.cwd().joinpath(path).parts[1:]))  # from *current* on, the next one last
-    for _ in range(MAX_PATH_STEPS):
-        if not names:
-            return False
-        name = names.pop()
-        if name == "..":
-            current = current.parent
-            continue
-        current /= name
-        if current == real_link:
-            return True
-        if current.is_symlink():
-            target = current.readlink()
-            current = Path("/") if target.is_absolute() else current.parent
-            names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
-    return True
+def target_of(link: Path, path: Path) -> str:
+    """Return where *link* must lead to reach *path*: through no other link, so never to itself."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(link.parent))
 
 
 def sha256(path: Path) -> str:
@@ -353,7 +333,10 @@ def _magic_of_importers() -> tuple[bytes, ...]:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch."""
+    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
+
+    `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
+    """
     check_is_file(path)
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")
@@ -367,19 +350,3 @@ def check_is_checkpoint(path: Path) -> None:
     if not is_checkpoint:
         problem = describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
         raise CheckpointError(f"{path}: {problem}")
-
-
-def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read class names from *file* by `class_names`; raises `ConfigError` if they are not certain."""
-    try:
-        found = parse_class_names(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        message = f"{file} cannot be read ({reason}); {NAMES_ADVICE}"
-        raise ConfigError(message, setting="labels") from error
-    names = tuple(name.strip() for name in found)
-    if problem := label_problem(names):
-        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
-    return names

@@ -44,7 +44,10 @@ class StoredKind:
             self.order = state[1]
 
     def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
-        """Read an array from its bytes *raw*; None if it does not contain numbers."""
+        """Read an array from its bytes *raw*; None if it does not contain numbers.
+
+        Raises `ValueError` if it needs more or fewer bytes.
+        """
         if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
             return None
         dtype = np.dtype(self.order + self.text)

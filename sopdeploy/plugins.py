@@ -71,7 +71,10 @@ class PluginRegistry(Generic[_Item]):
         self.registered[name] = Registered(item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:
-        """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`."""
+        """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
+
+        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in use.
+        """
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:
             raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
@@ -82,7 +85,10 @@ class PluginRegistry(Generic[_Item]):
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
-        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None."""
+        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None.
+
+        Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
+        """
         if name in (own := self.own()):
             return own[name]
         problems: list[str] = []
@@ -161,7 +167,10 @@ def plugin_entry_points() -> tuple[EntryPoint, ...]:
 
 
 def installed_plugins() -> tuple[EntryPoint, ...]:
-    """List the entry points of plug-ins; none if `SOPDEPLOY_PLUGINS` is `off`."""
+    """List the entry points of plug-ins; none if `SOPDEPLOY_PLUGINS` is `off`.
+
+    Raises `ConfigError` for another value than `on` and `off`.
+    """
     wanted = os.environ.get(VARIABLE, "on")
     if wanted not in {"on", "off"}:
         raise ConfigError(f"{VARIABLE}={wanted}: write on or off")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -26,6 +27,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.labelling.keep.keeper import open_keeper
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router
@@ -95,6 +97,7 @@ def create_app(
     app.state.service, app.state.keeper = service, keeper
     app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
+    app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
     for router in ROUTERS:
         app.include_router(router)
     problems.handle_errors(app, PATHS)

@@ -122,7 +122,10 @@ def upload(file: Path, destination: str, name: str) -> str:
 
 
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
-    """Copy *source*, a path or URL, to *target*, an open file in *folder*; at most *limit* bytes."""
+    """Copy *source*, a path or URL, to *target*, an open file in *folder*.
+
+    Raises `BundleError` if it does not exist or is larger than *limit* bytes.
+    """
     size = 0
     with ExitStack() as stack:
         if "://" in source:

@@ -126,7 +126,8 @@ def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
 def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tuple[Replay, ...]:
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
-    So consecutive batches have different sizes, and an engine uses another profile for each of them.
+    So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
+    `ParityError` as `replay` does.
     """
     sizes = list(probes_by_batch)
     replays: dict[int, Replay] = {}  # of all batches so far, by their size

@@ -28,7 +28,8 @@ CONTENT = SIZE | getattr(fcntl, "F_SEAL_WRITE", 0)
 def create_memory(name: str, content: Iterable[bytes] | int) -> int:
     """Create a file in memory that processes share; return its descriptor.
 
-    It has so many bytes, which every process may write, or blocks of *content*, which nothing can change.
+    It has so many bytes, which every process may write, or blocks of *content*, which nothing can change any
+    more. Raises `OSError`.
     """
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with ExitStack() as unless_sealed:

@@ -83,7 +83,11 @@ def classification_loss(
 def evaluate_network(
     model: nn.Module, dataset: PreprocessedDataset, preprocess: Preprocess, **options: Any
 ) -> HeldOutMetrics:
-    """Evaluate the main head of *model* on *dataset* with the *options* of `predict_logits`."""
+    """Evaluate the main head of *model* on *dataset*, on the device of the model.
+
+    Raises `DataError` without images, `TrainingError` if the loss is not finite. The *options* are those of
+    `predict_logits`.
+    """
     if not len(dataset):
         raise DataError(NO_IMAGES)
     logits, targets = predict_logits(model, dataset, preprocess, **options)

@@ -1,1 +1,1 @@
-"""Import of published weight files of other projects; one module per project."""
+"""Import of weight files and class names of other projects."""

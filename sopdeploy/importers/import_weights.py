@@ -29,8 +29,9 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import TORCH_MAGIC, WeightPath, read_class_names, sha256
+from sopdeploy.files import TORCH_MAGIC, WeightPath, sha256
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
     Importer,
@@ -155,7 +156,10 @@ def import_weights(
 
 
 def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
-    """Read the weight file or the checkpoint *file*, whose format is detected."""
+    """Read the weight file or the checkpoint *file*, whose format is detected.
+
+    Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
+    """
     path = file.path
     if not file.first.startswith(TORCH_MAGIC):
         for importer in _registered_importers():

@@ -77,7 +77,11 @@ def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = 
 
 
 def find_lite_weights(model: str) -> Path | None:
-    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none."""
+    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
+
+    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if the file of
+    the package has another hash.
+    """
     hub = importlib.import_module("huggingface_hub")
     cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
     if isinstance(cached, str):
@@ -98,7 +102,10 @@ def _lite_repository(model: str) -> str:
 
 
 def published_network(model: str, config: StrictModel) -> str:
-    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
+    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*.
+
+    Fetches nothing. Raises `ConfigError` if none are published.
+    """
     family, _, name = model.removeprefix("head:").rpartition(":")
     if issubclass(entry(model).network, EfficientNetLite):
         return f"timm:tf_{model.replace('-', '_')}"

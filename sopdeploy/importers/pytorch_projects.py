@@ -148,7 +148,10 @@ def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
-    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
+    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
+
+    *renamed* has our tensor names. Raises `WeightsError` if there is none.
+    """
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)
     if length == width * (width + 1) // 2:

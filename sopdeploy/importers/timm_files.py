@@ -31,7 +31,10 @@ LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, whic
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`."""
+    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
+
+    Raises `WeightsError` if the tensors are those of another network.
+    """
     if not model.startswith(TIMM_PREFIX):
         return None
     from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks

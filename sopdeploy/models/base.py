@@ -100,7 +100,10 @@ class Classifier(Backbone):
         return self.logits_layer() is not None
 
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Look up the channels of the maps at *taps*, `None` for the last, in the order of computation."""
+        """Look up the channels of the feature maps at *taps*, in the order of computation.
+
+        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without feature maps.
+        """
         names = list(self.tap_channels)
         if not names:
             raise ConfigError("head.taps: this network has no feature maps; set head.kind=gap")
@@ -111,7 +114,10 @@ class Classifier(Backbone):
         return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
 
     def remove_classifier(self) -> int:
-        """Replace the layer that computes the logits by the identity; return the length of its input."""
+        """Replace the layer that computes the logits by the identity; return the length of its input.
+
+        The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
+        """
         layer = Classifier.logits_layer(self)  # the method of a subclass returns the layer of its new head
         if layer is None:
             raise ConfigError("head: the last layer of this network is not linear; choose another network")

@@ -149,7 +149,11 @@ class PooledHead(nn.Module, ExportHints):
 
     @torch.no_grad()
     def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set the projection of each tap to principal components of its maps (B, C, H, W) in *batches*."""
+        """Set the projection of every tap to the principal components of its maps.
+
+        *batches* have maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
+        channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
+        """
         for tap, channels in self.channels.items():
             if "isqrt" in self.config.parts and channels > self.config.width:
                 components_dC = principal_components([maps[tap] for maps in batches], self.config.width)
@@ -176,7 +180,10 @@ class SecondOrderHead(Classifier):
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
     def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
-        """Copy the network with another *head*, of random weights, on some of the maps of this one."""
+        """Copy the network with another *head*, of random weights, on some of the maps of this one.
+
+        Raises `ConfigError` if an attribute of the network cannot be copied, such as a lock.
+        """
         try:
             network = copy.deepcopy(self)
         except (TypeError, RuntimeError) as error:
@@ -267,10 +274,11 @@ def tuned_name(name: str) -> str:
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
-    """Build `head:NAME` with a random *head* for *model*, the network *name* of the catalog.
+    """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
 
     The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
-    except those of its classifier and its training-only parts.
+    except those of its classifier and its training-only parts. The weights of the head are random. Raises
+    `ConfigError` if the network cannot have this head.
     """
     with_head_entry = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
@@ -291,9 +299,10 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
 def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     """Compute the first *width* principal components (d, C) float64 of the positions of maps (B, C, H, W).
 
-    The largest eigenvalue is first. Each component has length 1, and its element of largest absolute value is
-    positive, so that the result does not depend on the library. Raises `DataError` for values that are not
-    finite.
+    They are the eigenvectors of the covariance (C, C) over all positions of *batches*, which are of any
+    floating-point type and device. The largest eigenvalue is first. Each component has length 1, and its
+    element of largest absolute value is positive, so that the result does not depend on the library. Raises
+    `DataError` if the values of the maps are not finite.
     """
 
     def rows_of(maps_BCHW: Tensor) -> Tensor:  # (positions, C)

@@ -179,7 +179,10 @@ class TimmBackbone(Backbone):
         return nearest_block(self.timm_network, self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage."""
+        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
+
+        Raises `ConfigError` if the network has position embeddings for another image size.
+        """
         if self.fixed_size is not None and self.fixed_size != images.shape[-1]:
             raise ConfigError(
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
@@ -213,7 +216,10 @@ class PlainTimm(Classifier, TimmBackbone):
 
 
 def timm_entry(family: str, name: str) -> Entry:
-    """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights."""
+    """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights.
+
+    Raises `ConfigError` if timm has no network *name*.
+    """
     side = import_timm(name).get_pretrained_cfg(name).input_size[-1]
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)

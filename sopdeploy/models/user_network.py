@@ -73,7 +73,10 @@ class UserNetwork(Classifier):
         return features
 
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Run one image to find the channels at the modules *taps*; `None` is the last feature map."""
+        """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
+
+        Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
+        """
         side = self.source.image_size
         modules = (find_last_map(self.network, side),) if taps is None else taps
         channels, _ = find_taps(self.network, modules, side)
@@ -311,7 +314,10 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
-    """Run *network* once to find the channels at *taps*, in the order of computation, and its classes."""
+    """Run *network* on one black image to find the channels at *taps* and the number of classes.
+
+    The taps are in the order of computation. Raises `ConfigError` as `dsop` does.
+    """
     modules = dict(network.named_modules())
     for tap in taps:
         if tap not in modules:
@@ -353,7 +359,10 @@ def find_last_map(network: nn.Module, image_size: int) -> str:
 
 
 def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
-    """Replace modules with parameters that run only after the module *tap* by the identity."""
+    """Replace modules with parameters that run only after the module *tap* by the identity.
+
+    Raises `ConfigError` if the network cannot run without them.
+    """
     _, outputs = run_once(network, image_size)
     names = list(outputs)  # in the order in which the modules first return
     removed = []

@@ -261,7 +261,10 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
 def group_by_edges(
     images: LabeledImages, hashes: Sequence[str], small: Sequence[NDArray[np.uint8]]
 ) -> tuple[Groups, NDArray[np.float32]]:
-    """Group *images* by *hashes*, *small* images and known groups; also return vectors (N, D) of edges."""
+    """Group *images* by the *hashes* of their pixels, their *small* images, and the groups that are known.
+
+    Also returns the vectors (N, D) that tell how similar the images are.
+    """
     views = np.stack([signature(one) for one in small])[
         :, None
     ]  # (N, 1, 512): the whole image is the only view
@@ -290,7 +293,8 @@ class _Inspected(NamedTuple):
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    If an image cannot be decoded, or there are more than `MAX_SIGNATURES`, near-duplicates are equal files.
+    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be decoded, or
+    there are more than `MAX_SIGNATURES`, they are equal files.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 

@@ -35,7 +35,10 @@ _Images = NDArray[np.float32]
 
 
 def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Return the share (P,) of equal tiles of *pairs* (2, P), each of which may show a part of the other."""
+    """Return the share (P,) of equal tiles of each of the *pairs* (2, P), by *small* images (N, S, S).
+
+    Each image of a pair may show a part of the other one.
+    """
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
     order = np.argsort(both_ways[0], kind="stable")

@@ -150,8 +150,9 @@ def list_images(
 ) -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
-    Paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them; others are for
-    messages.
+    All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an array; the
+    others are text for messages. Folders in *visited* are left out, as `walk` does. Raises `DataError` for a
+    folder that cannot be listed.
     """
     images, others = [], []
     for path in walk(root / folder, visited):
@@ -168,7 +169,8 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
 
     Links to folders are followed. Each real folder is listed once: under its own path if it is below
     *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed,
-    nor, without *hidden*, bundles and runs; those that are listed are added to it.
+    nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
+    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
     """
     visited = set() if visited is None else visited
     root = folder.resolve()
@@ -205,7 +207,10 @@ def folder_identity(folder: Path) -> FolderIdentity:
 
 
 def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
-    """List the content of *folder*, sorted by name; what is hidden, or not UTF-8, only with *hidden*."""
+    """List the content of *folder*, sorted by name; what is hidden only with *hidden*.
+
+    Raises `DataError` if it cannot be listed or, without *hidden*, if a name is not UTF-8.
+    """
     try:
         with os.scandir(folder) as scanned:
             entries = [entry for entry in scanned if hidden or not is_hidden(entry.name)]

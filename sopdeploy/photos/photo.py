@@ -76,7 +76,7 @@ class Photo:
     def preprocess(self, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
         """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does.
 
-        With *choose_view*, these are the pixels of its view.
+        With *choose_view*, these are the pixels of its view. Raises `DataError` if the image is damaged.
         """
         with image_errors(self.name):
             return decode(self.content, rules, choose_view=choose_view).pixels
@@ -313,7 +313,10 @@ class FittedPixels:
         return type(self), (self.images, self.rules)
 
     def read(self, samples: Sequence[int]) -> Pixels:
-        """Return the pixels (B, crop, crop, 3) of the images at *samples*; kept ones are computed once."""
+        """Return the pixels (B, crop, crop, 3) of the images at the indices *samples*.
+
+        If pixels are kept, they are computed at their first use only. Raises `DataError` for a damaged image.
+        """
         if not self.is_kept:
             return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]

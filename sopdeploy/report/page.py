@@ -116,7 +116,7 @@ def write_run_page(
                 is_selected=isinstance(result, LoopResult) and result.selected_by == "same images",
             ),
             classes,
-            *describe_gains(result),
+            *(gain[0].upper() + gain[1:] for gain in describe_gains(result)),
             insert_names(
                 "Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"
             ),

@@ -78,13 +78,9 @@ class Setup:
 
     Attributes:
         recipe: The recipe with the selected procedure and complete preprocessing.
-        data: Training and held-out images.
         file_hashes, held_out: Those of `Division`.
-        strategy: The device, and the processes that train together.
         model: The network with its weights on the device; the training loop changes them in place.
         weights: The report on the start weights; None for random ones.
-        position: From where the run continues.
-        origin: The run and its images, as checkpoints contain them.
         reason: Why "auto" selected the procedure; empty if it did not.
     """
 
@@ -155,10 +151,8 @@ class Fit:
     """A network that a procedure has fitted so far.
 
     Attributes:
-        name: Catalog name of the network.
         network: The network with the weights that are evaluated and exported.
         learning: The network that learns, if `network` has an average of its weights.
-        position: The progress, with the history.
         file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
         result: The score to expect on new images; None before the end.
         decision: Temperature and thresholds; None if none were fitted.
@@ -334,7 +328,9 @@ def has_same_images(
 ) -> bool:
     """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    What is unknown is not compared: hashes that are empty, and what older runs do not record.
+    A run with out-of-fold predictions has recorded order and labels, others only which files they are. What
+    is unknown is not compared: hashes that are empty, and what older runs do not record. Raises
+    `CheckpointError` if the record is damaged.
     """
     with state_errors(last, source):
         arrays = (last.resume or {}).get("procedure", {})
@@ -405,7 +401,11 @@ class RunFolder:
             self._created.close()
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
-        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new`, without a lock yet."""
+        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
+
+        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
+        resume.
+        """
         has_run = self.last.exists()
         if resume is True and not has_run:
             raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
@@ -416,7 +416,10 @@ class RunFolder:
         return None
 
     def check_new(self) -> None:
-        """Raise `ConfigError` or `StorageError` unless a new run can begin in the folder."""
+        """Check that a new run can begin in the folder, which may be empty or not exist.
+
+        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
+        """
         if self.last.exists():
             raise ConfigError(
                 f"{self.path} holds a run; continue it or choose another folder",

@@ -52,7 +52,8 @@ def fit_fine_tune(
     """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
-    the entry `training` of `best.pt`.
+    the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
+    loss is not finite, and `DataError` for images that cannot be used.
     """
     if last is None:
         frozen = fit_new(setup, callback)

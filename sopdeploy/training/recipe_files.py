@@ -117,7 +117,11 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Split `key=value` into key and TOML value; other texts are strings, `null` is None."""
+    """Split `key=value` into the dotted key and the parsed TOML value.
+
+    A value that is not TOML is a string, and `null` removes a value or a table. Raises `ConfigError` without
+    an equals sign or with an empty key.
+    """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")

@@ -85,7 +85,11 @@ def set_up_run(
     callback: Callback,
     given: Given = NOTHING_GIVEN,
 ) -> Setup:
-    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file."""
+    """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
+
+    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
+    `CheckpointError` if *last* has no valid state to resume from.
+    """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
     opened = open_data(recipe.data) if given.data is None else given.data
@@ -117,7 +121,10 @@ def set_up_run(
 def new_setup(
     recipe: Recipe, division: Division, strategy: Strategy, weights: WeightSource | None = None
 ) -> Setup:
-    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known."""
+    """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
+
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
+    """
     check_count(division.data.train)
     model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
     placed = move_to_device(recipe, model, strategy)
@@ -331,7 +338,10 @@ def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -
 
 
 def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Classifier:
-    """Move *model* to the device, in eval mode, and note the layout of its images."""
+    """Move *model* to the device, in eval mode, and note the layout of its images.
+
+    Raises `ConfigError` if it cannot compute the images of *recipe*.
+    """
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     sides, what = {recipe.preprocess.crop, recipe.training_crop}, f"preprocess.crop: {recipe.model.name}"

@@ -75,7 +75,9 @@ def read_start_weights(
 ) -> StartWeights | None:
     """Read the weights that `start.weights` of *recipe* selects; None for random weights.
 
-    *source* is the file, if it was opened before. The first process fills the cache for the others.
+    *source* is the file, if it was checked or opened before. The first process fetches published weights to
+    the cache, then the others read them. Raises `ConfigError` if the value is missing or no weights are
+    published, `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
@@ -231,7 +233,10 @@ def create_initial_model(
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    The preprocessing of the start weights, *source* if they were read before, completes that of the recipe.
+    *source* is the file of `start.weights`, if it was checked or opened before. Without `start`, the recipe
+    stays as it is; with weights, these are loaded, and their preprocessing completes that of the recipe; with
+    "none", the default preprocessing does. Raises the errors of `read_start_weights` and
+    `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)

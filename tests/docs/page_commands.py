@@ -12,10 +12,34 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.docs.reading import ROOT, blocks
 from tests.support.children import free_port, line_of
 
-DRAW = blocks(ROOT / "docs" / "quickstart.md", "python")[0]
+DRAW = """
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+random = np.random.default_rng(0)
+y, x = np.mgrid[0:96, 0:96]
+PATTERNS = {
+    "bars": lambda size: np.sin(x / size),
+    "checks": lambda size: np.sin(x / size) * np.sin(y / size),
+    "diagonals": lambda size: np.sin((x + y) / size),
+    "rings": lambda size: np.sin(np.hypot(x - 48, y - 48) / size),
+    "steps": lambda size: np.sin(y / size),
+    "waves": lambda size: np.sin((x + 12 * np.sin(y / 8)) / size),
+}
+for name, pattern in PATTERNS.items():
+    folder = Path("photos") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(10):
+        light = 0.5 + 0.5 * pattern(random.uniform(2.5, 4.5))
+        dark, bright = random.uniform(0, 90, 3), random.uniform(140, 255, 3)
+        image = dark + light[..., None] * (bright - dark)
+        noisy = image + random.normal(0, 12, image.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
+"""  # six classes of ten images each
 CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|uv|sopdeploy|torchrun)\s")
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
@@ -48,7 +72,7 @@ def steps(page: Path) -> list[str]:
 
 
 def draw(folder: Path, photos: str = "photos", seed: int = 0) -> None:
-    """Run the image script of the quick start in *folder*."""
+    """Draw the photographs of a reader in *folder*."""
     script = DRAW.replace("default_rng(0)", f"default_rng({seed})").replace('"photos"', f'"{photos}"')
     (folder / "make_photos.py").write_text(script, encoding="utf-8")
     subprocess.run([sys.executable, "make_photos.py"], cwd=folder, check=True)

@@ -24,8 +24,9 @@ from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, read_p
 from sopdeploy.client import encode_image
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
-from sopdeploy.files import check_is_checkpoint, check_is_weights, read_class_names
+from sopdeploy.files import check_is_checkpoint, check_is_weights
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.timm_files import read_hub_config
 from sopdeploy.names import read_labels
 from sopdeploy.photos.folder import open_any_images

@@ -11,8 +11,9 @@ from PIL import Image
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.files import leads_through, move_link, read_class_names
+from sopdeploy.files import move_link, target_of
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import (
     class_problem,
     is_bundle_name,
@@ -185,34 +186,13 @@ def test_other_names_stay_as_they_are(name: str) -> None:
     assert check_project_name(name) == without_bundle_end(name) == name
 
 
-LOOPS = {
-    "its own name": "live", "a way through itself": "live/../one", "a longer way": "./x/../live",
-    "another link to it": "other", "a link of a link": "third", "its absolute path": "{folder}/live",
-    "a link to itself": "own", "a folder that leads here": "here/live",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", LOOPS)
-def test_a_link_that_would_lead_to_itself_is_refused(tmp_path: Path, case: str) -> None:
-    for name in ("one", "x"):
-        (tmp_path / name).mkdir()
-    for name, target in {"live": "one", "other": "live", "third": "other", "own": "own", "here": "."}.items():
+def test_a_link_that_another_program_made_never_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for name, target in {"live": "one", "other": "live", "here": "."}.items():
         (tmp_path / name).symlink_to(target)
-    target = LOOPS[case].format(folder=tmp_path)
-    assert leads_through(tmp_path / target, tmp_path / "live")
-    with pytest.raises(OSError, match="lead to itself"):
-        move_link(tmp_path / "live", target)
-    assert (tmp_path / "live").resolve() == tmp_path / "one"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ("one", "x", "live", "other", "third", "own", "here")
-    )
-
-
-def test_a_link_to_another_place_is_moved(tmp_path: Path) -> None:
-    for target in ("one", "two/live", "../elsewhere", "two/../one", "missing"):
-        assert not leads_through(tmp_path / target, tmp_path / "live")
-        move_link(tmp_path / "live", target)
-        assert (tmp_path / "live").readlink() == Path(target)
+    for path in ("live", "other", "here/live", "x/../live"):
+        move_link(tmp_path / "live", target_of(tmp_path / "live", tmp_path / path))
+        assert (tmp_path / "live").readlink() == Path("one")
 
 
 def test_paths_of_links_have_no_control_characters() -> None:

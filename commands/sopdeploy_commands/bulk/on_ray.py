@@ -32,7 +32,10 @@ ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")
 
 
 class PartActor:
-    """Classifies the parts that Ray Data names, to the folder *out*, if its rows are those of *state*."""
+    """Classifies the parts that Ray Data names, and writes them to the folder *out*.
+
+    Raises `ConfigError` if its rows would not be those of a run with *state*.
+    """
 
     def __init__(
         self, bundle: Path, settings: Settings, options: ClassifyOptions, out: Path, state: RowsState

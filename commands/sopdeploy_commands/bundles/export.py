@@ -29,10 +29,10 @@ from sopdeploy.files import (
     check_is_weights,
     describe_foreign,
     has_manifest,
-    read_class_names,
     read_file,
 )
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
+from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
@@ -276,9 +276,12 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
 
 def read_preprocess(text: str | None) -> Preprocess:
-    """Read the preprocessing rules that *text* names; after `scaled:`, with this decoding.
+    """Read the preprocessing rules that *text* names.
 
     It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`, `torchvision:WEIGHTS`, or a file.
+    After `scaled:`, the decoding of these rules becomes "scaled".
+
+    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")

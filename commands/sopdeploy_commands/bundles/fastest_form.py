@@ -64,8 +64,8 @@ def describe_fastest_form(bundle: Bundle) -> str:
 def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     """Measure the processor seconds of runs of each form of *bundle* that works here, alternately.
 
-    Each form runs on one thread. The ranges of a graph that is quantized here are those of a noise image,
-    which affect the answers, but not the time.
+    Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
+    quantized, with ranges of a noise image; these affect the answers, but not the time.
     """
     shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -51,6 +51,6 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
 
 def embed_lazily(paths: Sequence[Path]) -> "Iterator[tuple[Path, Vector]]":
     """Compute the vectors of photographs; torch is imported by the thread that reads them."""
-    from sopdeploy.training.few_shot.copies import embed_files
+    from sopdeploy.training.few_shot.default_network import embed_files
 
     yield from embed_files(paths)

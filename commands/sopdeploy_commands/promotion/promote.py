@@ -19,7 +19,7 @@ from sopdeploy.config import MAX_LINE, first_problem
 from sopdeploy.errors import ConfigError, PromotionError, StorageError, shorten
 from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
-from sopdeploy.files import MAX_NAMES_BYTES, leads_through, move_link, os_reason, read_at_most, writing
+from sopdeploy.files import MAX_NAMES_BYTES, move_link, os_reason, read_at_most, target_of, writing
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import (
     LOG,
@@ -90,7 +90,7 @@ def promote(
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
         if data is None and force is None:
             raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
-    after = os.path.relpath(os.path.realpath(new), os.path.realpath(over.parent))
+    after = target_of(over, new)
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
@@ -119,8 +119,9 @@ def _move_back(link: Path) -> Promotion:
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
-    loaded = load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
-    return _record_and_move(link, live, previous[-1], "back", None, loaded.bundle.manifest)
+    after = target_of(link, link.parent / previous[-1])
+    loaded = load_model(link.parent / after, load_settings())  # raises an error for a damaged bundle
+    return _record_and_move(link, live, after, "back", None, loaded.bundle.manifest)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -163,8 +164,6 @@ def _record_and_move(
     The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to *before*, and
     `BundleError` if *after* has no longer the files of *manifest*, which were loaded and compared.
     """
-    if leads_through(link.parent / after, link):
-        raise ConfigError(f"{link}: {after[:80]!r} leads to this link itself; name the bundle to promote")
     user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
     try:
         move = Promotion(

@@ -65,10 +65,10 @@ def check(
 
         group_by_features = None  # then only the pixels tell near-duplicates: features need torch and weights
         if near and find_spec("torch") is not None:
-            from sopdeploy.training.few_shot import copies
+            from sopdeploy.training.few_shot import default_network
 
-            if copies.has_default_weights():
-                group_by_features = partial(copies.group_by_features, on_image=on_image)
+            if default_network.has_default_weights():
+                group_by_features = partial(default_network.group_by_features, on_image=on_image)
         return check_data(path, near=near, group_by_features=group_by_features)
     data_folder(path)  # before the import, which takes seconds
     from sopdeploy.report.wrong_labels import find_wrong_labels

@@ -75,6 +75,8 @@ def choose_network(
     It sets the threads of torch, and downloads the weights of the networks that need at most *within*
     milliseconds; only these are cross-validated. *configured* are the recipes by name, with what is known of
     each run. With *may_skip*, networks whose weights cannot be reached are skipped.
+    Raises `ConfigError` if all networks take longer, or if one would not be trained by the few-shot
+    procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data = open_data(shared.data) if given.data is None else given.data
@@ -177,10 +179,11 @@ def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.ui
 def fetch_weights(
     recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool, download: bool = True
 ) -> list[str]:
-    """Fetch the published start weights of *recipes*; return the names of all that have their weights.
+    """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
 
-    Without *download*, it only asks whether they can be fetched. With *may_skip*, others are named in a
-    warning.
+    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that cannot be are
+    missing, and a warning names them. Raises `WeightsError` for the first one without *may_skip*, and if none
+    can be fetched.
     """
     problems: dict[str, WeightsError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):

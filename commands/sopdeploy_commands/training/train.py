@@ -79,8 +79,11 @@ class TrainOptions(Options):
         """Return the options that train each network alone, by its name.
 
         The networks are those of `models`, or with `within` alone those of the built-in list; without both,
-        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, may not name a
-        network.
+        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, are only
+        checked: they may not name a network. If `weights` is a folder, networks of the built-in list without
+        a file in it are left out. Raises `ConfigError` for another number of `weights` than of networks, and
+        for options that do not fit together, and `WeightsError` if a network of `models`, or each of the
+        built-in list, has no file in the folder.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
@@ -317,7 +320,12 @@ def _parse_milliseconds(text: str) -> float:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of the run *source*: the run, its checkpoint, or a bundle exported from it."""
+    """Read the best checkpoint of the run that *source* gives.
+
+    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises `ConfigError` if the
+    run of a bundle is not there or is another one by now, or if a checkpoint is not of a run, and the errors
+    of `read_checkpoint`.
+    """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.checkpoints import RUNS
@@ -363,7 +371,8 @@ def configure(
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
     Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
-    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights.
+    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights, if it
+    is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights

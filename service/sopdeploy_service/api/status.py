@@ -1,6 +1,8 @@
 """Health, metrics and model information."""
 
 import asyncio
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 from weakref import WeakKeyDictionary
 
@@ -10,10 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, parse_json
+from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
+from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
-from sopdeploy_service.inference.model import Model, State
+from sopdeploy_service.inference.model import Model, Registry, State
 
 router = APIRouter(tags=["Server"])
 
@@ -22,6 +26,7 @@ class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
     status: State
+    reason: str | None = None
 
 
 class CertificateSummary(StrictModel):
@@ -41,6 +46,8 @@ class CertificateSummary(StrictModel):
 
 
 MAX_SHOWN_LABELS = 100
+DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
+DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"
 
 
 class Card(StrictModel):
@@ -70,10 +77,33 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
-    The probes of every bundle are replayed before the server starts to listen.
+    The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
+    folder was deleted or cannot be read: a restarted process cannot load it.
     """
-    health = Health(status=service_of(request).state)
+    try:
+        async with asyncio.timeout(DISK_SECONDS):
+            reason = await request.app.state.lost_bundle.get()
+    except TimeoutError:
+        reason = DISK_HANGS
+    health = Health(status=service_of(request).state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
+
+
+async def find_lost_bundle(registry: Registry) -> str | None:
+    """Return the reason of `/readyz`: one of the bundles that *registry* serves was lost."""
+    return await asyncio.to_thread(find_lost, [model.bundle.path for model in registry.models()])
+
+
+def find_lost(paths: Sequence[Path]) -> str | None:
+    """Name the first of the bundles at *paths* that was deleted or cannot be read; None if there is none."""
+    for path in paths:
+        try:
+            problem = "" if has_manifest(path) else "was deleted"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+        if problem:
+            return as_utf8(f"{path}: the bundle {problem}; it is served until this process ends")
+    return None
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

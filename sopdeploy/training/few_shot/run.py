@@ -74,8 +74,10 @@ def fit_few_shot(
 ) -> tuple[FewShotFit, Mapping[str, Any]]:
     """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
 
-    The run of *last* is finished and not trained again. The decision is fitted to out-of-fold predictions;
-    held-out images are used only for the score. Returns the fit and the entry `training` of `best.pt`.
+    The run of *last* is finished and not trained again. The decision is fitted to the out-of-fold
+    predictions. Held-out images, if there are any, are used only for the score. Returns the fit and the
+    entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, and `DataError` for
+    images that cannot be used.
     """
     if last is None:
         fit = fit_new(setup, callback)
@@ -92,7 +94,10 @@ def fit_few_shot(
 
 
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
-    """Fit and evaluate the network of a new run; writes no file."""
+    """Fit and evaluate the network of a new run; writes no file.
+
+    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
+    """
     since, recipe, images = time.monotonic(), setup.recipe, setup.data.train
     with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
@@ -154,8 +159,6 @@ class CrossValidation:
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
         left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
-        scaling: What makes logits of the scores of a head.
-        seconds: Time of each step.
     """
 
     recipe: Recipe
@@ -187,7 +190,10 @@ class CrossValidation:
 def cross_validate(
     recipe: Recipe, model: Classifier, images: LabeledImages, on_progress: Callable[[str, int, int], None]
 ) -> CrossValidation:
-    """Cross-validate classifiers on features of *images*; *on_progress* receives (step, done, total)."""
+    """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
+
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group of copies.
+    """
     config: Any = recipe.procedure
     name, count, targets = recipe.model.name, len(images), Targets.of(images)
     started = time.monotonic()

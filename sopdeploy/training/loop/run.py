@@ -35,6 +35,7 @@ def fit_loop(
 
     Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does, by default
     `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
+    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
     recipe = run.recipe
     augment = recipe.augment
@@ -70,7 +71,10 @@ def fit_loop(
 
 
 def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
-    """Return *images* with the augmentation of *epoch*; `replace` gives another epoch."""
+    """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
+
+    All epochs share the pixels in memory, if their augmentation starts from fitted ones.
+    """
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
     fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
@@ -95,7 +99,8 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time. Raises
+    `TrainingStoppedError` then if a process was stopped.
     """
     recipe, epoch, position = run.recipe, run.position.epoch, run.position
     batches = epoch_batches(recipe, len(training), epoch)

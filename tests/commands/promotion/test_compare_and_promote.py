@@ -385,19 +385,6 @@ def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_l
     assert live.resolve().name == first
 
 
-@pytest.mark.parametrize("before", ["live", "./live", "live/../live", "../shelf/live", "other"])
-def test_a_link_is_not_moved_back_to_itself(bundles, shelf, before: str) -> None:
-    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
-    (shelf / "other").symlink_to("live")
-    before = before.replace("shelf", shelf.name)
-    *_, line = log_of(shelf)
-    (shelf / LOG).write_text(json.dumps({**line, "before": before}) + "\n")
-    with pytest.raises(ConfigError, match="leads to this link itself"):
-        promote(back=shelf / "live")
-    assert (shelf / "live").readlink().name == bundles[1].name
-    assert len(log_of(shelf)) == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,21 +1,28 @@
 """`/v1/classify` and the status endpoints: responses, warnings, the card and metrics."""
 
+import asyncio
 import base64
+import errno
 import hashlib
+import os
 import re
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_service.api import web
+from sopdeploy_service.api import status, web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
@@ -92,31 +99,76 @@ def test_health_and_info(client, bundle):
     assert info["preprocess"]["crop"] == 32
 
 
-def test_a_server_whose_bundle_was_deleted_serves_on(bundle_path, tmp_path, jpeg):
+def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(bundle_path, tmp_path, jpeg):
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     loaded = load_model(copy, Settings(threads=1))
     with running(loaded.runtime, loaded.bundle, Settings()) as client:
         assert client.get("/readyz").json() == {"status": "ok"}
         shutil.rmtree(copy)
-        for path in ("/v1/card", "/info", "/v2/models/tiny", "/readyz"):
+        for path in ("/v1/card", "/info", "/v2/models/tiny"):
             assert client.get(path).status_code == 200
+        reply = client.get("/readyz")
+        reason = f"{copy}: the bundle was deleted; it is served until this process ends"
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_disk_that_hangs_holds_no_request(serve_with, jpeg, tmp_path, monkeypatch):
-    released = threading.Event()
+UNREAD = "it is served until this process ends"
 
-    def hang(*_given):
+
+def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(client, bundle, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(status, "has_manifest", fail)
+    reply = client.get("/readyz")
+    reason = f"{bundle.path}: the bundle cannot be read (Stale file handle); {UNREAD}"
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
+    monkeypatch.setattr(status, "has_manifest", lambda _: False)
+    assert status.find_lost([Path(os.fsdecode(b"caf\xe9"))]) == f"caf?: the bundle was deleted; {UNREAD}"
+
+
+def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
+    serve_with, jpeg, tmp_path, monkeypatch
+):
+    released, begun = threading.Event(), []
+
+    def hang(*given):
+        begun.append(given)
         assert released.wait(60)
-        return b"example"
+        return b"example"  # as true as the answer of `has_manifest`
 
     (tmp_path / "a.jpg").write_bytes(jpeg)
     client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path)
-    monkeypatch.setattr(web, "read_file", hang)
-    monkeypatch.setattr(web, "EXAMPLE_SECONDS", 0.01)
+    for module, name in ((status, "has_manifest"), (web, "read_file")):
+        monkeypatch.setattr(module, name, hang)
+    for module, name in ((status, "DISK_SECONDS"), (web, "EXAMPLE_SECONDS")):
+        monkeypatch.setattr(module, name, 0.01)
+    for _ in range(3):
+        reply = client.get("/readyz")
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": status.DISK_HANGS})
+    assert len(begun) == 1
     assert client.get("/examples/0").status_code == 404
     wait_for(lambda: client.app.state.service.active_requests == 0)
     released.set()
+    wait_for(lambda: client.get("/readyz").json() == {"status": "ok"})
+
+
+def test_probes_of_each_turn_of_the_loop_see_the_same_check(bundle, monkeypatch):
+    monkeypatch.setattr(status, "DISK_SECONDS", 60.0)  # on a busy machine, too
+    registry = SimpleNamespace(models=lambda: [SimpleNamespace(bundle=bundle)])
+    lost_bundle = Shared(partial(status.find_lost_bundle, registry))
+    state = SimpleNamespace(service=SimpleNamespace(state="ok"), lost_bundle=lost_bundle)
+    request = SimpleNamespace(app=SimpleNamespace(state=state))
+
+    async def scenario():
+        probes = []
+        while len(probes) < 2000:
+            probes.append(asyncio.create_task(status.readyz(request)))
+            await asyncio.sleep(0)
+        return {reply.body for reply in await asyncio.gather(*probes)}
+
+    assert asyncio.run(scenario()) == {b'{"status":"ok"}'}
 
 
 def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):

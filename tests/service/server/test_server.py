@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -372,3 +373,11 @@ def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(b
         ):
             with pytest.raises(ConfigError, match=message):
                 run_server([bundle_path], Settings(**settings))
+
+
+@pytest.mark.slow  # needs an idle machine
+def test_eight_seconds_of_soak_meet_every_bound(bundle_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/soak.py", "--seconds", "8", "--warm-up", "4"]
+    command += ["--bundles", str(bundle_path), str(write_bundle(tmp_path, seed=1))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

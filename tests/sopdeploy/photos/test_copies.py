@@ -437,7 +437,7 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
         # Features of random weights do not show which images are similar.
         return NearDuplicates(np.asarray([[0], [1]]), np.zeros(25, np.bool_))
 
-    monkeypatch.setattr("sopdeploy.training.few_shot.copies.find_near_duplicates", compare_features)
+    monkeypatch.setattr("sopdeploy.training.few_shot.default_network.find_near_duplicates", compare_features)
     assert near_by_command(root) == ([{"0.png", "1.png"}], [])
     monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])

@@ -54,7 +54,11 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
 def parse_and_build(
     trt: Any, graph: bytes, profiles: Sequence[Profile], workspace: int, report: Report
 ) -> bytes:
-    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress."""
+    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
+
+    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
+    `KeyboardInterrupt` after Ctrl-C.
+    """
     logger = reset_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

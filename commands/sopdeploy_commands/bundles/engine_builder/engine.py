@@ -95,6 +95,8 @@ def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: Engine
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Batches of different profiles alternate: a context must not disturb another one.
+    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
+    output has no probes.
     """
     probes = read_probes(bundle)
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})

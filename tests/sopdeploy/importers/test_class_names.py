@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import read_class_names
+from sopdeploy.importers.class_names import read_class_names
 
 NAMES = ("cat", "dog", "bird")
 CONFIG = {

@@ -9,11 +9,15 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sopdeploy.config import parse_json
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import MAX_NAMES_BYTES, read_text
+from sopdeploy.names import label_problem
 
-ADVICE = 'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
+_ADVICE = 'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
 MAX_LITERAL_BYTES = 1_000_000  # of YAML and of Python dictionaries, whose parsers are slow
 _MAX_TABLE_LEVELS = 3
 # Where tools keep class names among other values, as in the config.json of a model or the data.yaml of YOLO.
@@ -36,8 +40,23 @@ _NO_NAMES = {  # what lines of other files are
 }
 
 
-def parse_class_names(text: str, suffix: str = "") -> tuple[str, ...]:
-    """Read the class names in *text*, in the order of the logits; raises `ValueError` if not certain."""
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Read the class names in *file*, in the order of the logits; raises `ConfigError` if not certain."""
+    try:
+        found = _parse(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
+        names = tuple(name.strip() for name in found)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{file} cannot be read ({reason}); {_ADVICE}", setting="labels") from error
+    if problem := label_problem(names):
+        raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
+    return names
+
+
+def _parse(text: str, suffix: str) -> tuple[str, ...]:
+    """Return the class names in *text*, in the order of the logits; raises `ValueError` if not certain."""
     if suffix in (".yaml", ".yml"):
         yaml = importlib.import_module("yaml")  # only here, because servers read no such files
         return _find_names(_parse_literal(text, yaml.safe_load, yaml.YAMLError))

@@ -1,0 +1,533 @@
+"""Soak test: a server under a mix of clients for minutes, checked for leaks and wrong responses.
+
+The server is `sopdeploy serve` with real bundles and ONNX Runtime on the CPU. It receives valid images of
+several sizes (alone, in forms, in JSON and in the Open Inference Protocol), invalid bodies, slow bodies and
+floods of images and of requests for metrics. Some clients disconnect, and one swaps the model every few
+seconds. Every `ROUND_SECONDS` all clients stop and the resources of the idle server are measured, because
+requests in progress change the memory by tens of MB. Limits: resident memory at rest grows by less than 1
+MB per minute, no thread or descriptor remains, every response names its bundle and equals `sopdeploy
+predict` with that bundle, no 5xx. Exit code 1 if a limit is exceeded.
+
+With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed
+or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get
+503 `runtime_dead`.
+
+    python benchmarks/soak.py --seconds 300
+    python benchmarks/soak.py --seconds 7200 --front-ends 2 --kills
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from load import serving
+from measure import Result, make_parser, report
+from PIL import Image
+
+from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.decision import softmax
+from sopdeploy.files import move_link
+
+NAME = "soak"
+SIZES = ((16, 16), (97, 61), (500, 375), (1600, 1200))
+CLASSES = 100  # maximum number of compared classes
+FLOOD, REQUESTS = 100, 48
+PAUSE = 0.02
+KILL_SECONDS = 7.0
+RETRIES = 20  # of a request whose connection was lost
+ROUND_SECONDS = 15.0
+SETTLE_SECONDS = 20.0
+STEADY = 6  # consecutive equal counts, half a second apart
+BUSY = re.compile(r"^sopdeploy_queue_depth(?:{.*})? (?!0\.0$)", re.M)
+# Estimated from the queue; an engine that was killed. Clients may retry.
+ALLOWED_5XX = {(503, "deadline_unreachable"), (503, "runtime_dead")}
+CLOSE = 1e-5  # difference of probabilities: rounding depends on the batch size
+MAX_MB_PER_MINUTE = 1.0  # of each process
+JUDGED_SECONDS = 60.0  # shorter runs are not judged: the allocator dominates the slope
+
+Probabilities = Mapping[str, float]  # by label
+
+
+@dataclass(slots=True)
+class Tally:
+    """Results of all requests; `failures` lists unexpected ones."""
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    compared: int = 0
+    digests: set[str] = field(default_factory=set)  # of the bundles of compared responses
+    worst: float = 0.0
+
+    def note(self, kind: str, status: int, code: str = "", expected: int = 200) -> None:
+        """Count a response; 429 is always allowed, a 5xx only if listed in ALLOWED_5XX."""
+        self.outcomes[kind, f"{status} {code}".strip()] += 1
+        if status not in {expected, 429} and (status, code) not in ALLOWED_5XX:
+            self.failures.append(f"{kind}: {status} {code}, expected {expected}")
+
+    def compare(self, kind: str, found: Probabilities, expected: Probabilities) -> None:
+        """Compare a response with direct inference."""
+        same = found.keys() == expected.keys()
+        difference = max(abs(found[label] - expected[label]) for label in found) if same else float("inf")
+        self.compared += 1
+        self.worst = max(self.worst, difference)
+        if not difference <= CLOSE:
+            self.failures.append(f"{kind}: differs by {difference}")
+
+
+class RepeatingTransport(httpx.AsyncHTTPTransport):
+    """Repeats a request whose connection is lost, as it is if a process of the server is killed."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send *request*, up to `RETRIES` times; a body that is sent slowly is not repeated."""
+        for _ in range(RETRIES):
+            with suppress(httpx.NetworkError, httpx.RemoteProtocolError, httpx.StreamConsumed):
+                response = await super().handle_async_request(request)
+                await response.aread()
+                return response
+            await asyncio.sleep(0.2)
+            if not isinstance(request.stream, httpx.ByteStream):
+                break
+        return httpx.Response(503, json={"code": "runtime_dead"}, request=request)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """The server, valid request bodies, and the expected probabilities by bundle digest and image.
+
+    *labels* are all classes in order, *classes* is the number of compared ones. The server follows *link*,
+    which is moved to *bundles*.
+    """
+
+    url: str
+    bodies: Mapping[str, bytes]
+    expected: Mapping[str, Mapping[str, Probabilities]]
+    tally: Tally
+    classes: int
+    labels: Sequence[str]
+    link: Path
+    bundles: Sequence[Path]
+    killed: int | None = None  # the supervisor whose children are killed
+
+    def client(self) -> httpx.AsyncClient:
+        """Open a client of the server."""
+        limits = httpx.Limits(max_connections=FLOOD)
+        transport = httpx.AsyncHTTPTransport(limits=limits)
+        if self.killed is not None:
+            transport = RepeatingTransport(limits=limits)
+        return httpx.AsyncClient(base_url=self.url, timeout=60, transport=transport)
+
+    def draw(self, rng: random.Random, count: int) -> list[tuple[str, bytes]]:
+        """Draw valid bodies with their names."""
+        return [(name, self.bodies[name]) for name in rng.choices(sorted(self.bodies), k=count)]
+
+    async def check(
+        self, kind: str, reply: httpx.Response, names: Sequence[str], found: Sequence[Probabilities]
+    ) -> None:
+        """Count *reply*, and compare *found*, its probabilities for the images *names*."""
+        code = reply.headers.get("x-error-code") or (reply.status_code != 200 and reply.json()["code"]) or ""
+        self.tally.note(kind, reply.status_code, code)
+        if reply.status_code == 200:
+            digest = reply.headers["x-model-digest"]
+            self.tally.digests.add(digest)
+            for name, probabilities in zip(names, found, strict=True):
+                if not probabilities and self.killed is not None:
+                    continue  # an image of a list, whose engine was killed
+                self.tally.compare(kind, probabilities, self.expected[digest][name])
+        await asyncio.sleep(PAUSE if reply.status_code == 200 else 0.5)
+
+
+def probabilities(reply: httpx.Response) -> list[dict[str, float]]:
+    """Read the probabilities by label of each image in a v1 response; empty for an image that failed."""
+    document = reply.json()
+    results = document.get("results", [document])
+    return [{item["label"]: item["probability"] for item in one.get("classes", ())} for one in results]
+
+
+def valid_bodies() -> dict[str, bytes]:
+    """Create two JPEGs of each size."""
+    bodies = {}
+    for width, height in SIZES:
+        for seed in (0, 1):
+            rng = np.random.default_rng(seed)
+            pixels = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG")
+            bodies[f"{width}x{height}-{seed}.jpg"] = file.getvalue()
+    return bodies
+
+
+INVALID: Sequence[tuple[bytes, str, int]] = (  # body, content type, expected status
+    (b"", "image/jpeg", 400),
+    (b"text, not an image", "image/jpeg", 415),
+    (b"\xff\xd8\xff\xe0 not a JPEG", "image/jpeg", 422),
+    (b"--x\r\ndamaged", "multipart/form-data; boundary=x", 400),
+    (b"", "multipart/mixed; boundary=x", 415),
+)
+
+
+async def single_images(scenario: Scenario, rng: random.Random) -> None:
+    """Send an image as the body, every third time within two seconds, and compare the response."""
+    parameters = {"top_k": scenario.classes}
+    async with scenario.client() as client:
+        while True:
+            ((name, body),) = scenario.draw(rng, 1)
+            slow = rng.random() < 1 / 3
+            content, headers = pieces(body) if slow else body, {"Content-Length": str(len(body))}
+            reply = await client.post("/v1/classify", content=content, headers=headers, params=parameters)
+            await scenario.check("slow" if slow else "single", reply, [name], probabilities(reply))
+
+
+async def pieces(body: bytes) -> AsyncIterator[bytes]:
+    """Yield *body* in ten pieces within two seconds."""
+    size = len(body) // 10 + 1
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+        await asyncio.sleep(0.2)
+
+
+async def forms(scenario: Scenario, rng: random.Random) -> None:
+    """Send three images in a form, one of them invalid, and compare the others."""
+    async with scenario.client() as client:
+        while True:
+            (first, image), (last, other) = scenario.draw(rng, 2)
+            files = [("image", body) for body in (image, b"no image", other)]
+            reply = await client.post("/v1/classify", files=files, params={"top_k": scenario.classes})
+            await scenario.check("form", reply, [first, last], probabilities(reply)[::2])
+
+
+async def json_bodies(scenario: Scenario, rng: random.Random) -> None:
+    """Send one to three images as base64 and compare each result."""
+    async with scenario.client() as client:
+        while True:
+            sent = scenario.draw(rng, rng.randint(1, 3))
+            images = [base64.b64encode(body).decode("ascii") for _, body in sent]
+            parameters = {"top_k": scenario.classes}
+            reply = await client.post("/v1/classify", json={"images": images}, params=parameters)
+            await scenario.check("json", reply, [name for name, _ in sent], probabilities(reply))
+
+
+async def inference_protocol(scenario: Scenario, rng: random.Random) -> None:
+    """Request the logits of one or two images with the protocol and compare their softmax."""
+    async with scenario.client() as client:
+        while True:
+            sent, found = scenario.draw(rng, rng.randint(1, 2)), []
+            data = [base64.b64encode(body).decode("ascii") for _, body in sent]
+            tensor = {"name": "IMAGE", "datatype": "BYTES", "shape": [len(sent)], "data": data}
+            request = {"inputs": [tensor], "outputs": [{"name": "logits"}]}
+            reply = await client.post(f"/v2/models/{NAME}/infer", json=request)
+            if reply.status_code == 200:
+                (output,) = reply.json()["outputs"]
+                for logits in np.array(output["data"], dtype=np.float32).reshape(output["shape"]):
+                    ranked = sorted(zip(softmax(logits).tolist(), scenario.labels, strict=True), reverse=True)
+                    found.append({label: value for value, label in ranked[: scenario.classes]})
+            await scenario.check("v2", reply, [name for name, _ in sent], found)
+
+
+async def model_swaps(scenario: Scenario, rng: random.Random) -> None:
+    """Move the link that the server follows to another bundle every few seconds."""
+    async with scenario.client() as client:
+        while True:
+            await asyncio.sleep(1 + 2 * rng.random())
+            index = (scenario.tally.outcomes["swap", "200"] + 1) % len(scenario.bundles)
+            move_link(scenario.link, str(scenario.bundles[index]))
+            ready = await client.get(f"/v2/models/{NAME}/ready")
+            code = "runtime_dead" if scenario.killed is not None and ready.status_code == 503 else ""
+            scenario.tally.note("swap", ready.status_code, code)
+
+
+async def invalid_images(scenario: Scenario, rng: random.Random) -> None:
+    """Send invalid bodies; the response must have the expected status."""
+    async with scenario.client() as client:
+        while True:
+            body, kind, status = rng.choice(INVALID)
+            reply = await client.post("/v1/classify", content=body, headers={"Content-Type": kind})
+            scenario.tally.note("bad", reply.status_code, reply.json()["code"], expected=status)
+            await asyncio.sleep(PAUSE)
+
+
+async def disconnecting(scenario: Scenario, rng: random.Random) -> None:
+    """Disconnect within a body, or before the response."""
+    url = httpx.URL(scenario.url)
+    while True:
+        ((_, body),) = scenario.draw(rng, 1)
+        sent = rng.choice((len(body) // 2, len(body)))
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(head.encode() + body[:sent])
+        with suppress(ConnectionError):
+            await writer.drain()
+        await asyncio.sleep(rng.random() * PAUSE)
+        writer.transport.abort()
+        scenario.tally.outcomes["left", "while waiting" if sent == len(body) else "in the body"] += 1
+        await asyncio.sleep(5 * PAUSE)
+
+
+async def floods(scenario: Scenario, rng: random.Random) -> None:
+    """Every few seconds, send more images than the queue holds, of which some get 429, or ask for metrics."""
+    while True:
+        await asyncio.sleep(4 + 2 * rng.random())
+        ((_, body),) = scenario.draw(rng, 1)
+        async with scenario.client() as client:
+            replies = await asyncio.gather(*(client.post("/v1/classify", content=body) for _ in range(FLOOD)))
+            pages = await asyncio.gather(*(client.get("/metrics") for _ in range(FLOOD)))
+        for reply in replies:
+            scenario.tally.note("flood", reply.status_code, reply.json().get("code", ""))
+        for page in pages:
+            scenario.tally.note("flood of /metrics", page.status_code)
+
+
+async def monitoring(scenario: Scenario, _: random.Random) -> None:
+    """Request the health endpoints as a supervisor does."""
+    async with scenario.client() as client:
+        while True:
+            for path in ("/livez", "/readyz", "/metrics", "/info"):
+                status = (await client.get(path)).status_code
+                is_starting = path == "/readyz" and scenario.killed is not None
+                scenario.tally.note(path, status, expected=503 if is_starting and status == 503 else 200)
+            await asyncio.sleep(1)
+
+
+async def kills(scenario: Scenario, rng: random.Random) -> None:
+    """End or stop a child of the supervisor now and then; a stopped one is killed by the supervisor."""
+    while True:
+        await asyncio.sleep(KILL_SECONDS)
+        if scenario.killed is not None:
+            file = Path(f"/proc/{scenario.killed}/task/{scenario.killed}/children")
+            victim = int(rng.choice(file.read_text().split()))
+            number = rng.choice((signal.SIGKILL, signal.SIGSTOP))
+            scenario.tally.note(f"kill {number.name}", 200)
+            with suppress(ProcessLookupError):
+                os.kill(victim, number)
+
+
+MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = (
+    *[single_images] * 5, forms, json_bodies, inference_protocol, model_swaps, invalid_images,
+    disconnecting, floods, monitoring, kills,
+)  # fmt: skip
+
+
+async def load(scenario: Scenario, seconds: float, seed: int) -> None:
+    """Run all clients for *seconds*, then close their connections."""
+    tasks = [
+        asyncio.create_task(client(scenario, random.Random(seed + number)))  # noqa: S311 - not a secret
+        for number, client in enumerate(MIX)
+    ]
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    scenario.tally.failures += [f"a client failed: {task.exception()!r}" for task in done]
+
+
+async def start_all_threads(scenario: Scenario) -> None:
+    """Send so many requests at once that the server starts all its threads."""
+    image = base64.b64encode(min(scenario.bodies.values(), key=len)).decode("ascii")
+    files = [("image", body) for body in scenario.bodies.values()]
+    async with scenario.client() as client:
+        requests = [client.post("/v1/classify", json={"image": image}) for _ in range(REQUESTS)]
+        await asyncio.gather(*requests, *(client.get("/v1/card") for _ in range(REQUESTS)))
+        (await client.post("/v1/classify", files=files)).raise_for_status()
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Resources of processes at *moment*: their number, resident bytes, threads, open descriptors."""
+
+    moment: float
+    processes: int
+    resident: int
+    threads: int
+    descriptors: int
+
+
+def read_resources(pid: int) -> Resources:
+    """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own
+    folders = [
+        Path(f"/proc/{found}") for found in (pid, *(p for file in files for p in file.read_text().split()))
+    ]
+    status = [(folder / "status").read_text(encoding="utf-8") for folder in folders]
+    resident, threads = (
+        sum(int(re.findall(rf"^{name}:\s+(\d+)", text, re.M)[0]) for text in status)
+        for name in ("VmRSS", "Threads")
+    )
+    descriptors = sum(len(list((folder / "fd").iterdir())) for folder in folders)
+    return Resources(time.monotonic(), len(folders), resident * 1024, threads, descriptors)
+
+
+def is_busy(url: str) -> bool:
+    """Whether images wait, or the process that had this connection was killed."""
+    try:
+        return BUSY.search(httpx.get(f"{url}/metrics").text) is not None
+    except httpx.TransportError:
+        return True
+
+
+def settled(pid: int, url: str) -> Resources:
+    """Wait until the server is idle and releases no more resources; return its resources.
+
+    They are read from /proc, because a request would open another connection.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while is_busy(url) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    counts: list[tuple[int, int]] = []
+    while time.monotonic() < deadline and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
+        time.sleep(0.5)
+        resources = read_resources(pid)
+        counts.append((resources.threads, resources.descriptors))
+    return read_resources(pid)
+
+
+def rounds(pid: int, scenario: Scenario, seconds: float, seed: int) -> list[Resources]:
+    """Run the clients for *seconds*; return the resources of the idle server after each round."""
+    at_rest = []
+    count = max(1, round(seconds / ROUND_SECONDS))
+    for number in range(count):
+        asyncio.run(load(scenario, seconds / count, seed + number * len(MIX)))
+        at_rest.append(settled(pid, scenario.url))
+    return at_rest
+
+
+def mb_per_minute(at_rest: Sequence[Resources]) -> float:
+    """Compute the growth of the resident memory: the median slope of all pairs, robust to steps."""
+    slopes = [
+        (late.resident - early.resident) / (late.moment - early.moment)
+        for early, late in combinations(at_rest, 2)
+    ]
+    return statistics.median(slopes) * 60 / 1e6
+
+
+def results(tally: Tally, at_rest: Sequence[Resources], exit_code: int) -> tuple[list[Result], list[str]]:
+    """Build the results, limits first, and name the limits that were exceeded.
+
+    *at_rest* was measured without clients, before the test and after each round.
+    """
+    before, after = at_rest[0], at_rest[-1]
+    judged = after.moment - before.moment >= JUDGED_SECONDS
+    slope = mb_per_minute(at_rest)
+    limits = {  # case: value, limit, unit
+        "memory growth": (slope, MAX_MB_PER_MINUTE * after.processes, "MB/min"),
+        "threads": (after.threads, before.threads, "threads"),
+        "descriptors": (after.descriptors, before.descriptors, "files"),
+        "largest deviation of a probability": (tally.worst, CLOSE, ""),
+        "wrong responses": (len(tally.failures), 0, "requests"),
+        "exit code": (exit_code, 0, ""),
+    }
+    rows = [
+        Result(case=case, against="limit", ours=value, other=limit, unit=unit, runs=len(at_rest))
+        for case, (value, limit, unit) in limits.items()
+    ]
+    exceeded = [case for case, (value, limit, _) in limits.items() if value > limit]
+    if not judged:
+        exceeded = [case for case in exceeded if case != "memory growth"]
+    if tally.compared == 0 or len(tally.digests) < 2:
+        exceeded.append("compared responses of every bundle")
+    counts = sorted(tally.outcomes.items())
+    rows += [Result(case=" ".join(key), ours=count, unit="requests", runs=1) for key, count in counts]
+    return rows, exceeded
+
+
+def sopdeploy(*arguments: str) -> str:
+    """Run one command and return its output."""
+    command = [sys.executable, "-m", "sopdeploy", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def predicted(
+    bundle: Path, bodies: Mapping[str, bytes], folder: Path, classes: int
+) -> dict[str, dict[str, float]]:
+    """Run `sopdeploy predict` for all of *bodies*; return probabilities by image and label."""
+    for name, body in bodies.items():
+        (folder / name).write_bytes(body)
+    files = [str(folder / name) for name in bodies]
+    text = sopdeploy("predict", str(bundle), *files, "--top-k", str(classes), "--json")
+    return {
+        Path(row["image"]).name: {item["label"]: item["probability"] for item in row["classes"]}
+        for row in json.loads(text)
+    }
+
+
+def digits_bundle(folder: Path, seed: int) -> Path:
+    """Train on handwritten digits for one epoch, export, and return the bundle."""
+    run, out = folder / f"run-{seed}", folder / f"bundles-{seed}"
+    settings = ["--set", "epochs=1", "--set", f"seed={seed}"]
+    sopdeploy("train", "--recipe", "digits-dsop", *settings, "--out", str(run))
+    sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(out))
+    return (out / "latest").resolve()
+
+
+def soak(
+    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float, front_ends: int, *, kill: bool
+) -> tuple[Tally, list[Result], list[str]]:
+    """Run the soak test; return the responses, the results, and the limits that were exceeded."""
+    bodies = valid_bodies()
+    labels = json.loads((bundles[0] / "labels.json").read_bytes())
+    classes = min(CLASSES, len(labels))
+    expected = {read_manifest(one).id: predicted(one, bodies, folder, classes) for one in bundles}
+    link = folder / "live"
+    move_link(link, str(bundles[0]))
+    options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
+    options += ["--front-ends", str(front_ends)]
+    with serving(f"{NAME}={link}", *options) as (process, url):
+
+        def scenario(tally: Tally) -> Scenario:
+            return Scenario(
+                url=url, bodies=bodies, expected=expected, tally=tally, classes=classes, labels=labels,
+                link=link, bundles=bundles, killed=process.pid if kill else None,
+            )  # fmt: skip
+
+        rounds(process.pid, scenario(Tally()), warm_up, seed=1)
+        asyncio.run(start_all_threads(scenario(Tally())))
+        tally, before = Tally(), settled(process.pid, url)
+        at_rest = [before, *rounds(process.pid, scenario(tally), seconds, seed=100)]
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    return tally, *results(tally, at_rest, code)
+
+
+def main() -> int:
+    """Run from the command line; return the exit code."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=300, help="duration of the load after the warm-up")
+    parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
+    parser.add_argument(
+        "--bundles", type=Path, nargs=2, metavar="BUNDLE",
+        help="two bundles with the same classes; default: networks trained on digits for one epoch",
+    )  # fmt: skip
+    parser.add_argument("--front-ends", type=int, default=0, help="processes that serve HTTP")
+    parser.add_argument("--kills", action="store_true", help="kill or stop processes; needs --front-ends")
+    arguments = parser.parse_args()
+    warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
+    with tempfile.TemporaryDirectory() as name:
+        bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
+        tally, rows, exceeded = soak(
+            bundles, Path(name), arguments.seconds, warm_up, arguments.front_ends, kill=arguments.kills
+        )
+    report(rows, as_json=arguments.json, seconds=arguments.seconds)
+    for line in [*(f"exceeded: {case}" for case in exceeded), *tally.failures[:20]]:
+        print(line, file=sys.stderr)
+    return int(bool(exceeded))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
