@@ -85,11 +85,9 @@ class Checkpoint:
     """A trained network and everything needed to use it.
 
     Attributes:
-        model: catalog name of the network.
         config: keyword arguments of `create_model`.
         weights: state dict of the training network; the averaged weights if EMA was enabled.
         labels: class names in output order.
-        preprocess: image preprocessing.
         training: a `TrainingRecord`; a file can contain anything.
         resume: what `training.checkpoints` adds to `last.pt`; `None` if training cannot be resumed from it.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.

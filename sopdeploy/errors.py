@@ -30,7 +30,6 @@ class SopdeployError(Exception):
 
     Attributes:
         code: stable identifier for scripts.
-        exit_code: that of a command.
         message: the message without the settings.
         setting: the setting that the error is about, named as in Python, such as `max_batch`.
         value: the value of *setting*, if the message should show it.

@@ -50,8 +50,6 @@ def fit_decision(
 
     Args:
         logits: Predictions for images that the network was not trained on.
-        targets: The classes of these images.
-        estimated_on: The origin of the predictions.
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
             no rejection; `missing_threshold` describes the reason.
         scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if

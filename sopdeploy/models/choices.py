@@ -16,7 +16,6 @@ class Choice(StrictModel):
     Attributes:
         name: The value of `model.name`.
         timm: The weights in timm, NAME.TAG.
-        license: The license of these weights.
         pixels: The side of its images; `resized` tells that it is not that of the weights.
         millions: Its parameters, in millions.
         top1: Its accuracy on ImageNet, in percent; None for weights that learned without labels.

@@ -78,13 +78,9 @@ class Setup:
 
     Attributes:
         recipe: The recipe with the selected procedure and complete preprocessing.
-        data: Training and held-out images.
         file_hashes, held_out: Those of `Division`.
-        strategy: The device, and the processes that train together.
         model: The network with its weights on the device; the training loop changes them in place.
         weights: The report on the start weights; None for random ones.
-        position: From where the run continues.
-        origin: The run and its images, as checkpoints contain them.
         reason: Why "auto" selected the procedure; empty if it did not.
     """
 
@@ -155,10 +151,8 @@ class Fit:
     """A network that a procedure has fitted so far.
 
     Attributes:
-        name: Catalog name of the network.
         network: The network with the weights that are evaluated and exported.
         learning: The network that learns, if `network` has an average of its weights.
-        position: The progress, with the history.
         file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
         result: The score to expect on new images; None before the end.
         decision: Temperature and thresholds; None if none were fitted.

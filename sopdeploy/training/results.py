@@ -217,17 +217,13 @@ class FewShotResult(StrictModel):
         possible_clip: Two files of which this is not certain, if there are any.
         clip_pattern: A regular expression that finds what the names of a possible clip share; empty if none.
         contradictions: Files of groups with different labels, joined by " = ".
-        num_images: Number of training images.
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
         num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
-        gains: Classes with too few photographs, and those that would gain most from more.
         head: The network, and the statistics that its classifier reads.
-        num_features: Length of the vector that the classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
         strength: In results of earlier versions, scikit-learn's C of a logistic regression.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
-        seconds: Time of each step.
         tuning: The comparison with the network that was fine-tuned from this one, which was not better.
         left_out: The damaged images that the run left out, each with the reason.
     """

@@ -54,8 +54,6 @@ class RowsState(StrictModel):
         runtime: Name and device of the runtime.
         batch: Images in a batch.
         top_k: Classes of a row; None: all above their threshold.
-        columns: Optional columns.
-        max_body_bytes, max_pixels: Limits of an image.
     """
 
     bundle: str
@@ -71,7 +69,6 @@ class RunState(RowsState):
     """Content of `_run.json`.
 
     Attributes:
-        version: Of the format.
         written_by: Version of sopdeploy that wrote the file last.
         part_images: Images of a part.
         images: Number of images, and a hash of their names, positions and sizes.

@@ -159,8 +159,6 @@ class CrossValidation:
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
         left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
-        scaling: What makes logits of the scores of a head.
-        seconds: Time of each step.
     """
 
     recipe: Recipe

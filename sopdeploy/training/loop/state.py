@@ -58,10 +58,8 @@ class LoopState:
     """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
     Attributes:
-        setup: What the run was given.
         frozen: What the few-shot procedure has fitted, if the loop starts from it.
         model: The network that learns; `start_epoch` may replace it.
-        position: The progress.
         groups: Groups of the optimizer's parameters.
         trainable: Names of the parameters that learn unless `setup` freezes them.
         unread: Finished steps whose values are not read yet; only `position.step` counts them.
