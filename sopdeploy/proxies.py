@@ -96,6 +96,7 @@ def is_this_machine(host: str) -> bool:
     with suppress(OSError, ValueError):  # a name, which no name server is asked for
         found = socket.getaddrinfo(host or ".", 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
         address = ip_address(str(found[0][4][0]))
+        address = getattr(address, "ipv4_mapped", None) or address
         return address.is_loopback or address.is_unspecified
     return False
 

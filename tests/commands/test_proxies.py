@@ -31,7 +31,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 THIS_MACHINE = [
     *("localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.1", "127.9.9.9", "2130706433", "0x7f.1"),
-    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1"),
+    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1"),
     "0",  # the address of all interfaces
     socket.gethostname(),
 ]
