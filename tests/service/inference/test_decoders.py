@@ -393,10 +393,11 @@ def test_images_for_which_nobody_waits_free_their_places_and_their_memory(client
 
 
 def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with, monkeypatch) -> None:
-    monkeypatch.setattr(decoders, "MAX_PIXELS", 12_000_000)  # eight of these have room
-    options = {"decoders": 1, "trusted_proxies": "127.0.0.1", "max_pixels": 12_000_000}
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 120_000)  # eight of these have room
+    monkeypatch.setattr(decoders, "LIGHT_PIXELS", LIGHT_PIXELS // 100)
+    options = {"decoders": 1, "trusted_proxies": "127.0.0.1", "max_pixels": 120_000}
     client = serve_with(FakeRuntime(num_classes=7), **options)
-    large = hostile.jpeg(4000, 3000)
+    large = hostile.jpeg(400, 300)
 
     def post(number: int, address: str) -> int:
         # A client can send the first part, to which its proxy adds an element or, for all but one, a line.
