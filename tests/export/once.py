@@ -24,6 +24,7 @@ from sopdeploy_export.capture.program import Programs, capture, capture_any_batc
 from sopdeploy_export.lower.precision import Lowered
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
+from tests.support import quick_torch
 
 CAPTURED: dict[str, Programs] = {}
 GRAPHS: dict[str, Lowered] = {}
@@ -58,6 +59,7 @@ def proving_once(*, alone: bool = False) -> Iterator[None]:
     file with its own network, so a program of another network would be found. A network outside of the
     catalog is proved *alone*, because another one can have equal tensors.
     """
+    quick_torch.keep()
     with pytest.MonkeyPatch.context() as patch:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from tests.plugins.reference_runtime import ReferenceRuntime
 from tests.plugins.stripes import StripesConfig
 from tests.sopdeploy.layers.numerics.all_poolings import relu_features
 from tests.sopdeploy.training.runs import few_digits
+from tests.support import quick_torch
 from tests.support.pictures import encoded
 
 PAGE = ROOT / "docs" / "howto" / "plug-in.md"
@@ -67,6 +69,12 @@ def as_in_a_new_process(patch: pytest.MonkeyPatch) -> None:
         plugins.RUNTIMES,
     ):
         patch.setattr(registry, "registered", {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with quick_torch.one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

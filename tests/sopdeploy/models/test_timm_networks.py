@@ -130,7 +130,14 @@ def test_an_option_that_a_network_of_timm_does_not_have_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])
-def test_networks_with_a_module_called_features_keep_its_name_and_can_be_captured(name: str) -> None:
+def test_networks_with_a_module_called_features_keep_its_name_and_can_be_captured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_few_blocks(*names: Any, **options: Any) -> nn.Module:
+        return densenet(*names, **options | {"block_config": (1, 1, 1, 1)})
+
+    densenet = timm.models.densenet._create_densenet
+    monkeypatch.setattr(timm.models.densenet, "_create_densenet", of_few_blocks)
     with torch.device("meta"):
         network = create_model(f"dsop-timm:{name}", num_classes=3)
         assert len(network(torch.empty(2, 3, 64, 64)).branches) == 4

@@ -374,7 +374,7 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
 
 
 def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
-    write_scenes(tmp_path / "train", copies=1)
+    write_scenes(tmp_path / "train", each=6, copies=1)
     write_scenes(tmp_path / "val", each=1)
     for label, number in (("cat", 5), ("dog", 5)):
         (tmp_path / "val" / label / "leak.jpg").write_bytes(encoded(scene(number)))

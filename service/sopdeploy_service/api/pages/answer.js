@@ -83,11 +83,11 @@ function showOther(name, body, problem) {
   byId("other-note").textContent = problem ? sentence(problem) : body?.known === false ? "Looks unlike its photos." : none;
 }
 
-/** Draw `losses`, rows of probabilities that `label` loses without a part of the image, over the image: red where it loses most. */
+/** Draw `losses`, rows of probabilities that `label` loses without a part of the image, over the image: red where it loses most, dark where nothing. */
 function showMap(losses, label) {
   const cells = losses.flat();
   const largest = Math.max(...cells, Number.MIN_VALUE);
-  const pixels = cells.flatMap((loss) => [255, 40, 0, 190 * Math.max(0, loss / largest)]);
+  const pixels = cells.map((loss) => Math.max(0, loss / largest)).flatMap((share) => [255 * share, 40 * share, 0, 110 + 80 * share]);
   byId("map").getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), losses[0].length), 0, 0);
   byId("map").setAttribute("aria-label", `Parts of the image on which ${label} depends`);
   byId("map").hidden = false;

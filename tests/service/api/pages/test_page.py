@@ -96,7 +96,7 @@ def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, s
     )
     largest = max(map(max, losses))
     assert largest > 0
-    expected = [190 * max(0, loss / largest) for row in losses for loss in row]
+    expected = [110 + 80 * max(0, loss / largest) for row in losses for loss in row]
     assert opacities == pytest.approx(expected, abs=1)
     page.locator("#map").wait_for()  # the preview is decoded
     boxes = [page.locator(name).bounding_box() for name in ("#map", "#crop")]
