@@ -125,7 +125,9 @@ def _right(checkpoint: Any, path: Path, every: int) -> int:
 
 
 FROZEN = "the frozen network is kept"
-TUNINGS = {  # held-out photographs, right ones of each network, wins and losses: what the line says of them
+TUNINGS: dict[
+    tuple[int, ...], tuple[str, str]
+] = {  # held-out photographs, right ones of each network, wins and losses: what the line says of them
     (400, 347, 372, 40, 15): ("93.0 % instead of 86.8 %", "p 0.001; the fine-tuned network is kept"),
     (100, 87, 92, 8, 3): ("p 0.23; too few to decide: they show differences from about 9.6 points", FROZEN),
     (50, 40, 41, 1, 0): ("p 1; too few to decide: they show differences from about 12 points", FROZEN),
