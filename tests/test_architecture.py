@@ -69,7 +69,6 @@ def test_dunder_all_names_exactly_the_lazy_exports() -> None:
 def test_the_command_line_page_is_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate.py")
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
-    assert len(page.split()) <= 700
 
 
 def test_the_tables_of_settings_and_metrics_are_up_to_date() -> None:
@@ -136,6 +135,7 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
 def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a_screen() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), "run `make docs`"
+    assert len(page.split()) <= 700
 
 
 def imports_of(path: Path) -> set[str]:
