@@ -7,15 +7,18 @@ from collections.abc import Collection
 from contextlib import suppress
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
 HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))  # also of the hub's
 S3_SCHEMES = ("s3", "s3a")
+HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
 
 
 class Proxy(NamedTuple):
@@ -89,16 +92,27 @@ def requested_url(url: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Check for `localhost`, the name of this machine, or a spelling of a loopback address or of 0.0.0.0."""
+    """Check for a name of this machine, or any spelling of one of its addresses; asks no name server."""
     host = host.rstrip(".").lower()
+    if not host:
+        return False
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
-    with suppress(OSError, ValueError):  # a name, which no name server is asked for
-        found = socket.getaddrinfo(host or ".", 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
-        address = ip_address(str(found[0][4][0]))
-        address = getattr(address, "ipv4_mapped", None) or address
-        return address.is_loopback or address.is_unspecified
-    return False
+    with suppress(OSError, ValueError):  # ValueError: not UTF-8
+        text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
+        lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
+        host = next((address for address, *names in filter(None, lines) if host in names), host)
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, address = found[0]
+        if ip_address(address[0]).is_loopback:
+            return True
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing: the system chooses the address that it would send from
+            source = probe.getsockname()[0]
+    except (OSError, ValueError):  # a name, or an address without a route
+        return False
+    return source == address[0] or ip_address(source).is_loopback
 
 
 def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:

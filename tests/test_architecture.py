@@ -132,9 +132,10 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_the_page_of_the_architecture_has_the_floors_of_the_contracts() -> None:
+def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a_screen() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), "run `make docs`"
+    assert len(page.split()) <= 700
 
 
 def imports_of(path: Path) -> set[str]:

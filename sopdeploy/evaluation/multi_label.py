@@ -115,6 +115,7 @@ class MultiLabelPredictions:
     """Predictions of a network with several classes per image.
 
     Attributes:
+        labels: C class names.
         targets: (N, C), above 0 for every class of an image.
         probabilities: (N, C) float64.
         thresholds: smallest probability at which a class counts as present, per class.

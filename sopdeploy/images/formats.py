@@ -34,9 +34,12 @@ MARKER_BYTES = 2
 COMMENT, END = 0xFE, 0xD9
 # Of the segments of applications, those that the colors depend on, with the least length that libjpeg reads.
 COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
-APPLICATION_1, EXIF = 0xE1, b"Exif\0\0"
+APPLICATION_1, EXIF, XMP = 0xE1, b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+# Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
+TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
 TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
 CONTROL, CONTROL_BYTES = 0xF9, 4  # an extension of GIF
+MAX_TEXT = 1_000_000  # bytes of all such texts of a file, unpacked
 
 
 def open_image(
@@ -69,8 +72,8 @@ def open_image(
                     break
         image = Image.open(io.BytesIO(without_metadata(body)), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
-        if detected == "JPEG" and (exif := _jpeg_exif(body)):
-            image.info["exif"] = exif
+        if detected == "JPEG":
+            image.info.update(_jpeg_orientation_info(body).items())
         if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
@@ -105,27 +108,32 @@ def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
                 yield position - MARKER_BYTES, position + length
 
 
-def _jpeg_exif(body: bytes) -> bytes:
-    """Return the EXIF of the JPEG *body*, as Pillow has it in `info`, without parsing its tags; or b""."""
-    found = b""
+def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
+    """Read EXIF and XMP of the JPEG *body*, as Pillow has them in `info`, without parsing all tags."""
+    info: dict[str, bytes] = {}
     for start, end in _jpeg_metadata(body):
         content = start + MARKER_BYTES + 2
         if body[start + 1] == APPLICATION_1 and body.startswith(EXIF, content):
-            found = (found or EXIF) + body[content + len(EXIF) : end]
-    return found
+            info["exif"] = info.get("exif", EXIF) + body[content + len(EXIF) : end]
+        elif body[start + 1] == APPLICATION_1 and body.startswith(XMP, content):
+            info["xmp"] = body[content + len(XMP) : end]
+    return info
 
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the chunks that `without_metadata` leaves out."""
-    begin = 8  # after the signature
+    begin, remaining = 8, MAX_TEXT  # after the signature; bytes of texts that may be unpacked
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
-        name = body[begin + 4 : begin + 8]
+        name, content = body[begin + 4 : begin + 8], slice(begin + 8, end - 4)
         if name == b"IEND" or not name.isalpha():
             return
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
-                is_needed = end - begin - 12 >= TRANSPARENCY_BYTES.get(body[25], 0)
+                is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
+            elif name in {b"tEXt", b"zTXt", b"iTXt"} and remaining and TEXTS.match(body, begin + 8):
+                remaining = max(0, remaining - _count_text(name, body[content], remaining))
+                is_needed = remaining > 0
             checksum = int.from_bytes(body[end - 4 : end])
             if not is_needed or zlib.crc32(body[begin + 4 : end - 4]) != checksum:
                 yield begin, end
@@ -150,6 +158,18 @@ def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if body[begin + 1] == CONTROL and body[begin + 2] < CONTROL_BYTES:
             yield begin, end
         begin = end
+
+
+def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
+    """Count the bytes of the text in a *chunk* of a PNG, at most *limit* (PNG specification, 11.3.3)."""
+    text = content.partition(b"\0")[2]
+    if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
+        return min(len(content), limit)
+    method, packed = (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
+    try:
+        return limit if method != b"\0" else len(zlib.decompressobj().decompress(packed, limit))
+    except zlib.error:
+        return limit
 
 
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:

@@ -7,10 +7,11 @@ The orientation is read from the EXIF data without the other tags. Pillow reads 
 overlap: 5400 tags of 64 kB each fit into 64 kB and would take 350 MB.
 """
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
 ORIENTATION, UPRIGHT = 0x0112, 1
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # formats of `struct` by the type of a tag
+TEXT_PROFILE = "Raw profile type exif"  # in the text of a PNG
+XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
 TURNS = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,18 +38,27 @@ FRAME_BOX = "sopdeploy_frame"  # in `info` of a GIF whose first frame covers onl
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Read the orientation of *image*, 1 to 8, from EXIF; 1 (upright) if absent or invalid.
+    """Read the orientation of *image*, 1 to 8, from EXIF, else from XMP; 1 (upright) if absent or invalid.
 
-    The pixels of a PNG are loaded, because its EXIF may follow them.
+    The pixels of a PNG are loaded, because its tags may follow them. A PNG can also have EXIF as text: an
+    empty line, a name, a length and lines of hexadecimal digits.
     """
     try:
         if image.format == "PNG" and "exif" not in image.info:
             image.load()
-        exif = image.info.get("exif")
+        info: dict[Any, Any] = image.info
+        exif = info.get("exif")
+        if exif is None and TEXT_PROFILE in info:
+            hexadecimal_lines = info[TEXT_PROFILE].split("\n")[3:]
+            exif = bytes.fromhex("".join(hexadecimal_lines))
         orientation = _read_orientation(exif) if exif else None
+        if orientation is None:  # EXIF does not tell it
+            xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
+            match = XMP.search(xmp if isinstance(xmp, bytes) else xmp.encode())
+            orientation = int(match[1]) if match else UPRIGHT
     except Exception:  # damaged tags fail in many ways
         return UPRIGHT
-    return UPRIGHT if orientation not in TURNS else orientation
+    return orientation if orientation in TURNS else UPRIGHT
 
 
 def _read_orientation(data: bytes) -> int | None:

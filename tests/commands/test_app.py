@@ -142,6 +142,8 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
     assert (short["num_classes"], short["image_size"]) == (7, 24)
     printed = CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
     assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
+    strided = CliRunner().invoke(app, ["models", "dsop-resnet18"]).stdout
+    assert "3.05 G multiply-adds deployed, with the usual stride of 2" in strided
 
 
 def test_recipes_lists_every_recipe() -> None:

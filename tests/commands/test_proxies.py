@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from sopdeploy import proxies
 from sopdeploy.backbones.efficientnet import EfficientNetLiteConfig
 from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
@@ -29,22 +30,40 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(
+        "127.0.0.1 localhost\n::1 ip6-localhost ip6-loopback\n192.0.2.9 other  # 127.0.0.1 far\n\n"
+    )
+    monkeypatch.setattr(proxies, "HOSTS", file)
+
+
 THIS_MACHINE = [
     *("localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.1", "127.9.9.9", "2130706433", "0x7f.1"),
-    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1"),
+    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1", "ip6-loopback", "IP6-localhost"),
     "0",  # the address of all interfaces
     socket.gethostname(),
 ]
-OTHERS = ["server.example", "192.0.2.1", "2001:db8::1", "localhost.example", "127.0.0.1.example", ""]
+OTHERS = [
+    "server.example",
+    "192.0.2.1",
+    "2001:db8::1",
+    "other",
+    "far",
+    "localhost.example",
+    "127.0.0.1.example",
+    "",
+]
 
 
 @pytest.mark.parametrize(("names", "expected"), [(THIS_MACHINE, True), (OTHERS, False)])
-def test_every_spelling_of_this_machine_is_recognized(names: list[str], expected: bool) -> None:
+def test_every_spelling_of_this_machine_is_recognized(hosts: None, names: list[str], expected: bool) -> None:
     assert {name: is_this_machine(name) for name in names} == dict.fromkeys(names, expected)
 
 
 def test_a_server_on_this_machine_is_requested_directly_whatever_the_variables_are(
-    monkeypatch: pytest.MonkeyPatch,
+    hosts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in ("http://127.0.0.1:9", "socks://127.0.0.1:9", "http://[::1", ":"):
         monkeypatch.setenv("ALL_PROXY", value)

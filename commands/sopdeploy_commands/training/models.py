@@ -51,6 +51,19 @@ def _show_description(description: "Description") -> None:
     rows = ((Text(name), f"{counts.parameters:,}", f"{counts.macs:,}") for name, counts in counted.items())
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
+    if description.config.get("conv5_stride") == 1:
+        from sopdeploy.models.describe import describe
+
+        usual = describe(
+            description.name,
+            image_size=description.image_size,
+            num_classes=description.num_classes,
+            **{**description.config, "conv5_stride": 2},
+        )
+        say(
+            f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
+            f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
+        )
     options = []
     for key, value in description.config.items():  # a pooling by its kind, text without quotes, else JSON
         short = value.get("kind", value) if isinstance(value, dict) else value

@@ -37,6 +37,7 @@ class Features:
     """The features of N images by a frozen network.
 
     Attributes:
+        head: The head to fit.
         space: The span of the inputs of `head`.
         reduced: The coordinates (N, R) of the inputs in it.
         own: The network's own vectors (N, D_0) of length 1.

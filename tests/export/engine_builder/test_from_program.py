@@ -156,11 +156,17 @@ def test_the_checkpoint_is_given_with_torch_tensorrt_only(tmp_path: Path) -> Non
         EngineOptions(checkpoint=Path("best.pt"))
 
 
+@pytest.fixture(scope="module")
+def of_a_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a network outside of the catalog."""
+    folder, options = tmp_path_factory.mktemp("own"), ExportOptions(max_batch=1)
+    return export_small(Small(aux=False).eval(), folder, options=options).path
+
+
 @pytest.mark.parametrize("checkpoint", [None, Path("weights.pt")])
-def test_a_network_without_a_checkpoint_is_refused(checkpoint: Path | None, tmp_path: Path) -> None:
-    bundle = export_small(Small(aux=False).eval(), tmp_path).path
+def test_a_network_without_a_checkpoint_is_refused(checkpoint: Path | None, of_a_user: Path) -> None:
     with pytest.raises(EngineError, match=r": is of a network of your own, which has no checkpoint to conv"):
-        engine(bundle, via="torch-tensorrt", checkpoint=checkpoint)
+        engine(of_a_user, via="torch-tensorrt", checkpoint=checkpoint)
 
 
 def test_what_is_missing_is_one_line(branched: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
