@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import TextIO, cast
+from typing import NamedTuple, TextIO, cast
 
 import typer
 
@@ -51,7 +50,7 @@ def demo(*, out: Path = Path("demo")) -> None:
     with ThreadPoolExecutor() as pool:  # a failure is told once both have ended
         digits = pool.submit(_prepare_digits, out / "digits")
         classify_photographs(out)
-    classify_digits(out / "digits", digits.result())
+    show_digits(digits.result())
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     optional_steps = ("sopdeploy verify", "sopdeploy predict")  # `serve` checks a bundle and classifies, too
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
@@ -67,7 +66,9 @@ def classify_photographs(out: Path) -> None:
     expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
     _run(EXPORT, out)
     new, others = sorted(out.glob("photos/new/*/*.jpg")), sorted(out.glob("photos/others/*.jpg"))
-    with _serving(out) as client:
+    say("", f"$ sopdeploy {SERVE}", style="bold cyan")
+    with _serving(out) as (ready, client):
+        say(ready)
         found, unknown = client.classify(new), client.classify(others)
     say("New photographs, over HTTP:", style="bold")
     rate = _show_answers([photo.parent.name for photo in new], found, len(new))
@@ -82,36 +83,47 @@ def classify_photographs(out: Path) -> None:
     expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
 
 
-def _prepare_digits(out: Path) -> list[CompletedProcess[str]]:
-    """Train digits with DSoP's branches in the folder *out*, and export them, beside the photographs."""
-    done: list[CompletedProcess[str]] = []
+class _Prepared(NamedTuple):
+    """What ran beside the photographs: each command with its output, the last exit code, and the answers."""
+
+    outputs: dict[str, str]
+    code: int
+    answers: list[Classification]
+
+
+def _prepare_digits(out: Path) -> _Prepared:
+    """Train digits with DSoP's branches in the folder *out*, export them, and ask a server for answers."""
+    from sopdeploy.photos.libraries import open_digits
+
+    outputs: dict[str, str] = {}
     for words in (DIGITS, EXPORT):
-        if not done or not done[-1].returncode:
-            command = [*_PROGRAM, *words.split()]
-            done.append(
-                subprocess.run(
-                    command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-                )
-            )
-    return done
+        command = [*_PROGRAM, *words.split()]
+        done = subprocess.run(
+            command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        outputs[words] = done.stdout
+        if done.returncode:
+            return _Prepared(outputs, done.returncode, [])
+    digits = open_digits().held_out
+    with _serving(out) as (ready, client):
+        answers = [client.classify(digits.read(index)) for index in range(len(digits))]
+    return _Prepared({**outputs, SERVE: ready}, 0, answers)
 
 
-def classify_digits(out: Path, prepared: Sequence[CompletedProcess[str]]) -> None:
-    """Show what was *prepared* in the folder *out*, and classify the held-out digits."""
+def show_digits(prepared: _Prepared) -> None:
+    """Show what was *prepared*, and how many of the held-out digits are right."""
     from sopdeploy.photos.libraries import open_digits
 
     say("Branches that only train: DSoP on digits; the export detaches them, with proof", style="bold")
-    say("These two commands ran in the folder digits, beside those above:", style="bold")
-    for words, done in zip((DIGITS, EXPORT), prepared, strict=False):
+    say("This ran in the folder digits, beside the photographs:", style="bold")
+    for words, output in prepared.outputs.items():
         say("", f"$ sopdeploy {words}", style="bold cyan")
-        say(*done.stdout.splitlines())
-        if done.returncode:
-            raise typer.Exit(done.returncode)  # the command has printed its error
+        say(*output.splitlines())
+    if prepared.code:
+        raise typer.Exit(prepared.code)  # the command has printed its error
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
-    with _serving(out) as client:
-        answers = [client.classify(digits.read(index)) for index in range(len(digits))]
-    rate = _show_answers(truths, answers, _ROWS)
+    rate = _show_answers(truths, prepared.answers, _ROWS)
     expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
 
 
@@ -123,17 +135,15 @@ def _run(words: str, out: Path) -> None:
 
 
 @contextmanager
-def _serving(out: Path) -> Iterator[Client]:
-    """Serve the newest bundle in *out* while the block runs, and give a client of the server."""
-    say("", f"$ sopdeploy {SERVE}", style="bold cyan")
+def _serving(out: Path) -> Iterator[tuple[str, Client]]:
+    """Serve the newest bundle in *out* while the block runs; give the server's first line, and a client."""
     with subprocess.Popen([*_PROGRAM, *SERVE.split()], cwd=out, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = cast(TextIO, server.stdout).readline().strip()
             if not ready:  # the server has printed its error
                 raise typer.Exit(server.wait())
-            say(ready)
             with Client(ready.split()[1], timeout=_TIMEOUT) as client:  # the second word is the URL
-                yield client
+                yield ready, client
         finally:
             server.terminate()
 
