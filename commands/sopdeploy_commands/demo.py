@@ -84,11 +84,19 @@ def classify_photographs(out: Path) -> None:
 
 
 class _Prepared(NamedTuple):
-    """What ran beside the photographs: each command with its output, the last exit code, and the answers."""
+    """What ran beside the photographs.
+
+    Attributes:
+        outputs: What each command printed.
+        code: Exit code of the last command.
+        truths: Classes of the held-out digits.
+        answers: What the server answered for each of them.
+    """
 
     outputs: dict[str, str]
     code: int
-    answers: list[Classification]
+    truths: Sequence[str] = ()
+    answers: Sequence[Classification] = ()
 
 
 def _prepare_digits(out: Path) -> _Prepared:
@@ -103,17 +111,16 @@ def _prepare_digits(out: Path) -> _Prepared:
         )
         outputs[words] = done.stdout
         if done.returncode:
-            return _Prepared(outputs, done.returncode, [])
+            return _Prepared(outputs, done.returncode)
     digits = open_digits().held_out
+    truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as (ready, client):
         answers = [client.classify(digits.read(index)) for index in range(len(digits))]
-    return _Prepared({**outputs, SERVE: ready}, 0, answers)
+    return _Prepared({**outputs, SERVE: ready}, 0, truths, answers)
 
 
 def show_digits(prepared: _Prepared) -> None:
     """Show what was *prepared*, and how many of the held-out digits are right."""
-    from sopdeploy.photos.libraries import open_digits
-
     say("Branches that only train: DSoP on digits; the export detaches them, with proof", style="bold")
     say("This ran in the folder digits, beside the photographs:", style="bold")
     for words, output in prepared.outputs.items():
@@ -121,9 +128,7 @@ def show_digits(prepared: _Prepared) -> None:
         say(*output.splitlines())
     if prepared.code:
         raise typer.Exit(prepared.code)  # the command has printed its error
-    digits = open_digits().held_out
-    truths = [digits.class_names(index)[0] for index in range(len(digits))]
-    rate = _show_answers(truths, prepared.answers, _ROWS)
+    rate = _show_answers(prepared.truths, prepared.answers, _ROWS)
     expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
 
 

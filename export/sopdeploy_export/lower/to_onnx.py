@@ -122,7 +122,7 @@ def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str
 def _translate(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """Convert *program* as `torch.onnx.export` does, without its optimizer.
 
-    Other than there, types are promoted without computing every value again, which takes a fifth of the time.
+    Types are promoted by the values of the capture; torch's own pass computes each of them again.
     """
     registry = _converters()
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
