@@ -2,12 +2,12 @@
 
     python benchmarks/branches.py FOLDER --results FILE [--only NAME]
 
-FOLDER has a checkout of each repository under the last part of its name. Weights are random, batch norms
-have the statistics of the exporter's images. For each network, `unused_modules` names what the chosen
-output does not depend on; the network is exported without that, and the file is compared with it on other
-images in batches of 1, 2, 3 and 7. Each network runs in a process of its own, because repositories use the
-same names for their modules. FILE has a line of JSON per network; the printed table is that of
-docs/benchmarks/networks.md.
+FOLDER has a checkout of each repository under the last part of its name. Weights are random,
+batch norms have the statistics of the exporter's images. For each network, `unused_modules`
+names what the chosen output does not depend on; the network is exported without that, and the
+file is compared with it on other images in batches of 1, 2, 3 and 7. Each network runs in a
+process of its own, because repositories use the same names for their modules. FILE has a line
+of JSON per network; the printed table is that of docs/benchmarks/networks.md.
 """
 
 import argparse
@@ -73,9 +73,24 @@ net(Namespace(nBlocks=3, base=2, step=2, stepmode="even", nChannels=8, data="cif
     grFactor=[1, 2, 4], bnFactor=[1, 2, 4], nScales=3, prune="max", reduction=0.5, bottleneck=True, T=1.0,
     gamma=0.1, pretrained=None))"""
 SDN = {"num_classes": 10, "augment_training": False, "input_size": 32, "init_weights": True}
-RESNET_SDN = {**SDN, "num_blocks": [2, 2, 2], "block_type": "basic", "add_ic": [[0, 1], [1, 0], [1, 0]]}
-WRN_SDN = {**SDN, "num_blocks": [1, 1, 1], "widen_factor": 1, "dropout_rate": 0.3, "add_ic": [[1], [1], [0]]}
-MOBILE_SDN = {**SDN, "cfg": [64, (128, 2), 128, (256, 2), (512, 2), (1024, 2)], "add_ic": [0, 1, 0, 1, 0, 0]}
+RESNET_SDN = {
+    **SDN,
+    "num_blocks": [2, 2, 2],
+    "block_type": "basic",
+    "add_ic": [[0, 1], [1, 0], [1, 0]],
+}
+WRN_SDN = {
+    **SDN,
+    "num_blocks": [1, 1, 1],
+    "widen_factor": 1,
+    "dropout_rate": 0.3,
+    "add_ic": [[1], [1], [0]],
+}
+MOBILE_SDN = {
+    **SDN,
+    "cfg": [64, (128, 2), 128, (256, 2), (512, 2), (1024, 2)],
+    "add_ic": [0, 1, 0, 1, 0, 0],
+}
 WSOL = "acol_drop_threshold=0.6, adl_drop_rate=0.75, adl_drop_threshold=0.8"
 # fmt: off
 CANDIDATES = [
@@ -210,14 +225,19 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
         network=candidate.code.split("\n")[-1].partition("(")[0],
         pixels=candidate.pixels,
     )
-    rules, started = Preprocess(resize=candidate.pixels, crop=candidate.pixels), time.monotonic()
+    rules, started = (
+        Preprocess(resize=candidate.pixels, crop=candidate.pixels),
+        time.monotonic(),
+    )
     try:
         network = build(candidate, folder)
     except Exception as error:  # the repository's code
         return row.model_copy(update={"crashed": f"cannot be built: {first_line(error)}"})
     key: Any = candidate.key
     row = row.model_copy(
-        update={"network": f"{type(network).__name__}{'' if key is None else f', output {key}'}"}
+        update={
+            "network": f"{type(network).__name__}{'' if key is None else f', output {key}'}"
+        }
     )
     try:
         parts = unused_modules(network, rules, key)
@@ -236,7 +256,8 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
             difference = largest_difference(network, rules, key, exported.path / "model.onnx")
         certificate = exported.certificate
         total = sum(
-            entry.bytes for entry in (*certificate.removed, *certificate.kept, *certificate.unreached)
+            entry.bytes
+            for entry in (*certificate.removed, *certificate.kept, *certificate.unreached)
         )
         return row.model_copy(
             update={
@@ -248,7 +269,9 @@ def _attempt(candidate: Candidate, folder: Path) -> Row:
             }
         )
     except SopdeployError as error:
-        return row.model_copy(update={"refused": str(error), "seconds": round(time.monotonic() - started, 1)})
+        return row.model_copy(
+            update={"refused": str(error), "seconds": round(time.monotonic() - started, 1)}
+        )
     except Exception as error:  # a bug of the export
         return row.model_copy(update={"crashed": f"{type(error).__name__}: {error}"})
 
@@ -260,9 +283,13 @@ def images(rules: Preprocess, count: int) -> np.ndarray[Any, Any]:
 
 
 @torch.no_grad()
-def outputs(network: nn.Module, rules: Preprocess, key: Any, pixels: np.ndarray[Any, Any]) -> torch.Tensor:
+def outputs(
+    network: nn.Module, rules: Preprocess, key: Any, pixels: np.ndarray[Any, Any]
+) -> torch.Tensor:
     """Compute the logits of *network*."""
-    output = network(Normalize(rules, torch.contiguous_format)(torch.from_numpy(pixels)).contiguous())
+    output = network(
+        Normalize(rules, torch.contiguous_format)(torch.from_numpy(pixels)).contiguous()
+    )
     logits = output if isinstance(output, torch.Tensor) else choose_output(output, key)
     return torch.as_tensor(logits)
 
@@ -273,7 +300,9 @@ def largest_difference(network: nn.Module, rules: Preprocess, key: Any, file: Pa
     for size in BATCHES:
         pixels = images(rules, size)
         expected = outputs(network, rules, key, pixels).numpy()
-        differences.append(float(np.abs(session.run(None, {"images": pixels})[0] - expected).max()))
+        differences.append(
+            float(np.abs(session.run(None, {"images": pixels})[0] - expected).max())
+        )
         largest = max(largest, float(np.abs(expected).max()))
     return max(differences) / largest
 
@@ -286,13 +315,28 @@ def in_processes(folder: Path, candidates: Sequence[Candidate]) -> Iterator[Row]
 
 def table(rows: list[Row]) -> str:
     """Write the table of the page."""
-    head = ("kind", "repository", "network", "pixels", "result", "removed", "of the bytes", "file differs by")
+    head = (
+        "kind",
+        "repository",
+        "network",
+        "pixels",
+        "result",
+        "removed",
+        "of the bytes",
+        "file differs by",
+    )
     cells = []
     for row in rows:
-        result = row.proof or (f"refused: {row.refused}" if row.refused else f"fails: {row.crashed}")
+        result = row.proof or (
+            f"refused: {row.refused}" if row.refused else f"fails: {row.crashed}"
+        )
         numbers = (f"{row.percent:g} %", f"{row.difference:.0e}") if row.proof else ("", "")
-        removed = row.removed or ("nothing: the output depends on all parts" if row.proof else "")
-        cells.append((row.kind, row.repository, row.network, row.pixels, result, removed, *numbers))
+        removed = row.removed or (
+            "nothing: the output depends on all parts" if row.proof else ""
+        )
+        cells.append(
+            (row.kind, row.repository, row.network, row.pixels, result, removed, *numbers)
+        )
     return markdown(head, cells)
 
 
@@ -301,7 +345,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--only", default="", help="a part of the repository's name or of the code")
+    parser.add_argument(
+        "--only", default="", help="a part of the repository's name or of the code"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [found for found in CANDIDATES if arguments.only in found.repository + found.code]

@@ -4,9 +4,9 @@
         [--kinds none,encoded,cropped,half,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
         [--json]
 
---data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
-from --data and adds --copies copies of each, so that the true groups are known; seeds start with --first.
-Kinds of copies:
+--data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs
+per class from --data and adds --copies copies of each, so that the true groups are known; seeds
+start with --first. Kinds of copies:
 
 - encoded: half to all of each side, JPEG of quality 40 to 80;
 - cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3; half: 70 % of each side, half of the photograph;
@@ -14,14 +14,15 @@ Kinds of copies:
 - mixed: each copy of one of these kinds; none: no copies;
 - turned, if it is named: turned by a quarter or a half, or mirrored, half to all of each side.
 
-Each run is `sopdeploy train` with default options; the cache of features is in --cache. "error" is the
-difference of the estimate and the accuracy on --test. Intervals are the printed ones: how many contain the
-accuracy on --test, and the accepted share of --test. "grouped wrongly" counts photographs in a group with
-another photograph, "divided" photographs whose copies are in several groups. Finished runs in --cache are not
-repeated. Exit status 1: a mean error of more than 2.5 points in either direction, fewer than 90 % of the
-intervals, or more than 1 % of the photographs without copies grouped wrongly. The mean absolute error has a
-floor, the sampling error of the draw and of --test: 3.6 points for 100 and 2.8 points for 200 photographs
-with 80 % accuracy, and 341 in --test.
+Each run is `sopdeploy train` with default options; the cache of features is in --cache. "error"
+is the difference of the estimate and the accuracy on --test. Intervals are the printed ones:
+how many contain the accuracy on --test, and the accepted share of --test. "grouped wrongly"
+counts photographs in a group with another photograph, "divided" photographs whose copies are in
+several groups. Finished runs in --cache are not repeated. Exit status 1: a mean error of more
+than 2.5 points in either direction, fewer than 90 % of the intervals, or more than 1 % of the
+photographs without copies grouped wrongly. The mean absolute error has a floor, the sampling
+error of the draw and of --test: 3.6 points for 100 and 2.8 points for 200 photographs with 80 %
+accuracy, and 341 in --test.
 """
 
 import argparse
@@ -75,13 +76,17 @@ def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> byt
             image = image.resize((round(side * scale), round(rise * scale)))
         else:
             image = ImageEnhance.Brightness(image).enhance(source.uniform(0.85, 1.18))
-            image = image.filter(ImageFilter.GaussianBlur(source.uniform(0, 0.004) * max(width, height)))
+            image = image.filter(
+                ImageFilter.GaussianBlur(source.uniform(0, 0.004) * max(width, height))
+            )
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
-def draw(given: argparse.Namespace, folder: Path, kind: str, copies: int, size: int, seed: int) -> None:
+def draw(
+    given: argparse.Namespace, folder: Path, kind: str, copies: int, size: int, seed: int
+) -> None:
     """Link *size* photographs of each class of --data and write *copies* copies of each into *folder*."""
     source = random.Random(1000 * size + seed)  # noqa: S311  # not a secret
     for label in sorted(path for path in given.data.iterdir() if path.is_dir()):
@@ -91,7 +96,11 @@ def draw(given: argparse.Namespace, folder: Path, kind: str, copies: int, size: 
             for number in range(copies):
                 chosen = source.choice(KINDS) if kind == "mixed" else kind
                 copy = (
-                    given.cache / "copies" / f"{chosen}-{number}" / label.name / f"{path.stem}~{number}.jpg"
+                    given.cache
+                    / "copies"
+                    / f"{chosen}-{number}"
+                    / label.name
+                    / f"{path.stem}~{number}.jpg"
                 )
                 if not copy.exists():
                     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +122,9 @@ def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     return float(np.mean(wrong)), float(np.mean(divided))
 
 
-def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed: int) -> dict[str, float]:
+def run_draw(
+    given: argparse.Namespace, kind: str, copies: int, size: int, seed: int
+) -> dict[str, float]:
     """Train on one draw and test; results are cached."""
     path: Path = given.cache / f"{kind}-{copies}-{size}-{seed}.json"
     if path.exists():
@@ -130,7 +141,9 @@ def run_draw(given: argparse.Namespace, kind: str, copies: int, size: int, seed:
         or fit.result.top1 is None
         or rule is None
     ):
-        raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
+        raise DataError(
+            f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes"
+        )
     logits, targets = test_logits(run / "best.pt", given.test)
     score = fit.result.top1
     wrong, divided = count_errors(folder, fit.groups)
@@ -156,21 +169,31 @@ def test_logits(best: Path, test: Path) -> tuple[Array, Array]:
     Also returns their classes (N,), numbers of the folders in *test*.
     """
     content, images = read_checkpoint(best), open_evaluation_images(test, class_folders(test))
-    return score_images(build_classifier(content, best), content.preprocess, images), images.targets
+    return score_images(
+        build_classifier(content, best), content.preprocess, images
+    ), images.targets
 
 
 def train_on(given: argparse.Namespace, folder: Path, run: Path) -> FinishedRun:
     """Run `sopdeploy train` on *folder* with default options."""
-    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
+    settings = [
+        f"data.path={folder}",
+        f"model.name={given.model}",
+        f"start.weights={given.weights}",
+    ]
     return train_run(read_recipe("photos", settings), run)
 
 
 def draws_parser(description: str | None) -> argparse.ArgumentParser:
     """Build a parser with the options of benchmarks that train on draws of photographs."""
     parser = make_parser(description)
-    parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
+    parser.add_argument(
+        "--model", required=True, help="network, such as timm:tf_efficientnet_lite0"
+    )
     parser.add_argument("--weights", type=Path, required=True, help="its weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of copies, features and results")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="folder of copies, features and results"
+    )
     parser.add_argument("--draws", type=int, default=6)
     parser.add_argument("--first", type=int, default=0, help="seed of the first draw")
     return parser
@@ -190,12 +213,20 @@ def parse_draws(parser: argparse.ArgumentParser, arguments: list[str]) -> argpar
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = draws_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
-    parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
-    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["none", *KINDS, "mixed"])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg"
+    )
+    parser.add_argument(
+        "--test", type=Path, required=True, help="photographs of the same classes"
+    )
+    parser.add_argument(
+        "--kinds", type=lambda text: text.split(","), default=["none", *KINDS, "mixed"]
+    )
     for name, values in (("copies", [1, 2]), ("sizes", [10, 20])):
         parser.add_argument(
-            f"--{name}", type=lambda text: [int(part) for part in text.split(",")], default=values
+            f"--{name}",
+            type=lambda text: [int(part) for part in text.split(",")],
+            default=values,
         )
     given = parse_draws(parser, arguments)
     results, passed = [], True
@@ -208,13 +239,21 @@ def main(arguments: list[str]) -> int:
                 for seed in given.seeds
             ]
             errors = [one["estimate"] - one["accuracy"] for one in draws]
-            inside = float(np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws]))
-            are_accepted = [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
+            inside = float(
+                np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws])
+            )
+            are_accepted = [
+                one["accepted, low"] <= one["accepted"] <= one["accepted, high"]
+                for one in draws
+            ]
             accepted = float(np.mean(are_accepted))
             wrong = float(np.mean([one["grouped wrongly"] for one in draws]))
             error = float(np.mean(errors))
             passed &= (
-                abs(error) <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+                abs(error) <= 2.5
+                and inside >= 0.9
+                and accepted >= 0.9
+                and (kind != "none" or wrong <= 1)
             )
             for case, value, unit in (
                 ("accuracy", float(np.mean([one["accuracy"] for one in draws])), "%"),
@@ -227,7 +266,9 @@ def main(arguments: list[str]) -> int:
                 ("grouped wrongly", wrong, "%"),
                 ("divided", float(np.mean([one["divided"] for one in draws])), "%"),
             ):
-                results.append(Result(case=f"{kind}, {case}", ours=value, unit=unit, runs=len(draws)))
+                results.append(
+                    Result(case=f"{kind}, {case}", ours=value, unit=unit, runs=len(draws))
+                )
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
     return 0 if passed else 1
 

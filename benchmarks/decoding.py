@@ -1,14 +1,15 @@
 """Accuracy of the few-shot head on large photographs that are decoded in full, and at the scale of the rules.
 
-    python benchmarks/decoding.py --photos NAME=FOLDER ... --weights FILE [--size 10] [--draws 20] [--json]
+    python benchmarks/decoding.py --photos NAME=FOLDER ... --weights FILE [--size 10] [--draws
+    20] [--json]
 
 FOLDER has photographs <class>/*.jpg. Each is decoded twice, in full and scaled, and read by
-EfficientNet-Lite0 with the weights FILE. A draw takes --size photographs per class, at most half of them,
-and tests on the others.
-The head is fitted and calibrated by the code of `train`: for "scaled" to scaled photographs, for "served
-scaled" to full ones; both test on scaled ones. Differences are to the same draw in full, with 95 % intervals
-over draws. As draws share photographs, "all sets" has intervals over photographs, each by its mean over the
-draws that test it.
+EfficientNet-Lite0 with the weights FILE. A draw takes --size photographs per class, at most
+half of them, and tests on the others. The head is fitted and calibrated by the code of `train`:
+for "scaled" to scaled photographs, for "served scaled" to full ones; both test on scaled ones.
+Differences are to the same draw in full, with 95 % intervals over draws. As draws share
+photographs, "all sets" has intervals over photographs, each by its mean over the draws that
+test it.
 
 Exit status 1: the accuracy over all photographs falls by more than 1 point.
 """
@@ -20,7 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from measure import Result, make_parser, one_line_errors, report
 from numpy.typing import NDArray
-from photo_vectors import class_folders, draw_photographs, fit_draw, join_vectors, open_network, read_batches
+from photo_vectors import (
+    class_folders,
+    draw_photographs,
+    fit_draw,
+    join_vectors,
+    open_network,
+    read_batches,
+)
 from scipy.special import softmax
 from scipy.stats import t
 
@@ -28,7 +36,11 @@ from sopdeploy.photos.folder import open_evaluation_images
 
 Array = NDArray[Any]
 MAX_LOSS = 1.0  # points
-WAYS = {"full": ("full", "full"), "scaled": ("scaled", "scaled"), "served scaled": ("full", "served scaled")}
+WAYS = {
+    "full": ("full", "full"),
+    "scaled": ("scaled", "scaled"),
+    "served scaled": ("full", "served scaled"),
+}
 
 
 class Photographs(NamedTuple):
@@ -57,9 +69,14 @@ class Draw(NamedTuple):
 def compute_vectors(folder: Path, weights: Path) -> Photographs:
     """Decode the photographs of *folder* in both ways, and compute their vectors."""
     images = open_evaluation_images(folder, class_folders(folder))
-    networks = {name: open_network(weights, f"preprocess.decoding={name}") for name in ("full", "scaled")}
+    networks = {
+        name: open_network(weights, f"preprocess.decoding={name}")
+        for name in ("full", "scaled")
+    }
     batches = {name: read_batches(network, images) for name, network in networks.items()}
-    network = networks["full"]  # only the projections, which are fitted below, differ from "scaled"
+    network = networks[
+        "full"
+    ]  # only the projections, which are fitted below, differ from "scaled"
     vectors = {
         name: join_vectors(network, batches[read], batches[fitted])
         for name, fitted, read in (
@@ -110,7 +127,9 @@ def measure(name: str, photos: Photographs, run: list[Draw]) -> list[Result]:
         gains = accuracies[way] - accuracies["full"]
         pairs = [(draw.probabilities["full"], draw.probabilities[way]) for draw in run]
         changes = 100 * np.concatenate([np.abs(one - other).ravel() for one, other in pairs])
-        others = np.concatenate([one.argmax(axis=1) != other.argmax(axis=1) for one, other in pairs])
+        others = np.concatenate(
+            [one.argmax(axis=1) != other.argmax(axis=1) for one, other in pairs]
+        )
         values = {
             "accuracy": (accuracies[way].mean(), "%"),
             "difference": (gains.mean(), "points"),
@@ -137,8 +156,12 @@ def gains_of_photographs(run: list[Draw], way: str) -> Array:
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = make_parser(__doc__)
-    parser.add_argument("--photos", action="append", required=True, help="NAME=FOLDER with <class>/*.jpg")
-    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of EfficientNet-Lite0")
+    parser.add_argument(
+        "--photos", action="append", required=True, help="NAME=FOLDER with <class>/*.jpg"
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="ImageNet weights of EfficientNet-Lite0"
+    )
     parser.add_argument("--size", type=int, default=10, help="photographs per class")
     parser.add_argument("--draws", type=int, default=20)
     given = parser.parse_args(arguments)

@@ -1,11 +1,13 @@
 """First contact with a GPU: check and measure exported bundles on it, in parts.
 
-    python first_contact.py FOLDER [PART ...] [--out OUT] [--minutes 15] [--resume] [--provider cpu]
+    python first_contact.py FOLDER [PART ...] [--out OUT] [--minutes 15] [--resume] [--provider
+    cpu]
 
-FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `probes` and `speed` need ONNX Runtime with CUDA,
-`server` and `tensorrt` also this project. The most important part runs first, each in its own process, which
-writes each row at once to OUT/PART.jsonl; OUT/gpu.md lists all. No part runs longer than `PART_SECONDS`, or
-after --minutes. --resume skips parts that succeeded. `--provider cpu` needs no GPU.
+FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `probes` and `speed` need ONNX
+Runtime with CUDA, `server` and `tensorrt` also this project. The most important part runs
+first, each in its own process, which writes each row at once to OUT/PART.jsonl; OUT/gpu.md
+lists all. No part runs longer than `PART_SECONDS`, or after --minutes. --resume skips parts
+that succeeded. `--provider cpu` needs no GPU.
 """
 
 import argparse
@@ -34,7 +36,15 @@ WARM_UPS, SECONDS = 3, 2.0  # for each batch size
 PART_SECONDS = 300
 SERVED = "resnet50 fp16"  # the bundle of the part `server`; another folder's last one
 FRONT_ENDS = ("auto", "4", "0")
-PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu13", "torch", "sopdeploy")
+PACKAGES = (
+    "numpy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-cu13",
+    "torch",
+    "sopdeploy",
+)
 CUDART = "libcudart.so.13"
 LOCKED: list[Any] = []  # arrays in page-locked memory, which must not be freed
 Bundle = dict[str, Any]  # its manifest, path, and name with the precision
@@ -49,8 +59,15 @@ def machine(_: Bundle, provider: str) -> Iterator[Row]:
             found[name] = importlib.metadata.version(name)
     yield from ({"what": name, "value": value} for name, value in found.items())
     if provider == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-        yield {"what": "GPU, sm, driver", "value": subprocess.check_output(query, text=True).strip()}
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,compute_cap,driver_version",
+            "--format=csv,noheader",
+        ]
+        yield {
+            "what": "GPU, sm, driver",
+            "value": subprocess.check_output(query, text=True).strip(),
+        }
 
 
 def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
@@ -62,12 +79,22 @@ def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
         session = open_session(bundle, provider, profile=f"{folder}/profile")
         (logits,) = session.run(["logits"], {session.get_inputs()[0].name: arrays["images"]})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    deviation, limit = np.abs(logits - arrays["output_logits"]).max(), float(arrays["tolerance_logits"])
-    floor = json.loads((bundle["path"] / "parity.json").read_text())["outputs"]["logits"]["noise_floor"]
+    deviation, limit = (
+        np.abs(logits - arrays["output_logits"]).max(),
+        float(arrays["tolerance_logits"]),
+    )
+    floor = json.loads((bundle["path"] / "parity.json").read_text())["outputs"]["logits"][
+        "noise_floor"
+    ]
     on_cpu: Counter[str] = Counter()
     for part in session.get_provider_graph_assignment_info():
-        on_cpu.update(node.op_type for node in part.get_nodes() if part.ep_name.startswith("CPU"))
-    row = {"bundle": bundle["name"], "noise floors": f"{deviation / floor:.2f} of {limit / floor:.1f}"}
+        on_cpu.update(
+            node.op_type for node in part.get_nodes() if part.ep_name.startswith("CPU")
+        )
+    row = {
+        "bundle": bundle["name"],
+        "noise floors": f"{deviation / floor:.2f} of {limit / floor:.1f}",
+    }
     copies = sum("Memcpy" in event.get("args", {}).get("op_name", "") for event in events)
     yield row | {"on the CPU": str(dict(on_cpu)), "copies": copies}
     if not deviation <= limit:
@@ -77,17 +104,23 @@ def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
 def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
     """Median milliseconds of a batch with its copies, images/s alone and with two in flight; MiB in use.
 
-    One session runs all sizes; the service has one for each size of a network with convolutions. The columns
-    `page-locked` upload from memory that the system does not move, which the service does not do; two
-    sessions have a stream each, so that the copies of one may overlap with the kernels of the other.
+    One session runs all sizes; the service has one for each size of a network with
+    convolutions. The columns `page-locked` upload from memory that the system does not move,
+    which the service does not do; two sessions have a stream each, so that the copies of one
+    may overlap with the kernels of the other.
     """
     session, second = open_session(bundle, provider), open_session(bundle, provider)
     for batch in map(int, BATCHES.split(",")):
         calls = [bind(session, bundle, batch, provider) for _ in range(2)]
         alone, two = median_ms(calls[:1]), median_ms(calls)
         row = {"bundle": bundle["name"], "batch": batch, "ms": f"{alone:.3f}"}
-        row |= {"images/s": f"{1e3 * batch / alone:.0f}", "two in flight": f"{2e3 * batch / two:.0f}"}
-        locked = [bind(each, bundle, batch, provider, is_locked=True) for each in (session, second)]
+        row |= {
+            "images/s": f"{1e3 * batch / alone:.0f}",
+            "two in flight": f"{2e3 * batch / two:.0f}",
+        }
+        locked = [
+            bind(each, bundle, batch, provider, is_locked=True) for each in (session, second)
+        ]
         row |= {"page-locked ms": f"{median_ms(locked[:1]):.3f}"}
         row |= {"page-locked, two sessions": f"{2e3 * batch / median_ms(locked):.0f}"}
         if batch > 1:  # cuDNN plans convolutions anew
@@ -103,11 +136,21 @@ def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     """
     runtime, folder = f"onnxruntime-{provider}", bundle["path"].parents[1]
     for front_ends in FRONT_ENDS:
-        with serving(str(bundle["path"]), "--runtime", runtime, "--front-ends", front_ends) as (_, url):
+        with serving(str(bundle["path"]), "--runtime", runtime, "--front-ends", front_ends) as (
+            _,
+            url,
+        ):
             for images in ("images", "phone"):
                 load = put_loads(f"{url}/v1/classify", folder / images, 6, 64)
-                row = {"bundle": bundle["name"], "front ends": front_ends, "photographs": images}
-                yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
+                row = {
+                    "bundle": bundle["name"],
+                    "front ends": front_ends,
+                    "photographs": images,
+                }
+                yield row | {
+                    key: f"{getattr(load, key):.1f}"
+                    for key in ("images_per_s", "p50_ms", "p99_ms")
+                }
 
 
 def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
@@ -120,7 +163,9 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
 
     engine = get_engine(open_bundle(bundle["path"]), EngineOptions(profiles="1,8,64"))
     yield {"bundle": bundle["name"], "build": f"{engine.record.build_seconds:.0f} s"}
-    for each in bench(bundle["path"], batch=BATCHES, settings=load_settings(runtime="tensorrt")).latencies:
+    for each in bench(
+        bundle["path"], batch=BATCHES, settings=load_settings(runtime="tensorrt")
+    ).latencies:
         yield {"bundle": bundle["name"], "batch": each.batch, "ms": f"{each.median_ms:.3f}"}
 
 
@@ -142,15 +187,21 @@ def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     if provider == "cpu":
         options.add_session_config_entry("session.x64quantprecision", "1")
         return ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-    for entry in sys.path:  # also those of an outer Python, which `ort.preload_dlls()` does not look for
+    for entry in (
+        sys.path
+    ):  # also those of an outer Python, which `ort.preload_dlls()` does not look for
         for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
             ort.preload_dlls(directory=str(folder))
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     chosen |= {"prefer_nhwc": "1"} if bundle["precision"] == "fp16" else {}
-    session = ort.InferenceSession(path, options, [("CUDAExecutionProvider", chosen)], enable_fallback=0)
+    session = ort.InferenceSession(
+        path, options, [("CUDAExecutionProvider", chosen)], enable_fallback=0
+    )
     if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"ONNX Runtime runs on {session.get_providers()[0]}; the .log says why")
+        raise RuntimeError(
+            f"ONNX Runtime runs on {session.get_providers()[0]}; the .log says why"
+        )
     return session
 
 
@@ -159,19 +210,24 @@ def bind(
 ) -> Callable[[], Any]:
     """Bind a batch of images (batch, H, W, 3); return what uploads, runs and downloads it.
 
-    The images are uploaded into a tensor on the device or, with *is_locked*, by the session on its stream,
-    from page-locked memory.
+    The images are uploaded into a tensor on the device or, with *is_locked*, by the session on
+    its stream, from page-locked memory.
     """
     import numpy as np  # noqa: PLC0415
     import onnxruntime as ort  # noqa: PLC0415
 
-    images = np.random.default_rng(0).integers(0, 256, (batch, *bundle["inputs"][0]["shape"][1:]), np.uint8)
+    images = np.random.default_rng(0).integers(
+        0, 256, (batch, *bundle["inputs"][0]["shape"][1:]), np.uint8
+    )
     name = session.get_inputs()[0].name
     if is_locked:
         if provider == "cuda":
             lock_pages(images)
         return lambda: session.run(None, {name: images})
-    binding, tensor = session.io_binding(), ort.OrtValue.ortvalue_from_numpy(images, provider, 0)
+    binding, tensor = (
+        session.io_binding(),
+        ort.OrtValue.ortvalue_from_numpy(images, provider, 0),
+    )
     binding.bind_ortvalue_input(name, tensor)
     for output in session.get_outputs():
         binding.bind_output(output.name, provider, 0)
@@ -225,9 +281,13 @@ def used_mib() -> int:
 def read_bundles(folder: Path) -> list[Bundle]:
     """Read the manifests of the bundles in *folder*, the one with the smallest graph first."""
     found: list[Bundle] = []
-    for path in {path.resolve() for path in folder.glob("*/*/manifest.json")}:  # `latest` is a link
+    for path in {
+        path.resolve() for path in folder.glob("*/*/manifest.json")
+    }:  # `latest` is a link
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found.append(manifest | {"path": path.parent, "name": "{model} {precision}".format_map(manifest)})
+        found.append(
+            manifest | {"path": path.parent, "name": "{model} {precision}".format_map(manifest)}
+        )
     return sorted(found, key=lambda bundle: (bundle["path"] / "model.onnx").stat().st_size)
 
 
@@ -239,7 +299,9 @@ def run_alone(part: str, bundles: list[Bundle], provider: str) -> None:
         try:
             for row in PARTS[part](bundle, provider):
                 print(json.dumps(row), flush=True)
-        except Exception as error:  # the next bundle may run; the libraries' errors share no base class
+        except (
+            Exception
+        ) as error:  # the next bundle may run; the libraries' errors share no base class
             line = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:1000]
             result = f"failed: {bundle['name']}: {line}"
             print(json.dumps({"bundle": bundle["name"], "error": line}), flush=True)
@@ -250,9 +312,19 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> None:
     """Run *part* for at most *seconds*, in its own process: an error of CUDA ends all CUDA work of one."""
     path = options.out / f"{part}.jsonl"
     path.unlink(missing_ok=True)  # a process that was left behind may still write to it
-    command = [sys.executable, __file__, options.folder, part, "--provider", options.provider, "--alone"]
+    command = [
+        sys.executable,
+        __file__,
+        options.folder,
+        part,
+        "--provider",
+        options.provider,
+        "--alone",
+    ]
     with path.open("a") as rows, path.with_suffix(".log").open("w") as log:
-        with subprocess.Popen(command, stdout=rows, stderr=log, start_new_session=True) as process:
+        with subprocess.Popen(
+            command, stdout=rows, stderr=log, start_new_session=True
+        ) as process:
             try:
                 end = f"failed: exit code {process.wait(seconds)}, see {log.name}"
             except subprocess.TimeoutExpired:
@@ -273,21 +345,37 @@ def read_part(out: Path, part: str) -> tuple[list[Row], str]:
 
 def page(out: Path) -> str:
     """Build the page of results: a table for each part."""
-    lines = ["# On a GPU", "", "This page shows what `make gpu-check` checked and measured.", ""]
+    lines = [
+        "# On a GPU",
+        "",
+        "This page shows what `make gpu-check` checked and measured.",
+        "",
+    ]
     for name, part in PARTS.items():
         rows, result = read_part(out, name)
-        lines += [f"## {name}", "", f"{' '.join(str(part.__doc__).split())} {result or 'not finished'}", ""]
+        lines += [
+            f"## {name}",
+            "",
+            f"{' '.join(str(part.__doc__).split())} {result or 'not finished'}",
+            "",
+        ]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)] if rows else []
-        lines += [f"| {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows] + [""]
+        lines += [
+            f"| {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows
+        ] + [""]
     return "\n".join(lines)
 
 
 def main() -> int:
     """Run the parts; with the internal option --alone, one part in this process. Return the exit code."""
-    parser = argparse.ArgumentParser(description="Check and measure a GPU with exported bundles.")
+    parser = argparse.ArgumentParser(
+        description="Check and measure a GPU with exported bundles."
+    )
     parser.add_argument("folder", type=Path, help="what gpu_bundles.py wrote")
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=", ".join(PARTS)
+    )
     parser.add_argument("--out", type=Path, default=Path("first-contact"))
     parser.add_argument("--minutes", type=float, default=15.0, help="for all parts (15)")
     parser.add_argument("--resume", action="store_true", help="skip the parts that succeeded")

@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_bundles.py FOLDER [NAME-PRECISION ...]
 
-The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and int8, and at
-224 pixels a ResNet-50 in fp16 and fp32, one with covariance pooling (iSQRT), and a DSoP ResNet-18 without its
-branches. FOLDER also gets JPEGs, small ones and those of phones, and the programs that run there. What exists
-is not written again; with names, only these networks are.
+The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and
+int8, and at 224 pixels a ResNet-50 in fp16 and fp32, one with covariance pooling (iSQRT), and a
+DSoP ResNet-18 without its branches. FOLDER also gets JPEGs, small ones and those of phones, and
+the programs that run there. What exists is not written again; with names, only these networks
+are.
 """
 
 import shutil
@@ -57,7 +58,13 @@ CASES = (
         "fp16",
         32,
         CLASSES[:10],
-        {"components": 4, "chosen": 2, "blocks_per_stage": 1, "conv5_stride": 1, "component_widths": (6,)},
+        {
+            "components": 4,
+            "chosen": 2,
+            "blocks_per_stage": 1,
+            "conv5_stride": 1,
+            "component_widths": (6,),
+        },
     ),
     Case("dsop-resnet18", "fp16", 224, CLASSES, {}),
     Case("isqrt-resnet50", "fp16", 224, CLASSES, {}),
@@ -107,7 +114,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
     cases = {f"{case.name}-{case.precision}": case for case in CASES}
-    parser.add_argument("names", nargs="*", choices=[[], *cases], metavar="NAME", help=", ".join(cases))
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *cases], metavar="NAME", help=", ".join(cases)
+    )
     given = parser.parse_args()
     folder = given.folder
     for name in given.names or cases:

@@ -3,11 +3,12 @@
     python benchmarks/gpu_server.py BUNDLE ... --out FILE [--seconds 5] [--front-ends 0,2,4,8,auto]
         [--photographs "500 x 375,12 MP"] [--connections 64,256]
 
-For each bundle and number: seconds until the server is ready, the answers to 500 small photographs at once,
-and for each kind of photograph and number of connections, from four client processes: images/s, p50 and p99,
-the share of the time in which the GPU works and its memory (nvidia-smi), CPU ms per image. First, for each
-kind: the images/s that all cores decode when they do nothing else. Every result is written at once, as a JSON
-line; combinations that the file has are not measured again.
+For each bundle and number: seconds until the server is ready, the answers to 500 small
+photographs at once, and for each kind of photograph and number of connections, from four client
+processes: images/s, p50 and p99, the share of the time in which the GPU works and its memory
+(nvidia-smi), CPU ms per image. First, for each kind: the images/s that all cores decode when
+they do nothing else. Every result is written at once, as a JSON line; combinations that the
+file has are not measured again.
 """
 
 import argparse
@@ -49,7 +50,11 @@ class GpuWatch:
 
     def watch(self) -> None:
         """Sample twice per second; nothing without nvidia-smi."""
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=utilization.gpu,memory.used",
+            "--format=csv,noheader,nounits",
+        ]
         while not self._ended.wait(0.5):
             try:
                 text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
@@ -72,7 +77,9 @@ def send_burst(url: str, folder: Path) -> Result:
     limits = httpx.Limits(max_connections=BURST)
     with httpx.Client(timeout=60, limits=limits) as client, ThreadPoolExecutor(BURST) as pool:
         started = time.perf_counter()
-        sent = [pool.submit(client.post, url, content=bodies[n % len(bodies)]) for n in range(BURST)]
+        sent = [
+            pool.submit(client.post, url, content=bodies[n % len(bodies)]) for n in range(BURST)
+        ]
         codes = Counter(str(one.result().status_code) for one in sent)
         return {"burst_s": time.perf_counter() - started, "burst_codes": dict(codes)}
 
@@ -80,7 +87,9 @@ def send_burst(url: str, folder: Path) -> Result:
 def decoded_per_second(folder: Path, seconds: float) -> float:
     """Decode the photographs of *folder* on one core, as the server does for networks that `train` makes."""
     bodies, rules = read_files(folder), Preprocess(decoding="scaled")
-    return repeat(lambda done: decode_image(bodies[done % len(bodies)], rules), 1, seconds).images_per_s
+    return repeat(
+        lambda done: decode_image(bodies[done % len(bodies)], rules), 1, seconds
+    ).images_per_s
 
 
 def measure_decoding(kind: str, folder: Path, seconds: float) -> Result:
@@ -110,7 +119,11 @@ def measure(
                 before = cpu_seconds(process.pid)
                 load = put_loads(url, folder, arguments.seconds, connections)
                 cpu_ms = 1000 * (cpu_seconds(process.pid) - before) / max(load.all_answered, 1)
-                values = {"images_per_s": load.images_per_s, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms}
+                values = {
+                    "images_per_s": load.images_per_s,
+                    "p50_ms": load.p50_ms,
+                    "p99_ms": load.p99_ms,
+                }
                 row = {**fields, "photographs": kind, "connections": connections, **values}
                 yield {**row, "refused": load.refused, "cpu_ms": cpu_ms, **watch.stop()}
 
@@ -129,18 +142,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--front-ends", default="auto,0,4,2,8")
-    parser.add_argument("--photographs", default="500 x 375,12 MP", help=f"of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--photographs", default="500 x 375,12 MP", help=f"of {', '.join(KINDS)}"
+    )
     parser.add_argument("--connections", default="64,256")
-    parser.add_argument("--minutes", type=float, default=14.0, help="no measurement begins after so long")
+    parser.add_argument(
+        "--minutes", type=float, default=14.0, help="no measurement begins after so long"
+    )
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
     done = {
-        (line.get("bundle"), line.get("front_ends", line.get("decoding"))) for line in map(json.loads, lines)
+        (line.get("bundle"), line.get("front_ends", line.get("decoding")))
+        for line in map(json.loads, lines)
     }
     with tempfile.TemporaryDirectory() as name:
         folders = {
-            kind: write_images(Path(name, str(number)), OTHERS if number else IMAGES, KINDS[kind])
+            kind: write_images(
+                Path(name, str(number)), OTHERS if number else IMAGES, KINDS[kind]
+            )
             for number, kind in enumerate(arguments.photographs.split(","))
         }
         for kind, folder in folders.items():

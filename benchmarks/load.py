@@ -1,8 +1,8 @@
 """A load generator with low overhead: each of N connections sends the next request after each response.
 
-It uses raw asyncio streams and prepared requests, because the client shares the cores with the server.
-Loopback only.
-`python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
+It uses raw asyncio streams and prepared requests, because the client shares the cores with the
+server. Loopback only. `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6`
+prints one JSON line.
 """
 
 import argparse
@@ -33,7 +33,8 @@ START_SECONDS = 120.0  # a start takes 6 to 21 s on an H200
 class Load:
     """Measurements of a run; latencies in milliseconds.
 
-    `answered` counts the images of the measured seconds, `all_answered` also those before and after.
+    `answered` counts the images of the measured seconds, `all_answered` also those before and
+    after.
     """
 
     images_per_s: float
@@ -70,7 +71,15 @@ def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
 
 def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
     """Run this program for *seconds* with further *options* in another process; return its measurements."""
-    command = [sys.executable, __file__, url, str(folder), "--seconds", str(seconds), *map(str, options)]
+    command = [
+        sys.executable,
+        __file__,
+        url,
+        str(folder),
+        "--seconds",
+        str(seconds),
+        *map(str, options),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=seconds + START_SECONDS
     )
@@ -144,7 +153,9 @@ class Run:
         """Warm up for `WARM_UP_SECONDS`, then measure."""
         start = time.perf_counter() + WARM_UP_SECONDS
         end = start + self._seconds
-        await asyncio.gather(*(self._request_loop(start, end) for _ in range(self._connections)))
+        await asyncio.gather(
+            *(self._request_loop(start, end) for _ in range(self._connections))
+        )
         times = sorted(self._latencies) or [0.0]
         return Load(
             images_per_s=len(self._latencies) / self._seconds,

@@ -1,10 +1,11 @@
 """Latency of exported layers in ONNX Runtime on one core.
 
-A mixture that runs the K of 16 experts that an image needs is compared with all 16, and iSQRT pooling with
-the loop of its paper. Both forms are exported, their outputs are compared, and they are timed alternately at
-batch size 1 and 8. `met` is true if each ratio reaches its target. The others have no target, because DSoP's
-paper prints them: the time of ResNet-50 with second-order pooling of 64 channels, for the strides of conv5_x
-with and without it, and of training with DSoP.
+A mixture that runs the K of 16 experts that an image needs is compared with all 16, and iSQRT
+pooling with the loop of its paper. Both forms are exported, their outputs are compared, and
+they are timed alternately at batch size 1 and 8. `met` is true if each ratio reaches its
+target. The others have no target, because DSoP's paper prints them: the time of ResNet-50 with
+second-order pooling of 64 channels, for the strides of conv5_x with and without it, and of
+training with DSoP.
 
     python benchmarks/lowering.py [--quick] [--json]
 """
@@ -33,7 +34,11 @@ from sopdeploy_export.lower.to_onnx import to_ir
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 EXPERTS = {8: 0.52, 2: 0.17}  # largest share of the time of all 16, by K
-POOLING = {(256, 14): 0.6, (256, 7): 0.125, (128, 8): 0.36}  # of the paper's form, by channels and side
+POOLING = {
+    (256, 14): 0.6,
+    (256, 7): 0.125,
+    (128, 8): 0.36,
+}  # of the paper's form, by channels and side
 
 
 class Case(NamedTuple):
@@ -98,13 +103,18 @@ def pooled_inputs(channels: int, side: int, batch: int) -> tuple[Tensor, ...]:
 
 def session_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSession:
     """Convert *layer* to ONNX as an export does, and open it in ONNX Runtime on one thread."""
-    shapes, names = ({0: Dim("batch", min=1)},) * len(inputs), ["features", "logits"][: len(inputs)]
+    shapes, names = (
+        ({0: Dim("batch", min=1)},) * len(inputs),
+        ["features", "logits"][: len(inputs)],
+    )
     with torch.no_grad():
         program = torch.export.export(layer.eval(), inputs, dynamic_shapes=shapes)
     model = ir.to_proto(to_ir(program, names, ["vector"]))
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def compare_forms(case: Case, runs: int) -> list[Result]:
@@ -112,13 +122,18 @@ def compare_forms(case: Case, runs: int) -> list[Result]:
     sessions = [session_of(layer, case.inputs(2)) for layer in case.layers]
     results = []
     for batch in (1, 8):
-        given = {name: x.numpy() for name, x in zip(("features", "logits"), case.inputs(batch), strict=False)}
+        given = {
+            name: x.numpy()
+            for name, x in zip(("features", "logits"), case.inputs(batch), strict=False)
+        }
         sides = [lambda one=one, given=given: one.run(None, given)[0] for one in sessions]
         ours, other = sides[0](), sides[1]()
         name = f"{case.name}, batch {batch}"
         if np.abs(ours - other).max() > TOLERANCE * np.abs(other).max():
             sys.exit(f"{name}: the outputs of both sides differ")
-        results.append(compare(name, case.against, *sides, runs=runs, warmups=3, clock=process_time))
+        results.append(
+            compare(name, case.against, *sides, runs=runs, warmups=3, clock=process_time)
+        )
     return results
 
 
@@ -139,7 +154,10 @@ def printed_costs(runs: int) -> Iterator[Result]:
         for stride in (1, 2)
     }
     for stride, other in ((1, 2), (1, 1), (2, 2)):  # the first are the defaults of the catalog
-        name, against = f"iSQRT-ResNet-50 of 64 channels, stride {stride}", f"ResNet-50, stride {other}"
+        name, against = (
+            f"iSQRT-ResNet-50 of 64 channels, stride {stride}",
+            f"ResNet-50, stride {other}",
+        )
         timed = sides["isqrt-resnet50", stride], sides["resnet50", other]
         yield compare(name, against, *timed, runs=runs, clock=process_time)
     trained = create_model("dsop-resnet18"), create_model("resnet18")
@@ -152,7 +170,9 @@ def train_step(network: Classifier, images: Tensor) -> None:
     """Compute the gradients of *network* for *images*."""
     network.train()
     labels = torch.zeros(len(images), dtype=torch.int64)
-    torch.autograd.backward(training_loss(network(images), labels, network.loss_weights(), 0.0).total)
+    torch.autograd.backward(
+        training_loss(network(images), labels, network.loss_weights(), 0.0).total
+    )
 
 
 def main() -> None:
@@ -163,11 +183,20 @@ def main() -> None:
     results: list[Result] = []
     missed: list[str] = []
     cases = [
-        Case(f"mixture, K={k}", "all 16", (Routed(k), Routed(k, all_experts=True)), routed_inputs, share)
+        Case(
+            f"mixture, K={k}",
+            "all 16",
+            (Routed(k), Routed(k, all_experts=True)),
+            routed_inputs,
+            share,
+        )
         for k, share in EXPERTS.items()
     ]
     for (d, side), share in POOLING.items():
-        layers, name = (ISqrtCov(d), RootOfThePaper(d)), f"iSQRT pooling, d={d}, M={side * side}"
+        layers, name = (
+            (ISqrtCov(d), RootOfThePaper(d)),
+            f"iSQRT pooling, d={d}, M={side * side}",
+        )
         cases.append(Case(name, "paper's loop", layers, partial(pooled_inputs, d, side), share))
     for case in cases:
         timed = compare_forms(case, runs)

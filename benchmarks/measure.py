@@ -1,7 +1,8 @@
 """Shared by all benchmarks: interleaved timing, facts about the machine, one format of results.
 
-Both sides of a comparison run alternately within one process, so that other load slows both; the value of a
-side is its median. `ratio` is ours / other: for times, a value below 1 means that ours is faster.
+Both sides of a comparison run alternately within one process, so that other load slows both;
+the value of a side is its median. `ratio` is ours / other: for times, a value below 1 means
+that ours is faster.
 
     arguments = parse(__doc__)
     report([compare("pooling", "reference loop", ours, other, runs=9)], as_json=arguments.json)
@@ -49,7 +50,8 @@ def keep_draw(path: Path, measured: object) -> None:
 class Result:
     """One measured value in *unit*, the median of *runs*, and the value it is compared with.
 
-    `against` names the other side; it is empty, and `other` is None, for a value without comparison.
+    `against` names the other side; it is empty, and `other` is None, for a value without
+    comparison.
     """
 
     case: str
@@ -77,7 +79,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def parse(description: str | None) -> argparse.Namespace:
     """Parse the options of a benchmark that has no others: `--quick` and `--json`."""
     parser = make_parser(description)
-    parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer cases and runs, within a minute"
+    )
     return parser.parse_args()
 
 
@@ -100,7 +104,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def interleaved(
-    sides: Sequence[Callable[[], object]], *, runs: int, warmups: int = 1, clock: Clock = time.perf_counter
+    sides: Sequence[Callable[[], object]],
+    *,
+    runs: int,
+    warmups: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> tuple[list[float], ...]:
     """Time *runs* calls of each side in seconds, alternately, after *warmups* untimed calls."""
     for _ in range(warmups):
@@ -127,8 +135,9 @@ def compare(
 ) -> Result:
     """Time *ours* and *other* alternately; return their medians in milliseconds.
 
-    Each call must finish its work: synchronize a device inside the call. Time single-threaded work with
-    `time.process_time`, the processor time of this process, which other load affects least.
+    Each call must finish its work: synchronize a device inside the call. Time single-threaded
+    work with `time.process_time`, the processor time of this process, which other load affects
+    least.
     """
     ours_s, other_s = interleaved((ours, other), runs=runs, warmups=warmups, clock=clock)
     return Result(
@@ -146,7 +155,9 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
+        ),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -160,7 +171,9 @@ def commit(checkout: Path = Path(__file__).parent) -> str:
     """Describe the commit of *checkout*; `-dirty` marks uncommitted changes. "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
-        described = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+        described = subprocess.run(
+            command, cwd=checkout, capture_output=True, text=True, check=False
+        )
     except OSError:
         return "unknown"
     return described.stdout.strip() or "unknown"
@@ -190,7 +203,9 @@ def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None
     if as_json:
         print(json.dumps(document(results, **facts), indent=2))
         return
-    print(", ".join(f"{key} {value}" for key, value in (machine() | facts | versions()).items()))
+    print(
+        ", ".join(f"{key} {value}" for key, value in (machine() | facts | versions()).items())
+    )
     for result in results:
         line = f"{result.case:56} {result.ours:10.2f} {result.unit:8}"
         if result.other is not None:

@@ -2,11 +2,11 @@
 
     python benchmarks/networks.py --results FILE [--library timm] [--minutes 4]
 
-Weights are random; batch norms have the statistics of the exporter's images. Each network is exported for
-batches of 1 to 64 images, with its own builder as the plain network, and is accepted with proof or refused
-for one reason. FILE has a line of JSON per network: another call continues, and networks in FILE are not
-tried again. Tables of all results are printed. transformers is optional: its networks are left out if it is
-not installed.
+Weights are random; batch norms have the statistics of the exporter's images. Each network is
+exported for batches of 1 to 64 images, with its own builder as the plain network, and is
+accepted with proof or refused for one reason. FILE has a line of JSON per network: another call
+continues, and networks in FILE are not tried again. Tables of all results are printed.
+transformers is optional: its networks are left out if it is not installed.
 """
 
 import argparse
@@ -47,7 +47,13 @@ VISION = {
     "patch_size": 16,
 }
 STAGES = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}
-WINDOWS = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+WINDOWS = {
+    "image_size": 64,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
 LEVIT = {
     "hidden_sizes": [16, 24, 32],
     "num_attention_heads": [2, 2, 2],
@@ -75,7 +81,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {  # the options of each configuration
 class Row(StrictModel):
     """What became of a network: its `proof`, why it is `refused`, or the bug that `crashed` the export.
 
-    `pixels` is empty if the network computes no size; `drift` is the largest difference from float64.
+    `pixels` is empty if the network computes no size; `drift` is the largest difference from
+    float64.
     """
 
     library: str
@@ -104,7 +111,9 @@ def of_timm(done: Container[str] = ()) -> Iterator[Candidate]:
     for family in timm.list_modules():
         if family in done:  # to count the weights of a family takes seconds
             continue
-        names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
+        names = [
+            name for name in timm.list_models(module=family) if not name.startswith("test_")
+        ]
         sizes = [(size, name) for name in names if (size := _count_weights(name)) is not None]
         if sizes:
             _, name = min(sizes)
@@ -114,7 +123,10 @@ def of_timm(done: Container[str] = ()) -> Iterator[Candidate]:
 def _count_weights(name: str) -> int | None:
     """Count the parameters of a network of timm without their memory; None if it cannot be built so."""
     with contextlib.suppress(Exception), torch.device("meta"):  # timm's code can raise anything
-        return sum(weight.numel() for weight in timm.create_model(name, num_classes=CLASSES).parameters())
+        return sum(
+            weight.numel()
+            for weight in timm.create_model(name, num_classes=CLASSES).parameters()
+        )
     return None
 
 
@@ -130,7 +142,9 @@ def _create_timm(name: str, side: int) -> nn.Module:
 def of_torchvision(done: Container[str] = ()) -> Iterator[Candidate]:
     """Yield every classifier of torchvision that is not *done*, those with few weights first."""
     names = [name for name in models.list_models(module=models) if name not in done]
-    sizes = {name: next(iter(models.get_model_weights(name))).meta["num_params"] for name in names}
+    sizes = {
+        name: next(iter(models.get_model_weights(name))).meta["num_params"] for name in names
+    }
     for name in sorted(names, key=lambda name: sizes[name]):
 
         def build(side: int, name: str = name) -> nn.Module:
@@ -155,12 +169,16 @@ def of_transformers(done: Container[str] = ()) -> Iterator[Candidate]:
         if family in done:
             continue
 
-        def build(_side: int, family: str = family, options: dict[str, Any] = options) -> nn.Module:
+        def build(
+            _side: int, family: str = family, options: dict[str, Any] = options
+        ) -> nn.Module:
             config = getattr(library, f"{family}Config")(**options, num_labels=CLASSES)
             network: nn.Module = getattr(library, f"{family}ForImageClassification")(config)
             return network
 
-        yield Candidate("transformers", family, f"{family}ForImageClassification", build, "logits")
+        yield Candidate(
+            "transformers", family, f"{family}ForImageClassification", build, "logits"
+        )
 
 
 LIBRARIES = {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}
@@ -194,12 +212,17 @@ def draw_zero_weights(network: nn.Module) -> None:
 def set_statistics(network: nn.Module, side: int) -> None:
     """Set the statistics of batch norms in *network* to those of the images that the exporter compares.
 
-    With those of a new network, the signal of some vanishes; with those of noise or with dropped branches,
-    that of deep networks grows until rounding errors are as large as the logits. Returns to eval mode.
+    With those of a new network, the signal of some vanishes; with those of noise or with
+    dropped branches, that of deep networks grows until rounding errors are as large as the
+    logits. Returns to eval mode.
     """
     normalize = Normalize(Preprocess(resize=side, crop=side), torch.contiguous_format)
     images = normalize(torch.from_numpy(generated_images(side)))
-    norms = [part for part in network.eval().modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        part
+        for part in network.eval().modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
@@ -242,7 +265,12 @@ def tables(rows: list[Row]) -> str:
     """Write the tables of docs/benchmarks/networks.md."""
     rows = sorted(rows, key=lambda row: (row.library, row.family))
     refused = [
-        (row.library, f"`{row.network}`", row.pixels, (row.refused or row.crashed).replace("|", "\\|"))
+        (
+            row.library,
+            f"`{row.network}`",
+            row.pixels,
+            (row.refused or row.crashed).replace("|", "\\|"),
+        )
         for row in rows
         if not row.proof
     ]
@@ -267,13 +295,17 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--library", choices=LIBRARIES, action="append")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no network afterwards")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no network afterwards"
+    )
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     rows = [Row.model_validate_json(line) for line in lines]
     for library in arguments.library or LIBRARIES:
-        for candidate in LIBRARIES[library]({row.family for row in rows if row.library == library}):
+        for candidate in LIBRARIES[library](
+            {row.family for row in rows if row.library == library}
+        ):
             if time.monotonic() > end:
                 break
             row = attempt(candidate)

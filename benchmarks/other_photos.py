@@ -3,20 +3,22 @@
     python benchmarks/other_photos.py --photos GROUP/NAME=TRAIN,TEST ... --unknown DIR --weights FILE
         --cache DIR [--sizes 10] [--draws 3] [--out FILE] [--json]
 
-TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg. GROUP tells
-which sets decided (A) and which confirmed (B, C, D). The features of EfficientNet-Lite0 with the weights FILE
-are computed once per set and kept in --cache. Each draw, whose seed is its number, takes --sizes photographs
-per class; the head is fitted and calibrated by the code of `train`, and tested on all of TEST. It is compared
-with scikit-learn's LogisticRegression, with C chosen by the loss in the same folds: "former", a former head
-of `train`, reads the same vectors, "averages" only the network's own ones, averages of its features.
+TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg.
+GROUP tells which sets decided (A) and which confirmed (B, C, D). The features of
+EfficientNet-Lite0 with the weights FILE are computed once per set and kept in --cache. Each
+draw, whose seed is its number, takes --sizes photographs per class; the head is fitted and
+calibrated by the code of `train`, and tested on all of TEST. It is compared with scikit-learn's
+LogisticRegression, with C chosen by the loss in the same folds: "former", a former head of
+`train`, reads the same vectors, "averages" only the network's own ones, averages of its
+features.
 
-"interval holds" is the share of --intervals draws in which the printed interval of the fraction that the
-threshold accepts contains that of as many other photographs of the same classes: drawn by lot from TRAIN and
-TEST together, or from TEST.
+"interval holds" is the share of --intervals draws in which the printed interval of the fraction
+that the threshold accepts contains that of as many other photographs of the same classes: drawn
+by lot from TRAIN and TEST together, or from TEST.
 
-"others" are up to 40 test photographs of each other set. --measure names the sets to measure, by default all.
---out writes the means into a JSON file, of which `docs/generate.py` makes the table of the page. Exit status
-1: over sets of the groups B and C, the gain is below 0.
+"others" are up to 40 test photographs of each other set. --measure names the sets to measure,
+by default all. --out writes the means into a JSON file, of which `docs/generate.py` makes the
+table of the page. Exit status 1: over sets of the groups B and C, the gain is below 0.
 """
 
 import argparse
@@ -42,7 +44,12 @@ from photo_vectors import (
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from sopdeploy.evaluation.decision_fit import MIN_COSINES, accepted_interval, fit_decision, threshold_rank
+from sopdeploy.evaluation.decision_fit import (
+    MIN_COSINES,
+    accepted_interval,
+    fit_decision,
+    threshold_rank,
+)
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds
@@ -81,7 +88,9 @@ def compute_vectors(
     network = open_network(weights)
     found: dict[str, Array] = {}
     for number, (folder, names) in enumerate(zip(folders, labels, strict=True)):
-        images = open_any_images(folder) if names is None else open_evaluation_images(folder, names)
+        images = (
+            open_any_images(folder) if names is None else open_evaluation_images(folder, names)
+        )
         batches = read_batches(network, images)
         vectors = join_vectors(network, batches, () if number else batches)
         found |= {f"vectors{number}": vectors, f"classes{number}": images.targets}
@@ -101,20 +110,30 @@ def fit_logistic(inputs: Array, classes: Array, folds: Array) -> LogisticRegress
                 tested = folds == fold
                 head.fit(inputs[~tested], classes[~tested])
                 columns = np.searchsorted(head.classes_, classes[tested])
-                loss -= head.predict_log_proba(inputs[tested])[np.arange(tested.sum()), columns].sum()
+                loss -= head.predict_log_proba(inputs[tested])[
+                    np.arange(tested.sum()), columns
+                ].sum()
             losses.append(loss)
-        return LogisticRegression(C=STRENGTHS[int(np.argmin(losses))], max_iter=500).fit(inputs, classes)
+        return LogisticRegression(C=STRENGTHS[int(np.argmin(losses))], max_iter=500).fit(
+            inputs, classes
+        )
 
 
-def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) -> dict[str, float]:
+def run_draw(
+    photos: Photographs, size: int, seed: int, unknown: list[Array]
+) -> dict[str, float]:
     """Fit both heads to a draw; measure them on the test photographs and on *unknown* ones."""
     random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
     drawn = draw_photographs(photos.classes, size, random)
     classes, vectors = photos.classes[drawn], photos.train[drawn]
-    problem, folds, validations, scaling = fit_draw(vectors, classes, photos.parts, seed, drawn, count)
+    problem, folds, validations, scaling = fit_draw(
+        vectors, classes, photos.parts, seed, drawn, count
+    )
     space, reduced, own = problem.space, problem.reduced, vectors[:, : photos.own]
     cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
-    out_of_fold = log_softmax(problem.logits(validations[0], scaling), axis=1) + cosines[:, None]
+    out_of_fold = (
+        log_softmax(problem.logits(validations[0], scaling), axis=1) + cosines[:, None]
+    )
     rule = fit_decision(
         out_of_fold,
         classes,
@@ -135,8 +154,12 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     averages = Space.of([own])
     projected = averages.project(own), averages.project(photos.test[:, : photos.own])
     compared = {
-        "former": fit_logistic(reduced, classes, folds[0]).predict_log_proba(space.project(photos.test)),
-        "averages": fit_logistic(projected[0], classes, folds[0]).predict_log_proba(projected[1]),
+        "former": fit_logistic(reduced, classes, folds[0]).predict_log_proba(
+            space.project(photos.test)
+        ),
+        "averages": fit_logistic(projected[0], classes, folds[0]).predict_log_proba(
+            projected[1]
+        ),
     }
     rows, answers = np.arange(len(logits)), photos.test_classes
     return {
@@ -146,7 +169,10 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
             for name, one in compared.items()
         },
         "log loss": -float(log_softmax(logits, axis=1)[rows, answers].mean()),
-        **{f"{name} log loss": -float(one[rows, answers].mean()) for name, one in compared.items()},
+        **{
+            f"{name} log loss": -float(one[rows, answers].mean())
+            for name, one in compared.items()
+        },
         "accepted": accepted(photos.test),
         "unknown rejected": 100 - accepted(unknown[0]),
         "others rejected": 100 - accepted(unknown[1]),
@@ -156,7 +182,9 @@ def run_draw(photos: Photographs, size: int, seed: int, unknown: list[Array]) ->
     }
 
 
-def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Array]) -> dict[str, float]:
+def measure_diffuse(
+    photos: Photographs, size: int, seed: int, unknown: list[Array]
+) -> dict[str, float]:
     """Add a class for anything else, *size* of the *unknown* photographs; measure what passes as a class.
 
     The figures with "without" are those of the same threshold without this class.
@@ -164,14 +192,18 @@ def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Arr
     random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
     drawn = draw_photographs(photos.classes, size, random)
     order = random.permutation(len(unknown[0]))
-    own = unit_length(np.concatenate([photos.train[drawn], unknown[0][order[:size]]])[:, : photos.own])
+    own = unit_length(
+        np.concatenate([photos.train[drawn], unknown[0][order[:size]]])[:, : photos.own]
+    )
     classes = np.concatenate([photos.classes[drawn], np.full(size, count)])
     measured = {}
     for text, num_classes in (("", count + 1), (" without", count)):
         chosen = classes < num_classes
         targets = Targets(np.eye(num_classes)[classes[chosen]], classes[chosen], "softmax")
         problem = LinearProblem(NO_SPACE, own[chosen][:, :1], own[chosen], targets)
-        folds = make_folds(targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed)
+        folds = make_folds(
+            targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed
+        )
         cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
         threshold = cosines[max(1, threshold_rank(len(cosines), ACCEPTS)) - 1]
         means = problem.class_means()
@@ -186,8 +218,9 @@ def measure_diffuse(photos: Photographs, size: int, seed: int, unknown: list[Arr
 def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) -> float:
     """Return the share of *draws*, in percent, whose interval contains the accepted share of new photographs.
 
-    A draw takes *size* photographs per class, and as many other ones of each class as are there. With
-    *by_lot*, both are drawn from all photographs, otherwise the new ones from the test photographs first.
+    A draw takes *size* photographs per class, and as many other ones of each class as are
+    there. With *by_lot*, both are drawn from all photographs, otherwise the new ones from the
+    test photographs first.
     """
     vectors = np.concatenate([photos.train, photos.test])
     own, classes = (
@@ -208,7 +241,9 @@ def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) 
         cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
         rank = threshold_rank(len(drawn), ACCEPTS)
         low, high = accepted_interval(len(drawn), rank)
-        accepted = ((own[new] @ problem.class_means().T).max(axis=1) >= cosines[rank - 1]).mean()
+        accepted = (
+            (own[new] @ problem.class_means().T).max(axis=1) >= cosines[rank - 1]
+        ).mean()
         held += int(low <= accepted <= high)
     return 100 * held / draws
 
@@ -222,28 +257,43 @@ def read_sets(given: argparse.Namespace) -> tuple[dict[str, Photographs], Array]
         group, _, name = key.partition("/")
         folders = [Path(path) for path in paths.split(",")]
         labels = class_folders(folders[0])
-        found = compute_vectors(folders, [labels, labels], given.weights, given.cache / f"{group}-{name}.npz")
+        found = compute_vectors(
+            folders, [labels, labels], given.weights, given.cache / f"{group}-{name}.npz"
+        )
         train, classes, test, test_classes = (
             found[key] for key in ("vectors0", "classes0", "vectors1", "classes1")
         )
         sets[key] = Photographs(group, train, classes, test, test_classes, int(found["own"]))
-    unknown = compute_vectors([given.unknown], [None], given.weights, given.cache / "unknown.npz")
+    unknown = compute_vectors(
+        [given.unknown], [None], given.weights, given.cache / "unknown.npz"
+    )
     return sets, unknown["vectors0"]
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = make_parser(__doc__)
-    parser.add_argument("--photos", action="append", required=True, help="GROUP/NAME=TRAIN,TEST: two folders")
     parser.add_argument(
-        "--unknown", type=Path, required=True, help="photographs of other things, <folder>/*.jpg"
+        "--photos", action="append", required=True, help="GROUP/NAME=TRAIN,TEST: two folders"
     )
-    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of EfficientNet-Lite0")
+    parser.add_argument(
+        "--unknown",
+        type=Path,
+        required=True,
+        help="photographs of other things, <folder>/*.jpg",
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="ImageNet weights of EfficientNet-Lite0"
+    )
     parser.add_argument("--cache", type=Path, required=True, help="folder of vectors")
     parser.add_argument("--sizes", default="10", help="numbers of photographs per class")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--intervals", type=int, default=100, help="draws that check the printed interval")
-    parser.add_argument("--diffuse", action="store_true", help="also with a class for anything else")
+    parser.add_argument(
+        "--intervals", type=int, default=100, help="draws that check the printed interval"
+    )
+    parser.add_argument(
+        "--diffuse", action="store_true", help="also with a class for anything else"
+    )
     parser.add_argument("--measure", help="names of sets, joined by commas")
     parser.add_argument("--out", type=Path, help="JSON file of the means")
     given = parser.parse_args(arguments)
@@ -261,18 +311,29 @@ def main(arguments: list[str]) -> int:
             ]
             foreign = [
                 unknown,
-                np.concatenate([part for part in others if part.shape[1] == photos.test.shape[1]]),
+                np.concatenate(
+                    [part for part in others if part.shape[1] == photos.test.shape[1]]
+                ),
             ]
             for size in map(int, given.sizes.split(",")):
                 draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
                 if given.diffuse:
                     draws = [
-                        one | measure_diffuse(photos, size, seed, foreign) for seed, one in enumerate(draws)
+                        one | measure_diffuse(photos, size, seed, foreign)
+                        for seed, one in enumerate(draws)
                     ]
                 means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
-                for key, by_lot in (("interval holds", True), ("interval holds in TEST", False)):
+                for key, by_lot in (
+                    ("interval holds", True),
+                    ("interval holds in TEST", False),
+                ):
                     means[key] = interval_holds(photos, size, given.intervals, by_lot=by_lot)
-                facts = {"group": photos.group, "name": name, "size": size, "draws": given.draws}
+                facts = {
+                    "group": photos.group,
+                    "name": name,
+                    "size": size,
+                    "draws": given.draws,
+                }
                 rows.append({**facts, "date": f"{datetime.now(UTC):%Y-%m-%d}", **means})
     results = [
         Result(
@@ -289,7 +350,9 @@ def main(arguments: list[str]) -> int:
     if given.out is not None:
         measured = [(row["group"], row["name"], row["size"]) for row in rows]
         before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
-        kept = [row for row in before if (row["group"], row["name"], row["size"]) not in measured]
+        kept = [
+            row for row in before if (row["group"], row["name"], row["size"]) not in measured
+        ]
         given.out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
     gains = [row["accuracy"] - row["former accuracy"] for row in rows if row["group"] != "A"]
     return 1 if gains and np.mean(gains) < 0 else 0

@@ -4,12 +4,12 @@
         [--out FOLDER] [--at-once 4] [--minutes 30]
 
 --data has the folders train and test with one folder of images per class. The recipe is
-`cifar10-dsop-resnet20`. --at-once trainings run side by side, those of a seed next to each other. Each writes
-its epochs to --out at once. After --minutes, Ctrl-C, SIGTERM or the end of the terminal, all are stopped and
-saved; the same command goes on. At the end come the test errors, their paired difference over the seeds with
-its interval, and the first network with branches, which is detached, proved equal and exported: results.json
-in --out.
-Exit status 1: a failed training or export, or an unfinished one.
+`cifar10-dsop-resnet20`. --at-once trainings run side by side, those of a seed next to each
+other. Each writes its epochs to --out at once. After --minutes, Ctrl-C, SIGTERM or the end of
+the terminal, all are stopped and saved; the same command goes on. At the end come the test
+errors, their paired difference over the seeds with its interval, and the first network with
+branches, which is detached, proved equal and exported: results.json in --out. Exit status 1: a
+failed training or export, or an unfinished one.
 """
 
 import argparse
@@ -61,7 +61,9 @@ class Run:
             "seed": self.seed,
             "save.every_minutes": 2,
         }
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        words = [
+            word for key, value in settings.items() for word in ("--set", f"{key}={value}")
+        ]
         train = [*SOPDEPLOY, "train", "--recipe", RECIPE, *words]
         return [*train, "--out", str(self.folder), "--resume", "auto"]
 
@@ -72,7 +74,8 @@ class Run:
             return []
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)
+                {key: float(value) for key, value in row.items() if value}
+                for row in csv.DictReader(file)
             ]
 
 
@@ -89,22 +92,30 @@ def train_all(runs: Sequence[Run], given: argparse.Namespace) -> bool:
                 run = waiting.pop(0)
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 with run.folder.with_suffix(".log").open("ab") as log:
-                    # Ctrl-C reaches a process group; with a second signal, a training ends unsaved.
+                    # Ctrl-C reaches a process group; with a second signal, a training ends
+                    # unsaved.
                     command = run.command(given)
-                    active[run] = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+                    active[run] = subprocess.Popen(
+                        command, stdout=log, stderr=log, process_group=0
+                    )
             time.sleep(1)
             for run in list(active):
                 code = active[run].poll()
                 for row in run.history()[seen[run] :]:
                     seen[run] += 1
                     error = 100 * (1 - row["top1"])
-                    line = f"{run.arm} seed {run.seed} epoch {row['epoch']:.0f}: error {error:.2f}"
+                    line = (
+                        f"{run.arm} seed {run.seed} epoch {row['epoch']:.0f}: error {error:.2f}"
+                    )
                     print(line, file=sys.stderr)
                 if code is not None:
                     del active[run]
                     if code:
                         failed = True
-                        print(f"{run.folder.with_suffix('.log')}: exit code {code}", file=sys.stderr)
+                        print(
+                            f"{run.folder.with_suffix('.log')}: exit code {code}",
+                            file=sys.stderr,
+                        )
     for process in active.values():
         process.send_signal(signal.SIGTERM)  # saves the training
     for process in active.values():
@@ -116,7 +127,10 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     """Detach, prove and export the network of *run*; return what the command reports."""
     command = [*SOPDEPLOY, "export", str(run.folder / "last.pt"), "--detach"]
     done = subprocess.run(
-        [*command, "--out", str(out / "bundles"), "--json"], capture_output=True, text=True, check=False
+        [*command, "--out", str(out / "bundles"), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         return {"error": done.stderr.strip()}
@@ -127,7 +141,8 @@ def export(run: Run, out: Path) -> dict[str, Any]:
 def results(runs: Sequence[Run], given: argparse.Namespace) -> dict[str, Any]:
     """Collect the test errors after the last epoch, in percent, and the speed.
 
-    A single seed has no interval: the values of `dsop_minus_plain` that are not finite are None.
+    A single seed has no interval: the values of `dsop_minus_plain` that are not finite are
+    None.
     """
     rows = [run.history() for run in runs]
     finished = {
@@ -135,10 +150,17 @@ def results(runs: Sequence[Run], given: argparse.Namespace) -> dict[str, Any]:
         for run, row in zip(runs, rows, strict=True)
         if len(row) == given.epochs
     }
-    seeds = [seed for seed in range(given.seeds) if all((arm, seed) in finished for arm in ARMS)]
+    seeds = [
+        seed for seed in range(given.seeds) if all((arm, seed) in finished for arm in ARMS)
+    ]
     errors = {arm: [finished[arm, seed] for seed in seeds] for arm in ARMS}
     difference = dataclasses.asdict(paired(errors["dsop"], errors["plain"])) if seeds else {}
-    speeds = [row["images_per_second"] for history in rows for row in history if "images_per_second" in row]
+    speeds = [
+        row["images_per_second"]
+        for history in rows
+        for row in history
+        if "images_per_second" in row
+    ]
     return {
         "printed_error_without_branches": PRINTED,
         "epochs": given.epochs,
@@ -157,7 +179,11 @@ def results(runs: Sequence[Run], given: argparse.Namespace) -> dict[str, Any]:
 def main(given: argparse.Namespace) -> int:
     """Train and report."""
     given.out.mkdir(parents=True, exist_ok=True)
-    folders = [(arm, seed, given.out / arm / f"seed-{seed}") for seed in range(given.seeds) for arm in ARMS]
+    folders = [
+        (arm, seed, given.out / arm / f"seed-{seed}")
+        for seed in range(given.seeds)
+        for arm in ARMS
+    ]
     runs = [Run(*values) for values in folders]
     is_complete = train_all(runs, given)
     found = {**results(runs, given), **provenance()}
@@ -184,10 +210,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/paper-row"))
     for name, default in (("seeds", 3), ("epochs", 160), ("batch-size", 256), ("at-once", 4)):
         parser.add_argument(f"--{name}", type=positive, default=default)
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of each training (2)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="loader processes of each training (2)"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and save after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop and save after this time"
+    )
     return parser.parse_args(words)
 
 

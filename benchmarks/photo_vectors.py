@@ -19,7 +19,12 @@ from sopdeploy.training.few_shot.classifier import (
     Targets,
     unit_length,
 )
-from sopdeploy.training.few_shot.features import PROJECTION_IMAGES, CachedNetwork, FeatureBatch, full_head
+from sopdeploy.training.few_shot.features import (
+    PROJECTION_IMAGES,
+    CachedNetwork,
+    FeatureBatch,
+    full_head,
+)
 from sopdeploy.training.few_shot.run import make_folds
 from sopdeploy.training.recipe import FewShotConfig, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
@@ -36,14 +41,18 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 def open_network(weights: Path, *settings: str) -> CachedNetwork:
     """Build the network of the recipe for photographs, changed by *settings*, with the file *weights*."""
     recipe = read_recipe("photos", ["data.path=.", f"start.weights={weights}", *settings])
-    model, recipe, _ = create_initial_model(recipe, ("one", "other"), Strategy(torch.device("cpu")))
+    model, recipe, _ = create_initial_model(
+        recipe, ("one", "other"), Strategy(torch.device("cpu"))
+    )
     return CachedNetwork(full_head(recipe, model), recipe)
 
 
 @torch.no_grad()
 def read_batches(network: CachedNetwork, images: LabeledImages) -> list[FeatureBatch]:
     """Compute the outputs of *network* for *images*, shuffled as in `train`."""
-    return list(network.batches(images, np.random.default_rng(0).permutation(len(images)).tolist()))
+    return list(
+        network.batches(images, np.random.default_rng(0).permutation(len(images)).tolist())
+    )
 
 
 @torch.no_grad()
@@ -53,7 +62,9 @@ def join_vectors(
     """Compute the vectors (N, D) of *batches*; with *fitted*, first fit the projections to these."""
     pooled = network.network.pooled_head
     if fitted:
-        pooled.fit_projection([batch.maps for batch in fitted[: PROJECTION_IMAGES // network.batch_size]])
+        pooled.fit_projection(
+            [batch.maps for batch in fitted[: PROJECTION_IMAGES // network.batch_size]]
+        )
     count = sum(len(batch.indices) for batch in batches)
     vectors = np.zeros((count, network.network.num_features()), np.float32)
     for batch in batches:
@@ -83,7 +94,12 @@ def draw_photographs(classes: Array, sizes: int | Array, random: np.random.Gener
 
 
 def fit_draw(
-    vectors: Array, classes: Array, parts: Sequence[slice], seed: int, drawn: Array, num_classes: int
+    vectors: Array,
+    classes: Array,
+    parts: Sequence[slice],
+    seed: int,
+    drawn: Array,
+    num_classes: int,
 ) -> FittedDraw:
     """Cross-validate heads on *vectors* (n, D) of *drawn* photographs (n,), with the *classes* (n,)."""
     targets = Targets(np.eye(num_classes)[classes], classes, "softmax")

@@ -5,27 +5,29 @@
     python benchmarks/second_order_gain.py --photos NAME=FOLDER ... --weights FILE --cache DIR --lines FILE
         [--epochs 4 16] [--draws 20] [--heads-only] [--per-class 10] [--limit 60]
 
-Generated textures differ in second moments only, so minimum results can be required: linear features with
-average pooling are at chance, an iSQRT-COV head is at least 30 points above a two-layer network with
-average pooling, the same network trained with DSoP branches (and detached) at least 15. Controls are branches
-with average pooling (DSoP's Table VII), and "equal time": the plain network, trained at least as long as DSoP
-in processor seconds. Digits, CIFAR-10 (a folder of images, train/ and test/, one folder per class) and
-photographs have no required result.
+Generated textures differ in second moments only, so minimum results can be required: linear
+features with average pooling are at chance, an iSQRT-COV head is at least 30 points above a
+two-layer network with average pooling, the same network trained with DSoP branches (and
+detached) at least 15. Controls are branches with average pooling (DSoP's Table VII), and "equal
+time": the plain network, trained at least as long as DSoP in processor seconds. Digits,
+CIFAR-10 (a folder of images, train/ and test/, one folder per class) and photographs have no
+required result.
 
-A folder of --photos has a folder of photographs for each class, of which --limit are chosen by lot. Each draw
-trains on --per-class of each class and tests on others. --heads-only compares the second-order head with its
-fine-tuning and runs no other trained arms. The share is DSoP's gain, divided by the gain of the second-order
-head after the same fine-tuning; its interval is a bootstrap over the draws.
+A folder of --photos has a folder of photographs for each class, of which --limit are chosen by
+lot. Each draw trains on --per-class of each class and tests on others. --heads-only compares
+the second-order head with its fine-tuning and runs no other trained arms. The share is DSoP's
+gain, divided by the gain of the second-order head after the same fine-tuning; its interval is a
+bootstrap over the draws.
 
-CIFAR-10 and photographs have the number of epochs as an axis. The rate of each arm and length is the best on
---search-draws draws, which nothing else uses; a grid whose best rate is on its edge becomes wider. A second
-table has main loss and accuracy of each branch.
+CIFAR-10 and photographs have the number of epochs as an axis. The rate of each arm and length
+is the best on --search-draws draws, which nothing else uses; a grid whose best rate is on its
+edge becomes wider. A second table has main loss and accuracy of each branch.
 
-Draws of the same seed are paired; intervals are 95 % intervals of the paired difference, which know that
-draws share their test images, without correction for multiple comparisons. The last epoch counts. One thread,
-processor seconds of the training alone. --lines receives a line of JSON for each run; finished ones are not
-repeated, and all studies have a draw before the next one starts.
-Exit status 1: a required result was not reached.
+Draws of the same seed are paired; intervals are 95 % intervals of the paired difference, which
+know that draws share their test images, without correction for multiple comparisons. The last
+epoch counts. One thread, processor seconds of the training alone. --lines receives a line of
+JSON for each run; finished ones are not repeated, and all studies have a draw before the next
+one starts. Exit status 1: a required result was not reached.
 """
 
 import argparse
@@ -54,17 +56,31 @@ def named_folder(text: str) -> tuple[str, Path]:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
-    parser.add_argument("--cache", type=Path, help="folder for decoded images and outputs of frozen stages")
-    parser.add_argument("--images", type=int, default=5000, help="of CIFAR-10, for training (5000)")
-    parser.add_argument("--study", action="append", choices=NAMES, help="run only this one; repeatable")
-    parser.add_argument("--photos", type=named_folder, action="append", help="NAME=FOLDER; repeatable")
+    parser.add_argument(
+        "--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder for decoded images and outputs of frozen stages"
+    )
+    parser.add_argument(
+        "--images", type=int, default=5000, help="of CIFAR-10, for training (5000)"
+    )
+    parser.add_argument(
+        "--study", action="append", choices=NAMES, help="run only this one; repeatable"
+    )
+    parser.add_argument(
+        "--photos", type=named_folder, action="append", help="NAME=FOLDER; repeatable"
+    )
     parser.add_argument("--weights", type=existing, help="EfficientNet-Lite0's weights")
     parser.add_argument(
         "--heads-only", action="store_true", help="run the arms of the second-order head only"
     )
-    parser.add_argument("--per-class", type=int, default=10, help="photographs for training (10)")
-    parser.add_argument("--limit", type=int, default=MAX_PER_CLASS, help="photographs of a class (60)")
+    parser.add_argument(
+        "--per-class", type=int, default=10, help="photographs for training (10)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=MAX_PER_CLASS, help="photographs of a class (60)"
+    )
     add_options(parser)
     parsed = parser.parse_args(arguments)
     if (parsed.cifar or parsed.photos) and parsed.cache is None:
@@ -86,7 +102,9 @@ def studies(given: argparse.Namespace) -> list[Study]:
         if not arrays.exists():
             write_arrays(given.cifar, arrays)
         task = CifarConfig(arrays=arrays, train=given.images)
-        found += [cifar_branches(task, given.draws or 10, epochs) for epochs in given.epochs or [10]]
+        found += [
+            cifar_branches(task, given.draws or 10, epochs) for epochs in given.epochs or [10]
+        ]
     return [one for one in found if one.name.partition(", ")[0] in (given.study or NAMES)]
 
 

@@ -3,16 +3,17 @@
     python benchmarks/second_week.py --photos NAME=TRAIN,TEST ... --unknown DIR --model NAME --weights FILE
         --cache DIR [--size 10] [--labels 60] [--wrong 5] [--draws 2] [--first 0] [--json]
 
-TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg. A draw takes
---size photographs per class of TRAIN for the first `train`; its others are the traffic. Of those that
-a server would keep (`known` is false, or a margin below 0.2), --labels by lot are labelled, --wrong of these
-wrongly, and named as the server names them. Then `train` runs again. Both networks are measured on all of
-TEST and on --unknown, so that the differences are paired; the cache of features is in --cache.
+TRAIN and TEST are folders <class>/*.jpg, --unknown photographs of other things, <folder>/*.jpg.
+A draw takes --size photographs per class of TRAIN for the first `train`; its others are the
+traffic. Of those that a server would keep (`known` is false, or a margin below 0.2), --labels
+by lot are labelled, --wrong of these wrongly, and named as the server names them. Then `train`
+runs again. Both networks are measured on all of TEST and on --unknown, so that the differences
+are paired; the cache of features is in --cache.
 
-"rejected" is the share of --unknown that is not known, "accepted" that of TEST that is. "holds" is the share
-of printed intervals that contain the accuracy on TEST, "accepted holds" that of the intervals of the accepted
-share. Exit status 1: after the second week, over 2 points fewer are rejected in a set, or fewer than 90 % of
-the intervals of the accuracy hold.
+"rejected" is the share of --unknown that is not known, "accepted" that of TEST that is. "holds"
+is the share of printed intervals that contain the accuracy on TEST, "accepted holds" that of
+the intervals of the accepted share. Exit status 1: after the second week, over 2 points fewer
+are rejected in a set, or fewer than 90 % of the intervals of the accuracy hold.
 """
 
 import argparse
@@ -41,12 +42,18 @@ def link(files: list[tuple[str, Path, str]], folder: Path) -> None:
         (folder / label / name).symlink_to(path.resolve())
 
 
-def measure(given: argparse.Namespace, name: str, photos: Path, run: Path) -> tuple[dict[str, Any], Any]:
+def measure(
+    given: argparse.Namespace, name: str, photos: Path, run: Path
+) -> tuple[dict[str, Any], Any]:
     """Train on *photos* and measure on TEST and on --unknown; also return the threshold."""
     shutil.rmtree(run, ignore_errors=True)
     fit = train_on(given, photos, run).fit
     rule = fit.decision.rejection if fit.decision else None
-    if not isinstance(fit, FewShotFit) or not isinstance(fit.result, FewShotResult) or rule is None:
+    if (
+        not isinstance(fit, FewShotFit)
+        or not isinstance(fit.result, FewShotResult)
+        or rule is None
+    ):
         raise DataError(f"{photos}: no threshold was fitted; give a larger --size")
     best, score = run / "best.pt", fit.result.top1
     tested, targets = test_logits(best, given.photos[name][1])
@@ -77,7 +84,10 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     own: list[tuple[str, Path, str]] = []
     traffic: set[tuple[str, str]] = set()
     for label in labels:
-        files = [(label, file, file.name) for file in random.permutation(sorted((train / label).iterdir()))]
+        files = [
+            (label, file, file.name)
+            for file in random.permutation(sorted((train / label).iterdir()))
+        ]
         own += files[: given.size]
         traffic |= {(label, file.name) for _, file, _ in files[given.size :]}
     link(own, folder)
@@ -88,7 +98,9 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     is_kept = (log_sum_exp(logits) < threshold) | (largest[:, -1] - largest[:, -2] < LOW_MARGIN)
     kept = [
         (labels[target], file)
-        for (target, file), keep, expected in zip(files_of_train, is_kept, targets.tolist(), strict=True)
+        for (target, file), keep, expected in zip(
+            files_of_train, is_kept, targets.tolist(), strict=True
+        )
         if target == expected and keep and (labels[target], file.name) in traffic
     ]
     chosen = [kept[index] for index in random.permutation(len(kept))[: given.labels]]
@@ -110,19 +122,27 @@ def run_draw(given: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = draws_parser(__doc__)
-    parser.add_argument("--photos", action="append", required=True, help="NAME=TRAIN,TEST: two folders")
-    parser.add_argument("--unknown", type=Path, required=True, help="photographs of other things")
+    parser.add_argument(
+        "--photos", action="append", required=True, help="NAME=TRAIN,TEST: two folders"
+    )
+    parser.add_argument(
+        "--unknown", type=Path, required=True, help="photographs of other things"
+    )
     for name, default in (("size", 10), ("labels", 60), ("wrong", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parse_draws(parser, arguments)
     parts = [one.partition("=") for one in given.photos]
-    given.photos = {name: [Path(path) for path in folders.split(",")] for name, _, folders in parts}
+    given.photos = {
+        name: [Path(path) for path in folders.split(",")] for name, _, folders in parts
+    }
     results, passed, holds = [], True, []
     with one_line_errors():
         for name in given.photos:
             draws = [run_draw(given, name, seed) for seed in given.seeds]
             for key in draws[0]["first"]:
-                first, second = (np.mean([one[week][key] for one in draws]) for week in ("first", "second"))
+                first, second = (
+                    np.mean([one[week][key] for one in draws]) for week in ("first", "second")
+                )
                 case = f"{name}, {key}"
                 results.append(
                     Result(

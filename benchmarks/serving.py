@@ -1,19 +1,19 @@
 """Throughput of sopdeploy compared with the bare runtime and, if available, with other servers.
 
-    python benchmarks/serving.py --quick
-    python benchmarks/serving.py --peers FOLDER --peers-python PYTHON --onnx FILE [--only litserve,mosec]
-    python benchmarks/serving.py --bundle BUNDLE --peers FOLDER --peers-python PYTHON --onnx FILE
-    python benchmarks/serving.py ... --case "gpu, 64" --only mosec,triton [--python triton=PYTHON]
+    python benchmarks/serving.py --quick python benchmarks/serving.py --peers FOLDER
+    --peers-python PYTHON --onnx FILE [--only litserve,mosec] python benchmarks/serving.py
+    --bundle BUNDLE --peers FOLDER --peers-python PYTHON --onnx FILE python
+    benchmarks/serving.py ... --case "gpu, 64" --only mosec,triton [--python triton=PYTHON]
 
-`batching`: a simulated accelerator that sleeps 20 + 10 n ms for n images, at most 8, with 32 connections.
-`fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the bottleneck. `gpu`: 1 + 0.05 n ms, at
-most 64, 64 and 256 connections, with small images, so that the server itself is the bottleneck; compare
-images/s and the CPU time of an image. `real engine` (with --bundle; --onnx is the same network for the other
-servers): onnxruntime on one thread. Every
-round measures the bare runtime, every server, and the bare runtime again; a value is the median of the
-rounds' ratios to the bare runtime of the same round. CPU per image is the CPU time of the server's process
-tree minus that of decoding and inference in one thread, which is measured with the other servers' decoder if
---peers is given, otherwise with ours.
+`batching`: a simulated accelerator that sleeps 20 + 10 n ms for n images, at most 8, with 32
+connections. `fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the
+bottleneck. `gpu`: 1 + 0.05 n ms, at most 64, 64 and 256 connections, with small images, so that
+the server itself is the bottleneck; compare images/s and the CPU time of an image. `real
+engine` (with --bundle; --onnx is the same network for the other servers): onnxruntime on one
+thread. Every round measures the bare runtime, every server, and the bare runtime again; a value
+is the median of the rounds' ratios to the bare runtime of the same round. CPU per image is the
+CPU time of the server's process tree minus that of decoding and inference in one thread, which
+is measured with the other servers' decoder if --peers is given, otherwise with ours.
 """
 
 import argparse
@@ -29,7 +29,15 @@ from typing import NamedTuple
 
 from load import Load, put_load
 from measure import Result, existing, make_parser, markdown, one_line_errors, report
-from serving_alone import PHOTO, SMALL, Photographs, bare_runtime, peer_pipeline, pipeline, write_images
+from serving_alone import (
+    PHOTO,
+    SMALL,
+    Photographs,
+    bare_runtime,
+    peer_pipeline,
+    pipeline,
+    write_images,
+)
 from serving_ours import fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 
@@ -77,7 +85,10 @@ class Running(NamedTuple):
 
     def drive(self, connections: int, folder: Path, seconds: float) -> Driven:
         """Put load on the server and measure it."""
-        url, form = f"http://127.0.0.1:{self.port}{self.peer.path}", ["--form"] if self.peer.form else []
+        url, form = (
+            f"http://127.0.0.1:{self.port}{self.peer.path}",
+            ["--form"] if self.peer.form else [],
+        )
         before = cpu_seconds(self.process)
         options = ("--connections", connections, "--header", self.peer.header, *form)
         load = put_load(url, folder, seconds, *options)
@@ -90,7 +101,14 @@ def running_ours(case: Case, checkout: Path, *options: str) -> Iterator[Running]
     """Run the server of *checkout* with the accelerator of *case*, or with the bundle that *options* name."""
     port, folder = free_port(), checkout / "benchmarks"
     fake = ["--fake", case.fake] if case.fake else []
-    command = [sys.executable, str(folder / "serving_ours.py"), "--port", str(port), *fake, *options]
+    command = [
+        sys.executable,
+        str(folder / "serving_ours.py"),
+        "--port",
+        str(port),
+        *fake,
+        *options,
+    ]
     command += ["--largest", str(case.largest)]
     path = {"PYTHONPATH": os.pathsep.join(str(checkout / room) for room in ROOMS)}
     with started(command, OURS, port, path, folder) as process:
@@ -98,7 +116,9 @@ def running_ours(case: Case, checkout: Path, *options: str) -> Iterator[Running]
 
 
 @contextmanager
-def running_peer(case: Case, name: str, python: str, arguments: argparse.Namespace) -> Iterator[Running]:
+def running_peer(
+    case: Case, name: str, python: str, arguments: argparse.Namespace
+) -> Iterator[Running]:
     """Run the server *name* of `PEERS`."""
     peer, port = PEERS[name], free_port()
     environment = peer_environment(case, arguments.onnx)
@@ -127,8 +147,9 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
 class Rounds:
     """Measurements of one server in one case, one value per round.
 
-    `ratios` compare with the reference of the same round; `refused` counts responses other than 200. Each
-    benchmark documents what `cpu_ms` includes; `all_cpu_ms` is all CPU time of the server per image.
+    `ratios` compare with the reference of the same round; `refused` counts responses other than
+    200. Each benchmark documents what `cpu_ms` includes; `all_cpu_ms` is all CPU time of the
+    server per image.
     """
 
     server: str
@@ -157,10 +178,20 @@ class Rounds:
         """Return throughput, p99 and CPU time; the ratio to *against* is the median of the rounds."""
         rate, p99, cpu = self.medians()
         runs, case = len(self.ratios), f"{self.case}, {self.server}"
-        reference, every = rate / statistics.median(self.ratios), statistics.median(self.all_cpu_ms)
+        reference, every = (
+            rate / statistics.median(self.ratios),
+            statistics.median(self.all_cpu_ms),
+        )
         name = f"{case}: throughput"
         return [
-            Result(case=name, against=against, ours=rate, other=reference, unit="images/s", runs=runs),
+            Result(
+                case=name,
+                against=against,
+                ours=rate,
+                other=reference,
+                unit="images/s",
+                runs=runs,
+            ),
             Result(case=f"{case}: p99", ours=p99, unit="ms", runs=runs),
             Result(case=f"{case}: CPU per image", ours=cpu, unit="cpu-ms", runs=runs),
             Result(case=f"{case}: all CPU per image", ours=every, unit="cpu-ms", runs=runs),
@@ -173,7 +204,11 @@ def measure(
     """Measure one round of *case* with the images in *folder*; add it to *rows*, by server and case."""
     seconds = 4.0 if arguments.quick else 10.0
     pythons = dict(text.split("=", 1) for text in arguments.python or ())
-    names = (arguments.only.split(",") if arguments.only else list(PEERS)) if arguments.peers else []
+    names = (
+        (arguments.only.split(",") if arguments.only else list(PEERS))
+        if arguments.peers
+        else []
+    )
     if case.fake is None:
         model, options = (
             load_model(arguments.bundle, settings_for(case.largest)),
@@ -185,15 +220,25 @@ def measure(
     before = bare_runtime(model.runtime, case.largest, seconds / 2)
     driven: dict[str, Driven] = {}
     for name in names:
-        with running_peer(case, name, pythons.get(name, arguments.peers_python), arguments) as server:
+        with running_peer(
+            case, name, pythons.get(name, arguments.peers_python), arguments
+        ) as server:
             driven[name] = server.drive(case.connections, folder, seconds)
     with running_ours(case, CHECKOUT, *options) as server:
         driven["sopdeploy"] = server.drive(case.connections, folder, seconds)
     after = bare_runtime(model.runtime, case.largest, seconds / 2)
     if names:
-        environment: Mapping[str, str] = {**os.environ, **peer_environment(case, arguments.onnx)}
+        environment: Mapping[str, str] = {
+            **os.environ,
+            **peer_environment(case, arguments.onnx),
+        }
         alone = peer_pipeline(
-            arguments.peers_python, arguments.peers, environment, folder, case.largest, seconds / 2
+            arguments.peers_python,
+            arguments.peers,
+            environment,
+            folder,
+            case.largest,
+            seconds / 2,
         )
     else:
         rules = model.bundle.manifest.preprocess
@@ -201,7 +246,8 @@ def measure(
     for name, of_server in driven.items():
         row = rows.setdefault((name, case.name), Rounds(name, case.name))
         row.ratios.append(
-            of_server.load.images_per_s / statistics.mean((before.images_per_s, after.images_per_s))
+            of_server.load.images_per_s
+            / statistics.mean((before.images_per_s, after.images_per_s))
         )
         row.note(of_server, alone.cpu_ms)
 
@@ -213,7 +259,9 @@ def show(rows: list[Rounds]) -> None:
     for row in rows:
         ratios = " ".join(f"{value:.3f}" for value in row.ratios)
         ratio = f"**{statistics.median(row.ratios):.3f}**"
-        medians = [f"{value:.2f}" for value in (*row.medians(), statistics.median(row.all_cpu_ms))]
+        medians = [
+            f"{value:.2f}" for value in (*row.medians(), statistics.median(row.all_cpu_ms))
+        ]
         cells.append((row.case, row.server, ratio, ratios, *medians))
     print(markdown(("case", "server", "ratio", "rounds", "images/s", "p99 ms", *cpu), cells))
 
@@ -222,8 +270,12 @@ def peers_parser(description: str | None, rounds: int) -> argparse.ArgumentParse
     """Create a parser with the options of other servers."""
     parser = make_parser(description)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
-    parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
+    parser.add_argument(
+        "--peers", type=existing, help="folder with the scripts of other servers"
+    )
+    parser.add_argument(
+        "--peers-python", default=sys.executable, help="Python with their packages"
+    )
     parser.add_argument("--only", help="names of servers, comma-separated")
     parser.add_argument("--onnx", type=existing, help="ONNX file that the other servers load")
     return parser
@@ -241,7 +293,9 @@ def main() -> None:
     """Run from the command line."""
     parser = peers_parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--python", action="append", help="NAME=PYTHON of a server with another environment")
+    parser.add_argument(
+        "--python", action="append", help="NAME=PYTHON of a server with another environment"
+    )
     parser.add_argument("--case", action="append", help="run only this case; can be repeated")
     parser.add_argument(
         "--bundle",
@@ -256,7 +310,8 @@ def main() -> None:
         if arguments.bundle is not None:
             open_bundle(arguments.bundle)
         folders = {
-            size: write_images(Path(work, f"{size[0]}"), kind=Photographs(size)) for size in (PHOTO, SMALL)
+            size: write_images(Path(work, f"{size[0]}"), kind=Photographs(size))
+            for size in (PHOTO, SMALL)
         }
         for _ in range(1 if arguments.quick else arguments.rounds):
             for case in cases:

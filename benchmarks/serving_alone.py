@@ -49,7 +49,8 @@ PHOTO, SMALL = (500, 375), (160, 120)  # pixels: about 50 and 6 kB
 class Photographs(NamedTuple):
     """How images of one kind are made: their size in pixels, Pillow's format and its options.
 
-    `turned` images are stored on their side, with EXIF that turns them; a `screenshot` is lines of text.
+    `turned` images are stored on their side, with EXIF that turns them; a `screenshot` is lines
+    of text.
     """
 
     size: tuple[int, int]
@@ -103,7 +104,9 @@ def draw_screenshot(kind: Photographs, rng: np.random.Generator) -> Image.Image:
     image = Image.new("RGB", kind.size, "white")
     drawing = ImageDraw.Draw(image)
     for top in range(40, height, 24):
-        drawing.text((40, top), "".join(map(chr, rng.integers(97, 123, 120))), "black", font_size=16)
+        drawing.text(
+            (40, top), "".join(map(chr, rng.integers(97, 123, 120))), "black", font_size=16
+        )
     picture = draw_photograph(kind._replace(size=(width // 4, height // 4), noise=0), rng)
     image.paste(picture, (2 * width // 3, height // 3))
     return image
@@ -125,13 +128,22 @@ def pipeline(
     bodies = read_files(folder)
 
     def batch(done: int) -> None:
-        runtime.run(np.stack([decode_image(bodies[(done + n) % len(bodies)], rules) for n in range(largest)]))
+        runtime.run(
+            np.stack(
+                [decode_image(bodies[(done + n) % len(bodies)], rules) for n in range(largest)]
+            )
+        )
 
     return repeat(batch, largest, seconds)
 
 
 def peer_pipeline(
-    python: str, scripts: Path, environment: Mapping[str, str], folder: Path, largest: int, seconds: float
+    python: str,
+    scripts: Path,
+    environment: Mapping[str, str],
+    folder: Path,
+    largest: int,
+    seconds: float,
 ) -> SingleProcess:
     """Measure as `pipeline` does, with the other servers' decoder and runtime in the folder *scripts*."""
     command = [python, "-c", PEER_PIPELINE, str(folder), str(largest), str(seconds)]
@@ -161,4 +173,6 @@ def repeat(batch: Callable[[int], object], images: int, seconds: float) -> Singl
     while time.perf_counter() - started < seconds:
         batch(done)
         done += images
-    return SingleProcess(done / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / done)
+    return SingleProcess(
+        done / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / done
+    )

@@ -49,7 +49,9 @@ def fake_model(
         num_classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
     )
     return LoadedModel(
-        bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels), runtime=runtime, replays={}
+        bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels),
+        runtime=runtime,
+        replays={},
     )
 
 
@@ -64,7 +66,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--fake", help="milliseconds per batch and per image, such as 20,10")
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--decoding", choices=get_args(Decoding), default="full", help="with --fake")
+    parser.add_argument(
+        "--decoding", choices=get_args(Decoding), default="full", help="with --fake"
+    )
     parser.add_argument("--largest", type=int, default=8)
     arguments = parser.parse_args()
     limit_heaps()
@@ -80,7 +84,9 @@ def main() -> None:
     app = create_app({"model": model}, settings)
     config = http_config(app, settings)
     config.port = arguments.port
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal again after its shutdown
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit()
+    )  # uvicorn raises the signal again after its shutdown
     uvicorn.Server(config).run()
 
 

@@ -1,7 +1,8 @@
 """Start other servers for `benchmarks/serving.py` from a folder of small scripts outside this project.
 
-Each script reads PEER_ONNX, PEER_PORT, PEER_MAX_BATCH, PEER_DELAY_MS, PEER_THREADS and PEER_FAKE ("20,10" for
-a simulated accelerator) and classifies an image. All use the same decoder and runtime.
+Each script reads PEER_ONNX, PEER_PORT, PEER_MAX_BATCH, PEER_DELAY_MS, PEER_THREADS and
+PEER_FAKE ("20,10" for a simulated accelerator) and classifies an image. All use the same
+decoder and runtime.
 """
 
 import os
@@ -34,7 +35,16 @@ class Peer:
 PEERS = {
     "litserve": Peer(("serve_litserve.py",), "/predict", "/health", form=True),
     "bentoml": Peer(
-        ("-m", "bentoml", "serve", "serve_bentoml:Svc", "--host", "127.0.0.1", "--port", "{port}"),
+        (
+            "-m",
+            "bentoml",
+            "serve",
+            "serve_bentoml:Svc",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+        ),
         "/predict",
         "/readyz",
         form=True,
@@ -106,7 +116,8 @@ def free_port() -> int:
 def cpu_seconds(process: int) -> float:
     """Read the CPU seconds of *process* and its descendants from /proc; 0 on other systems than Linux.
 
-    Those of descendants that have ended are in the accounts of the process that waited for them.
+    Those of descendants that have ended are in the accounts of the process that waited for
+    them.
     """
     if not sys.platform.startswith("linux"):
         return 0.0

@@ -1,16 +1,17 @@
 """Soak test: a server under a mix of clients for minutes, checked for leaks and wrong responses.
 
-The server is `sopdeploy serve` with real bundles and ONNX Runtime on the CPU. It receives valid images of
-several sizes (alone, in forms, in JSON and in the Open Inference Protocol), invalid bodies, slow bodies and
-floods of images and of requests for metrics. Some clients disconnect, and one swaps the model every few
-seconds. Every `ROUND_SECONDS` all clients stop and the resources of the idle server are measured, because
-requests in progress change the memory by tens of MB. Limits: resident memory at rest grows by less than 1
-MB per minute, no thread or descriptor remains, every response names its bundle and equals `sopdeploy
-predict` with that bundle, no 5xx. Exit code 1 if a limit is exceeded.
+The server is `sopdeploy serve` with real bundles and ONNX Runtime on the CPU. It receives valid
+images of several sizes (alone, in forms, in JSON and in the Open Inference Protocol), invalid
+bodies, slow bodies and floods of images and of requests for metrics. Some clients disconnect,
+and one swaps the model every few seconds. Every `ROUND_SECONDS` all clients stop and the
+resources of the idle server are measured, because requests in progress change the memory by
+tens of MB. Limits: resident memory at rest grows by less than 1 MB per minute, no thread or
+descriptor remains, every response names its bundle and equals `sopdeploy predict` with that
+bundle, no 5xx. Exit code 1 if a limit is exceeded.
 
-With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a process is killed
-or stopped every `KILL_SECONDS`; clients then repeat requests whose connection was lost, and images may get
-503 `runtime_dead`.
+With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a
+process is killed or stopped every `KILL_SECONDS`; clients then repeat requests whose connection
+was lost, and images may get 503 `runtime_dead`.
 
     python benchmarks/soak.py --seconds 300
     python benchmarks/soak.py --seconds 7200 --front-ends 2 --kills
@@ -86,7 +87,11 @@ class Tally:
     def compare(self, kind: str, found: Probabilities, expected: Probabilities) -> None:
         """Compare a response with direct inference."""
         same = found.keys() == expected.keys()
-        difference = max(abs(found[label] - expected[label]) for label in found) if same else float("inf")
+        difference = (
+            max(abs(found[label] - expected[label]) for label in found)
+            if same
+            else float("inf")
+        )
         self.compared += 1
         self.worst = max(self.worst, difference)
         if not difference <= CLOSE:
@@ -113,8 +118,8 @@ class RepeatingTransport(httpx.AsyncHTTPTransport):
 class Scenario:
     """The server, valid request bodies, and the expected probabilities by bundle digest and image.
 
-    *labels* are all classes in order, *classes* is the number of compared ones. The server follows *link*,
-    which is moved to *bundles*.
+    *labels* are all classes in order, *classes* is the number of compared ones. The server
+    follows *link*, which is moved to *bundles*.
     """
 
     url: str
@@ -140,10 +145,18 @@ class Scenario:
         return [(name, self.bodies[name]) for name in rng.choices(sorted(self.bodies), k=count)]
 
     async def check(
-        self, kind: str, reply: httpx.Response, names: Sequence[str], found: Sequence[Probabilities]
+        self,
+        kind: str,
+        reply: httpx.Response,
+        names: Sequence[str],
+        found: Sequence[Probabilities],
     ) -> None:
         """Count *reply*, and compare *found*, its probabilities for the images *names*."""
-        code = reply.headers.get("x-error-code") or (reply.status_code != 200 and reply.json()["code"]) or ""
+        code = (
+            reply.headers.get("x-error-code")
+            or (reply.status_code != 200 and reply.json()["code"])
+            or ""
+        )
         self.tally.note(kind, reply.status_code, code)
         if reply.status_code == 200:
             digest = reply.headers["x-model-digest"]
@@ -159,7 +172,10 @@ def probabilities(reply: httpx.Response) -> list[dict[str, float]]:
     """Read the probabilities by label of each image in a v1 response; empty for an image that failed."""
     document = reply.json()
     results = document.get("results", [document])
-    return [{item["label"]: item["probability"] for item in one.get("classes", ())} for one in results]
+    return [
+        {item["label"]: item["probability"] for item in one.get("classes", ())}
+        for one in results
+    ]
 
 
 def valid_bodies() -> dict[str, bytes]:
@@ -168,9 +184,13 @@ def valid_bodies() -> dict[str, bytes]:
     for width, height in SIZES:
         for seed in (0, 1):
             rng = np.random.default_rng(seed)
-            pixels = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+            pixels = rng.integers(
+                0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8
+            )
             file = io.BytesIO()
-            Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG")
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(
+                file, "JPEG"
+            )
             bodies[f"{width}x{height}-{seed}.jpg"] = file.getvalue()
     return bodies
 
@@ -191,9 +211,16 @@ async def single_images(scenario: Scenario, rng: random.Random) -> None:
         while True:
             ((name, body),) = scenario.draw(rng, 1)
             slow = rng.random() < 1 / 3
-            content, headers = pieces(body) if slow else body, {"Content-Length": str(len(body))}
-            reply = await client.post("/v1/classify", content=content, headers=headers, params=parameters)
-            await scenario.check("slow" if slow else "single", reply, [name], probabilities(reply))
+            content, headers = (
+                pieces(body) if slow else body,
+                {"Content-Length": str(len(body))},
+            )
+            reply = await client.post(
+                "/v1/classify", content=content, headers=headers, params=parameters
+            )
+            await scenario.check(
+                "slow" if slow else "single", reply, [name], probabilities(reply)
+            )
 
 
 async def pieces(body: bytes) -> AsyncIterator[bytes]:
@@ -210,7 +237,9 @@ async def forms(scenario: Scenario, rng: random.Random) -> None:
         while True:
             (first, image), (last, other) = scenario.draw(rng, 2)
             files = [("image", body) for body in (image, b"no image", other)]
-            reply = await client.post("/v1/classify", files=files, params={"top_k": scenario.classes})
+            reply = await client.post(
+                "/v1/classify", files=files, params={"top_k": scenario.classes}
+            )
             await scenario.check("form", reply, [first, last], probabilities(reply)[::2])
 
 
@@ -221,8 +250,12 @@ async def json_bodies(scenario: Scenario, rng: random.Random) -> None:
             sent = scenario.draw(rng, rng.randint(1, 3))
             images = [base64.b64encode(body).decode("ascii") for _, body in sent]
             parameters = {"top_k": scenario.classes}
-            reply = await client.post("/v1/classify", json={"images": images}, params=parameters)
-            await scenario.check("json", reply, [name for name, _ in sent], probabilities(reply))
+            reply = await client.post(
+                "/v1/classify", json={"images": images}, params=parameters
+            )
+            await scenario.check(
+                "json", reply, [name for name, _ in sent], probabilities(reply)
+            )
 
 
 async def inference_protocol(scenario: Scenario, rng: random.Random) -> None:
@@ -236,8 +269,13 @@ async def inference_protocol(scenario: Scenario, rng: random.Random) -> None:
             reply = await client.post(f"/v2/models/{NAME}/infer", json=request)
             if reply.status_code == 200:
                 (output,) = reply.json()["outputs"]
-                for logits in np.array(output["data"], dtype=np.float32).reshape(output["shape"]):
-                    ranked = sorted(zip(softmax(logits).tolist(), scenario.labels, strict=True), reverse=True)
+                for logits in np.array(output["data"], dtype=np.float32).reshape(
+                    output["shape"]
+                ):
+                    ranked = sorted(
+                        zip(softmax(logits).tolist(), scenario.labels, strict=True),
+                        reverse=True,
+                    )
                     found.append({label: value for value, label in ranked[: scenario.classes]})
             await scenario.check("v2", reply, [name for name, _ in sent], found)
 
@@ -250,7 +288,11 @@ async def model_swaps(scenario: Scenario, rng: random.Random) -> None:
             index = (scenario.tally.outcomes["swap", "200"] + 1) % len(scenario.bundles)
             move_link(scenario.link, str(scenario.bundles[index]))
             ready = await client.get(f"/v2/models/{NAME}/ready")
-            code = "runtime_dead" if scenario.killed is not None and ready.status_code == 503 else ""
+            code = (
+                "runtime_dead"
+                if scenario.killed is not None and ready.status_code == 503
+                else ""
+            )
             scenario.tally.note("swap", ready.status_code, code)
 
 
@@ -259,7 +301,9 @@ async def invalid_images(scenario: Scenario, rng: random.Random) -> None:
     async with scenario.client() as client:
         while True:
             body, kind, status = rng.choice(INVALID)
-            reply = await client.post("/v1/classify", content=body, headers={"Content-Type": kind})
+            reply = await client.post(
+                "/v1/classify", content=body, headers={"Content-Type": kind}
+            )
             scenario.tally.note("bad", reply.status_code, reply.json()["code"], expected=status)
             await asyncio.sleep(PAUSE)
 
@@ -277,7 +321,9 @@ async def disconnecting(scenario: Scenario, rng: random.Random) -> None:
             await writer.drain()
         await asyncio.sleep(rng.random() * PAUSE)
         writer.transport.abort()
-        scenario.tally.outcomes["left", "while waiting" if sent == len(body) else "in the body"] += 1
+        scenario.tally.outcomes[
+            "left", "while waiting" if sent == len(body) else "in the body"
+        ] += 1
         await asyncio.sleep(5 * PAUSE)
 
 
@@ -287,7 +333,9 @@ async def floods(scenario: Scenario, rng: random.Random) -> None:
         await asyncio.sleep(4 + 2 * rng.random())
         ((_, body),) = scenario.draw(rng, 1)
         async with scenario.client() as client:
-            replies = await asyncio.gather(*(client.post("/v1/classify", content=body) for _ in range(FLOOD)))
+            replies = await asyncio.gather(
+                *(client.post("/v1/classify", content=body) for _ in range(FLOOD))
+            )
             pages = await asyncio.gather(*(client.get("/metrics") for _ in range(FLOOD)))
         for reply in replies:
             scenario.tally.note("flood", reply.status_code, reply.json().get("code", ""))
@@ -302,7 +350,9 @@ async def monitoring(scenario: Scenario, _: random.Random) -> None:
             for path in ("/livez", "/readyz", "/metrics", "/info"):
                 status = (await client.get(path)).status_code
                 is_starting = path == "/readyz" and scenario.killed is not None
-                scenario.tally.note(path, status, expected=503 if is_starting and status == 503 else 200)
+                scenario.tally.note(
+                    path, status, expected=503 if is_starting and status == 503 else 200
+                )
             await asyncio.sleep(1)
 
 
@@ -363,7 +413,8 @@ def read_resources(pid: int) -> Resources:
     """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
     files = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own
     folders = [
-        Path(f"/proc/{found}") for found in (pid, *(p for file in files for p in file.read_text().split()))
+        Path(f"/proc/{found}")
+        for found in (pid, *(p for file in files for p in file.read_text().split()))
     ]
     status = [(folder / "status").read_text(encoding="utf-8") for folder in folders]
     resident, threads = (
@@ -391,7 +442,9 @@ def settled(pid: int, url: str) -> Resources:
     while is_busy(url) and time.monotonic() < deadline:
         time.sleep(0.5)
     counts: list[tuple[int, int]] = []
-    while time.monotonic() < deadline and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
+    while time.monotonic() < deadline and (
+        len(counts) < STEADY or len(set(counts[-STEADY:])) > 1
+    ):
         time.sleep(0.5)
         resources = read_resources(pid)
         counts.append((resources.threads, resources.descriptors))
@@ -417,7 +470,9 @@ def mb_per_minute(at_rest: Sequence[Resources]) -> float:
     return statistics.median(slopes) * 60 / 1e6
 
 
-def results(tally: Tally, at_rest: Sequence[Resources], exit_code: int) -> tuple[list[Result], list[str]]:
+def results(
+    tally: Tally, at_rest: Sequence[Resources], exit_code: int
+) -> tuple[list[Result], list[str]]:
     """Build the results, limits first, and name the limits that were exceeded.
 
     *at_rest* was measured without clients, before the test and after each round.
@@ -434,7 +489,9 @@ def results(tally: Tally, at_rest: Sequence[Resources], exit_code: int) -> tuple
         "exit code": (exit_code, 0, ""),
     }
     rows = [
-        Result(case=case, against="limit", ours=value, other=limit, unit=unit, runs=len(at_rest))
+        Result(
+            case=case, against="limit", ours=value, other=limit, unit=unit, runs=len(at_rest)
+        )
         for case, (value, limit, unit) in limits.items()
     ]
     exceeded = [case for case, (value, limit, _) in limits.items() if value > limit]
@@ -443,7 +500,9 @@ def results(tally: Tally, at_rest: Sequence[Resources], exit_code: int) -> tuple
     if tally.compared == 0 or len(tally.digests) < 2:
         exceeded.append("compared responses of every bundle")
     counts = sorted(tally.outcomes.items())
-    rows += [Result(case=" ".join(key), ours=count, unit="requests", runs=1) for key, count in counts]
+    rows += [
+        Result(case=" ".join(key), ours=count, unit="requests", runs=1) for key, count in counts
+    ]
     return rows, exceeded
 
 
@@ -477,13 +536,21 @@ def digits_bundle(folder: Path, seed: int) -> Path:
 
 
 def soak(
-    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float, front_ends: int, *, kill: bool
+    bundles: Sequence[Path],
+    folder: Path,
+    seconds: float,
+    warm_up: float,
+    front_ends: int,
+    *,
+    kill: bool,
 ) -> tuple[Tally, list[Result], list[str]]:
     """Run the soak test; return the responses, the results, and the limits that were exceeded."""
     bodies = valid_bodies()
     labels = json.loads((bundles[0] / "labels.json").read_bytes())
     classes = min(CLASSES, len(labels))
-    expected = {read_manifest(one).id: predicted(one, bodies, folder, classes) for one in bundles}
+    expected = {
+        read_manifest(one).id: predicted(one, bodies, folder, classes) for one in bundles
+    }
     link = folder / "live"
     move_link(link, str(bundles[0]))
     options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
@@ -508,20 +575,33 @@ def soak(
 def main() -> int:
     """Run from the command line; return the exit code."""
     parser = make_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=300, help="duration of the load after the warm-up")
-    parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="duration of the load after the warm-up"
+    )
+    parser.add_argument(
+        "--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60"
+    )
     parser.add_argument(
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
     parser.add_argument("--front-ends", type=int, default=0, help="processes that serve HTTP")
-    parser.add_argument("--kills", action="store_true", help="kill or stop processes; needs --front-ends")
+    parser.add_argument(
+        "--kills", action="store_true", help="kill or stop processes; needs --front-ends"
+    )
     arguments = parser.parse_args()
-    warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
+    warm_up = (
+        min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
+    )
     with tempfile.TemporaryDirectory() as name:
         bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
         tally, rows, exceeded = soak(
-            bundles, Path(name), arguments.seconds, warm_up, arguments.front_ends, kill=arguments.kills
+            bundles,
+            Path(name),
+            arguments.seconds,
+            warm_up,
+            arguments.front_ends,
+            kill=arguments.kills,
         )
     report(rows, as_json=arguments.json, seconds=arguments.seconds)
     for line in [*(f"exceeded: {case}" for case in exceeded), *tally.failures[:20]]:

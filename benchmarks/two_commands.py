@@ -2,9 +2,9 @@
 
     python benchmarks/two_commands.py FOLDER [--only NAME]
 
-FOLDER has a checkout of each repository under the last part of its name, and its code stays as it is. The
-weights are random, in a file that is made as the repository's training makes it. The table of
-docs/benchmarks/networks.md says what the two commands did.
+FOLDER has a checkout of each repository under the last part of its name, and its code stays as
+it is. The weights are random, in a file that is made as the repository's training makes it. The
+table of docs/benchmarks/networks.md says what the two commands did.
 """
 
 import argparse
@@ -70,10 +70,20 @@ def build():
     blocks = {"nBlocks": 3, "base": 2, "stepmode": "even", "step": 1, "bottleneck": True}
     return models.msdnet(Namespace(**scales, **blocks, prune="max", reduction=0.5, data="cifar10"))
 """
-SIMPLE_VIT = ("image_size=32", "patch_size=8", "num_classes=10", "dim=32", "depth=2", "heads=2", "mlp_dim=64")
+SIMPLE_VIT = (
+    "image_size=32",
+    "patch_size=8",
+    "num_classes=10",
+    "dim=32",
+    "depth=2",
+    "heads=2",
+    "mlp_dim=64",
+)
 EXITS = ("input_shape=(3,32,32)", "num_classes=10", "starting_filter=2")
 CANDIDATES = [
-    Candidate("davidmrau/mixture-of-experts", "mine:Classifier", STATE, logits="0", code=MIXTURE),
+    Candidate(
+        "davidmrau/mixture-of-experts", "mine:Classifier", STATE, logits="0", code=MIXTURE
+    ),
     Candidate(
         "AberHu/Knowledge-Distillation-Zoo",
         "network:define_tsnet",
@@ -114,8 +124,14 @@ CANDIDATES = [
         PARALLEL,
         ("depth=10", "num_classes=10", "widen_factor=1"),
     ),
-    Candidate("kuangliu/pytorch-cifar", "models.shufflenetv2:ShuffleNetV2", NET, ("net_size=0.5",)),
-    Candidate("weiaicunzai/pytorch-cifar100", "models.stochasticdepth:stochastic_depth_resnet18", STATE),
+    Candidate(
+        "kuangliu/pytorch-cifar", "models.shufflenetv2:ShuffleNetV2", NET, ("net_size=0.5",)
+    ),
+    Candidate(
+        "weiaicunzai/pytorch-cifar100",
+        "models.stochasticdepth:stochastic_depth_resnet18",
+        STATE,
+    ),
     Candidate(
         "bearpaw/pytorch-classification",
         "models.cifar.preresnet:preresnet",
@@ -129,10 +145,18 @@ CANDIDATES = [
         ("model_name=efficientnet-b0",),
         64,
     ),
-    Candidate("moskomule/senet.pytorch", "senet.se_resnet:se_resnet20", STATE, ("num_classes=10",)),
-    Candidate("BangguWu/ECANet", "models.eca_resnet:eca_resnet18", PARALLEL, ("num_classes=10",), 64),
     Candidate(
-        "d-li14/mobilenetv2.pytorch", "models.imagenet:mobilenetv2", PARALLEL, ("width_mult=0.35",), 64
+        "moskomule/senet.pytorch", "senet.se_resnet:se_resnet20", STATE, ("num_classes=10",)
+    ),
+    Candidate(
+        "BangguWu/ECANet", "models.eca_resnet:eca_resnet18", PARALLEL, ("num_classes=10",), 64
+    ),
+    Candidate(
+        "d-li14/mobilenetv2.pytorch",
+        "models.imagenet:mobilenetv2",
+        PARALLEL,
+        ("width_mult=0.35",),
+        64,
     ),
     Candidate("kalviny/MSDNet-PyTorch", "mine:build", PARALLEL, logits="-1", code=EXITING),
     Candidate(
@@ -173,7 +197,12 @@ def attempt(candidate: Candidate, folder: Path) -> str:
         if saved.returncode:
             raise SystemExit(saved.stderr)
         options = [word for option in candidate.options for word in ("--option", option)]
-        options += ["--network", candidate.network, "--preprocess", f"imagenet:{candidate.pixels}"]
+        options += [
+            "--network",
+            candidate.network,
+            "--preprocess",
+            f"imagenet:{candidate.pixels}",
+        ]
         options += [] if candidate.logits is None else ["--logits-key", candidate.logits]
         done = run("-m", "sopdeploy", "inspect", "w.pth.tar", *options, "--json")
         result = ""

@@ -1,8 +1,9 @@
 """`make audit`: check every entry of deploy/lock/ for known vulnerabilities.
 
-Fails if an entry has one, or was not audited. pip-audit alone succeeds without entries that the database does
-not contain, and without those for other machines, such as numpy for the Python of the image.
-With `--allow-no-database` it succeeds if the database cannot be used, and says that nothing was audited.
+Fails if an entry has one, or was not audited. pip-audit alone succeeds without entries that the
+database does not contain, and without those for other machines, such as numpy for the Python of
+the image. With `--allow-no-database` it succeeds if the database cannot be used, and says that
+nothing was audited.
 """
 
 import json
@@ -18,16 +19,21 @@ LOCKS = Path(__file__).parent / "lock"
 OPTIONS = ["--progress-spinner=off", "--format=json", "--disable-pip", "--no-deps"]
 PIP_AUDIT = [sys.executable, "-m", "pip_audit", *OPTIONS]
 ENTRY = re.compile(r"([\w.-]+)(?:\[.*?\])?==([^\s;]+)")
-# Has published vulnerabilities. A database without them, such as a mirror of the index, knows none at all.
+# Has published vulnerabilities. A database without them, such as a mirror of the index, knows
+# none at all.
 CONTROL = "requests==2.19.0"
 
 
 def locked() -> list[tuple[str, str]]:
     """List the entries of all lock files, as `name==version` if they have one, each with the file's name."""
     lines = [
-        (path.stem, line) for path in sorted(LOCKS.glob("*.txt")) for line in path.read_text().splitlines()
+        (path.stem, line)
+        for path in sorted(LOCKS.glob("*.txt"))
+        for line in path.read_text().splitlines()
     ]
-    found = [(lock, line, ENTRY.match(line)) for lock, line in lines if re.match(r"[^\s#-]", line)]
+    found = [
+        (lock, line, ENTRY.match(line)) for lock, line in lines if re.match(r"[^\s#-]", line)
+    ]
     return [(lock, f"{entry[1]}=={entry[2]}" if entry else line) for lock, line, entry in found]
 
 
@@ -37,11 +43,15 @@ def ask(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(entries))
         file.flush()
-        done = subprocess.run([*PIP_AUDIT, "-r", file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*PIP_AUDIT, "-r", file.name], capture_output=True, text=True, check=False
+        )
     try:
         found = {each["name"]: each for each in json.loads(done.stdout)["dependencies"]}
     except ValueError:
-        reason = {"skip_reason": (done.stderr.strip().splitlines() or ["pip-audit has no output"])[-1]}
+        reason = {
+            "skip_reason": (done.stderr.strip().splitlines() or ["pip-audit has no output"])[-1]
+        }
         return dict.fromkeys(entries, reason)
     missing = {"skip_reason": "pip-audit does not mention it"}
     return {entry: found.get(entry.partition("==")[0], missing) for entry in entries}
@@ -75,7 +85,8 @@ def main() -> None:
     for lock, entry in entries:
         answer = answers.get(entry, {"skip_reason": "it names no version"})
         found = [
-            f"{each['id']}, fixed in {' '.join(each['fix_versions'])}" for each in answer.get("vulns", ())
+            f"{each['id']}, fixed in {' '.join(each['fix_versions'])}"
+            for each in answer.get("vulns", ())
         ]
         audited += "vulns" in answer
         vulnerable += bool(found)

@@ -1,7 +1,7 @@
 """Build, run and inspect the server image, with Docker or with buildah, which needs no daemon.
 
-`make container-test` runs this module to prepare the base image while .venv is created, so it uses the
-standard library only.
+`make container-test` runs this module to prepare the base image while .venv is created, so it
+uses the standard library only.
 """
 
 import json
@@ -24,12 +24,15 @@ CONTAINER = "sopdeploy-check"
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
 
-DEBIAN = "bookworm"  # as the Dockerfile's base image, but with Debian's Python 3.11 instead of 3.12
+DEBIAN = (
+    "bookworm"  # as the Dockerfile's base image, but with Debian's Python 3.11 instead of 3.12
+)
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 UNITS = {"MB": 1e6, "GB": 1e9}  # of the sizes that `buildah images` prints
 HARDENING = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 OPEN_FILES = 4096  # buildah's default of 1024 is too low for a thousand connections
-# Prints its process ID, which `exec` keeps; without a PID namespace it is also that of the host.
+# Prints its process ID, which `exec` keeps; without a PID namespace it is also that of the
+# host.
 PRINT_PID = ["sh", "-c", 'echo "pid $$" && exec "$@"', "sh"]
 
 
@@ -52,7 +55,14 @@ class Docker:
 
     def build(self, source: Path, target: str) -> None:
         """Build *target* of the Dockerfile from the checkout at *source*."""
-        run("docker", "build", *secret_options(), f"--target={target}", f"--tag={self.image}", source)
+        run(
+            "docker",
+            "build",
+            *secret_options(),
+            f"--target={target}",
+            f"--tag={self.image}",
+            source,
+        )
 
     def config(self) -> dict[str, Any]:
         """Read the image's configuration, with Docker's keys."""
@@ -114,7 +124,11 @@ class Buildah:
         self.image, self._folder = image, folder
         self._server: subprocess.Popen[str] | None = None
         self._log = folder / "server.log"
-        storage = [f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}", "--storage-driver=vfs"]
+        storage = [
+            f"--root={folder / 'storage'}",
+            f"--runroot={folder / 'run'}",
+            "--storage-driver=vfs",
+        ]
         self._buildah = ["buildah", *storage]
         os.environ["BUILDAH_ISOLATION"] = "chroot"
 
@@ -155,7 +169,15 @@ class Buildah:
         command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
         with self._log.open("w") as log:
             options = volume_options(volumes)
-            full_command = [*self._buildah, "run", *options, CONTAINER, "--", *PRINT_PID, *command]
+            full_command = [
+                *self._buildah,
+                "run",
+                *options,
+                CONTAINER,
+                "--",
+                *PRINT_PID,
+                *command,
+            ]
             self._server = subprocess.Popen(full_command, stdout=log, stderr=log, text=True)
 
     def as_root(self, path: Path, *command: str) -> str:  # noqa: D102
@@ -173,7 +195,11 @@ class Buildah:
     def _server_pid(self) -> int:
         """Read the process ID of the container's main process from the first line of its output."""
         deadline = time.monotonic() + STOP_SECONDS
-        while self._server is not None and self._server.poll() is None and time.monotonic() < deadline:
+        while (
+            self._server is not None
+            and self._server.poll() is None
+            and time.monotonic() < deadline
+        ):
             first, ended, _ = self._log.read_text().partition("\n")
             if ended and first.startswith("pid "):
                 return int(first.removeprefix("pid "))
@@ -186,7 +212,9 @@ class Buildah:
         try:
             return self._server.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            sys.exit(f"container-test: the server did not end within {STOP_SECONDS} s; see {self._log}")
+            sys.exit(
+                f"container-test: the server did not end within {STOP_SECONDS} s; see {self._log}"
+            )
 
     def stop(self) -> int:  # noqa: D102
         os.kill(self._server_pid(), signal.SIGTERM)
@@ -201,7 +229,9 @@ class Buildah:
 
 def secret_options() -> list[str]:
     """List the options that give this machine's pip settings and certificates to the build only."""
-    return [f"--secret=id={name},src={path}" for name, path in SECRETS.items() if path.is_file()]
+    return [
+        f"--secret=id={name},src={path}" for name, path in SECRETS.items() if path.is_file()
+    ]
 
 
 def volume_options(volumes: Sequence[str]) -> list[str]:
@@ -228,7 +258,9 @@ def choose_builder(image: str, folder: Path) -> Builder | str:
         return Docker(image)
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        reason = f"{' and '.join(missing)} are not installed" if missing else "buildah requires root"
+        reason = (
+            f"{' and '.join(missing)} are not installed" if missing else "buildah requires root"
+        )
         advice = "start Docker, or run `apt-get install buildah debootstrap` and retry as root"
         return f"the Docker daemon does not respond and {reason}: {advice}"
     return Buildah(image, folder)

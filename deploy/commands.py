@@ -16,7 +16,9 @@ def run(*command: str | Path, **options: Any) -> str:
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-30:]
-        sys.exit("\n".join([*lines, f"failed ({done.returncode}): {' '.join(map(str, command))}"]))
+        sys.exit(
+            "\n".join([*lines, f"failed ({done.returncode}): {' '.join(map(str, command))}"])
+        )
     return done.stdout.strip()
 
 

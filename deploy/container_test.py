@@ -1,8 +1,9 @@
 """`make container-test [TARGET=gpu]`: build the server image, run it as in production, and inspect it.
 
-For the target `gpu`, it also checks that the server names what is missing without a GPU, that the image has
-every library that CUDA needs except the driver, and that it can be configured to serve from the CPU. Exits
-with 0 only if every check was run and passed; otherwise prints the reason.
+For the target `gpu`, it also checks that the server names what is missing without a GPU, that
+the image has every library that CUDA needs except the driver, and that it can be configured to
+serve from the CPU. Exits with 0 only if every check was run and passed; otherwise prints the
+reason.
 """
 
 import os
@@ -34,11 +35,10 @@ ENGINE_CACHE = "/var/cache/sopdeploy/engines"
 WRITABLE = ("/var/cache/sopdeploy/", "/kept/", "/proc/", "/sys/", "/dev/")
 ENTRYPOINT = ["sopdeploy"]
 COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - the container's port is published separately
-NO_GPU = (
-    "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
-)
+NO_GPU = "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
 ON_CPU = {"SOPDEPLOY_RUNTIME": "onnxruntime-cpu"}
-# Loads the CUDA provider and prints the loader's message, which names the first missing library.
+# Loads the CUDA provider and prints the loader's message, which names the first missing
+# library.
 CUDA_LIBRARIES = """
 import ctypes, pathlib, onnxruntime
 onnxruntime.preload_dlls()
@@ -100,7 +100,9 @@ def documented_run() -> list[str]:
 
 def values(words: list[str], option: str) -> list[str]:
     """List the values of *option* in *words*."""
-    return [word.removeprefix(f"--{option}=") for word in words if word.startswith(f"--{option}=")]
+    return [
+        word.removeprefix(f"--{option}=") for word in words if word.startswith(f"--{option}=")
+    ]
 
 
 def free_port() -> int:
@@ -125,7 +127,10 @@ def wait_until_ready(builder: Builder) -> None:
 def check_image(builder: Builder, target: str) -> None:
     """Check the image's configuration and size."""
     config = builder.config()
-    check(f"entrypoint {config['Entrypoint']}, in exec form", holds=config["Entrypoint"] == ENTRYPOINT)
+    check(
+        f"entrypoint {config['Entrypoint']}, in exec form",
+        holds=config["Entrypoint"] == ENTRYPOINT,
+    )
     check(f"command {config['Cmd']}", holds=config["Cmd"] == COMMAND)
     check(f"user {config['User']}", holds=config["User"] == f"{USER}:{USER}")
     stop = config.get("StopSignal", "SIGTERM")  # the default may be omitted
@@ -133,7 +138,9 @@ def check_image(builder: Builder, target: str) -> None:
     health = config["Healthcheck"]["Test"]
     check(f"health check {health}", holds=health == ["CMD", "sopdeploy", "health"])
     size, limit = builder.added_bytes(), MAX_ADDED_BYTES[target]
-    check(f"{size / 1e6:.0f} MB more than its base, limit {limit / 1e6:.0f}", holds=size <= limit)
+    check(
+        f"{size / 1e6:.0f} MB more than its base, limit {limit / 1e6:.0f}", holds=size <= limit
+    )
 
 
 def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
@@ -144,7 +151,8 @@ def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
     check(f"without a GPU: {lines}", holds=code != 0 and len(lines) == 1 and NO_GPU in lines[0])
     output = builder.execute("/opt/sopdeploy/bin/python", "-c", CUDA_LIBRARIES)[1].strip()
     check(
-        f"CUDA and cuDNN: {output}", holds=output.splitlines()[-1].startswith(("libcuda.so.1:", "all found"))
+        f"CUDA and cuDNN: {output}",
+        holds=output.splitlines()[-1].startswith(("libcuda.so.1:", "all found")),
     )
     output = builder.execute("/opt/sopdeploy/bin/python", "-c", TENSORRT)[1].strip()
     sys.stdout.write(f"     the image contains {output}\n")
@@ -157,20 +165,30 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
     settings = {**dict(word.split("=", 1) for word in values(words, "env")), **settings}
     with folder_with_key(builder) as (folder, key):
         volumes = [volume.replace("./", f"{folder}/") for volume in values(words, "volume")]
-        builder.start([volume.replace(f"{folder}/bundles", str(bundles)) for volume in volumes], settings)
+        builder.start(
+            [volume.replace(f"{folder}/bundles", str(bundles)) for volume in volumes], settings
+        )
         with timed("server ready"):
             wait_until_ready(builder)
         check_requests(builder, bundles, int(settings["SOPDEPLOY_PORT"]), key, folder / "kept")
         check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
         code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
-        check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
+        check(
+            f"torch is not installed: {output.strip()}",
+            holds=code == 0 and output.strip().endswith("[]"),
+        )
         find = f"find / -xdev -type f -newermt @{started:.0f} -user {USER} 2>/dev/null"
         lines = builder.execute("sh", "-c", find)[1].splitlines()
-        found = [line for line in lines if line.startswith("/") and not line.startswith(WRITABLE)]
+        found = [
+            line for line in lines if line.startswith("/") and not line.startswith(WRITABLE)
+        ]
         check(f"the server wrote no file beside its folders: {found}", holds=not found)
         for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
             output = builder.execute("touch", path)[1]  # buildah adds lines
-            check(f"the user cannot write {path}", holds=any(reason in output for reason in NOT_WRITABLE))
+            check(
+                f"the user cannot write {path}",
+                holds=any(reason in output for reason in NOT_WRITABLE),
+            )
         writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
         check("the user can write to the engine cache", holds=writable)
         with timed("server stopped"):
@@ -199,7 +217,9 @@ def check_requests(builder: Builder, bundles: Path, port: int, key: str, kept: P
     photo, url = make_photo(), f"http://127.0.0.1:{port}/v1/classify"
     refused = httpx.post(url, content=photo.read_bytes(), timeout=30)
     check(f"without a key: {refused.status_code}", holds=refused.status_code == 401)
-    response = httpx.post(url, content=photo.read_bytes(), timeout=30, headers={"X-API-Key": key})
+    response = httpx.post(
+        url, content=photo.read_bytes(), timeout=30, headers={"X-API-Key": key}
+    )
     best = response.json()["classes"][0]
     local = sopdeploy("predict", str(bundles / "latest"), str(photo))
     label = f"{best['label']} {best['probability']:.4f}"
@@ -207,7 +227,9 @@ def check_requests(builder: Builder, bundles: Path, port: int, key: str, kept: P
     deadline = time.monotonic() + KEEP_SECONDS
     while not (names := builder.as_root(kept, "ls").split()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    check(f"the photograph is kept: {names}", holds=any(name.endswith(".jpg") for name in names))
+    check(
+        f"the photograph is kept: {names}", holds=any(name.endswith(".jpg") for name in names)
+    )
 
 
 def main() -> None:
@@ -217,7 +239,9 @@ def main() -> None:
     if target not in MAX_ADDED_BYTES:
         sys.exit(f"container-test: no target {target}; use TARGET=cpu or TARGET=gpu")
     builder = builder_for_test(target)
-    sys.stdout.write(f"     target {target} with {type(builder).__name__.lower()} on {builder.base}\n")
+    sys.stdout.write(
+        f"     target {target} with {type(builder).__name__.lower()} on {builder.base}\n"
+    )
     with timed("bundle and image built in parallel"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
         builder.build(ROOT, target)

@@ -1,7 +1,7 @@
 """Generate the Grafana dashboard `deploy/dashboard.json`: `python deploy/dashboard.py`.
 
-`sopdeploy_service.observability.metrics` defines the metrics; docs/metrics.md lists them. A test
-checks that the file is up to date.
+`sopdeploy_service.observability.metrics` defines the metrics; docs/metrics.md lists them. A
+test checks that the file is up to date.
 """
 
 import json
@@ -35,7 +35,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (code) (rate(sopdeploy_requests_total{RATE}))", "{{code}}")],
     ),
     ("Request duration", "s", quantiles("sopdeploy_request_duration_seconds", "route")),
-    ("Request duration of each model", "s", quantiles("sopdeploy_request_duration_seconds", "model")),
+    (
+        "Request duration of each model",
+        "s",
+        quantiles("sopdeploy_request_duration_seconds", "model"),
+    ),
     (
         "Mean time of a request with images, and of its stages",
         "s",
@@ -50,10 +54,23 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
         "Time since the last request with images",
         "s",
-        [("time() - max by (model) (sopdeploy_last_inference_timestamp_seconds > 0)", "{{model}}")],
+        [
+            (
+                "time() - max by (model) (sopdeploy_last_inference_timestamp_seconds > 0)",
+                "{{model}}",
+            )
+        ],
     ),
-    ("Memory of each process", "bytes", [("process_resident_memory_bytes", "{{instance}} {{process}}")]),
-    ("Cores in use", "none", [(f"rate(process_cpu_seconds_total{RATE})", "{{instance}} {{process}}")]),
+    (
+        "Memory of each process",
+        "bytes",
+        [("process_resident_memory_bytes", "{{instance}} {{process}}")],
+    ),
+    (
+        "Cores in use",
+        "none",
+        [(f"rate(process_cpu_seconds_total{RATE})", "{{instance}} {{process}}")],
+    ),
     ("Duration of each stage", "s", quantiles("sopdeploy_stage_duration_seconds", "stage")),
     (
         "Images per second",
@@ -81,7 +98,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [
             (f"sum by (result) (rate(sopdeploy_kept_images_total{RATE}))", "{{result}}"),
-            (f"sum by (reason) (rate(sopdeploy_kept_deleted_total{RATE}))", "deleted {{reason}}"),
+            (
+                f"sum by (reason) (rate(sopdeploy_kept_deleted_total{RATE}))",
+                "deleted {{reason}}",
+            ),
         ],
     ),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
@@ -110,7 +130,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [
             (f"sum(rate(sopdeploy_cancelled_total{RATE}))", "disconnected clients"),
-            (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "non-finite {{model}}"),
+            (
+                f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))",
+                "non-finite {{model}}",
+            ),
         ],
     ),
     (
@@ -128,8 +151,16 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "percentunit",
         [("sopdeploy_drift_distance", "{{model}} {{of}}")],
     ),
-    ("Predictions since the last test of drift", "none", [("sopdeploy_drift_images", "{{model}}")]),
-    ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
+    (
+        "Predictions since the last test of drift",
+        "none",
+        [("sopdeploy_drift_images", "{{model}}")],
+    ),
+    (
+        "Drift: p-values; below 0.005 is an alarm",
+        "none",
+        [("sopdeploy_drift_p_value", "{{model}} {{of}}")],
+    ),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     (
@@ -142,7 +173,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [
             (f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}"),
-            (f"sum by (code) (rate(sopdeploy_load_failures_total{RATE})) > 0", "failed {{code}}"),
+            (
+                f"sum by (code) (rate(sopdeploy_load_failures_total{RATE})) > 0",
+                "failed {{code}}",
+            ),
         ],
     ),
     (
@@ -153,19 +187,26 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("sopdeploy_max_decode_bytes", "image {{instance}}"),
         ],
     ),
-    ("Dropped log lines", "ops", [(f"rate(sopdeploy_dropped_log_lines_total{RATE})", "{{instance}}")]),
+    (
+        "Dropped log lines",
+        "ops",
+        [(f"rate(sopdeploy_dropped_log_lines_total{RATE})", "{{instance}}")],
+    ),
 ]
 
 
-# What the reader chooses, and the label of the series. A release has its job; the chart names instances by
-# their pods. A pattern stands for "All" where the label may be missing: in Docker, without a model.
+# What the reader chooses, and the label of the series. A release has its job; the chart names
+# instances by their pods. A pattern stands for "All" where the label may be missing: in Docker,
+# without a model.
 CHOICES = {
     "Namespace": "namespace",
     "Release": "job",
     "Pod or address": "instance",
     "Model": "model",
 }
-ONE_FOR_EACH = "sopdeploy_batch_size_count"  # a series with all these labels, from the start of a server
+ONE_FOR_EACH = (
+    "sopdeploy_batch_size_count"  # a series with all these labels, from the start of a server
+)
 
 
 def names_by_label() -> dict[str, set[str]]:
@@ -174,7 +215,9 @@ def names_by_label() -> dict[str, set[str]]:
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             for label in metric._labelnames:
-                found.setdefault(label, set()).update(family.name for family in metric.describe())
+                found.setdefault(label, set()).update(
+                    family.name for family in metric.describe()
+                )
     return found
 
 
@@ -208,7 +251,13 @@ def variables() -> list[dict[str, Any]]:
         query = {"query": f"label_values({series}, {label})", "refId": label}
         found.append(
             {
-                **{"name": label, "label": title, "type": "query", "datasource": SOURCE, "query": query},
+                **{
+                    "name": label,
+                    "label": title,
+                    "type": "query",
+                    "datasource": SOURCE,
+                    "query": query,
+                },
                 **{"refresh": 2, "sort": 1, "multi": True, "includeAll": True},
                 **({"allValue": ".*"} if label in ("namespace", "model") else {}),
                 "current": {"text": ["All"], "value": ["$__all"]},
@@ -242,7 +291,9 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
 def bundle_table(number: int) -> dict[str, Any]:
     """Build the table of loaded bundles with their precision and engine."""
     columns = "job, digest, model, precision, runtime, instance"
-    table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
+    table = panel(
+        number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")]
+    )
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}
     return table

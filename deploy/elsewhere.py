@@ -2,9 +2,9 @@
 
     python deploy/elsewhere.py [--only NAME,NAME] [--list] [--write docs/elsewhere.md]
 
-A journey is one run of the tests in several surroundings at once. If tests fail there, they run again in each
-of these surroundings alone and in none of them, so that the table names what they depend on. Surroundings
-that this machine cannot provide are rows, too, with the reason.
+A journey is one run of the tests in several surroundings at once. If tests fail there, they run
+again in each of these surroundings alone and in none of them, so that the table names what they
+depend on. Surroundings that this machine cannot provide are rows, too, with the reason.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from sopdeploy.environment import processor, usable_cores
 
 ROOT = Path(__file__).parents[1]
 PARALLEL = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile")
-BURN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this program
+# ends with this program
+BURN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 OTHER_USER = 65534  # nobody
 TURKISH = "tr_TR.UTF-8"  # where "I".lower() of the system is not "i"
 OTHER_FILE_SYSTEM = Path("/dev/shm")  # noqa: S108 # memory, on Linux
@@ -62,7 +63,12 @@ class Process:
 
     def variables(self) -> dict[str, str]:
         """Return the environment of the command."""
-        merged = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **self.environment}
+        merged = {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+            **self.environment,
+        }
         return {name: text for name, text in merged.items() if text is not None}
 
 
@@ -110,7 +116,9 @@ def shell(process: Process, script: str, *arguments: str, unshare: str = "") -> 
 
 def temporary(stack: ExitStack, parent: Path | None = None) -> Path:
     """Create a folder that every user can read, deleted at the end."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elsewhere-", dir=parent)))
+    folder = Path(
+        stack.enter_context(tempfile.TemporaryDirectory(prefix="elsewhere-", dir=parent))
+    )
     folder.chmod(0o755)
     return folder
 
@@ -128,7 +136,9 @@ def other_locale(process: Process, stack: ExitStack) -> Process:
     folder = temporary(stack)
     if not succeeds("localedef", "-i", "tr_TR", "-f", "UTF-8", str(folder / TURKISH)):
         raise UnavailableError("the sources of locales are not installed")
-    return replace(process, environment={**process.environment, "LOCPATH": str(folder), "LC_ALL": TURKISH})
+    return replace(
+        process, environment={**process.environment, "LOCPATH": str(folder), "LC_ALL": TURKISH}
+    )
 
 
 def later(process: Process, stack: ExitStack) -> Process:
@@ -200,10 +210,13 @@ def other_user(process: Process, stack: ExitStack) -> Process:
     """Give a clone to a user who is not root and has a home that cannot be written."""
     needs("setpriv", "chown")
     if os.geteuid() != 0:
-        raise UnavailableError("needs root to become another user; the other rows run without root")
+        raise UnavailableError(
+            "needs root to become another user; the other rows run without root"
+        )
     become = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
     candidates = (sys.executable, os.path.realpath(sys.executable), "/usr/bin/python3")
-    # By a shell, because the first program of the user still has root's capabilities when it is started.
+    # By a shell, because the first program of the user still has root's capabilities when it is
+    # started.
     runs = ["sh", "-c", '"$0" -c "import ensurepip"']
     usable = [python for python in candidates if succeeds(*become, *runs, python)]
     if not usable:
@@ -215,7 +228,11 @@ def other_user(process: Process, stack: ExitStack) -> Process:
     home.chmod(0o555)
     environment = {**process.environment, "HOME": str(home), "TMPDIR": str(scratch)}
     return replace(
-        process, folder=folder, python=python, prefix=[*process.prefix, *become], environment=environment
+        process,
+        folder=folder,
+        python=python,
+        prefix=[*process.prefix, *become],
+        environment=environment,
     )
 
 
@@ -249,7 +266,11 @@ UMASK = Surroundings("umask 077", lambda process, _: shell(process, 'umask 077; 
 JOURNEYS: dict[str, list[Surroundings]] = {
     "AVX2": [
         Surroundings("a processor without AVX-512 and VNNI", without_vnni),
-        variables("PyTorch's kernels for AVX2", ATEN_CPU_CAPABILITY="avx2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
+        variables(
+            "PyTorch's kernels for AVX2",
+            ATEN_CPU_CAPABILITY="avx2",
+            MKL_ENABLE_INSTRUCTIONS="AVX2",
+        ),
         variables("oneDNN's kernels for AVX2", ONEDNN_MAX_CPU_ISA="AVX2"),
         variables("OpenBLAS' kernels for Haswell", OPENBLAS_CORETYPE="Haswell"),
         variables("LC_ALL=C", LC_ALL="C"),
@@ -257,7 +278,9 @@ JOURNEYS: dict[str, list[Surroundings]] = {
     ],
     "SSE": [
         variables(
-            "PyTorch's default kernels", ATEN_CPU_CAPABILITY="default", MKL_ENABLE_INSTRUCTIONS="SSE4_2"
+            "PyTorch's default kernels",
+            ATEN_CPU_CAPABILITY="default",
+            MKL_ENABLE_INSTRUCTIONS="SSE4_2",
         ),
         variables("oneDNN's kernels for SSE4.1", ONEDNN_MAX_CPU_ISA="SSE41"),
         variables("OpenBLAS' kernels for Prescott", OPENBLAS_CORETYPE="Prescott"),
@@ -267,14 +290,18 @@ JOURNEYS: dict[str, list[Surroundings]] = {
     ],
     "later": [
         variables("OpenBLAS' kernels for Zen", OPENBLAS_CORETYPE="Zen"),
-        Surroundings("a clock 400 days ahead, without tests in Chromium and of the times of files", later),
+        Surroundings(
+            "a clock 400 days ahead, without tests in Chromium and of the times of files", later
+        ),
         Surroundings("tests in reverse order", in_reverse),
         Surroundings("a path with a space and an umlaut", other_path),
         Surroundings("Python 3.13", interpreter("3.13")),
     ],
     "stranger": [
         Surroundings("a user who is not root, with a read-only HOME", other_user),
-        variables("OpenBLAS' kernels of this processor", OPENBLAS_CORETYPE=None, OPENBLAS_L2_SIZE=None),
+        variables(
+            "OpenBLAS' kernels of this processor", OPENBLAS_CORETYPE=None, OPENBLAS_L2_SIZE=None
+        ),
         Surroundings("TMPDIR on another file system", other_file_system),
     ],
     "small": [
@@ -312,10 +339,17 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
         command = process.command(
             "-q", f"--junitxml={report}", "-o", "junit_family=xunit1", *arguments, *tests
         )
-        log = Path(folder) / "log.txt"  # a pipe would stay open for a child that outlives the tests
+        log = (
+            Path(folder) / "log.txt"
+        )  # a pipe would stay open for a child that outlives the tests
         with log.open("w") as out:
             done = subprocess.run(
-                command, cwd=process.folder, env=process.variables(), stdout=out, stderr=out, check=False
+                command,
+                cwd=process.folder,
+                env=process.variables(),
+                stdout=out,
+                stderr=out,
+                check=False,
             )
         seconds = time.monotonic() - began
         if not report.is_file():
@@ -325,10 +359,13 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
     failed = tuple(
         test_id(case)
         for case in cases
-        if case.get("file") and (case.find("failure") is not None or case.find("error") is not None)
+        if case.get("file")
+        and (case.find("failure") is not None or case.find("error") is not None)
     )
     skipped = sum(case.find("skipped") is not None for case in cases)
-    problem = "" if done.returncode in {0, 1} else f"pytest ended with exit code {done.returncode}"
+    problem = (
+        "" if done.returncode in {0, 1} else f"pytest ended with exit code {done.returncode}"
+    )
     return Outcome(failed, len(cases) - len(failed) - skipped, skipped, seconds, problem)
 
 
@@ -342,14 +379,18 @@ def run_files(process: Process) -> Outcome:
     began = time.monotonic()
 
     def run_file(path: Path) -> Outcome:
-        outcome = run_tests(process, "-p", "no:xdist", tests=[str(path.relative_to(process.folder))])
+        outcome = run_tests(
+            process, "-p", "no:xdist", tests=[str(path.relative_to(process.folder))]
+        )
         if "exit code 5" in outcome.problem:  # all tests of the file are deselected
             return Outcome((), 0, 0, outcome.seconds)
         name = (f"{path.name}: {outcome.problem}",) if outcome.problem else ()
         return replace(outcome, failed=(*outcome.failed, *name))
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        outcomes = list(pool.map(run_file, sorted((process.folder / "tests").rglob("test_*.py"))))
+        outcomes = list(
+            pool.map(run_file, sorted((process.folder / "tests").rglob("test_*.py")))
+        )
     return Outcome(
         tuple(test for outcome in outcomes for test in outcome.failed),
         sum(outcome.passed for outcome in outcomes),
@@ -372,7 +413,9 @@ def entered(surroundings: Sequence[Surroundings]) -> Iterator[tuple[Process, dic
         yield process, unavailable
 
 
-def travel(name: str, surroundings: Sequence[Surroundings], say: Callable[[str], None]) -> list[list[str]]:
+def travel(
+    name: str, surroundings: Sequence[Surroundings], say: Callable[[str], None]
+) -> list[list[str]]:
     """Run the tests of a journey; return the rows of the table."""
     with entered(surroundings) as (process, unavailable):
         if len(unavailable) == len(surroundings):
@@ -392,9 +435,13 @@ def travel(name: str, surroundings: Sequence[Surroundings], say: Callable[[str],
         else:
             result = f"passed ({outcome.passed:,}; {outcome.skipped} not run)"
         rows.append([one.name, result, f"{outcome.seconds / 60:.0f} min"])
-    everywhere = [test for test in outcome.failed if not any(test in tests for tests in blamed.values())]
+    everywhere = [
+        test for test in outcome.failed if not any(test in tests for tests in blamed.values())
+    ]
     if everywhere:
-        rows.append([f"together ({name})", f"{len(everywhere)} failed: {', '.join(everywhere)}", ""])
+        rows.append(
+            [f"together ({name})", f"{len(everywhere)} failed: {', '.join(everywhere)}", ""]
+        )
     return rows
 
 
@@ -412,7 +459,9 @@ def blame(
         if one.name not in unavailable and len(surroundings) > 1:
             with entered([one]) as (process, _):
                 again = run_tests(process, tests=failed)
-                blamed[one.name] = tuple(failed) if again.problem else again.failed  # pytest itself crashed
+                blamed[one.name] = (
+                    tuple(failed) if again.problem else again.failed
+                )  # pytest itself crashed
             say(f"  {one.name} alone: {len(blamed[one.name])} failed")
     if len(surroundings) == 1:
         blamed[surroundings[0].name] = tuple(failed)
@@ -424,21 +473,35 @@ def blame(
 def git(*arguments: str) -> str:
     """Run git in the checkout; return what it prints."""
     command = ["git", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def page(rows: Sequence[Sequence[str]], before: str) -> str:
     """Render docs/elsewhere.md with *rows*, and those of the page *before* that were not run again."""
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/elsewhere.md")
+    changes = git(
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ".",
+        ":(exclude)docs/elsewhere.md",
+    )
     commit = git("rev-parse", "--short=8", "HEAD") + ("-dirty" if changes else "")
     machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
     now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
-    kept = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")][1:]
+    kept = [
+        line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")
+    ][1:]
     new = {row[0]: [*row, *now] for row in rows}
-    # Rows of all surroundings together are those of failures; they go when their journey runs without one.
+    # Rows of all surroundings together are those of failures; they go when their journey runs
+    # without one.
     ran = {row[0] for row in rows if not row[1].startswith("not run")}
     ended = {
-        f"together ({name})" for name, those in JOURNEYS.items() if any(one.name in ran for one in those)
+        f"together ({name})"
+        for name, those in JOURNEYS.items()
+        if any(one.name in ran for one in those)
     }
     by_name = {row[0]: row for row in kept if row[0] not in ended} | new
     order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
@@ -459,9 +522,13 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
 
 def main() -> None:
     """Parse the command line, run the journeys, print or write the table; exit with 1 if a test failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", default=",".join(JOURNEYS), help=f"of: {', '.join(JOURNEYS)}")
-    parser.add_argument("--list", action="store_true", help="print the surroundings of each journey")
+    parser.add_argument(
+        "--list", action="store_true", help="print the surroundings of each journey"
+    )
     parser.add_argument("--write", type=Path, help="write the rows into the table of this page")
     arguments = parser.parse_args()
     chosen = {name: JOURNEYS[name] for name in arguments.only.split(",")}
@@ -470,9 +537,13 @@ def main() -> None:
             sys.stdout.write(f"{name}: {', '.join(one.name for one in surroundings)}\n")
         return
     say = partial(print, flush=True)
-    rows = [row for name, surroundings in chosen.items() for row in travel(name, surroundings, say)]
+    rows = [
+        row for name, surroundings in chosen.items() for row in travel(name, surroundings, say)
+    ]
     target = arguments.write
-    before = target.read_text(encoding="utf-8") if target is not None and target.is_file() else ""
+    before = (
+        target.read_text(encoding="utf-8") if target is not None and target.is_file() else ""
+    )
     text = page(rows, before)
     say(text)
     if target is not None:

@@ -1,12 +1,12 @@
 """Run every command and its `--help` in this installation.
 
-A traceback is a failure, and so is a missing package without the code `not_installed` or `no_runtime`, or
-torch, missing for a command that reads a bundle.
+A traceback is a failure, and so is a missing package without the code `not_installed` or
+`no_runtime`, or torch, missing for a command that reads a bundle.
 
     python deploy/every_command.py BUNDLE
 
-Prints a line per command: its exit code and its error. `make wheel-test` runs it in environments with
-different extras, which contain nothing but sopdeploy.
+Prints a line per command: its exit code and its error. `make wheel-test` runs it in
+environments with different extras, which contain nothing but sopdeploy.
 """
 
 import os
@@ -24,7 +24,8 @@ import sopdeploy
 from sopdeploy.errors import SopdeployError
 from sopdeploy_commands.app import COMMANDS, app
 
-# Arguments with which a command imports what it needs, and ends at once where everything is installed.
+# Arguments with which a command imports what it needs, and ends at once where everything is
+# installed.
 ARGUMENTS = {
     "demo": "--out file/demo",
     "env": "",

@@ -2,8 +2,9 @@
 
     like-there/bin/python deploy/gpu_wheels.py WHEELS
 
-Run it with a Python that has the packages of that machine. What these lack is downloaded, and in any case the
-packages with an upper bound, of which the machine may have a newer version. The project itself is left out.
+Run it with a Python that has the packages of that machine. What these lack is downloaded, and
+in any case the packages with an upper bound, of which the machine may have a newer version. The
+project itself is left out.
 """
 
 import json
@@ -21,7 +22,10 @@ FROM_THERE = ("sopdeploy", "torch", "torchvision")
 def bounded() -> list[str]:
     """List the requirements of gpu-check that have an upper bound, except torch's."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
+    groups = [
+        project["dependencies"],
+        *(project["optional-dependencies"][extra] for extra in EXTRAS),
+    ]
     found = [requirement for group in groups for requirement in group if "<" in requirement]
     return [requirement for requirement in found if not requirement.startswith(FROM_THERE)]
 
@@ -30,11 +34,14 @@ def main() -> None:
     """Download to the folder of the command line."""
     (folder,) = sys.argv[1:]
     report = [*PIP, "install", "--quiet", "--dry-run", "--report", "-", *BUILD, ".[gpu-check]"]
-    found = json.loads(subprocess.run(report, check=True, capture_output=True).stdout)["install"]
+    found = json.loads(subprocess.run(report, check=True, capture_output=True).stdout)[
+        "install"
+    ]
     missing = {each["metadata"]["name"]: each["metadata"]["version"] for each in found}
     exact = [f"{name}=={version}" for name, version in missing.items() if name != "sopdeploy"]
     subprocess.run(
-        [*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, *exact, *bounded()], check=True
+        [*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, *exact, *bounded()],
+        check=True,
     )
 
 

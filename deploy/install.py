@@ -2,9 +2,10 @@
 
     python deploy/install.py --editable '.[dev]'
 
-uv does not read pip's settings. Therefore pip installs if its settings name an index, and also if uv fails.
-The Makefile exports constraints for both; pip has no counterpart of `UV_RESOLUTION=lowest-direct`.
-This is the first program that runs in a new environment, so it uses the standard library only.
+uv does not read pip's settings. Therefore pip installs if its settings name an index, and also
+if uv fails. The Makefile exports constraints for both; pip has no counterpart of
+`UV_RESOLUTION=lowest-direct`. This is the first program that runs in a new environment, so it
+uses the standard library only.
 """
 
 import os
@@ -27,12 +28,16 @@ def succeeds(command: list[str]) -> bool:
 def uv_requirement() -> str:
     """Read the requirement of uv from the extra `dev`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return next(line for line in project["optional-dependencies"]["dev"] if re.match(r"uv\b", line))
+    return next(
+        line for line in project["optional-dependencies"]["dev"] if re.match(r"uv\b", line)
+    )
 
 
 def has_custom_index() -> bool:
     """Check whether pip's files or environment variables replace PyPI by another index."""
-    settings = subprocess.run([*PIP, "config", "list"], capture_output=True, text=True, check=False).stdout
+    settings = subprocess.run(
+        [*PIP, "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
     return CUSTOM_INDEX.search(settings) is not None
 
 

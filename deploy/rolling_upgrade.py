@@ -2,10 +2,11 @@
 
     python deploy/rolling_upgrade.py OLD/bin/sopdeploy NEW/bin/sopdeploy
 
-Each version exports and signs a bundle, which the other pulls and serves. Every step runs under load: a
-promotion or its undoing by either version, and the exchange of a server for one of the other version. Exits
-with 1 if a request fails, if the versions answer differently, or if a server does not follow. The
-environments of both need `sopdeploy[cpu,train,sign]`; `openssl` generates the key.
+Each version exports and signs a bundle, which the other pulls and serves. Every step runs under
+load: a promotion or its undoing by either version, and the exchange of a server for one of the
+other version. Exits with 1 if a request fails, if the versions answer differently, or if a
+server does not follow. The environments of both need `sopdeploy[cpu,train,sign]`; `openssl`
+generates the key.
 """
 
 import itertools
@@ -25,7 +26,15 @@ from container_test import check, free_port
 
 from commands import run
 
-TRAIN = ("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--set", "model.config.base_width=4")
+TRAIN = (
+    "train",
+    "--recipe",
+    "digits-dsop",
+    "--set",
+    "epochs=1",
+    "--set",
+    "model.config.base_width=4",
+)
 NEW_KEY = (  # as in docs/transfer.md
     "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out release.key",
     "openssl pkey -in release.key -pubout -out release.key.pub",
@@ -41,7 +50,14 @@ class Server:
         """Start the server; it is killed at the end of *stack*, if it still runs."""
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{port}.log"
-        command = [program, "serve", "bundles/live", "--setting=follow=true", f"--port={port}", *SIGNED]
+        command = [
+            program,
+            "serve",
+            "bundles/live",
+            "--setting=follow=true",
+            f"--port={port}",
+            *SIGNED,
+        ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         stack.callback(self.process.kill)
@@ -86,11 +102,15 @@ class Balancer:
                 response = self.classify(server)
             except httpx.ConnectError:  # its port is closed, so it has not got the request
                 continue
-            except httpx.TransportError as error:  # it may have; a balancer must not send it again
+            except (
+                httpx.TransportError
+            ) as error:  # it may have; a balancer must not send it again
                 self.results[f"failed: {type(error).__name__}"] += 1
                 return
             is_unavailable = response.status_code == httpx.codes.SERVICE_UNAVAILABLE
-            if is_unavailable and '"draining"' in response.text:  # stopping: its port is still open
+            if (
+                is_unavailable and '"draining"' in response.text
+            ):  # stopping: its port is still open
                 continue
             self.results["answered" if response.is_success else f"failed: {response.text}"] += 1
             return
@@ -123,7 +143,8 @@ class Balancer:
             server.follow(name)
         answers = [self.classify(server).json()["classes"] for server in self.servers]
         check(
-            f"{step}: all serve {name} and answer equally", holds=all(each == answers[0] for each in answers)
+            f"{step}: all serve {name} and answer equally",
+            holds=all(each == answers[0] for each in answers),
         )
 
 
@@ -138,7 +159,16 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
     names = {}
     for seed, which in enumerate(programs):
         sopdeploy(which, *TRAIN, "--set", f"seed={seed}", "--out", which)
-        sopdeploy(which, "export", f"{which}/best.pt", "--detach", "--max-batch", "1", "--out", "bundles")
+        sopdeploy(
+            which,
+            "export",
+            f"{which}/best.pt",
+            "--detach",
+            "--max-batch",
+            "1",
+            "--out",
+            "bundles",
+        )
         names[which] = (folder / "bundles" / "latest").resolve().name
         sopdeploy(which, "sign", f"bundles/{names[which]}", "--key", "release.key")
         sopdeploy(which, "push", f"bundles/{names[which]}", "store")
@@ -146,15 +176,32 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
         sopdeploy(which, "pull", f"store/{name}.tar", f"pulled-{which}", *SIGNED)
         sopdeploy(which, "verify", f"pulled-{which}/{name}")
         check(f"{which} pulls {name}, and verifies it and its signature", holds=True)
-    sopdeploy("old", "promote", f"bundles/{names['old']}", "--over", "bundles/live", "--force", "first")
+    sopdeploy(
+        "old",
+        "promote",
+        f"bundles/{names['old']}",
+        "--over",
+        "bundles/live",
+        "--force",
+        "first",
+    )
     photo = (folder / "bundles" / names["old"] / "golden-0.jpg").read_bytes()
     with ExitStack() as stack:
-        balancer = Balancer([Server(program, folder, stack) for program in programs.values()], photo)
+        balancer = Balancer(
+            [Server(program, folder, stack) for program in programs.values()], photo
+        )
         balancer.check_bundle("start", names["old"])
         with balancer.load():
             for which, other in (("new", "old"), ("old", "new")):
                 forward, back = names[which], names[other]
-                promote = ("promote", f"bundles/{forward}", "--over", "bundles/live", "--force", "rehearsal")
+                promote = (
+                    "promote",
+                    f"bundles/{forward}",
+                    "--over",
+                    "bundles/live",
+                    "--force",
+                    "rehearsal",
+                )
                 sopdeploy(which, *promote)
                 balancer.check_bundle(f"{which} promotes", forward)
                 for mover, name in ((other, back), (which, forward)):
@@ -167,7 +214,10 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
         for server in balancer.servers:
             server.stop()
     failed = {text: count for text, count in balancer.results.items() if text != "answered"}
-    check(f"{balancer.results['answered']} requests answered, failed: {failed or 'none'}", holds=not failed)
+    check(
+        f"{balancer.results['answered']} requests answered, failed: {failed or 'none'}",
+        holds=not failed,
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def prose(text: str | None) -> str:
 def choices(parameter: Any) -> tuple[str, ...]:
     """Return the values that *parameter* accepts, if they are listed in its type."""
     annotation = parameter.type_descriptor.annotation
-    literals = (one for one in (annotation, *get_args(annotation)) if get_origin(one) is Literal)
+    literals = (
+        one for one in (annotation, *get_args(annotation)) if get_origin(one) is Literal
+    )
     return tuple(value for literal in literals for value in get_args(literal))
 
 
@@ -45,16 +47,24 @@ def option_row(parameter: Any) -> str:
     default = parameter.default
     none = parameter.required or default in (None, False, ()) or callable(default)
     accepted = ", ".join(f"`{choice}`" for choice in choices(parameter))
-    shown = (f" One of {accepted}." if accepted else "") + ("" if none else f" Default: `{default}`.")
+    shown = (f" One of {accepted}." if accepted else "") + (
+        "" if none else f" Default: `{default}`."
+    )
     return f"| {names} | {prose(getattr(parameter, 'help', ''))}{shown} |"
 
 
 def command_section(name: str, command: Any) -> str:
     """Build the section of one command; an example of nothing but its name is left out."""
     about, *examples = map(one_line, (command.help or "").split("Example:"))
-    lines = [f"## sopdeploy {name}", "", textwrap.fill(prose(about), 120, break_on_hyphens=False)]
+    lines = [
+        f"## sopdeploy {name}",
+        "",
+        textwrap.fill(prose(about), 120, break_on_hyphens=False),
+    ]
     examples = [f"    {example}" for example in examples if example != f"sopdeploy {name}"]
-    options = [option_row(parameter) for parameter in command.params if parameter.name != "help"]
+    options = [
+        option_row(parameter) for parameter in command.params if parameter.name != "help"
+    ]
     lines += ["", *examples] if examples else []
     lines += ["", "| option | meaning |", "|---|---|", *options] if options else []
     return "\n".join(lines)
@@ -67,7 +77,9 @@ def cli_page() -> str:
     for name, command in group.commands.items():
         inside = getattr(command, "commands", None)
         commands |= (
-            {f"{name} {subcommand}": c for subcommand, c in inside.items()} if inside else {name: command}
+            {f"{name} {subcommand}": c for subcommand, c in inside.items()}
+            if inside
+            else {name: command}
         )
     sections = [command_section(name, command) for name, command in commands.items()]
     return "\n\n".join([HEAD, *sections]) + "\n"

@@ -1,6 +1,7 @@
 """Generate `docs/errors.md` from `sopdeploy/errors.py`, `docs/http.md` and the service's messages.
 
-Also generates the service's page `errors.html`, to which the `type` of each error response links.
+Also generates the service's page `errors.html`, to which the `type` of each error response
+links.
 """
 
 import ast
@@ -97,8 +98,8 @@ WHAT_TO_DO = {
     "UnreachableError": "Check address and port, and whether `/readyz` responds; increase `timeout`.",
 }
 
-# One example per class; a test compares it with the messages in the source.
-# Messages of codes whose text is composed while the server runs; it inserts its {formats} on the page.
+# One example per class; a test compares it with the messages in the source. Messages of codes
+# whose text is composed while the server runs; it inserts its {formats} on the page.
 COMPOSED = {
     "decoder_failed": "the decoder failed on this image",
     "duplicate_output": "output 'logits' occurs twice",
@@ -134,14 +135,18 @@ class HttpError:
 def kinds() -> list[type[SopdeployError]]:
     """List the error classes of `sopdeploy/errors.py` in source order."""
     return [
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SopdeployError)
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, SopdeployError)
     ]
 
 
 def class_rows(kind: type[SopdeployError] = SopdeployError, depth: int = 0) -> list[str]:
     """Build a table row for *kind* and each of its subclasses: code, class, meaning and advice."""
     about = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
-    rows = [f"| `{kind.code}` | {'&emsp;' * depth}`{kind.__name__}` | {about} {WHAT_TO_DO[kind.__name__]} |"]
+    rows = [
+        f"| `{kind.code}` | {'&emsp;' * depth}`{kind.__name__}` | {about} {WHAT_TO_DO[kind.__name__]} |"
+    ]
     for below in kinds():
         if kind in below.__bases__:
             rows += class_rows(below, depth + 1)
@@ -153,8 +158,15 @@ def http_errors() -> list[HttpError]:
     table = (FOLDER / "http.md").read_text(encoding="utf-8").partition("## Errors")[2]
     said = messages()
     found = [
-        HttpError(code=code, status=status, advice=advice, message=COMPOSED.get(code) or said.get(code, ""))
-        for status, codes, advice in re.findall(r"^\| (\d.*?) \| (.*?) \| (.*?) \|$", table, re.MULTILINE)
+        HttpError(
+            code=code,
+            status=status,
+            advice=advice,
+            message=COMPOSED.get(code) or said.get(code, ""),
+        )
+        for status, codes, advice in re.findall(
+            r"^\| (\d.*?) \| (.*?) \| (.*?) \|$", table, re.MULTILINE
+        )
         for code in re.findall(r"`(\w+)`", codes)
     ]
     return sorted(found, key=lambda error: error.code)
@@ -176,11 +188,16 @@ def messages() -> dict[str, str]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
-            names = {name: value for line, name, value in assigned if line <= node.lineno}  # the nearest one
+            names = {
+                name: value for line, name, value in assigned if line <= node.lineno
+            }  # the nearest one
             texts = list(texts_of(node, names))
             message = max((text for text in texts if " " in text), key=len, default="")
             for code in texts:
-                if re.fullmatch(r"[a-z0-9_]+", code) and len(re.findall(r"[a-z]{2,}", message)) > 1:
+                if (
+                    re.fullmatch(r"[a-z0-9_]+", code)
+                    and len(re.findall(r"[a-z]{2,}", message)) > 1
+                ):
                     found[code] = max(found.get(code, ""), message, key=len)
     return found
 
@@ -207,7 +224,9 @@ def text_of(value: ast.expr, names: dict[str, ast.expr]) -> str | None:
         return None if left is None and right is None else f"{left or '...'}{right or '...'}"
     if isinstance(value, ast.Name) and value.id in names:
         found = names[value.id]
-        return text_of(found, {name: other for name, other in names.items() if other is not found})
+        return text_of(
+            found, {name: other for name, other in names.items() if other is not found}
+        )
     return None
 
 

@@ -20,7 +20,9 @@ def floors() -> str:
     """List the folders and modules of each room: each imports only what stands behind it."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings["tool"]["importlinter"]["contracts"]
-    layers = {one["containers"][0]: one["layers"] for one in contracts if one["type"] == "layers"}
+    layers = {
+        one["containers"][0]: one["layers"] for one in contracts if one["type"] == "layers"
+    }
     lines: list[str] = []
     for package, folder in ROOMS.items():
         line = f"{folder}:"

@@ -1,6 +1,7 @@
 """Generate `docs/models.md` from the catalog and `describe`.
 
-The weights are on the `meta` device, so nothing is allocated; the page takes about half a minute.
+The weights are on the `meta` device, so nothing is allocated; the page takes about half a
+minute.
 """
 
 import re
@@ -83,7 +84,10 @@ def network_row(name: str, item: Entry) -> str:
 
 def choice_row(choice: Choice) -> str:
     """Build the row of a network that `train --within` tries."""
-    size, top1 = f"{choice.millions:.2f}", "no labels" if choice.top1 is None else f"{choice.top1:.1f}"
+    size, top1 = (
+        f"{choice.millions:.2f}",
+        "no labels" if choice.top1 is None else f"{choice.top1:.1f}",
+    )
     cells = (f"`{choice.name}`", f"`{choice.timm}`", choice.license, choice.pixels, size, top1)
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -93,10 +97,15 @@ def differing_rows() -> Iterator[str]:
     for row in PUBLISHED_ROWS:
         if row.reached:
             continue
-        network = " ".join([f"`{row.model}`", *(f"`{key}={value}`" for key, value in row.config.items())])
+        network = " ".join(
+            [f"`{row.model}`", *(f"`{key}={value}`" for key, value in row.config.items())]
+        )
         for figure in describe(row.model, num_classes=row.num_classes, **row.config).published:
             if figure.source == row.source and not figure.reached:
-                printed, ours = f"{figure.printed:g} {figure.unit}", f"{figure.ours:g} {figure.unit}"
+                printed, ours = (
+                    f"{figure.printed:g} {figure.unit}",
+                    f"{figure.ours:g} {figure.unit}",
+                )
                 cells = (figure.source, network, figure.quantity, printed, ours, figure.note)
                 yield "| " + " | ".join(cells) + " |"
 

@@ -12,7 +12,9 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import VARIABLE_PREFIX, Settings
 
 FOLDER = Path(__file__).parent
-REFUSED = re.compile(r"^Refused: ([^(]*)\s\((.*)\)\.", re.MULTILINE | re.DOTALL)  # networks, and their tests
+REFUSED = re.compile(
+    r"^Refused: ([^(]*)\s\((.*)\)\.", re.MULTILINE | re.DOTALL
+)  # networks, and their tests
 TESTS = sorted((FOLDER.parent / "tests").rglob("test_*.py"))
 
 
@@ -20,12 +22,20 @@ def settings_table() -> str:
     """Build one table row per setting: name, default and meaning."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "not set" if field.default in (None, ()) else f"`{str(field.default).lower()}`"
+        default = (
+            "not set" if field.default in (None, ()) else f"`{str(field.default).lower()}`"
+        )
         if isinstance(field.default, str):
             default = f"`{field.default}`"
-        rows.append(f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
+        rows.append(
+            f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(
-        [*rows, "", f"Environment variables have the prefix `{VARIABLE_PREFIX}` and upper-case names."]
+        [
+            *rows,
+            "",
+            f"Environment variables have the prefix `{VARIABLE_PREFIX}` and upper-case names.",
+        ]
     )
 
 
@@ -44,7 +54,10 @@ def metrics_table() -> str:
 def statements_table() -> str:
     """Build one table row per statement of the certificate: its code, what it says, and what it refuses."""
     numbered = enumerate(STATEMENTS.items(), start=1)
-    statements = [*((f"{number} {title}", module) for number, (title, module) in numbered), ("Copy", copy)]
+    statements = [
+        *((f"{number} {title}", module) for number, (title, module) in numbered),
+        ("Copy", copy),
+    ]
     rows = ["| statement | what holds | refused |", "|---|---|---|"]
     return "\n".join([*rows, *(_statement_row(title, module) for title, module in statements)])
 

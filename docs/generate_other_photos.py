@@ -120,7 +120,11 @@ def table_row(name: str, rows: list[dict[str, Any]], columns: Iterable[str] = CO
     for key in columns:
         value = mean(row[key] for row in rows)
         cells.append(
-            f"{value:.2f}" if "loss" in key else f"{value:+.1f}" if key == "gain" else f"{value:.1f}"
+            f"{value:.2f}"
+            if "loss" in key
+            else f"{value:+.1f}"
+            if key == "gain"
+            else f"{value:.1f}"
         )
     return "| " + " | ".join(cells) + " |"
 
@@ -129,7 +133,9 @@ def other_photos_page() -> str:
     """Build `docs/benchmarks/other_photos.md`."""
     every = json.loads(RESULTS.read_text(encoding="utf-8"))
     eight = [
-        {**row, "gain": row["accuracy"] - row["averages accuracy"]} for row in every if row["group"] == "C"
+        {**row, "gain": row["accuracy"] - row["averages accuracy"]}
+        for row in every
+        if row["group"] == "C"
     ]
     results = [row for row in every if row["group"] in {"A", "B"}]
     confirmed = [row for row in every if row["group"] == "D"]
@@ -143,9 +149,12 @@ def other_photos_page() -> str:
     confirming = [row for row in results if row["group"] == "B"]
     loss = max(confirming, key=lambda row: row["log loss"] - row["former log loss"])
     accepted, others = (
-        min(confirming, key=lambda row, key=key: row[key]) for key in ("accepted", "others rejected")
+        min(confirming, key=lambda row, key=key: row[key])
+        for key in ("accepted", "others rejected")
     )
-    holds, moved = (min(results, key=lambda row, key=key: row[key]) for key in ("interval holds", IN_TEST))
+    holds, moved = (
+        min(results, key=lambda row, key=key: row[key]) for key in ("interval holds", IN_TEST)
+    )
     return HEAD.format(
         accuracy=mean(row["accuracy"] for row in confirming),
         former=mean(row["former accuracy"] for row in confirming),
@@ -179,9 +188,13 @@ def other_photos_page() -> str:
     )
 
 
-def _describe_eight(name: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> dict[str, str]:
+def _describe_eight(
+    name: str, rows: list[dict[str, Any]], columns: dict[str, str]
+) -> dict[str, str]:
     """Build the heading and the rows of a table of the sets C."""
-    lines = [table_row(row["name"], [row], columns) for row in rows] + [table_row("mean", rows, columns)]
+    lines = [table_row(row["name"], [row], columns) for row in rows] + [
+        table_row("mean", rows, columns)
+    ]
     return {
         name: " | ".join(columns.values()),
         f"{name}_line": "|".join(["---"] * len(columns)),

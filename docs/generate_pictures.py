@@ -1,9 +1,11 @@
 """Create the pictures of the pages that the product makes, and the chart of throughput.
 
-    python docs/generate_pictures.py [FOLDER] [--charts]      # default docs/pictures; only the charts
+    python docs/generate_pictures.py [FOLDER] [--charts]      # default docs/pictures; only the
+    charts
 
-The pictures of pages need Chromium. They show the default network, trained on the photographs of
-examples/photos (two minutes). The chart takes its values from the tables in docs/benchmarks/serving.md.
+The pictures of pages need Chromium. They show the default network, trained on the photographs
+of examples/photos (two minutes). The chart takes its values from the tables in
+docs/benchmarks/serving.md.
 """
 
 import argparse
@@ -32,7 +34,8 @@ SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 CAPTION = "Images per second, as a share of what the engine reaches alone"
 PHONE = "12 MP"  # the row of docs/benchmarks/serving.md that the last panel shows
 PHONE_TITLE = "photographs of 12 megapixels, decoded on two cores: images per second"
-# Engines of docs/benchmarks/serving.md, and the column of its share in a row of the first or second table.
+# Engines of docs/benchmarks/serving.md, and the column of its share in a row of the first or
+# second table.
 ENGINES = {
     "simulated: 20 + 10 n ms for n images, batches of 8": (7, 1),
     "simulated: 20 + 2 n ms for n images, batches of 32": (7, 4),
@@ -65,7 +68,9 @@ def photograph_pages(work: Path, folder: Path) -> None:
                 page.goto(url)
                 page.set_input_files("#file", SHOWN)
                 page.wait_for_selector("#answer[aria-busy=false] #classes li")
-            photograph(page, folder / "prediction.png", "main > .panel:not(.snippets, .proof, .card)")
+            photograph(
+                page, folder / "prediction.png", "main > .panel:not(.snippets, .proof, .card)"
+            )
         for name, path in {"report": run.out / "report.html", "export": exported.page}.items():
             page.goto((work / path).as_uri())
             photograph(page, folder / f"{name}.png", "header, section:nth-of-type(-n+2)")
@@ -110,7 +115,9 @@ def printed_address(*arguments: str) -> Iterator[str]:
 def photograph(page: Any, path: Path, selector: str) -> None:
     """Photograph *page* from its top to the end of what *selector* finds, so that nothing is cut."""
     page.wait_for_timeout(1000)  # all images are decoded
-    ends = page.locator(selector).evaluate_all("all => all.map((one) => one.getBoundingClientRect().bottom)")
+    ends = page.locator(selector).evaluate_all(
+        "all => all.map((one) => one.getBoundingClientRect().bottom)"
+    )
     clip = {"x": 0, "y": 0, "width": WIDTH, "height": round(max(ends)) + 20}
     page.screenshot(path=path, clip=clip, full_page=True)
 
@@ -135,11 +142,18 @@ def panels(page: str) -> list[Panel]:
     for engine, (columns, column) in ENGINES.items():
         shown = [row for row in rows if row[0] in SHOWN_SERVERS and len(row) == columns]
         found.append(
-            Panel(engine, " %", 100, {row[0]: min(100 * float(row[column]), 100.0) for row in shown})
+            Panel(
+                engine,
+                " %",
+                100,
+                {row[0]: min(100 * float(row[column]), 100.0) for row in shown},
+            )
         )
     (head,) = (row[1:4] for row in rows if row[0] == "photograph")
     (cells,) = (row[1:4] for row in rows if row[0] == PHONE)
-    rates = {name.rpartition(" ")[2]: float(cell) for name, cell in zip(head, cells, strict=True)}
+    rates = {
+        name.rpartition(" ")[2]: float(cell) for name, cell in zip(head, cells, strict=True)
+    }
     return [*found, Panel(PHONE_TITLE, "", max(rates.values()), rates)]
 
 
@@ -148,7 +162,9 @@ def chart(shown: list[Panel]) -> str:
     heights = [len(panel.values) + 1 for panel in shown]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.3 * sum(heights) + 0.3), layout="constrained")
-        for axes, panel in zip(figure.subplots(len(shown), height_ratios=heights), shown, strict=True):
+        for axes, panel in zip(
+            figure.subplots(len(shown), height_ratios=heights), shown, strict=True
+        ):
             colors = ["#00796b" if name == "sopdeploy" else "#9fb4b8" for name in panel.values]
             drawn = axes.barh(list(panel.values), list(panel.values.values()), color=colors)
             axes.bar_label(drawn, fmt=f"{{:.0f}}{panel.unit}", padding=4)
@@ -158,7 +174,10 @@ def chart(shown: list[Panel]) -> str:
         figure.suptitle(CAPTION)
         texts = []
         for panel in shown:
-            values = (f"{name} {value:.0f}{panel.unit.strip()}" for name, value in panel.values.items())
+            values = (
+                f"{name} {value:.0f}{panel.unit.strip()}"
+                for name, value in panel.values.items()
+            )
             texts.append(f"{panel.title}: {', '.join(values)}")
         return write_svg(figure, CAPTION, "; ".join(texts))
 

@@ -1,7 +1,8 @@
 """Generate the table of `docs/benchmarks/index.md`, and the measured tables of other pages.
 
-`results.toml` has the numbers that the README states, except those of other photographs, which come from
-`other_photos.json`. `measured.toml` has those of other pages, but for `serving_photos.json`.
+`results.toml` has the numbers that the README states, except those of other photographs, which
+come from `other_photos.json`. `measured.toml` has those of other pages, but for
+`serving_photos.json`.
 """
 
 import json
@@ -14,7 +15,13 @@ from statistics import fmean, stdev
 FOLDER = Path(__file__).parent / "benchmarks"
 PAGE = FOLDER / "index.md"
 MACHINE = "Measured on "
-COLUMNS = ("averages accuracy", "former accuracy", "accuracy", "unknown rejected", "new class rejected")
+COLUMNS = (
+    "averages accuracy",
+    "former accuracy",
+    "accuracy",
+    "unknown rejected",
+    "new class rejected",
+)
 
 PEERS = {"triton": "Triton", "mosec": "mosec"}  # other servers of `serving_photos.json`
 
@@ -23,8 +30,9 @@ PEERS = {"triton": "Triton", "mosec": "mosec"}  # other servers of `serving_phot
 class Measured:
     """A measurement: its *command*, date and commit, its *values*, and the *claims* that are made of them.
 
-    *page* describes it. A claim is a template of `str.format` for a part of a sentence: of the README, or, in
-    `measured.toml`, of the page. *tables* are Markdown tables of the page, each with another header.
+    *page* describes it. A claim is a template of `str.format` for a part of a sentence: of the
+    README, or, in `measured.toml`, of the page. *tables* are Markdown tables of the page, each
+    with another header.
     """
 
     command: str
@@ -42,7 +50,11 @@ class Measured:
     def row(self) -> str:
         """Build the row of the table."""
         claims = "<br>".join(text.strip("| ").replace("|", "\\|") for text in self.texts())
-        command = f"`{self.command}`" if self.command.startswith(("python", "sopdeploy")) else self.command
+        command = (
+            f"`{self.command}`"
+            if self.command.startswith(("python", "sopdeploy"))
+            else self.command
+        )
         name = self.page.rpartition("/")[2].removesuffix(".md")
         when = f"{self.date}, {self.commit}" if self.commit else self.date
         return f"| {claims} | {command} | {when} | {f'[{name}]({self.page})' if self.page else ''} |"
@@ -67,7 +79,10 @@ def page_with_tables(path: Path) -> str:
         for table in one.tables if (FOLDER / one.page).resolve() == path.resolve() else ():
             head = re.escape(table.partition("\n")[0])
             text = re.sub(
-                rf"^{head}\n(?:\|.*\n)*", lambda _, table=table: table.rstrip("\n") + "\n", text, flags=re.M
+                rf"^{head}\n(?:\|.*\n)*",
+                lambda _, table=table: table.rstrip("\n") + "\n",
+                text,
+                flags=re.M,
             )
     return text
 
@@ -80,15 +95,30 @@ def other_photos() -> Measured:
     spread: dict[str, float | str] = {}
     for name, gains in {
         "accuracy": [(one["accuracy"], one["name"]) for one in confirming],
-        "over_averages": [(one["accuracy"] - one["averages accuracy"], one["name"]) for one in confirming],
-        "over_same": [(one["accuracy"] - one["former accuracy"], one["name"]) for one in confirming],
+        "over_averages": [
+            (one["accuracy"] - one["averages accuracy"], one["name"]) for one in confirming
+        ],
+        "over_same": [
+            (one["accuracy"] - one["former accuracy"], one["name"]) for one in confirming
+        ],
     }.items():
         values = [value for value, _ in gains]
         (least, least_set), (most, most_set) = min(gains), max(gains)
         spread |= {f"{name}_least": least, f"{name}_most": most, f"{name}_sd": stdev(values)}
-        spread |= {name: fmean(values), f"{name}_least_set": least_set, f"{name}_most_set": most_set}
-    worst, second = sorted((one["others rejected"], one["name"]) for one in sets if one["group"] in "ABC")[:2]
-    spread |= {"worst": worst[0], "worst_set": worst[1], "second": second[0], "second_set": second[1]}
+        spread |= {
+            name: fmean(values),
+            f"{name}_least_set": least_set,
+            f"{name}_most_set": most_set,
+        }
+    worst, second = sorted(
+        (one["others rejected"], one["name"]) for one in sets if one["group"] in "ABC"
+    )[:2]
+    spread |= {
+        "worst": worst[0],
+        "worst_set": worst[1],
+        "second": second[0],
+        "second_set": second[1],
+    }
     claims = [
         "right on {accuracy_least:.1f} % ({accuracy_least_set}) to {accuracy_most:.1f} % "
         "({accuracy_most_set}) of new photos, {accuracy:.1f} % on average",
@@ -100,9 +130,7 @@ def other_photos() -> Measured:
         "and {second:.1f} % ({second_set}) of those of other kinds, and only {new_class_rejected:.1f} % of "
         "a new class",
     ]
-    command = (
-        "python benchmarks/other_photos.py --photos C/sports=TRAIN,TEST ... --unknown DIR --weights FILE"
-    )
+    command = "python benchmarks/other_photos.py --photos C/sports=TRAIN,TEST ... --unknown DIR --weights FILE"
     date = ", ".join(sorted({one["date"] for one in confirming}))
     return Measured(command, date, "", "other_photos.md", means | spread, claims)
 
@@ -118,9 +146,14 @@ def serving_photos() -> Measured:
         measured = {(row["case"], row["against"]): row for row in rows if row["unit"] == unit}
         head += [f"{text}: sopdeploy", *PEERS.values()]
         for kind in cells:
-            cells[kind].append(f"**{number(measured[kind, next(iter(PEERS))]['ours'], digits)}**")
+            cells[kind].append(
+                f"**{number(measured[kind, next(iter(PEERS))]['ours'], digits)}**"
+            )
             cells[kind] += [number(measured[kind, peer]["other"], digits) for peer in PEERS]
-    tables = [table(["date", "machine", "rounds", "commit"], [facts]), table(head, list(cells.values()))]
+    tables = [
+        table(["date", "machine", "rounds", "commit"], [facts]),
+        table(head, list(cells.values())),
+    ]
     command = "python benchmarks/serving_photos.py --peers FOLDER --peers-python PYTHON --onnx FILE --json"
     return Measured(command, document["date"], document["commit"], "serving.md", {}, [], tables)
 
@@ -144,5 +177,12 @@ def results_page() -> str:
     head = "| claim | command | date, commit | page |\n|---|---|---|---|"
     rows = [one.row() for one in measured()]
     return "\n".join(
-        [f"{before}{MACHINE}{machine}, unless the page says otherwise.", "", head, *rows, "", after]
+        [
+            f"{before}{MACHINE}{machine}, unless the page says otherwise.",
+            "",
+            head,
+            *rows,
+            "",
+            after,
+        ]
     )

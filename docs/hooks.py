@@ -8,7 +8,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LAST = "Research notes"  # a tab of mkdocs.yml
-LINK = re.compile(r"\]\(\.\./((?:\.\./)*)((?:deploy|examples|export|tests)/[\w./-]+)\)")  # to the checkout
+LINK = re.compile(
+    r"\]\(\.\./((?:\.\./)*)((?:deploy|examples|export|tests)/[\w./-]+)\)"
+)  # to the checkout
 NAME = re.compile(r"<code>([^\s<]{1,32})</code>")  # in the HTML of a page
 BLOCK = re.compile(r"<pre>.*?</pre>", re.DOTALL)
 OPTION = re.compile(r"(<[^>]*>)|(?<![\w-])(--?[a-zA-Z][\w-]*)")  # a tag, or an option

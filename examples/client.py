@@ -11,7 +11,9 @@ from sopdeploy.client import Client
 
 folder, url = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "http://127.0.0.1:8000"
 images = sorted(
-    path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}
+    path
+    for path in folder.rglob("*")
+    if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}
 )
 write = csv.writer(sys.stdout)
 write.writerow(("image", "class", "probability", "known", "error"))

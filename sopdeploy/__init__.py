@@ -1,13 +1,14 @@
 """Train image classifiers on folders of images, export them with a proof, serve them over HTTP.
 
-`train`, `evaluate`, `export`, `predict`, `classify` and `serve` do what the commands of the same names do,
-with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the parts that
-its output does not need. `dsop` and `isqrt` apply these methods to your own network, and `register_model`
-gives it a name that `train` accepts. `register_pooling`, `register_data_source`, `register_runtime` and
-`register_importer` add names, too, also from a plug-in. `create_model(name, num_classes=..., **config)`
-builds a network of the catalog, `list_models()` lists the names, and `describe(name, **config)` counts
-parameters and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify` and `serve` do
-not need it.
+`train`, `evaluate`, `export`, `predict`, `classify` and `serve` do what the commands of the
+same names do, with the same defaults. `export_network` exports any PyTorch classifier,
+`unused_modules` lists the parts that its output does not need. `dsop` and `isqrt` apply these
+methods to your own network, and `register_model` gives it a name that `train` accepts.
+`register_pooling`, `register_data_source`, `register_runtime` and `register_importer` add
+names, too, also from a plug-in. `create_model(name, num_classes=..., **config)` builds a
+network of the catalog, `list_models()` lists the names, and `describe(name, **config)` counts
+parameters and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify`
+and `serve` do not need it.
 """
 
 import os
@@ -15,7 +16,8 @@ from typing import Any
 
 from sopdeploy.version import __version__ as __version__
 
-# Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
+# Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this
+# is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # By name: this package imports none of the rooms above it. `__init__.pyi` has the types.

@@ -12,14 +12,20 @@ _YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generatio
 def main() -> None:
     """Run the command line; Ctrl-C during import exits with one line and code 130, as a shell does.
 
-    Commands import torch and other large packages. With Python's default settings, garbage collection during
-    these imports and at exit takes a third of the CPU time of `sopdeploy models NAME`.
+    Commands import torch and other large packages. With Python's default settings, garbage
+    collection during these imports and at exit takes a third of the CPU time of `sopdeploy
+    models NAME`.
 
-    Names of files and classes are UTF-8. In other locales, such as `LC_ALL=C`, Python restarts in UTF-8 mode.
+    Names of files and classes are UTF-8. In other locales, such as `LC_ALL=C`, Python restarts
+    in UTF-8 mode.
     """
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # also for child processes
-        arguments = ["-X", "utf8", *sys.orig_argv[1:]]  # with -I or -X utf8=0, the variable has no effect
+        arguments = [
+            "-X",
+            "utf8",
+            *sys.orig_argv[1:],
+        ]  # with -I or -X utf8=0, the variable has no effect
         os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - the same program
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit

@@ -1,8 +1,9 @@
 """Checkpoint files (`.pt`), the interface between training and export, and weight files that users bring.
 
-Both are dicts of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads them
-without running code. Writing flushes a `.partial` file, renames it and flushes the folder, so after a power
-failure either the old or the new file exists. No other module reads `.pt` files.
+Both are dicts of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)`
+reads them without running code. Writing flushes a `.partial` file, renames it and flushes the
+folder, so after a power failure either the old or the new file exists. No other module reads
+`.pt` files.
 """
 
 import hashlib
@@ -21,7 +22,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sopdeploy.config import FieldValues, Text, check_format, first_problem, version_advice, writer_of
+from sopdeploy.config import (
+    FieldValues,
+    Text,
+    check_format,
+    first_problem,
+    version_advice,
+    writer_of,
+)
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
@@ -49,8 +57,13 @@ _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 MAX_TENSORS = 1_000_000
-WRAPPERS = ("module", "_orig_mod")  # parts of the names of tensors, of DataParallel and torch.compile
-COUNTER = "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+)  # parts of the names of tensors, of DataParallel and torch.compile
+COUNTER = (
+    "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
+)
 _MORE_NUMBERS, _MORE_PARAMETERS = 1 << 28, 20_000  # of a network while it is built
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
@@ -107,14 +120,18 @@ class Checkpoint:
     decision: Decision | None = None
     project: ProjectName | Literal[""] = ""
     origin: Origin | None = None
-    image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False)
+    image_hashes: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False
+    )
     sha256: str = field(default="", compare=False)
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> "Checkpoint":
         if self.image_hashes.dtype != torch.int64 or self.image_hashes.ndim != 1:
             raise ValueError("image_hashes: not a list of int64 numbers")
-        problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
+        problem = (
+            None if self.decision is None else self.decision.problem_with(len(self.labels))
+        )
         if problem is not None:
             raise ValueError(f"decision: {problem}")
         return self
@@ -131,7 +148,9 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
-        **{field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)},  # four are replaced
+        **{
+            field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)
+        },  # four are replaced
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),
@@ -157,21 +176,25 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the checkpoint at *path* with all tensors on the CPU.
 
-    The file is read only once, so `sha256` matches the content even if another process replaces the file.
-    Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
+    The file is read only once, so `sha256` matches the content even if another process replaces
+    the file. Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy
+    checkpoint, or would run code.
     """
     check_is_checkpoint(path)
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     return parse_checkpoint(path, load_plain(path, raw), hashlib.sha256(raw).hexdigest())
 
 
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
 
-    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint or is invalid.
+    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint
+    or is invalid.
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
@@ -181,31 +204,47 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     written_by = writer_of(content.get("training"))
     for name in content.keys() - {"weights"}:  # `build_classifier` checks the weights
         for value in distinct_values(content[name]):
-            if isinstance(value, Tensor) and not (_is_dense(value) and _stores_all_numbers(value)):
+            if isinstance(value, Tensor) and not (
+                _is_dense(value) and _stores_all_numbers(value)
+            ):
                 where = f"{path}: {str(name)[:80]}"
-                raise CheckpointError(f"{where}: has a tensor without values of its own; copy it again")
+                raise CheckpointError(
+                    f"{where}: has a tensor without values of its own; copy it again"
+                )
     version, training = content.pop("version", None), content.get("training")
-    unknown = [str(name) for name in content.keys() - {field.name for field in fields(Checkpoint)}]
+    unknown = [
+        str(name) for name in content.keys() - {field.name for field in fields(Checkpoint)}
+    ]
     if isinstance(training, dict):
-        unknown += [f"training.{name}" for name in training.keys() - TrainingRecord.__annotations__.keys()]
+        unknown += [
+            f"training.{name}"
+            for name in training.keys() - TrainingRecord.__annotations__.keys()
+        ]
     is_of_other_version = isinstance(written_by, str) and written_by != __version__
     try:
         check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
-        problem = first_problem(error, content) + (version_advice(written_by) or "; train or import it again")
+        problem = first_problem(error, content) + (
+            version_advice(written_by) or "; train or import it again"
+        )
         raise CheckpointError(f"{path}: {problem}") from error
     except ValueError as error:  # of another version
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
+def load_plain(
+    path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote"
+) -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged, expands or would run code; that message ends in *advice*.
+    Raises `CheckpointError` if it is damaged, expands or would run code; that message ends in
+    *advice*.
     """
     if _is_torchscript(raw):
-        raise CheckpointError(f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}")
+        raise CheckpointError(
+            f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}"
+        )
     try:
         _check_reading_cost(raw)
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
@@ -216,7 +255,9 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
             f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged files
-        raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint; copy or train it again"
+        ) from error
 
 
 def _is_torchscript(raw: bytes) -> bool:
@@ -234,7 +275,8 @@ def _check_reading_cost(raw: bytes) -> None:
     if not raw.startswith(b"PK"):
         check_pickles(io.BytesIO(raw))
         return
-    # The reader of `torch.load`: others may find other entries, in another case or in a second list.
+    # The reader of `torch.load`: others may find other entries, in another case or in a second
+    # list.
     reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
     if hasattr(reader, "get_record_size"):
         size = sum(map(reader.get_record_size, reader.get_all_records()))
@@ -259,7 +301,9 @@ def is_state_dict(weights: Any) -> bool:
     """Check whether *weights* is a non-empty dict of names and tensors."""
     if not isinstance(weights, dict) or not weights:
         return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
+    return all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    )
 
 
 def read_pytorch(file: WeightPath) -> tuple[Any, str]:
@@ -268,7 +312,9 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror}); {WEIGHTS_ADVICE}") from error
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror}); {WEIGHTS_ADVICE}"
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(
@@ -277,7 +323,9 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
         try:
             return safetensors.load(raw), digest
         except Exception as error:  # `SafetensorError`, of a package that is imported above
-            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
+            raise WeightsError(
+                f"{path}: damaged safetensors file ({error}); copy it again"
+            ) from error
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):
             return _arrays_to_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
@@ -294,7 +342,9 @@ def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
     return content
 
 
-def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Tensor]]:
+def find_tables(
+    content: Any, levels: int = MAX_TABLE_LEVELS
+) -> dict[str, Mapping[str, Tensor]]:
     """Find the state dicts in the outer *levels* of *content*, by their path of keys, "" for itself."""
     if is_state_dict(content):
         return {"": content}
@@ -317,7 +367,9 @@ def without_wrappers(
     for name, tensor in tensors.items():
         short = ".".join(part for part in name.split(".") if part not in wrappers)
         if short in named:
-            raise WeightsError(f"{path}: holds {short} twice, also as {name}; remove one of them")
+            raise WeightsError(
+                f"{path}: holds {short} twice, also as {name}; remove one of them"
+            )
         named[short] = tensor
     return named
 
@@ -325,9 +377,13 @@ def without_wrappers(
 def find_labels(content: Any) -> tuple[str, ...] | None:
     """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
     number_by_name = content.get("class_to_idx") if isinstance(content, dict) else None
-    if not isinstance(number_by_name, dict) or not all(isinstance(name, str) for name in number_by_name):
+    if not isinstance(number_by_name, dict) or not all(
+        isinstance(name, str) for name in number_by_name
+    ):
         return None
-    name_by_number = {number: name for name, number in number_by_name.items() if isinstance(number, int)}
+    name_by_number = {
+        number: name for name, number in number_by_name.items() if isinstance(number, int)
+    }
     if sorted(name_by_number) != list(range(len(number_by_name))):
         return None
     return tuple(name for _, name in sorted(name_by_number.items()))
@@ -336,12 +392,15 @@ def find_labels(content: Any) -> tuple[str, ...] | None:
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
 
-    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any shape.
+    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any
+    shape.
     """
     total = 0
     for name, tensor in tensors.items():
         if not _is_dense(tensor) or tensor.is_complex():
-            raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
+            raise WeightsError(
+                f"{path}: {name} is not a dense tensor of real numbers; save it as float32"
+            )
         total += tensor.numel() * tensor.element_size()
         if total > _MAX_BYTES:
             raise WeightsError(
@@ -359,11 +418,14 @@ def _describe_storage(tensor: Tensor) -> str:
 def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Raise `ValueError` if the block creates many more parameters than *weights* can fill.
 
-    A few bytes of a config can ask for any width or number of blocks. Parameters are counted before they get
-    values, so they take no memory yet. Networks may replace some of them while they are built.
+    A few bytes of a config can ask for any width or number of blocks. Parameters are counted
+    before they get values, so they take no memory yet. Networks may replace some of them while
+    they are built.
     """
     stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
-    bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}  # tensors may share one
+    bytes_by_address = {
+        storage.data_ptr(): storage.nbytes() for storage in stored
+    }  # tensors may share one
     left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
     left_parameters = _MORE_PARAMETERS + 10 * len(weights)
 
@@ -384,26 +446,42 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
 def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
-    It notes the layout of the images that it was trained with. Raises `CheckpointError` naming *path* and the
-    first tensor that does not fit.
+    It notes the layout of the images that it was trained with. Raises `CheckpointError` naming
+    *path* and the first tensor that does not fit.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
         with _limit_parameters(checkpoint.weights):
-            network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
+            network = create_model(
+                checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config
+            )
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}{version_advice(writer_of(checkpoint.training))}") from error
-    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes
+        raise CheckpointError(
+            f"{path}: {error}{version_advice(writer_of(checkpoint.training))}"
+        ) from error
+    except (
+        ArithmeticError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # torch's, for sizes
         reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
         raise CheckpointError(f"{path}: {reason}; train or import it again") from error
-    weights = {network.current_name(name): tensor for name, tensor in checkpoint.weights.items()}
+    weights = {
+        network.current_name(name): tensor for name, tensor in checkpoint.weights.items()
+    }
     problem = first_difference(network.state_dict(), weights)
     if problem:
         advice = version_advice(writer_of(checkpoint.training)) or "; train or import it again"
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
-    is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"  # others: channels-last
-    vars(network)[IMAGES_FORMAT] = torch.contiguous_format if is_contiguous else torch.channels_last
+    is_contiguous = (
+        checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"
+    )  # others: channels-last
+    vars(network)[IMAGES_FORMAT] = (
+        torch.contiguous_format if is_contiguous else torch.channels_last
+    )
     return network.eval()
 
 

@@ -23,7 +23,13 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.deadline import deadline, is_early, obey_deadlines
-from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.errors import (
+    ConfigError,
+    DataError,
+    OverloadedError,
+    ServiceError,
+    UnreachableError,
+)
 from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
@@ -31,15 +37,28 @@ from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 Result = TypeVar("Result", bound="ImageResult")
 
-CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
+CONTENT_TYPE = (
+    "application/octet-stream"  # the server detects the format; a wrong type causes a warning
+)
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
-DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")  # linear, whatever a server sends
+DURATION = re.compile(
+    r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)"
+)  # linear, whatever a server sends
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
-ENCODINGS = {"", "identity", "gzip", "deflate"}  # 64 KiB of these, which httpx expands at once, are 64 MB
+ENCODINGS = {
+    "",
+    "identity",
+    "gzip",
+    "deflate",
+}  # 64 KiB of these, which httpx expands at once, are 64 MB
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 FOREIGN = "foreign_answer"  # code of what another server sends
-BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)  # before a response
+BROKEN = (
+    httpx.NetworkError,
+    httpx.RemoteProtocolError,
+    httpx.ConnectTimeout,
+)  # before a response
 
 
 class ImageResult(StrictModel):
@@ -66,7 +85,9 @@ class Embedding(ImageResult):
 
     model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
-    values: NDArray[np.float32] = pydantic.Field(np.zeros(0, np.float32), validation_alias="embedding")
+    values: NDArray[np.float32] = pydantic.Field(
+        np.zeros(0, np.float32), validation_alias="embedding"
+    )
     warnings: tuple[str, ...] = ()
 
     @pydantic.field_validator("values", mode="before")
@@ -103,11 +124,11 @@ class ClassifyArguments(CallArguments, total=False):
 class Client:
     """Blocking client of the server at *url*, for any number of threads and, after a fork, processes.
 
-    Connections stay open until `close`. *timeout* is the total time of a call in seconds, including retries
-    and the whole response. *retries* is how often a request is repeated after 429, 503 or a connection that
-    broke before a response. A server on another machine is requested through the proxy that HTTP_PROXY,
-    HTTPS_PROXY or ALL_PROXY names, unless NO_PROXY excludes it. Raises `ConfigError` for a URL, key or proxy
-    that cannot be used.
+    Connections stay open until `close`. *timeout* is the total time of a call in seconds,
+    including retries and the whole response. *retries* is how often a request is repeated after
+    429, 503 or a connection that broke before a response. A server on another machine is
+    requested through the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names, unless NO_PROXY
+    excludes it. Raises `ConfigError` for a URL, key or proxy that cannot be used.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -123,19 +144,29 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ConfigError("the API key has characters that no header may have; copy the key again")
-        # Few compressed bytes could fill the memory; `_receive` limits what a server compresses anyway.
+            raise ConfigError(
+                "the API key has characters that no header may have; copy the key again"
+            )
+        # Few compressed bytes could fill the memory; `_receive` limits what a server compresses
+        # anyway.
         self._headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         try:
             self._url = httpx.URL(url)
             address = str(self._url.copy_with(userinfo=b""))
-            _ = urlsplit(address).port, self._url.host.encode("idna")  # what the socket will require
+            _ = (
+                urlsplit(address).port,
+                self._url.host.encode("idna"),
+            )  # what the socket will require
         except (httpx.InvalidURL, ValueError) as error:
-            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
+            raise ConfigError(
+                f"{url!r}: not a URL ({error}); write it as http://host:8000"
+            ) from error
         if self._url.scheme not in {"http", "https"} or not self._url.host:
-            raise ConfigError(f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000")
+            raise ConfigError(
+                f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000"
+            )
         self._transport = transport
         self._proxy = find_proxy(address, HTTPX_PROXIES) if transport is None else None
         self._pools: dict[int, httpx.Client] = {}  # by process
@@ -146,7 +177,9 @@ class Client:
         self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
     ) -> list[Classification]: ...
     @overload
-    def classify(self, image: ImageLike, **options: Unpack[ClassifyArguments]) -> Classification: ...
+    def classify(
+        self, image: ImageLike, **options: Unpack[ClassifyArguments]
+    ) -> Classification: ...
     def classify(
         self,
         image: ImageLike | Sequence[ImageLike],
@@ -159,12 +192,13 @@ class Client:
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
-        A list is sent as one request; one of several images that cannot be classified has `error` set.
-        *top_k* is the number of classes, *model* the model to use if the server has several. *threshold*
-        replaces the thresholds of a multi-label network. *explain* requests the `explanation` of the first
-        class; an image then counts as 50 for the server. *timeout* replaces that of the client. Raises
-        `ServiceError` if the server rejects the request or its only image, `OverloadedError` if it is
-        overloaded, `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
+        A list is sent as one request; one of several images that cannot be classified has
+        `error` set. *top_k* is the number of classes, *model* the model to use if the server
+        has several. *threshold* replaces the thresholds of a multi-label network. *explain*
+        requests the `explanation` of the first class; an image then counts as 50 for the
+        server. *timeout* replaces that of the client. Raises `ServiceError` if the server
+        rejects the request or its only image, `OverloadedError` if it is overloaded,
+        `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
         image that cannot be sent.
 
         Example:
@@ -172,7 +206,12 @@ class Client:
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        params = {"model": model, "top_k": top_k, "threshold": threshold, "explain": explain or None}
+        params = {
+            "model": model,
+            "top_k": top_k,
+            "threshold": threshold,
+            "explain": explain or None,
+        }
         return self._post("/v1/classify", image, Classification, params, timeout)
 
     @overload
@@ -190,7 +229,8 @@ class Client:
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
-        Arguments and errors are those of `classify`. The bundle must be exported with `--with-features`.
+        Arguments and errors are those of `classify`. The bundle must be exported with
+        `--with-features`.
 
         Example:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
@@ -225,22 +265,31 @@ class Client:
     def _connections(self) -> httpx.Client:
         """Return the connections of this process; those of the process that it was forked from stay unused.
 
-        Two processes on one connection would read each other's responses, and a lock may be held for ever.
+        Two processes on one connection would read each other's responses, and a lock may be
+        held for ever.
         """
         process, proxy = os.getpid(), None if self._proxy is None else self._proxy.url
         if process not in self._pools:
             if self._transport is not None and self._pools:
-                raise ConfigError("a client with a transport of its own works in one process; make another")
+                raise ConfigError(
+                    "a client with a transport of its own works in one process; make another"
+                )
             try:
-                verify = self._url.scheme == "https"  # without TLS, httpx need not load certificates (60 ms)
-                own = self._transport or obey_deadlines(httpx.HTTPTransport(verify=verify, proxy=proxy))
+                verify = (
+                    self._url.scheme == "https"
+                )  # without TLS, httpx need not load certificates (60 ms)
+                own = self._transport or obey_deadlines(
+                    httpx.HTTPTransport(verify=verify, proxy=proxy)
+                )
             except httpx.InvalidURL as error:
                 raise ConfigError(f"{self._proxy}: not a URL ({error})") from error
             except OSError as error:
                 advice = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR"
                 raise ConfigError(f"no certificates ({error}); {advice}") from error
             hooks = {"response": [_refuse_redirect]}
-            pool = httpx.Client(base_url=self._url, headers=self._headers, transport=own, event_hooks=hooks)
+            pool = httpx.Client(
+                base_url=self._url, headers=self._headers, transport=own, event_hooks=hooks
+            )
             self._pools.setdefault(process, pool)  # the first of several threads
             for other in self._pools.keys() - {process}:
                 self._pools.pop(other, None)
@@ -266,14 +315,19 @@ class Client:
             parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
             response = send(params=query, files=parts)
         else:
-            response = send(params=query, content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
+            response = send(
+                params=query, content=bodies[0], headers={"Content-Type": CONTENT_TYPE}
+            )
         results = _parse_results(response, result_type, len(bodies))
         return results if is_list else results[0]
 
-    def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, timeout: float | None, **content: Any
+    ) -> httpx.Response:
         """Send a request and return its successful response, with retries during *timeout* seconds.
 
-        Retries follow 429, 503 and connections that broke before a response, after at least `Retry-After`.
+        Retries follow 429, 503 and connections that broke before a response, after at least
+        `Retry-After`.
         """
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0
@@ -281,7 +335,9 @@ class Client:
         extensions = {"proxy": self._proxy}  # for messages
         while True:
             left = max(0.001, end - time.monotonic())  # the header must be at least 1 (ms)
-            request = http.build_request(method, path, timeout=left, extensions=extensions, **content)
+            request = http.build_request(
+                method, path, timeout=left, extensions=extensions, **content
+            )
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             error: ServiceError
             try:
@@ -293,7 +349,10 @@ class Client:
             else:
                 if response.is_success:
                     return response
-                error, delay = _response_error(response), backoff(attempt) + retry_after(response)
+                error, delay = (
+                    _response_error(response),
+                    backoff(attempt) + retry_after(response),
+                )
                 may_retry = response.status_code in RETRY_STATUSES
             is_last = attempt == self._retries or delay >= end - time.monotonic()
             if is_last or not may_retry:
@@ -305,15 +364,19 @@ class Client:
 def encode_image(image: Any) -> bytes:
     """Encode *image* as the bytes of an image file.
 
-    Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are encoded as PNG,
-    without loss. Raises `DataError` for an unreadable file and `ConfigError` for other values.
+    Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are
+    encoded as PNG, without loss. Raises `DataError` for an unreadable file and `ConfigError`
+    for other values.
     """
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
         try:
             return read_file(image, MAX_IMAGE_BYTES)
-        except (OSError, ValueError) as error:  # ValueError: not a path, such as one with a null byte
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: not a path, such as one with a null byte
             reason = getattr(error, "strerror", error)
             raise DataError(f"{image}: cannot be read ({reason}); check the path") from error
     file = io.BytesIO()
@@ -335,14 +398,18 @@ def encode_image(image: Any) -> bytes:
 
 def backoff(attempt: int) -> float:
     """Compute the delay in seconds before the next attempt: exponential with jitter."""
-    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))  # no overflow after many attempts
+    longest = min(
+        MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10)
+    )  # no overflow after many attempts
     return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
 def retry_after(response: httpx.Response) -> float:
     """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
-    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0  # 9 digits exceed every timeout
+    return (
+        float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
+    )  # 9 digits exceed every timeout
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
@@ -361,16 +428,25 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
                 raise _foreign_answer_error(response)
     except httpx.DecodingError as error:
         raise _foreign_answer_error(response) from error
-    except (httpx.NetworkError, httpx.ProtocolError) as error:  # not retried: the server has done the work
+    except (
+        httpx.NetworkError,
+        httpx.ProtocolError,
+    ) as error:  # not retried: the server has done the work
         problem = f"status {response.status_code}, but the response breaks off ({error})"
         message = f"{_address(request)}: {problem}; send it again"
         raise UnreachableError(message, code="unreachable", status=0) from error
     finally:
         response.close()
     headers = httpx.Headers(response.headers)
-    for name in ("Content-Encoding", "Content-Length", "Transfer-Encoding"):  # *content* is decoded
+    for name in (
+        "Content-Encoding",
+        "Content-Length",
+        "Transfer-Encoding",
+    ):  # *content* is decoded
         headers.pop(name, None)
-    return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
+    return httpx.Response(
+        response.status_code, headers=headers, content=bytes(content), request=request
+    )
 
 
 def _refuse_redirect(response: httpx.Response) -> None:
@@ -388,25 +464,37 @@ def _response_error(response: httpx.Response) -> ServiceError:
     try:
         problem = Problem.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError:
-        problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
+        problem = Problem(
+            code="http_error", status=status, detail=response.reason_phrase or "no explanation"
+        )
     said = f"{status} {problem.code}: {problem.detail}"
     printable = "".join(character if character.isprintable() else " " for character in said)
     message = f"{_address(response.request)}: {printable}"
     if status in RETRY_STATUSES:
-        return OverloadedError(message, code=problem.code, status=status, retry_after=retry_after(response))
+        return OverloadedError(
+            message, code=problem.code, status=status, retry_after=retry_after(response)
+        )
     return ServiceError(message, code=problem.code, status=status)
 
 
-def _no_response_error(request: httpx.Request, failure: Exception, seconds: float) -> ServiceError:
+def _no_response_error(
+    request: httpx.Request, failure: Exception, seconds: float
+) -> ServiceError:
     """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
     reason = str(failure) or type(failure).__name__
     kind: type[ServiceError] = UnreachableError
     code = "unreachable"
     if isinstance(failure, httpx.TimeoutException):
         code, text = "timeout", f"no response within {seconds:.3g} s"
-    elif isinstance(failure, httpx.RemoteProtocolError) and getattr(failure.__cause__, "__context__", None):
+    elif isinstance(failure, httpx.RemoteProtocolError) and getattr(
+        failure.__cause__, "__context__", None
+    ):
         # Its parser has failed; a server that has disconnected is no cause of an error.
-        kind, code, text = ServiceError, FOREIGN, f"no HTTP response ({reason[:200]}); check the URL"
+        kind, code, text = (
+            ServiceError,
+            FOREIGN,
+            f"no HTTP response ({reason[:200]}); check the URL",
+        )
     else:
         direct = f"does it work? Without it: NO_PROXY={request.url.host}"
         advice = direct if request.extensions["proxy"] else "is a server running there?"
@@ -416,7 +504,9 @@ def _no_response_error(request: httpx.Request, failure: Exception, seconds: floa
     return error
 
 
-def _parse_results(response: httpx.Response, result_type: type[Result], count: int) -> list[Result]:
+def _parse_results(
+    response: httpx.Response, result_type: type[Result], count: int
+) -> list[Result]:
     """Parse the results in *response*, in the order of the images; raises `ServiceError` if not *count*."""
     shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
@@ -425,11 +515,17 @@ def _parse_results(response: httpx.Response, result_type: type[Result], count: i
     try:
         body = parse_json(response.content)
         rows = body.get("results", [body])
-        results = [result_type.model_validate({**row, **shared}, extra="ignore") for row in rows]
+        results = [
+            result_type.model_validate({**row, **shared}, extra="ignore") for row in rows
+        ]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign_answer_error(response) from error
-    are_complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)
-    if len(results) != count or not are_complete:  # all fields have defaults: other JSON may be valid
+    are_complete = all(
+        result.model_fields_set & {"classes", "values", "error"} for result in results
+    )
+    if (
+        len(results) != count or not are_complete
+    ):  # all fields have defaults: other JSON may be valid
         raise _foreign_answer_error(response)
     return results
 

@@ -18,14 +18,16 @@ from sopdeploy.version import __version__
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
-PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # float32 can represent small multiples of it
+PositiveRate = Annotated[
+    float, pydantic.Field(gt=0, le=1e6)
+]  # float32 can represent small multiples of it
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
 MAX_LINE = 10_000  # characters
 Text = Annotated[str, pydantic.Field(max_length=MAX_LINE)]  # a name, a version or a line
-# The fields of a network's config or of a recipe by name, as in JSON and TOML. The model that reads them
-# validates them; plug-ins add fields.
+# The fields of a network's config or of a recipe by name, as in JSON and TOML. The model that
+# reads them validates them; plug-ins add fields.
 FieldValues: TypeAlias = dict[str, Any]
 # Limits of what a model reads, unless its fields have lower ones.
 MAX_ITEMS = 1_000_000  # of a list, set or dict
@@ -36,8 +38,9 @@ MAX_TEXT = 10_000_000  # characters
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
-# A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and memory. No key
-# begins at an escaped quote; a search from each of them would itself take quadratic time.
+# A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and
+# memory. No key begins at an escaped quote; a search from each of them would itself take
+# quadratic time.
 _KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
 _LONG_KEY = re.compile(rf"(?<![\w.\\-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_LEVELS}}}")
 
@@ -45,10 +48,13 @@ _LONG_KEY = re.compile(rf"(?<![\w.\\-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_LEV
 def parse_json(raw: bytes | str) -> Any:
     """Parse the JSON document *raw*, with at most 200 levels, which every reader and writer can handle.
 
-    Raises `ValueError`, also for NaN and infinity, and for more than `MAX_JSON_PARTS` values and lists.
+    Raises `ValueError`, also for NaN and infinity, and for more than `MAX_JSON_PARTS` values
+    and lists.
     """
     document = raw.encode() if isinstance(raw, str) else raw
-    num_parts = sum(map(document.count, (b",", b"[", b"{")))  # of 2 bytes, each takes 100 or more in memory
+    num_parts = sum(
+        map(document.count, (b",", b"[", b"{"))
+    )  # of 2 bytes, each takes 100 or more in memory
     if num_parts > MAX_JSON_PARTS:
         raise ValueError("not JSON: has too many lists, objects and values")
     try:
@@ -58,7 +64,9 @@ def parse_json(raw: bytes | str) -> Any:
     parts = [values]
     while parts:
         part = parts.pop()
-        if isinstance(part, float) and math.isinf(part):  # of 1e999, or of hundreds of digits and .0
+        if isinstance(part, float) and math.isinf(
+            part
+        ):  # of 1e999, or of hundreds of digits and .0
             raise ValueError("not JSON: has a number that is too large")
         if isinstance(part, list | dict):
             parts.extend(part.values() if isinstance(part, dict) else part)
@@ -71,11 +79,16 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError(f"not TOML: a key has more than {MAX_LEVELS} levels")
     try:
         values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a long number
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError that is no TOMLDecodeError: a long number
         raise ValueError(f"not TOML: {error}") from error
     level: list[Any] = [values]  # the tables and arrays at a depth
     for _ in range(MAX_LEVELS):
-        contents = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
+        contents = chain.from_iterable(
+            part.values() if isinstance(part, dict) else part for part in level
+        )
         level = [part for part in contents if isinstance(part, dict | list)]
     if level:
         raise ValueError(f"not TOML: has more than {MAX_LEVELS} levels")
@@ -89,7 +102,11 @@ class StrictModel(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), str_max_length=MAX_TEXT
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        str_max_length=MAX_TEXT,
     )
 
     @classmethod
@@ -98,14 +115,21 @@ class StrictModel(pydantic.BaseModel):
     ) -> pydantic_core.CoreSchema:
         """Give all lists, sets and dicts a largest length, and end them at the first error.
 
-        Pydantic would build an error for each wrong element, 1 kB in size: 10 GB for a file of 16 MB.
+        Pydantic would build an error for each wrong element, 1 kB in size: 10 GB for a file of
+        16 MB.
         """
         schema = handler(source)
         waiting: list[Any] = [schema]
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
-                if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):  # or a field's name
+                if part.get("type") in (
+                    "list",
+                    "tuple",
+                    "set",
+                    "frozenset",
+                    "dict",
+                ):  # or a field's name
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
                 waiting += [value for key, value in part.items() if key not in _NO_SCHEMAS]
@@ -124,17 +148,24 @@ class StrictModel(pydantic.BaseModel):
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
         """Validate a JSON document, which `parse_json` reads; raises `pydantic.ValidationError`."""
         try:
-            values = parse_json(bytes(json_data) if isinstance(json_data, bytearray) else json_data)
+            values = parse_json(
+                bytes(json_data) if isinstance(json_data, bytearray) else json_data
+            )
         except ValueError as error:
             context = {"error": str(error)}
             problem = pydantic_core.InitErrorDetails(type="json_invalid", input="", ctx=context)
-            raise pydantic.ValidationError.from_exception_data(cls.__name__, [problem]) from error
+            raise pydantic.ValidationError.from_exception_data(
+                cls.__name__, [problem]
+            ) from error
         return cls.model_validate(values, **options)
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Self:
         """Copy the model with the fields in *update*, which are not validated.
 
-        Raises `TypeError` for a name that is no field: pydantic would store it, and nothing would read it.
+        Raises `TypeError` for a name that is no field: pydantic would store it, and nothing
+        would read it.
         """
         if unknown := sorted(set(update or ()) - type(self).model_fields.keys()):
             raise TypeError(f"{type(self).__name__} has no field {', '.join(unknown)}")
@@ -158,13 +189,15 @@ def with_registered(
 ) -> pydantic.WrapValidator:
     """Let a field also accept the configs of plugins, which are in *registry* and subclasses of *base*.
 
-    The type of the field is a union of other configs by `kind`; its annotation also needs `SerializeAsAny`.
+    The type of the field is a union of other configs by `kind`; its annotation also needs
+    `SerializeAsAny`.
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
         """Validate *value* by the union, or, if its `kind` is that of no member, by the registered config.
 
-        The error of an unknown or missing `kind` names those of the members and the registered ones.
+        The error of an unknown or missing `kind` names those of the members and the registered
+        ones.
         """
         try:
             return validate_union(value)
@@ -174,7 +207,9 @@ def with_registered(
                 return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":
                 raise
-            if isinstance(value, base):  # a plugin's config, which was validated when it was built
+            if isinstance(
+                value, base
+            ):  # a plugin's config, which was validated when it was built
                 return value
             context = problem["ctx"]
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
@@ -195,7 +230,9 @@ class Options(StrictModel):
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = pydantic.ConfigDict(
+        use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -210,11 +247,14 @@ class Options(StrictModel):
             raise ConfigError(reason, setting=name) from error
 
 
-def check_format(found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()) -> None:
+def check_format(
+    found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()
+) -> None:
     """Raise `OtherVersionError` if this version of sopdeploy cannot read a file.
 
-    The format version *found* in the file must be *expected*, and the file must have no *unknown* fields. A
-    format keeps its version when it gets optional fields. *written_by* is the version that wrote the file.
+    The format version *found* in the file must be *expected*, and the file must have no
+    *unknown* fields. A format keeps its version when it gets optional fields. *written_by* is
+    the version that wrote the file.
     """
     reader = "a later version of sopdeploy"
     if isinstance(written_by, str):
@@ -235,7 +275,9 @@ def writer_of(fields: Any) -> Any:
     if not isinstance(fields, Mapping):
         return None
     versions = fields.get("versions")
-    return versions.get("sopdeploy") if isinstance(versions, Mapping) else fields.get("written_by")
+    return (
+        versions.get("sopdeploy") if isinstance(versions, Mapping) else fields.get("written_by")
+    )
 
 
 class OtherVersionError(ValueError):
@@ -245,8 +287,8 @@ class OtherVersionError(ValueError):
 def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     """Validate the *fields* of a file, a table of format 1, as *model*.
 
-    Raises `OtherVersionError` for another format, and for fields of another version that do not fit;
-    `ValueError` for others that do not fit. Both messages have one line.
+    Raises `OtherVersionError` for another format, and for fields of another version that do not
+    fit; `ValueError` for others that do not fit. Both messages have one line.
     """
     if not isinstance(fields, Mapping):
         raise ValueError("not a table")
@@ -280,7 +322,9 @@ class _Shortener(reprlib.Repr):
         return f"a number of {value.bit_length()} bits" if is_long else str(value)
 
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
-        return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)  # the base class sorts all
+        return super().repr_dict(
+            dict(islice(value.items(), self.maxdict)), level
+        )  # the base class sorts all
 
 
 _SHORTENER = _Shortener()
@@ -300,7 +344,9 @@ def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
     return describe_problem(error.errors(include_url=False)[0], values)
 
 
-def describe_problem(problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None) -> str:
+def describe_problem(
+    problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None
+) -> str:
     """Describe *problem*, an entry of `pydantic.ValidationError.errors`, as `first_problem` does."""
     kind, context = problem["type"], problem.get("ctx", {})
     where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
@@ -328,16 +374,27 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
         return "missing"
     if kind == "union_tag_invalid":
         tag, known = str(context["tag"])[:MAX_SHOWN], context["expected_tags"]
-        return f"{tag!r} is none of {known}" + _suggest(problem) if tag else f"missing; choose one of {known}"
+        return (
+            f"{tag!r} is none of {known}" + _suggest(problem)
+            if tag
+            else f"missing; choose one of {known}"
+        )
     if kind in _REASONS:
-        whole = {name: int(n) for name, n in context.items() if isinstance(n, float) and n.is_integer()}
+        whole = {
+            name: int(n)
+            for name, n in context.items()
+            if isinstance(n, float) and n.is_integer()
+        }
         return _REASONS[kind].format(**{**context, **whole})[: 10 * MAX_SHOWN]
     noun = _NOUNS.get(kind.removesuffix("_type").removesuffix("_parsing"))
     return f"must be {noun}" if noun else "not accepted"
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
-_OF_VALIDATOR = ("value_error", "assertion_error")  # a validator of this package or a plug-in raised it
+_OF_VALIDATOR = (
+    "value_error",
+    "assertion_error",
+)  # a validator of this package or a plug-in raised it
 _REASONS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -346,7 +403,8 @@ _REASONS = {
     "multiple_of": "must be a multiple of {multiple_of}",
     "finite_number": "must be a finite number",
     **dict.fromkeys(
-        ("too_short", "string_too_short", "bytes_too_short"), "needs a length of {min_length} or more"
+        ("too_short", "string_too_short", "bytes_too_short"),
+        "needs a length of {min_length} or more",
     ),
     **dict.fromkeys(
         ("too_long", "string_too_long", "bytes_too_long", "url_too_long"),
@@ -371,7 +429,8 @@ _NOUNS = {  # of the types `NOUN_type` and `NOUN_parsing`
     "path": "a path",
     **dict.fromkeys(("list", "tuple", "set", "frozen_set", "iterable"), "a list"),
     **dict.fromkeys(
-        ("dict", "mapping", "model", "model_attributes", "dataclass"), "a table of keys and values"
+        ("dict", "mapping", "model", "model_attributes", "dataclass"),
+        "a table of keys and values",
     ),
     "date": "a date, such as 2026-01-31",
     "datetime": "a date and time, such as 2026-01-31T12:00:00Z",
@@ -382,16 +441,22 @@ def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     """Return the end of a message: the accepted name that is most like the text of *problem*, if one is."""
     context = problem.get("ctx", {})
     wanted = context.get("tag", problem["input"])
-    names = re.findall(r"'([^']+)'", str(context.get("expected_tags", context.get("expected", ""))))
-    close = difflib.get_close_matches(wanted[:MAX_SHOWN], names, n=1) if isinstance(wanted, str) else ()
+    names = re.findall(
+        r"'([^']+)'", str(context.get("expected_tags", context.get("expected", "")))
+    )
+    close = (
+        difflib.get_close_matches(wanted[:MAX_SHOWN], names, n=1)
+        if isinstance(wanted, str)
+        else ()
+    )
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:
     """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
 
-    The key of ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder", "path", "str")
-    `data.path`. Only a missing key, the last part, is none of *values*.
+    The key of ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder",
+    "path", "str") `data.path`. Only a missing key, the last part, is none of *values*.
     """
     parts = list(path)
     keys = []

@@ -1,7 +1,8 @@
 """The rules that turn logits into classes: activation, calibration, rejection of unknown images.
 
-Checkpoints and bundles contain a `Decision`. The export divides the last layer by the temperature, so logits
-of a bundle are already calibrated, and thresholds refer to them. This module does not import torch.
+Checkpoints and bundles contain a `Decision`. The export divides the last layer by the
+temperature, so logits of a bundle are already calibrated, and thresholds refer to them. This
+module does not import torch.
 """
 
 import math
@@ -17,7 +18,9 @@ from sopdeploy.names import MAX_CLASSES
 
 Activation = Literal["softmax", "sigmoid"]
 Estimate = Literal["held-out", "cross-validation"]
-Occurrences = Annotated[int, pydantic.Field(ge=0, le=2**53)]  # larger ones are not exact as floats, or none
+Occurrences = Annotated[
+    int, pydantic.Field(ge=0, le=2**53)
+]  # larger ones are not exact as floats, or none
 # Bounds of the confidence histogram, closer together near 1, where most confidences are.
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
@@ -75,7 +78,9 @@ class Reference(StrictModel):
     classes: Annotated[tuple[Occurrences, ...], pydantic.Field(max_length=MAX_CLASSES)]
     confidences: Annotated[
         tuple[Occurrences, ...],
-        pydantic.Field(min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1),
+        pydantic.Field(
+            min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1
+        ),
     ]
 
 
@@ -99,7 +104,9 @@ class PredictionCounts:
 
     def reference(self) -> Reference:
         """Return the counts as the reference of later predictions."""
-        return Reference(classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist()))
+        return Reference(
+            classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist())
+        )
 
 
 class LabeledProbability(TypedDict):
@@ -136,7 +143,9 @@ class Answer(NamedTuple):
 
     def fields(self, labels: Sequence[str]) -> AnswerFields:
         """Return the fields that are set, with the names of the classes in *labels*."""
-        classes = [LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked]
+        classes = [
+            LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked
+        ]
         fields = AnswerFields(classes=classes)
         if self.known is not None:
             fields["known"] = self.known
@@ -161,13 +170,17 @@ class Decision(StrictModel):
     activation: Activation = "softmax"
     calibration: Calibration | None = None
     rejection: Rejection | None = None
-    thresholds: Annotated[tuple[Fraction, ...], pydantic.Field(max_length=MAX_CLASSES)] | None = None
+    thresholds: (
+        Annotated[tuple[Fraction, ...], pydantic.Field(max_length=MAX_CLASSES)] | None
+    ) = None
     reference: Reference | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
         if (self.thresholds is not None) != self.is_multi_label:
-            raise ValueError("thresholds: required with activation sigmoid, not allowed with softmax")
+            raise ValueError(
+                "thresholds: required with activation sigmoid, not allowed with softmax"
+            )
         if self.is_multi_label and (self.rejection or self.reference):
             raise ValueError("rejection, reference: not supported with activation sigmoid")
         return self
@@ -187,7 +200,9 @@ class Decision(StrictModel):
         if self.thresholds is not None and len(self.thresholds) != classes:
             return f"{len(self.thresholds)} thresholds for {classes} classes"
         if self.reference is not None and len(self.reference.classes) != classes:
-            return f"reference predictions of {len(self.reference.classes)} classes, not {classes}"
+            return (
+                f"reference predictions of {len(self.reference.classes)} classes, not {classes}"
+            )
         return None
 
     def answer(
@@ -199,9 +214,10 @@ class Decision(StrictModel):
     ) -> Answer:
         """Answer for one image with calibrated, finite *logits* (C,).
 
-        Lists at most *top_k* classes, by default all; with "sigmoid", only those whose probability reaches
-        *threshold*, by default their own. Ties keep the order of the classes. `explanation` is computed from
-        *occluded*, the logits (n * n, C) of the copies by `images.occlusion.occlude`.
+        Lists at most *top_k* classes, by default all; with "sigmoid", only those whose
+        probability reaches *threshold*, by default their own. Ties keep the order of the
+        classes. `explanation` is computed from *occluded*, the logits (n * n, C) of the copies
+        by `images.occlusion.occlude`.
         """
         activate = sigmoid if self.is_multi_label else softmax
         probabilities = activate(logits)
@@ -239,9 +255,18 @@ class Decision(StrictModel):
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
             if rule.recognized is not None:
-                rows.append(("photographs of other things", "{} of {} rejected".format(*rule.recognized)))
-            elif rule.new_class is not None:  # images that are made from the user's own do not predict it
-                rows.append(("photographs of other things", "not measured; give --unknown FOLDER"))
+                rows.append(
+                    (
+                        "photographs of other things",
+                        "{} of {} rejected".format(*rule.recognized),
+                    )
+                )
+            elif (
+                rule.new_class is not None
+            ):  # images that are made from the user's own do not predict it
+                rows.append(
+                    ("photographs of other things", "not measured; give --unknown FOLDER")
+                )
             if rule.new_class is not None:
                 rejected, count = rule.new_class
                 text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"
@@ -258,11 +283,14 @@ class Decision(StrictModel):
 def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the log-sum-exp (...) float64 of *logits* (..., C), without overflow.
 
-    It is the negative free energy of "Energy-based Out-of-distribution Detection" (Liu et al., 2020), Eq. 4.
+    It is the negative free energy of "Energy-based Out-of-distribution Detection" (Liu et al.,
+    2020), Eq. 4.
     """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
-    found: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
+    found: NDArray[np.float64] = largest + np.log(
+        np.exp(values - largest[..., None]).sum(axis=-1)
+    )
     return found
 
 

@@ -17,9 +17,9 @@ from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 CGROUP, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux only
-# x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
-# this session option ONNX Runtime stores the int8 weights as uint8, which is exact. With VNNI it changes no
-# result and takes up to 2.2 times as long (ONNX Runtime 1.32).
+# x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can
+# saturate. With this session option ONNX Runtime stores the int8 weights as uint8, which is
+# exact. With VNNI it changes no result and takes up to 2.2 times as long (ONNX Runtime 1.32).
 EXACT_INT8 = ("session.x64quantprecision", "1")
 DAEMON_THREAD, WORKER_THREAD = "daemon", "model_worker"  # names of threads that may never end
 SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
@@ -40,7 +40,11 @@ def usable_cores() -> int:
 
     macOS has neither affinity nor quotas, so all cores count there.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
     for folder, version in control_groups("cpu"):
         # Without a quota, the text `max` or -1; a group can also lack these files.
         with suppress(OSError, ValueError):
@@ -57,16 +61,21 @@ def usable_cores() -> int:
 def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
     """List the control groups of this process that can limit *controller*, as folders, and their version.
 
-    These are its own group and those around it. A container can have its limit at the root, with a path that
-    exists on its host only.
+    These are its own group and those around it. A container can have its limit at the root,
+    with a path that exists on its host only.
     """
     with suppress(OSError):
         for line in PROCESS_CGROUP.read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
             if number == "0":  # version 2, such as `0::/user.slice`
                 roots, version = [CGROUP], 2
-            elif controller in controllers.split(","):  # version 1, such as `9:cpu,cpuacct:/docker/1f`
-                roots, version = [CGROUP / name for name in dict.fromkeys((controller, controllers))], 1
+            elif controller in controllers.split(
+                ","
+            ):  # version 1, such as `9:cpu,cpuacct:/docker/1f`
+                roots, version = (
+                    [CGROUP / name for name in dict.fromkeys((controller, controllers))],
+                    1,
+                )
             else:
                 continue
             for root in roots:
@@ -180,7 +189,8 @@ _STORE_ERRORS: dict[type[BaseException], str] = {
     ConnectionError: "cannot be reached",
     socket.gaierror: "its host is not known",
 }
-# In the names of types of other packages; the certificate first, which is also a failed connection.
+# In the names of types of other packages; the certificate first, which is also a failed
+# connection.
 _STORE_WORDS = {
     "Certificate": "its certificate is not accepted",
     "SSL": "its certificate is not accepted",
@@ -196,8 +206,12 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # its name on PyPI
-        requirements = "\n".join(metadata.requires("sopdeploy") or [])  # lines: `timm>=1; extra == "train"`
+        package = {"sklearn": "scikit-learn"}.get(
+            module, module.replace("_", "-")
+        )  # its name on PyPI
+        requirements = "\n".join(
+            metadata.requires("sopdeploy") or []
+        )  # lines: `timm>=1; extra == "train"`
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]
         if not extras:  # no extra installs it: the error stays as it is

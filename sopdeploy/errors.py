@@ -25,8 +25,8 @@ def command_line_option(setting: str, value: object = None) -> str:
 class SopdeployError(Exception):
     """Base class. The message is one line that names the file or value and the next step.
 
-    The message does not name settings, because Python, the command line and HTTP write them differently.
-    They are attributes instead, and `describe` adds them to the message.
+    The message does not name settings, because Python, the command line and HTTP write them
+    differently. They are attributes instead, and `describe` adds them to the message.
 
     Attributes:
         code: stable identifier for scripts.
@@ -56,7 +56,12 @@ class SopdeployError(Exception):
             message = f"{message[: _MAX_MESSAGE - _MAX_END]}...{message[-_MAX_END:]}"
         super().__init__(message)
         self.code, self.status = code or self.code, status
-        self.message, self.setting, self.value, self.remedies = message, setting, value, dict(remedies or {})
+        self.message, self.setting, self.value, self.remedies = (
+            message,
+            setting,
+            value,
+            dict(remedies or {}),
+        )
         self.lists = {name: list(values) for name, values in (lists or {}).items() if values}
 
     def __str__(self) -> str:
@@ -68,7 +73,9 @@ class SopdeployError(Exception):
         if self.setting is not None:
             text = f"{write(self.setting, self.value)}: {text}"
         if self.remedies:
-            text += "; try " + " or ".join(write(name, value) for name, value in self.remedies.items())
+            text += "; try " + " or ".join(
+                write(name, value) for name, value in self.remedies.items()
+            )
         return text
 
 
@@ -188,7 +195,9 @@ class OverloadedError(ServiceError):
 
     code = "overloaded"
 
-    def __init__(self, message: str, *, code: str, status: int, retry_after: float = 0.0) -> None:
+    def __init__(
+        self, message: str, *, code: str, status: int, retry_after: float = 0.0
+    ) -> None:
         super().__init__(message, code=code, status=status)
         self.retry_after = retry_after
 

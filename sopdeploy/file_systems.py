@@ -1,7 +1,8 @@
 """Operations that some file systems lack: locks, flushes and permissions.
 
-File systems of networks, containers and memory cards refuse them with different errors. Only a lock that
-another process holds means that it works there; every other error means that this file system has no locks.
+File systems of networks, containers and memory cards refuse them with different errors. Only a
+lock that another process holds means that it works there; every other error means that this
+file system has no locks.
 """
 
 import errno
@@ -13,8 +14,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# An operation that the file system does not have; other errors, such as EIO, are those of a disk that fails.
-LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM}
+# An operation that the file system does not have; other errors, such as EIO, are those of a
+# disk that fails.
+LACKING = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EPERM,
+}
 # Errors of a flush after which the content may be lost.
 LOST = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE}
 _MAX_TRIES = 20  # to lock a file that others delete meanwhile
@@ -31,15 +40,20 @@ class Lock(NamedTuple):
     def warn_if_unlocked(self, path: Path, advice: str) -> None:
         """Warn in one line that the file system of *path* has no locks, if so, and the *advice*."""
         if self.failure:
-            log.warning("%s: this file system has no locks (%s); %s", path, self.failure, advice)
+            log.warning(
+                "%s: this file system has no locks (%s); %s", path, self.failure, advice
+            )
 
 
-def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: bool = False) -> Lock:
+def lock_file(
+    path: Path, mode: int = 0o666, *, wait: bool = False, of_process: bool = False
+) -> Lock:
     """Create the file *path* if needed, open it for reading and writing, and lock it.
 
-    The system releases the lock when the file is closed, also when the process ends in any way. With *wait*,
-    it waits for another process. With *of_process*, child processes do not inherit the lock. Raises
-    `BlockingIOError` if another process holds it, and `OSError` if the file cannot be opened.
+    The system releases the lock when the file is closed, also when the process ends in any way.
+    With *wait*, it waits for another process. With *of_process*, child processes do not inherit
+    the lock. Raises `BlockingIOError` if another process holds it, and `OSError` if the file
+    cannot be opened.
     """
     tries = 0
     while True:
@@ -50,7 +64,9 @@ def lock_file(path: Path, mode: int = 0o666, *, wait: bool = False, of_process: 
             os.close(file)
             raise
         tries += 1
-        is_deleted = not _is_at(file, path)  # by its last owner, unless the file system changes inodes
+        is_deleted = not _is_at(
+            file, path
+        )  # by its last owner, unless the file system changes inodes
         if failure or not is_deleted or tries == _MAX_TRIES:
             return Lock(file, failure)
         os.close(file)
@@ -128,7 +144,8 @@ def set_owner(path: Path, like: Path) -> None:
 def rename_file(file: int, source: Path, target: Path) -> None:
     """Give *source*, which is open as *file*, the name *target*, and replace what has it; raises `OSError`.
 
-    A network file system that repeats a request whose answer was lost reports that *source* does not exist.
+    A network file system that repeats a request whose answer was lost reports that *source*
+    does not exist.
     """
     try:
         source.replace(target)
@@ -145,7 +162,9 @@ def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str
     except BlockingIOError:
         raise
     except OSError as error:
-        if of_process and error.errno == errno.EACCES:  # POSIX allows it for a lock that is held
+        if (
+            of_process and error.errno == errno.EACCES
+        ):  # POSIX allows it for a lock that is held
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return os.strerror(error.errno or errno.ENOLCK)
     return ""

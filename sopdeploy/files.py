@@ -48,7 +48,8 @@ log = logging.getLogger("sopdeploy.files")
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file; rename it to *path* on success, delete it on error.
 
-    What killed processes left in the folder is removed once per process. Raises `OSError`, also for a folder.
+    What killed processes left in the folder is removed once per process. Raises `OSError`, also
+    for a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -71,13 +72,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]  # the innermost first
+    missing = [
+        folder for folder in (path, *path.parents) if not folder.exists()
+    ]  # the innermost first
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
         yield
     finally:
         for folder in missing:
-            with suppress(OSError):  # it holds a file, was not created, or another process uses it
+            with suppress(
+                OSError
+            ):  # it holds a file, was not created, or another process uses it
                 folder.rmdir()
 
 
@@ -153,7 +158,8 @@ def os_reason(error: OSError) -> str:
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     """Open a regular file for reading in binary mode.
 
-    Raises `OSError`, also for a FIFO, socket or device, because opening or reading it may wait forever.
+    Raises `OSError`, also for a FIFO, socket or device, because opening or reading it may wait
+    forever.
     """
     mode = os.stat(path).st_mode  # noqa: PTH116 - `path` may be text
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` rejects a folder
@@ -182,7 +188,9 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
-    while piece := file.read(min(limit - len(content), BLOCK_BYTES)):  # empty at the end and at *limit*
+    while piece := file.read(
+        min(limit - len(content), BLOCK_BYTES)
+    ):  # empty at the end and at *limit*
         content += piece
     return bytes(content)
 
@@ -247,7 +255,9 @@ _OF_OTHERS = {  # what files of other programs are, by suffix, and what to give 
     (".onnx", ".engine", ".plan"): (
         "a finished graph without the network to compare it with; give its checkpoint"
     ),
-    (".py",): "code, not weights; give the weight file, and name the network as module:callable",
+    (
+        ".py",
+    ): "code, not weights; give the weight file, and name the network as module:callable",
     (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
 }
 
@@ -316,7 +326,11 @@ def check_is_weights(path: Path) -> WeightPath:
     with path.open("rb") as file:
         first = file.read(16)
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
-    if not (is_safetensors or first.startswith(TORCH_MAGIC) or first.startswith(_magic_of_importers())):
+    if not (
+        is_safetensors
+        or first.startswith(TORCH_MAGIC)
+        or first.startswith(_magic_of_importers())
+    ):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )
@@ -335,18 +349,25 @@ def _magic_of_importers() -> tuple[bytes, ...]:
 def check_is_checkpoint(path: Path) -> None:
     """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
 
-    `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
+    `read_checkpoint` checks its content. Commands call this before they import torch, which
+    takes seconds.
     """
     check_is_file(path)
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again")
+        raise CheckpointError(
+            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     except Exception:  # zipfile raises many types for damaged files
         is_checkpoint = False
     if not is_checkpoint:
-        problem = describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
+        problem = (
+            describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
+        )
         raise CheckpointError(f"{path}: {problem}")

@@ -14,14 +14,19 @@ class ClassifyQuery(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
-    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
-    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    model: str | None = pydantic.Field(
+        None, description="Required if several models are loaded."
+    )
+    version: str | None = pydantic.Field(
+        None, description="Bundle ID; default: the current version."
+    )
     threshold: Fraction | None = pydantic.Field(
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
     )
     explain: bool = pydantic.Field(
-        False, description="Include an occlusion map of the first class; an image then counts as 50."
+        False,
+        description="Include an occlusion map of the first class; an image then counts as 50.",
     )
     reported: str | None = pydantic.Field(
         None,
@@ -34,7 +39,9 @@ class CardQuery(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+    model: str | None = pydantic.Field(
+        None, description="Required if several models are loaded."
+    )
 
 
 class EmbedQuery(pydantic.BaseModel):
@@ -42,8 +49,12 @@ class EmbedQuery(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
-    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    model: str | None = pydantic.Field(
+        None, description="Required if several models are loaded."
+    )
+    version: str | None = pydantic.Field(
+        None, description="Bundle ID; default: the current version."
+    )
     encoding_format: Literal["float", "base64"] = pydantic.Field(
         "float", description="A list of numbers, or base64 of little-endian float32."
     )
@@ -69,12 +80,12 @@ class ClassProbability(StrictModel):
 class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
-    A multi-label network lists the classes whose probability reaches their threshold, possibly none.
-    `warnings` name changes made while decoding: `alpha_flattened`, `exif_rotated`, `first_frame_only`,
-    `sixteen_bit_scaled`. If requested, `explanation` has 7 rows of 7 numbers: the
-    probability that the first class loses if that part of the network's input is gray. `known` is false if
-    the image probably shows none of the classes, because its `score` is below the threshold of the bundle.
-    Without a threshold, `known` and `score` are absent.
+    A multi-label network lists the classes whose probability reaches their threshold, possibly
+    none. `warnings` name changes made while decoding: `alpha_flattened`, `exif_rotated`,
+    `first_frame_only`, `sixteen_bit_scaled`. If requested, `explanation` has 7 rows of 7
+    numbers: the probability that the first class loses if that part of the network's input is
+    gray. `known` is false if the image probably shows none of the classes, because its `score`
+    is below the threshold of the bundle. Without a threshold, `known` and `score` are absent.
     """
 
     classes: tuple[ClassProbability, ...]
@@ -94,9 +105,10 @@ class EncodedEmbedding(StrictModel):
 class ModelInfo(StrictModel):
     """A loaded network and its runtime; `id` is its bundle ID.
 
-    `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
-    `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
-    a threshold for them. `loaded` is false for a network that a memory budget keeps out.
+    `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a
+    vector of `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a
+    known image, if it has a threshold for them. `loaded` is false for a network that a memory
+    budget keeps out.
     """
 
     name: str

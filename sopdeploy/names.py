@@ -13,10 +13,17 @@ from sopdeploy.config import parse_json, shown
 MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 1_000  # characters
 MAX_LINK = 4_096  # characters of a path in a link
-_PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")  # files have up to 50 more characters
-_BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")  # before the id of a bundle, which ends its name
-# The ends of the Unicode names of characters that are letters or symbols by category, but have no glyph.
-_JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # in words of some scripts, and in emojis
+_PROJECT = re.compile(
+    r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+)  # files have up to 50 more characters
+_BUNDLE_END = re.compile(
+    r"-(?=[0-9a-f]{12}$)"
+)  # before the id of a bundle, which ends its name
+# The ends of the Unicode names of characters that are letters or symbols by category, but have
+# no glyph.
+_JOINERS = (
+    "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # in words of some scripts, and in emojis
+)
 _BLANKS = ("FILLER", "BLANK", "NULL NOTEHEAD")
 
 
@@ -46,7 +53,9 @@ def is_visible(character: str) -> bool:
 def can_be_typed(character: str) -> bool:
     """Tell whether *character* may be in a new name: visible ones, spaces, marks and joiners."""
     category = unicodedata.category(character)
-    return is_visible(character) or category in {"Zs", "Mn", "Mc", "Me"} or character in _JOINERS
+    return (
+        is_visible(character) or category in {"Zs", "Mn", "Mc", "Me"} or character in _JOINERS
+    )
 
 
 def as_utf8(text: object) -> str:
@@ -80,7 +89,9 @@ def label_problem(labels: Sequence[str]) -> str | None:
 
 def link_problem(path: str) -> str | None:
     """Say why no link of `promote` can lead to *path*; None if one can."""
-    if not 1 <= len(path) <= MAX_LINK or any(unicodedata.category(each) == "Cc" for each in path):
+    if not 1 <= len(path) <= MAX_LINK or any(
+        unicodedata.category(each) == "Cc" for each in path
+    ):
         return f"not a path of 1 to {MAX_LINK} characters without control characters"
     return None
 

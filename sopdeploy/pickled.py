@@ -1,7 +1,7 @@
 """Pickles of data, read in linear time: what they would cost is counted before, and what they hold after.
 
-A pickle can name one object any number of times. Forty lists that hold the next one twice are 2^40 values for
-all that walks them, and a tuple is hashed through all its paths if it is a key.
+A pickle can name one object any number of times. Forty lists that hold the next one twice are
+2^40 values for all that walks them, and a tuple is hashed through all its paths if it is a key.
 """
 
 import math
@@ -48,10 +48,16 @@ class StoredKind:
 
         Raises `ValueError` if it needs more or fewer bytes.
         """
-        if not isinstance(raw, bytes) or not isinstance(self.text, str) or not _NUMBERS.fullmatch(self.text):
+        if (
+            not isinstance(raw, bytes)
+            or not isinstance(self.text, str)
+            or not _NUMBERS.fullmatch(self.text)
+        ):
             return None
         dtype = np.dtype(self.order + self.text)
-        if not isinstance(shape, tuple) or math.prod(map(int, shape)) * dtype.itemsize != len(raw):
+        if not isinstance(shape, tuple) or math.prod(map(int, shape)) * dtype.itemsize != len(
+            raw
+        ):
             raise ValueError("an array has another size than its numbers")
         values = np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")
         return values.astype(dtype.newbyteorder("="), order="C")
@@ -76,8 +82,8 @@ def _read_scalar(kind: Any, raw: Any = None) -> Any:
     return None if values is None else values.item()
 
 
-# What stands for the plain types that checkpoints contain beside tensors. None of them allocates more than
-# the pickle has, or calls what the pickle names.
+# What stands for the plain types that checkpoints contain beside tensors. None of them
+# allocates more than the pickle has, or calls what the pickle names.
 PLAIN_TYPES: list[tuple[Callable[..., Any], str]] = [
     (Namespace, "argparse.Namespace"),
     *((_read_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -111,8 +117,8 @@ def check_pickles(file: IO[bytes]) -> None:
 def _count_hashed_values(file: IO[bytes], cost: int) -> int:
     """Count the values that Python would hash to read the next pickle of *file*.
 
-    It reads no value, but follows the operations with the extent of each value in its place; only tuples are
-    hashed by content. *cost* is that of the pickles before.
+    It reads no value, but follows the operations with the extent of each value in its place;
+    only tuples are hashed by content. *cost* is that of the pickles before.
     """
     stack: list[_Extent | None] = []  # None is a mark
     memo: dict[Any, _Extent | None] = {}
@@ -136,7 +142,9 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             for _ in range(before.index(pickletools.markobject)):
                 stack.pop()
         else:
-            operands = [extent for extent in (stack.pop() for _ in before) if extent is not None]
+            operands = [
+                extent for extent in (stack.pop() for _ in before) if extent is not None
+            ]
         values, levels = 1, 0  # of what the operation puts on the stack
         if name.startswith("TUPLE"):
             values += sum(extent.values for extent in operands)
@@ -152,11 +160,13 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
 def distinct_values(content: Any) -> list[Any]:
     """List each object in *content* once, without the containers, in linear time.
 
-    Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for more than
-    `MAX_LEVELS`, and if *content* contains itself.
+    Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for more
+    than `MAX_LEVELS`, and if *content* contains itself.
     """
     found: list[Any] = []
-    extents: dict[int, _Extent | None] = {}  # by the identity of an object; None while it is measured
+    extents: dict[
+        int, _Extent | None
+    ] = {}  # by the identity of an object; None while it is measured
 
     def measure(value: Any, outer_levels: int) -> _Extent:
         """Measure *value*, once for each object; add it to *found* if it is no container."""

@@ -5,12 +5,14 @@ A package names a module in its `pyproject.toml`:
     [project.entry-points."sopdeploy.plugins"]
     acme = "acme.sopdeploy_plugin"
 
-The module calls `register_model`, `register_pooling`, `register_data_source`, `register_runtime` or
-`register_importer` of `sopdeploy`. It is imported when a name is used that sopdeploy does not have, and by
-`sopdeploy models`. `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
+The module calls `register_model`, `register_pooling`, `register_data_source`,
+`register_runtime` or `register_importer` of `sopdeploy`. It is imported when a name is used
+that sopdeploy does not have, and by `sopdeploy models`. `SOPDEPLOY_PLUGINS=off` switches
+plug-ins off. Names of this project come first.
 
-Packages of the wheel itself, such as that of the papers, name a function that registers their names. It is
-always called, and imports no torch: it registers `module:name` in place of an object.
+Packages of the wheel itself, such as that of the papers, name a function that registers their
+names. It is always called, and imports no torch: it registers `module:name` in place of an
+object.
 """
 
 import difflib
@@ -59,29 +61,38 @@ class PluginRegistry(Generic[_Item]):
     def register(self, name: str, item: _Item | str, module: str) -> None:
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
 
-        An item that is imported when it is used is given as `module:name`. Raises `ConfigError` for a name
-        with other characters, or of another module.
+        An item that is imported when it is used is given as `module:name`. Raises `ConfigError`
+        for a name with other characters, or of another module.
         """
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
+            raise ConfigError(
+                f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only"
+            )
         before = self.registered.get(name)
         if before is not None and before.module != module:
             owner = before.module
-            raise ConfigError(f"{self.kind} {name!r}: {owner} has registered this name; choose another one")
+            raise ConfigError(
+                f"{self.kind} {name!r}: {owner} has registered this name; choose another one"
+            )
         self.registered[name] = Registered(item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:
         """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
 
-        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in use.
+        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in
+        use.
         """
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:
-            raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
+            raise ConfigError(
+                f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}"
+            )
         kind = config.model_fields.get("kind")
         names = () if kind is None else get_args(kind.annotation)
         if len(names) != 1 or not isinstance(names[0], str):
-            raise ConfigError(f'{self.kind} {config.__name__}: add a field such as kind: Literal["my-name"]')
+            raise ConfigError(
+                f'{self.kind} {config.__name__}: add a field such as kind: Literal["my-name"]'
+            )
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
@@ -126,7 +137,9 @@ def import_if_named(source: Any) -> Any:
 
 DATA_SOURCES: PluginRegistry[Any] = PluginRegistry("data source")
 IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
-FIRST_BYTES: dict[str, bytes] = {}  # of the files of an importer that is registered as `module:name`
+FIRST_BYTES: dict[
+    str, bytes
+] = {}  # of the files of an importer that is registered as `module:name`
 MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
 RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
@@ -156,7 +169,9 @@ def register_own_packages() -> None:
 def own_entry_points(group: str) -> tuple[EntryPoint, ...]:
     """List the entry points of this project in *group*, by the metadata of its own installation."""
     points = entry_points(group=group)
-    return tuple(point for point in points if point.dist is not None and point.dist.name == _THIS_PROJECT)
+    return tuple(
+        point for point in points if point.dist is not None and point.dist.name == _THIS_PROJECT
+    )
 
 
 @cache
@@ -179,7 +194,11 @@ def installed_plugins() -> tuple[EntryPoint, ...]:
 
 def describe_distribution(point: EntryPoint) -> str:
     """Return name and version of the package that registers *point*."""
-    return "a package without metadata" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+    return (
+        "a package without metadata"
+        if point.dist is None
+        else f"{point.dist.name} {point.dist.version}"
+    )
 
 
 def plugin_versions(objects: Iterable[object]) -> dict[str, str]:

@@ -16,7 +16,9 @@ from sopdeploy.names import as_utf8, is_bundle_name, project_problem, without_bu
 # UTC; the order of the texts is that of the times.
 Time = Annotated[
     str,
-    matching(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"),
+    matching(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"
+    ),
 ]
 SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
@@ -37,8 +39,9 @@ Name = Annotated[str | None, pydantic.AfterValidator(check_project_name)]
 class Origin(StrictModel):
     """Where a trained network comes from.
 
-    `run` and `data` are the names of the folders of the run and of its images. `num_images` includes the
-    held-out ones; `sample` has the lowest hashes of training images, at most `SAMPLED`.
+    `run` and `data` are the names of the folders of the run and of its images. `num_images`
+    includes the held-out ones; `sample` has the lowest hashes of training images, at most
+    `SAMPLED`.
     """
 
     run: Text
@@ -59,13 +62,16 @@ def folder_name(folder: str | Path) -> str:
 def folder_project(folder: Path) -> str:
     """Name the project of the data by their *folder*; by its parent if it is a file or named `train`.
 
-    Characters that no name has become `-`, and the end of a bundle's name `.`; the name may be empty.
+    Characters that no name has become `-`, and the end of a bundle's name `.`; the name may be
+    empty.
     """
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path
     name = folder_name(named)
     if name.lower() in {"train", "training"}:
-        name = folder_name(named / "..")  # `named.parent` would be wrong where *folder* ends with `..`
+        name = folder_name(
+            named / ".."
+        )  # `named.parent` would be wrong where *folder* ends with `..`
     return without_bundle_end(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200])
 
 

@@ -16,7 +16,10 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
-HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))  # also of the hub's
+HTTPX_PROXIES = (
+    *HTTP_PROXIES,
+    *(("socks5", "socks5h") if find_spec("socksio") else ()),
+)  # also of the hub's
 S3_SCHEMES = ("s3", "s3a")
 HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
 
@@ -35,17 +38,28 @@ class Proxy(NamedTuple):
 def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | None:
     """Return the proxy through which *url* is requested, or None for a direct connection.
 
-    That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY. NO_PROXY lists hosts, domains, addresses and networks
-    without a proxy; this machine never has one. Raises `ConfigError` for no URL of one of *schemes*.
+    That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY. NO_PROXY lists hosts, domains, addresses
+    and networks without a proxy; this machine never has one. Raises `ConfigError` for no URL of
+    one of *schemes*.
     """
     target, proxies = urlsplit(url), getproxies()
     host = (target.hostname or "").rstrip(".")
     kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
-    if kind is None or is_this_machine(host) or _is_excluded(host, target.port, proxies.get("no", "")):
+    if (
+        kind is None
+        or is_this_machine(host)
+        or _is_excluded(host, target.port, proxies.get("no", ""))
+    ):
         return None
     value = proxies[kind]
-    names = (name for name in os.environ if name.lower() == f"{kind}_proxy" and os.environ[name] == value)
-    proxy = Proxy(value if "://" in value else f"http://{value}", next(names, "settings of the system"))
+    names = (
+        name
+        for name in os.environ
+        if name.lower() == f"{kind}_proxy" and os.environ[name] == value
+    )
+    proxy = Proxy(
+        value if "://" in value else f"http://{value}", next(names, "settings of the system")
+    )
     advice = f"write http://HOST:PORT, or add {host} to NO_PROXY"
     try:
         parts = urlsplit(proxy.url)
@@ -53,9 +67,13 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
             raise ValueError("no host")
     except ValueError as error:  # also of an invalid port
         shown = ascii(without_password(value))
-        raise ConfigError(f"{proxy.variable}={shown}: not the URL of a proxy; {advice}") from error
+        raise ConfigError(
+            f"{proxy.variable}={shown}: not the URL of a proxy; {advice}"
+        ) from error
     if parts.scheme not in schemes:
-        raise ConfigError(f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}")
+        raise ConfigError(
+            f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}"
+        )
     return proxy
 
 
@@ -67,8 +85,8 @@ def describe_route(url: str, proxy: Proxy | None) -> str:
 def store_options(url: str) -> dict[str, Any]:
     """Return the arguments with which fsspec requests *url* through the proxy of `find_proxy`.
 
-    The clients of other stores read the variables themselves; that of S3 is told about a server on this
-    machine. Raises `ConfigError` for a proxy that cannot be used.
+    The clients of other stores read the variables themselves; that of S3 is told about a server
+    on this machine. Raises `ConfigError` for a proxy that cannot be used.
     """
     scheme = url.partition("://")[0]
     if scheme == "hf":
@@ -76,7 +94,9 @@ def store_options(url: str) -> dict[str, Any]:
     if scheme in HTTP_PROXIES:
         proxy = find_proxy(url)
         return {} if proxy is None else {"proxy": proxy.url}
-    is_local = scheme in S3_SCHEMES and is_this_machine(urlsplit(requested_url(url)).hostname or "")
+    is_local = scheme in S3_SCHEMES and is_this_machine(
+        urlsplit(requested_url(url)).hostname or ""
+    )
     return {"config_kwargs": {"proxies": {}}} if is_local else {}
 
 
@@ -108,7 +128,9 @@ def is_this_machine(host: str) -> bool:
         if ip_address(address[0]).is_loopback:
             return True
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing: the system chooses the address that it would send from
+            probe.connect(
+                address
+            )  # sends nothing: the system chooses the address that it would send from
             source = probe.getsockname()[0]
     except (OSError, ValueError):  # a name, or an address without a route
         return False

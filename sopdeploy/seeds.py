@@ -1,8 +1,8 @@
 """Random seeds.
 
-Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
-state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any
-number of loader processes.
+Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of
+a generator state that must be saved. A resumed run therefore makes the same choices as an
+uninterrupted one, with any number of loader processes.
 """
 
 import hashlib

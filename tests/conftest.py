@@ -21,9 +21,13 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.rooms import PYTHONPATH
 
-# The default run is reproducible: fixed examples, no example database, no limit of time. `make fuzz` draws
-# new examples.
-UNTIMED: dict[str, Any] = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+# The default run is reproducible: fixed examples, no example database, no limit of time. `make
+# fuzz` draws new examples.
+UNTIMED: dict[str, Any] = {
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+}
 settings.register_profile("reproducible", derandomize=True, **UNTIMED)
 settings.register_profile("fuzz", derandomize=False, print_blob=True, **UNTIMED)
 settings.load_profile("reproducible")
@@ -32,7 +36,9 @@ settings.load_profile("reproducible")
 os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
 
 # Child processes import the packages of this checkout, whichever one is installed.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (PYTHONPATH, os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (PYTHONPATH, os.environ.get("PYTHONPATH")))
+)
 
 # The plug-ins of the machine must not change a test. Those of plug-ins switch them on.
 os.environ["SOPDEPLOY_PLUGINS"] = "off"
@@ -41,7 +47,8 @@ os.environ["SOPDEPLOY_PLUGINS"] = "off"
 CACHE = tempfile.TemporaryDirectory(prefix="sopdeploy-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
-# Garbage collection took half of the time of importing the test modules, and of the exit of the process.
+# Garbage collection took half of the time of importing the test modules, and of the exit of the
+# process.
 gc.disable()
 atexit.register(gc.freeze)
 
@@ -72,8 +79,12 @@ MISSING = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order")
-    parser.addoption("--no-skips", action="store_true", help="a test that cannot run here fails")
-    parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
+    parser.addoption(
+        "--no-skips", action="store_true", help="a test that cannot run here fails"
+    )
+    parser.addoption(
+        "--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff"
+    )
 
 
 class RecordedPopen(subprocess.Popen):  # type: ignore[type-arg]
@@ -98,7 +109,9 @@ def process_state() -> dict[str, Any]:
         decoding.shared_template().close()
     state: dict[str, Any] = {"folder": Path.cwd(), "mask": os.umask(0), "event loop": None}
     os.umask(state["mask"])
-    state["settings"] = {name: text for name, text in os.environ.items() if name.startswith("SOPDEPLOY_")}
+    state["settings"] = {
+        name: text for name, text in os.environ.items() if name.startswith("SOPDEPLOY_")
+    }
     state["processes"] = [
         child.args for child in STARTED if SHARED not in child.args and child.poll() is None
     ]
@@ -112,20 +125,27 @@ def process_state() -> dict[str, Any]:
 @pytest.fixture
 def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the few-shot procedure read random features, which need no file; a user gets an error."""
-    monkeypatch.setattr("sopdeploy.training.checkpoints.Setup.random_frozen_parts", lambda _: "")
+    monkeypatch.setattr(
+        "sopdeploy.training.checkpoints.Setup.random_frozen_parts", lambda _: ""
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _state_between_files() -> Iterator[None]:
     """Fail if a file leaves another state of its process; restore signals, of which a server ignores some."""
     handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+        number: signal.getsignal(number)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
     }
     before = process_state()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert {name: value for name, value in process_state().items() if before.get(name, value) != value} == {}
+    assert {
+        name: value
+        for name, value in process_state().items()
+        if before.get(name, value) != value
+    } == {}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -137,9 +157,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
-        name: check() for name, check in MISSING.items() if any(i.get_closest_marker(name) for i in items)
+        name: check()
+        for name, check in MISSING.items()
+        if any(i.get_closest_marker(name) for i in items)
     }
-    reasons["slow"] = None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
+    reasons["slow"] = (
+        None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
+    )
     for item in items:
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
@@ -165,7 +189,8 @@ def pytest_runtest_makereport(
 def pytest_collection_finish() -> None:
     """Collect garbage from here on, but rarely, and without the imported objects.
 
-    Capturing a graph allocates many small objects; without this, collections took a tenth of an export.
+    Capturing a graph allocates many small objects; without this, collections took a tenth of an
+    export.
     """
     gc.freeze()
     gc.enable()

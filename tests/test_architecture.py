@@ -17,7 +17,20 @@ from sopdeploy_commands.app import COMMANDS
 from tests.docs.reading import module_at
 from tests.support.rooms import PACKAGES, PYTHONPATH, ROOT
 
-TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".html", ".css", ".js", ".json", ".cfg", ""}
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".yml",
+    ".yaml",
+    ".sh",
+    ".html",
+    ".css",
+    ".js",
+    ".json",
+    ".cfg",
+    "",
+}
 
 
 def name(path: Path) -> str:
@@ -30,7 +43,9 @@ def tracked_text_files() -> list[Path]:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         skip = {".venv", "dist", "build", "runs", "bundles", "demo", ".git"}
-        paths = [path for path in ROOT.rglob("*") if not skip & set(path.relative_to(ROOT).parts)]
+        paths = [
+            path for path in ROOT.rglob("*") if not skip & set(path.relative_to(ROOT).parts)
+        ]
     else:
         paths = [ROOT / line for line in found.stdout.splitlines()]
     return sorted(path for path in paths if path.is_file() and path.suffix in TEXT)
@@ -61,22 +76,30 @@ def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     lazy = set(sopdeploy.__all__) - {"__version__"}
     assert all(getattr(sopdeploy, exported).__doc__[0].isupper() for exported in lazy)
     assert lazy <= set(dir(sopdeploy))  # for completion
-    assert [name for name in lazy if (ROOT / "sopdeploy" / name).exists()] == []  # no submodule hides one
+    assert [
+        name for name in lazy if (ROOT / "sopdeploy" / name).exists()
+    ] == []  # no submodule hides one
     with pytest.raises(AttributeError, match="no attribute 'create_modl'"):
         _ = sopdeploy.create_modl
 
 
 def test_the_command_line_page_is_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate.py")
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), (
+        "run `make docs`"
+    )
 
 
 def test_the_tables_of_settings_and_metrics_are_up_to_date() -> None:
     pages = module_at(ROOT / "docs" / "generate_operations.py").pages()
-    assert {page: page.read_text(encoding="utf-8") for page in pages} == pages, "run `make docs`"
+    assert {page: page.read_text(encoding="utf-8") for page in pages} == pages, (
+        "run `make docs`"
+    )
 
 
-SUGGESTED = re.compile(rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z')  # a command so far
+SUGGESTED = re.compile(
+    rf'(sopdeploy ({"|".join(COMMANDS)}) |run: \w+ )[^;`("\n]*\Z'
+)  # a command so far
 
 
 @pytest.mark.parametrize("package", ["sopdeploy", "service", "export", "commands", "plugins"])
@@ -88,8 +111,12 @@ def test_the_words_of_suggested_commands_are_quoted(package: str) -> None:
             for part in text.values if isinstance(text, ast.JoinedStr) else ():
                 if isinstance(part, ast.Constant):
                     before += str(part.value)
-                elif SUGGESTED.search(before) and not ast.unparse(part.value).startswith(("quote(", "join(")):
-                    unquoted.append(f"{path.relative_to(ROOT)}:{text.lineno}: {ast.unparse(part.value)}")
+                elif SUGGESTED.search(before) and not ast.unparse(part.value).startswith(
+                    ("quote(", "join(")
+                ):
+                    unquoted.append(
+                        f"{path.relative_to(ROOT)}:{text.lineno}: {ast.unparse(part.value)}"
+                    )
     assert unquoted == []
 
 
@@ -98,7 +125,9 @@ BROAD = re.compile(r"^ *except (?:Base)?Exception\b(?!.*: +# [\w`]).*", re.MULTI
 
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=name)
 def test_a_handler_of_every_exception_says_why(package: Path) -> None:
-    texts = {name(path): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    texts = {
+        name(path): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))
+    }
     assert {path: found for path, text in texts.items() if (found := BROAD.findall(text))} == {}
 
 
@@ -110,20 +139,27 @@ def test_the_counts_of_the_models_page_are_up_to_date() -> None:
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-MENTION = re.compile(r"`((?:sopdeploy|export|service|commands|plugins|tests|docs|benchmarks)/[\w/.-]+)`")
+MENTION = re.compile(
+    r"`((?:sopdeploy|export|service|commands|plugins|tests|docs|benchmarks)/[\w/.-]+)`"
+)
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors that a forge derives from the headings of *page*."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for target in [target for target in LINK.findall(prose) if not re.match(r"[a-z]+:", target)]:
+    for target in [
+        target for target in LINK.findall(prose) if not re.match(r"[a-z]+:", target)
+    ]:
         path, _, anchor = target.partition("#")
         linked = page.parent / path if path else page
         assert linked.exists(), target
@@ -132,9 +168,13 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a_screen() -> None:
+def test_the_page_of_the_architecture_has_the_floors_of_the_contracts_and_fits_a_screen() -> (
+    None
+):
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), "run `make docs`"
+    assert page == module_at(ROOT / "docs" / "generate_floors.py").architecture_page(), (
+        "run `make docs`"
+    )
     assert len(page.split()) <= 700
 
 
@@ -158,15 +198,27 @@ def test_no_file_of_the_project_is_ignored_which_a_wheel_would_lack() -> None:
 
 def test_the_ground_imports_no_other_room() -> None:
     others = PACKAGES.keys() - {"sopdeploy"}
-    found = {name(path): imports_of(path) & others for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))}
+    found = {
+        name(path): imports_of(path) & others
+        for path in sorted(PACKAGES["sopdeploy"].rglob("*.py"))
+    }
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
 
 
-def test_a_child_process_of_a_test_imports_the_packages_of_this_checkout(tmp_path: Path) -> None:
+def test_a_child_process_of_a_test_imports_the_packages_of_this_checkout(
+    tmp_path: Path,
+) -> None:
     find = f"print(*[importlib.util.find_spec(name).origin for name in {list(PACKAGES)}], sep='\\n')"
-    command, paths = [sys.executable, "-c", f"import importlib.util; {find}"], {"PYTHONPATH": PYTHONPATH}
-    found = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == [str(folder / "__init__.py") for folder in PACKAGES.values()]
+    command, paths = (
+        [sys.executable, "-c", f"import importlib.util; {find}"],
+        {"PYTHONPATH": PYTHONPATH},
+    )
+    found = subprocess.run(
+        command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines() == [
+        str(folder / "__init__.py") for folder in PACKAGES.values()
+    ]
 
 
 def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
@@ -178,7 +230,12 @@ def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
         assert getattr(sopdeploy, exported) is getattr(import_module(module), exported)
 
 
-ROOTS = (".", "service/sopdeploy_service", "export/sopdeploy_export", "commands/sopdeploy_commands")
+ROOTS = (
+    ".",
+    "service/sopdeploy_service",
+    "export/sopdeploy_export",
+    "commands/sopdeploy_commands",
+)
 
 
 def test_the_files_of_the_three_stories_exist() -> None:
@@ -186,14 +243,27 @@ def test_the_files_of_the_three_stories_exist() -> None:
     story = page.partition("## Three stories")[2].partition("\n## Where")[0]
     named = re.findall(r"`([\w/]+/\w+\.py)`", story)
     assert len(named) > 20
-    assert [path for path in named if not any((ROOT / root / path).is_file() for root in ROOTS)] == []
+    assert [
+        path for path in named if not any((ROOT / root / path).is_file() for root in ROOTS)
+    ] == []
 
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
-WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
+WITHOUT: dict[
+    tuple[str, ...], tuple[str, ...]
+] = {  # packages that importing these modules must not import
     (
-        *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy_commands.app"),
-        *("sopdeploy.client", "sopdeploy.images.preprocess", "sopdeploy_commands.bundles.predict"),
+        *(
+            "sopdeploy",
+            "sopdeploy.bundle.manifest",
+            "sopdeploy.bundle.probes",
+            "sopdeploy_commands.app",
+        ),
+        *(
+            "sopdeploy.client",
+            "sopdeploy.images.preprocess",
+            "sopdeploy_commands.bundles.predict",
+        ),
         *("sopdeploy_commands.bundles.verify", "sopdeploy_commands.bundles.scores"),
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
@@ -206,7 +276,9 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
 @pytest.mark.parametrize("modules", WITHOUT, ids=lambda modules: modules[0])
 def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     code = f"import {', '.join(modules)}, sys; print([n for n in {WITHOUT[modules]} if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert found.stdout.strip() == "[]"
 
 
@@ -223,6 +295,8 @@ def test_no_file_imports_another_in_a_circle() -> None:
 
 
 def test_the_exporter_imports_no_network_of_a_paper() -> None:
-    ours = (found for module, found in imports().items() if module.startswith("sopdeploy_export"))
+    ours = (
+        found for module, found in imports().items() if module.startswith("sopdeploy_export")
+    )
     models = {name for name in set().union(*ours) if name.startswith("sopdeploy.models")}
     assert models == {"sopdeploy.models.base", "sopdeploy.models.describe"}

@@ -38,12 +38,19 @@ def test_the_page_and_the_readme_lead_to_every_example() -> None:
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     files = [path for path in FOLDER.rglob("*") if path.suffix in {".py", ".ipynb"}]
     assert len(files) >= 5
-    assert [path for path in files if f"../examples/{path.relative_to(FOLDER).as_posix()})" not in page] == []
+    assert [
+        path
+        for path in files
+        if f"../examples/{path.relative_to(FOLDER).as_posix()})" not in page
+    ] == []
     assert "(docs/examples.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_client_writes_a_line_for_every_image_of_a_folder(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a").mkdir()
     for name in ("a/1.png", "2.png"):
@@ -80,8 +87,12 @@ def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent
     module_at(FOLDER / "power_mean" / "power_mean.py")
     network = sopdeploy.create_model("resnet8", num_classes=3, pooling="power-mean")
     network(torch.rand(2, 3, 16, 16)).sum().backward()
-    powers = {name: value for name, value in network.named_parameters() if name.endswith(".power")}
-    assert [(float(value.detach()), bool(value.grad)) for value in powers.values()] == [(3.0, True)]
+    powers = {
+        name: value for name, value in network.named_parameters() if name.endswith(".power")
+    }
+    assert [(float(value.detach()), bool(value.grad)) for value in powers.values()] == [
+        (3.0, True)
+    ]
 
 
 @pytest.mark.slow

@@ -36,7 +36,14 @@ COLOURS = {  # by the name of the class
 }
 *OLD, NEW = COLOURS
 NAMES = {unicodedata.normalize("NFC", name) for name in COLOURS}  # of the classes
-FILES = ("Foto März {}.png", "写真{}.png", "-lead {}.png", "q'{}\".png", "x" * 190 + "{}.png", "é{}.png")
+FILES = (
+    "Foto März {}.png",
+    "写真{}.png",
+    "-lead {}.png",
+    "q'{}\".png",
+    "x" * 190 + "{}.png",
+    "é{}.png",
+)
 PHOTOS, KEPT, PICTURE = "Fotos März", "gehalten é", "Foto März.png"
 LOCALES = {
     "C": {"LC_ALL": "C", "PYTHONUTF8": "0"},
@@ -50,7 +57,13 @@ ASSIGNMENTS = (
 )
 SMALL = ("--weights", "weights.pt", *(f"--set={assignment}" for assignment in ASSIGNMENTS))
 SETTINGS = (f"keep={KEPT}", "keep_sample=0.5", "follow=true")
-SERVE = ("serve", "bundles/live", "--port", "0", *(f"--setting={setting}" for setting in SETTINGS))
+SERVE = (
+    "serve",
+    "bundles/live",
+    "--port",
+    "0",
+    *(f"--setting={setting}" for setting in SETTINGS),
+)
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
 
 
@@ -75,7 +88,9 @@ CLASSES = {decoded(draw(label, number)): label for label in COLOURS for number i
 
 
 @pytest.fixture(params=LOCALES)
-def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The current folder, with twenty photographs of three classes; commands run in each locale."""
     for label in OLD:
         (tmp_path / PHOTOS / label).mkdir(parents=True)
@@ -119,12 +134,16 @@ def label_all(open_page, url: str) -> None:  # noqa: F811
                 page.keyboard.press("n")
                 page.keyboard.type(name)
                 page.keyboard.press("Enter")
-            # Not how many are left: the server may keep others meanwhile, which the last answer shows.
+            # Not how many are left: the server may keep others meanwhile, which the last answer
+            # shows.
             page.locator("#progress", has_text=f"{state['done'] + 1} done ").wait_for()
             page.locator("#main[aria-busy=false]").wait_for()
 
 
-def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request(home, open_page) -> None:  # noqa: F811
+def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request(
+    home,
+    open_page,  # noqa: F811
+) -> None:
     save_random(Path("weights.pt"), base_width=8)
     sopdeploy("train", "--data", PHOTOS, *SMALL)
     sopdeploy("export", "runs/latest/best.pt")
@@ -135,7 +154,9 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     terminal, stderr = os.openpty()
     with announcing(r"ready: (\S+)  ", *SERVE, stderr=stderr) as url:
         bodies = [draw(label, number) for number in TRAFFIC for label in COLOURS]
-        replies += [httpx.post(f"{url}/v1/classify", content=body, timeout=60) for body in bodies]
+        replies += [
+            httpx.post(f"{url}/v1/classify", content=body, timeout=60) for body in bodies
+        ]
         body = next(filter(is_not_kept, (draw(OLD[2], number) for number in TRAFFIC)))
 
         def send() -> None:
@@ -145,15 +166,21 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
         sending = threading.Thread(target=send)
         sending.start()
         try:
-            with announcing(r"page +(\S+)", "label", KEPT, "--photos", PHOTOS, "--port", "0") as page_url:
+            with announcing(
+                r"page +(\S+)", "label", KEPT, "--photos", PHOTOS, "--port", "0"
+            ) as page_url:
                 label_all(open_page, page_url)
             os.close(stderr)
             os.close(terminal)  # of the server
             printed = sopdeploy("train", "--data", PHOTOS, "--from", "bundles/live")
-            assert re.search(rf"before, \S+-1: .* since then \+\d+ photographs, new: {NEW}", printed)
+            assert re.search(
+                rf"before, \S+-1: .* since then \+\d+ photographs, new: {NEW}", printed
+            )
             sopdeploy("export", "runs/latest/best.pt")
             evidence = ("--data", f"{PHOTOS}-held-out", "--tolerance", "10")
-            compared = json.loads(sopdeploy("compare", "bundles/live", "bundles/latest", *evidence, "--json"))
+            compared = json.loads(
+                sopdeploy("compare", "bundles/live", "bundles/latest", *evidence, "--json")
+            )
             sopdeploy("promote", "bundles/latest", "--over", "bundles/live", *evidence)
             second = Path("bundles/latest").resolve().name
             digest = second.rpartition("-")[2]
@@ -165,13 +192,18 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
             stopped.set()
             sending.join()
     assert {reply.status_code for reply in replies} == {200}
-    assert {reply.headers["x-model-digest"] for reply in replies} == {first.rpartition("-")[2], digest}
+    assert {reply.headers["x-model-digest"] for reply in replies} == {
+        first.rpartition("-")[2],
+        digest,
+    }
     assert compared["verdict"] in {"better", "not worse"}
     assert [entry["label"] for entry in compared["new"]] == [NEW]
     assert compared["num_images"] + compared["num_copies"] + sum(
         entry["num_images"] for entry in compared["new"]
     ) == sum(len(files) for _, _, files in os.walk(f"{PHOTOS}-held-out"))
-    *_, move, _ = [json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()]
+    *_, move, _ = [
+        json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()
+    ]
     assert (move["before"], move["after"], move["comparison"]["verdict"]) == (
         first,
         second,
@@ -204,7 +236,10 @@ def train_with_a_table() -> None:
     table = Path("Tabelle é")
     shutil.copytree(PHOTOS, table / "Bilder")
     with (table / "labels.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = [(str(path.relative_to(table)), path.parent.name) for path in (table / "Bilder").glob("*/*")]
+        rows = [
+            (str(path.relative_to(table)), path.parent.name)
+            for path in (table / "Bilder").glob("*/*")
+        ]
         csv.writer(file).writerows([("file", "classes"), *rows])
     sopdeploy("train", "--data", table.name, *SMALL)
     checked = json.loads(sopdeploy("data", "check", table.name, "--json"))

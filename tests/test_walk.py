@@ -30,7 +30,13 @@ from tests.support.service import write_bundle
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
-SMALL = ["epochs=2", "threads=1", "model.name=dsop-resnet8", "preprocess.resize=18", "preprocess.crop=16"]
+SMALL = [
+    "epochs=2",
+    "threads=1",
+    "model.name=dsop-resnet8",
+    "preprocess.resize=18",
+    "preprocess.crop=16",
+]
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -73,7 +79,9 @@ def exported(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def test_training_writes_a_run_with_a_report_and_says_where(home: Path, trained: dict[str, Any]) -> None:
+def test_training_writes_a_run_with_a_report_and_says_where(
+    home: Path, trained: dict[str, Any]
+) -> None:
     assert (home / trained["best"]).is_file()
     assert Path(trained["best"]).parent == Path("runs/photos-1")
     assert (trained["num_epochs"], 0 <= trained["best_top1"] <= 1) == (2, True)
@@ -81,20 +89,41 @@ def test_training_writes_a_run_with_a_report_and_says_where(home: Path, trained:
     assert trained["held_out_count"] == pytest.approx(len(COLOURS) * PHOTOS / 5, abs=3)
 
 
-def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(home: Path, exported: Any) -> None:
+def test_the_export_detaches_with_proof_and_says_nothing_of_its_machine(
+    home: Path, exported: Any
+) -> None:
     bundle = home / exported["bundle"]
     assert bundle.name == f"photos-{exported['id']}"
     manifest = open_bundle(bundle).manifest
     origin = manifest.origin.model_dump(include={"run", "data", "num_images", "num_classes"})
-    assert origin == {"run": "photos-1", "data": "photos", "num_images": 36, "num_classes": len(COLOURS)}
+    assert origin == {
+        "run": "photos-1",
+        "data": "photos",
+        "num_images": 36,
+        "num_classes": len(COLOURS),
+    }
     assert (manifest.project, manifest.model) == ("photos", "dsop-resnet8")
     assert (exported["detached"], exported["num_tensors_removed"] > 0) == (["branches"], True)
     assert not exported["parity"]["drift_allowed"]
-    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, f"{bundle.name}.html", "latest"}
+    assert {path.name for path in bundle.parent.iterdir()} == {
+        bundle.name,
+        f"{bundle.name}.html",
+        "latest",
+    }
     assert json.loads((bundle / "labels.json").read_bytes()) == sorted(COLOURS)
-    told = {str(home), home.name, str(Path.home()) + "/", "photos/", "runs/", os.getcwd(), sys.prefix}  # noqa: PTH109
+    told = {
+        str(home),
+        home.name,
+        str(Path.home()) + "/",
+        "photos/",
+        "runs/",
+        os.getcwd(),  # noqa: PTH109
+        sys.prefix,
+    }
     for path in bundle.iterdir():
-        assert [secret for secret in told if secret.encode() in path.read_bytes()] == [], path.name
+        assert [secret for secret in told if secret.encode() in path.read_bytes()] == [], (
+            path.name
+        )
 
 
 def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cleanly(
@@ -115,7 +144,10 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
         client.child.send_signal(signal.SIGTERM)
         assert client.child.communicate(timeout=60) == ("", "")
         assert client.child.returncode == 0
-    assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (len(COLOURS) * PHOTOS, True)
+    assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (
+        len(COLOURS) * PHOTOS,
+        True,
+    )
     assert measured["log_loss"] == pytest.approx(found["log_loss"], abs=1e-5)
 
 
@@ -134,20 +166,30 @@ def run_here(
 def test_the_demo_detaches_branches_serves_and_classifies_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run_here}))
+    monkeypatch.setattr(
+        demo, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run_here})
+    )
     monkeypatch.setattr(demo, "classify_photographs", lambda out: None)  # the next test
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert re.search(r"35\d of 359 right: the held-out digits, .* \(95 % interval 9\d to ", done.stdout)
+    assert re.search(
+        r"35\d of 359 right: the held-out digits, .* \(95 % interval 9\d to ", done.stdout
+    )
     assert "Next: use your own photos" in done.stdout
 
 
 @pytest.mark.slow
 def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> None:
-    unreachable = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    environment = os.environ | unreachable | {"HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    unreachable = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"
+    )
+    environment = (
+        os.environ | unreachable | {"HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    )
     command = [sys.executable, "-m", "sopdeploy", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rates = re.findall(
         r"^(\d+) of (\d+) right: .* \(95 % interval \d+ to \d+ %\)$", done.stdout, re.MULTILINE
@@ -160,14 +202,22 @@ def test_the_demo_fails_if_fewer_answers_are_right_than_it_expects(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     demo.expect("the photographs", Rate.of(8, 10), 0.8)
-    assert "8 of 10 right: the photographs 80.0 % (95 % interval 49 to 94 %)" in capsys.readouterr().out
-    with pytest.raises(SopdeployError, match=r"only 70\.0 % right: .* at least 80 % are expected"):
+    assert (
+        "8 of 10 right: the photographs 80.0 % (95 % interval 49 to 94 %)"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        SopdeployError, match=r"only 70\.0 % right: .* at least 80 % are expected"
+    ):
         demo.expect("the photographs", Rate.of(7, 10), 0.8)
 
 
 def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> None:
     photos = list(demo.PHOTOS.rglob("*.jpg"))
-    counts = {name: len(list((demo.PHOTOS / name).rglob("*.jpg"))) for name in ("clothing", "new", "others")}
+    counts = {
+        name: len(list((demo.PHOTOS / name).rglob("*.jpg")))
+        for name in ("clothing", "new", "others")
+    }
     assert counts == {"clothing": 50, "new": 10, "others": 10}
     assert sum(path.stat().st_size for path in photos) < 2_500_000
     of_tests = {path.name for path in (ROOT / "tests").rglob("*.jpg")}
@@ -178,13 +228,21 @@ def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> 
 SESSION = "onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=['CPUExecutionProvider'])"
 
 
-@pytest.mark.parametrize("module", ["sopdeploy_service.runtime.onnxruntime", "sopdeploy_export"])
-def test_running_a_network_writes_nothing_to_the_home_folder(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "module", ["sopdeploy_service.runtime.onnxruntime", "sopdeploy_export"]
+)
+def test_running_a_network_writes_nothing_to_the_home_folder(
+    module: str, tmp_path: Path
+) -> None:
     code = f"import sys, {module}, onnxruntime; {SESSION}"
     bundle, home = write_bundle(tmp_path), tmp_path / "home"
     home.mkdir()
     # With CI or without a home folder, onnxruntime keeps no telemetry anyway.
-    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CI", "ORT_DISABLE_TELEMETRY")
+    }
     environment = kept | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code, str(bundle)], env=environment, check=True)
     assert list(home.rglob("*")) == []

@@ -16,7 +16,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 
 SEARCH_SEEDS = range(100, 105)  # of no draw that is evaluated
-HOPELESS = 20.0  # points; a rate so far behind after some draws of the search is not tried on the others
+# points; a rate so far behind after some draws of the search is not tried on the others
+HOPELESS = 20.0
 Planned = tuple[str, str, Run]  # images, arm, run
 Results = dict[str, dict[str, list["Line"]]]  # by study and arm, in the order of the seeds
 
@@ -51,7 +52,9 @@ class Lines:
         missing = {(one[0], one[2].key): one for one in planned if self.find(one) is None}
         if missing and not self.may_run:
             images, arm, run = next(iter(missing.values()))
-            raise ConfigError(f"{self.path}: has no draw {run.seed} of {images}, {arm}; omit --report")
+            raise ConfigError(
+                f"{self.path}: has no draw {run.seed} of {images}, {arm}; omit --report"
+            )
         for number, (images, arm, run) in enumerate(missing.values(), 1):
             outcome = train_and_measure(run)
             self.by_run[images, run.key] = line = Line(
@@ -65,7 +68,10 @@ class Lines:
             )
             if self.path is not None:
                 with atomic_write(self.path) as partial:
-                    rows = (one.model_dump_json(exclude_defaults=True) for one in self.by_run.values())
+                    rows = (
+                        one.model_dump_json(exclude_defaults=True)
+                        for one in self.by_run.values()
+                    )
                     partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
             print(
                 f"[{number}/{len(missing)}] {images}, draw {run.seed}, {arm}, rate {run.learning_rate:g}: "
@@ -76,11 +82,14 @@ class Lines:
         return [self.by_run[images, run.key] for images, _, run in planned]
 
 
-def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) -> dict[str, float]:
+def choose_rates(
+    study: Study, lines: Lines, seeds: Sequence[int], epochs: int
+) -> dict[str, float]:
     """Choose the learning rate of each arm that *study* searches, on *seeds*, with *epochs* in its template.
 
-    The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest rate. A grid
-    whose best rate is on its edge becomes wider; with `--report`, only if those draws are finished.
+    The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest
+    rate. A grid whose best rate is on its edge becomes wider; with `--report`, only if those
+    draws are finished.
     """
 
     def planned(arm: str, rate: float, seed: int) -> Planned:
@@ -95,8 +104,13 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
             for before, line in zip(found.values(), runs, strict=True):
                 before.append(line)
             least = max(map(mean_accuracy, found.values())) - HOPELESS
-            found = {rate: before for rate, before in found.items() if mean_accuracy(before) >= least}
-        return min(found, key=lambda rate: (-mean_accuracy(found[rate]), mean_log_loss(found[rate]), rate))
+            found = {
+                rate: before for rate, before in found.items() if mean_accuracy(before) >= least
+            }
+        return min(
+            found,
+            key=lambda rate: (-mean_accuracy(found[rate]), mean_log_loss(found[rate]), rate),
+        )
 
     chosen = {}
     for arm in study.search:
@@ -109,7 +123,10 @@ def choose_rates(study: Study, lines: Lines, seeds: Sequence[int], epochs: int) 
             except ConfigError:  # with --report: not all draws of the wider grid are finished
                 if lines.may_run:
                     raise
-                print(f"{study.name}: {arm}: the best rate is on the edge of the grid", file=sys.stderr)
+                print(
+                    f"{study.name}: {arm}: the best rate is on the edge of the grid",
+                    file=sys.stderr,
+                )
                 break
         chosen[arm] = best
     return chosen
@@ -129,7 +146,9 @@ def neighbor(rate: float, *, below: bool) -> float:
     """Return the next rate of 1, 3, 10, 30 and so on times a power of ten."""
     mantissa, exponent = f"{rate:e}".split("e")
     is_one = float(mantissa) < 2
-    power = int(exponent) - 1 if below and is_one else int(exponent) + (not below and not is_one)
+    power = (
+        int(exponent) - 1 if below and is_one else int(exponent) + (not below and not is_one)
+    )
     return float(f"{3 if is_one else 1}e{power}")
 
 
@@ -138,37 +157,57 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lines", type=Path, help="file with a line per finished run; those are not repeated"
     )
-    parser.add_argument("--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on")
-    parser.add_argument("--epochs", type=int, nargs="+", help="lengths (CIFAR-10: 10, photographs: 4)")
     parser.add_argument(
-        "--search-epochs", type=int, help="choose the rates with this length for all (with each length)"
+        "--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on"
     )
-    parser.add_argument("--search-draws", type=int, default=5, help="to choose rates with (5); 0: no choice")
-    parser.add_argument("--report", action="store_true", help="print the finished draws, and run nothing")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", help="lengths (CIFAR-10: 10, photographs: 4)"
+    )
+    parser.add_argument(
+        "--search-epochs",
+        type=int,
+        help="choose the rates with this length for all (with each length)",
+    )
+    parser.add_argument(
+        "--search-draws", type=int, default=5, help="to choose rates with (5); 0: no choice"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print the finished draws, and run nothing"
+    )
 
 
-def run_studies(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
+def run_studies(
+    studies: Sequence[Study], given: argparse.Namespace
+) -> tuple[list[Study], Results]:
     """Choose rates, and run all arms of all studies, draw by draw.
 
     Returns the studies with their rates, and the outcomes of the draws that all arms have.
     """
-    lines, seeds = Lines(given.lines, may_run=not given.report), SEARCH_SEEDS[: given.search_draws]
+    lines, seeds = (
+        Lines(given.lines, may_run=not given.report),
+        SEARCH_SEEDS[: given.search_draws],
+    )
     chosen = []
     for one in studies:
         length = given.search_epochs or one.template["epochs"]
         rates = choose_rates(one, lines, seeds, length) if seeds else {}
         arms = {
-            arm: {**values, "learning_rate": rates[arm]} for arm, values in one.arms.items() if arm in rates
+            arm: {**values, "learning_rate": rates[arm]}
+            for arm, values in one.arms.items()
+            if arm in rates
         }
         chosen.append(dataclasses.replace(one, arms={**one.arms, **arms}))
     if not given.report:
         order = itertools.zip_longest(*([(one, seed) for seed in one.seeds] for one in chosen))
         pairs = [pair for draw in order for pair in draw if pair is not None]
-        lines.run([(one.images, arm, one.run(arm, seed)) for one, seed in pairs for arm in one.arms])
+        lines.run(
+            [(one.images, arm, one.run(arm, seed)) for one, seed in pairs for arm in one.arms]
+        )
     results: Results = {}
     for one in chosen:
         draws = [
-            [lines.find((one.images, arm, one.run(arm, seed))) for arm in one.arms] for seed in one.seeds
+            [lines.find((one.images, arm, one.run(arm, seed))) for arm in one.arms]
+            for seed in one.seeds
         ]
         complete = [draw for draw in draws if None not in draw]
         results[one.name] = {

@@ -38,7 +38,9 @@ class TextureNet(Backbone):
         self.channels = config.filters
         if config.layers == "two-layer":  # ReLU keeps its input, which a branch may tap
             conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
-            self.layer2.append(nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU()))
+            self.layer2.append(
+                nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU())
+            )
             self.channels = self.tap_channels["layer2.0"] = config.hidden
         self.pooling = config.pooling.build(self.channels)
         self.fc = nn.Linear(self.pooling.out_features, num_classes)

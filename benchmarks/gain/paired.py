@@ -33,15 +33,17 @@ def paired(ours: Sequence[float], other: Sequence[float]) -> Paired:
     if len(set(differences)) == 1:
         return Paired(n, mean, 0.0, wins, 1.0 if mean == 0 else 0.0)
     test = ttest_rel(ours, other)
-    return Paired(n, mean, float(test.confidence_interval().high) - mean, wins, float(test.pvalue))
+    return Paired(
+        n, mean, float(test.confidence_interval().high) - mean, wins, float(test.pvalue)
+    )
 
 
 def crossed(ours: np.ndarray, other: np.ndarray) -> Paired:
     """Compute the paired difference of answers (draws, images): 1 right, 0 wrong, NaN not tested.
 
-    The draws share their test images. The variance is that of draws plus that of images, each with its own
-    effect (Cameron, Gelbach, Miller, "Robust Inference with Multiway Clustering", 2011); the degrees of
-    freedom are Satterthwaite's, with draws - 1 for the part of the draws.
+    The draws share their test images. The variance is that of draws plus that of images, each
+    with its own effect (Cameron, Gelbach, Miller, "Robust Inference with Multiway Clustering",
+    2011); the degrees of freedom are Satterthwaite's, with draws - 1 for the part of the draws.
     """
     differences = 100 * (ours - other)
     n, count = len(differences), np.isfinite(differences).sum()
@@ -57,5 +59,9 @@ def crossed(ours: np.ndarray, other: np.ndarray) -> Paired:
         return Paired(n, mean, 0.0, wins, 1.0 if mean == 0 else 0.0)
     error, freedom = math.sqrt(of_draws + of_images), (n - 1) * (1 + of_images / of_draws) ** 2
     return Paired(
-        n, mean, float(t.ppf(0.975, freedom)) * error, wins, 2 * float(t.sf(abs(mean) / error, freedom))
+        n,
+        mean,
+        float(t.ppf(0.975, freedom)) * error,
+        wins,
+        2 * float(t.sf(abs(mean) / error, freedom)),
     )

@@ -1,9 +1,9 @@
 """The study of fine-tuning on photographs with and without DSoP branches, from fitted heads.
 
-Frozen arms are the heads that `train` fits to EfficientNet-Lite0 with its ImageNet weights: on averages, and
-on averages with two second-order statistics. All other arms start from these and train the stages behind the
-third: AdamW, warm-up and cosine, random crops, label smoothing. Arms with branches are tested after these are
-detached.
+Frozen arms are the heads that `train` fits to EfficientNet-Lite0 with its ImageNet weights: on
+averages, and on averages with two second-order statistics. All other arms start from these and
+train the stages behind the third: AdamW, warm-up and cosine, random crops, label smoothing.
+Arms with branches are tested after these are detached.
 """
 
 import argparse
@@ -28,7 +28,9 @@ PAIRS = (
     (DSOP, LONGER),
     (DSOP, FROZEN_HEAD),
 )
-LONG_TRAINING = 16  # epochs; from here on, the grid of rates, which widens at its edges, begins higher
+LONG_TRAINING = (
+    16  # epochs; from here on, the grid of rates, which widens at its edges, begins higher
+)
 
 
 def photo_study(name: str, task: PhotosConfig, given: argparse.Namespace, epochs: int) -> Study:
@@ -79,7 +81,9 @@ def share(arms: Mapping[str, list[Line]]) -> str:
     ratios = (dsop - plain)[resamples].mean(axis=1) / (head - plain)[resamples].mean(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     value = (dsop - plain).mean() / (head - plain).mean()
-    return f"share of the head's gain: {100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+    return (
+        f"share of the head's gain: {100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+    )
 
 
 def photo_studies(given: argparse.Namespace) -> list[Study]:
@@ -93,4 +97,8 @@ def photo_studies(given: argparse.Namespace) -> list[Study]:
         sizes = {"classes": count_classes(maps), "per_class": given.per_class}
         tasks[name] = PhotosConfig(maps=maps, weights=given.weights.resolve(), **sizes)
     lengths = given.epochs or [4]
-    return [photo_study(name, task, given, epochs) for epochs in lengths for name, task in tasks.items()]
+    return [
+        photo_study(name, task, given, epochs)
+        for epochs in lengths
+        for name, task in tasks.items()
+    ]

@@ -1,13 +1,13 @@
 """Fine-tuning of EfficientNet-Lite0 on photographs: the last stages on stored outputs of the frozen ones.
 
-The stem and the first three stages keep their ImageNet weights and statistics. Their outputs for `VARIANTS`
-augmented crops and the center crop of every photograph are computed once, so that a training step computes
-`blocks.3` to the classifier only. DSoP is `dsop-timm:tf_efficientnet_lite0` with branches at the two of its
-four taps that are trained.
+The stem and the first three stages keep their ImageNet weights and statistics. Their outputs
+for `VARIANTS` augmented crops and the center crop of every photograph are computed once, so
+that a training step computes `blocks.3` to the classifier only. DSoP is
+`dsop-timm:tf_efficientnet_lite0` with branches at the two of its four taps that are trained.
 
-The classifier starts as the head that `train` fits to the frozen network (Kumar et al., "Fine-Tuning can
-Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022), and the network's batch norms
-keep their statistics.
+The classifier starts as the head that `train` fits to the frozen network (Kumar et al.,
+"Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022),
+and the network's batch norms keep their statistics.
 """
 
 from pathlib import Path
@@ -31,7 +31,13 @@ from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.few_shot.classifier import LinearProblem, Scaling, Space, Targets, unit_length
+from sopdeploy.training.few_shot.classifier import (
+    LinearProblem,
+    Scaling,
+    Space,
+    Targets,
+    unit_length,
+)
 from sopdeploy.training.few_shot.features import WIDTH
 from sopdeploy.training.recipe import FewShotConfig
 
@@ -86,10 +92,14 @@ def load_weights(network: TimmBackbone, file: Path) -> None:
     """Load the weights in *file* into *network*, except for those of the classifier."""
     stored, _ = read_pytorch(check_is_weights(file))
     own = network.state_dict()
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("classifier.")}
+    stored = {
+        name: tensor for name, tensor in stored.items() if not name.startswith("classifier.")
+    }
     unknown = [name for name in stored if name not in own]
     if unknown:
-        raise DataError(f"{file}: {unknown[0]} is not in {BACKBONE}; give a state dict with timm's names")
+        raise DataError(
+            f"{file}: {unknown[0]} is not in {BACKBONE}; give a state dict with timm's names"
+        )
     network.load_state_dict(own | stored)
 
 
@@ -110,8 +120,8 @@ def remove_first_stages(network: TimmBackbone) -> None:
 def write_maps(folder: Path, weights: Path, target: Path, limit: int = MAX_PER_CLASS) -> None:
     """Store the frozen part's outputs (N, 1 + VARIANTS, C, H, W), float16, and the labels of photographs.
 
-    Position 0 is the center crop. *folder* has a folder of photographs for each class; of each class, at most
-    *limit* are chosen by lot.
+    Position 0 is the center crop. *folder* has a folder of photographs for each class; of each
+    class, at most *limit* are chosen by lot.
     """
     images = open_folder(folder).train
     random = np.random.default_rng(0)
@@ -146,7 +156,9 @@ def start_from_head(network: TimmBackbone, task: Task) -> None:
         parts = [own, *(pooled.pooling(tap)(maps[tap]) for tap in pooled.channels)]
         classifier = pooled.fc
     else:
-        parts = [network.timm_network.forward_head(network.feature_maps(crops)[0], pre_logits=True)]
+        parts = [
+            network.timm_network.forward_head(network.feature_maps(crops)[0], pre_logits=True)
+        ]
         classifier = network.timm_network.get_classifier()
     weight, bias = fit_head(parts, task.labels)
     classifier.weight.copy_(weight)
@@ -161,7 +173,9 @@ def fit_head(parts: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     problem = LinearProblem(
         space, space.project(np.concatenate(arrays, axis=1)), unit_length(arrays[0]), targets
     )
-    folds = targets.folds([str(index) for index in range(len(classes))], FewShotConfig().folds, 0)
+    folds = targets.folds(
+        [str(index) for index in range(len(classes))], FewShotConfig().folds, 0
+    )
     scaling = Scaling.fit([problem.cross_validate(folds)], targets)
     fitted = problem.fit_all(scaling)
     return torch.from_numpy(fitted.weight), torch.from_numpy(fitted.bias)
@@ -179,7 +193,9 @@ def compute_maps(frozen: nn.Module, images: LabeledImages, variant: int) -> np.n
     """Compute the outputs of *frozen* for one *variant* of all *images*; variant 0 is the center crop."""
     source: PreprocessedDataset | AugmentedDataset = PreprocessedDataset(images, RULES)
     if variant:
-        source = AugmentedDataset(images, augmentation=CROPS, preprocess=RULES, seed=0, epoch=variant)
+        source = AugmentedDataset(
+            images, augmentation=CROPS, preprocess=RULES, seed=0, epoch=variant
+        )
     outputs = []
     for members in sequential_batches(len(images), BATCH):
         pixels = torch.from_numpy(source.pixels(members))
@@ -197,9 +213,20 @@ def photos(config: PhotosConfig, seed: int) -> Task:
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().flatten()
         if len(members) <= config.per_class:
-            raise DataError(f"class {label}: {len(members)} photographs; more than {config.per_class} needed")
-        drawn.append(members[torch.randperm(len(members), generator=generator)[: config.per_class]])
+            raise DataError(
+                f"class {label}: {len(members)} photographs; more than {config.per_class} needed"
+            )
+        drawn.append(
+            members[torch.randperm(len(members), generator=generator)[: config.per_class]]
+        )
     chosen = torch.cat(drawn)
     order = torch.randperm(len(labels), generator=generator)
     rest = order[~torch.isin(order, chosen)][: config.test]
-    return Task(maps[chosen].float(), labels[chosen], maps[rest, 0].float(), labels[rest], rest, len(labels))
+    return Task(
+        maps[chosen].float(),
+        labels[chosen],
+        maps[rest, 0].float(),
+        labels[rest],
+        rest,
+        len(labels),
+    )

@@ -28,7 +28,9 @@ def checks(study: Study, arms: dict[str, list[Line]]) -> list[tuple[str, bool]]:
     statements = []
     if study.chance:
         mean = statistics.fmean(accuracies(arms[study.chance]))
-        statement = f"{study.chance}: {mean:.1f} %, must be {CHANCE:.0f} +- {CHANCE_TOLERANCE:.0f}"
+        statement = (
+            f"{study.chance}: {mean:.1f} %, must be {CHANCE:.0f} +- {CHANCE_TOLERANCE:.0f}"
+        )
         statements.append((statement, abs(mean - CHANCE) <= CHANCE_TOLERANCE))
     for arm, points in study.must.items():
         gain = compare(arms[arm], arms[study.reference])
@@ -41,7 +43,9 @@ def compare(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
     """Compute the paired difference; draws share test images, and the interval knows that if the lines do."""
     if not all(one.right for one in (*ours, *other)):
         return paired(accuracies(ours), accuracies(other))
-    return crossed(np.stack([answers(one) for one in ours]), np.stack([answers(one) for one in other]))
+    return crossed(
+        np.stack([answers(one) for one in ours]), np.stack([answers(one) for one in other])
+    )
 
 
 def answers(outcome: Outcome) -> np.ndarray:
@@ -93,13 +97,18 @@ def moments(arms: dict[str, list[Line]]) -> str:
                     for name in at[0].branches
                 ]
                 loss, main = (
-                    statistics.fmean(getattr(one, key) for one in at) for key in ("loss", "accuracy")
+                    statistics.fmean(getattr(one, key) for one in at)
+                    for key in ("loss", "accuracy")
                 )
-                rows.append([arm, str(at[0].epoch), f"{loss:.3f}", f"{main:.1f}", ", ".join(teachers)])
+                rows.append(
+                    [arm, str(at[0].epoch), f"{loss:.3f}", f"{main:.1f}", ", ".join(teachers)]
+                )
     return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
 
 
-def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple[list[Study], Results]:
+def run_and_report(
+    studies: Sequence[Study], given: argparse.Namespace
+) -> tuple[list[Study], Results]:
     """Run *studies* as `run_studies` does, and print their tables and required results, or JSON."""
     chosen, results = run_studies(studies, given)
     if given.json:
@@ -110,7 +119,11 @@ def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> tuple
     for study in chosen:
         arms = results[study.name]
         draws = len(next(iter(arms.values()), ()))
-        rates = {arm: one["learning_rate"] for arm, one in study.arms.items() if "learning_rate" in one}
+        rates = {
+            arm: one["learning_rate"]
+            for arm, one in study.arms.items()
+            if "learning_rate" in one
+        }
         print(
             f"{study.name}: {study.title}, {draws} draws; rates {rates or study.template['learning_rate']}\n"
         )
@@ -129,7 +142,9 @@ def results_of(study: Study, arms: dict[str, list[Line]]) -> list[Result]:
             case=f"{study.name}: {arm}",
             against=study.reference if study.reference and arm != study.reference else "",
             ours=means[arm],
-            other=means[study.reference] if study.reference and arm != study.reference else None,
+            other=means[study.reference]
+            if study.reference and arm != study.reference
+            else None,
             unit="% accuracy",
             runs=len(outcomes),
         )

@@ -1,8 +1,8 @@
 """The studies: networks, tasks and controls.
 
-Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has; on CIFAR-10, these
-draws have the same test images. The number of epochs of an equal-time control gives it at least the CPU time
-of the DSoP training.
+Learning rates and epochs were chosen with seed 100 and more, which no evaluated draw has; on
+CIFAR-10, these draws have the same test images. The number of epochs of an equal-time control
+gives it at least the CPU time of the DSoP training.
 """
 
 import math
@@ -15,17 +15,28 @@ from gain.textures import TextureConfig
 
 ISQRT = {"kind": "isqrt", "width": 64}
 PLAIN = "ReLU + GAP"
-GAP_BRANCHES, DSOP, LONG = f"{PLAIN}, GAP branches", f"{PLAIN}, DSoP, detached", f"{PLAIN}, equal time"
+GAP_BRANCHES, DSOP, LONG = (
+    f"{PLAIN}, GAP branches",
+    f"{PLAIN}, DSoP, detached",
+    f"{PLAIN}, equal time",
+)
 HEAD, LINEAR = "iSQRT head", "linear + GAP"
 
 SMALL = {"depth": 8, "base_width": 8}
 PAIRS = ((DSOP, GAP_BRANCHES), (DSOP, LONG))
 
 
-def branch_arms(family: str, options: Mapping[str, Any], longer: int) -> dict[str, dict[str, Any]]:
+def branch_arms(
+    family: str, options: Mapping[str, Any], longer: int
+) -> dict[str, dict[str, Any]]:
     """Return the plain network of *family*, with DSoP and its controls; "equal time" has *longer* epochs."""
     gap = {"network": f"dsop-{family}", "config": {**options, "aux_pooling": "gap"}}
-    return {PLAIN: {}, GAP_BRANCHES: gap, LONG: {"epochs": longer}, DSOP: {"network": f"dsop-{family}"}}
+    return {
+        PLAIN: {},
+        GAP_BRANCHES: gap,
+        LONG: {"epochs": longer},
+        DSOP: {"network": f"dsop-{family}"},
+    }
 
 
 def textures(seeds: int) -> Study:
@@ -35,7 +46,12 @@ def textures(seeds: int) -> Study:
         images="textures",
         title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
-        template={"task": TextureConfig(), "network": "textures", "epochs": 60, "learning_rate": 0.3},
+        template={
+            "task": TextureConfig(),
+            "network": "textures",
+            "epochs": 60,
+            "learning_rate": 0.3,
+        },
         arms={
             LINEAR: {"config": {"layers": "linear"}, "epochs": 20},
             **branch_arms("textures", {}, 110),
@@ -50,14 +66,23 @@ def textures(seeds: int) -> Study:
 
 def digits(seeds: int) -> Study:
     """Compare on scikit-learn's digits; each seed selects another 200 for training."""
-    run = {"network": "resnet", "config": SMALL, "epochs": 20, "learning_rate": 0.1, "batch": 32}
+    run = {
+        "network": "resnet",
+        "config": SMALL,
+        "epochs": 20,
+        "learning_rate": 0.1,
+        "batch": 32,
+    }
     return Study(
         name="digits",
         images="digits",
         title="handwritten digits, 200 images, ResNet-8 of width 8, 20 epochs",
         seeds=tuple(range(seeds)),
         template={"task": DigitsConfig(), **run},
-        arms={**branch_arms("resnet", SMALL, 42), HEAD: {"config": {**SMALL, "pooling": ISQRT}}},
+        arms={
+            **branch_arms("resnet", SMALL, 42),
+            HEAD: {"config": {**SMALL, "pooling": ISQRT}},
+        },
         reference=PLAIN,
         pairs=(*PAIRS, (HEAD, LONG)),
     )

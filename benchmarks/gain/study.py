@@ -11,10 +11,11 @@ from gain.train_and_measure import Run
 class Study:
     """An experiment: `template` has the fields of `Run` for all arms, `arms` the changes of each arm.
 
-    All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists further
-    comparisons (ours, other). `must` maps an arm to its required gain over the reference in percentage
-    points; `chance` names the arm that must be at chance. `images` names what all lengths of training share.
-    `rates` is the grid of learning rates for the arms that `search` lists.
+    All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists
+    further comparisons (ours, other). `must` maps an arm to its required gain over the
+    reference in percentage points; `chance` names the arm that must be at chance. `images`
+    names what all lengths of training share. `rates` is the grid of learning rates for the arms
+    that `search` lists.
     """
 
     name: str

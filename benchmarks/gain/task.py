@@ -22,8 +22,8 @@ UNUSED = 5000  # of CIFAR's training images; only the whole set has them, no sub
 class Task(NamedTuple):
     """Images (B, 3, H, W) float32 and labels (B,) int64 for training and test.
 
-    `pool` is the number of images from which draws take those for testing, 0 if each has its own. `tested`
-    has their positions; `None`: all draws test all of the pool.
+    `pool` is the number of images from which draws take those for testing, 0 if each has its
+    own. `tested` has their positions; `None`: all draws test all of the pool.
     """
 
     train: Tensor
@@ -54,7 +54,9 @@ def digits(config: DigitsConfig, seed: int) -> Task:
     gray = torch.from_numpy(np.concatenate([part.images for part in parts])).float() / 255.0
     labels = torch.from_numpy(np.concatenate([part.targets for part in parts]))
     images = ((gray - gray.mean()) / gray.std())[:, None].expand(-1, 3, -1, -1)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
+    order = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(derive_seed(seed, "subset"))
+    )
     chosen, rest = order[: config.train], order[config.train :]
     return Task(images[chosen], labels[chosen], images[rest], labels[rest], rest, len(labels))
 
@@ -63,15 +65,24 @@ def cifar(config: CifarConfig, seed: int) -> Task:
     """Load all training images of CIFAR, or a subset by *seed* of those that are not `UNUSED`."""
     with np.load(config.arrays) as stored:
         train, labels, test, test_labels = (
-            torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
+            torch.from_numpy(stored[name])
+            for name in ("train", "labels", "test", "test_labels")
         )
-    fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
+    fixed = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out"))
+    )
     rest = fixed if config.train == len(labels) else fixed[UNUSED:]
     if config.train > len(rest):
-        raise ConfigError(f"a subset of CIFAR has at most {len(rest)} images, not {config.train}")
-    shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
+        raise ConfigError(
+            f"a subset of CIFAR has at most {len(rest)} images, not {config.train}"
+        )
+    shuffled = torch.randperm(
+        len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset"))
+    )
     chosen = rest[shuffled[: config.train]]
-    return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test))
+    return Task(
+        normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test)
+    )
 
 
 def normalize(images_BHWC: Tensor) -> Tensor:
@@ -84,7 +95,10 @@ def write_arrays(folder: Path, target: Path) -> None:
     """Decode the images in *folder* (train/ and test/, one subfolder per class) into one NPZ file."""
     split = open_folder(folder)
     arrays = {}
-    for part, images, labels in (("train", "train", "labels"), ("held_out", "test", "test_labels")):
+    for part, images, labels in (
+        ("train", "train", "labels"),
+        ("held_out", "test", "test_labels"),
+    ):
         files: LabeledImages = getattr(split, part)
         opened = (Image.open(BytesIO(files.read(index))) for index in range(len(files.targets)))
         arrays[images] = np.stack([np.asarray(image.convert("RGB")) for image in opened])

@@ -1,12 +1,13 @@
 """Generated textures: classes that differ in their second moments only.
 
-An image of class c is white noise convolved with a 5x5 filter of the class, a stationary Gaussian field of
-shape 3 x 32 x 32. Every field has mean 0 and every channel has power 1, so neither first moments nor powers
-depend on the class; the covariances of channels and neighboring pixels do. The filter of a class is a base,
-shared by all classes, plus `spread` times a filter of its own.
+An image of class c is white noise convolved with a 5x5 filter of the class, a stationary
+Gaussian field of shape 3 x 32 x 32. Every field has mean 0 and every channel has power 1, so
+neither first moments nor powers depend on the class; the covariances of channels and
+neighboring pixels do. The filter of a class is a base, shared by all classes, plus `spread`
+times a filter of its own.
 
-Nuisances that do not depend on the class: a log-normal contrast per image, an offset per channel, and a
-linear brightness gradient.
+Nuisances that do not depend on the class: a log-normal contrast per image, an offset per
+channel, and a linear brightness gradient.
 """
 
 import math

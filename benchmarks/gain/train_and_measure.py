@@ -1,8 +1,8 @@
 """Train one network on one task with one seed, and measure the accuracy of the exported network.
 
-Runs with the same seed are paired: they use the same images, the same initial value of each weight that a
-network shares with the plain one of its family, and the same order of batches, augmentation and noise. The
-accuracy after the last epoch counts.
+Runs with the same seed are paired: they use the same images, the same initial value of each
+weight that a network shares with the plain one of its family, and the same order of batches,
+augmentation and noise. The accuracy after the last epoch counts.
 """
 
 import base64
@@ -102,8 +102,8 @@ class Run(StrictModel):
 class Moment(StrictModel):
     """State after *epoch*: its mean main loss, and the accuracy of the network and of each branch in percent.
 
-    At most `SAMPLE` test images, evenly spaced, decide; after the last epoch, all. The loss is at most
-    `DIVERGED`.
+    At most `SAMPLE` test images, evenly spaced, decide; after the last epoch, all. The loss is
+    at most `DIVERGED`.
     """
 
     epoch: int
@@ -115,8 +115,9 @@ class Moment(StrictModel):
 class Outcome(StrictModel):
     """Accuracy of the exported network in percent, CPU seconds of the training, main loss of the last epoch.
 
-    `right` has a bit for each image that draws share (base64): the exported network is right. `tested` has
-    those of the tested images, or nothing if all are. `log_loss` is None if it is not finite.
+    `right` has a bit for each image that draws share (base64): the exported network is right.
+    `tested` has those of the tested images, or nothing if all are. `log_loss` is None if it is
+    not finite.
     """
 
     accuracy: float
@@ -150,7 +151,9 @@ def train_and_measure(run: Run) -> Outcome:
         log_loss=round(log_loss, 5) if math.isfinite(log_loss) else None,
         history=history,
         right=encode_bits(of_pool),
-        tested="" if task.tested is None and task.pool % 8 == 0 else encode_bits(tested),  # 8: no padding
+        tested=""
+        if task.tested is None and task.pool % 8 == 0
+        else encode_bits(tested),  # 8: no padding
     )
 
 
@@ -181,7 +184,9 @@ def build(run: Run) -> Classifier:
     """Create the run's network; weights shared with the family's plain network have equal initial values."""
     family = run.network.rpartition("-")[2]
     network = create_network(run.network, run.config, run)
-    plain = create_network(family, {key: value for key, value in run.config.items() if key in TRUNK}, run)
+    plain = create_network(
+        family, {key: value for key, value in run.config.items() if key in TRUNK}, run
+    )
     own = network.state_dict()
     shared = {
         name: value for name, value in plain.state_dict().items()
@@ -227,7 +232,8 @@ def set_strides(network: Backbone, run: Run) -> None:
 def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], float]:
     """Train with SGD, momentum 0.9 and a one-cycle schedule, or with AdamW, a warm-up and a cosine.
 
-    Returns `MOMENTS` evenly spaced moments, and the CPU seconds without those for their accuracies.
+    Returns `MOMENTS` evenly spaced moments, and the CPU seconds without those for their
+    accuracies.
     """
     options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
     optimizer: torch.optim.Optimizer
@@ -266,10 +272,14 @@ def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], floa
         seconds += time.process_time() - start
         if (epoch + 1) * MOMENTS // run.epochs > epoch * MOMENTS // run.epochs:
             every = 1 if epoch + 1 == run.epochs else -(-len(task.test_labels) // SAMPLE)
-            branches = accuracies_of_heads(network, task.test[::every], task.test_labels[::every])
+            branches = accuracies_of_heads(
+                network, task.test[::every], task.test_labels[::every]
+            )
             main = branches.pop("main")
             loss_of_epoch = round(total, 4) if total < DIVERGED else DIVERGED  # also for NaN
-            history.append(Moment(epoch=epoch + 1, loss=loss_of_epoch, accuracy=main, branches=branches))
+            history.append(
+                Moment(epoch=epoch + 1, loss=loss_of_epoch, accuracy=main, branches=branches)
+            )
     return history, seconds
 
 
@@ -279,7 +289,9 @@ def augment(images: Tensor) -> Tensor:
     flipped = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
     padded = torch.nn.functional.pad(flipped, (4, 4, 4, 4))
     shifts = torch.randint(0, 9, (count, 2)).tolist()
-    return torch.stack([padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(shifts)])
+    return torch.stack(
+        [padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(shifts)]
+    )
 
 
 def exported_network(network: Classifier, run: Run) -> Backbone:
@@ -294,15 +306,21 @@ def exported_network(network: Classifier, run: Run) -> Backbone:
 @torch.no_grad()
 def logits_of(network: Backbone, images: Tensor) -> Tensor:
     """Compute the logits of *network* for *images*."""
-    return torch.cat([network(images[members]) for members in sequential_batches(len(images), 500)])
+    return torch.cat(
+        [network(images[members]) for members in sequential_batches(len(images), 500)]
+    )
 
 
 @torch.no_grad()
-def accuracies_of_heads(network: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracies_of_heads(
+    network: Classifier, images: Tensor, labels: Tensor
+) -> dict[str, float]:
     """Compute the accuracy of the network, `main`, and of each branch in eval mode, in percent."""
     network.eval()
     right: dict[str, int] = {}
     for members in sequential_batches(len(images), 500):
         for name, logits in network.heads(images[members]).items():
-            right[name] = right.get(name, 0) + int((logits.argmax(dim=1) == labels[members]).sum())
+            right[name] = right.get(name, 0) + int(
+                (logits.argmax(dim=1) == labels[members]).sum()
+            )
     return {name: round(100.0 * count / len(labels), 3) for name, count in right.items()}

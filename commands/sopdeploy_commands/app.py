@@ -21,7 +21,8 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Commands by topic: name of a command, its function (`.module` is one of this package), summary.
+# Commands by topic: name of a command, its function (`.module` is one of this package),
+# summary.
 TOPICS = {
     "Everyday": {
         "train": (".training.train:train", "train a network"),
@@ -38,7 +39,10 @@ TOPICS = {
         "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
         "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),
         "bench": (".bundles.bench:bench", "measure latency and throughput of a bundle"),
-        "classify": (".bulk.run:classify", "classify any number of images into parquet or CSV files"),
+        "classify": (
+            ".bulk.run:classify",
+            "classify any number of images into parquet or CSV files",
+        ),
         "key": (".serve:key", "create an API key for a server"),
         "forget": (".labelling.forget:forget", "delete a photograph that was kept"),
         "health": (".health:health", "check whether a server is ready"),
@@ -53,13 +57,24 @@ TOPICS = {
     "Research": {
         "models": (".training.models:models", "list the networks of the catalog, or count one"),
         "recipes": (".training.train:recipes", "list the packaged recipes"),
-        "import": (".training.import_file:import_file", "convert published weights to a checkpoint"),
-        "inspect": (".bundles.export:inspect", "list parts of your network that have no effect"),
-        "reproduce": ("sopdeploy_papers.reproduce:reproduce", "train the rows of a paper's table"),
+        "import": (
+            ".training.import_file:import_file",
+            "convert published weights to a checkpoint",
+        ),
+        "inspect": (
+            ".bundles.export:inspect",
+            "list parts of your network that have no effect",
+        ),
+        "reproduce": (
+            "sopdeploy_papers.reproduce:reproduce",
+            "train the rows of a paper's table",
+        ),
     },
 }
 COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
-ONLY_COMMAND_OF_GROUP = {"data": "check"}  # `sopdeploy data check`; the group has no other command
+ONLY_COMMAND_OF_GROUP = {
+    "data": "check"
+}  # `sopdeploy data check`; the group has no other command
 QUICK_START = (
     "sopdeploy train --data photos",
     "sopdeploy export runs/latest/best.pt --detach",
@@ -116,10 +131,14 @@ class Commands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         source, _summary = COMMANDS[name]
         module, _, function = source.partition(":")
-        run = getattr(import_module(module, __package__), function).run_command  # set by `command`
+        run = getattr(
+            import_module(module, __package__), function
+        ).run_command  # set by `command`
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
-        if name in ONLY_COMMAND_OF_GROUP:  # with a callback, Typer keeps a group of a single command
+        if (
+            name in ONLY_COMMAND_OF_GROUP
+        ):  # with a callback, Typer keeps a group of a single command
             app.callback(help=run.__doc__)(lambda: None)
         return typer.main.get_command(app)
 
@@ -169,7 +188,9 @@ class Program(TyperGroup):
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
         with formatter.section("Options"):
             formatter.write_dl([record for record in records if record])
-        formatter.write("\nsopdeploy COMMAND --help shows the options of a command and an example.\n")
+        formatter.write(
+            "\nsopdeploy COMMAND --help shows the options of a command and an example.\n"
+        )
 
 
 app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
@@ -185,7 +206,10 @@ def _show_version(requested: bool) -> None:
 def root(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Show the help if no command is given."""
@@ -196,16 +220,19 @@ def root(
 def main() -> None:
     """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
 
-    Any other failure to write to stdout, such as a full disk, is a user error. If stdout or stderr was closed
-    before the start (`>&-`), its output is discarded.
+    Any other failure to write to stdout, such as a full disk, is a user error. If stdout or
+    stderr was closed before the start (`>&-`), its output is discarded.
     """
-    # Also stdin: stdout would get its number, and the next file that of stdout, to which libraries write.
+    # Also stdin: stdout would get its number, and the next file that of stdout, to which
+    # libraries write.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
-    # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
+    # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is
+    # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The search for plugins of pydantic reads the metadata of every installed package, which takes 50 ms.
+    # The search for plugins of pydantic reads the metadata of every installed package, which
+    # takes 50 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         code = _run_and_flush()
@@ -215,7 +242,8 @@ def main() -> None:
         code = _print_user_error(error)
     from sopdeploy.environment import exit_process
 
-    # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot fail.
+    # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot
+    # fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     exit_process(code)
 
@@ -230,7 +258,9 @@ def _run_and_flush() -> Any:
     try:
         sys.stdout.flush()  # the interpreter would do it too late to handle an error
     except OSError:
-        if not code:  # a command that failed has printed its own error, so this one is not shown
+        if (
+            not code
+        ):  # a command that failed has printed its own error, so this one is not shown
             raise
     return code
 
@@ -243,11 +273,17 @@ def _to_config_error(error: Any) -> Exception:
     message = " ".join(error.format_message().split()).rstrip(".")
     parameters = [] if error.ctx is None else error.ctx.command.params
     name = getattr(error, "option_name", None)
-    if hasattr(error, "possibilities") and name is not None:  # an option that the command does not have
+    if (
+        hasattr(error, "possibilities") and name is not None
+    ):  # an option that the command does not have
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
     elif name is not None:  # an option without a value, or one that takes none
-        named = [parameter for parameter in parameters if name in parameter.opts]  # not `--help`
-        choices = get_args(named[0].type_descriptor.annotation) if named else ()  # of a `Literal`
+        named = [
+            parameter for parameter in parameters if name in parameter.opts
+        ]  # not `--help`
+        choices = (
+            get_args(named[0].type_descriptor.annotation) if named else ()
+        )  # of a `Literal`
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"
     return ConfigError(f"{command}: {message}; see {command} --help")
@@ -255,7 +291,12 @@ def _to_config_error(error: Any) -> Exception:
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
     """Say which option, or which setting that an option takes, the unknown option *name* may mean; or ""."""
-    options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
+    options = [
+        option
+        for parameter in parameters
+        for option in parameter.opts
+        if option.startswith("--")
+    ]
     key = name.lstrip("-").replace("-", "_")
     means_gpu = key in {"gpu", "cuda", "device", "gpus"}
     if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
@@ -266,7 +307,11 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         if means_gpu:
             return "; use --setting runtime=onnxruntime-cuda"
         keys = difflib.get_close_matches(key, Settings.model_fields, 1, 0.7)
-        return f"; use --setting {keys[0]}=VALUE" if keys else "; --print-config lists all settings"
+        return (
+            f"; use --setting {keys[0]}=VALUE"
+            if keys
+            else "; --print-config lists all settings"
+        )
     if "--set" in options:
         from sopdeploy.training.recipe import suggest_keys
 

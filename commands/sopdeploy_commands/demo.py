@@ -36,8 +36,8 @@ _PROGRAM = (sys.executable, "-m", "sopdeploy")
 def demo(*, out: Path = Path("demo")) -> None:
     """Train on packaged photographs and on digits, export, serve and classify over HTTP, without internet.
 
-    The photographs are copied to OUT/photos: every printed command works in OUT, too, those for the digits in
-    OUT/digits.
+    The photographs are copied to OUT/photos: every printed command works in OUT, too, those for
+    the digits in OUT/digits.
 
     Example: sopdeploy demo
 
@@ -45,14 +45,19 @@ def demo(*, out: Path = Path("demo")) -> None:
         out: Folder of the photographs, runs and bundles; created if it is missing.
     """
     with writing(out):
-        shutil.copytree(PHOTOS, out / "photos", copy_function=shutil.copyfile, dirs_exist_ok=True)
+        shutil.copytree(
+            PHOTOS, out / "photos", copy_function=shutil.copyfile, dirs_exist_ok=True
+        )
         (out / "digits").mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:  # a failure is told once both have ended
         digits = pool.submit(_prepare_digits, out / "digits")
         classify_photographs(out)
     show_digits(digits.result())
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
-    optional_steps = ("sopdeploy verify", "sopdeploy predict")  # `serve` checks a bundle and classifies, too
+    optional_steps = (
+        "sopdeploy verify",
+        "sopdeploy predict",
+    )  # `serve` checks a bundle and classifies, too
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
 
 
@@ -60,12 +65,18 @@ def classify_photographs(out: Path) -> None:
     """Train on fifty photographs of clothing, and classify others, and those of other things."""
     from sopdeploy.checkpoint import read_checkpoint
 
-    say("Five kinds of clothing, ten photographs each; without a GPU or the internet", style="bold")
+    say(
+        "Five kinds of clothing, ten photographs each; without a GPU or the internet",
+        style="bold",
+    )
     _run(PHOTOGRAPHS, out)
     top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
     expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
     _run(EXPORT, out)
-    new, others = sorted(out.glob("photos/new/*/*.jpg")), sorted(out.glob("photos/others/*.jpg"))
+    new, others = (
+        sorted(out.glob("photos/new/*/*.jpg")),
+        sorted(out.glob("photos/others/*.jpg")),
+    )
     say("", f"$ sopdeploy {SERVE}", style="bold cyan")
     with _serving(out) as (ready, client):
         say(ready)
@@ -75,7 +86,12 @@ def classify_photographs(out: Path) -> None:
     expect("the new photographs", rate, MIN_ACCURACY)
     say("Photographs of other things, which are none of the classes:", style="bold")
     rows = [
-        (photo.stem, answer.classes[0].label, f"{answer.score:.2f}", "known" if answer.known else "unknown")
+        (
+            photo.stem,
+            answer.classes[0].label,
+            f"{answer.score:.2f}",
+            "known" if answer.known else "unknown",
+        )
         for photo, answer in zip(others, unknown, strict=True)
     ]
     print_table(("photograph", "nearest class", "score", ""), rows)
@@ -107,7 +123,12 @@ def _prepare_digits(out: Path) -> _Prepared:
     for words in (DIGITS, EXPORT):
         command = [*_PROGRAM, *words.split()]
         done = subprocess.run(
-            command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command,
+            cwd=out,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         outputs[words] = done.stdout
         if done.returncode:
@@ -121,7 +142,10 @@ def _prepare_digits(out: Path) -> _Prepared:
 
 def show_digits(prepared: _Prepared) -> None:
     """Show what was *prepared*, and how many of the held-out digits are right."""
-    say("Branches that only train: DSoP on digits; the export detaches them, with proof", style="bold")
+    say(
+        "Branches that only train: DSoP on digits; the export detaches them, with proof",
+        style="bold",
+    )
     say("This ran in the folder digits, beside the photographs:", style="bold")
     for words, output in prepared.outputs.items():
         say("", f"$ sopdeploy {words}", style="bold cyan")
@@ -142,18 +166,24 @@ def _run(words: str, out: Path) -> None:
 @contextmanager
 def _serving(out: Path) -> Iterator[tuple[str, Client]]:
     """Serve the newest bundle in *out* while the block runs; give the server's first line, and a client."""
-    with subprocess.Popen([*_PROGRAM, *SERVE.split()], cwd=out, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [*_PROGRAM, *SERVE.split()], cwd=out, stdout=subprocess.PIPE, text=True
+    ) as server:
         try:
             ready = cast(TextIO, server.stdout).readline().strip()
             if not ready:  # the server has printed its error
                 raise typer.Exit(server.wait())
-            with Client(ready.split()[1], timeout=_TIMEOUT) as client:  # the second word is the URL
+            with Client(
+                ready.split()[1], timeout=_TIMEOUT
+            ) as client:  # the second word is the URL
                 yield ready, client
         finally:
             server.terminate()
 
 
-def _show_answers(truths: Sequence[str], answers: Sequence[Classification], num_rows: int) -> Rate:
+def _show_answers(
+    truths: Sequence[str], answers: Sequence[Classification], num_rows: int
+) -> Rate:
     """Print the first answers beside the true classes, and return how many of all are right."""
     rows = []
     for truth, answer in zip(truths, answers, strict=True):

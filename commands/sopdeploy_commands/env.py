@@ -39,7 +39,9 @@ def env() -> None:
     for section, values in sections.items():
         out.print(Text(section, "bold"))
         for name, value in values.items():
-            out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
+            out.print(
+                Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value)))
+            )
 
 
 def describe_accelerators() -> dict[str, str]:

@@ -14,7 +14,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.proxies import describe_route, find_proxy
 
 TIMEOUT = 3  # seconds for each step of the request
-START = b'{"status"'  # of the response; a network that wants a login sends a page with status 200, too
+# of the response; a network that wants a login sends a page with status 200, too
+START = b'{"status"'
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
@@ -51,19 +52,33 @@ def _find_problem(url: str) -> str | None:
             raise ValueError("it has no scheme or no host")
         proxy = find_proxy(url, ("http",))
         route = describe_route(url, proxy)
-        proxies = urllib.request.ProxyHandler({} if proxy is None else {parts.scheme: proxy.url})
-        ready = urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", ""))
-        with urllib.request.build_opener(proxies, _NoRedirects).open(ready, timeout=TIMEOUT) as response:
+        proxies = urllib.request.ProxyHandler(
+            {} if proxy is None else {parts.scheme: proxy.url}
+        )
+        ready = urlunsplit(
+            (parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", "")
+        )
+        with urllib.request.build_opener(proxies, _NoRedirects).open(
+            ready, timeout=TIMEOUT
+        ) as response:
             if response.status != http.HTTPStatus.OK:
                 return f"{route}: {response.status}"
             is_ours = response.read(len(START)) == START
-            return None if is_ours else f"{route}: 200, but not a sopdeploy response; check the URL"
+            return (
+                None
+                if is_ours
+                else f"{route}: 200, but not a sopdeploy response; check the URL"
+            )
     except HTTPError as response:
         return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
-    except OSError as error:  # before `ValueError`, because the error of an invalid certificate is both
+    except (
+        OSError
+    ) as error:  # before `ValueError`, because the error of an invalid certificate is both
         reason = getattr(error, "reason", error)
         return f"{route}: {str(reason) or type(reason).__name__}"
     except (ValueError, http.client.InvalidURL) as error:
-        raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
+        raise ConfigError(
+            f"{url}: invalid URL ({error}); write it as http://HOST:PORT"
+        ) from error
     except http.client.HTTPException as error:
         return f"{route}: {str(error) or type(error).__name__}"

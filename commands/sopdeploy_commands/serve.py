@@ -60,14 +60,16 @@ def serve(
 ) -> int:
     """Serve bundles over HTTP: POST an image to /v1/classify.
 
-    Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT, and from the
-    file *config*, in this order of priority. Those most often set with --setting: `keep=FOLDER` keeps
-    photographs to label, `follow=true` reloads a bundle when its link moves, `max_batch=16` is the largest
-    batch, and `allowed_origins=https://shop.example` lets pages of another server use this one.
+    Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT,
+    and from the file *config*, in this order of priority. Those most often set with --setting:
+    `keep=FOLDER` keeps photographs to label, `follow=true` reloads a bundle when its link
+    moves, `max_batch=16` is the largest batch, and `allowed_origins=https://shop.example` lets
+    pages of another server use this one.
 
     Example: sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000
 
-    Example: sopdeploy serve bundles/live --examples held-out --setting keep=kept --setting follow=true
+    Example: sopdeploy serve bundles/live --examples held-out --setting keep=kept --setting
+    follow=true
 
     Example: sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle
 

@@ -9,7 +9,10 @@ from sopdeploy.config import check_format
 from sopdeploy.version import __version__
 
 VERSION: Literal[1] = 1
-VERSION_KEY, _WRITER_KEY = b"sopdeploy.version", b"sopdeploy.written_by"  # metadata of a parquet file
+VERSION_KEY, _WRITER_KEY = (
+    b"sopdeploy.version",
+    b"sopdeploy.written_by",
+)  # metadata of a parquet file
 
 
 def make_schema(columns: Mapping[str, Any]) -> Any:
@@ -21,4 +24,6 @@ def check_schema(schema: Any) -> None:
     """Raise `ValueError` if *schema* is that of a later format; files of other programs have no version."""
     found = (schema.metadata or {}).get(VERSION_KEY)
     if found is not None:
-        check_format(int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None)
+        check_format(
+            int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None
+        )

@@ -24,8 +24,8 @@ def find_last_layer(
 ) -> nn.Linear | None:
     """Find the linear layer, outside of *training_only*, whose *classes* outputs are the logits of *network*.
 
-    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its outputs, or these
-    plus one number per image, which changes no probability.
+    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its
+    outputs, or these plus one number per image, which changes no probability.
     """
     if isinstance(network, Classifier):
         layer = network.logits_layer()
@@ -36,7 +36,9 @@ def find_last_layer(
     results: list[Tensor] = []
     with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
-    return layer if len(results) == 1 and _have_equal_probabilities(results[0], logits) else None
+    return (
+        layer if len(results) == 1 and _have_equal_probabilities(results[0], logits) else None
+    )
 
 
 def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
@@ -46,7 +48,11 @@ def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
     if torch.equal(outputs.nan_to_num(), logits.nan_to_num()):
         return True
     shifts = (outputs - logits).double()
-    rounding = 16 * torch.finfo(logits.dtype).eps * torch.maximum(outputs.abs().amax(), logits.abs().amax())
+    rounding = (
+        16
+        * torch.finfo(logits.dtype).eps
+        * torch.maximum(outputs.abs().amax(), logits.abs().amax())
+    )
     return bool((shifts.amax(dim=1) - shifts.amin(dim=1) <= rounding).all())
 
 
@@ -59,7 +65,8 @@ def add_embedding_output(
 ) -> None:
     """Make the input of the last linear layer an output of *network*, in place.
 
-    The arguments are as in `find_last_layer`. Raises `LoweringError` if no linear layer computes the logits.
+    The arguments are as in `find_last_layer`. Raises `LoweringError` if no linear layer
+    computes the logits.
     """
     layer = find_last_layer(network, preprocess, images, classes, training_only)
     if layer is None:
@@ -67,17 +74,24 @@ def add_embedding_output(
         problem = f"no last linear layer computes the logits of {kind}, so it has no features in front of it"
         raise LoweringError(problem, setting="with_features")
     name = next(name for name, module in network.named_modules() if module is layer)
-    vars(network)[EXPORT_EMBEDDING] = name  # for `compute_outputs`; `vars` avoids a user's `__setattr__`
+    vars(network)[EXPORT_EMBEDDING] = (
+        name  # for `compute_outputs`; `vars` avoids a user's `__setattr__`
+    )
 
 
 @torch.no_grad()
 def fold_temperature(
-    network: nn.Module, temperature: float, preprocess: Preprocess, images: NDArray[np.uint8], classes: int
+    network: nn.Module,
+    temperature: float,
+    preprocess: Preprocess,
+    images: NDArray[np.uint8],
+    classes: int,
 ) -> nn.Module:
     """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
 
-    This divides the logits without any cost at inference; training-only heads keep their logits. Raises
-    `LoweringError` if no linear layer computes the logits (P, *classes*) of *images*, uint8 (P, H, W, 3).
+    This divides the logits without any cost at inference; training-only heads keep their
+    logits. Raises `LoweringError` if no linear layer computes the logits (P, *classes*) of
+    *images*, uint8 (P, H, W, 3).
     """
     folded = copy_network(network)
     layer = find_last_layer(folded, preprocess, images, classes)

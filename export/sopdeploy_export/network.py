@@ -18,9 +18,11 @@ _Network = TypeVar("_Network", bound=nn.Module)
 def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
     """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
 
-    Tensors in attributes lose the operations that computed them, without which they can be copied.
+    Tensors in attributes lose the operations that computed them, without which they can be
+    copied.
 
-    Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts of *network*.
+    Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts
+    of *network*.
     """
     memo = {} if memo is None else memo
     for _, module in modules(network):
@@ -34,9 +36,15 @@ def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Netw
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     originals = {id(module) for _, module in modules(network)}
-    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)  # each has its own class
-    if not isinstance(copied, kind) or any(id(module) in originals for _, module in modules(copied)):
-        raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
+    kind = (
+        fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
+    )  # each has its own class
+    if not isinstance(copied, kind) or any(
+        id(module) in originals for _, module in modules(copied)
+    ):
+        raise LoweringError(
+            "the network is not copied by copy.deepcopy; remove its __deepcopy__"
+        )
     return copied
 
 

@@ -60,11 +60,15 @@ class ExportOptions(Options):
                     raise ConfigError("only with precision int8", setting=name)
         elif self.calibrate is None:
             problem = "int8 needs images to measure ranges on"
-            remedies = {"calibrate": None}  # without a value to try: only the user knows the folder
+            remedies = {
+                "calibrate": None
+            }  # without a value to try: only the user knows the folder
             raise ConfigError(problem, setting="precision", remedies=remedies)
         is_measured = self.calibrate is not None or self.evaluate is not None
         if self.max_drop != type(self).model_fields["max_drop"].default and not is_measured:
-            raise ConfigError("needs images to measure on", setting="max_drop", remedies={"evaluate": None})
+            raise ConfigError(
+                "needs images to measure on", setting="max_drop", remedies={"evaluate": None}
+            )
         return self
 
 
@@ -95,7 +99,15 @@ class NetworkExportOptions(NetworkOptions):
 
     GROUPS: ClassVar = {
         "A network of your own": (
-            *("network", "option", "labels", "preprocess", "training_only", "plain", "plain_option"),
+            *(
+                "network",
+                "option",
+                "labels",
+                "preprocess",
+                "training_only",
+                "plain",
+                "plain_option",
+            ),
             *("weights_key", "logits_key", "allow_constants"),
         )
     }
@@ -114,10 +126,16 @@ class NetworkExportOptions(NetworkOptions):
         if self.network is None:
             for name, field in type(self).model_fields.items():
                 if getattr(self, name) != field.default:
-                    remedies = {"network": None}  # without a value to try: only the user knows the builder
-                    raise ConfigError("only for a network of your own", setting=name, remedies=remedies)
+                    remedies = {
+                        "network": None
+                    }  # without a value to try: only the user knows the builder
+                    raise ConfigError(
+                        "only for a network of your own", setting=name, remedies=remedies
+                    )
         if self.plain_option and self.plain is None:
-            raise ConfigError("only with a plain network", setting="plain_option", remedies={"plain": None})
+            raise ConfigError(
+                "only with a plain network", setting="plain_option", remedies={"plain": None}
+            )
         return self
 
 
@@ -137,5 +155,7 @@ class EngineOptions(Options):
     def _check_combinations(self) -> "EngineOptions":
         if self.via == "onnx" and self.checkpoint is not None:
             remedies = {"via": "torch-tensorrt"}
-            raise ConfigError("only for torch-tensorrt", setting="checkpoint", remedies=remedies)
+            raise ConfigError(
+                "only for torch-tensorrt", setting="checkpoint", remedies=remedies
+            )
         return self

@@ -20,7 +20,12 @@ from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, Det
 from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import check_exportable
-from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names, probe_pixels
+from sopdeploy_export.capture.deployed import (
+    Deployed,
+    generated_images,
+    output_names,
+    probe_pixels,
+)
 from sopdeploy_export.capture.program import Captures, capture_any_batch
 from sopdeploy_export.detach.detach import detach, has_tensors
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
@@ -30,7 +35,12 @@ from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pack.bundle import as_probes, count_costs, write_golden_examples, write_reports
+from sopdeploy_export.pack.bundle import (
+    as_probes,
+    count_costs,
+    write_golden_examples,
+    write_reports,
+)
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
@@ -55,15 +65,18 @@ def export_checkpoint(
 ) -> Exported:
     """Convert the checkpoint at *path* to a bundle in *destination*, as `sopdeploy.export` does.
 
-    For a network outside of the catalog, call `sopdeploy.export_network`. Calls *on_step* with a description
-    of each step as it begins. Raises a `SopdeployError` if a step failed; *destination* contains nothing new.
+    For a network outside of the catalog, call `sopdeploy.export_network`. Calls *on_step* with
+    a description of each step as it begins. Raises a `SopdeployError` if a step failed;
+    *destination* contains nothing new.
     """
     if options is None:
         options = ExportOptions()
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     check_exportable(subject.network, subject.detachment.training_only)
-    if options.name is None:  # a name that the user gave may be that of a bundle, in order to replace it
+    if (
+        options.name is None
+    ):  # a name that the user gave may be that of a bundle, in order to replace it
         refuse_other_images(destination, subject.project, checkpoint)
     return export_subject(subject, destination, options, on_step)
 
@@ -71,8 +84,9 @@ def export_checkpoint(
 def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     """Capture the certified program of the bundle with *manifest* again, from its checkpoint at *path*.
 
-    Raises `CheckpointError` for another checkpoint, and `CertificateError` if its program has another hash
-    here than in the certificate, for example because torch captures it in another way.
+    Raises `CheckpointError` for another checkpoint, and `CertificateError` if its program has
+    another hash here than in the certificate, for example because torch captures it in another
+    way.
     """
     checkpoint, lineage = read_checkpoint(path), manifest.lineage
     if checkpoint.sha256 != lineage.checkpoint_sha256:
@@ -94,7 +108,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     return program
 
 
-def _as_subject(checkpoint: Checkpoint, network: Classifier, name: str | None = None) -> ExportSubject:
+def _as_subject(
+    checkpoint: Checkpoint, network: Classifier, name: str | None = None
+) -> ExportSubject:
     """Describe *network*, which was built from *checkpoint*, as the subject of an export."""
     return ExportSubject(
         name=checkpoint.model,
@@ -114,13 +130,21 @@ def _as_subject(checkpoint: Checkpoint, network: Classifier, name: str | None = 
 def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
-    A server would replace one network by the other. The caller omits this check if the user named the
-    *project*. Without hashes, a checkpoint or a bundle fits any other.
+    A server would replace one network by the other. The caller omits this check if the user
+    named the *project*. Without hashes, a checkpoint or a bundle fits any other.
     """
     images = set(checkpoint.image_hashes.tolist())
-    manifests = [found.manifest for found in read_bundles(destination) if found.manifest is not None]
-    origins = [manifest.origin for manifest in manifests if manifest.project == project and manifest.origin]
-    all_have_others = all(origin.sample and images.isdisjoint(origin.sample) for origin in origins)
+    manifests = [
+        found.manifest for found in read_bundles(destination) if found.manifest is not None
+    ]
+    origins = [
+        manifest.origin
+        for manifest in manifests
+        if manifest.project == project and manifest.origin
+    ]
+    all_have_others = all(
+        origin.sample and images.isdisjoint(origin.sample) for origin in origins
+    )
     if images and origins and all_have_others:
         raise ConfigError(
             f"{destination}: has a network named {project} that was trained on other images; give another "
@@ -145,7 +169,9 @@ def export_subject(
     has_photos = options.calibrate is not None or options.evaluate is not None
     accuracy_check = AccuracyCheck(subject, options) if has_photos else None
     preprocess, started = subject.preprocess, time.monotonic()
-    with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
+    with bundle.staging(
+        destination
+    ) as folder:  # first, because it checks that the folder can be written
         images = generated_images(preprocess.crop)
         trained, detached = _detach_subject(subject, images, options)
         captures = captures or Captures(preprocess, options.batch)
@@ -165,8 +191,12 @@ def export_subject(
         certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.
-        others = [(role, each) for role, each in captured.items() if each.any_batch is not program]
-        root = prove_onnx(certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others))
+        others = [
+            (role, each) for role, each in captured.items() if each.any_batch is not program
+        ]
+        root = prove_onnx(
+            certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others)
+        )
         on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
         comparing = "comparing operators with their ONNX forms"
@@ -193,10 +223,16 @@ def export_subject(
         deployed = Deployed(certified.network, preprocess).eval()
         if options.precision != "fp32":
             probe_outputs = ProbeOutputs.of(converted.run, images_BHWC)
-        exact = compute_reference(deployed, images, probe_outputs, options.precision, converted.gate)
+        exact = compute_reference(
+            deployed, images, probe_outputs, options.precision, converted.gate
+        )
         on_step(f"{announce('File')}, {ONNX_FILE}")
-        parity = prove_file(session, model, exact, images, options.batch, allow_drift=options.allow_drift)
-        trained_costs, shipped_costs = count_costs(subject.network, certified.network, preprocess.crop)
+        parity = prove_file(
+            session, model, exact, images, options.batch, allow_drift=options.allow_drift
+        )
+        trained_costs, shipped_costs = count_costs(
+            subject.network, certified.network, preprocess.crop
+        )
         results = ExportResults(
             certificate=certificate,
             parity=parity,
@@ -208,12 +244,23 @@ def export_subject(
         on_step("writing the bundle")
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
-        write_golden_examples(subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS])
-        manifest = write_reports(subject, folder, options, probes, results, model.opset_import[0].version)
-        path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
+        write_golden_examples(
+            subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS]
+        )
+        manifest = write_reports(
+            subject, folder, options, probes, results, model.opset_import[0].version
+        )
+        path, seconds = (
+            bundle.publish(folder, manifest, destination),
+            time.monotonic() - started,
+        )
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     exported = Exported(
-        **vars(results), path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds
+        **vars(results),
+        path=path,
+        manifest=manifest,
+        warnings=subject.warnings,
+        seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))
 
@@ -223,8 +270,8 @@ def _detach_subject(
 ) -> tuple[nn.Module, nn.Module]:
     """Return the network of *subject* with its temperature, and a copy without its training-only parts.
 
-    With `with_features`, its embedding becomes an output, in place. Raises `DetachError` if there are such
-    parts and the options do not allow to remove them.
+    With `with_features`, its embedding becomes an output, in place. Raises `DetachError` if
+    there are such parts and the options do not allow to remove them.
     """
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(subject.network, training_only):

@@ -1,10 +1,11 @@
 """Merkle hashes over a captured program; `sopdeploy.bundle.onnx_root` has those over an ONNX graph.
 
-The root covers the outputs. The hash of an operation covers its name, every argument of its schema with
-defaults filled in, and the hashes of its operands in order. Weights and constants are hashed by content,
-inputs by position, dtype and (symbolic) shape. Names are not hashed, nor are operations that no output
-depends on, nor the memory layout of the images. So a network that was trained with branches has the root of
-the plain network if and only if its output is computed the same way.
+The root covers the outputs. The hash of an operation covers its name, every argument of its
+schema with defaults filled in, and the hashes of its operands in order. Weights and constants
+are hashed by content, inputs by position, dtype and (symbolic) shape. Names are not hashed, nor
+are operations that no output depends on, nor the memory layout of the images. So a network that
+was trained with branches has the root of the plain network if and only if its output is
+computed the same way.
 """
 
 import hashlib
@@ -49,8 +50,8 @@ class ProgramRoot:
 def program_root(program: ExportedProgram) -> ProgramRoot:
     """Compute the Merkle root of *program*.
 
-    Raises `CertificateError` if the program writes to a buffer or an input, because its outputs would then
-    depend on earlier calls, or if it draws random numbers.
+    Raises `CertificateError` if the program writes to a buffer or an input, because its outputs
+    would then depend on earlier calls, or if it draws random numbers.
     """
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
@@ -74,7 +75,9 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     return ProgramRoot(
         sha256=hash_parts(*encoded),
         nodes=operations,
-        tensors=frozenset(state_names[node.name] for node in hashes if node.name in state_names),
+        tensors=frozenset(
+            state_names[node.name] for node in hashes if node.name in state_names
+        ),
         modules=frozenset(name for node in hashes for name in _module_names(node)),
     )
 
@@ -90,8 +93,12 @@ def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
 
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
-    extra = next((name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None)
-    missing = next((name for sha256, name in expected.nodes.items() if sha256 not in root.nodes), None)
+    extra = next(
+        (name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None
+    )
+    missing = next(
+        (name for sha256, name in expected.nodes.items() if sha256 not in root.nodes), None
+    )
     if extra is None:
         return "its inputs or outputs differ" if missing is None else f"it lacks {missing}"
     if missing is None:
@@ -105,8 +112,8 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
 class Fingerprint:
     """The hash of every operation of a program in order, and the hashes of the tensors that they use.
 
-    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses, so torch's
-    passes give both the same result.
+    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses,
+    so torch's passes give both the same result.
     """
 
     operations: str
@@ -117,20 +124,28 @@ class Fingerprint:
         """Copy the fingerprint with "" in place of the hashes of the tensors *names*."""
         hidden = set(names)
         pairs = zip(self.names, self.tensors, strict=True)
-        return replace(self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs))
+        return replace(
+            self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs)
+        )
 
 
 def fingerprint(program: ExportedProgram) -> Fingerprint | None:
     """Hash every operation of *program* in order, with its operands by position, and the tensors they use.
 
-    Tensors are hashed by content, kind and strides. Returns None, without an error, for a program with an
-    argument, a subgraph or an operation that cannot be hashed.
+    Tensors are hashed by content, kind and strides. Returns None, without an error, for a
+    program with an argument, a subgraph or an operation that cannot be hashed.
     """
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    used_specs = [spec for spec in program.graph_signature.input_specs if placeholders[spec.arg.name].users]
+    used_specs = [
+        spec
+        for spec in program.graph_signature.input_specs
+        if placeholders[spec.arg.name].users
+    ]
     used_placeholders = [placeholders[spec.arg.name] for spec in used_specs]
     others = [node for node in program.graph.nodes if node.op != "placeholder"]
-    positions = {node: str(position) for position, node in enumerate([*used_placeholders, *others])}
+    positions = {
+        node: str(position) for position, node in enumerate([*used_placeholders, *others])
+    }
     described, hashes = [str(program.range_constraints)], []
     try:
         hashes_by_placeholder = _hash_placeholders(program)
@@ -141,7 +156,9 @@ def fingerprint(program: ExportedProgram) -> Fingerprint | None:
             hashes.append(hashes_by_placeholder[spec.arg.name])
         for node in others:
             if node.op != "output":
-                described.append(_name_operation(node))  # raises an error unless the node is a call
+                described.append(
+                    _name_operation(node)
+                )  # raises an error unless the node is a call
             described.append(_encode([node.args, node.kwargs], positions.__getitem__))
     except CertificateError:
         return None
@@ -160,20 +177,25 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     """Compare type, shape and content; as bytes, because 0 equals -0 and NaN differs from itself."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    content = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    content = [
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)
+    ]
     return torch.equal(*content)
 
 
-# Within `hashing_once`: maps a tensor to its version and address, and the hash that it had with these.
-_stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar("_stored_hashes", default=None)
+# Within `hashing_once`: maps a tensor to its version and address, and the hash that it had with
+# these.
+_stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar(
+    "_stored_hashes", default=None
+)
 
 
 @contextmanager
 def hashing_once() -> Iterator[None]:
     """Let `stored_hash` compute the hash of a tensor once in the block, unless its version changes.
 
-    A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An inner block uses
-    the hashes of the outer one.
+    A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An
+    inner block uses the hashes of the outer one.
     """
     outer = _stored_hashes.get()
     token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
@@ -221,13 +243,19 @@ def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
     """
     numbered_sizes: dict[str, str] = {}  # symbolic sizes are numbered by their first appearance
     hashes: dict[str, str] = {}
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = {
+        node.name: node.meta.get("val")
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+    }
     num_inputs = 0
     for spec in program.graph_signature.input_specs:
         if spec.kind != InputKind.USER_INPUT:
             tensor = _stored_value(program, spec)
             if not isinstance(tensor, Tensor):
-                raise CertificateError(f"{spec.target}: the graph depends on an object that is not a tensor")
+                raise CertificateError(
+                    f"{spec.target}: the graph depends on an object that is not a tensor"
+                )
             hashes[spec.arg.name] = stored_hash(tensor)
             continue
         value = values[spec.arg.name]
@@ -236,7 +264,11 @@ def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
         shape = []
         for size in value.shape:
             new = f"S{len(numbered_sizes)}"
-            name = str(size) if isinstance(size, int) else numbered_sizes.setdefault(str(size.node.expr), new)
+            name = (
+                str(size)
+                if isinstance(size, int)
+                else numbered_sizes.setdefault(str(size.node.expr), new)
+            )
             shape.append(name)
         hashes[spec.arg.name] = hash_parts("input", str(num_inputs), str(value.dtype), *shape)
         num_inputs += 1
@@ -258,19 +290,25 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
     if isinstance(value, list | tuple):
         return hash_parts("list", *(_encode(item, hash_of) for item in value))
     if isinstance(value, dict):
-        return hash_parts("dict", *(f"{key}={_encode(value[key], hash_of)}" for key in sorted(value)))
+        return hash_parts(
+            "dict", *(f"{key}={_encode(value[key], hash_of)}" for key in sorted(value))
+        )
     if isinstance(value, float):
         return f"float {value.hex()}"
     if value is None or isinstance(value, SCALARS):
         return f"{type(value).__name__} {value}"
-    raise CertificateError(f"an operation has a {type(value).__name__} argument, which cannot be hashed")
+    raise CertificateError(
+        f"an operation has a {type(value).__name__} argument, which cannot be hashed"
+    )
 
 
-def _hash_nodes(program: ExportedProgram, needed: set[fx.Node]) -> tuple[dict[fx.Node, str], dict[str, str]]:
+def _hash_nodes(
+    program: ExportedProgram, needed: set[fx.Node]
+) -> tuple[dict[fx.Node, str], dict[str, str]]:
     """Return the hashes of the *needed* nodes, and for each hash a text with its operation and module.
 
-    The operands of a needed node are needed, too. Raises `CertificateError` for an operation that no proof
-    covers.
+    The operands of a needed node are needed, too. Raises `CertificateError` for an operation
+    that no proof covers.
     """
     hashes_by_placeholder = _hash_placeholders(program)
     hashes: dict[fx.Node, str] = {}
@@ -297,7 +335,9 @@ def _name_operation(node: fx.Node) -> str:
     """Return the name of the operation of *node*; raises `CertificateError` for one that no proof covers."""
     target: Any = node.target
     if node.op != "call_function":
-        raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
+        raise CertificateError(
+            f"{node.name}: a graph must contain only operations, not {node.op}"
+        )
     if _is_random(node):
         raise CertificateError(
             f"the eval graph draws random numbers with {target} in {module_of(node)}; an exported "
@@ -323,10 +363,11 @@ SAME_VALUES = (
 def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoot:
     """Compute the root of the values that *program* returns, for every batch size or for *batch* images.
 
-    Unlike `program_root`, it does not depend on how values are stored, nor on what is computed without the
-    images: copies are left out, all changes of the shape alone become one, operations on weights become their
-    results, and symbolic sizes become numbers if *batch* is given. So it relates programs whose tensors have
-    other strides or which were captured for other batch sizes. Raises the errors of `program_root`.
+    Unlike `program_root`, it does not depend on how values are stored, nor on what is computed
+    without the images: copies are left out, all changes of the shape alone become one,
+    operations on weights become their results, and symbolic sizes become numbers if *batch* is
+    given. So it relates programs whose tensors have other strides or which were captured for
+    other batch sizes. Raises the errors of `program_root`.
     """
     hasher = _ValueHasher(program, batch)
     for node in program.graph.nodes:
@@ -340,15 +381,24 @@ class _ValueHasher:
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
         self.program, self.root = program, ""
         self.constants: dict[fx.Node, Any] = {}  # the values that do not depend on the images
-        self.hashes: dict[fx.Node, str] = {}  # the hashes of the others, among them those of symbolic sizes
-        self.operations: dict[str, str] = {}  # maps each hash to the name and module of its operation
+        self.hashes: dict[
+            fx.Node, str
+        ] = {}  # the hashes of the others, among them those of symbolic sizes
+        self.operations: dict[
+            str, str
+        ] = {}  # maps each hash to the name and module of its operation
         # The hash and the shape of the value that a reshape, or a chain of them, begins with.
         self.unshaped: dict[fx.Node, tuple[str, str]] = {}
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         (images,) = program.graph_signature.user_inputs
-        batch_size = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
+        batch_size = (
+            next(node for node in program.graph.nodes if node.name == images)
+            .meta["val"]
+            .shape[0]
+        )
         replacement = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
-        # What replaces the batch size in shapes, unless the program has a single one, which is an integer.
+        # What replaces the batch size in shapes, unless the program has a single one, which is
+        # an integer.
         self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
 
     def visit(self, node: fx.Node) -> None:
@@ -359,14 +409,18 @@ class _ValueHasher:
         target: Any = node.target
         value = node.meta.get("val")
         if node.op == "placeholder" and self.specs[node.name].kind == InputKind.USER_INPUT:
-            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._format_shape(node))
+            self.hashes[node] = hash_parts(
+                "input", str(node.meta["val"].dtype), self._format_shape(node)
+            )
         elif node.op == "placeholder":
             self.constants[node] = _stored_value(self.program, self.specs[node.name])
         elif node.op == "get_attr":
             self.constants[node] = _get_constant(node)
         elif node.op == "output":
             self.root = _encode(node.args[0], self._hash)
-        elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):  # computed from sizes only
+        elif isinstance(
+            value, torch.SymInt | torch.SymFloat | torch.SymBool
+        ):  # computed from sizes only
             number = value.node.expr.subs(self.sizes)
             if number.is_Integer:
                 self.constants[node] = int(number)
@@ -374,27 +428,39 @@ class _ValueHasher:
                 self.hashes[node] = _encode(str(number), self._hash)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif all(operand in self.constants for operand in node.all_input_nodes):  # none depends on the images
+        elif all(
+            operand in self.constants for operand in node.all_input_nodes
+        ):  # none depends on the images
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
-        elif self._keeps_values(node):  # of a chain of them, the first value and the last shape count
+        elif self._keeps_values(
+            node
+        ):  # of a chain of them, the first value and the last shape count
             operand, shape = node.all_input_nodes[0], self._format_shape(node)
             source, source_shape = self.unshaped.get(
                 operand, (self._hash(operand), self._format_shape(operand))
             )
             self.unshaped[node] = source, source_shape
-            self.hashes[node] = source if shape == source_shape else hash_parts("reshape", source, shape)
+            self.hashes[node] = (
+                source if shape == source_shape else hash_parts("reshape", source, shape)
+            )
         else:
-            encoded = (_encode(argument, self._hash) for argument in self._unified_arguments(node))
+            encoded = (
+                _encode(argument, self._hash) for argument in self._unified_arguments(node)
+            )
             self.hashes[node] = hash_parts(str(target), *encoded)
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
 
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
-        if operator_name(node) == "aten.expand":  # repeats values, unless the shape stays the same
+        if (
+            operator_name(node) == "aten.expand"
+        ):  # repeats values, unless the shape stays the same
             return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
-        reads_bytes = str(node.target) == "aten.view.dtype"  # an overload of `view` for another type
+        reads_bytes = (
+            str(node.target) == "aten.view.dtype"
+        )  # an overload of `view` for another type
         return operator_name(node) in SAME_VALUES and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
@@ -413,11 +479,20 @@ class _ValueHasher:
             return str(list(self.constants[node].shape))
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else ()
-        return str([size if isinstance(size, int) else size.node.expr.subs(self.sizes) for size in sizes])
+        return str(
+            [
+                size if isinstance(size, int) else size.node.expr.subs(self.sizes)
+                for size in sizes
+            ]
+        )
 
     def _hash(self, node: fx.Node) -> str:
         """Return the hash of *node*, or the encoded value if it does not depend on the images."""
-        return _encode(self.constants[node], self._hash) if node in self.constants else self.hashes[node]
+        return (
+            _encode(self.constants[node], self._hash)
+            if node in self.constants
+            else self.hashes[node]
+        )
 
 
 def operator_name(node: fx.Node) -> str:
@@ -447,7 +522,9 @@ def _is_random(node: fx.Node) -> bool:
         return False
     names = [argument.name for argument in target._schema.arguments]
     arguments = dict(zip(names, _all_arguments(node), strict=True))
-    is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))  # `dropout_p` of attention
+    is_off = any(
+        arguments.get(name) == 0 for name in ("p", "dropout_p")
+    )  # `dropout_p` of attention
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval
 
@@ -458,7 +535,9 @@ def _get_constant(node: fx.Node) -> Tensor:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     if not isinstance(value, Tensor):
-        raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
+        raise CertificateError(
+            f"{node.name}: the graph depends on an object that is not a tensor"
+        )
     return value
 
 
@@ -468,4 +547,7 @@ def _all_arguments(node: fx.Node) -> list[Any]:
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
     others = target._schema.arguments[len(node.args) :]  # given by name, or not at all
-    return [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in others)]
+    return [
+        *node.args,
+        *(node.kwargs.get(argument.name, argument.default_value) for argument in others),
+    ]

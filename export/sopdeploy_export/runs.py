@@ -33,24 +33,37 @@ REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 also where the code of a network names another type, as `.float()` does.
 
-    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
-    operation combines them with float64. The code of a network reads float32 as the `dtype` of float64, so
-    that it takes the same path.
+    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted
+    where an operation combines them with float64. The code of a network reads float32 as the
+    `dtype` of float64, so that it takes the same path.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run *func* in float64 where the code of a network names a smaller type.
 
-        A `dtype` argument becomes float64, and so do the operands if one of them is, unless *func* writes to
-        an operand.
+        A `dtype` argument becomes float64, and so do the operands if one of them is, unless
+        *func* writes to an operand.
         """
         del types
         args = tuple(map(widen_dtype, args))
         kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
-        with torch._C.DisableTorchFunction():  # so that `ReportsFloat32` does not change `value.dtype` here
-            dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-            # An operation that writes to an operand needs this operand itself, not a converted copy.
-            if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # so that `ReportsFloat32` does not change `value.dtype` here
+            dtypes = {
+                value.dtype
+                for value in tree_leaves((args, kwargs))
+                if isinstance(value, Tensor)
+            }
+            # An operation that writes to an operand needs this operand itself, not a converted
+            # copy.
+            if (
+                torch.float64 in dtypes
+                and dtypes & set(REDUCED)
+                and not func._schema.is_mutable
+            ):
                 args, kwargs = tree_map_only(
                     Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
                 )
@@ -60,7 +73,9 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class ReportsFloat32(TorchFunctionMode):
     """Returns float32 as the `dtype` of tensors in float64."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         del types
         result = function(*args, **(kwargs or {}))
         return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
@@ -71,7 +86,9 @@ def widen_dtype(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
 
 
-def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
+def open_session(
+    model: Path | onnx.ModelProto, *, optimized: bool = True
+) -> ort.InferenceSession:
     """Load *model* on the CPU; without *optimized*, its operators are not fused."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -84,7 +101,9 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
     return ort.InferenceSession(source, options, providers=[PROVIDER])
 
 
-def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
+def file_outputs(
+    session: ort.InferenceSession, images: NDArray[np.uint8], batch: int
+) -> Arrays:
     """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
 
     Raises `ParityError` if the file does not accept this batch size.
@@ -97,9 +116,13 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
             outputs = session.run(names, {INPUT: images[indices]})
         except Exception as problem:  # onnxruntime's errors share no base class
             reason = str(problem).strip().partition("\n")[0][:200]
-            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
+            raise ParityError(
+                f"the exported file rejects a batch of {batch}: {reason}"
+            ) from problem
         chunks.append(dict(zip(names, outputs, strict=True)))
-    return {name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names}
+    return {
+        name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names
+    }
 
 
 def find_gate(network: nn.Module) -> Any:
@@ -115,7 +138,9 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     """Compute the logits (P, N) of the gate, which exists, in the dtype that *deployed* uses for *pixels*."""
     gate = find_gate(deployed.network)
     computed: list[Tensor] = []
-    hook = gate.feature.register_forward_hook(lambda _, _args, feature: computed.append(gate.logits(feature)))
+    hook = gate.feature.register_forward_hook(
+        lambda _, _args, feature: computed.append(gate.logits(feature))
+    )
     with hook, torch.no_grad():
         deployed(pixels)
     return computed[0].numpy()
@@ -125,11 +150,17 @@ def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
     smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
-    margins = smallest_chosen - ranked[:, chosen:]  # to each logit that is not chosen (P, N - chosen)
-    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # the two logits may both drift
+    margins = (
+        smallest_chosen - ranked[:, chosen:]
+    )  # to each logit that is not chosen (P, N - chosen)
+    return np.asarray(
+        (margins > 2 * tolerance).all(axis=1), dtype=np.bool_
+    )  # the two logits may both drift
 
 
-def run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+def run_in_batches(
+    run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int
+) -> Arrays:
     """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """The state of a network: its modules, tensors and attributes, and the detection of writes to them.
 
-An exported network must be stateless. torch.export restores the attributes that `forward` assigns and forgets
-the assignment, so a graph does not show such a write, and equal values on probe images do not exclude it.
-Therefore objects, versions and addresses are compared, not values.
+An exported network must be stateless. torch.export restores the attributes that `forward`
+assigns and forgets the assignment, so a graph does not show such a write, and equal values on
+probe images do not exclude it. Therefore objects, versions and addresses are compared, not
+values.
 """
 
 import gc
@@ -35,10 +36,32 @@ STATELESS = "an exported network must be stateless"
 NOT_IN_EVAL = f"{STATELESS}: keep values in local variables, or only if self.training"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
-VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
+VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _PLAIN = (dict, list, tuple, deque, OrderedDict)  # these hold nothing but their items
 _MODULES = {  # of libraries whose objects are read
-    *("argparse", "array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+    *(
+        "argparse",
+        "array",
+        "builtins",
+        "collections",
+        "functools",
+        "itertools",
+        "random",
+        "types",
+        "_random",
+    )
 }
 FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
 
@@ -47,15 +70,18 @@ FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
 def is_library(package: str) -> bool:
     """Return whether the top-level *package* is Python's, ours or an installed one, not code of the user.
 
-    A folder of installed packages has their metadata, unless a distribution of Linux installed them; packages
-    that are installed in editable mode are elsewhere.
+    A folder of installed packages has their metadata, unless a distribution of Linux installed
+    them; packages that are installed in editable mode are elsewhere.
     """
     if package in sys.stdlib_module_names or package in ("sopdeploy", "torch"):
         return True
     module = sys.modules.get(package)
     paths = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
     folders = {Path(path).parent for path in paths if isinstance(path, str)}
-    return any(folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None) for folder in folders)
+    return any(
+        folder.name == "dist-packages" or next(folder.glob("*.dist-info"), None)
+        for folder in folders
+    )
 
 
 def _is_of_library(definition: Any) -> bool:
@@ -75,16 +101,18 @@ class ObjectId:
 def read_state(network: nn.Module) -> dict[str, object]:
     """Map the path of every tensor, number and object in the modules of *network* to a comparable form.
 
-    Everything that is reachable from the modules is read: attributes, slots and containers, the classes and
-    functions of users with the variables that they use, and the global random numbers. Of libraries, only
-    modules and containers are read, not what their functions and classes use. Two states differ if anything
-    was assigned, added, removed or written in place between them. Raises `LoweringError` if the network holds
-    too many objects.
+    Everything that is reachable from the modules is read: attributes, slots and containers, the
+    classes and functions of users with the variables that they use, and the global random
+    numbers. Of libraries, only modules and containers are read, not what their functions and
+    classes use. Two states differ if anything was assigned, added, removed or written in place
+    between them. Raises `LoweringError` if the network holds too many objects.
     """
     numpy_state = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
     state: dict[str, object] = {
         "random": hash(random.getstate()),
-        "numpy.random": [leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in numpy_state],
+        "numpy.random": [
+            leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in numpy_state
+        ],
     }
     owners = list(modules(network))
     seen = {id(module) for _, module in owners}  # each object is read once
@@ -98,12 +126,15 @@ def read_state(network: nn.Module) -> dict[str, object]:
                 state |= {f"{prefix}{key}": object_id(item) for key, item in value.items()}
             else:
                 unread.append((f"{prefix}{attribute}", value))
-        unread += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
+        unread += [
+            (kind.__name__, kind) for kind in type(module).__mro__
+        ]  # with class attributes
     while unread:
         path, value = unread.pop()
         content = _comparable_content(value)
         state[path] = object_id(value) if content is None else content
-        # A value with content, such as a float, holds nothing else; a user's subclass can have attributes.
+        # A value with content, such as a float, holds nothing else; a user's subclass can have
+        # attributes.
         can_hold_more = content is None or not _is_of_library(type(value))
         if can_hold_more and id(value) not in seen:
             seen.add(id(value))
@@ -135,14 +166,19 @@ def _comparable_content(value: Any) -> Any:
 def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
     if isinstance(value, (Tensor, ModuleType, *FIXED)):
-        return  # a tensor has a version; of a module, only the variables that functions use are read
+        # a tensor has a version; of a module, only the variables that functions use are read
+        return
     if isinstance(value, type | FunctionType):
         if _is_of_library(value):  # then it holds no state of the network
             return
         if isinstance(value, FunctionType):
             yield from _held_by_function(value)
         else:
-            yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
+            yield from (
+                (f".{name}", item)
+                for name, item in vars(value).items()
+                if name != "__weakref__"
+            )
         return
     kind = type(value)
     package = str(kind.__module__).partition(".")[0]
@@ -153,28 +189,37 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
         held = object.__getattribute__(value, "__dict__")
     yield from ((f".{name}", item) for name, item in held.items())
     # The dict of attributes can be among the referents.
-    yield from ((suffix, item) for suffix, item in _items_and_referents(value) if item is not held)
+    yield from (
+        (suffix, item) for suffix, item in _items_and_referents(value) if item is not held
+    )
     yield f" ({kind.__name__})", kind  # a class of a user has attributes, too
 
 
 def _items_and_referents(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the items of a container; of other objects than modules, also their state and what they refer to.
 
-    Plain containers have nothing but items. The state is for example the position of an iterator.
+    Plain containers have nothing but items. The state is for example the position of an
+    iterator.
     """
     if isinstance(value, dict):
         for key, item in dict.items(value):  # subclasses can import or compute what they list
-            key_text = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
+            key_text = (
+                repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
+            )
             yield f"[{key_text}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     if type(value) in _PLAIN or isinstance(value, nn.Module):  # a module holds attributes only
         return
     if isinstance(value, GeneratorType):
-        yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
+        yield (
+            " (state)",
+            value.gi_frame.f_lasti if value.gi_frame else None,
+        )  # None: it has ended
     elif type(value).__module__ in _MODULES:
         yield " (state)", _describe_state(value)
-    # Slots, and what iterators, methods and subclasses of containers hold, are known to `gc` only.
+    # Slots, and what iterators, methods and subclasses of containers hold, are known to `gc`
+    # only.
     yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
@@ -183,7 +228,8 @@ def _describe_state(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python deprecates the copies of some iterators
-            # What `pickle` would store, such as "(<class 'itertools.count'>, (3,))" before number 3.
+            # What `pickle` would store, such as "(<class 'itertools.count'>, (3,))" before
+            # number 3.
             return str(value.__reduce_ex__(4))
     except Exception:  # not every object can be reduced
         return object.__repr__(value)
@@ -201,8 +247,12 @@ def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
         value = function.__globals__[name]
         yield f" uses {name}", value
         if isinstance(value, ModuleType) and not is_library(value.__name__.partition(".")[0]):
-            yield from ((f" uses {name}.{key}", vars(value)[key]) for key in names & vars(value).keys())
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            yield from (
+                (f" uses {name}.{key}", vars(value)[key]) for key in names & vars(value).keys()
+            )
+    for name, cell in zip(
+        function.__code__.co_freevars, function.__closure__ or (), strict=True
+    ):
         with suppress(ValueError):  # not set yet
             yield f".{name}", cell.cell_contents
     named = {**vars(function), **(function.__kwdefaults__ or {})}
@@ -212,9 +262,16 @@ def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 def object_id(value: object) -> ObjectId:
     """Identify *value*; writes change the version and the memory of a tensor, and the length of a set."""
-    # Sparse tensors, and those of torch.export's tracing, whose types are others, have no address of memory.
-    if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
-        version = -1 if value.is_inference() else value._version  # inference tensors have no version
+    # Sparse tensors, and those of torch.export's tracing, whose types are others, have no
+    # address of memory.
+    if (
+        type(value) in (Tensor, nn.Parameter)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+    ):
+        version = (
+            -1 if value.is_inference() else value._version
+        )  # inference tensors have no version
         return ObjectId(value, id(value), (version, value.data_ptr()))
     return ObjectId(value, id(value), (len(value),) if isinstance(value, set) else ())
 
@@ -231,7 +288,11 @@ def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
 
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Map the path of every tensor in the state of *network*, also outside of its parameters and buffers."""
-    leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, ObjectId))
+    leaves = (
+        (path, leaf.value)
+        for path, leaf in read_state(network).items()
+        if isinstance(leaf, ObjectId)
+    )
     return {path: value for path, value in leaves if isinstance(value, Tensor)}
 
 
@@ -244,23 +305,32 @@ class InPlaceWrites(TorchDispatchMode):
         held = held_tensors(network).items()
         self._paths = {tensor.untyped_storage().data_ptr(): path for path, tensor in held}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run one operation; record the paths of the tensors that its schema declares as written."""
         del types
         declared = func._schema.arguments
-        values = dict(zip((argument.name for argument in declared), args, strict=False)) | (kwargs or {})
+        values = dict(zip((argument.name for argument in declared), args, strict=False)) | (
+            kwargs or {}
+        )
         written = [values.get(argument.name) for argument in declared if argument.is_write]
         leaves = tree_leaves(written)  # an argument can be a list of tensors
-        addresses = [leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor)]
-        self.written += [self._paths[address] for address in addresses if address in self._paths]
+        addresses = [
+            leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor)
+        ]
+        self.written += [
+            self._paths[address] for address in addresses if address in self._paths
+        ]
         return func(*args, **(kwargs or {}))
 
 
 class PythonNumbers:
     """Tensors that code makes of Python numbers, such as a deviation per channel, and comparisons of them.
 
-    Code may read them, as `normalize` of torchvision does: they are the same for all images. They are unknown
-    from the first other call on one of them, which can write to its memory or share it.
+    Code may read them, as `normalize` of torchvision does: they are the same for all images.
+    They are unknown from the first other call on one of them, which can write to its memory or
+    share it.
     """
 
     MAKERS = (torch.tensor, torch.as_tensor)
@@ -270,13 +340,16 @@ class PythonNumbers:
     })  # fmt: skip
 
     def __init__(self) -> None:
-        self._values = WeakIdKeyDictionary()  # also of tensors that torch.export gives no values
+        self._values = (
+            WeakIdKeyDictionary()
+        )  # also of tensors that torch.export gives no values
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Compute a call on known tensors, or one that makes a tensor of Python numbers.
 
-        Returns the value, which the caller passes to `remember`, so that the result of the call is a known
-        tensor; None for any other call, which makes all tensors unknown if it has a known one as operand.
+        Returns the value, which the caller passes to `remember`, so that the result of the call
+        is a known tensor; None for any other call, which makes all tensors unknown if it has a
+        known one as operand.
         """
         if not len(self._values) and function not in self.MAKERS:  # most calls
             return None
@@ -285,8 +358,12 @@ class PythonNumbers:
         if operands:
             computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
         else:
-            numbers = tree_leaves(args[:1])  # without an array, whose memory the tensor can share
-            are_numbers = bool(numbers) and all(isinstance(number, int | float) for number in numbers)
+            numbers = tree_leaves(
+                args[:1]
+            )  # without an array, whose memory the tensor can share
+            are_numbers = bool(numbers) and all(
+                isinstance(number, int | float) for number in numbers
+            )
             computes = function in self.MAKERS and are_numbers
         if not computes:
             if any(are_known):
@@ -305,9 +382,9 @@ class PythonNumbers:
 class PythonReads(TorchFunctionMode):
     """Record the first Python code that reads the layout or the values of a tensor: no graph contains this.
 
-    A call on tensors is a read if it returns anything else, unless it is known to return what a graph fixes,
-    or if it gives values to a callback. torch.export raises an error where code reads values, but the code
-    can catch it.
+    A call on tensors is a read if it returns anything else, unless it is known to return what a
+    graph fixes, or if it gives values to a callback. torch.export raises an error where code
+    reads values, but the code can catch it.
     """
 
     FIXED_BY_GRAPH = frozenset({
@@ -323,19 +400,27 @@ class PythonReads(TorchFunctionMode):
         self.first: str | None = None
         self._numbers = PythonNumbers()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
         known_value = self._numbers.compute(function, args, kwargs or {})
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         self._numbers.remember(result, known_value)
-        returns_data = not all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
+        returns_data = not all(
+            isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result)
+        )
         is_read = (returns_data and name not in self.FIXED_BY_GRAPH) or name in self.CALLBACKS
         # `record_function`, for example, has no operands that are tensors.
-        reads_tensor = is_read and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        reads_tensor = is_read and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))
+        )
         if self.first is None and reads_tensor and known_value is None:
             module = _calling_module()
-            if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
+            if module.partition(".")[0] != "sopdeploy_export" and not module.startswith(
+                "torch.nn."
+            ):
                 self.first = f"{name} in {module}"
         return result
 
@@ -373,14 +458,20 @@ def _calling_module() -> str:
 def attributes_restored(network: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
     attributes = [vars(module) for _, module in modules(network)]
-    nested = [container for table in attributes for container in _nested_containers(table, DEPTH)]
-    saved: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*attributes, *nested)]
+    nested = [
+        container for table in attributes for container in _nested_containers(table, DEPTH)
+    ]
+    saved: list[tuple[Any, Any]] = [
+        (container, container.copy()) for container in (*attributes, *nested)
+    ]
     try:
         yield
     finally:
         for container, content in saved:
             container.clear()
-            fill = container.extend if isinstance(container, list) else container.update  # of a dict or a set
+            fill = (
+                container.extend if isinstance(container, list) else container.update
+            )  # of a dict or a set
             fill(content)
 
 

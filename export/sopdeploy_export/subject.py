@@ -49,7 +49,8 @@ class Detachment:
 class ExportSubject:
     """A trained network to export.
 
-    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any network.
+    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any
+    network.
 
     Attributes:
         name: Name of the network, such as `dsop-resnet18`.
@@ -82,7 +83,9 @@ class ExportSubject:
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
-        versions = recorded if isinstance(recorded, dict) else {}  # checkpoints can hold anything
+        versions = (
+            recorded if isinstance(recorded, dict) else {}
+        )  # checkpoints can hold anything
         return {
             **{str(name): str(versions[name]) for name in versions},
             **plugin_versions(self.network.modules()),

@@ -2,8 +2,8 @@
 
     REPO/<model>-<id>/config.pbtxt, labels.txt, 1/model.onnx, warmup/image
 
-Triton batches requests in the sizes that the bundle was verified for, rejects requests that waited too long,
-and is ready only after warm-up batches have run.
+Triton batches requests in the sizes that the bundle was verified for, rejects requests that
+waited too long, and is ready only after warm-up batches have run.
 """
 
 import json
@@ -23,8 +23,9 @@ _LABELS = "labels.txt"
 def write_triton(bundle: Bundle, repository: Path) -> Path:
     """Write *bundle* as a model folder in *repository*, atomically, and return this folder.
 
-    An existing folder with the same content is kept. Raises `BundleError` if it has other content, if the
-    bundle was not verified for single images, or if a class name has line breaks.
+    An existing folder with the same content is kept. Raises `BundleError` if it has other
+    content, if the bundle was not verified for single images, or if a class name has line
+    breaks.
     """
     manifest = bundle.manifest
     if manifest.batch.minimum > 1:
@@ -32,7 +33,9 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
             "sends single images; export it with a minimum batch of 1"
         )
-    broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]  # also "label\n"
+    broken = [
+        label for label in bundle.labels if len(f"{label}.".splitlines()) > 1
+    ]  # also "label\n"
     if broken:
         raise BundleError(
             f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}; rename it"
@@ -43,14 +46,18 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
         (folder / "warmup").mkdir()
         with (folder / "1" / GRAPH).open("wb") as graph:
             graph.writelines(bundle.onnx.blocks())
-        (folder / _LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+        (folder / _LABELS).write_text(
+            "".join(f"{label}\n" for label in bundle.labels), encoding="utf-8"
+        )
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
         folder.chmod(0o755)  # `staging` lets the owner only read it
         if not target.exists():
             folder.rename(target)
         elif _file_hashes(target) != _file_hashes(folder):
-            raise BundleError(f"{target}: exists with other content; remove it or choose another folder")
+            raise BundleError(
+                f"{target}: exists with other content; remove it or choose another folder"
+            )
     return target
 
 
@@ -107,7 +114,9 @@ def _model_config(bundle: Bundle) -> str:
     batch = manifest.batch
     tensors = [_tensor_config("input", record, batch) for record in manifest.inputs]
     tensors += [
-        _tensor_config("output", record, batch, f' label_filename: "{_LABELS}"' if position == 0 else "")
+        _tensor_config(
+            "output", record, batch, f' label_filename: "{_LABELS}"' if position == 0 else ""
+        )
         for position, record in enumerate(manifest.outputs)
     ]
     text = CONFIG.format(
@@ -117,9 +126,13 @@ def _model_config(bundle: Bundle) -> str:
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
-    for size in sorted({1, batch.optimum, batch.maximum}):  # Triton repeats one probe image to this size
+    for size in sorted(
+        {1, batch.optimum, batch.maximum}
+    ):  # Triton repeats one probe image to this size
         name, kind = json.dumps(image.name), TYPES[image.dtype]
-        text += WARMUP_CONFIG.format(size=size, name=name, kind=kind, dims=_dims(image, batch), file=WARMUP)
+        text += WARMUP_CONFIG.format(
+            size=size, name=name, kind=kind, dims=_dims(image, batch), file=WARMUP
+        )
     if batch.maximum > 1:
         text += BATCHING.format(preferred=sorted({batch.optimum, batch.maximum} - {1}))
     return text
@@ -134,6 +147,7 @@ def _tensor_config(field: str, record: TensorRecord, batch: BatchRange, more: st
 def _dims(record: TensorRecord, batch: BatchRange) -> list[int]:
     """List the sizes of *record* behind the batch; -1 for one that varies.
 
-    Triton adds the batch axis itself unless the maximum is 0, which a graph for one image needs.
+    Triton adds the batch axis itself unless the maximum is 0, which a graph for one image
+    needs.
     """
     return [1] * (batch.maximum == 1) + [int(size or -1) for size in record.shape[1:]]

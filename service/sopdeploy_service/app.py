@@ -44,10 +44,11 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *keys* are those of the key file, if it was read before, and *limits* is the memory of their rate limits,
-    if processes share it. If one process keeps the photographs of several, *is_keeper* says whether it is
-    this one. `app.state.service` is the `Service`, `app.state.keeper` the `Keeper` or None.
-    Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be used.
+    *keys* are those of the key file, if it was read before, and *limits* is the memory of their
+    rate limits, if processes share it. If one process keeps the photographs of several,
+    *is_keeper* says whether it is this one. `app.state.service` is the `Service`,
+    `app.state.keeper` the `Keeper` or None. Raises `ConfigError` if the key file, the folder
+    `keep` or `root_path` of *settings* cannot be used.
     """
     if settings.keys is None:
         keys = None
@@ -65,7 +66,10 @@ def create_app(
     service = Service(registry, settings)
     decoders = service.decoders
     keeper = open_keeper(
-        settings, service.metrics, lambda image: decoders.wait_for(decoders.copy(image)), is_keeper=is_keeper
+        settings,
+        service.metrics,
+        lambda image: decoders.wait_for(decoders.copy(image)),
+        is_keeper=is_keeper,
     )
     if keeper is not None:
         service.keep = keeper.offer
@@ -79,7 +83,9 @@ def create_app(
             keeper.start()
         yield
         if keeper is not None:
-            await asyncio.to_thread(keeper.stop)  # before the service, whose decoders make its copies
+            await asyncio.to_thread(
+                keeper.stop
+            )  # before the service, whose decoders make its copies
         await service.stop()
 
     names = sorted({model.name for model in service.registry.models()})
@@ -89,7 +95,8 @@ def create_app(
         summary="Image classification" + (f" with {', '.join(names)}" if names else ""),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
-        # FastAPI would make the document for each request, and its pages load scripts from other hosts.
+        # FastAPI would make the document for each request, and its pages load scripts from
+        # other hosts.
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -103,8 +110,9 @@ def create_app(
     problems.handle_errors(app, PATHS)
 
     guards: list[Guard] = []
-    # Without keys, any web page could send requests to this machine, under a name that leads to it (DNS
-    # rebinding). With another address, the names by which clients reach this host are known only if given.
+    # Without keys, any web page could send requests to this machine, under a name that leads to
+    # it (DNS rebinding). With another address, the names by which clients reach this host are
+    # known only if given.
     if settings.allowed_hosts or (keys is None and is_loopback(settings.host)):
         guards.append(OriginGuard(settings))
     if keys is not None:

@@ -1,9 +1,10 @@
 """The names under which clients reach this server, and the pages whose requests it answers.
 
-Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` reveal a page of another
-host. If that host was made to resolve to this machine (DNS rebinding), they do not, but `Host` is then its
-name. Behind a proxy, `Host` is the name that the proxy chooses, and `X-Forwarded-Host` and
-`X-Forwarded-Proto` are what the browser sees; anyone can send these, so only those of trusted proxies count.
+Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` reveal a
+page of another host. If that host was made to resolve to this machine (DNS rebinding), they do
+not, but `Host` is then its name. Behind a proxy, `Host` is the name that the proxy chooses, and
+`X-Forwarded-Host` and `X-Forwarded-Proto` are what the browser sees; anyone can send these, so
+only those of trusted proxies count.
 """
 
 import functools
@@ -27,7 +28,8 @@ _PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
 class HostPattern(NamedTuple):
     """Hosts and origins; without a scheme or port, those with any.
 
-    *name* is in lower case and in ASCII. A pattern for subdomains has all below *name*, but not itself.
+    *name* is in lower case and in ASCII. A pattern for subdomains has all below *name*, but not
+    itself.
     """
 
     scheme: str | None
@@ -38,12 +40,15 @@ class HostPattern(NamedTuple):
     def matches(self, host: "HostPattern") -> bool:
         """Tell whether *host*, a single one, is among these hosts."""
         name = self.name
-        is_named = host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
+        is_named = (
+            host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
+        )
         has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
         if host.is_for_subdomains or not is_named or not has_scheme:
             return False
         port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
-        # `Host: a.example` has a default port that only the proxy knows, so it matches whatever port is here.
+        # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
+        # port is here.
         default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
         return port is None or (host.port or default_of_host) == port
 
@@ -72,8 +77,8 @@ def parse_host(text: str) -> HostPattern:
 def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return the headers in *lines*, whose names are in lower case; repeated ones are joined by `, `.
 
-    That is what they mean if they are lists (RFC 9110, section 5.3). Others become invalid: a proxy in front
-    could use another line than this server.
+    That is what they mean if they are lists (RFC 9110, section 5.3). Others become invalid: a
+    proxy in front could use another line than this server.
     """
     headers: dict[str, str] = {}
     for raw_name, raw_value in lines:
@@ -105,8 +110,8 @@ def _split_list(value: str | None) -> list[str]:
 class OwnOrigins:
     """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
 
-    Pages of other hosts among *allowed* or *pages*, where `*` means all, may send requests, too. IP addresses
-    are own hosts: no other name can lead to them.
+    Pages of other hosts among *allowed* or *pages*, where `*` means all, may send requests,
+    too. IP addresses are own hosts: no other name can lead to them.
     """
 
     def __init__(
@@ -123,11 +128,13 @@ class OwnOrigins:
             with suppress(ValueError):  # an IPv6 address without brackets
                 self._own.append(parse_host(name))
 
-    def why_foreign(self, headers: Mapping[str, str], peer: str, *, is_link: bool = False) -> str:
+    def why_foreign(
+        self, headers: Mapping[str, str], peer: str, *, is_link: bool = False
+    ) -> str:
         """Say which host or page makes a request with *headers* from *peer* foreign; empty if none does.
 
-        What a trusted proxy says about the host that the browser sees counts, too. With *is_link*, a link on
-        another page may lead here; a browser sends no `Origin` for it.
+        What a trusted proxy says about the host that the browser sees counts, too. With
+        *is_link*, a link on another page may lead here; a browser sends no `Origin` for it.
         """
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
         schemes = ["http"]
@@ -170,7 +177,9 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
     try:
-        parsed = ip_address(address.partition("%")[0])  # without the zone of a link-local address
+        parsed = ip_address(
+            address.partition("%")[0]
+        )  # without the zone of a link-local address
     except ValueError:  # a connection without an address
         return False
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
@@ -179,4 +188,6 @@ def is_within(address: str, networks: tuple[Network, ...]) -> bool:
 
 def parse_network(text: str) -> Network:
     """Parse an address or network, such as `10.0.0.0/8`; raises `ValueError` if *text* is neither."""
-    return ip_network(text.strip(), strict=False)  # the network of an address such as `10.1.2.3/8`
+    return ip_network(
+        text.strip(), strict=False
+    )  # the network of an address such as `10.1.2.3/8`

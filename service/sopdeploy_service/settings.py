@@ -1,8 +1,8 @@
 """Server settings from command-line flags, `SOPDEPLOY_*` environment variables and a TOML file.
 
-Flags override the environment (`SOPDEPLOY_PORT=9000`), the environment overrides the file (`port = 9000`),
-and the file overrides the defaults. The file is the one passed explicitly or the one named by
-`SOPDEPLOY_CONFIG`.
+Flags override the environment (`SOPDEPLOY_PORT=9000`), the environment overrides the file
+(`port = 9000`), and the file overrides the defaults. The file is the one passed explicitly or
+the one named by `SOPDEPLOY_CONFIG`.
 """
 
 import difflib
@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, StrictModel, first_problem, matching, parse_toml, shown
+from sopdeploy.config import (
+    Count,
+    Fraction,
+    StrictModel,
+    first_problem,
+    matching,
+    parse_toml,
+    shown,
+)
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
@@ -50,7 +58,11 @@ def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
 
 def _parse_networks(value: Any) -> Any:
     texts = _split_commas(value)
-    return tuple(parse_network(str(text)) for text in texts) if isinstance(texts, (tuple, list)) else texts
+    return (
+        tuple(parse_network(str(text)) for text in texts)
+        if isinstance(texts, (tuple, list))
+        else texts
+    )
 
 
 def _check_runtime(value: str) -> str:
@@ -71,25 +83,36 @@ Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Device = Annotated[
     str,
     matching(
-        r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}", "device: cpu, a number, or an id GPU-... or MIG-..."
+        r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}",
+        "device: cpu, a number, or an id GPU-... or MIG-...",
     ),
 ]
 Formats = Annotated[
-    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
+    tuple[str, ...],
+    pydantic.BeforeValidator(_split_commas),
+    pydantic.AfterValidator(_check_formats),
 ]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 Hosts = Annotated[
-    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_hosts)
+    tuple[str, ...],
+    pydantic.BeforeValidator(_split_commas),
+    pydantic.AfterValidator(_check_hosts),
 ]
 Origins = Annotated[
-    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_origins)
+    tuple[str, ...],
+    pydantic.BeforeValidator(_split_commas),
+    pydantic.AfterValidator(_check_origins),
 ]
 Networks = Annotated[tuple[Network, ...], pydantic.BeforeValidator(_parse_networks)]
 RootPath = Annotated[
     str,
-    pydantic.BeforeValidator(lambda value: value.rstrip("/") if isinstance(value, str) else value),
-    matching(r"(/[A-Za-z0-9._~-]+)*", "path such as /ml, of letters, digits, dots, `_`, `~` and `-`"),
+    pydantic.BeforeValidator(
+        lambda value: value.rstrip("/") if isinstance(value, str) else value
+    ),
+    matching(
+        r"(/[A-Za-z0-9._~-]+)*", "path such as /ml, of letters, digits, dots, `_`, `~` and `-`"
+    ),
 ]
 
 DECODERS_BESIDE_CPU_INFERENCE = 2
@@ -109,79 +132,141 @@ def setting(default: Any, meaning: str) -> Any:
 class Settings(StrictModel):
     """Network, limits, batching, devices and logging of one server process."""
 
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
+    host: str = setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine"
+    )
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
     allowed_hosts: Hosts = setting(
-        (), "other names of this server: `shop.example`, `*.shop.example`; different ones get 403"
+        (),
+        "other names of this server: `shop.example`, `*.shop.example`; different ones get 403",
     )
     allowed_origins: Origins = setting(
-        (), "pages of other servers that may use this one: `https://shop.example`; `*`: all, for public keys"
+        (),
+        "pages of other servers that may use this one: `https://shop.example`; `*`: all, for public keys",
     )
-    trusted_proxies: Networks = setting((), "addresses or networks whose `X-Forwarded-*` headers count")
+    trusted_proxies: Networks = setting(
+        (), "addresses or networks whose `X-Forwarded-*` headers count"
+    )
     root_path: RootPath = setting("", "prefix of all paths at a proxy, such as `/ml`")
 
     max_connections: Count = setting(
-        1000, "one more closes a slow or idle one, first of an address that has a quarter; or gets 503"
+        1000,
+        "one more closes a slow or idle one, first of an address that has a quarter; or gets 503",
     )
-    keep_alive_seconds: Count = setting(3700, "idle time; longer than that of proxies in front (Envoy: 1 h)")
-    header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
-    write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
+    keep_alive_seconds: Count = setting(
+        3700, "idle time; longer than that of proxies in front (Envoy: 1 h)"
+    )
+    header_timeout: Seconds = setting(
+        10.0, "seconds from the first to the last byte of a request's headers"
+    )
+    write_timeout: Seconds = setting(
+        30.0, "seconds; a client that reads nothing for so long is disconnected"
+    )
 
     max_body_bytes: Count = setting(MAX_BYTES, "per request")
-    max_json_bytes: Count = setting(16_000_000, "a JSON body, or the JSON before binary tensors")
-    max_upload_bytes: Count = setting(256_000_000, "all unfinished bodies; at most an eighth of the memory")
+    max_json_bytes: Count = setting(
+        16_000_000, "a JSON body, or the JSON before binary tensors"
+    )
+    max_upload_bytes: Count = setting(
+        256_000_000, "all unfinished bodies; at most an eighth of the memory"
+    )
     decode_seconds: Seconds = setting(20.0, "an image whose decoding takes longer gets 422")
     formats: Formats = setting(
-        tuple(name for name in FORMATS if name != "heic"), "to accept; also heic, with the extra heif"
+        tuple(name for name in FORMATS if name != "heic"),
+        "to accept; also heic, with the extra heif",
     )
-    min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
-    body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
+    min_body_rate: Count = setting(
+        10_000, "bytes per second of a request body, after body_grace_seconds"
+    )
+    body_grace_seconds: Seconds = setting(
+        5.0, "a body may be slower than min_body_rate for this long"
+    )
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(
+        MAX_PIXELS, "per image"
+    )
     max_images: Count = setting(64, "per request; with explain=true, an image counts as 50")
     top_k: Count | None = setting(
-        None, "classes in a response; not set: 5, of a multi-label network all above their threshold"
+        None,
+        "classes in a response; not set: 5, of a multi-label network all above their threshold",
     )
 
     queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
-    request_timeout: Seconds = setting(30.0, "seconds from the first byte of a request to its response")
+    request_timeout: Seconds = setting(
+        30.0, "seconds from the first byte of a request to its response"
+    )
     drain_seconds: Seconds = setting(20.0, "time after SIGTERM to finish admitted requests")
 
     decoders: Threads | Literal["auto"] = setting(
-        "auto", "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8"
+        "auto",
+        "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8",
     )
     sandbox: Sandbox = setting(
         "auto", "of decoder processes; auto: if supported; required: no start without seccomp"
     )
-    devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
+    devices: Devices = setting(
+        (), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process"
+    )
     front_ends: FrontEnds | Literal["auto"] = setting(
         "auto", "HTTP processes before engines; auto: a quarter of the cores for a GPU, else 0"
     )
-    require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
-    runtime: RuntimeName = setting(
-        "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino"
+    require_signature: Path | None = setting(
+        None, "serve only bundles signed with this public key"
     )
-    engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
+    runtime: RuntimeName = setting(
+        "auto",
+        "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino",
+    )
+    engine_cache: Path | None = setting(
+        None, "folder of TensorRT engines; not set: beside the bundle"
+    )
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
-    max_batch: Count | None = setting(None, "images per batch; not set: 4 on CPUs, else export's --max-batch")
-    load_timeout: Seconds | None = setting(None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA")
+    max_batch: Count | None = setting(
+        None, "images per batch; not set: 4 on CPUs, else export's --max-batch"
+    )
+    load_timeout: Seconds | None = setting(
+        None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA"
+    )
     memory_budget: PositiveBytes | None = setting(
-        None, "of each device, such as 20GB: load bundles at first use, release those used longest ago"
+        None,
+        "of each device, such as 20GB: load bundles at first use, release those used longest ago",
     )
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
-    batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
-    follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
-    examples: Path | None = setting(None, "folder of photographs that the page offers to try; not set: none")
-    keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
-    keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
-    keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")
-    keep_sample: Fraction = setting(0.01, "share of all photographs to keep too, for unbiased figures")
+    batch_timeout_seconds: Seconds | None = setting(
+        None, "not set: 20 times the usual time, >= 4 s"
+    )
+    follow: bool = setting(
+        False, "check each second where a BUNDLE that is a link leads, and reload it"
+    )
+    examples: Path | None = setting(
+        None, "folder of photographs that the page offers to try; not set: none"
+    )
+    keep: Path | None = setting(
+        None, "folder for photographs that are worth a label; not set: none is kept"
+    )
+    keep_bytes: PositiveBytes = setting(
+        1_000_000_000, "at most in that folder; the oldest make room"
+    )
+    keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(
+        30.0, "then they are deleted"
+    )
+    keep_sample: Fraction = setting(
+        0.01, "share of all photographs to keep too, for unbiased figures"
+    )
 
-    keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
-    metrics_need_key: bool = setting(False, "otherwise /metrics is public, like /livez and /readyz")
+    keys: Path | None = setting(
+        None, "API key file, see `sopdeploy key`; not set: no authentication"
+    )
+    metrics_need_key: bool = setting(
+        False, "otherwise /metrics is public, like /livez and /readyz"
+    )
 
-    log: LogForm | None = setting(None, "json or console; not set: console on terminals, else warnings")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
+    log: LogForm | None = setting(
+        None, "json or console; not set: console on terminals, else warnings"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "debug: also health checks"
+    )
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
         """Return `top_k`; if it is not set, 5, or None (all classes) if *multi_label*."""
@@ -199,24 +284,41 @@ class Settings(StrictModel):
         if "cpu" in self.devices and self.runtime_needs_gpu():
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if set(self.devices) - {"cpu"} and self.runtime_needs_gpu() is False:
-            raise ValueError(f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it")
-        if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
+            raise ValueError(
+                f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
+            )
+        if (
+            self.follow and self.memory_budget is not None
+        ):  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
-        if self.front_ends not in {"auto", 0} and self.memory_budget is not None:  # engines load all models
+        if (
+            self.front_ends not in {"auto", 0} and self.memory_budget is not None
+        ):  # engines load all models
             raise ValueError("front_ends excludes memory_budget; remove one of them")
-        if self.max_images > self.queue_size:  # else a request of so many images is never admitted
-            sizes = f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
+        if (
+            self.max_images > self.queue_size
+        ):  # else a request of so many images is never admitted
+            sizes = (
+                f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
+            )
             raise ValueError(f"{sizes}; lower it")
-        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # such a body is never admitted
-            limit = f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
-            raise ValueError(f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it")
+        if (
+            self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE
+        ):  # such a body is never admitted
+            limit = (
+                f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
+            )
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it"
+            )
         return self
 
 
 def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     """Load settings from *flags* (None is ignored), the environment, the TOML *file* and the defaults.
 
-    Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid setting.
+    Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid
+    setting.
     """
     values: dict[str, Any] = {}
     if file is None and os.environ.get(FILE_VARIABLE):
@@ -224,7 +326,9 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     if file is not None:
         file = Path(file)
         if not file.is_file():
-            raise ConfigError(f"{file}: settings file not found; check its name and SOPDEPLOY_CONFIG")
+            raise ConfigError(
+                f"{file}: settings file not found; check its name and SOPDEPLOY_CONFIG"
+            )
         try:
             values = parse_toml(read_text(file))
         except OSError as problem:
@@ -257,7 +361,9 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
             raise ConfigError(f"{name}: give it a value, {name}=VALUE")
         if name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.7)
-            hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
+            hint = (
+                f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
+            )
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
         assigned[name] = value
     return assigned | {name: value for name, value in flags.items() if value is not None}
@@ -267,14 +373,17 @@ def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
     used = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
     used |= {FILE_VARIABLE, VARIABLE}  # `VARIABLE` is that of `sopdeploy.plugins`
-    return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used)
+    return sorted(
+        name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used
+    )
 
 
 def to_toml(settings: Settings) -> str:
     """Format *settings* as a settings file; settings without a value become comments."""
     lines = []
     for name, value in settings.model_dump(mode="json").items():
-        # JSON text is also TOML, without escapes of surrogate pairs such as \ud83d\ude00, which TOML forbids.
+        # JSON text is also TOML, without escapes of surrogate pairs such as \ud83d\ude00, which
+        # TOML forbids.
         text = json.dumps(value, ensure_ascii=False)
         lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
     return "\n".join(lines) + "\n"

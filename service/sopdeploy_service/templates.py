@@ -1,7 +1,7 @@
 """Templates: processes that have imported what others need, and fork these for another process.
 
-A fork shares the imported libraries and takes milliseconds. `decoding.pool` and `devices.template` say how
-their templates are started, and whose children the others are.
+A fork shares the imported libraries and takes milliseconds. `decoding.pool` and
+`devices.template` say how their templates are started, and whose children the others are.
 """
 
 import errno
@@ -12,8 +12,8 @@ import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-# The id of the process that a template has forked or ended; of an ended one, its exit code, -N after signal
-# N. The id 0 and an error number if the system forks no other process.
+# The id of the process that a template has forked or ended; of an ended one, its exit code, -N
+# after signal N. The id 0 and an error number if the system forks no other process.
 REPLY = struct.Struct("<Ii")
 START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
 STOPPED = "T"  # a state of `run_states`
@@ -41,7 +41,9 @@ class TemplateProcess(ABC):
         """Send *message* and *files*; return the reply, as `REPLY` says. An `OSError` ends the template."""
         with self._lock:
             old = self._process  # it may have ended, or somebody has stopped it
-            if old is not None and (old.poll() is not None or STOPPED in run_states(old.pid)[0]):
+            if old is not None and (
+                old.poll() is not None or STOPPED in run_states(old.pid)[0]
+            ):
                 self._close()
             try:
                 end = self._socket or self._start()
@@ -86,4 +88,6 @@ def run_states(process: int) -> tuple[set[str], int]:
     except OSError:  # it has ended
         return set(), 0
     threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
-    return {fields[0] for fields in threads}, sum(int(fields[11]) + int(fields[12]) for fields in threads)
+    return {fields[0] for fields in threads}, sum(
+        int(fields[11]) + int(fields[12]) for fields in threads
+    )

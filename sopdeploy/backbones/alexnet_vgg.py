@@ -1,17 +1,18 @@
 """AlexNet and VGG-16: convolutions in one stage, a global pooling, a classifier of three layers or one.
 
-Papers: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks" (NIPS 2012),
-section 3; Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), Table 1, column D;
-iSQRT-COV, section 4.3.
+Papers: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks"
+(NIPS 2012), section 3; Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015),
+Table 1, column D; iSQRT-COV, section 4.3.
 
-Where the paper of AlexNet splits the channels over two GPUs, this module has convolutions with two groups.
-The slides on iSQRT-COV pool the last feature map, 13 x 13 positions and 256 channels. Images of 224 pixels
-are padded by 2, which gives the paper's first map of 55 x 55 positions.
+Where the paper of AlexNet splits the channels over two GPUs, this module has convolutions with
+two groups. The slides on iSQRT-COV pool the last feature map, 13 x 13 positions and 256
+channels. Images of 224 pixels are padded by 2, which gives the paper's first map of 55 x 55
+positions.
 
-As in fast-MPN-COV's VGG-D, batch norm is the default of VGG-16, and the global pooling replaces the last max
-pooling. With the pooling `flatten`, the network is torchvision's `vgg16_bn`, or `vgg16` without batch norm.
-The modules in `layers` and `classifier` have the numbers that torchvision and fast-MPN-COV use in `features`
-and `classifier`.
+As in fast-MPN-COV's VGG-D, batch norm is the default of VGG-16, and the global pooling replaces
+the last max pooling. With the pooling `flatten`, the network is torchvision's `vgg16_bn`, or
+`vgg16` without batch norm. The modules in `layers` and `classifier` have the numbers that
+torchvision and fast-MPN-COV use in `features` and `classifier`.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,10 @@ _CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
-MAX_POOLED = (0, 1)  # positions of convolutions that response normalization and max pooling follow
+MAX_POOLED = (
+    0,
+    1,
+)  # positions of convolutions that response normalization and max pooling follow
 
 
 class VGGConfig(StrictModel):
@@ -106,7 +110,8 @@ class VGG(SingleStage):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
             for width in stage:
-                # The bias has no effect before a batch norm, but the published weights contain it.
+                # The bias has no effect before a batch norm, but the published weights contain
+                # it.
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(width))
@@ -118,8 +123,8 @@ class VGG(SingleStage):
 class AlexNet(SingleStage):
     """Five convolutions in one stage, global pooling, classifier.
 
-    Assumptions, because the slides do not show the layers: a second-order pooling replaces the last max
-    pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
+    Assumptions, because the slides do not show the layers: a second-order pooling replaces the
+    last max pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
     """
 
     def __init__(self, config: AlexNetConfig, num_classes: int) -> None:

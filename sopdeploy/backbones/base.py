@@ -37,7 +37,9 @@ class Backbone(nn.Module):
         """Build a block of the backbone's own kind, for a stage or a branch."""
         raise NotImplementedError(f"{type(self).__name__} must define branch_block for DSoP")
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the last feature map (B, C, h, w) and those of *taps*, in the order of computation."""
         x = images
         for part in self.stem_parts:
@@ -72,17 +74,25 @@ class Backbone(nn.Module):
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])
-        return next(part.in_features for part in classifier.modules() if isinstance(part, nn.Linear))
+        return next(
+            part.in_features for part in classifier.modules() if isinstance(part, nn.Linear)
+        )
 
     def add_stages(
-        self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
+        self,
+        channels: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        strides: Sequence[int],
     ) -> None:
         """Add one stage for each of `stage_names`, with its number of channels and of blocks, and its stride.
 
-        *channels* is the number before the first stage. Only the first block of a stage has the stride. The
-        output of every block can be tapped.
+        *channels* is the number before the first stage. Only the first block of a stage has the
+        stride. The output of every block can be tapped.
         """
-        for name, width, count, stride in zip(self.stage_names, widths, blocks, strides, strict=True):
+        for name, width, count, stride in zip(
+            self.stage_names, widths, blocks, strides, strict=True
+        ):
             first = self.branch_block(channels, width, stride)
             rest = [self.branch_block(width, width, 1) for _ in range(count - 1)]
             self.add_module(name, nn.Sequential(first, *rest))
@@ -100,10 +110,11 @@ class Backbone(nn.Module):
 def initialize(network: nn.Module) -> None:
     """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to weight 1 and bias 0.
 
-    The fan out of a depthwise convolution with a kernel k x k is k^2, as the released code of EfficientNet
-    counts. torch's fan out, C k^2, gives smaller weights. With these, activations vanish in eval mode until
-    the running statistics of the batch norms have converged: all images then have equal logits.
-    Modules on the `meta` device are skipped, because their weights have no values.
+    The fan out of a depthwise convolution with a kernel k x k is k^2, as the released code of
+    EfficientNet counts. torch's fan out, C k^2, gives smaller weights. With these, activations
+    vanish in eval mode until the running statistics of the batch norms have converged: all
+    images then have equal logits. Modules on the `meta` device are skipped, because their
+    weights have no values.
     """
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

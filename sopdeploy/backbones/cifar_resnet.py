@@ -1,8 +1,9 @@
 """ResNets for 32-pixel images: ResNet-20/32/44/56/110, pre-activation ResNet, WRN and ResNeXt-29.
 
-Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), section 4.2: three stages of n
-basic blocks with 16, 32 and 64 channels, 6n + 2 layers, shortcuts without parameters; He et al., "Identity
-Mappings" (ECCV 2016); Zagoruyko and Komodakis, "Wide Residual Networks" (2016); Xie et al. (2017).
+Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), section 4.2:
+three stages of n basic blocks with 16, 32 and 64 channels, 6n + 2 layers, shortcuts without
+parameters; He et al., "Identity Mappings" (ECCV 2016); Zagoruyko and Komodakis, "Wide Residual
+Networks" (2016); Xie et al. (2017).
 """
 
 from collections.abc import Collection
@@ -16,7 +17,13 @@ from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, conv3x3
+from sopdeploy.layers.residual import (
+    BasicBlock,
+    Bottleneck,
+    PreActBasicBlock,
+    PreActBottleneck,
+    conv3x3,
+)
 
 _STEM_CHANNELS = 16  # of pre-activation networks
 WIDTHS = (256, 512, 1024)  # of ResNeXt
@@ -26,7 +33,8 @@ RESNEXT_BLOCKS = 3  # of each stage of ResNeXt
 class SmallResNetConfig(StrictModel):
     """Depth (6n + 2), channels of the first stage, kind of shortcut, and the global pooling.
 
-    Shortcut "pad" is the paper's option A (subsample and zero-pad, no parameters), "projection" option B.
+    Shortcut "pad" is the paper's option A (subsample and zero-pad, no parameters), "projection"
+    option B.
     """
 
     depth: Annotated[int, pydantic.Field(ge=8)] = 20
@@ -65,9 +73,9 @@ class SmallResNet(Backbone):
 class PreActResNetConfig(StrictModel):
     """Size of the network: `blocks` is n, the blocks per stage; `widen` is k, the factor of all channels.
 
-    ResNet-110 has 18 basic blocks per stage, ResNet-164 18 bottlenecks, WRN-22-10 and WRN-28-10 three and
-    four basic blocks, widened by 10. `last_stride=1` removes the last down-sampling (GSoP, Table 6);
-    `pooling` is the global pooling.
+    ResNet-110 has 18 basic blocks per stage, ResNet-164 18 bottlenecks, WRN-22-10 and WRN-28-10
+    three and four basic blocks, widened by 10. `last_stride=1` removes the last down-sampling
+    (GSoP, Table 6); `pooling` is the global pooling.
     """
 
     blocks: Count = 18
@@ -101,7 +109,9 @@ class PreActResNet(Backbone):
         kind = PreActBottleneck if self.config.block == "bottleneck" else PreActBasicBlock
         return kind(in_channels, out_channels, stride)
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the activated last feature map, and the output of tapped blocks before activation."""
         x, tapped = super().feature_maps(images, taps)
         return F.relu(self.bn(x)), tapped

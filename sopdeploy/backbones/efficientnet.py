@@ -1,9 +1,10 @@
 """EfficientNet-b0 and EfficientNet-Lite0 to Lite4, with timm's state-dict keys.
 
-Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (ICML 2019),
-Table 1. The Lite networks of its authors have ReLU6 instead of SiLU, no squeeze-and-excitation, and a stem, a
-last convolution, and a first and last stage whose size is fixed. Convolutions are padded as in TensorFlow.
-The inverted bottleneck is that of Sandler et al., "MobileNetV2" (CVPR 2018), section 3.3.
+Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
+(ICML 2019), Table 1. The Lite networks of its authors have ReLU6 instead of SiLU, no
+squeeze-and-excitation, and a stem, a last convolution, and a first and last stage whose size is
+fixed. Convolutions are padded as in TensorFlow. The inverted bottleneck is that of Sandler et
+al., "MobileNetV2" (CVPR 2018), section 3.3.
 """
 
 import math
@@ -21,20 +22,28 @@ from sopdeploy.errors import MissingPackageError
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
-SQUEEZE = 4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
+SQUEEZE = (
+    4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
+)
 
 
 def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Module:
     """Build timm's inverted bottleneck (MBConv) with an expansion of 6, SiLU and squeeze-and-excitation.
 
-    It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and adds a shortcut
-    if it keeps the shape.
+    It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and
+    adds a shortcut if it keeps the shape.
     """
     module = "timm.models._efficientnet_blocks"
     blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
     excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
     return blocks.InvertedResidual(
-        in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        exp_ratio=6,
+        act_layer=nn.SiLU,
+        se_layer=excitation,
     )
 
 
@@ -60,14 +69,20 @@ HEAD_CHANNELS = 1280
 # Of the Lite networks:
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
-TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # the last ones at their resolution
+TAPPED_STAGES = (
+    "blocks.1",
+    "blocks.2",
+    "blocks.4",
+    "blocks.6",
+)  # the last ones at their resolution
 DIVISOR = 8  # of the numbers of channels
 
 
 class EfficientNetConfig(StrictModel):
     """Regularization: dropout before the classifier, and the stochastic depth of the last block.
 
-    The drop probability of the blocks before the last one is lower, in proportion to their depth.
+    The drop probability of the blocks before the last one is lower, in proportion to their
+    depth.
     """
 
     dropout: FractionBelowOne = 0.2
@@ -90,7 +105,9 @@ class EfficientNet(Backbone):
         self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
         self.conv_head, self.bn2 = network.conv_head, network.bn2
         for name, stage in MBCONV_STAGES.items():
-            self.tap_channels |= {f"{name}.{index}": stage.channels for index in range(stage.blocks)}
+            self.tap_channels |= {
+                f"{name}.{index}": stage.channels for index in range(stage.blocks)
+            }
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.classifier = nn.Linear(self.pooling.out_features, num_classes)
@@ -100,7 +117,9 @@ class EfficientNet(Backbone):
         """Build an MBConv with the kernel of the stage of *out_channels*, without stochastic depth."""
         return mbconv(in_channels, out_channels, stride, KERNELS[out_channels])
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*.
 
         A tap is a block, or `conv_head` for the last feature map itself.
@@ -137,8 +156,12 @@ def convolution(
 ) -> nn.Conv2d:
     """Build a convolution without bias, because batch norm follows it."""
     if stride == 1:
-        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
-    return SameConv2d(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
+        return nn.Conv2d(
+            in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
+        )
+    return SameConv2d(
+        in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False
+    )
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -149,10 +172,13 @@ def _batch_norm(channels: int) -> nn.BatchNorm2d:
 class LiteBlock(nn.Sequential):
     """Inverted bottleneck: 1x1 convolution to *expansion* times the channels, depthwise and 1x1 convolution.
 
-    With an *expansion* of 1, the first convolution is left out. A block that keeps the shape adds its input.
+    With an *expansion* of 1, the first convolution is left out. A block that keeps the shape
+    adds its input.
     """
 
-    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, channels: int, out: int, kernel: int, stride: int, expansion: int
+    ) -> None:
         super().__init__()
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
@@ -184,7 +210,10 @@ class EfficientNetLite(Backbone):
 
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.conv_stem, self.bn1 = convolution(3, STEM_CHANNELS, 3, 2), _batch_norm(STEM_CHANNELS)
+        self.conv_stem, self.bn1 = (
+            convolution(3, STEM_CHANNELS, 3, 2),
+            _batch_norm(STEM_CHANNELS),
+        )
         self.act1 = nn.ReLU6(inplace=True)
         channels, stages = STEM_CHANNELS, []
         for name, stage in MBCONV_STAGES.items():
@@ -192,7 +221,9 @@ class EfficientNetLite(Backbone):
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
             expansion = 1 if name == "blocks.0" else 6
             scaled = stage.channels * config.width
-            out = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))  # the nearest multiple
+            out = max(
+                DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5)
+            )  # the nearest multiple
             if out < 0.9 * scaled:
                 out += DIVISOR
             blocks = []
@@ -204,14 +235,19 @@ class EfficientNetLite(Backbone):
             if name in TAPPED_STAGES:
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
-        self.conv_head, self.bn2 = convolution(channels, HEAD_CHANNELS), _batch_norm(HEAD_CHANNELS)
+        self.conv_head, self.bn2 = (
+            convolution(channels, HEAD_CHANNELS),
+            _batch_norm(HEAD_CHANNELS),
+        )
         self.act2 = nn.ReLU6(inplace=True)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*."""
         x, tapped = super().feature_maps(images, taps)
         last: Tensor = self.act2(self.bn2(self.conv_head(x)))

@@ -16,7 +16,13 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 
 # The residual blocks of the four stages, by depth
-BLOCKS = {18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    26: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+}
 BASE_WIDTH = 64
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 LOW_RESOLUTION_WIDTHS = (16, 32, 64, 128)
@@ -25,10 +31,10 @@ LOW_RESOLUTION_WIDTHS = (16, 32, 64, 128)
 class ResNetConfig(StrictModel):
     """Depth, global pooling, and the two strides on which papers and code differ.
 
-    `conv5_stride` is 2 in the usual network and 1 in the second-order papers. `bottleneck_stride` selects
-    which convolution of a bottleneck has the stride: the 3x3 ("v1.5") or the first 1x1 ("v1"). `base_width`
-    is the number of channels of conv1 and of the 3x3 convolutions of conv2_x; a stored config omits the
-    default.
+    `conv5_stride` is 2 in the usual network and 1 in the second-order papers.
+    `bottleneck_stride` selects which convolution of a bottleneck has the stride: the 3x3
+    ("v1.5") or the first 1x1 ("v1"). `base_width` is the number of channels of conv1 and of the
+    3x3 convolutions of conv2_x; a stored config omits the default.
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
@@ -63,15 +69,18 @@ class ResNet(Backbone):
         """Build a residual block of this network's kind."""
         if not self.has_bottlenecks:
             return BasicBlock(in_channels, out_channels, stride)
-        stride_on: Literal["1x1", "3x3"] = "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
+        stride_on: Literal["1x1", "3x3"] = (
+            "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
+        )
         return Bottleneck(in_channels, out_channels, stride, stride_on)
 
 
 class LowResolutionResNetConfig(StrictModel):
     """Depth (`blocks_per_stage`), width (`widen`), and the stride on which GM-SOP's paper and code differ.
 
-    The released code takes images of 0..255 minus the mean, and conv1 has 60 times smaller weights and a 3600
-    times lower learning rate. Images that are divided by 60 are equivalent except for the weight decay.
+    The released code takes images of 0..255 minus the mean, and conv1 has 60 times smaller
+    weights and a 3600 times lower learning rate. Images that are divided by 60 are equivalent
+    except for the weight decay.
     """
 
     blocks_per_stage: Count = 2
@@ -92,7 +101,9 @@ class LowResolutionResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         widths = [base * config.widen for base in LOW_RESOLUTION_WIDTHS]
-        self.add_stages(channels, widths, [config.blocks_per_stage] * 4, (1, 2, 2, config.conv5_stride))
+        self.add_stages(
+            channels, widths, [config.blocks_per_stage] * 4, (1, 2, 2, config.conv5_stride)
+        )
         self.channels = widths[-1]
         initialize_by_fan_in(self)
 

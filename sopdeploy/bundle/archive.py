@@ -1,11 +1,13 @@
 """Bundles as archives: one tar file with exactly one valid byte sequence.
 
-The manifest is the first entry and determines the rest: the other files sorted by name, as plain files with
-mode 0644, no owner and time 0. The reader does not parse tar. It computes each expected header and compares
-bytes, so links, paths, devices, long names, duplicates and trailing data are rejected.
+The manifest is the first entry and determines the rest: the other files sorted by name, as
+plain files with mode 0644, no owner and time 0. The reader does not parse tar. It computes each
+expected header and compares bytes, so links, paths, devices, long names, duplicates and
+trailing data are rejected.
 
-Archives are stored in folders, and in stores that fsspec opens, such as S3 and the Hugging Face Hub. Stores
-are not trusted: an archive is checked by its hashes, and by a signature if one is required.
+Archives are stored in folders, and in stores that fsspec opens, such as S3 and the Hugging Face
+Hub. Stores are not trusted: an archive is checked by its hashes, and by a signature if one is
+required.
 """
 
 import shutil
@@ -19,8 +21,21 @@ from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_fil
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
-from sopdeploy.files import BLOCK_BYTES, MANIFEST, STORAGE_ERRNOS, atomic_write, new_folder, writing
-from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy, requested_url, store_options
+from sopdeploy.files import (
+    BLOCK_BYTES,
+    MANIFEST,
+    STORAGE_ERRNOS,
+    atomic_write,
+    new_folder,
+    writing,
+)
+from sopdeploy.proxies import (
+    HTTPX_PROXIES,
+    describe_route,
+    find_proxy,
+    requested_url,
+    store_options,
+)
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -35,7 +50,9 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
         if isinstance(piece, bytes):
             file.write(piece)
         else:
-            file.writelines(bundle.onnx.blocks() if piece == GRAPH else [bundle.contents[piece]])
+            file.writelines(
+                bundle.onnx.blocks() if piece == GRAPH else [bundle.contents[piece]]
+            )
 
 
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
@@ -107,8 +124,8 @@ def padding(size: int) -> bytes:
 def upload(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
-    In folders and object stores, readers never see an incomplete file under *name*. A failure leaves no new
-    folder.
+    In folders and object stores, readers never see an incomplete file under *name*. A failure
+    leaves no new folder.
     """
     folder, url = destination.removeprefix("file://"), f"{destination.rstrip('/')}/{name}"
     if "://" in folder:
@@ -135,11 +152,15 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
             content = stack.enter_context(Path(source).open("rb"))
         else:
             problem = "a folder" if Path(source).is_dir() else "no such file"
-            raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
+            raise BundleError(
+                f"{source}: {problem}; give the path of the .tar file that `push` wrote"
+            )
         while block := content.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:
-                raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
+                raise BundleError(
+                    f"{source}: larger than {limit} bytes, the limit; check the address"
+                )
             with writing(folder):
                 target.write(block)
                 target.flush()
@@ -157,9 +178,13 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         raise missing_store_error(url) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
-        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:  # of file:// and mounted disks
+        if (
+            isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS
+        ):  # of file:// and mounted disks
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
         where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))
         problem = f"{where}: {describe_store_error(error)}"
-        raise BundleError(f"{problem}; check the address, the network and the credentials") from error
+        raise BundleError(
+            f"{problem}; check the address, the network and the credentials"
+        ) from error

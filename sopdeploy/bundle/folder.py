@@ -1,15 +1,17 @@
 """Write, open and list bundles: folders that carry an exported network to the service.
 
-docs/bundle.md describes the format. A bundle is written to a hidden folder beside its destination and then
-renamed, so an incomplete bundle never has its final name. Opening checks in a fixed order: manifest schema,
-all paths, all sizes, all hashes. File contents are parsed only after that. Does not import torch.
+docs/bundle.md describes the format. A bundle is written to a hidden folder beside its
+destination and then renamed, so an incomplete bundle never has its final name. Opening checks
+in a fixed order: manifest schema, all paths, all sizes, all hashes. File contents are parsed
+only after that. Does not import torch.
 
-Of the bundles of one project in a folder, the one that was exported last is served; of equal times, the one
-with the greater id. The times are those of the exporting machines. Neither the names of the folders nor the
-link `latest` have an effect, because copies of a folder may lack or change them.
+Of the bundles of one project in a folder, the one that was exported last is served; of equal
+times, the one with the greater id. The times are those of the exporting machines. Neither the
+names of the folders nor the link `latest` have an effect, because copies of a folder may lack
+or change them.
 
-A bundle is read once: `Bundle` holds the very bytes that were hashed. Whoever exchanges a file in the folder
-later, even a moment after it was read, changes nothing that runs.
+A bundle is read once: `Bundle` holds the very bytes that were hashed. Whoever exchanges a file
+in the folder later, even a moment after it was read, changes nothing that runs.
 """
 
 import errno
@@ -63,9 +65,9 @@ MAX_NAME_BYTES = 255  # limit of common file systems
 class Bundle:
     """A bundle as it was read: the bytes that have the sizes and hashes of the manifest.
 
-    `path` is where it was read, for messages and for what lies beside it; nothing reads its files again.
-    `contents` has the bytes of the files by name, except those of the graph. `graph` is None if the graph was
-    hashed only, or is in a runtime already.
+    `path` is where it was read, for messages and for what lies beside it; nothing reads its
+    files again. `contents` has the bytes of the files by name, except those of the graph.
+    `graph` is None if the graph was hashed only, or is in a runtime already.
     """
 
     path: Path
@@ -88,7 +90,9 @@ class Bundle:
 
     def reduced(self) -> "Bundle":
         """Return the bundle with only the files that a server shows, so that the memory of others is free."""
-        shown = {name: self.contents[name] for name in (CARD, CERTIFICATE) if name in self.contents}
+        shown = {
+            name: self.contents[name] for name in (CARD, CERTIFICATE) if name in self.contents
+        }
         return replace(self, contents=shown, graph=None)
 
 
@@ -96,8 +100,8 @@ class Bundle:
 def staging(destination: Path) -> Iterator[Path]:
     """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
 
-    The folder is locked as long as this process uses it; folders that killed processes left are deleted.
-    Raises `StorageError` if the folder cannot be created, or if the disk is full.
+    The folder is locked as long as this process uses it; folders that killed processes left are
+    deleted. Raises `StorageError` if the folder cannot be created, or if the disk is full.
     """
     with ExitStack() as folders:
         with writing(destination):
@@ -113,27 +117,36 @@ def staging(destination: Path) -> Iterator[Path]:
 
 
 def seal(
-    folder: Path, manifest_without_files: Mapping[str, Any], certificate: Mapping[str, Any] | None = None
+    folder: Path,
+    manifest_without_files: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Hash every file in *folder*, write the manifest and return it.
 
-    The *certificate*, if it is given, is written before the manifest, which also lists it. Its `contents` is
-    the hash of a manifest of all other files, and its `sha256` that of its other fields. So `verify` detects
-    if one of them is changed alone.
+    The *certificate*, if it is given, is written before the manifest, which also lists it. Its
+    `contents` is the hash of a manifest of all other files, and its `sha256` that of its other
+    fields. So `verify` detects if one of them is changed alone.
     """
 
     def record(path: Path) -> FileRecord:
         return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
 
     def manifest_of(files: Mapping[str, FileRecord]) -> Manifest:
-        return Manifest(**manifest_without_files, files=dict(sorted(files.items()))).with_written_defaults()
+        return Manifest(
+            **manifest_without_files, files=dict(sorted(files.items()))
+        ).with_written_defaults()
 
     files = {path.name: record(path) for path in folder.iterdir()}
     manifest = manifest_of(files)
     if certificate is not None:
-        fields = {**certificate, "contents": manifest.contents_sha256}  # without the certificate
+        fields = {
+            **certificate,
+            "contents": manifest.contents_sha256,
+        }  # without the certificate
         path = folder / CERTIFICATE
-        path.write_bytes(to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}))
+        path.write_bytes(
+            to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
+        )
         manifest = manifest_of({**files, CERTIFICATE: record(path)})
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
@@ -142,9 +155,9 @@ def seal(
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
 
-    An identical bundle that already exists is kept and gets the time of *manifest*, unless it is signed. Then
-    `destination/latest` is linked to the bundle. Raises `BundleError` if a different, damaged or signed
-    bundle has the name.
+    An identical bundle that already exists is kept and gets the time of *manifest*, unless it
+    is signed. Then `destination/latest` is linked to the bundle. Raises `BundleError` if a
+    different, damaged or signed bundle has the name.
     """
     existing = give_final_name(folder, manifest, destination).manifest
     target = destination / manifest.name
@@ -173,17 +186,19 @@ def give_final_name(
 ) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it. The manifest
-    of the bundle that has the name at the end is read again: it equals *manifest*, or without a *signature*
-    may have another time. Raises `BundleError` if a different or damaged bundle has the name; it stays as it
-    is.
+    A *signature* of *manifest* is written first, so that the bundle is never there without it.
+    The manifest of the bundle that has the name at the end is read again: it equals *manifest*,
+    or without a *signature* may have another time. Raises `BundleError` if a different or
+    damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
     is_new = not os.path.lexists(target)
     if not is_new:
         if not target.is_dir():
-            raise BundleError(f"{target}: has the name of the bundle, but is no folder; move it away")
+            raise BundleError(
+                f"{target}: has the name of the bundle, but is no folder; move it away"
+            )
         found = read_same()
     with writing(target), ExitStack() as undo:
         if signature is not None:
@@ -224,7 +239,9 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
     """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
     found = open_bundle(target, with_graph=False).manifest
     if not found.has_content_of(manifest):
-        raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
+        raise BundleError(
+            f"{target} exists with another manifest; choose another folder", setting="out"
+        )
     if is_signed and found != manifest:
         raise BundleError(
             f"{target}: exported at {found.exported_at}, but the signed copy at {manifest.exported_at}; "
@@ -264,7 +281,9 @@ def _describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
     if not path.is_dir():
         if path.suffix == ".pt" and path.is_file():
-            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
+            return (
+                f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
+            )
         if path.is_file() and is_tar(path):
             return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
         if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
@@ -282,7 +301,8 @@ def _describe_no_bundle(path: Path) -> str:
 def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
     """Check and read the bundle at *path*, a folder or a link to one.
 
-    Raises `BundleError` that names the first file whose path, size or hash differs from the manifest.
+    Raises `BundleError` that names the first file whose path, size or hash differs from the
+    manifest.
     """
     path = follow_link(Path(path))
     return read_files(path, read_manifest(path), with_graph=with_graph)
@@ -291,16 +311,21 @@ def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
     """Read the files of *manifest* in the folder *path*, each once, and compare their hashes.
 
-    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` as `open_bundle` does.
+    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` as
+    `open_bundle` does.
     """
     for name in manifest.files:
         check_file_name(path, name)
     for required in REQUIRED:
         if required not in manifest.files:
-            raise BundleError(f"{path}: the manifest lists no {required}; export the bundle again")
+            raise BundleError(
+                f"{path}: the manifest lists no {required}; export the bundle again"
+            )
     total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
     if total > MAX_CONTENT_BYTES:
-        raise BundleError(f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again")
+        raise BundleError(
+            f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
+        )
     contents: dict[str, bytes] = {}
     graph: SealedFile | None = None
     current = path  # for the message of an error
@@ -310,10 +335,14 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             stack.callback(os.close, folder)
             for name, record in manifest.files.items():
                 current = path / name
-                _check_type_and_size(current, os.stat(name, dir_fd=folder, follow_symlinks=False), record)
+                _check_type_and_size(
+                    current, os.stat(name, dir_fd=folder, follow_symlinks=False), record
+                )
             for name, record in manifest.files.items():
                 current = path / name
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # it may be a link or a FIFO meanwhile
+                flags = (
+                    os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                )  # it may be a link or a FIFO meanwhile
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
                     _check_type_and_size(current, os.fstat(file.fileno()), record)
                     blocks = HashedBlocks(file, record.bytes)
@@ -330,7 +359,9 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                         )
     except OSError as error:
         problem = (
-            "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({os_reason(error)})"
+            "missing"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({os_reason(error)})"
         )
         raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
@@ -349,12 +380,16 @@ def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord)
             "copy or export the bundle again"
         )
     if file.suffix == ".json" and status.st_size > MAX_JSON_BYTES:
-        raise BundleError(f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again")
+        raise BundleError(
+            f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again"
+        )
 
 
 def check_file_name(bundle: Path, name: str) -> None:
     """Raise `BundleError` unless *name*, from the manifest, is a plain file name other than `MANIFEST`."""
-    is_plain = name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
+    is_plain = name not in {"", ".", ".."} and not any(
+        character in name for character in "/\\\0"
+    )
     is_manifest = name.casefold() == MANIFEST  # some file systems ignore case
     if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
         raise BundleError(
@@ -370,7 +405,9 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
     except ValueError as error:
         raise BundleError(f"{file}: {error}; export the bundle again") from error
     if len(labels) != count:
-        raise BundleError(f"{file}: {len(labels)} class names for {count} outputs; export the bundle again")
+        raise BundleError(
+            f"{file}: {len(labels)} class names for {count} outputs; export the bundle again"
+        )
     if problem := manifest.rules.problem_with(len(labels)):
         raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels
@@ -379,8 +416,9 @@ def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, 
 class ListedBundle(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
-    `why_not_served` is empty for the bundle that is served, which then is `bundle`. `is_replaced` is true if
-    a later export, or the bundle of which this is a copy, is served instead.
+    `why_not_served` is empty for the bundle that is served, which then is `bundle`.
+    `is_replaced` is true if a later export, or the bundle of which this is a copy, is served
+    instead.
     """
 
     path: Path
@@ -411,13 +449,15 @@ class ListedBundle(NamedTuple):
 def read_bundles(folder: Path) -> Iterator[ListedBundle]:
     """Yield the bundles directly in *folder*, by name; `why_not_served` says why a manifest cannot be read.
 
-    Hidden folders, which are incomplete, and links to folders in *folder* do not count. Raises `BundleError`
-    if *folder* exists but cannot be read.
+    Hidden folders, which are incomplete, and links to folders in *folder* do not count. Raises
+    `BundleError` if *folder* exists but cannot be read.
     """
     try:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
-        raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+        raise BundleError(
+            f"{folder}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     for path in paths:
         try:
             is_link_to_sibling = path.is_symlink() and path.resolve().parent == folder.resolve()
@@ -425,7 +465,11 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
                 yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
-        except (BundleError, OSError, RuntimeError) as error:  # `RuntimeError`: a link that leads to itself
+        except (
+            BundleError,
+            OSError,
+            RuntimeError,
+        ) as error:  # `RuntimeError`: a link that leads to itself
             yield ListedBundle(path, None, str(error))
 
 
@@ -435,8 +479,8 @@ BundleReader = Callable[[Path, Manifest], Bundle]
 def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
     """List the bundles in *folder*, the last export first; of each project, the first complete one is served.
 
-    Every manifest is read once. *read* reads all files of the bundles that are served, by default
-    `read_files` without the graph.
+    Every manifest is read once. *read* reads all files of the bundles that are served, by
+    default `read_files` without the graph.
     """
     read = read or partial(read_files, with_graph=False)
     listed, served_by_project = [], dict[str, Manifest]()
@@ -471,7 +515,9 @@ def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, boo
         project = bundle.path.name if bundle.manifest is None else bundle.manifest.project
         texts = texts_by_project.setdefault(project, [])
         if bundle.is_served and bundle.manifest is not None:
-            texts.insert(0, f"serves {bundle.path} (exported {bundle.manifest.exported_at[:19]}Z)")
+            texts.insert(
+                0, f"serves {bundle.path} (exported {bundle.manifest.exported_at[:19]}Z)"
+            )
         else:
             texts.append(f"not {bundle.path.name}, {bundle.why_not_served}")
         if bundle.is_damaged:

@@ -1,10 +1,10 @@
 """Golden examples: JPEG files with the pixels and logits that they give, for programs in other languages.
 
-`golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and `golden-0.rgb` has its
-pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A program that decodes and resizes as
-`Preprocess` does gets these pixels within one gray level, and from these pixels the logits within
-`tolerance`. `versions.pillow` of the manifest is the version of Pillow that computed the pixels. The folder
-deploy/samples has such programs.
+`golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and
+`golden-0.rgb` has its pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A
+program that decodes and resizes as `Preprocess` does gets these pixels within one gray level,
+and from these pixels the logits within `tolerance`. `versions.pillow` of the manifest is the
+version of Pillow that computed the pixels. The folder deploy/samples has such programs.
 """
 
 import io
@@ -31,12 +31,16 @@ from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
 MAX_EXAMPLES = 4
-# Limit in tolerances of the probes: an example compares two runtimes, and each may be one off the network.
+# Limit in tolerances of the probes: an example compares two runtimes, and each may be one off
+# the network.
 TOLERANCES = 2
 _MAX_LEVELS = 1  # gray levels between decoders
 _SEED = 11
 CELL, LARGE_CELL = 8, 12  # pixels per random color
-LARGE, TURNED = 5, 6  # shorter side of the large example relative to `resize`, and its orientation
+LARGE, TURNED = (
+    5,
+    6,
+)  # shorter side of the large example relative to `resize`, and its orientation
 MAX_LARGE_RESIZE = 640  # of 13 megapixels; rules that resize to more have no large example
 
 RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logits (C,)
@@ -76,22 +80,35 @@ def count_examples(preprocess: Preprocess) -> int:
 def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     """Draw JPEGs from a fixed seed: a wide one with 4:2:0, a tall one that is enlarged, and a gray one.
 
-    If JPEGs are decoded at a smaller scale, a fourth one is large and turned, so that its pixels tell which.
+    If JPEGs are decoded at a smaller scale, a fourth one is large and turned, so that its
+    pixels tell which.
     """
     random = np.random.default_rng(_SEED)
     side, files = preprocess.resize, []
     large, turned = LARGE * side, Image.Exif()
     turned[ORIENTATION] = TURNED
     sizes = [
-        (side * 3 // 2, side + 7, "RGB", 2),  # wide; with 7 more rows the last JPEG blocks are incomplete
-        (max(1, side * 3 // 4), side, "RGB", 0),  # tall; the shorter side is enlarged to `resize`
+        (
+            side * 3 // 2,
+            side + 7,
+            "RGB",
+            2,
+        ),  # wide; with 7 more rows the last JPEG blocks are incomplete
+        (
+            max(1, side * 3 // 4),
+            side,
+            "RGB",
+            0,
+        ),  # tall; the shorter side is enlarged to `resize`
         (side, side * 5 // 4, "L", 0),  # gray
         (large * 5 // 4, large + 7, "RGB", 2),
     ]
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
         cell = CELL if height < large else LARGE_CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
-        coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
+        coarse = random.integers(
+            0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8
+        )
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         quality, more = (60, {"exif": turned}) if height > large else (90, {})
@@ -125,30 +142,42 @@ def write_golden(
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     """Read the examples of *bundle*; raises `BundleError` for files that do not fit it."""
     manifest, examples = bundle.manifest, list[Golden]()
-    is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
+    is_mixture = any(
+        output.name == GATES for output in manifest.outputs
+    )  # which may have fewer examples
     try:
         index = GoldenIndex.model_validate_json(bundle.contents[GOLDEN])
         for example in index.examples:
-            pixels = np.frombuffer(bundle.contents[example.pixels], np.uint8).reshape(manifest.image_shape)
+            pixels = np.frombuffer(bundle.contents[example.pixels], np.uint8).reshape(
+                manifest.image_shape
+            )
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             jpeg = bundle.contents[example.jpeg]
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
-        is_strict = index.tolerance <= TOLERANCES * logit_tolerance  # otherwise a wrong runtime could pass
-        fits = is_strict and (is_mixture or len(examples) == count_examples(manifest.preprocess))
+        is_strict = (
+            index.tolerance <= TOLERANCES * logit_tolerance
+        )  # otherwise a wrong runtime could pass
+        fits = is_strict and (
+            is_mixture or len(examples) == count_examples(manifest.preprocess)
+        )
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        advice = version_advice(manifest.versions.get("sopdeploy")) or "; export the bundle again"
+        advice = (
+            version_advice(manifest.versions.get("sopdeploy")) or "; export the bundle again"
+        )
         raise BundleError(f"{bundle.path / GOLDEN}: does not fit the bundle{advice}")
     return tuple(examples)
 
 
-def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None) -> None:
+def check_golden(
+    example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None
+) -> None:
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
-    Raises `ParityError` for pixels more than `_MAX_LEVELS` off, as with another Pillow than *exporter*, and
-    for logits outside of the tolerance.
+    Raises `ParityError` for pixels more than `_MAX_LEVELS` off, as with another Pillow than
+    *exporter*, and for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN

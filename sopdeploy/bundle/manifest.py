@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import FieldValues, StrictModel, Text, matching, parse_json, validate_format
+from sopdeploy.config import (
+    FieldValues,
+    StrictModel,
+    Text,
+    matching,
+    parse_json,
+    validate_format,
+)
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import ProjectName
@@ -16,7 +23,8 @@ FORMAT_VERSION: Literal[1] = 1
 ID_LENGTH = 12
 CERTIFICATE = "certificate.json"
 GATES = "gates"  # (N,): the weights of the components of a mixture
-# (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
+# (D,): the vector that the last linear layer receives, for requests that need it; `export
+# --with-features`
 EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -55,7 +63,9 @@ class TensorRecord(StrictModel):
 
     name: Text
     dtype: Literal["uint8", "float32", "int64"]
-    shape: Annotated[tuple[int | None, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
+    shape: Annotated[
+        tuple[int | None, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)
+    ]
 
 
 class BatchRange(StrictModel):
@@ -83,11 +93,12 @@ class Lineage(StrictModel):
 class Manifest(StrictModel):
     """Content of `manifest.json`.
 
-    `project` is the name under which the network is served, and `model` the network. `exported_at` is the
-    time of the export by the clock of its machine; it is not part of the id. `origin` is None for a network
-    that `train` did not train. `int8_for` is the runtime of an int8 graph, and `decision` says how logits
-    become a decision. `mixes_images` names the operators through which an output may depend on other images
-    of the batch; with none, the certified graph proves that it does not.
+    `project` is the name under which the network is served, and `model` the network.
+    `exported_at` is the time of the export by the clock of its machine; it is not part of the
+    id. `origin` is None for a network that `train` did not train. `int8_for` is the runtime of
+    an int8 graph, and `decision` says how logits become a decision. `mixes_images` names the
+    operators through which an output may depend on other images of the batch; with none, the
+    certified graph proves that it does not.
     """
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
@@ -97,8 +108,12 @@ class Manifest(StrictModel):
     origin: Origin | None = None
     model: Annotated[Text, matching(r"([a-z-]+:){0,2}[A-Za-z0-9._-]+", "name of a network")]
     config: FieldValues
-    inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
-    outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)]
+    inputs: Annotated[
+        tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)
+    ]
+    outputs: Annotated[
+        tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)
+    ]
     preprocess: Preprocess
     precision: Precision = "fp32"
     int8_for: Int8For | None = None
@@ -136,23 +151,28 @@ class Manifest(StrictModel):
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization.
 
-        Fields that were not given are left out, so that a file of an earlier version, without the fields that
-        this one has added, keeps its bytes and its id.
+        Fields that were not given are left out, so that a file of an earlier version, without
+        the fields that this one has added, keeps its bytes and its id.
         """
         fields = self.model_dump(mode="json", exclude_unset=True)
-        return to_json({"id": self.id, "sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
+        return to_json(
+            {"id": self.id, "sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}
+        )
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Manifest":
         """Parse a manifest file.
 
-        Raises `ValueError` if *raw* is not JSON, is of a later version, has another schema, or differs by any
-        byte from `to_bytes`.
+        Raises `ValueError` if *raw* is not JSON, is of a later version, has another schema, or
+        differs by any byte from `to_bytes`.
         """
         fields = parse_json(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
-        for name in ("id", "sha256"):  # computed by `to_bytes`, and compared with all other bytes below
+        for name in (
+            "id",
+            "sha256",
+        ):  # computed by `to_bytes`, and compared with all other bytes below
             fields.pop(name, None)
         manifest = validate_format(cls, fields)
         if manifest.to_bytes() != raw:

@@ -1,10 +1,11 @@
 """Merkle root of an ONNX graph, and its check in `sopdeploy verify`.
 
-The export records the root of `model.onnx`. The hash of a node covers its operator, its attributes and the
-hashes of its operands in order. The hash of a constant covers dtype, shape and content, the hash of an input
-its position and type. Names, documentation and unused nodes have no effect. A file has a root only if every
-reader finds the same model in it: it is the deterministic serialization of what the `onnx` package reads, and
-the graph defines each name once. `verify` recomputes the root where `onnx` is installed.
+The export records the root of `model.onnx`. The hash of a node covers its operator, its
+attributes and the hashes of its operands in order. The hash of a constant covers dtype, shape
+and content, the hash of an input its position and type. Names, documentation and unused nodes
+have no effect. A file has a root only if every reader finds the same model in it: it is the
+deterministic serialization of what the `onnx` package reads, and the graph defines each name
+once. `verify` recomputes the root where `onnx` is installed.
 """
 
 import hashlib
@@ -24,7 +25,11 @@ _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data",
 CERTIFIED = (  # fields of a certificate that are compared
     "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
 )  # fmt: skip
-CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")  # of the program, of model.onnx, of the float32 graph
+CERTIFIED_ROOTS = (
+    "any_batch",
+    "shipped",
+    "onnx",
+)  # of the program, of model.onnx, of the float32 graph
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
@@ -46,8 +51,8 @@ def hash_parts(*parts: str | bytes) -> str:
 def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
     """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways, and `ImportError` if
-    `onnx` is not installed.
+    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways, and
+    `ImportError` if `onnx` is not installed.
     """
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
@@ -61,8 +66,15 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return model, onnx_root(model)
-    except (DecodeError, ValueError, KeyError, TypeError) as error:  # `CertificateError` is none of these
-        raise CertificateError("not a complete ONNX model; its root cannot be computed") from error
+    except (
+        DecodeError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # `CertificateError` is none of these
+        raise CertificateError(
+            "not a complete ONNX model; its root cannot be computed"
+        ) from error
 
 
 def onnx_root(model: "onnx.ModelProto") -> str:
@@ -70,7 +82,9 @@ def onnx_root(model: "onnx.ModelProto") -> str:
     if not model.HasField("graph"):
         raise ValueError("no graph")
     if model.functions:
-        raise CertificateError("the model defines its own operators; only those of ONNX are allowed")
+        raise CertificateError(
+            "the model defines its own operators; only those of ONNX are allowed"
+        )
     opsets = [f"{opset.domain} {opset.version}" for opset in model.opset_import]
     return hash_parts(*sorted(opsets), *_output_hashes(model.graph))
 
@@ -87,7 +101,10 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     if graph.sparse_initializer:
         raise CertificateError("the graph has sparse weights, which may replace others")
     for position, value in enumerate(graph.input):
-        define(value.name, hash_parts(f"input {position}", value.type.SerializeToString(deterministic=True)))
+        define(
+            value.name,
+            hash_parts(f"input {position}", value.type.SerializeToString(deterministic=True)),
+        )
     for tensor in graph.initializer:
         define(tensor.name, _hash_constant(tensor))
     for node in graph.node:
@@ -138,8 +155,8 @@ def _hash_constant(tensor: "onnx.TensorProto") -> str:
 def check_graph_and_certificate(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
-    Returns the root of `model.onnx`. If `onnx` is not installed, the result is None, and the first of these
-    points is not checked. All of this must hold:
+    Returns the root of `model.onnx`. If `onnx` is not installed, the result is None, and the
+    first of these points is not checked. All of this must hold:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
     - the certificate is as it was written, and names this graph, this manifest and all other files;
@@ -179,12 +196,19 @@ def check_certificate(bundle: Bundle) -> None:
     if isinstance(roots, dict):
         missing += [f"roots.{name}" for name in CERTIFIED_ROOTS if name not in roots]
     if missing:
-        problem = f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
+        problem = (
+            f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
+        )
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
     try:
-        program_root, shipped_root, float32_root = (certificate["roots"][name] for name in CERTIFIED_ROOTS)
+        program_root, shipped_root, float32_root = (
+            certificate["roots"][name] for name in CERTIFIED_ROOTS
+        )
         compared = tuple(certificate["compared"])
-        detached_parts, mixes_images = tuple(certificate["detached"]), tuple(certificate["mixes_images"])
+        detached_parts, mixes_images = (
+            tuple(certificate["detached"]),
+            tuple(certificate["mixes_images"]),
+        )
         is_known_proof = compared == PROOFS.get(certificate["proof"])
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
@@ -205,7 +229,9 @@ def check_certificate(bundle: Bundle) -> None:
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
     advice = version_advice(manifest.versions.get("sopdeploy"))
     if is_unchanged and advice and certificate["proof"] not in PROOFS:
-        raise BundleError(f"{path}: proof: {shown(certificate['proof'])} is unknown here{advice}")
+        raise BundleError(
+            f"{path}: proof: {shown(certificate['proof'])} is unknown here{advice}"
+        )
     if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 
@@ -227,18 +253,27 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
 
     def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
         tensor = value.type.tensor_type
-        sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
+        sizes = [
+            dimension.dim_value for dimension in tensor.shape.dim
+        ]  # 0: the graph states none
         return (
             value.name == record.name
             and tensor.elem_type == helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
             and len(sizes) == len(record.shape)
-            and all(size in {0, other} for size, other in zip(sizes[1:], record.shape[1:], strict=True))
+            and all(
+                size in {0, other}
+                for size, other in zip(sizes[1:], record.shape[1:], strict=True)
+            )
         )
 
     graph, manifest = model.graph, bundle.manifest
-    has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
+    has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [
+        ("", manifest.opset)
+    ]
     for values, records in ((graph.input, manifest.inputs), (graph.output, manifest.outputs)):
-        has_interface = has_interface and len(values) == len(records) and all(map(fits, values, records))
+        has_interface = (
+            has_interface and len(values) == len(records) and all(map(fits, values, records))
+        )
     if not has_interface:
         raise BundleError(
             f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "

@@ -1,8 +1,8 @@
 """Probes: images with expected outputs, replayed to check that a runtime computes the exported network.
 
-`sopdeploy verify`, the server at start and engine builds replay them. The file is an `.npz` with `images`
-(P, H, W, 3) uint8 and, for each output of the graph, `output_<name>` float32 and `tolerance_<name>`, an
-absolute float64 bound derived at export.
+`sopdeploy verify`, the server at start and engine builds replay them. The file is an `.npz`
+with `images` (P, H, W, 3) uint8 and, for each output of the graph, `output_<name>` float32 and
+`tolerance_<name>`, an absolute float64 bound derived at export.
 """
 
 import io
@@ -41,7 +41,8 @@ class Probes:
     def repeat_to(self, num_images: int) -> "Probes":
         """Return the first *num_images* of these probes, which are repeated if there are too few.
 
-        Each repetition begins with another one: no part of a batch has the outputs of an earlier part.
+        Each repetition begins with another one: no part of a batch has the outputs of an
+        earlier part.
         """
         rows, count = np.arange(num_images), len(self.images)
         return self.select((rows + rows // count) % count)
@@ -98,21 +99,30 @@ def read_probes(bundle: Bundle) -> Probes:
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
         probes = Probes(
             images=np.asarray(arrays["images"], dtype=np.uint8),
-            expected={name: np.asarray(arrays[f"output_{name}"], dtype=np.float32) for name in names},
+            expected={
+                name: np.asarray(arrays[f"output_{name}"], dtype=np.float32) for name in names
+            },
             tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
         )
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a probe file; export the bundle again") from error
     for name, tolerance in probes.tolerance.items():
         if not 0 <= tolerance < math.inf:
-            raise BundleError(f"{path}: allows output {name!r} any value; export the bundle again")
+            raise BundleError(
+                f"{path}: allows output {name!r} any value; export the bundle again"
+            )
     count = probes.images.shape[0] if probes.images.ndim else 0
     required_shapes = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-    shapes = {name: values.shape for name, values in probes.expected.items() if name in required_shapes}
+    shapes = {
+        name: values.shape
+        for name, values in probes.expected.items()
+        if name in required_shapes
+    }
     has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
     if not has_images or shapes != required_shapes:
         raise BundleError(f"{path}: does not probe every output; export the bundle again")
-    # Now the images have pixels: an array of any number of images without any takes no bytes in a file.
+    # Now the images have pixels: an array of any number of images without any takes no bytes in
+    # a file.
     if len({image.tobytes() for image in probes.images}) < count:
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
     return probes
@@ -126,12 +136,14 @@ def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
 def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tuple[Replay, ...]:
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
-    So consecutive batches have different sizes, and an engine uses another profile for each of them. Raises
-    `ParityError` as `replay` does.
+    So consecutive batches have different sizes, and an engine uses another profile for each of
+    them. Raises `ParityError` as `replay` does.
     """
     sizes = list(probes_by_batch)
     replays: dict[int, Replay] = {}  # of all batches so far, by their size
-    for number in range(max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)):
+    for number in range(
+        max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)
+    ):
         for size in sizes:
             part = probes_by_batch[size].select(slice(number * size, (number + 1) * size))
             if not len(part.images):
@@ -140,10 +152,13 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
             if size in replays:
                 before = replays[size]
                 worst = {
-                    name: max(compared.deviation[name], before.deviation[name]) for name in part.tolerance
+                    name: max(compared.deviation[name], before.deviation[name])
+                    for name in part.tolerance
                 }
                 num_images = before.num_images + compared.num_images
-                compared = compared.model_copy(update={"deviation": worst, "num_images": num_images})
+                compared = compared.model_copy(
+                    update={"deviation": worst, "num_images": num_images}
+                )
             replays[size] = compared
     return tuple(replays[size] for size in sizes)
 
@@ -151,7 +166,8 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
 def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
     """Compute the largest difference of the *outputs* of *probes*, which ran as one batch, by output.
 
-    Raises `ParityError` if an output is missing, has another shape or is not within its tolerance.
+    Raises `ParityError` if an output is missing, has another shape or is not within its
+    tolerance.
     """
     deviations: dict[str, float] = {}
     for name, expected in probes.expected.items():
@@ -168,5 +184,8 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
             )
         deviations[name] = deviation
     return Replay(
-        batch=batch, num_images=len(probes.images), deviation=deviations, tolerance=probes.tolerance
+        batch=batch,
+        num_images=len(probes.images),
+        deviation=deviations,
+        tolerance=probes.tolerance,
     )

@@ -1,8 +1,9 @@
 """Files in memory that the kernel seals: those that processes share, and private copies of files.
 
-A seal holds for every process and every way to the file, such as `/proc/self/fd`. What a process gets from
-one that it does not trust counts only with the seals that make it safe to read: a mapped file that shrinks
-would end its readers, and one that changes could be other than what was checked.
+A seal holds for every process and every way to the file, such as `/proc/self/fd`. What a
+process gets from one that it does not trust counts only with the seals that make it safe to
+read: a mapped file that shrinks would end its readers, and one that changes could be other than
+what was checked.
 """
 
 import errno
@@ -28,8 +29,8 @@ CONTENT = SIZE | getattr(fcntl, "F_SEAL_WRITE", 0)
 def create_memory(name: str, content: Iterable[bytes] | int) -> int:
     """Create a file in memory that processes share; return its descriptor.
 
-    It has so many bytes, which every process may write, or blocks of *content*, which nothing can change any
-    more. Raises `OSError`.
+    It has so many bytes, which every process may write, or blocks of *content*, which nothing
+    can change any more. Raises `OSError`.
     """
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with ExitStack() as unless_sealed:
@@ -84,9 +85,10 @@ def _check_seals(file: int, seals: int) -> None:
 class SealedFile:
     """A copy of *blocks* in memory, which the kernel seals: no process can write to it, this one included.
 
-    `path` leads to it as long as this object exists. It lies in no folder, so a graph that names a file
-    beside it, such as one with external weights, cannot be opened. Systems that cannot seal files, such as
-    macOS, get a file that is alone in a folder that only this user can open.
+    `path` leads to it as long as this object exists. It lies in no folder, so a graph that
+    names a file beside it, such as one with external weights, cannot be opened. Systems that
+    cannot seal files, such as macOS, get a file that is alone in a folder that only this user
+    can open.
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:

@@ -1,9 +1,9 @@
 """Signatures of bundles in the format of OpenSSF Model Signing, by the `model-signing` package.
 
-A signature is a Sigstore bundle beside the folder: a signed in-toto statement with the hashes of all files.
-It is compared with the hashes of the bytes that were read, so that it covers exactly what runs.
-Keys are elliptic curve keys (P-256) in PEM files. `model_signing verify key` accepts signatures of `sign`,
-and `check_signature` accepts those of `model_signing sign key`.
+A signature is a Sigstore bundle beside the folder: a signed in-toto statement with the hashes
+of all files. It is compared with the hashes of the bytes that were read, so that it covers
+exactly what runs. Keys are elliptic curve keys (P-256) in PEM files. `model_signing verify key`
+accepts signatures of `sign`, and `check_signature` accepts those of `model_signing sign key`.
 """
 
 import hashlib
@@ -16,7 +16,14 @@ from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle, open_bundle
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
-from sopdeploy.files import MANIFEST, atomic_write, open_regular, read_at_most, read_file, writing
+from sopdeploy.files import (
+    MANIFEST,
+    atomic_write,
+    open_regular,
+    read_at_most,
+    read_file,
+    writing,
+)
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
 
@@ -59,7 +66,8 @@ def read_signature(file: Path, bundle: object) -> bytes:
 def check_signature(bundle: Bundle, signature: bytes, key: Path) -> None:
     """Verify that *signature* covers every file that was read of *bundle*, with the public key file *key*.
 
-    Raises `BundleError` if it is not valid, and `ConfigError` if *key* is not a public key file.
+    Raises `BundleError` if it is not valid, and `ConfigError` if *key* is not a public key
+    file.
     """
     verifying = _import("verifying")
     with _reading(key, "public elliptic curve key, as `openssl pkey -pubout` writes"):
@@ -69,7 +77,9 @@ def check_signature(bundle: Bundle, signature: bytes, key: Path) -> None:
         config.set_hashing_config(_HashesOf(bundle)).verify(bundle.path, Path(sealed.path))
     except Exception as error:  # the package raises several types for invalid signatures
         reason = " ".join(str(error).split())[:300]
-        raise BundleError(f"{bundle.path}: its signature is not valid ({reason}); get both again") from error
+        raise BundleError(
+            f"{bundle.path}: its signature is not valid ({reason}); get both again"
+        ) from error
 
 
 class _HashesOf:
@@ -104,7 +114,11 @@ class _HashesOf:
 
 def _import(module: str) -> Any:
     return import_optional(
-        f"model_signing.{module}", "model-signing", "sopdeploy[sign]", MissingPackageError, "signatures"
+        f"model_signing.{module}",
+        "model-signing",
+        "sopdeploy[sign]",
+        MissingPackageError,
+        "signatures",
     )
 
 
@@ -115,6 +129,8 @@ def _reading(key: Path, content: str) -> Iterator[None]:
         read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield
     except OSError as error:
-        raise ConfigError(f"{key}: key file cannot be read ({error.strerror}); check the path") from error
+        raise ConfigError(
+            f"{key}: key file cannot be read ({error.strerror}); check the path"
+        ) from error
     except Exception as error:  # cryptography raises several types
         raise ConfigError(f"{key}: not a PEM file with a {content}") from error

@@ -8,7 +8,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Optional,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import typer
 
@@ -32,7 +42,11 @@ _SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises):\n")
 _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 _SCALARS = {bool, int, float, str, Path}
 _SEQUENCES = {Iterable, Sequence, list, tuple}
-_PROGRESS = {"on_image", "on_step", "progress"}  # parameters that a command sets, to show its progress
+_PROGRESS = {
+    "on_image",
+    "on_step",
+    "progress",
+}  # parameters that a command sets, to show its progress
 
 
 class SettingOptions(NamedTuple):
@@ -55,13 +69,14 @@ def command(
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
-    Positional parameters become arguments, except those in *options*; keyword parameters become options.
-    Parameters that no option can express, such as callbacks, are for Python only.
-    *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
-    other parameters of *show* are options, too; if one is `as_json`, *show* itself prints text or JSON.
-    *settings* become options, too, and keyword arguments of the function. The number that *show*, or without
-    it the function, returns is the exit code. A user error is one line and exit code 2. If torchrun starts
-    several processes of a *distributed* command, only the first one shows the result.
+    Positional parameters become arguments, except those in *options*; keyword parameters become
+    options. Parameters that no option can express, such as callbacks, are for Python only.
+    *show* prints the result, or with `--json` the command prints it as JSON; *summarize*
+    selects what. The other parameters of *show* are options, too; if one is `as_json`, *show*
+    itself prints text or JSON. *settings* become options, too, and keyword arguments of the
+    function. The number that *show*, or without it the function, returns is the exit code. A
+    user error is one line and exit code 2. If torchrun starts several processes of a
+    *distributed* command, only the first one shows the result.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -69,8 +84,12 @@ def command(
         parameters = _declare_parameters(function, options)
         show_parameters: list[inspect.Parameter] = []
         if show is not None:
-            result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
-            show_parameters = _declare_parameters(show, options=(), hidden={result_name, "as_json"})
+            result_name = next(
+                iter(inspect.signature(show).parameters)
+            )  # the first is the result
+            show_parameters = _declare_parameters(
+                show, options=(), hidden={result_name, "as_json"}
+            )
             parameters += show_parameters
         if settings is not None:
             for name, (value_type, text) in settings.flags.items():
@@ -78,17 +97,24 @@ def command(
             text = "Any other setting of the service, NAME=VALUE; repeatable."
             parameters.append(_option("setting", list[str] | None, None, text))
         if show is not None:
-            parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
+            parameters.append(
+                _option("as_json", bool, False, "Print JSON for scripts.", "--json")
+            )
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
 
-            Those of --json, *show* and the settings are taken out of *values*; the others are for *function*.
+            Those of --json, *show* and the settings are taken out of *values*; the others are
+            for *function*.
             """
             as_json = values.pop("as_json", False)
-            show_values = {parameter.name: values.pop(parameter.name) for parameter in show_parameters}
+            show_values = {
+                parameter.name: values.pop(parameter.name) for parameter in show_parameters
+            }
             with one_line_errors(as_json), ExitStack() as stack:
-                stack.callback(setattr, err, "quiet", err.quiet)  # at the end, *err* is as before
+                stack.callback(
+                    setattr, err, "quiet", err.quiet
+                )  # at the end, *err* is as before
                 err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
@@ -99,14 +125,19 @@ def command(
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
             if not distributed or is_main_process():
-                with one_line_errors():  # not as JSON: stdout may already hold the document of the result
-                    exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
+                with (
+                    one_line_errors()
+                ):  # not as JSON: stdout may already hold the document of the result
+                    exit_code = _show_result(
+                        result, show, summarize, show_values, as_json=as_json
+                    )
                     for folder, counts in skipped.items():
                         err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
                 if exit_code:
                     raise typer.Exit(exit_code)
 
-        # Typer reads the help, without the sections of the docstring, and the options from the signature.
+        # Typer reads the help, without the sections of the docstring, and the options from the
+        # signature.
         run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -119,8 +150,8 @@ def command(
 def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
 
-    The returned function takes the fields as keyword arguments, validates them and passes the models to
-    *function*. Its signature and docstring list the fields.
+    The returned function takes the fields as keyword arguments, validates them and passes the
+    models to *function*. Its signature and docstring list the fields.
     """
     parameters: list[inspect.Parameter] = []
     option_classes: dict[str, type[Options]] = {}  # by parameter
@@ -133,8 +164,12 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
             continue
         option_classes[parameter.name] = options
         for name, field in options.model_fields.items():
-            option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation)
-            parameters.append(option if field.is_required() else option.replace(default=field.default))
+            option = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation
+            )
+            parameters.append(
+                option if field.is_required() else option.replace(default=field.default)
+            )
             option_lines.append(f"    {name}: {' '.join((field.description or '').split())}")
         for heading, names in options.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
@@ -144,8 +179,14 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     def call(*args: Any, **keywords: Any) -> _Result:
         """Call *function* with models in place of their fields in *keywords*."""
         for name, options in option_classes.items():
-            if not isinstance(keywords.get(name), options):  # the caller may give the model itself
-                fields = {field: keywords.pop(field) for field in options.model_fields if field in keywords}
+            if not isinstance(
+                keywords.get(name), options
+            ):  # the caller may give the model itself
+                fields = {
+                    field: keywords.pop(field)
+                    for field in options.model_fields
+                    if field in keywords
+                }
                 keywords[name] = options(**fields)
         return function(*args, **keywords)
 
@@ -165,7 +206,9 @@ def _show_result(
     as_json: bool,
 ) -> int | None:
     """Print *result*, unless the function has printed it; return the exit code, None for success."""
-    if show is None:  # the function has printed its result, and returned the code; there is no --json
+    if (
+        show is None
+    ):  # the function has printed its result, and returned the code; there is no --json
         exit_code: int | None = result
         return exit_code
     if "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
@@ -176,7 +219,9 @@ def _show_result(
     return show(result, **show_values)
 
 
-def _start_progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
+def _start_progress(
+    function: Callable[..., Any], as_json: bool, stack: ExitStack
+) -> dict[str, Any]:
     """Show progress until *stack* ends; return the arguments by which *function* reports it (`_PROGRESS`)."""
     parameters = inspect.signature(function).parameters
     arguments: dict[str, Any] = {}
@@ -204,7 +249,9 @@ def _declare_parameters(
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
             limits, group = _limits(parameter.annotation), headings.get(name)
-            declared.append(_option(name, value_type, parameter.default, text, limits=limits, group=group))
+            declared.append(
+                _option(name, value_type, parameter.default, text, limits=limits, group=group)
+            )
         else:
             argument: Any = Annotated[value_type, typer.Argument(help=text)]
             declared.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
@@ -225,8 +272,12 @@ def _option(
         flag = "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
-    annotation = Annotated[value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    annotation = Annotated[
+        value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)
+    ]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _limits(annotation: Any) -> dict[str, float]:
@@ -245,7 +296,10 @@ def _command_line_type(annotation: Any) -> Any:
     """Return the type of an argument or option; None if the command line cannot express *annotation*."""
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
-    members = {_without_metadata(part) for part in (get_args(annotation) if is_union else (annotation,))}
+    members = {
+        _without_metadata(part)
+        for part in (get_args(annotation) if is_union else (annotation,))
+    }
     is_optional = NoneType in members
     members.discard(NoneType)
     if any(get_origin(member) in _SEQUENCES for member in members):

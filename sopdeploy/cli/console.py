@@ -1,6 +1,7 @@
 """Console output that all commands share: text, JSON, progress and one-line errors.
 
-External text (paths, names, error messages) is printed as `rich.text.Text`: rich does not parse it as markup.
+External text (paths, names, error messages) is printed as `rich.text.Text`: rich does not parse
+it as markup.
 """
 
 import ctypes
@@ -34,8 +35,11 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 MAX_ROW = 100_000  # columns of a row in a file
-_COPIED = re.compile(r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*")  # paths and commands, which may become input
-# Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a space.
+_COPIED = re.compile(
+    r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*"
+)  # paths and commands, which may become input
+# Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a
+# space.
 _DIRECTIONS = {"R": "R", "AL": "R", "NSM": "w", "AN": "w", "EN": "w", "ES": "w", "WS": " "}
 _RIGHT_TO_LEFT = re.compile(r"R[Rw]*(?: R[Rw]*)*")
 
@@ -53,14 +57,19 @@ def plain_text(text: str) -> Text:
 def _isolate_right_to_left(line: str) -> str:
     """Put every run of right-to-left words in *line* between U+2068 and U+2069, except in `_COPIED`.
 
-    Otherwise, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the name.
+    Otherwise, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
+    name.
     """
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
-    directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)  # a letter for each character
+    directions = "".join(
+        _DIRECTIONS.get(each, "-") for each in classes
+    )  # a letter for each character
     if "R" not in directions:
         return line
     copied = [match.span() for match in _COPIED.finditer(line)]
-    for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):  # from the end: positions before it stay
+    for run in reversed(
+        [*_RIGHT_TO_LEFT.finditer(directions)]
+    ):  # from the end: positions before it stay
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
             line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
@@ -71,9 +80,9 @@ def _isolate_right_to_left(line: str) -> str:
 def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
-    With *as_json*, also print its code, message and complete lists as JSON on stdout. If a signal has stopped
-    a run, the exit code is another one, and only the first process prints the line, without `error:` before
-    it.
+    With *as_json*, also print its code, message and complete lists as JSON on stdout. If a
+    signal has stopped a run, the exit code is another one, and only the first process prints
+    the line, without `error:` before it.
     """
     try:
         with _system_errors_as_user_errors(), missing_extras():
@@ -105,7 +114,9 @@ def _system_errors_as_user_errors() -> Iterator[None]:
         advice = "check it, its disk and its permissions"
         if error.errno in FULL_ERRNOS:
             advice = "free disk space, or choose another file or folder"
-        raise StorageError(f"{name}: cannot be read or written ({os_reason(error)}); {advice}") from error
+        raise StorageError(
+            f"{name}: cannot be read or written ({os_reason(error)}); {advice}"
+        ) from error
     except Exception as error:  # each library has its own type for missing memory
         if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
             raise
@@ -145,7 +156,11 @@ def print_field(label: str, text: str, *, style: str = "bold") -> None:
 
 def print_error(message: str, code: str) -> None:
     """Print an error line on stderr: the message and the code that docs/errors.md explains."""
-    err.print(Text.assemble(("error:", "bold red"), " ", plain_text(message), " ", (f"[{code}]", "dim")))
+    err.print(
+        Text.assemble(
+            ("error:", "bold red"), " ", plain_text(message), " ", (f"[{code}]", "dim")
+        )
+    )
 
 
 def print_json(value: Any) -> None:
@@ -164,7 +179,9 @@ def stdout_to_stderr() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, saved, 1)
             with suppress(OSError, TypeError):  # not on Windows
-                stack.callback(ctypes.CDLL(None).fflush, None)  # writes what C has kept, before `dup2`
+                stack.callback(
+                    ctypes.CDLL(None).fflush, None
+                )  # writes what C has kept, before `dup2`
         stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
@@ -226,7 +243,9 @@ class ProgressBars:
             self.console.print(name)
         self.progress.update(self.task, description="", completed=done, total=total, note="")
 
-    def on_step_end(self, *, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
+    def on_step_end(
+        self, *, epoch: int, epochs: int, step: int, steps: int, loss: float
+    ) -> None:
         """Advance the bar, whose end is that of the run."""
         self.epochs = epochs
         self.progress.update(

@@ -1,8 +1,9 @@
 """Training augmentation: the crop that replaces the center crop, mirroring and colors.
 
-The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
-`preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees, at twice its
-size: the padded image, or the image with both sides of equal length.
+The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample)
+only. With `preprocess.fit` "pad" or "squash", random boxes are drawn in the square that
+evaluation sees, at twice its size: the padded image, or the image with both sides of equal
+length.
 """
 
 import math
@@ -22,7 +23,8 @@ from sopdeploy.images.preprocess import Box, Preprocess, Side
 from sopdeploy.photos.photo import FittedDataset, LabeledImages, Window, crop_padded
 from sopdeploy.seeds import derive_seed
 
-# Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
+# Principal components of the colors (0 to 1) of ImageNet's training images: columns, and
+# standard deviations
 COLOR_COMPONENTS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
@@ -44,9 +46,9 @@ class CenterCrop(StrictModel):
 class PadCrop(StrictModel):
     """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
-    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options:
-    with `doubled`, an epoch has every image and its mirror image; `held_out` images are padded and cropped,
-    too.
+    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the
+    last two options: with `doubled`, an epoch has every image and its mirror image; `held_out`
+    images are padded and cropped, too.
     """
 
     kind: Literal["pad-crop"]
@@ -69,7 +71,8 @@ class BoxCrop(StrictModel):
 class RandomResizedCrop(BoxCrop):
     """Box of random area (`scale`, a fraction of the image) and aspect ratio (`ratio`, width / height).
 
-    Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015); drawn as torchvision does.
+    Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015); drawn as torchvision
+    does.
     """
 
     kind: Literal["random-resized-crop"]
@@ -85,10 +88,17 @@ class RandomResizedCrop(BoxCrop):
             ratio = math.exp(random.uniform(*log_ratios))
             width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < width <= image_width and 0 < height <= image_height:
-                left, top = random.randint(0, image_width - width), random.randint(0, image_height - height)
+                left, top = (
+                    random.randint(0, image_width - width),
+                    random.randint(0, image_height - height),
+                )
                 return left, top, left + width, top + height
-        ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])  # the nearest valid one
-        width = min(image_width, max(1, round(image_height * ratio)))  # at least one side is the image's
+        ratio = min(
+            max(image_width / image_height, self.ratio[0]), self.ratio[1]
+        )  # the nearest valid one
+        width = min(
+            image_width, max(1, round(image_height * ratio))
+        )  # at least one side is the image's
         height = min(image_height, max(1, round(image_width / ratio)))
         left, top = (image_width - width) // 2, (image_height - height) // 2
         return left, top, left + width, top + height
@@ -109,7 +119,12 @@ class RandomSide(BoxCrop):
         side = max(crop, random.randint(*sorted(self.sides)))  # the crop must fit
         window = crop * (min(width, height) / side)  # side of the crop, in source pixels
         left, top = random.random() * (width - window), random.random() * (height - window)
-        return left, top, min(width, left + window), min(height, top + window)  # despite rounding errors
+        return (
+            left,
+            top,
+            min(width, left + window),
+            min(height, top + window),
+        )  # despite rounding errors
 
 
 Augmentation = Annotated[
@@ -120,8 +135,9 @@ Augmentation = Annotated[
 class ColorConfig(StrictModel):
     """AlexNet's random shift of the color.
 
-    `lighting` is the standard deviation of the multiples of ImageNet's three principal color components that
-    are added to all pixels. Source: Krizhevsky et al. (NIPS 2012), section 4.1, which uses 0.1.
+    `lighting` is the standard deviation of the multiples of ImageNet's three principal color
+    components that are added to all pixels. Source: Krizhevsky et al. (NIPS 2012), section 4.1,
+    which uses 0.1.
     """
 
     lighting: Strength = 0.0
@@ -142,8 +158,8 @@ NO_COLOR_SHIFT = ColorConfig()
 class AugmentedDataset(FittedDataset):
     """Augmented images of one epoch, of `preprocess.crop` x `preprocess.crop` pixels.
 
-    Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently. If
-    the images are doubled, every second copy is mirrored.
+    Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented
+    differently. If the images are doubled, every second copy is mirrored.
     """
 
     augmentation: Augmentation
@@ -155,8 +171,13 @@ class AugmentedDataset(FittedDataset):
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
         augmentation = self.augmentation
-        samples = [index % len(self.images) for index in indices]  # an index is sample + copy * len(images)
-        randoms = [Random(derive_seed(self.seed, "augment", self.epoch, index)) for index in indices]  # noqa: S311
+        samples = [
+            index % len(self.images) for index in indices
+        ]  # an index is sample + copy * len(images)
+        randoms = [
+            Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
+            for index in indices
+        ]
         if isinstance(augmentation, BoxCrop):
             crops = [
                 _crop_box(self.images, sample, augmentation, self.preprocess, random)
@@ -170,7 +191,9 @@ class AugmentedDataset(FittedDataset):
             pad, is_doubled = augmentation.pad, augmentation.doubled
         windows = []
         for index, random in zip(indices, randoms, strict=True):
-            top, left = (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
+            top, left = (
+                (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
+            )
             copy = index // len(self.images)
             is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
@@ -178,7 +201,9 @@ class AugmentedDataset(FittedDataset):
         if self.color == NO_COLOR_SHIFT:
             return arrays
         seeds = (derive_seed(self.seed, "color", self.epoch, index) for index in indices)
-        return np.stack([self.color(array, seed) for array, seed in zip(arrays, seeds, strict=True)])
+        return np.stack(
+            [self.color(array, seed) for array, seed in zip(arrays, seeds, strict=True)]
+        )
 
 
 def _crop_box(
@@ -197,7 +222,11 @@ def _crop_box(
     if rules.fit == "crop":
         return images.preprocess(index, rules, choose_view)
     # The square that evaluation sees, but larger, so that a small box of it keeps its details.
-    enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize})
+    enlarged = rules.model_copy(
+        update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize}
+    )
     square = Image.fromarray(images.preprocess(index, enlarged))
     box = choose_view(square.size).box
-    return np.asarray(square.resize(size, RESAMPLING[rules.interpolation], box=box), dtype=np.uint8)
+    return np.asarray(
+        square.resize(size, RESAMPLING[rules.interpolation], box=box), dtype=np.uint8
+    )

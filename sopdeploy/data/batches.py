@@ -24,7 +24,8 @@ Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or
 def count_batches(samples: int, batch_size: int) -> int:
     """Count the batches of an epoch so that each has two or more samples, because batch norm needs them.
 
-    Batch sizes differ by at most one. With an odd number of samples and a *batch_size* of 2, one is 3.
+    Batch sizes differ by at most one. With an odd number of samples and a *batch_size* of 2,
+    one is 3.
     """
     rounded_up = -(-samples // batch_size)
     return min(rounded_up, max(1, samples // 2))
@@ -34,12 +35,17 @@ def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> li
     """Shuffle *samples* indices and split all of them into the batches of an epoch (`count_batches`)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     shuffled = torch.randperm(samples, generator=generator)
-    return [batch.tolist() for batch in shuffled.tensor_split(count_batches(samples, batch_size))]
+    return [
+        batch.tolist() for batch in shuffled.tensor_split(count_batches(samples, batch_size))
+    ]
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
     """Split *samples* indices into batches in their order."""
-    return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+    return [
+        list(range(start, min(start + batch_size, samples)))
+        for start in range(0, samples, batch_size)
+    ]
 
 
 def load_batches(
@@ -47,8 +53,8 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Load *batches*, lists of indices of *dataset*, onto *device*.
 
-    *workers* is the largest number of loader processes, which end with the last batch, or the `Loader` of a
-    run. Raises the `DataError` of the first unusable image.
+    *workers* is the largest number of loader processes, which end with the last batch, or the
+    `Loader` of a run. Raises the `DataError` of the first unusable image.
     """
     on_gpu = device.type == "cuda"
     loader = Loader((dataset,), workers, device) if isinstance(workers, int) else workers
@@ -62,7 +68,8 @@ def load_batches(
 class Loader:
     """Up to *workers* processes that load batches of *datasets*, from the first one to the end of `with`.
 
-    Each process gets the images once, and then the other fields of a data set with the indices of a batch.
+    Each process gets the images once, and then the other fields of a data set with the indices
+    of a batch.
     """
 
     def __init__(self, datasets: Sequence[Dataset], workers: int, device: torch.device) -> None:
@@ -88,7 +95,8 @@ class Loader:
     def load(self, dataset: Dataset, batches: list[list[int]]) -> Iterator[Batch | tuple[str]]:
         """Yield the *batches*, lists of indices of *dataset*; after a `DataError`, its message in a tuple.
 
-        The images of *dataset* must be those of one of `datasets`. After the end of `with`, yields nothing.
+        The images of *dataset* must be those of one of `datasets`. After the end of `with`,
+        yields nothing.
         """
         number = [loaded.images is dataset.images for loaded in self.datasets].index(True)
         names = [field.name for field in fields(dataset) if field.name not in SHARED]
@@ -126,7 +134,9 @@ class _BatchDataset:
 
     def __getitems__(self, request: _BatchRequest) -> Batch | tuple[str]:
         try:
-            pixels, labels = replace(self.datasets[request.number], **request.own).batch(request.indices)
+            pixels, labels = replace(self.datasets[request.number], **request.own).batch(
+                request.indices
+            )
         except DataError as error:
             return (str(error),)
         return torch.from_numpy(pixels), torch.from_numpy(labels)
@@ -134,6 +144,7 @@ class _BatchDataset:
 
 def _init_worker(_worker: int) -> None:
     """Leave the end of this loader process to the main process, and limit the memory that Pillow keeps."""
-    os.setpgrp()  # a terminal sends Ctrl-C to the whole group; the main process decides when workers end
+    # a terminal sends Ctrl-C to the whole group; the main process decides when workers end
+    os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Image.core.set_blocks_max(PILLOW_BLOCKS)  # type: ignore[attr-defined]

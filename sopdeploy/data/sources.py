@@ -33,8 +33,9 @@ class DataOptions(StrictModel):
 class HoldOut(DataOptions):
     """Selection of the held-out images of a source that has none of its own.
 
-    The training loop holds out the fraction `hold_out` of every class, selected by `hold_out_seed`. It is not
-    the seed of the run, so all runs are evaluated on the same images.
+    The training loop holds out the fraction `hold_out` of every class, selected by
+    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same
+    images.
     """
 
     hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
@@ -55,9 +56,9 @@ class DataSource(HoldOut):
 class FolderConfig(HoldOut):
     """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`.
 
-    Images of a folder in whose names, without suffix, the regular expression `groups` finds the same text are
-    never divided, such as `clip1_01.jpg` and `clip1_02.jpg` with `^clip[0-9]+`. It replaces all other groups
-    but those of copies.
+    Images of a folder in whose names, without suffix, the regular expression `groups` finds the
+    same text are never divided, such as `clip1_01.jpg` and `clip1_02.jpg` with `^clip[0-9]+`.
+    It replaces all other groups but those of copies.
     """
 
     kind: Literal["folder"]
@@ -106,7 +107,8 @@ DataConfig = Annotated[
 def register_data_source(config: type[DataSource]) -> None:
     """Let recipes name the data source *config*, as `data.kind` with the value of its field `kind`.
 
-    Raises `ConfigError` if *config* is no subclass of `DataSource`, or its name is invalid or in use.
+    Raises `ConfigError` if *config* is no subclass of `DataSource`, or its name is invalid or
+    in use.
     """
     DATA_SOURCES.register_config(config, DataSource)
 
@@ -123,14 +125,19 @@ def open_data(config: DataConfig | DataSource) -> Split:
     elif isinstance(config, DigitsConfig):
         split = open_digits()
     elif config.path is None:
-        raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
+        raise ConfigError(
+            "data.path: not set; give the folder of the data", remedies={"data": None}
+        )
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path), config.groups)
     elif isinstance(config, CifarConfig):
         split = open_cifar(config.kind, expand_user(config.path))
     else:  # an official layout
         root = expand_user(config.path)
-        train, held_out = open_part(config.kind, "train", root), open_part(config.kind, "held_out", root)
+        train, held_out = (
+            open_part(config.kind, "train", root),
+            open_part(config.kind, "held_out", root),
+        )
         split = Split(train=train, held_out=held_out)
     return split if config.classes is None else _draw_classes(split, config.classes)
 
@@ -139,7 +146,9 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups."""
     if not pattern:
         return split
-    names = (PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train)))
+    names = (
+        PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train))
+    )
     if not any(re.search(pattern, name) for name in names):
         raise DataError(
             f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
@@ -152,7 +161,9 @@ def _group_by_name(split: Split, pattern: str) -> Split:
             identity = images.identity(index)
             path = PurePosixPath(identity)
             match = re.search(pattern, path.stem)
-            groups.append(f"group {path.parent} {match.group()}" if match else f"file {identity}")
+            groups.append(
+                f"group {path.parent} {match.group()}" if match else f"file {identity}"
+            )
         return images.replaced(groups=np.asarray(groups, np.str_))
 
     return replace(split, train=group(split.train), held_out=group(split.held_out))
@@ -165,7 +176,9 @@ def _draw_classes(split: Split, count: int) -> Split:
         raise DataError(
             f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
         )
-    shuffled = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
+    shuffled = sorted(
+        labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label)
+    )
     drawn = set(shuffled[:count])
     kept = tuple(label for label in labels if label in drawn)
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))

@@ -39,34 +39,46 @@ def score_checkpoint(
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    With *accepts*, a decision that accepts this fraction of known images is fitted, too; with several classes
-    per image, thresholds are fitted instead, for any fraction. With *mirror*, the logits are means over an
-    image and its mirror image. *on_image* receives the numbers of images done and in total, *log* lines about
-    the folder, also about images that the network was trained on. Of a group of images, which show one
-    object, the decision is fitted to the first. Raises `DataError` for too few images to fit to.
+    With *accepts*, a decision that accepts this fraction of known images is fitted, too; with
+    several classes per image, thresholds are fitted instead, for any fraction. With *mirror*,
+    the logits are means over an image and its mirror image. *on_image* receives the numbers of
+    images done and in total, *log* lines about the folder, also about images that the network
+    was trained on. Of a group of images, which show one object, the decision is fitted to the
+    first. Raises `DataError` for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.is_multi_label
-    # With several classes per image, targets have a column for each output, like the thresholds. Otherwise
-    # they are indices of the sorted classes, to which `make_predictions` converts the outputs.
+    # With several classes per image, targets have a column for each output, like the
+    # thresholds. Otherwise they are indices of the sorted classes, to which `make_predictions`
+    # converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     count, noun = len(images), "image"
     if images.groups is not None:  # one image of each counts, as in a run
         count, noun = len(np.unique(images.groups)), "different image"
     if accepts is not None and not is_multi_label and count < MIN_IMAGES:
-        raise DataError(f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision")
+        raise DataError(
+            f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
+        )
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
-    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_classifier(checkpoint, path).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     network = as_evaluated(model, mirror=mirror)
-    logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
+    logits_NC = score_images(
+        network, checkpoint.preprocess, images, workers=workers, on_image=on_image
+    )
     decision = Decision() if checkpoint.decision is None else checkpoint.decision
-    predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
+    predictions = make_predictions(
+        logits_NC / decision.temperature, images, checkpoint.labels, decision
+    )
     if accepts is None:
         fitted = None
     elif is_multi_label:  # without rejection: the fraction is not used
-        fitted = Decision(activation="sigmoid", thresholds=fit_thresholds(images.targets, sigmoid(logits_NC)))
+        fitted = Decision(
+            activation="sigmoid", thresholds=fit_thresholds(images.targets, sigmoid(logits_NC))
+        )
     else:
         output_of_class = np.array([checkpoint.labels.index(label) for label in images.labels])
         fitted = fit_decision(

@@ -1,13 +1,15 @@
 """Fit of a `Decision` to predictions of images that were not used for training: temperature and rejection.
 
-Temperature: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2. It divides all
-logits, so it changes probabilities but never the order of the classes. It is kept if temperatures that are
-fitted without a fifth of the images at a time lower the loss of these images.
+Temperature: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2. It
+divides all logits, so it changes probabilities but never the order of the classes. It is kept
+if temperatures that are fitted without a fifth of the images at a time lower the loss of these
+images.
 
-Rejection: an image whose energy is below a threshold counts as unknown. The threshold is a quantile of the
-energies of known images with the correction of split conformal prediction (Angelopoulos and Bates, 2021,
-section 1). With several classes per image, each class has a threshold. The energy of a network of the
-few-shot procedure is a cosine (`models.second_order_head`).
+Rejection: an image whose energy is below a threshold counts as unknown. The threshold is a
+quantile of the energies of known images with the correction of split conformal prediction
+(Angelopoulos and Bates, 2021, section 1). With several classes per image, each class has a
+threshold. The energy of a network of the few-shot procedure is a cosine
+(`models.second_order_head`).
 """
 
 import math
@@ -15,7 +17,14 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Calibration, Decision, Estimate, PredictionCounts, Rejection, log_sum_exp
+from sopdeploy.decision import (
+    Calibration,
+    Decision,
+    Estimate,
+    PredictionCounts,
+    Rejection,
+    log_sum_exp,
+)
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import LEVEL
 
@@ -45,8 +54,9 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    Their predictions become the reference for drift. Only the first image of each of the *groups* (N,) of
-    copies is used. With fewer than *min_images* images or with one class, nothing is fitted.
+    Their predictions become the reference for drift. Only the first image of each of the
+    *groups* (N,) of copies is used. With fewer than *min_images* images or with one class,
+    nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -59,7 +69,9 @@ def fit_decision(
         left_out: Energies (N,) of the images if their own class is left out, another test.
     """
     if groups is not None:
-        first_of_group = np.sort(np.unique(groups, return_index=True)[1])  # indices, in the images' order
+        first_of_group = np.sort(
+            np.unique(groups, return_index=True)[1]
+        )  # indices, in the images' order
         logits, targets = logits[first_of_group], targets[first_of_group]
         left_out = None if left_out is None else left_out[first_of_group]
     if len(logits) < min_images or logits.shape[1] < 2:
@@ -87,10 +99,14 @@ def fit_decision(
             recognized=_count_rejected(unknown_energies, threshold),
             new_class=_count_rejected(left_out, threshold),
         )
-    return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
+    return Decision(
+        calibration=calibration, rejection=rejection, reference=predictions.reference()
+    )
 
 
-def _count_rejected(energies: NDArray[np.float64] | None, threshold: float) -> tuple[int, int] | None:
+def _count_rejected(
+    energies: NDArray[np.float64] | None, threshold: float
+) -> tuple[int, int] | None:
     """Count the *energies* (M,) below *threshold*, and all of them; None without *energies*."""
     return None if energies is None else (int((energies < threshold).sum()), len(energies))
 
@@ -112,25 +128,33 @@ def missing_threshold(images: int, classes: int, accepts: float, min_images: int
 def threshold_rank(images: int, accepts: float) -> int:
     """Return the rank of the energy of *images* that is the threshold: 1 is the lowest, 0 no threshold.
 
-    A new known image has an energy below that of rank k, and so is rejected, with a probability of at most
-    k / (images + 1). The result is the largest k for which this is at most 1 - *accepts*.
+    A new known image has an energy below that of rank k, and so is rejected, with a probability
+    of at most k / (images + 1). The result is the largest k for which this is at most 1 -
+    *accepts*.
     """
-    rank = math.floor((images + 1) * (1 - accepts) + 1e-9)  # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    rank = math.floor(
+        (images + 1) * (1 - accepts) + 1e-9
+    )  # 1e-9: in floats, 10 * (1 - 0.9) is below 1
     return min(images, rank)  # *accepts* = 0 gives images + 1
 
 
 def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction of new known images that the threshold accepts.
 
-    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of as many new
-    images, the number of accepted ones has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023):
-    both the threshold and the share of a finite number of new images vary.
+    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of
+    as many new images, the number of accepted ones has a beta-binomial distribution (Marques
+    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new
+    images vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
     a, b = images - rank + 1, rank  # parameters of the beta distribution of the accepted share
-    n, k = images, np.arange(images + 1)  # new images, and all possible numbers of accepted ones
-    # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k + 1))
+    n, k = (
+        images,
+        np.arange(images + 1),
+    )  # new images, and all possible numbers of accepted ones
+    # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k
+    # + 1))
     log_ratio = betaln(k + a, n - k + b) - betaln(a, b)
     log_coefficient = -np.log(n + 1) - betaln(n - k + 1, k + 1)
     cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))  # P(at most k are accepted)
@@ -151,8 +175,9 @@ def temperature_lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
 def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     """Find the temperature with the smallest negative log-likelihood, in [1/20, 20].
 
-    The result is 1 if the data determine no temperature: no prediction is wrong (the likelihood then grows
-    until the bound), the optimum is at a bound, or a likelihood ratio test at 5 % keeps 1 (Wilks, 1938).
+    The result is 1 if the data determine no temperature: no prediction is wrong (the likelihood
+    then grows until the bound), the optimum is at a bound, or a likelihood ratio test at 5 %
+    keeps 1 (Wilks, 1938).
     """
     if (logits.argmax(axis=1) == targets).all():
         return 1.0
@@ -162,17 +187,22 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
         return log_loss(logits / math.exp(log_temperature), targets)
 
     bound = math.log(MAX_TEMPERATURE)
-    optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    optimum = minimize_scalar(
+        loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
+    )
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # `loss` is a mean over images
+    significant = (
+        len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
+    )  # `loss` is a mean over images
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tuple[float, ...]:
     """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
 
-    The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show the class:
-    few images determine it only roughly, so the threshold moves towards 0.5. It is 0.5 if none or all do.
+    The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show
+    the class: few images determine it only roughly, so the threshold moves towards 0.5. It is
+    0.5 if none or all do.
     """
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
@@ -189,8 +219,13 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
-    precision, recall, distinct = precision_recall_curve(true, scores)  # the distinct scores, ascending
-    precision, recall = precision[:-1], recall[:-1]  # at each of them; the last is that of no prediction
+    precision, recall, distinct = precision_recall_curve(
+        true, scores
+    )  # the distinct scores, ascending
+    precision, recall = (
+        precision[:-1],
+        recall[:-1],
+    )  # at each of them; the last is that of no prediction
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     with np.errstate(divide="ignore"):
         logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
@@ -203,7 +238,8 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval below the other.
+    "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval
+    below the other.
     """
     now, earlier = _recognition_rate(rule), _recognition_rate(before)
     if now is None:

@@ -1,9 +1,10 @@
 """Drift: test whether new predictions have the same distribution as those of the held-out images.
 
-Two tests compare how often each class is the most probable one, and how the largest probabilities are
-distributed. Each is Pearson's chi-square test of homogeneity of two samples, because the reference is itself
-a sample, often a small one. Categories that are rare in both samples are merged, because the test needs an
-expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", 1954).
+Two tests compare how often each class is the most probable one, and how the largest
+probabilities are distributed. Each is Pearson's chi-square test of homogeneity of two samples,
+because the reference is itself a sample, often a small one. Categories that are rare in both
+samples are merged, because the test needs an expected count of about 5 (Cochran, "Some methods
+for strengthening the common chi-square tests", 1954).
 """
 
 import math
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from sopdeploy.decision import PredictionCounts, Reference
 
 TESTS = ("classes", "confidences")  # attributes of `Reference` and `PredictionCounts`
-SIGNIFICANCE = 0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
+SIGNIFICANCE = (
+    0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
+)
 MIN_EXPECTED = 5.0
 
 _Counts = NDArray[np.int64]
@@ -38,7 +41,8 @@ class Drift(NamedTuple):
 def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
     """Compare *counts* with *reference*, which must have the same classes."""
     tests = {
-        name: compare_counts(np.array(getattr(reference, name)), getattr(counts, name)) for name in TESTS
+        name: compare_counts(np.array(getattr(reference, name)), getattr(counts, name))
+        for name in TESTS
     }
     return Drift(counts.num_images, tests)
 
@@ -46,8 +50,9 @@ def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
 def compare_counts(first: _Counts, second: _Counts) -> Comparison:
     """Compare two samples, given as counts *first* (K,) and *second* (K,) of the same K categories.
 
-    For the p-value, categories whose expected count in the smaller sample is below `MIN_EXPECTED` are merged
-    into one, which is left out if it is empty. An empty sample has the distance 0 and the p-value 1.
+    For the p-value, categories whose expected count in the smaller sample is below
+    `MIN_EXPECTED` are merged into one, which is left out if it is empty. An empty sample has
+    the distance 0 and the p-value 1.
     """
     counts_2K = np.stack([first, second]).astype(np.float64)
     sizes_21 = counts_2K.sum(axis=1, keepdims=True)
@@ -58,8 +63,12 @@ def compare_counts(first: _Counts, second: _Counts) -> Comparison:
     is_rare_K = counts_2K.sum(axis=0) * sizes_21.min() / sizes_21.sum() < MIN_EXPECTED
     kept, rest = counts_2K[:, ~is_rare_K], counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
     merged_2M = np.concatenate([kept, rest], axis=1) if rest.any() else kept
-    expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()  # if both have the same distribution
-    statistic = float((np.square(merged_2M - expected_2M) / expected_2M).sum())  # Pearson's chi-square
+    expected_2M = (
+        sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()
+    )  # if both have the same distribution
+    statistic = float(
+        (np.square(merged_2M - expected_2M) / expected_2M).sum()
+    )  # Pearson's chi-square
     return Comparison(distance, chi_square_tail(statistic, degrees=merged_2M.shape[1] - 1))
 
 

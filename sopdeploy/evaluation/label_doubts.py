@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 
-# A label is listed if another class is so many times as probable, both relative to the average probability of
-# the class for its own images. Labels that are contradicted less are mostly right
-# (docs/benchmarks/copied_photos.md).
+# A label is listed if another class is so many times as probable, both relative to the average
+# probability of the class for its own images. Labels that are contradicted less are mostly
+# right (docs/benchmarks/copied_photos.md).
 LISTED_RATIO = 6
 
 
@@ -24,15 +24,20 @@ class LabelDoubts(NamedTuple):
 def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
     """Find which *labels* (N,) of images their out-of-fold *logits_NC* contradict.
 
-    Each class has an average probability for the images with its label, which is low for similar classes. A
-    label is listed if, divided by these averages, the probability of another class is more than
-    `LISTED_RATIO` times its own ("confident learning", Northcutt et al., JAIR 2021).
+    Each class has an average probability for the images with its label, which is low for
+    similar classes. A label is listed if, divided by these averages, the probability of another
+    class is more than `LISTED_RATIO` times its own ("confident learning", Northcutt et al.,
+    JAIR 2021).
     """
     probabilities_NC = softmax(logits_NC)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
-    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)  # 0 without images
-    floor = of_label_N.mean() / 2  # a class of few images whose labels are all wrong has an average near 0
+    average_C = sums_C / np.maximum(
+        np.bincount(labels, minlength=len(sums_C)), 1
+    )  # 0 without images
+    floor = (
+        of_label_N.mean() / 2
+    )  # a class of few images whose labels are all wrong has an average near 0
     relative_NC = probabilities_NC / np.maximum(average_C, floor)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
     is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N

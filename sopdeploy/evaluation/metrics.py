@@ -1,8 +1,8 @@
 """Classification metrics: accuracy with intervals, log loss, metrics per class, confusion matrix.
 
-This module does not import torch. No expected calibration error is reported (Guo et al., "On Calibration of
-Modern Neural Networks", ICML 2017): on 100 images, most of it is noise of its bins. The log loss measures the
-same probabilities without bins.
+This module does not import torch. No expected calibration error is reported (Guo et al., "On
+Calibration of Modern Neural Networks", ICML 2017): on 100 images, most of it is noise of its
+bins. The log loss measures the same probabilities without bins.
 """
 
 import math
@@ -19,7 +19,9 @@ from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 
 TOP_K = 5
-MIN_PROBABILITY = 2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
+MIN_PROBABILITY = (
+    2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
+)
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -45,8 +47,9 @@ def wilson(successes: float, trials: float) -> Interval:
 def effective_count(groups: NDArray[np.integer]) -> float:
     """Compute the number of independent images among N images: N^2 / sum of squared sizes of their groups.
 
-    *groups* (N,) has the number of the group of each image. If all groups have the same size, the result is
-    their number. It is the effective sample size of Kish, "Survey Sampling" (1965).
+    *groups* (N,) has the number of the group of each image. If all groups have the same size,
+    the result is their number. It is the effective sample size of Kish, "Survey Sampling"
+    (1965).
     """
     sizes = np.unique(groups, return_counts=True)[1]
     return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
@@ -56,10 +59,10 @@ def effective_count(groups: NDArray[np.integer]) -> float:
 class ImageScore:
     """Prediction for one image; classes are indices into the sorted class names.
 
-    `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
-    `likelihood` the probability of the true class `target`. `known` is whether the image is accepted as one
-    of the classes; `None` without a threshold. Images of one `group` are not independent; `None` is a group
-    of one image.
+    `top5` are the five most probable classes, best first. `confidence` is the probability of
+    the first one, `likelihood` the probability of the true class `target`. `known` is whether
+    the image is accepted as one of the classes; `None` without a threshold. Images of one
+    `group` are not independent; `None` is a group of one image.
     """
 
     target: int
@@ -97,14 +100,16 @@ class Rate(StrictModel):
         """
         scale = 1.0 if units is None else units / max(1, count)
         low, high = wilson(scale * right, scale * count)
-        return cls(share=right / count if count else 0.0, right=right, count=count, low=low, high=high)
+        return cls(
+            share=right / count if count else 0.0, right=right, count=count, low=low, high=high
+        )
 
 
 class ClassMetrics(StrictModel):
     """Precision and recall of one class.
 
-    `answered` counts the predictions of this class; `precision` is None if there are none, `recall` if there
-    are no images of this class.
+    `answered` counts the predictions of this class; `precision` is None if there are none,
+    `recall` if there are no images of this class.
     """
 
     label: str
@@ -117,10 +122,11 @@ class ClassMetrics(StrictModel):
 class ClassificationReport(StrictModel):
     """Metrics over `count` images.
 
-    `log_loss` is the mean negative log-likelihood. `classes` are those with an image or a prediction, sorted
-    by name; the rows of `confusion` are true classes and its columns predicted classes, in the same order.
-    With fewer than five classes `top5` covers all of them. `accepted` is the fraction of images that are
-    accepted as known; `None` if no threshold was fitted.
+    `log_loss` is the mean negative log-likelihood. `classes` are those with an image or a
+    prediction, sorted by name; the rows of `confusion` are true classes and its columns
+    predicted classes, in the same order. With fewer than five classes `top5` covers all of
+    them. `accepted` is the fraction of images that are accepted as known; `None` if no
+    threshold was fitted.
     """
 
     count: int
@@ -141,7 +147,9 @@ class ClassificationReport(StrictModel):
         return sorted(confusions, key=lambda confusion: -confusion[2])
 
 
-def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -> ClassificationReport:
+def classification_report(
+    labels: Sequence[str], scores: Sequence[ImageScore]
+) -> ClassificationReport:
     """Compute all metrics of *scores* over the classes *labels*; raises `DataError` without scores.
 
     The intervals are those of independent groups (`effective_count`).
@@ -151,11 +159,17 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
         raise DataError(NO_IMAGES)
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
-    groups = np.array([-1 - index if one.group is None else one.group for index, one in enumerate(scores)])
+    groups = np.array(
+        [-1 - index if one.group is None else one.group for index, one in enumerate(scores)]
+    )
     units = effective_count(groups)
     shown = np.union1d(targets, predicted)  # sorted
-    confusion = np.zeros((len(shown), len(shown)), np.int64)  # a row per target, a column per prediction
-    np.add.at(confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1)
+    confusion = np.zeros(
+        (len(shown), len(shown)), np.int64
+    )  # a row per target, a column per prediction
+    np.add.at(
+        confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
+    )
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits, images = int(confusion[row, row]), int(confusion[row].sum())
@@ -174,7 +188,10 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
         count=count,
         top1=Rate.of(sum(score.correct for score in scores), count, units),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count, units),
-        log_loss=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
+        log_loss=math.fsum(
+            -math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores
+        )
+        / count,
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion.tolist())),
         accepted=Rate.of(sum(known), count, units) if len(known) == count else None,

@@ -1,7 +1,8 @@
 """Metrics for images with any number of classes: average precision, F1, and thresholds per class.
 
-Does not import torch. Average precision is the mean precision at the rank of every image that shows the
-class, with equal probabilities at one rank; mAP is its mean over the classes. F1 is 2 TP / (2 TP + FP + FN).
+Does not import torch. Average precision is the mean precision at the rank of every image that
+shows the class, with equal probabilities at one rank; mAP is its mean over the classes. F1 is 2
+TP / (2 TP + FP + FN).
 """
 
 from collections.abc import Sequence
@@ -40,20 +41,33 @@ class MeanPrecision(StrictModel):
     ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images,
-        and is extended to contain the value. Raises `DataError` if no image shows any class.
+        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
+        default images, and is extended to contain the value. Raises `DataError` if no image
+        shows any class.
         """
-        shown = np.flatnonzero(true.any(axis=0)).tolist()  # the columns of classes that have an image
+        shown = np.flatnonzero(
+            true.any(axis=0)
+        ).tolist()  # the columns of classes that have an image
         if not shown:
             raise DataError(NO_CLASS)
-        value = float(np.mean([average_precision(true[:, column], scores[:, column]) for column in shown]))
+        value = float(
+            np.mean([average_precision(true[:, column], scores[:, column]) for column in shown])
+        )
         given_N = np.arange(len(true)) if groups is None else groups
-        unique, group_N = np.unique(given_N, return_inverse=True)  # the groups as numbers from 0
+        unique, group_N = np.unique(
+            given_N, return_inverse=True
+        )  # the groups as numbers from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
-        draws_BG = np.random.default_rng(seed).multinomial(len(unique), equal_shares_G, _RESAMPLES)
+        draws_BG = np.random.default_rng(seed).multinomial(
+            len(unique), equal_shares_G, _RESAMPLES
+        )
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
         resampled_BC = np.stack(
-            [resampled_precision(true[:, column], scores[:, column], draws_BN) for column in shown], axis=1
+            [
+                resampled_precision(true[:, column], scores[:, column], draws_BN)
+                for column in shown
+            ],
+            axis=1,
         )
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
         means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
@@ -64,7 +78,8 @@ class MeanPrecision(StrictModel):
 class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
-    `thresholds` are those that maximize F1 on these images, one per class (`decision_fit.fit_thresholds`).
+    `thresholds` are those that maximize F1 on these images, one per class
+    (`decision_fit.fit_thresholds`).
     """
 
     score_name: ClassVar[str] = "mAP"
@@ -84,7 +99,8 @@ class MultiLabelMetrics(StrictModel):
 class MultiLabelClass(StrictModel):
     """Metrics of one class at its threshold.
 
-    `count` images show the class; for `answered` images it is predicted. A metric with denominator 0 is None.
+    `count` images show the class; for `answered` images it is predicted. A metric with
+    denominator 0 is None.
     """
 
     label: str
@@ -100,7 +116,8 @@ class MultiLabelClass(StrictModel):
 class MultiLabelReport(StrictModel):
     """Metrics over `count` images, with the classes sorted by name.
 
-    `macro_f1` is the mean F1 over the classes that have one, `micro_f1` the F1 of the counts of all classes.
+    `macro_f1` is the mean F1 over the classes that have one, `micro_f1` the F1 of the counts of
+    all classes.
     """
 
     count: Annotated[int, pydantic.Field(ge=1)]
@@ -140,14 +157,18 @@ class MultiLabelPredictions:
                 count=int(counts[index]),
                 answered=int(answers[index]),
                 threshold=self.thresholds[index],
-                average_precision=average_precision(true[:, index], self.probabilities[:, index]),
+                average_precision=average_precision(
+                    true[:, index], self.probabilities[:, index]
+                ),
                 precision=_ratio(hits[index], answers[index]),
                 recall=_ratio(hits[index], counts[index]),
                 f1=_ratio(2 * hits[index], counts[index] + answers[index]),
             )
             for index in by_label
         ]
-        precisions = [row.average_precision for row in classes if row.average_precision is not None]
+        precisions = [
+            row.average_precision for row in classes if row.average_precision is not None
+        ]
         if not precisions:
             raise DataError(NO_CLASS)
         return MultiLabelReport(
@@ -164,15 +185,21 @@ def resampled_precision(
 ) -> NDArray[np.float64]:
     """Compute the average precision (B,) of a class in each of B resamples; NaN if no image shows the class.
 
-    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws* (B, N) counts
-    how often each resample contains each image. Images with equal scores have the same rank.
+    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws*
+    (B, N) counts how often each resample contains each image. Images with equal scores have the
+    same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)  # the next image has another score
+    is_last_of_rank = np.append(
+        np.diff(scores[best_first]) != 0, True
+    )  # the next image has another score
     counts = draws[:, best_first].astype(np.float64)
-    # (B, R): for each of R ranks, how many images have this rank or a better one, and how many of them show
-    # the class. hits / images is the precision of a rank; its weight is the number of hits it adds.
-    images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)  # 0 before the first image drawn
+    # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
+    # of them show the class. hits / images is the precision of a rank; its weight is the number
+    # of hits it adds.
+    images = np.maximum(
+        np.cumsum(counts, axis=1)[:, is_last_of_rank], 1
+    )  # 0 before the first image drawn
     hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
     added_hits = np.diff(hits, axis=1, prepend=0)
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN

@@ -1,8 +1,8 @@
 """Evaluation of networks: metrics during training, and per-image scores.
 
-`AllHeads` computes every head of a network, as in DSoP's Table III and Figure 5. The heads are the network's
-own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of PSDR. Export
-removes the training-only heads, so only a checkpoint has them.
+`AllHeads` computes every head of a network, as in DSoP's Table III and Figure 5. The heads are
+the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the
+auxiliary heads of PSDR. Export removes the training-only heads, so only a checkpoint has them.
 """
 
 import math
@@ -23,7 +23,11 @@ from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
-from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, MultiLabelPredictions
+from sopdeploy.evaluation.multi_label import (
+    DEFAULT_THRESHOLD,
+    MultiLabelMetrics,
+    MultiLabelPredictions,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
@@ -70,9 +74,10 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
-    With "softmax", the cross entropy with *labels* (B,) int64; with "sigmoid", the binary cross entropy with
-    *labels* (B, C) in [0, 1], averaged over the classes. Both are means over the batch. *label_smoothing* is
-    the fraction by which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
+    With "softmax", the cross entropy with *labels* (B,) int64; with "sigmoid", the binary cross
+    entropy with *labels* (B, C) in [0, 1], averaged over the classes. Both are means over the
+    batch. *label_smoothing* is the fraction by which labels move towards 1 / C ("softmax") or
+    0.5 ("sigmoid").
     """
     if activation == "softmax":
         return cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -85,8 +90,8 @@ def evaluate_network(
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    Raises `DataError` without images, `TrainingError` if the loss is not finite. The *options* are those of
-    `predict_logits`.
+    Raises `DataError` without images, `TrainingError` if the loss is not finite. The *options*
+    are those of `predict_logits`.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)
@@ -95,12 +100,15 @@ def evaluate_network(
 
 
 def held_out_metrics(
-    labels: tuple[str, ...], logits: NDArray[np.float64], targets: NDArray[np.int64] | NDArray[np.float32]
+    labels: tuple[str, ...],
+    logits: NDArray[np.float64],
+    targets: NDArray[np.int64] | NDArray[np.float32],
 ) -> HeldOutMetrics:
     """Compute the metrics of *logits* (N, C) for *targets*, (N,) or (N, C).
 
-    With (N, C), F1 is at a threshold of 0.5, and `thresholds` are fitted to *targets*. Raises `TrainingError`
-    if the loss is not finite, `DataError` if no image shows any class of (N, C).
+    With (N, C), F1 is at a threshold of 0.5, and `thresholds` are fitted to *targets*. Raises
+    `TrainingError` if the loss is not finite, `DataError` if no image shows any class of (N,
+    C).
     """
     activation: Activation = "sigmoid" if targets.ndim == 2 else "softmax"
     logits_NC, true = torch.from_numpy(logits), torch.from_numpy(targets)
@@ -110,8 +118,13 @@ def held_out_metrics(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
     if activation == "softmax":
-        right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]  # (N, 5)
-        top1, top5 = int(right[:, 0].sum()) / len(right), int(right.any(dim=1).sum()) / len(right)
+        right = (
+            logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]
+        )  # (N, 5)
+        top1, top5 = (
+            int(right[:, 0].sum()) / len(right),
+            int(right.any(dim=1).sum()) / len(right),
+        )
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
     probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
@@ -140,23 +153,32 @@ def predict_logits(
 ) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
-    The model is in eval mode meanwhile. Each of *processes* computes a different part of the images; each
-    returns the logits of all images. In a round, every process computes a batch, if it has images left, and
-    calls *on_batch* with the number of images that all processes have done.
+    The model is in eval mode meanwhile. Each of *processes* computes a different part of the
+    images; each returns the logits of all images. In a round, every process computes a batch,
+    if it has images left, and calls *on_batch* with the number of images that all processes
+    have done.
     """
     device, was_training = next(model.parameters()).device, model.training
     normalize = Normalize(preprocess, images_format(model)).to(device)
-    images_here = range(processes.rank, len(dataset), processes.world)  # of two: 0, 2, ... and 1, 3, ...
+    images_here = range(
+        processes.rank, len(dataset), processes.world
+    )  # of two: 0, 2, ... and 1, 3, ...
     positions_by_batch = sequential_batches(len(images_here), batch_size)
-    batches = [[images_here[position] for position in positions] for positions in positions_by_batch]
+    batches = [
+        [images_here[position] for position in positions] for positions in positions_by_batch
+    ]
     images_per_round = batch_size * processes.world
-    rounds = range(1, math.ceil(len(dataset) / images_per_round) + 1)  # process 0 has a batch in each one
+    rounds = range(
+        1, math.ceil(len(dataset) / images_per_round) + 1
+    )  # process 0 has a batch in each one
     computed: list[Tensor] = []
     model.eval()
     try:
         loader = load_batches(dataset, batches, workers, device)
         for finished_rounds, batch in zip_longest(rounds, loader):
-            if batch is not None:  # None in the last round, if only other processes have images left
+            if (
+                batch is not None
+            ):  # None in the last round, if only other processes have images left
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), finished_rounds * images_per_round))
     finally:
@@ -165,7 +187,9 @@ def predict_logits(
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
-        logits[processes.rank :: processes.world] = torch.cat(computed)  # the rows of `images_here`
+        logits[processes.rank :: processes.world] = torch.cat(
+            computed
+        )  # the rows of `images_here`
     # The rows of other processes are 0, so the sum holds all rows.
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
@@ -178,7 +202,10 @@ class Mirrored(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.training = model, model.training  # the mode that `predict_logits` restores
+        self.model, self.training = (
+            model,
+            model.training,
+        )  # the mode that `predict_logits` restores
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (B, C) of normalized (B, 3, H, W) images."""
@@ -196,7 +223,10 @@ class AllHeads(nn.Module):
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.model, self.training = model, model.training  # the mode that `predict_logits` restores
+        self.model, self.training = (
+            model,
+            model.training,
+        )  # the mode that `predict_logits` restores
         self.names: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -220,7 +250,8 @@ def score_images(
 ) -> NDArray[np.float64]:
     """Compute the logits (N, C) of *model* on *images*; raise `TrainingError` if one is not finite.
 
-    *on_image* receives the numbers of images done and in total. A `DataError` names all unreadable images.
+    *on_image* receives the numbers of images done and in total. A `DataError` names all
+    unreadable images.
     """
     try:
         logits_NC, _ = predict_logits(

@@ -12,8 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.metrics import TOP_K, ClassificationReport, ImageScore, Rate, classification_report
-from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
+from sopdeploy.evaluation.metrics import (
+    TOP_K,
+    ClassificationReport,
+    ImageScore,
+    Rate,
+    classification_report,
+)
+from sopdeploy.evaluation.multi_label import (
+    MeanPrecision,
+    MultiLabelPredictions,
+    MultiLabelReport,
+)
 from sopdeploy.html.report import Section, Table, percent
 from sopdeploy.photos.photo import LabeledImages
 
@@ -31,9 +41,10 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (C,) of each of them.
 
-    *labels* are the classes in the order of the outputs. With one class per image, `images.labels` may have
-    another order, and the classes of each `ImageScore` are indices into `images.labels`; with several, both
-    orders are the same. Without a *decision*, every image is known.
+    *labels* are the classes in the order of the outputs. With one class per image,
+    `images.labels` may have another order, and the classes of each `ImageScore` are indices
+    into `images.labels`; with several, both orders are the same. Without a *decision*, every
+    image is known.
     """
     decision = Decision() if decision is None else decision
     if decision.is_multi_label:
@@ -41,7 +52,9 @@ def make_predictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
             probabilities=np.stack([sigmoid(row) for row in logits]),
-            thresholds=cast(Sequence[float], decision.thresholds),  # never None with several classes
+            thresholds=cast(
+                Sequence[float], decision.thresholds
+            ),  # never None with several classes
         )
     class_of_output = [images.labels.index(label) for label in labels]
     groups: Sequence[int | None] = [None] * len(images)
@@ -59,12 +72,14 @@ def make_predictions(
 
 
 def measure_predictions(
-    predicted: Predictions, labels: Sequence[str], score: Rate | MeanPrecision | float | None = None
+    predicted: Predictions,
+    labels: Sequence[str],
+    score: Rate | MeanPrecision | float | None = None,
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 
-    *score* is that of the run. If it counts the same images, it replaces the accuracy, because its interval
-    takes copies and folds into account.
+    *score* is that of the run. If it counts the same images, it replaces the accuracy, because
+    its interval takes copies and folds into account.
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()
@@ -90,12 +105,22 @@ def describe_predictions(
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
     rows = []
     for row in sorted(
-        metrics.classes, key=lambda row: math.inf if row.average_precision is None else row.average_precision
+        metrics.classes,
+        key=lambda row: math.inf if row.average_precision is None else row.average_precision,
     ):
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
-    columns = ["class", "images", "predicted", "threshold", "average precision", "precision", "recall", "F1"]
+    columns = [
+        "class",
+        "images",
+        "predicted",
+        "threshold",
+        "average precision",
+        "precision",
+        "recall",
+        "F1",
+    ]
     explained = (
         f"{scores}. A class counts as present if its probability reaches its threshold. Precision is the "
         "share of the answers that are right, recall the share of the images of a class that are found; F1 "
@@ -124,23 +149,33 @@ def _describe_classes(
         caption = "What is taken for what (confusion matrix): a row for each class, a column for each answer"
         if links:
             caption += "; a number leads to its photographs"
-        tables.append(Table(caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links))
+        tables.append(
+            Table(
+                caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links
+            )
+        )
     mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
     tables.append(
-        Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=mistakes)
+        Table(
+            caption="Most frequent mistakes",
+            columns=["true", "predicted", "images"],
+            rows=mistakes,
+        )
     )
     rows_of_classes = []
-    for row in sorted(metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share):
+    for row in sorted(
+        metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
+    ):
         precision = "none predicted" if row.precision is None else percent(row.precision)
         recall, interval = "no images", ""
         if row.recall is not None:
             recall = percent(row.recall.share)
             interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}"
-        rows_of_classes.append((row.label, row.count, row.answered, precision, recall, interval))
+        rows_of_classes.append(
+            (row.label, row.count, row.answered, precision, recall, interval)
+        )
     columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
-    caption = (
-        "Every class: how many answers are right (precision), and how many of its images are found (recall)"
-    )
+    caption = "Every class: how many answers are right (precision), and how many of its images are found (recall)"
     tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
 

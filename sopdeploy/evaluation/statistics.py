@@ -1,7 +1,8 @@
 """Confidence intervals, and tests that compare two classifiers by the images on which only one is right.
 
-`wins` counts the images on which only the second classifier is right, `losses` those on which only the first
-is; the difference of the accuracies is (wins - losses) / images. The images must be independent.
+`wins` counts the images on which only the second classifier is right, `losses` those on which
+only the first is; the difference of the accuracies is (wins - losses) / images. The images must
+be independent.
 """
 
 import math
@@ -18,17 +19,22 @@ def student(values: Sequence[float]) -> Interval:
     """Compute Student's t interval of the mean of at least two *values*."""
     from scipy.stats import t  # noqa: PLC0415  # not part of the base installation
 
-    half = float(t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = (
+        float(t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    )
     return Interval(fmean(values) - half, fmean(values) + half)
 
 
 ALPHA = 0.05
-# With this quantile (4 % for many images), a classifier that is worse by the tolerance is "not worse" with a
-# probability of at most 5 % for any number of images: the tests enumerate it.
+# With this quantile (4 % for many images), a classifier that is worse by the tolerance is "not
+# worse" with a probability of at most 5 % for any number of images: the tests enumerate it.
 Z_NOT_WORSE = 1.75
 Z_POWER = 0.8416  # 80 % quantile of the normal distribution
-TOLERANCE = 0.01  # by which a classifier that is "not worse" may be worse, unless a user gives another one
-TESTABLE = 6  # with fewer images on which only one classifier is right, no McNemar test reaches 5 %
+# by which a classifier that is "not worse" may be worse, unless a user gives another one
+TOLERANCE = 0.01
+TESTABLE = (
+    6  # with fewer images on which only one classifier is right, no McNemar test reaches 5 %
+)
 
 Verdict = Literal["better", "not worse", "worse", "undecided"]
 
@@ -38,7 +44,8 @@ def mcnemar(wins: int, losses: int) -> float:
     trials, larger = wins + losses, max(wins, losses)
     if trials == 0:
         return 1.0
-    # The tail of the binomial distribution with probability 1/2, from integers: both sides, so 2 / 2**trials.
+    # The tail of the binomial distribution with probability 1/2, from integers: both sides, so
+    # 2 / 2**trials.
     binomial, tail = math.comb(trials, larger), 0
     for successes in range(larger, trials + 1):
         tail += binomial
@@ -52,7 +59,9 @@ def holm(values: Sequence[float]) -> list[float]:
     ascending = sorted(range(len(values)), key=values.__getitem__)
     for rank, index in enumerate(ascending):
         num_not_smaller = len(values) - rank
-        largest = max(largest, min(1.0, num_not_smaller * values[index]))  # at least that of a smaller one
+        largest = max(
+            largest, min(1.0, num_not_smaller * values[index])
+        )  # at least that of a smaller one
         corrected[index] = largest
     return corrected
 
@@ -60,17 +69,22 @@ def holm(values: Sequence[float]) -> list[float]:
 def score_statistic(wins: int, losses: int, images: int, difference: float) -> float:
     """Compute how many standard deviations (wins - losses) / images is above a *difference* in (-1, 1).
 
-    The variance is that of the most likely shares with this difference (Tango, "Equivalence Test and
-    Confidence Interval for the Difference in Proportions for the Paired-Sample Design", 1998, Eq. 6 and 7).
+    The variance is that of the most likely shares with this difference (Tango, "Equivalence
+    Test and Confidence Interval for the Difference in Proportions for the Paired-Sample
+    Design", 1998, Eq. 6 and 7).
     """
-    # Only the first classifier is right on a share x of the images, only the second on x + difference. The
-    # most likely x maximizes x^losses (x + difference)^wins (1 - 2 x - difference)^others: it is the larger
-    # root of 2 images x^2 + linear x + constant.
+    # Only the first classifier is right on a share x of the images, only the second on x +
+    # difference. The most likely x maximizes x^losses (x + difference)^wins (1 - 2 x -
+    # difference)^others: it is the larger root of 2 images x^2 + linear x + constant.
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
-    variance = images * (2 * share + difference * (1 - difference))  # 0 if wins = losses = difference = 0
-    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))  # then 0, not 0 / 0
+    variance = images * (
+        2 * share + difference * (1 - difference)
+    )  # 0 if wins = losses = difference = 0
+    return (wins - losses - images * difference) / math.sqrt(
+        max(variance, 1e-12)
+    )  # then 0, not 0 / 0
 
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
@@ -91,8 +105,8 @@ def difference_interval(wins: int, losses: int, images: int) -> Interval:
 def share_of_level(attempt: int) -> float:
     """Return the share of the level that attempt 1, 2, ... may use; the shares from 2 on sum to 1.
 
-    By Bonferroni's inequality, the first attempt errs with 5 % and all others together with at most 5 %,
-    however many there are and whatever images and classifiers they compare.
+    By Bonferroni's inequality, the first attempt errs with 5 % and all others together with at
+    most 5 %, however many there are and whatever images and classifiers they compare.
     """
     return 1.0 if attempt == 1 else 1 / (attempt * (attempt - 1))
 
@@ -106,15 +120,19 @@ def _quantile_not_worse(attempt: int) -> float:
 def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> Verdict:
     """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
 
-    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. A
-    caller that compares again after a refusal gives the number of this *attempt*: see `share_of_level`.
+    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 %
+    of cases. A caller that compares again after a refusal gives the number of this *attempt*:
+    see `share_of_level`.
     """
     p = mcnemar(wins, losses)  # of the hypothesis that both accuracies are equal
     if wins > losses and p <= ALPHA * share_of_level(attempt):
         return "better"
-    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):  # above -tolerance
+    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(
+        attempt
+    ):  # above -tolerance
         return "not worse"
-    # Both "worse" and "undecided" refuse the second classifier, so these attempts need not share ALPHA.
+    # Both "worse" and "undecided" refuse the second classifier, so these attempts need not
+    # share ALPHA.
     return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
@@ -123,17 +141,27 @@ def smallest_difference(wins: int, losses: int, images: int) -> float:
 
     It is at least `TESTABLE` of the *images*, and at most 1.
     """
-    variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+    variance = (wins + losses + 1) / (
+        images + 2
+    )  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
     return min(1.0, max(TESTABLE / images, (Z_95 + Z_POWER) * math.sqrt(variance / images)))
 
 
-def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
+def images_to_decide(
+    wins: int, losses: int, images: int, tolerance: float, attempt: int = 1
+) -> int | None:
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference = (wins - losses) / images
-    variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
-    totals = []  # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
+    variance = (wins + losses + 1) / (
+        images + 2
+    )  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+    # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
+    totals = []
     if difference > -tolerance:  # "not worse" excludes the difference -tolerance
-        totals.append(variance * ((_quantile_not_worse(attempt) + Z_POWER) / (difference + tolerance)) ** 2)
+        totals.append(
+            variance
+            * ((_quantile_not_worse(attempt) + Z_POWER) / (difference + tolerance)) ** 2
+        )
     if difference < 0:  # "worse" excludes the difference 0
         totals.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
     if not totals:

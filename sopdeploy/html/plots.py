@@ -10,7 +10,11 @@ from sopdeploy.html.report import Figure, sanitize
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT, _BAR_HEIGHT = 4.6, 3.0, 0.3  # inches; the height of a bar with its distance to the next
+_WIDTH, _HEIGHT, _BAR_HEIGHT = (
+    4.6,
+    3.0,
+    0.3,
+)  # inches; the height of a bar with its distance to the next
 _STYLE: Any = {
     "svg.fonttype": "none",  # text remains text
     "svg.hashsalt": "sopdeploy",  # equal charts are equal files
@@ -21,7 +25,9 @@ _STYLE: Any = {
 }
 
 
-def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False) -> str:
+def plot(
+    curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False
+) -> str:
     """Draw *curves*, lists of points (x, y) by name, with a legend; return a `data:` URL.
 
     The x axis can be *logarithmic*.
@@ -29,7 +35,9 @@ def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmi
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            style = ("-", "--", ":", "-.")[number // 10 % 4]  # another one after each ten curves: ten colors
+            style = ("-", "--", ":", "-.")[
+                number // 10 % 4
+            ]  # another one after each ten curves: ten colors
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axes.plot(xs, ys, style, marker="." if len(points) < 20 else "")
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
@@ -53,7 +61,9 @@ def component_chart(counts: Sequence[int], caption: str) -> Figure:
         axes.margins(x=0.15)
         axes.set(xlabel="images")
 
-    return Figure(image=_draw(draw, 0.7 + _BAR_HEIGHT * len(counts)), caption=f"{caption}, last epoch.")
+    return Figure(
+        image=_draw(draw, 0.7 + _BAR_HEIGHT * len(counts)), caption=f"{caption}, last epoch."
+    )
 
 
 def _draw(draw: Callable[[Any], None], height: float) -> str:

@@ -16,8 +16,9 @@ NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 class Table:
     """A table; the first cell of each row is its header. A folded table is opened by its caption.
 
-    The cells of a *matrix* are colored by their share of the row: the diagonal as right, others as wrong.
-    `links` are the figures, by `Figure.name`, or the rows, by `names`, that cells (row, column) lead to.
+    The cells of a *matrix* are colored by their share of the row: the diagonal as right, others
+    as wrong. `links` are the figures, by `Figure.name`, or the rows, by `names`, that cells
+    (row, column) lead to.
     """
 
     caption: str

@@ -1,6 +1,7 @@
 """What decoding a file costs, told from the first fields of the file, before a decoder sees it.
 
-A server chooses the decoder by it. Nothing depends on it being right: each decoder limits its work itself.
+A server chooses the decoder by it. Nothing depends on it being right: each decoder limits its
+work itself.
 """
 
 from typing import NamedTuple
@@ -44,7 +45,8 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
         is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
         starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
         width, height = (
-            abs(int.from_bytes(body[start : start + length], "little", signed=not is_old)) for start in starts
+            abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
+            for start in starts
         )
     encoded = width * height
     if not encoded:
@@ -65,7 +67,9 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
             break
         marker, length = body[position + 1], int.from_bytes(body[position + 2 : position + 4])
         if marker in FRAMES:
-            height, width = (int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7))
+            height, width = (
+                int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)
+            )
             frame, is_progressive = (width, height, body[position + 9]), marker == PROGRESSIVE
         if marker == SCAN:
             has_one_scan = not is_progressive and body[position + 4] == frame[2]

@@ -1,8 +1,9 @@
 """From the bytes of an image file to pixels: the one way of training, evaluation, export and service.
 
-So a network is never trained on files that the server refuses, nor on other pixels than the server gives it.
-Each step is cheaper than the next and may reject the image: opening the file (`formats`), decoding at the
-scale that the rules allow, fitting. The bytes decide the format. Invalid bytes raise only `ImageError`.
+So a network is never trained on files that the server refuses, nor on other pixels than the
+server gives it. Each step is cheaper than the next and may reject the image: opening the file
+(`formats`), decoding at the scale that the rules allow, fitting. The bytes decide the format.
+Invalid bytes raise only `ImageError`.
 """
 
 import io
@@ -73,8 +74,8 @@ def decode(
 ) -> Decoded:
     """Decode the file *body* to the pixels that a network with *rules* reads; raises `ImageError`.
 
-    The limits are those of `open_image`. Of an animation, this is the first frame. With *choose_view*, these
-    are the pixels of its view.
+    The limits are those of `open_image`. Of an animation, this is the first frame. With
+    *choose_view*, these are the pixels of its view.
     """
     limits = {"max_bytes": max_bytes, "max_pixels": max_pixels}
     with (
@@ -97,7 +98,11 @@ def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
 
 @contextmanager
 def _loaded(
-    image: Image.Image, body: bytes, rules: Preprocess, max_pixels: int, choose_view: ChooseView | None
+    image: Image.Image,
+    body: bytes,
+    rules: Preprocess,
+    max_pixels: int,
+    choose_view: ChooseView | None,
 ) -> Iterator[_Loaded]:
     """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it."""
     try:
@@ -123,9 +128,10 @@ def _loaded(
 def is_truncated(image: Image.Image, body: bytes) -> bool:
     """Check whether the data of the JPEG *body*, decoded as *image*, ends before the last pixel.
 
-    libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has this gray, the
-    image is decoded twice more at 1/8 scale, once with noise appended to its first scan. The noise changes
-    the pixels of a truncated file and has no effect on a complete one.
+    libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has
+    this gray, the image is decoded twice more at 1/8 scale, once with noise appended to its
+    first scan. The noise changes the pixels of a truncated file and has no effect on a complete
+    one.
     """
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
@@ -134,12 +140,17 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:
-            scan_end = next_begin - MARKER_BYTES  # the content of the next segment begins after its marker
+            scan_end = (
+                next_begin - MARKER_BYTES
+            )  # the content of the next segment begins after its marker
             break
-    # A decoder that expects a certain restart marker skips everything before it. So the noise is repeated
-    # after each of the markers, in their order, beginning with the one that follows the last in the scan.
+    # A decoder that expects a certain restart marker skips everything before it. So the noise
+    # is repeated after each of the markers, in their order, beginning with the one that follows
+    # the last in the scan.
     restarts = RESTART.findall(body[:scan_end])
-    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0  # number of the next marker, modulo 8
+    due = (
+        restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
+    )  # number of the next marker, modulo 8
     noise = NOISE
     for number in range(due, due + NUM_RESTARTS):
         noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE

@@ -1,7 +1,7 @@
 """Which image files are accepted: formats, limits, and opening a file without decoding its pixels.
 
-Each check is cheaper than the next: size in bytes, file signature, header (pixels are counted before any is
-allocated). The work of a decoder is limited in a server only.
+Each check is cheaper than the next: size in bytes, file signature, header (pixels are counted
+before any is allocated). The work of a decoder is limited in a server only.
 """
 
 import contextlib
@@ -19,20 +19,26 @@ from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_for
 from sopdeploy.images.pixels import correct_transparency_info
 from sopdeploy.images.signatures import HEAD_BYTES, find_format
 
-# Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
+# Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not
+# used.
 warnings.filterwarnings("ignore", module="PIL")
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
-ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
+ITEM_SIZE = re.compile(
+    rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL
+)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
 ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # T.81, table B.1
 SCAN = 0xDA
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length, and of the end
+MARKER = re.compile(
+    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
+)  # of segments with a length, and of the end
 MARKER_BYTES = 2
 COMMENT, END = 0xFE, 0xD9
-# Of the segments of applications, those that the colors depend on, with the least length that libjpeg reads.
+# Of the segments of applications, those that the colors depend on, with the least length that
+# libjpeg reads.
 COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
 APPLICATION_1, EXIF, XMP = 0xE1, b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
@@ -51,7 +57,8 @@ def open_image(
 ) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    Raises `ImageError` for a file that is not one of *formats* (names of `FORMATS`), too large or damaged.
+    Raises `ImageError` for a file that is not one of *formats* (names of `FORMATS`), too large
+    or damaged.
     """
     if not body:
         raise ImageError("this is not an image: it is empty", code="empty_body", status=400)
@@ -65,7 +72,9 @@ def open_image(
             _register_heif()
         if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
-                if marker in ARITHMETIC_FRAMES:  # libjpeg does not tell whether their data are complete
+                if (
+                    marker in ARITHMETIC_FRAMES
+                ):  # libjpeg does not tell whether their data are complete
                     reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
@@ -76,7 +85,9 @@ def open_image(
             image.info.update(_jpeg_orientation_info(body).items())
         if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
-                _check_dimensions((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
+                _check_dimensions(
+                    (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels
+                )
         correct_transparency_info(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
@@ -86,9 +97,12 @@ def open_image(
 def without_metadata(body: bytes) -> bytes:
     """Leave out what the decoder of the JPEG, PNG or GIF file *body* does not need for the first frame.
 
-    Pillow parses it, and refuses the image if it is damaged or large. A PNG keeps what tells the orientation.
+    Pillow parses it, and refuses the image if it is damaged or large. A PNG keeps what tells
+    the orientation.
     """
-    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(body[:2])
+    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(
+        body[:2]
+    )
     parts, begin = [], 0
     for start, end in () if find is None else find(body):
         parts.append(body[begin:start])
@@ -131,7 +145,11 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
             is_needed = name == b"eXIf"
             if name == b"tRNS":
                 is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
-            elif name in {b"tEXt", b"zTXt", b"iTXt"} and remaining and TEXTS.match(body, begin + 8):
+            elif (
+                name in {b"tEXt", b"zTXt", b"iTXt"}
+                and remaining
+                and TEXTS.match(body, begin + 8)
+            ):
                 remaining = max(0, remaining - _count_text(name, body[content], remaining))
                 is_needed = remaining > 0
             checksum = int.from_bytes(body[end - 4 : end])
@@ -165,7 +183,9 @@ def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
     text = content.partition(b"\0")[2]
     if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
         return min(len(content), limit)
-    method, packed = (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
+    method, packed = (
+        (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
+    )
     try:
         return limit if method != b"\0" else len(zlib.decompressobj().decompress(packed, limit))
     except zlib.error:
@@ -176,7 +196,11 @@ def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
     """Raise `ImageError` if an image of *size*, width and height, is too large."""
     width, height = size
     if width * height > max_pixels or max(size) > _MAX_SIDE:
-        limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
+        limit = (
+            f"{max_pixels} pixels"
+            if width * height > max_pixels
+            else f"{_MAX_SIDE} pixels per side"
+        )
         message = f"{width} x {height} is more than {limit}, the limit"
         raise ImageError(message, code="too_many_pixels", status=413)
 
@@ -212,10 +236,14 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     accepted = FORMATS if formats is None else formats
     if any(FORMATS[name] == detected for name in accepted):
         return detected
-    advice = f"use {describe_formats(accepted)}" + ("" if formats is None else " (the setting formats)")
+    advice = f"use {describe_formats(accepted)}" + (
+        "" if formats is None else " (the setting formats)"
+    )
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
-    shown = "HEIC" if detected == "HEIF" else detected  # Pillow's name of the format is not the common one
+    shown = (
+        "HEIC" if detected == "HEIF" else detected
+    )  # Pillow's name of the format is not the common one
     raise _unsupported_error(f"{shown} files are not accepted; {advice}")
 
 
@@ -239,30 +267,46 @@ def _register_heif() -> None:
         raise _unsupported_error(
             f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[heif]" ({CAMERA})'
         ) from error
-    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    pillow_heif.register_heif_opener(
+        decode_threads=1, thumbnails=False, depth_images=False, aux_images=False
+    )
 
 
 def webp_size(body: bytes) -> tuple[int, int]:
     """Read (width, height) from the header of a WebP; (0, 0) for other formats.
 
-    libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks memory. Source:
-    RFC 9649, sections 2.5 to 2.7.
+    libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks
+    memory. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    kind, chunk = body[8:16], body[20:30]  # the content of the first chunk, after its name and length
-    if kind == b"WEBPVP8X":  # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
-        return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(chunk[7:10], "little")
-    if kind == b"WEBPVP8L":  # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
+    kind, chunk = (
+        body[8:16],
+        body[20:30],
+    )  # the content of the first chunk, after its name and length
+    if (
+        kind == b"WEBPVP8X"
+    ):  # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
+        return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(
+            chunk[7:10], "little"
+        )
+    if (
+        kind == b"WEBPVP8L"
+    ):  # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
-    if kind == b"WEBPVP8 ":  # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
-        return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(chunk[8:], "little") & 0x3FFF
+    if (
+        kind == b"WEBPVP8 "
+    ):  # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
+        return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(
+            chunk[8:], "little"
+        ) & 0x3FFF
     return 0, 0
 
 
 def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield the marker of each JPEG segment and the position of its length.
 
-    Bytes between two segments are skipped, such as the data of a scan, which contain no marker with a length.
+    Bytes between two segments are skipped, such as the data of a scan, which contain no marker
+    with a length.
     """
     position = MARKER_BYTES  # after the marker of the start
     while marker := MARKER.search(body, position):

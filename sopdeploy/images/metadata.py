@@ -1,7 +1,8 @@
 """Copies of image files without metadata: no place, time, device, comment or thumbnail; upright as before.
 
-A JPEG keeps its coefficients, so its pixels do not change. Other formats are decoded and written as PNG, and
-so is a JPEG whose copy does not have the same pixels: decoders read kinds of JPEG that `_copy_jpeg` does not.
+A JPEG keeps its coefficients, so its pixels do not change. Other formats are decoded and
+written as PNG, and so is a JPEG whose copy does not have the same pixels: decoders read kinds
+of JPEG that `_copy_jpeg` does not.
 """
 
 import calendar
@@ -24,8 +25,8 @@ HASHED_ROWS = 256
 NO_TIME = -1
 _EXIF_IFD, _TIME_TAKEN = 0x8769, 0x9003
 JFIF = 0xE0
-# The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
-# Huffman code and quantization, number of lines, restart interval.
+# The segments that pixels depend on, by marker, with the start of their content: frames, scans,
+# tables of the Huffman code and quantization, number of lines, restart interval.
 NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD), b"")
 NEEDED |= {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # color profile, color transform
 
@@ -39,15 +40,17 @@ def capture_time(image: Image.Image) -> int:
         exif = Image.Exif()
         exif.load(image.info["exif"])
         text = exif.get_ifd(_EXIF_IFD)[_TIME_TAKEN]
-        return max(NO_TIME, calendar.timegm(time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S")))
+        return max(
+            NO_TIME, calendar.timegm(time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S"))
+        )
     return NO_TIME
 
 
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
-    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a damaged
-    file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
+    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError`
+    for a damaged file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
@@ -55,16 +58,23 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             copy_hash, original_hash = _hash_pixels(copy), _hash_pixels(body)
             if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
-            if original_hash in {None, copy_hash}:  # None: it lacks the end marker, which the copy has
+            if original_hash in {
+                None,
+                copy_hash,
+            }:  # None: it lacks the end marker, which the copy has
                 return copy, ".jpg"
-            # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other formats do.
+            # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other
+            # formats do.
         if image.width * image.height > MAX_COPIED_PIXELS:
-            raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)
+            raise ImageError(
+                "too large to be written as PNG", code="too_many_pixels", status=413
+            )
         file = io.BytesIO()
         try:
             pixels = to_rgb(image, Preprocess())
             if pixels is image:
-                # `save` of an opened file asks for the current folder, which the server's decoder may not.
+                # `save` of an opened file asks for the current folder, which the server's
+                # decoder may not.
                 pixels = image.copy()
             pixels.info.clear()
             pixels.save(file, "PNG", compress_level=1)
@@ -78,7 +88,9 @@ def _hash_pixels(body: bytes) -> bytes | None:
     try:
         with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
             digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-            for top in range(0, image.height, HASHED_ROWS):  # a few rows at a time need little memory
+            for top in range(
+                0, image.height, HASHED_ROWS
+            ):  # a few rows at a time need little memory
                 rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
                 digest.update(rows.tobytes())
     except Exception:  # a decoder may raise anything
@@ -90,13 +102,22 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        tiff_header = b"MM" + struct.pack(">HI", 42, 8)  # big-endian, with the directory of tags at byte 8
-        tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)  # one value of type 3, 16 bits
-        exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)  # one tag, no second directory
+        tiff_header = b"MM" + struct.pack(
+            ">HI", 42, 8
+        )  # big-endian, with the directory of tags at byte 8
+        tag = struct.pack(
+            ">HHIHxx", ORIENTATION, 3, 1, orientation
+        )  # one value of type 3, 16 bits
+        exif = (
+            b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
+        )  # one tag, no second directory
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
     data_begin: int | None = None  # of the data that follow a scan; None after another segment
     for marker, position in jpeg_segments(body):  # the position of the length, after the marker
-        begin, end = position - MARKER_BYTES, position + int.from_bytes(body[position : position + 2], "big")
+        begin, end = (
+            position - MARKER_BYTES,
+            position + int.from_bytes(body[position : position + 2], "big"),
+        )
         if data_begin is not None:  # they end where this segment begins
             parts.append(body[data_begin:begin])
         data_begin = end if marker == SCAN else None
@@ -104,7 +125,8 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             break
         content = body[position + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
-            # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a thumbnail.
+            # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a
+            # thumbnail.
             parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])

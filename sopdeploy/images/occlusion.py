@@ -1,7 +1,8 @@
 """Occlusion maps: the probability of a class that an image loses without one of its parts.
 
-Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014: a gray square covers one
-part of the image after the other. This works with every network, and needs `IMAGES_PER_MAP` predictions.
+Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014: a gray
+square covers one part of the image after the other. This works with every network, and needs
+`IMAGES_PER_MAP` predictions.
 """
 
 import numpy as np

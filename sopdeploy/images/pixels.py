@@ -1,10 +1,10 @@
 """Apply the rules of `Preprocess` to a decoded image: rotate, convert to RGB, resize and crop.
 
-Color conversions with intermediate results run in tiles. On the whole image they would need six times the
-memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
+Color conversions with intermediate results run in tiles. On the whole image they would need six
+times the memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
 
-The orientation is read from the EXIF data without the other tags. Pillow reads all tags, and they may
-overlap: 5400 tags of 64 kB each fit into 64 kB and would take 350 MB.
+The orientation is read from the EXIF data without the other tags. Pillow reads all tags, and
+they may overlap: 5400 tags of 64 kB each fit into 64 kB and would take 350 MB.
 """
 
 import re
@@ -29,19 +29,28 @@ TURNS = dict(zip(range(2, 9), (
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip
-MIRRORED_X, MIRRORED_Y, TRANSPOSED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}  # orientations of EXIF
+MIRRORED_X, MIRRORED_Y, TRANSPOSED = (
+    {2, 3, 6, 7},
+    {3, 4, 7, 8},
+    {5, 6, 7, 8},
+)  # orientations of EXIF
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
-GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
-FRAME_BOX = "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
+GRAY_STEPS = {
+    "L;2": 85,
+    "L;4": 17,
+}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
+FRAME_BOX = (
+    "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
+)
 
 
 def exif_orientation(image: Image.Image) -> int:
     """Read the orientation of *image*, 1 to 8, from EXIF, else from XMP; 1 (upright) if absent or invalid.
 
-    The pixels of a PNG are loaded, because its tags may follow them. A PNG can also have EXIF as text: an
-    empty line, a name, a length and lines of hexadecimal digits.
+    The pixels of a PNG are loaded, because its tags may follow them. A PNG can also have EXIF
+    as text: an empty line, a name, a length and lines of hexadecimal digits.
     """
     try:
         if image.format == "PNG" and "exif" not in image.info:
@@ -68,8 +77,12 @@ def _read_orientation(data: bytes) -> int | None:
     with suppress(struct.error):  # the data are cut
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
-        for number in range(count):  # 12 bytes: tag, type, number of values, and the value if it fits
-            tag, type_code, _, value = struct.unpack_from(order + "HHI4s", data, start + 2 + 12 * number)
+        for number in range(
+            count
+        ):  # 12 bytes: tag, type, number of values, and the value if it fits
+            tag, type_code, _, value = struct.unpack_from(
+                order + "HHI4s", data, start + 2 + 12 * number
+            )
             if tag == ORIENTATION:  # the value is in the first 1, 2 or 4 of the bytes
                 return int(struct.unpack_from(order + INTEGERS[type_code], value)[0])
     return None
@@ -101,8 +114,8 @@ def preprocess_image(
 ) -> Pixels:
     """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8.
 
-    A *view* replaces that of *rules*. If *image* was decoded at 1/*scale*, *size* is that of the whole image,
-    upright; *rules* with the decoding "full" do not allow it.
+    A *view* replaces that of *rules*. If *image* was decoded at 1/*scale*, *size* is that of
+    the whole image, upright; *rules* with the decoding "full" do not allow it.
     """
     resampling = RESAMPLING[rules.interpolation]
     if rules.decoding == "scaled":
@@ -124,7 +137,11 @@ def preprocess_image(
 
 
 def _resize_box(
-    image: Image.Image, rules: Preprocess, view: View | None, size: tuple[int, int] | None, scale: int
+    image: Image.Image,
+    rules: Preprocess,
+    view: View | None,
+    size: tuple[int, int] | None,
+    scale: int,
 ) -> Image.Image:
     """Resize the box of *view* in *image*, then turn it; the arguments are those of `preprocess_image`."""
     orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
@@ -136,9 +153,16 @@ def _resize_box(
         top, bottom = height - bottom, height - top
     if orientation in TRANSPOSED:
         left, top, right, bottom = top, left, bottom, right
-    box = (left / scale, top / scale, min(image.width, right / scale), min(image.height, bottom / scale))
+    box = (
+        left / scale,
+        top / scale,
+        min(image.width, right / scale),
+        min(image.height, bottom / scale),
+    )
     rgb = to_rgb(image, rules, UPRIGHT)
-    fitted = rgb.resize(turned_size(new_size, orientation), RESAMPLING[rules.interpolation], box)
+    fitted = rgb.resize(
+        turned_size(new_size, orientation), RESAMPLING[rules.interpolation], box
+    )
     return fitted.transpose(TURNS[orientation]) if orientation != UPRIGHT else fitted
 
 
@@ -161,14 +185,19 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
 
-def to_rgb(image: Image.Image, rules: Preprocess, orientation: int | None = None) -> Image.Image:
+def to_rgb(
+    image: Image.Image, rules: Preprocess, orientation: int | None = None
+) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
-    Its *orientation* is by default that of EXIF, or upright if *rules* do not apply it. 16-bit gray is scaled
-    to 8 bits, because Pillow clips it to white. An upright RGB image is returned itself, not copied.
+    Its *orientation* is by default that of EXIF, or upright if *rules* do not apply it. 16-bit
+    gray is scaled to 8 bits, because Pillow clips it to white. An upright RGB image is returned
+    itself, not copied.
     """
     image.load()
-    frame_alpha: Image.Image | None = None  # of a GIF whose first frame covers a part of the canvas
+    frame_alpha: Image.Image | None = (
+        None  # of a GIF whose first frame covers a part of the canvas
+    )
     if FRAME_BOX in image.info:
         frame_alpha = Image.new("L", image.size)
         frame_alpha.paste(255, image.info[FRAME_BOX])
@@ -181,7 +210,9 @@ def to_rgb(image: Image.Image, rules: Preprocess, orientation: int | None = None
     if is_opaque and image.mode not in SIXTEEN_BIT:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
-    for box in tile_boxes(image.size):  # a tile at a time, because the copies in RGBA need much memory
+    for box in tile_boxes(
+        image.size
+    ):  # a tile at a time, because the copies in RGBA need much memory
         tile = _to_rgba(image.crop(box))
         if frame_alpha is not None:
             tile.putalpha(frame_alpha.crop(box))
@@ -208,7 +239,9 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)
     clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
-    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)  # nearest; 65535 becomes 255
+    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(
+        np.uint8
+    )  # nearest; 65535 becomes 255
     gray = Image.fromarray(scaled).convert("RGBA")
     transparent = tile.info.get("transparency")
     if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
@@ -219,8 +252,8 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
 def correct_transparency_info(image: Image.Image) -> None:
     """Change `info` of an opened *image* to tell which of its decoded pixels will be transparent.
 
-    Pillow stores the transparent color of a PNG at the file's bit depth, so that it matches no decoded pixel
-    or a wrong one.
+    Pillow stores the transparent color of a PNG at the file's bit depth, so that it matches no
+    decoded pixel or a wrong one.
     """
     tiles = getattr(image, "tile", None)
     if not tiles:
@@ -234,7 +267,8 @@ def correct_transparency_info(image: Image.Image) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in color)
     is_first_frame = image.format == "GIF" and image.tell() == 0
     if is_first_frame and color is None and box != (0, 0, *image.size):
-        # Pillow fills the canvas around a smaller first frame with the first color of the palette.
+        # Pillow fills the canvas around a smaller first frame with the first color of the
+        # palette.
         image.info[FRAME_BOX] = box
 
 
@@ -244,7 +278,9 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     if rules.fit == "pad":
         return View((0, 0, *size), (width, height))
     x, y = size[0] / width, size[1] / height  # source pixels per pixel of the resized image
-    left, top = (round((side - rules.crop) / 2.0) for side in (width, height))  # not negative: crop <= resize
+    left, top = (
+        round((side - rules.crop) / 2.0) for side in (width, height)
+    )  # not negative: crop <= resize
     # Rounding may move right and bottom out of the image.
     right, bottom = min(size[0], (left + rules.crop) * x), min(size[1], (top + rules.crop) * y)
     return View((left * x, top * y, right, bottom), (rules.crop, rules.crop))
@@ -253,9 +289,10 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
 def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     """Resize an RGB *image* to `resized_size` and crop its center; returns (crop, crop, 3) uint8.
 
-    With the fit "crop", it equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image pixel
-    for pixel. For strips with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a
-    few gray levels off): 1 x 20000 pixels cost no more than a photograph.
+    With the fit "crop", it equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a
+    PIL image pixel for pixel. For strips with an aspect ratio above `MAX_ASPECT_RATIO` only the
+    cropped part is computed (a few gray levels off): 1 x 20000 pixels cost no more than a
+    photograph.
     """
     width, height = resized_size(image.size, rules)
     resampling = RESAMPLING[rules.interpolation]
@@ -269,10 +306,14 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    has_transparent_pixels = FRAME_BOX in image.info  # a frame that leaves out a part of the image
+    has_transparent_pixels = (
+        FRAME_BOX in image.info
+    )  # a frame that leaves out a part of the image
     if image.has_transparency_data:
         alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
-        has_transparent_pixels = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)
+        has_transparent_pixels = any(
+            alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas
+        )
     conversions = {
         "alpha_flattened": has_transparent_pixels,
         "exif_rotated": rules.exif_orientation and exif_orientation(image) != UPRIGHT,

@@ -1,8 +1,8 @@
 """Rules of preprocessing, from a decoded image to network input, shared by training, export and service.
 
-`sopdeploy.images.pixels` applies them; the exported graph applies mean and standard deviation. Checkpoint and
-bundle store all rules. Importing this module does not load Pillow, because a process that runs a network on
-pixels needs the rules, but no image library.
+`sopdeploy.images.pixels` applies them; the exported graph applies mean and standard deviation.
+Checkpoint and bundle store all rules. Importing this module does not load Pillow, because a
+process that runs a network on pixels needs the rules, but no image library.
 """
 
 import math
@@ -21,7 +21,9 @@ Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
 Decoding = Literal["full", "scaled"]
 Fit = Literal["crop", "pad", "squash", "squash-crop"]
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
+Box = tuple[
+    float, float, float, float
+]  # left, top, right, bottom in pixels of the upright image
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
@@ -29,16 +31,18 @@ TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border
 class Preprocess(StrictModel):
     """Preprocessing rules of one network; its input has `crop` x `crop` pixels.
 
-    `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
-    center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels, "squash-crop" to `resize` pixels, and crops the center. `resize` is
-    used by "crop" and "squash-crop" only; without it, it follows `crop`. `mean` and `std` refer to pixel
-    values in [0, 1]. Transparent pixels are composited onto `background`.
+    `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels
+    and crops the center. "pad" resizes the longer side to `crop` pixels and centers the image
+    on `background`. "squash" resizes both sides to `crop` pixels, "squash-crop" to `resize`
+    pixels, and crops the center. `resize` is used by "crop" and "squash-crop" only; without it,
+    it follows `crop`. `mean` and `std` refer to pixel values in [0, 1]. Transparent pixels are
+    composited onto `background`.
 
-    `decoding` says how many pixels of a JPEG are decoded. "full" decodes all and resizes the whole image.
-    "scaled" decodes at the smallest scale of JPEG, 1/8, 1/4, 1/2 or 1, at which both sides have at least
-    twice the pixels that they are resized to, and resizes only the box that the crop keeps. It is left out of
-    what is written if it is "full", as in files of versions that do not know it.
+    `decoding` says how many pixels of a JPEG are decoded. "full" decodes all and resizes the
+    whole image. "scaled" decodes at the smallest scale of JPEG, 1/8, 1/4, 1/2 or 1, at which
+    both sides have at least twice the pixels that they are resized to, and resizes only the box
+    that the crop keeps. It is left out of what is written if it is "full", as in files of
+    versions that do not know it.
     """
 
     resize: Side = 256
@@ -49,12 +53,16 @@ class Preprocess(StrictModel):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     exif_orientation: bool = True
-    decoding: Annotated[Decoding, pydantic.Field(exclude_if=lambda decoding: decoding == "full")] = "full"
+    decoding: Annotated[
+        Decoding, pydantic.Field(exclude_if=lambda decoding: decoding == "full")
+    ] = "full"
 
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":
         """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
-        if "crop" in self.model_fields_set and "resize" not in self.model_fields_set:  # in the usual ratio
+        if (
+            "crop" in self.model_fields_set and "resize" not in self.model_fields_set
+        ):  # in the usual ratio
             vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
@@ -69,16 +77,20 @@ class Preprocess(StrictModel):
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":
         """Convert timm's data config: `timm.data.resolve_data_config`, or the `pretrained_cfg` of a model.
 
-        timm pads with the mean color, which becomes `background`. Raises `ConfigError` for an input that is
-        not square RGB, an interpolation other than bilinear and bicubic, or a `crop_pct` below 1 where the
-        image is squashed or padded.
+        timm pads with the mean color, which becomes `background`. Raises `ConfigError` for an
+        input that is not square RGB, an interpolation other than bilinear and bicubic, or a
+        `crop_pct` below 1 where the image is squashed or padded.
         """
         channels, height, width = config.get("input_size", (3, 224, 224))
         if channels != 3 or height != width:
-            raise ConfigError(f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported")
+            raise ConfigError(
+                f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported"
+            )
         mode = str(config.get("crop_mode") or "center")
         if mode not in TIMM_CROP_MODES:
-            raise ConfigError(f"timm: crop_mode {mode!r}; supported are {', '.join(TIMM_CROP_MODES)}")
+            raise ConfigError(
+                f"timm: crop_mode {mode!r}; supported are {', '.join(TIMM_CROP_MODES)}"
+            )
         crop_share = float(config.get("crop_pct") or 1)
         if mode != "center" and crop_share != 1:
             raise ConfigError(
@@ -101,10 +113,14 @@ class Preprocess(StrictModel):
     def from_torchvision(cls, transforms: Any) -> "Preprocess":
         """Convert torchvision's `weights.transforms()`, the preset of a classifier.
 
-        Raises `ConfigError` for another object, or an interpolation other than bilinear and bicubic.
+        Raises `ConfigError` for another object, or an interpolation other than bilinear and
+        bicubic.
         """
         try:
-            (crop,), (resize,) = transforms.crop_size, transforms.resize_size  # a `ValueError` for two sides
+            (crop,), (resize,) = (
+                transforms.crop_size,
+                transforms.resize_size,
+            )  # a `ValueError` for two sides
             interpolation = str(transforms.interpolation.value)
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:
@@ -127,9 +143,10 @@ class Preprocess(StrictModel):
     def of_convention(cls, name: str, side: int = 224) -> "Preprocess":
         """Return the rules of a usual convention for inputs of *side* x *side* pixels.
 
-        "imagenet" is that of torchvision's training scripts and "timm" that of timm: the shorter side becomes
-        8/7 of *side*, bilinear or bicubic. "clip" is that of OpenAI's CLIP: the shorter side becomes *side*.
-        "none" is "imagenet" with pixel values in [0, 1]. Raises `KeyError` for another name.
+        "imagenet" is that of torchvision's training scripts and "timm" that of timm: the
+        shorter side becomes 8/7 of *side*, bilinear or bicubic. "clip" is that of OpenAI's
+        CLIP: the shorter side becomes *side*. "none" is "imagenet" with pixel values in [0, 1].
+        Raises `KeyError` for another name.
         """
         fields = CONVENTIONS[name](side)  # can have another size
         return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **fields})

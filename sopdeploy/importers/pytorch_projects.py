@@ -1,7 +1,8 @@
 """Importers of PyTorch projects: networks of torchvision, ResNets for CIFAR, fast-MPN-COV and GSoP.
 
-fast-MPN-COV publishes files with torchvision's names and `layer_reduce`; its training checkpoints number the
-parts. GSoP's files have torchvision's names and those of the blocks in the last bottleneck of a stage.
+fast-MPN-COV publishes files with torchvision's names and `layer_reduce`; its training
+checkpoints number the parts. GSoP's files have torchvision's names and those of the blocks in
+the last bottleneck of a stage.
 """
 
 import importlib
@@ -53,24 +54,39 @@ RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name,
     "pytorch_resnet_cifar10": {"linear.": "fc.", ".shortcut.": ".downsample."},
 }
 _TITLES = {"isqrt": "iSQRT-COV on ", "bcnn": "B-CNN on ", "gap": ""}
-STRIDE_UNKNOWN = "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STRIDE_UNKNOWN = (
+    "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
+)
+CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
-SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
+SUM_OR_MAXIMUM = (
+    "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
+)
 
 
 def find_resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
-    blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}  # such as ("layer3", "0")
+    blocks = {
+        tuple(name.split(".")[:2]) for name in file.tensors if "." in name
+    }  # such as ("layer3", "0")
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
     has_bottlenecks = "layer1.0.conv3.weight" in file.tensors
     for depth, expected_counts in BLOCKS.items():
         if counts == expected_counts and has_bottlenecks == (depth not in {18, 34}):
             return depth
-    problem = (
-        f"a ResNet of {counts} {'bottlenecks' if has_bottlenecks else 'basic blocks'} is not in the catalog"
-    )
+    problem = f"a ResNet of {counts} {'bottlenecks' if has_bottlenecks else 'basic blocks'} is not in the catalog"
     raise WeightsError(f"{file.path}: {problem}; `sopdeploy models` lists the networks")
 
 
@@ -83,12 +99,14 @@ def name_network(family: str, depth: int, *, fallback: int) -> str:
 def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
     """Find the preprocessing of the *file* of torchvision's network *name*, with a note on its origin.
 
-    torchvision publishes some networks twice, with different preprocessing; its file names end in the first
-    eight digits of the SHA-256. For other files the config.json of timm's hub next to the file applies, or
-    else, without a note, the usual resize to 256 and crop of 224.
+    torchvision publishes some networks twice, with different preprocessing; its file names end
+    in the first eight digits of the SHA-256. For other files the config.json of timm's hub next
+    to the file applies, or else, without a note, the usual resize to 256 and crop of 224.
     """
     models = importlib.import_module("torchvision.models")
-    published = models.get_model_weights(name) if name in models.list_models() else ()  # it has no resnet26
+    published = (
+        models.get_model_weights(name) if name in models.list_models() else ()
+    )  # it has no resnet26
     for weights in published:
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
@@ -112,7 +130,8 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     model = name_network("isqrt-resnet" if pooling == "isqrt" else "resnet", depth, fallback=50)
     if pooling == "bcnn":
         model += " --option pooling=bcnn"
-    # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is `features.0`
+    # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is
+    # `features.0`
     is_torchvision = pooling == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvision else "fast-MPN-COV"
     undetermined = {}
@@ -139,8 +158,9 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
 def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
     """Find the stride of conv5_x in a file of fast-MPN-COV; None if neither tensors nor `arch` determine it.
 
-    It is 1 with the convolution `layer_reduce`, which training checkpoints call `features.8`. Otherwise an
-    `arch` like `mpncovresnet50` has stride 1, and one like `resnet50`, trained with the pooling, stride 2.
+    It is 1 with the convolution `layer_reduce`, which training checkpoints call `features.8`.
+    Otherwise an `arch` like `mpncovresnet50` has stride 1, and one like `resnet50`, trained
+    with the pooling, stride 2.
     """
     if "layer_reduce.weight" in file.tensors or "features.8.weight" in file.tensors:
         return 1
@@ -169,14 +189,20 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files."""
     # the classifier is one linear layer, or the layers 0, 3 and 6 of the module `classifier`
     is_linear = "classifier.weight" in file.tensors
-    first, last = ("classifier", "classifier") if is_linear else ("classifier.0", "classifier.6")
+    first, last = (
+        ("classifier", "classifier") if is_linear else ("classifier.0", "classifier.6")
+    )
     classifier = file.tensors.get(f"{first}.weight")
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
-    convolutions = sum(name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items())
+    convolutions = sum(
+        name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items()
+    )
     if convolutions != 13:
-        raise WeightsError(f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16")
+        raise WeightsError(
+            f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16"
+        )
     length = classifier.shape[1]
     if length == VGG_FLATTENED:
         project, option = "torchvision", ""
@@ -192,10 +218,13 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
         model=name + option,
         tensors=renamed.tensors,
-        triangles={f"{first}.weight": pooling["pooling.width"]} if "pooling.width" in pooling else {},
+        triangles={f"{first}.weight": pooling["pooling.width"]}
+        if "pooling.width" in pooling
+        else {},
         num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
-        detected=pooling | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
+        detected=pooling
+        | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
         notes=notes,
     )
 
@@ -206,7 +235,10 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources
     if not known or any(source.startswith("layer4.") for source in sources):
         return None
-    depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
+    depth = (
+        6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")})
+        + 2
+    )
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
@@ -218,7 +250,9 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
             "depth": depth,
             "pooling.kind": "gap",
             "base_width": len(file.tensor("conv1.weight")),
-            "shortcut": "projection" if any(".shortcut." in source for source in sources) else "pad",
+            "shortcut": "projection"
+            if any(".shortcut." in source for source in sources)
+            else "pad",
         },
         class_names=CIFAR10,
     )
@@ -227,8 +261,14 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
 def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
     """Convert GSoP-Net1, or GSoP-Net2, which has `layer_reduce` and triangle vectors column by column."""
     depth = find_resnet_depth(file)
-    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_detect_block_options(file)}
-    attention = detected.get("attention")  # None: the sum or the maximum, which the user must choose
+    detected = {
+        "depth": depth,
+        "base_width": len(file.tensor("conv1.weight")),
+        **_detect_block_options(file),
+    }
+    attention = detected.get(
+        "attention"
+    )  # None: the sum or the maximum, which the user must choose
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
     triangles = {}
@@ -253,12 +293,19 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
 
 def _detect_block_options(file: WeightFile) -> FieldValues:
     """Determine the options of the blocks; without `attention` it is the sum or the maximum."""
-    lengths = {  # of weights; `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in all blocks
-        name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
+    # of weights; `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in all blocks
+    lengths = {
+        name.split(".")[-2]: len(tensor)
+        for name, tensor in file.tensors.items()
+        if name.endswith(".weight")
     }
     stages = sorted({name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name})
     if "conv_for_DR_spatial" not in lengths:  # no block has a position-wise half
-        return {"block_stages": stages, "cov_width": lengths["conv_for_DR"], "attention": "channel"}
+        return {
+            "block_stages": stages,
+            "cov_width": lengths["conv_for_DR"],
+            "attention": "channel",
+        }
     width = lengths["conv_for_DR_spatial"]
     side = math.isqrt(lengths["row_bn_for_spatial"])  # the root of the number of positions
     config: FieldValues = {"block_stages": stages, "cov_width": width, "position_side": side}

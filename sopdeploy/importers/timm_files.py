@@ -1,6 +1,7 @@
 """Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite with timm's names or its own.
 
-Files of timm's hub lie next to a `config.json` with their preprocessing; without it, timm's default is used.
+Files of timm's hub lie next to a `config.json` with their preprocessing; without it, timm's
+default is used.
 """
 
 import importlib
@@ -25,8 +26,13 @@ HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, which takes a second
-    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
+    model: Preprocess(
+        resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    for model, resize, crop in (
+        ("efficientnet-lite0", 256, 224),
+        ("efficientnet-lite2", 292, 260),
+    )
 }
 
 
@@ -46,9 +52,12 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier")
-    if isinstance(classifier, tuple):  # a distilled network has two classifiers of the same classes
+    if isinstance(
+        classifier, tuple
+    ):  # a distilled network has two classifiers of the same classes
         classifier = classifier[0]
-    # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored without theirs
+    # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored
+    # without theirs
     has_classifier = classifier is not None and f"{classifier}.weight" in file.tensors
     return ConvertedWeights(
         project="timm",
@@ -65,14 +74,18 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
     if model not in LITE:
         return None
-    is_original = "_conv_stem.weight" in file.tensors  # EfficientNet-PyTorch's names, which others have kept
+    is_original = (
+        "_conv_stem.weight" in file.tensors
+    )  # EfficientNet-PyTorch's names, which others have kept
     named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
     if not _has_tensors_of(model, named):
         return None
     config = read_hub_config(file.path)
     return ConvertedWeights(
         project="EfficientNet-Lite" if is_original else "timm",
-        description="EfficientNet-Lite" if is_original else f"timm's tf_{model.replace('-', '_')}",
+        description="EfficientNet-Lite"
+        if is_original
+        else f"timm's tf_{model.replace('-', '_')}",
         model=model,
         tensors=named.tensors,
         num_classes=len(named.tensor("classifier.weight")),
@@ -101,7 +114,9 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
     """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages."""
     names = _learned_shapes(model)
     blocks = list(
-        dict.fromkeys(".".join(name.split(".")[:3]) for name in names if name.startswith("blocks."))
+        dict.fromkeys(
+            ".".join(name.split(".")[:3]) for name in names if name.startswith("blocks.")
+        )
     )
     layers = {
         number: dict(
@@ -119,7 +134,9 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
         number, _, inside = rest.partition(".")
         if part == "_blocks" and number.isdecimal() and int(number) in layers:
             layer, _, rest = inside.partition(".")
-            renamed[f"{blocks[int(number)]}.{layers[int(number)].get(layer, layer)}.{rest}"] = tensor
+            renamed[f"{blocks[int(number)]}.{layers[int(number)].get(layer, layer)}.{rest}"] = (
+                tensor
+            )
         else:
             renamed[f"{ORIGINAL_PARTS.get(part, part)}.{rest}"] = tensor
     return renamed
@@ -128,8 +145,9 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
 def find_network(file: WeightFile) -> str | None:
     """Find the network of timm that has the tensors of *file*, as `timm:NAME`.
 
-    NAME is the longest of timm's names that occurs in one text: the architecture in the config.json next to
-    the file, else the one in the file, else the file's name. None if no name occurs or the tensors differ.
+    NAME is the longest of timm's names that occurs in one text: the architecture in the
+    config.json next to the file, else the one in the file, else the file's name. None if no
+    name occurs or the tensors differ.
     """
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]

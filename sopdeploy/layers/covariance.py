@@ -1,11 +1,12 @@
 """Covariance pooling: second-order statistics of a feature map.
 
-Paper: Li et al., "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix
-Square Root Normalization" (iSQRT-COV), Eq. (1): Sigma = X (I - 11^T/M) X^T / M.
-Letters: B images, C channels, H height, W width, M = H*W positions.
+Paper: Li et al., "Towards Faster Training of Global Covariance Pooling Networks by Iterative
+Matrix Square Root Normalization" (iSQRT-COV), Eq. (1): Sigma = X (I - 11^T/M) X^T / M. Letters:
+B images, C channels, H height, W width, M = H*W positions.
 
-The covariance is computed by subtracting the mean, then one product. The paper's centering matrix costs M^2
-more operations per channel, and its rounding gives negative traces on constant maps.
+The covariance is computed by subtracting the mean, then one product. The paper's centering
+matrix costs M^2 more operations per channel, and its rounding gives negative traces on constant
+maps.
 """
 
 import math
@@ -40,7 +41,8 @@ def covariance(factor_BCM: Tensor) -> Tensor:
 def covariance_trace(cov_BCC: Tensor) -> Tensor:
     """Compute the trace of each matrix as (B, 1, 1), by a product with the identity.
 
-    Runtimes have no operator for the diagonal, and a sum over the squared map would read the map once more.
+    Runtimes have no operator for the diagonal, and a sum over the squared map would read the
+    map once more.
     """
     identity = torch.eye(cov_BCC.shape[-1], dtype=cov_BCC.dtype, device=cov_BCC.device)
     return (cov_BCC * identity).sum(dim=(1, 2), keepdim=True)
@@ -56,7 +58,9 @@ def upper_triangle_indices(channels: int) -> Tensor:
 
     int64 of length C (C + 1) / 2, diagonal included; the order of fast-MPN-COV's vector.
     """
-    rows, columns = torch.triu_indices(channels, channels, device="cpu")  # on `meta` it takes 1.5 ms
+    rows, columns = torch.triu_indices(
+        channels, channels, device="cpu"
+    )  # on `meta` it takes 1.5 ms
     indices: Tensor = rows * channels + columns
     return indices.to(torch.get_default_device())
 
@@ -69,7 +73,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Turn autocast off for the device of *x*, so that operations keep the type of their operands.
 
-    If autocast is already off, the context does nothing and adds nothing to an exported program.
+    If autocast is already off, the context does nothing and adds nothing to an exported
+    program.
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -1,6 +1,7 @@
 """Declarations on layers that tell the exporter how to convert them.
 
-The exporter reads these attributes instead of naming classes, so a new layer needs no change in the exporter.
+The exporter reads these attributes instead of naming classes, so a new layer needs no change in
+the exporter.
 """
 
 from typing import ClassVar

@@ -1,16 +1,17 @@
 """The GSoP block: a feature map scaled by weights from its own second-order statistics.
 
-Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b),
-Table 2. Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width, n rows
-of the covariance, r = 4 outputs per row, R = 4n, P = s x s positions.
+Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3,
+Fig. 1(b), Table 2. Letters: B images, C channels, d channels after dimension reduction (DR), H
+height, W width, n rows of the covariance, r = 4 outputs per row, R = 4n, P = s x s positions.
 
-The released code feeds DR with a rectified copy of the map (`pre_relu`; the scaled map itself is not
-rectified) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is centered and divided by the
-number of positions; the block takes no matrix root.
+The released code feeds DR with a rectified copy of the map (`pre_relu`; the scaled map itself
+is not rectified) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is centered
+and divided by the number of positions; the block takes no matrix root.
 
-Table 2 has a batch norm between the row-wise convolution and its LReLU. The released code has none. In the
-position-wise half the printed 0.16 M parameters decide against it: 0.1647 M without, 0.1652 M with. In the
-channel-wise half both give the printed 0.72 M, so the paper's text decides for it.
+Table 2 has a batch norm between the row-wise convolution and its LReLU. The released code has
+none. In the position-wise half the printed 0.16 M parameters decide against it: 0.1647 M
+without, 0.1652 M with. In the channel-wise half both give the printed 0.72 M, so the paper's
+text decides for it.
 """
 
 import math
@@ -24,7 +25,12 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.covariance import at_least_float32, covariance, covariance_factor, without_autocast
+from sopdeploy.layers.covariance import (
+    at_least_float32,
+    covariance,
+    covariance_factor,
+    without_autocast,
+)
 from sopdeploy.layers.export_hints import ExportHints
 
 BlockActivation = Literal["none", "relu", "lrelu"]
@@ -37,11 +43,12 @@ MOST_GROUPS = 32
 class GSoPBlockConfig(StrictModel):
     """Options of the block; defaults are the paper's.
 
-    `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
-    fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
-    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` adds a batch norm after the row-wise
-    convolution of the channel-wise half (Table 2). `models.gsop.RELEASED` lists the options in which the
-    released code differs from the paper.
+    `attention` selects the weights that scale the map: of channels, of positions, or of both,
+    with the way to fuse the two results. `cov_width` is d. `position_side` is the side of the
+    map whose positions are correlated (6, 8 and 12 are Table 4's 36, 64 and 144).
+    `channel_norm` adds a batch norm after the row-wise convolution of the channel-wise half
+    (Table 2). `models.gsop.RELEASED` lists the options in which the released code differs from
+    the paper.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
@@ -66,8 +73,9 @@ def activate(x: Tensor, activation: BlockActivation) -> Tensor:
 class RowConv(nn.Conv2d):
     """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); outputs 4i to 4i + 3 read row i.
 
-    It has the parameters of the paper's convolution with n groups and kernel (n, 1), but computes one batched
-    product, because runtimes have slow kernels for many groups with an output of one pixel.
+    It has the parameters of the paper's convolution with n groups and kernel (n, 1), but
+    computes one batched product, because runtimes have slow kernels for many groups with an
+    output of one pixel.
     """
 
     def __init__(self, rows: int) -> None:
@@ -77,7 +85,9 @@ class RowConv(nn.Conv2d):
         """Convolve each of the n rows with its r = 4 filters: (B, n, n, 1) to (B, R, 1, 1), where R = 4n."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
-        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)  # from (R, 1, n, 1)
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(
+            1, 2
+        )  # from (R, 1, n, 1)
         out_nBr = torch.matmul(cov_nBn, weight_nnr)
         out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
         return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
@@ -88,7 +98,9 @@ class Excitation(nn.Module, ExportHints):
 
     keep_float32 = True
 
-    def __init__(self, rows: int, out_channels: int, activation: BlockActivation, *, norm: bool) -> None:
+    def __init__(
+        self, rows: int, out_channels: int, activation: BlockActivation, *, norm: bool
+    ) -> None:
         super().__init__()
         self.activation: BlockActivation = activation
         self.row_bn = nn.BatchNorm2d(rows)
@@ -111,13 +123,19 @@ class ChannelAttention(nn.Module, ExportHints):
         super().__init__()
         self.config, width = config, config.cov_width
         self.reduction = nn.Sequential(
-            nn.Conv2d(channels, width, 1, stride=dr_stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+            nn.Conv2d(channels, width, 1, stride=dr_stride),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
         )
-        self.excitation = Excitation(width, channels, config.channel_activation, norm=config.channel_norm)
+        self.excitation = Excitation(
+            width, channels, config.channel_activation, norm=config.channel_norm
+        )
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance is float32 or float64."""
-        reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.config.pre_relu else features_BCHW)
+        reduced_BdHW = self.reduction(
+            F.relu(features_BCHW) if self.config.pre_relu else features_BCHW
+        )
         with without_autocast(reduced_BdHW):
             cov_Bdd = covariance(covariance_factor(at_least_float32(reduced_BdHW)))
         return self.excitation(cov_Bdd)
@@ -129,7 +147,8 @@ RowBuilder = Callable[[int, int], list[list[float]]]
 def averaging_rows(size: int, target: int) -> list[list[float]]:
     """Build the (target, size) matrix of adaptive average pooling along one side.
 
-    Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size / target).
+    Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size /
+    target).
     """
     rows = []
     for i in range(target):
@@ -140,13 +159,19 @@ def averaging_rows(size: int, target: int) -> list[list[float]]:
 
 def nearest_rows(size: int, target: int) -> list[list[float]]:
     """Build the (target, size) matrix of nearest-neighbor sampling: row i reads floor(i size / target)."""
-    return [[1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)]
+    return [
+        [1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)
+    ]
 
 
 def resample(x_BCHW: Tensor, height: int, width: int, build_rows: RowBuilder) -> Tensor:
     """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *build_rows* builds."""
-    matrix_hH = torch.tensor(build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
-    matrix_wW = torch.tensor(build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    matrix_hH = torch.tensor(
+        build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device
+    )
+    matrix_wW = torch.tensor(
+        build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device
+    )
     return matrix_hH @ x_BCHW @ matrix_wW.T
 
 
@@ -160,19 +185,25 @@ class PositionAttention(nn.Module, ExportHints):
         self.config, width = config, config.cov_width
         self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
         positions = config.position_side**2
-        self.excitation = Excitation(positions, positions, config.position_activation, norm=False)
+        self.excitation = Excitation(
+            positions, positions, config.position_activation, norm=False
+        )
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance of P = s x s positions over d channels is at least float32."""
         config, side = self.config, self.config.position_side
         height, width = features_BCHW.shape[2:]
-        reduced_BdHW = self.reduction(F.relu(features_BCHW) if config.pre_relu else features_BCHW)
+        reduced_BdHW = self.reduction(
+            F.relu(features_BCHW) if config.pre_relu else features_BCHW
+        )
         if config.position_rectify == "reduced":
             reduced_BdHW = F.relu(reduced_BdHW)
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            if config.position_covariance == "centred":  # `covariance_factor` reads (B, variables, samples)
+            if (
+                config.position_covariance == "centred"
+            ):  # `covariance_factor` reads (B, variables, samples)
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
             else:  # `uncentred_covariance` reads (B, samples, variables)
                 cov_BPP = uncentred_covariance(small_BdP)
@@ -184,8 +215,9 @@ class PositionAttention(nn.Module, ExportHints):
 def uncentred_covariance(small_BdP: Tensor) -> Tensor:
     """Compute X^T X / P - t^T t / P^2 as (B, P, P), where t (B, 1, P) sums X (B, d, P) over the channels.
 
-    The released code intends to center, but its centering matrix is built for P samples while there are d.
-    Where d differs from P the mean is not removed, and the result has negative eigenvalues.
+    The released code intends to center, but its centering matrix is built for P samples while
+    there are d. Where d differs from P the mean is not removed, and the result has negative
+    eigenvalues.
     """
     positions = small_BdP.shape[2]
     sums_B1P = small_BdP.sum(dim=1, keepdim=True)
@@ -196,9 +228,10 @@ def uncentred_covariance(small_BdP: Tensor) -> Tensor:
 class Concatenation(nn.Module):
     """Fuse two tensors (B, C, H, W): grouped convolutions with kernel (k, 1), sum, batch norm.
 
-    This equals the "one convolutional layer" of the concatenation in section 4.1, with the kernel and groups
-    of the released code, because the paper does not print them (assumption). k, along the height, is 11, 9,
-    7, 5 for C = 256, 512, 1024, 2048: fewer groups have longer kernels.
+    This equals the "one convolutional layer" of the concatenation in section 4.1, with the
+    kernel and groups of the released code, because the paper does not print them (assumption).
+    k, along the height, is 11, 9, 7, 5 for C = 256, 512, 1024, 2048: fewer groups have longer
+    kernels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -211,8 +244,12 @@ class Concatenation(nn.Module):
             )
         reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
         kernel, padding = (2 * reach + 1, 1), (reach, 0)
-        self.conv_channel = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
-        self.conv_position = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
+        self.conv_channel = nn.Conv2d(
+            channels, channels, kernel, padding=padding, groups=groups
+        )
+        self.conv_position = nn.Conv2d(
+            channels, channels, kernel, padding=padding, groups=groups
+        )
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
@@ -247,7 +284,9 @@ class GSoPBlock(nn.Module):
         if self.position is None:
             return by_channel
         by_position = features_BCHW * self.position(features_BCHW)
-        if self.config.position_rectify == "scaled":  # otherwise the ReLU is inside of `self.position`
+        if (
+            self.config.position_rectify == "scaled"
+        ):  # otherwise the ReLU is inside of `self.position`
             by_position = F.relu(by_position)
         if self.channel is None:
             return by_position

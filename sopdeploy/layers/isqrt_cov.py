@@ -1,19 +1,21 @@
 """iSQRT-COV: covariance pooling with an iterative matrix square root ("fast MPN-COV", "SR-SOP").
 
-Paper: iSQRT-COV, section 3; DSoP section III-A uses it in every branch.
-Letters: B images, d channels, M positions, N iterations; X is the centered map divided by sqrt(M). In the
-iteration alone, B matrices have C rows and columns.
+Paper: iSQRT-COV, section 3; DSoP section III-A uses it in every branch. Letters: B images, d
+channels, M positions, N iterations; X is the centered map divided by sqrt(M). In the iteration
+alone, B matrices have C rows and columns.
 
-The root is a fixed number of matrix products, the Newton-Schulz iteration of Eq. (4): Y_0 = A, Z_0 = I;
-T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z, for N steps. The first step uses Z = I and the last one needs only
-one of Y and Z, so N steps take 3N - 3 products (N = 1 takes one for Y and none for Z). The result is the
-truncated iterate, not the square root: at N = 5 it differs from the root by 18 to 42 % on ReLU features. N is
-therefore part of the trained network and never changes.
+The root is a fixed number of matrix products, the Newton-Schulz iteration of Eq. (4): Y_0 = A,
+Z_0 = I; T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z, for N steps. The first step uses Z = I and the
+last one needs only one of Y and Z, so N steps take 3N - 3 products (N = 1 takes one for Y and
+none for Z). The result is the truncated iterate, not the square root: at N = 5 it differs from
+the root by 18 to 42 % on ReLU features. N is therefore part of the trained network and never
+changes.
 
-The iteration runs on A = X X^T / n or on the M x M Gram matrix G = X^T X / n. Every iterate is a polynomial
-in A, so with Z_N the second iterate of Newton-Schulz on G, Y_N(A) = X Z_N(G) X^T / n. G takes fewer products
-where M < 0.95 d (N = 5): 7 x 7 and 14 x 14 maps of 256 channels, 8 x 8 maps of 128. Both run in float32 or
-float64: in half precision the Gram matrix has negative eigenvalues.
+The iteration runs on A = X X^T / n or on the M x M Gram matrix G = X^T X / n. Every iterate is
+a polynomial in A, so with Z_N the second iterate of Newton-Schulz on G, Y_N(A) = X Z_N(G) X^T /
+n. G takes fewer products where M < 0.95 d (N = 5): 7 x 7 and 14 x 14 maps of 256 channels, 8 x
+8 maps of 128. Both run in float32 or float64: in half precision the Gram matrix has negative
+eigenvalues.
 """
 
 from collections import deque
@@ -54,7 +56,9 @@ class NewtonSchulzOptions(StrictModel):
 
     def root_config(self, *, compensate: bool = True) -> "NewtonSchulzConfig":
         """Build the configuration of the matrix square root."""
-        return NewtonSchulzConfig(iterations=self.iterations, prenorm=self.prenorm, compensate=compensate)
+        return NewtonSchulzConfig(
+            iterations=self.iterations, prenorm=self.prenorm, compensate=compensate
+        )
 
 
 class NewtonSchulzConfig(NewtonSchulzOptions):
@@ -82,30 +86,39 @@ class Step(NamedTuple):
 def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     """Yield the N steps on A, *a_BCC*, with T_k = (3 I - Z_k Y_k) / 2; the last one gives Y_N or Z_N.
 
-    A is prenormalized: symmetric, ||I - A|| < 1. In float32 the iterates are finite up to N = 15, for
-    singular matrices too.
+    A is prenormalized: symmetric, ||I - A|| < 1. In float32 the iterates are finite up to N =
+    15, for singular matrices too.
     """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
-    step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)  # Z_0 = I, so T_0 = (3 I - A) / 2
+    step = Step(
+        y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC
+    )  # Z_0 = I, so T_0 = (3 I - A) / 2
     yield step
     for _ in range(iterations - 1):
         y_BCC, z_BCC = step.next_y(), step.next_z()
-        step = Step(y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5))
+        step = Step(
+            y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
+        )
         yield step
 
 
-def newton_schulz_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
+def newton_schulz_adjoint(
+    f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]
+) -> Tensor:
     """Backpropagate through N steps: from the gradient of F_N to that of the input matrix, both (B, C, C).
 
-    F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
-    matrix where F is Y, and `None`, the identity, where F is Z.
+    F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1):
+    F_0 is the input matrix where F is Y, and `None`, the identity, where F is Z.
 
-    Let W_k = Z_k Y_k. A step computes T = (3 I - W_k) / 2, F_(k+1) = F_k T and W_(k+1) = T W_k T. T_grad is
-    the gradient of T through F_(k+1), W_grad that of W_(k+1), and Q = W_grad T. From W_(k+1), T receives
-    Q W_k + (Q W_k)^T and W_k receives T Q. From T, W_k receives -1/2 of all of T's gradient, made symmetric.
-    The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
+    Let W_k = Z_k Y_k. A step computes T = (3 I - W_k) / 2, F_(k+1) = F_k T and W_(k+1) = T W_k
+    T. T_grad is the gradient of T through F_(k+1), W_grad that of W_(k+1), and Q = W_grad T.
+    From W_(k+1), T receives Q W_k + (Q W_k)^T and W_k receives T Q. From T, W_k receives -1/2
+    of all of T's gradient, made symmetric. The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k
+    / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
-    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])  # of F_(N-1) and T_(N-1)
+    f_grad_BCC, t_grad_BCC = _factor_gradients(
+        f_grad_BCC, fs[-1], ts[-1]
+    )  # of F_(N-1) and T_(N-1)
     # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
     # For k = N-2 .. 0, from the gradients of F_(k+1) and W_(k+1) to those of F_k and W_k:
@@ -113,16 +126,22 @@ def newton_schulz_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
         # H = T_grad / 4 - Q T + 1.5 Q, then the gradient of W_k: (T Q - H) - H^T
-        h_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
+        h_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(
+            q_BCC, alpha=1.5
+        )
         w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
     if fs[0] is None:  # F is Z, so the input matrix is only W_0; otherwise it is Y_0, too
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))
 
 
-def _factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -> tuple[Tensor, Tensor]:
+def _factor_gradients(
+    f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of F_k and of T from that of F_(k+1) = F_k T; F is Y or Z, and Z_k T = T Z_k."""
-    if f_BCC is None:  # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    if (
+        f_BCC is None
+    ):  # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
@@ -130,8 +149,8 @@ def _factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -
 class ISqrtCov(nn.Module, ExportHints):
     """Pool (B, d, H, W) maps to the upper triangle (B, d (d + 1) / 2) of the square root of their covariance.
 
-    *width* is d. The root is computed in float32 or float64, also under autocast. Training uses a handwritten
-    gradient; compilers and exporters trace the plain operations.
+    *width* is d. The root is computed in float32 or float64, also under autocast. Training uses
+    a handwritten gradient; compilers and exporters trace the plain operations.
     """
 
     keep_float32 = True
@@ -148,7 +167,9 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            if trains and not torch.compiler.is_compiling():  # compilers and exporters trace the last line
+            if (
+                trains and not torch.compiler.is_compiling()
+            ):  # compilers and exporters trace the last line
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
@@ -157,8 +178,11 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     """Decide whether N *iterations* on G (M x M) are cheaper than on A (d x d); symbolic shapes use A."""
     if type(positions) is not int or type(channels) is not int:
         return False
-    products = max(1, 3 * iterations - 3)  # of two square matrices, as counted at the top of this file
-    # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2 M each.
+    products = max(
+        1, 3 * iterations - 3
+    )  # of two square matrices, as counted at the top of this file
+    # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2
+    # M each.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
@@ -176,7 +200,11 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
     x_BdM = covariance_factor(at_least_float32(features_BdHW))
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
-    norm_B11 = covariance_trace(matrix_Bnn) if config.prenorm == "trace" else frobenius_norm(matrix_Bnn)
+    norm_B11 = (
+        covariance_trace(matrix_Bnn)
+        if config.prenorm == "trace"
+        else frobenius_norm(matrix_Bnn)
+    )
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
     return Prenormalized(x_BdM, norm_B11, matrix_Bnn / norm_B11, use_gram)
 
@@ -208,7 +236,9 @@ class ISqrtVector(torch.autograd.Function):
     """`isqrt_vector` with a handwritten gradient that saves the map and 2N matrices."""
 
     @staticmethod
-    def forward(ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
+    def forward(
+        ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig
+    ) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         start = prenormalize(features_BdHW, config)
         ts, fs = [], []  # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
@@ -221,24 +251,34 @@ class ISqrtVector(torch.autograd.Function):
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
         ctx.config, ctx.use_gram = config, start.use_gram
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
-        ctx.save_for_backward(features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:])
+        ctx.save_for_backward(
+            features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:]
+        )
         return vector
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
 
-        The root is n^p Y_N if the iteration ran on A = X X^T / n, and n^p X Z_N X^T on G = X^T X / n. With
-        compensation p is 1/2 on A and -1/2 on G, without it 0 and -1. R is the gradient of the root. Matrices
-        with the suffix nn are those of A, d x d, or of G, M x M; F is Y on A and Z on G.
+        The root is n^p Y_N if the iteration ran on A = X X^T / n, and n^p X Z_N X^T on G = X^T
+        X / n. With compensation p is 1/2 on A and -1/2 on G, without it 0 and -1. R is the
+        gradient of the root. Matrices with the suffix nn are those of A, d x d, or of G, M x M;
+        F is Y on A and Z on G.
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
         if torch.is_grad_enabled():
             again = isqrt_vector(features_BdHW, triangle, config)
-            return torch.autograd.grad(again, features_BdHW, grad, create_graph=True)[0], None, None
+            return (
+                torch.autograd.grad(again, features_BdHW, grad, create_graph=True)[0],
+                None,
+                None,
+            )
         ts = factors[: config.iterations]
-        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]  # Z_0 = I or Y_0 = A
+        fs = [
+            None if ctx.use_gram else matrix_Bnn,
+            *factors[config.iterations :],
+        ]  # Z_0 = I or Y_0 = A
 
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
@@ -259,12 +299,17 @@ class ISqrtVector(torch.autograd.Function):
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
         matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
-        norm_term_B11 = power * root_dot_grad_B11  # n times the gradient that n receives from n^p
-        product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
+        norm_term_B11 = (
+            power * root_dot_grad_B11
+        )  # n times the gradient that n receives from n^p
+        product_grad_Bnn = _prenorm_adjoint(
+            matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config
+        )
         product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
-            # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p / M.
+            # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p
+            # / M.
             direct_gradient_BdM = rv_BdM @ (z_BMM * (2.0 * scale_B11))
             gradient_BdM = torch.baddbmm(direct_gradient_BdM, centered_BdM, product_grad_Bnn)
         else:
@@ -281,13 +326,16 @@ def _prenorm_adjoint(
 ) -> Tensor:
     """Compute the gradient of the product P = X X^T or X^T X from the gradient D of *matrix_Bnn*, P / n.
 
-    P receives D / n directly, and through its norm n the gradient of n times dn / dP. The gradient of n is
-    -<D, P / n> / n from the division, and g from the root's factor n^p; *norm_term_B11* is n g. The sum is
-    (D + (n g - <D, P / n>) dn / dP) / n. A norm up to `SMALLEST_NORM` was replaced by this constant and has
-    no gradient. Modifies *matrix_grad_Bnn*.
+    P receives D / n directly, and through its norm n the gradient of n times dn / dP. The
+    gradient of n is -<D, P / n> / n from the division, and g from the root's factor n^p;
+    *norm_term_B11* is n g. The sum is (D + (n g - <D, P / n>) dn / dP) / n. A norm up to
+    `SMALLEST_NORM` was replaced by this constant and has no gradient. Modifies
+    *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)  # n g - <D, P / n>
+    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (
+        norm_B11 > SMALLEST_NORM
+    )  # n g - <D, P / n>
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
     else:  # dn / dP = P / n

@@ -1,28 +1,32 @@
 """A mixture: N poolings of one feature map, each after its own 1x1 convolutions, and the gate that keeps K.
 
-Papers: Wang et al., GM-SOP (NeurIPS 2018), Eqs. (1) to (4) and section 2.2, after Shazeer et al.,
-"Outrageously large neural networks" (SG-MoE, ICLR 2017).
-Letters: B images, C channels, H height, W width, M positions, N components, K kept, D length of a pooled
-vector; o outputs, i inputs and c channels of a convolution; f is the gate's feature.
+Papers: Wang et al., GM-SOP (NeurIPS 2018), Eqs. (1) to (4) and section 2.2, after Shazeer et
+al., "Outrageously large neural networks" (SG-MoE, ICLR 2017). Letters: B images, C channels, H
+height, W width, M positions, N components, K kept, D length of a pooled vector; o outputs, i
+inputs and c channels of a convolution; f is the gate's feature.
 
-Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
-the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
-has a ReLU after each and neither bias nor batch norm; Eq. (6) has no ReLU. The ReLU is right, because Table 3
-distinguishes GM-GAP from a mixture of linear experts (SG-MoE).
+Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it
+without centering; the paper's text and the released code run centered SR-SOP (Eq. 5) after the
+convolutions. The released code has a ReLU after each and neither bias nor batch norm; Eq. (6)
+has no ReLU. The ReLU is right, because Table 3 distinguishes GM-GAP from a mixture of linear
+experts (SG-MoE).
 
-All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
-component that no image selected, which data-parallel training needs.
+All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every
+step, zero for a component that no image selected, which data-parallel training needs.
 
-A mixture of K of N has three forms with equal results: `forward` evaluates all components, `routed_sum` each
-one on its images, and `gathered_sum`, the form of an exported graph, those of each image by their weights.
+A mixture of K of N has three forms with equal results: `forward` evaluates all components,
+`routed_sum` each one on its images, and `gathered_sum`, the form of an exported graph, those of
+each image by their weights.
 
-The gate computes H = Wg f + gamma softplus(Wn f), gamma from N(0, 1) in training and 0 afterwards; the
-weights are the softmax of the K largest H. Eq. (2) defines H_i for one component and takes its noise from
-SG-MoE, which draws it for each component: `noise_per="component"`. The released code draws one number per
-image (`"image"`), with which Figure 2 is not reproduced (docs/papers.md).
+The gate computes H = Wg f + gamma softplus(Wn f), gamma from N(0, 1) in training and 0
+afterwards; the weights are the softmax of the K largest H. Eq. (2) defines H_i for one
+component and takes its noise from SG-MoE, which draws it for each component:
+`noise_per="component"`. The released code draws one number per image (`"image"`), with which
+Figure 2 is not reproduced (docs/papers.md).
 
-The released code gives a kept component whose H is exactly 0 no weight; Eq. (3) and this module give it the
-softmax weight. Where H ties, the lower index is kept; the released code draws at random.
+The released code gives a kept component whose H is exactly 0 no weight; Eq. (3) and this module
+give it the softmax weight. Where H ties, the lower index is kept; the released code draws at
+random.
 """
 
 import math
@@ -46,10 +50,10 @@ NoisePer = Literal["image", "component"]
 class Components(nn.Module):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and global
-    average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear layers with bias on
-    the averaged features, the expert of SG-MoE. *evaluated* is the number of components that a routed mixture
-    evaluates per image; `macs` counts these.
+    A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and
+    global average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear
+    layers with bias on the averaged features, the expert of SG-MoE. *evaluated* is the number
+    of components that a routed mixture evaluates per image; `macs` counts these.
     """
 
     def __init__(
@@ -65,28 +69,36 @@ class Components(nn.Module):
         super().__init__()
         self.components, self.evaluated = components, evaluated
         self.is_linear = kind == "linear"
-        self.weights = nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
-            torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
-            for inputs, outputs in pairwise((channels, *widths))
+        self.weights = (
+            nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
+                torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
+                for inputs, outputs in pairwise((channels, *widths))
+            )
         )
-        biased = widths if self.is_linear else ()  # convolutions with ReLU have no bias, as in GM-SOP's code
+        biased = (
+            widths if self.is_linear else ()
+        )  # convolutions with ReLU have no bias, as in GM-SOP's code
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
-        self.after, self.out_features = build_pooling(kind, widths[-1] if widths else channels, root)
+        self.after, self.out_features = build_pooling(
+            kind, widths[-1] if widths else channels, root
+        )
 
     def forward(
         self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
     ) -> Tensor:
         """Evaluate all components on all images; no shape depends on the data.
 
-        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq. (1). With
-        *gather*, this sum has the form of `gathered_sum` where that is faster.
+        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq.
+        (1). With *gather*, this sum has the form of `gathered_sum` where that is faster.
         """
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
-            groups = 1 if step == 0 else self.components  # all components read the same features first
+            groups = (
+                1 if step == 0 else self.components
+            )  # all components read the same features first
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)  # (N o, i, 1, 1)
             if self.is_linear:
                 x = F.conv2d(x, kernel, self.biases[step], groups=groups)
@@ -94,13 +106,17 @@ class Components(nn.Module):
                 x = F.relu(F.conv2d(x, kernel, groups=groups))
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
-        return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
+        return (
+            pooled_BND
+            if weights_BN is None
+            else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
+        )
 
     def gathering_is_faster(self, features_BCHW: Tensor) -> bool:
         """Tell whether `gathered_sum` is faster than evaluating all components.
 
-        For one position, gathering the weights takes longer than multiplying by all of them. Linear
-        components always have one position, because they average first.
+        For one position, gathering the weights takes longer than multiplying by all of them.
+        Linear components always have one position, because they average first.
         """
         positions = 1 if self.is_linear else features_BCHW[0, 0].numel()
         return self.evaluated < self.components and positions > 1
@@ -108,22 +124,32 @@ class Components(nn.Module):
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum of the `evaluated` components of largest weight of each image.
 
-        The other weights must be 0. Whole roots of covariances are summed, and the triangle is taken of the
-        sum, once per image instead of K times.
+        The other weights must be 0. Whole roots of covariances are summed, and the triangle is
+        taken of the sum, once per image instead of K times.
         """
-        sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
+        sorted_BN, order_BN = weights_BN.sort(
+            dim=1, descending=True, stable=True
+        )  # ties: the lower index
         largest_BK = sorted_BN[:, : self.evaluated]
-        chosen = order_BN[:, : self.evaluated].flatten()  # (B K,), the K components of each image
-        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)  # (B, 1, C, M), the same for all K at first
+        chosen = order_BN[
+            :, : self.evaluated
+        ].flatten()  # (B K,), the K components of each image
+        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(
+            1
+        )  # (B, 1, C, M), the same for all K at first
         for weight_Noi in self.weights:
             filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
             x_BKcM = F.relu(filters_BKoi @ x_BKcM)
-        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])  # (B K, c, H, W)
+        maps = torch.unflatten(
+            x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:]
+        )  # (B K, c, H, W)
         root_layer = self.after if isinstance(self.after, ISqrtCov) else None
         if root_layer is None:
             pooled = self.after(maps)
         else:
-            pooled = covariance_root(maps, root_layer.config).flatten(start_dim=1)  # whole roots, c^2 numbers
+            pooled = covariance_root(maps, root_layer.config).flatten(
+                start_dim=1
+            )  # whole roots, c^2 numbers
         pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, (-1, self.evaluated))
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
         return sum_BD if root_layer is None else sum_BD.index_select(1, root_layer.triangle)
@@ -131,8 +157,12 @@ class Components(nn.Module):
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
         x_BCHW = self.before(features_BCHW)
-        filters = [weight_Noi.unbind() for weight_Noi in self.weights]  # by step, then by component
-        biases = [bias.chunk(self.components) for bias in self.biases]  # of linear components only
+        filters = [
+            weight_Noi.unbind() for weight_Noi in self.weights
+        ]  # by step, then by component
+        biases = [
+            bias.chunk(self.components) for bias in self.biases
+        ]  # of linear components only
         weighted, indices = [], []
         for component in range(self.components):
             images = weights_BN[:, component].nonzero().squeeze(1)
@@ -158,7 +188,9 @@ class Components(nn.Module):
         return self.evaluated * positions * weights
 
 
-def build_pooling(kind: ComponentKind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
+def build_pooling(
+    kind: ComponentKind, channels: int, root: NewtonSchulzConfig
+) -> tuple[nn.Module, int]:
     """Build the pooling of a map of *channels*; return it and the length of its vector."""
     if kind == "sop":
         layer = ISqrtCov(channels, root)
@@ -183,7 +215,8 @@ class FusionHead(nn.Module):
 class GateNoise(nn.Module):
     """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training.
 
-    *length* is D, and *noise_per* says whether gamma is drawn once per image or for each of its N components.
+    *length* is D, and *noise_per* says whether gamma is drawn once per image or for each of its
+    N components.
     """
 
     def __init__(self, length: int, components: int, noise_per: NoisePer) -> None:
@@ -202,8 +235,9 @@ class GateNoise(nn.Module):
 class SparseGate(nn.Module, ExportHints):
     """Map a feature map to weights (B, N): K of them positive with sum 1, the others 0.
 
-    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling; *length* is D.
-    All elements of Wg and Wn start as 1 / D, as in the released code, so all logits are equal at first.
+    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling;
+    *length* is D. All elements of Wg and Wn start as 1 / D, as in the released code, so all
+    logits are equal at first.
     """
 
     keep_float32 = True
@@ -228,12 +262,14 @@ class SparseGate(nn.Module, ExportHints):
 def rank(logits_BN: Tensor) -> Tensor:
     """Rank the logits of each row as int32 (B, N): 0 is the largest, ties by lower index.
 
-    All N^2 pairs are compared, so that ties do not depend on a runtime's sort and the exported graph has no
-    data-dependent shape.
+    All N^2 pairs are compared, so that ties do not depend on a runtime's sort and the exported
+    graph has no data-dependent shape.
     """
     own_BN1, other_B1N = logits_BN.unsqueeze(2), logits_BN.unsqueeze(1)
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
-    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)  # [own, other]: the other has the lower index
+    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(
+        1
+    )  # [own, other]: the other has the lower index
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
     return ahead_BNN.sum(dim=2, dtype=torch.int32)
 
@@ -246,13 +282,16 @@ def softmax_of_largest(logits_BN: Tensor, chosen: int) -> Tensor:
 def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     """Compute alpha / S (std / mean)^2 of the load (N,), the sum of *weights_BN* over the S images.
 
-    Eq. (4) has no S, because the paper sums the cross entropy over the images of a step, as in the released
-    trainer; here it is their mean. In the paper, alpha / S is 100 / 256 = 0.39. Where `torch.distributed` is
-    initialized, load and S are sums over all ranks. The gradient is then that of the whole batch if the
-    trainer averages the gradients of the ranks, each weighted by its fraction of the images.
+    Eq. (4) has no S, because the paper sums the cross entropy over the images of a step, as in
+    the released trainer; here it is their mean. In the paper, alpha / S is 100 / 256 = 0.39.
+    Where `torch.distributed` is initialized, load and S are sums over all ranks. The gradient
+    is then that of the whole batch if the trainer averages the gradients of the ranks, each
+    weighted by its fraction of the images.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
-    summed = torch.cat([weights_BN.sum(dim=0), count])  # one tensor, so that one reduction sums both
+    summed = torch.cat(
+        [weights_BN.sum(dim=0), count]
+    )  # one tensor, so that one reduction sums both
     if dist.is_available() and dist.is_initialized():
         summed = all_reduce(summed)  # type: ignore[no-untyped-call]
     load_N, images = summed[:-1], summed[-1].detach()  # `images` is S

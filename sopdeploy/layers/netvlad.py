@@ -1,7 +1,7 @@
 """NetVLAD: residuals of a feature map to the words of a learned codebook, a network of GM-SOP's Table 3.
 
-Paper: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR 2016),
-Eq. (4). Letters: B images, C channels, M positions, K words.
+Paper: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition"
+(CVPR 2016), Eq. (4). Letters: B images, C channels, M positions, K words.
 """
 
 import math
@@ -15,8 +15,8 @@ from sopdeploy.layers.pooling.base import GlobalPooling, unit_length
 class NetVLAD(GlobalPooling):
     """Pool (B, C, H, W) maps to sums of residuals to the centers of K *words*, (B, K C).
 
-    Assumption, because GM-SOP's paper does not say: the centers c start from N(0, 1 / C), and the soft
-    assignment of positions x, a 1x1 convolution, as the softmax of -|x - c|^2 / 2.
+    Assumption, because GM-SOP's paper does not say: the centers c start from N(0, 1 / C), and
+    the soft assignment of positions x, a 1x1 convolution, as the softmax of -|x - c|^2 / 2.
     """
 
     def __init__(self, channels: int, words: int) -> None:
@@ -24,14 +24,17 @@ class NetVLAD(GlobalPooling):
         self.assignment = nn.Conv2d(channels, words, 1)
         self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
         self.out_features = words * channels
-        with torch.no_grad():  # the softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
+        with (
+            torch.no_grad()
+        ):  # the softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
             self.assignment.weight.copy_(self.centres[:, :, None, None])
             self.assignment.get_parameter("bias").copy_(-0.5 * self.centres.square().sum(dim=1))
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute each word's sum of a (x - c), scaled to unit length per word, then as a whole (B, K C).
 
-        The shares a are the softmax over words. The sum over positions is (sum of a x) - (sum of a) c.
+        The shares a are the softmax over words. The sum over positions is (sum of a x) - (sum
+        of a) c.
         """
         a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)

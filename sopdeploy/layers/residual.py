@@ -1,7 +1,8 @@
 """Residual blocks of ResNets and pre-activation ResNets.
 
-Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5; "Identity
-Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names, so its weight files fit.
+Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5;
+"Identity Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names,
+so its weight files fit.
 """
 
 from typing import ClassVar, Literal
@@ -14,7 +15,9 @@ Shortcut = Literal["projection", "pad"]
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Build a 3x3 convolution that keeps the size at stride 1; batch norm follows, so it has no bias."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False
+    )
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -46,7 +49,11 @@ def _build_shortcut(
     if kind == "pad":
         return PaddedShortcut(in_channels, out_channels, stride)
     convolution = conv1x1(in_channels, out_channels, stride)
-    return convolution if kind == "convolution" else nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    return (
+        convolution
+        if kind == "convolution"
+        else nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -95,7 +102,11 @@ class BasicBlock(ResidualBlock):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int = 1, kind: Shortcut = "projection"
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        kind: Shortcut = "projection",
     ) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, out_channels, stride)
@@ -113,9 +124,10 @@ class BasicBlock(ResidualBlock):
 class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut.
 
-    `middle` is the number of channels of the 3x3 convolution, by default a quarter of the output's; ResNeXt
-    sets it and splits the convolution into `groups`. `stride_on` selects the convolution that has the stride:
-    "3x3" in torchvision and all released code ("v1.5"), "1x1" in the first paper ("v1").
+    `middle` is the number of channels of the 3x3 convolution, by default a quarter of the
+    output's; ResNeXt sets it and splits the convolution into `groups`. `stride_on` selects the
+    convolution that has the stride: "3x3" in torchvision and all released code ("v1.5"), "1x1"
+    in the first paper ("v1").
     """
 
     expansion = 4

@@ -15,10 +15,14 @@ def is_in(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def last_linear(module: nn.Module, outputs: int, training_only: Sequence[str] = ()) -> nn.Linear | None:
+def last_linear(
+    module: nn.Module, outputs: int, training_only: Sequence[str] = ()
+) -> nn.Linear | None:
     """Find the last part of *module* outside of *training_only*; None unless linear with *outputs*."""
     exported = [
-        part for name, part in module.named_modules() if part._parameters and not is_in(name, *training_only)
+        part
+        for name, part in module.named_modules()
+        if part._parameters and not is_in(name, *training_only)
     ]
     last = exported[-1] if exported else None
     return last if isinstance(last, nn.Linear) and last.out_features == outputs else None
@@ -27,9 +31,10 @@ def last_linear(module: nn.Module, outputs: int, training_only: Sequence[str] = 
 class TrainingOutput(NamedTuple):
     """Output in train mode of a network with training-only parts.
 
-    `logits` (B, classes) come from the part that is exported; `branches` maps each training-only head to its
-    (B, classes) logits; `penalties` maps names to scalars that are added to the loss without a weight.
-    `component_counts` (N,) counts the images that each of N components receives, if the network has a gate.
+    `logits` (B, classes) come from the part that is exported; `branches` maps each
+    training-only head to its (B, classes) logits; `penalties` maps names to scalars that are
+    added to the loss without a weight. `component_counts` (N,) counts the images that each of N
+    components receives, if the network has a gate.
     """
 
     logits: Tensor
@@ -41,8 +46,8 @@ class TrainingOutput(NamedTuple):
 class Classifier(Backbone):
     """A network of the catalog.
 
-    In eval mode `forward` returns (B, classes) logits and never uses the training-only parts. In train mode
-    it returns a `TrainingOutput` if there are such parts, else the logits.
+    In eval mode `forward` returns (B, classes) logits and never uses the training-only parts.
+    In train mode it returns a `TrainingOutput` if there are such parts, else the logits.
 
     Attributes:
         training_only: Dotted names of the parts that are removed before export.
@@ -56,7 +61,9 @@ class Classifier(Backbone):
     def inference_model(self) -> Backbone:
         """Build the network to export from the config, with fresh weights; shares no object with this one."""
         if self.training_only and self.inference_class is None:
-            raise TypeError(f"{type(self).__name__} has training-only parts; set inference_class")
+            raise TypeError(
+                f"{type(self).__name__} has training-only parts; set inference_class"
+            )
         return (self.inference_class or type(self))(self.config, self.num_classes)
 
     def forward(self, images: Tensor) -> Any:
@@ -87,8 +94,9 @@ class Classifier(Backbone):
     def logits_layer(self) -> nn.Linear | None:
         """Find the linear layer whose outputs are the exported logits; `None` if there is none.
 
-        It is the last module with parameters in the last of `classifier_parts`. If there is no such part, it
-        is the last one of the network that is not training-only. It must have one output per class.
+        It is the last module with parameters in the last of `classifier_parts`. If there is no
+        such part, it is the last one of the network that is not training-only. It must have one
+        output per class.
         """
         part = self._modules.get(self.classifier_parts[-1])
         if part is not None:
@@ -102,7 +110,8 @@ class Classifier(Backbone):
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Look up the channels of the feature maps at *taps*, in the order of computation.
 
-        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without feature maps.
+        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without
+        feature maps.
         """
         names = list(self.tap_channels)
         if not names:
@@ -110,17 +119,24 @@ class Classifier(Backbone):
         chosen = names[-1:] if taps is None else taps
         for tap in chosen:
             if tap not in names:
-                raise ConfigError(f"head.taps: no feature map {tap!r}; choose from {shorten(names)}")
+                raise ConfigError(
+                    f"head.taps: no feature map {tap!r}; choose from {shorten(names)}"
+                )
         return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
 
     def remove_classifier(self) -> int:
         """Replace the layer that computes the logits by the identity; return the length of its input.
 
-        The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
+        The network then returns this vector. Raises `ConfigError` if the last layer is not
+        linear.
         """
-        layer = Classifier.logits_layer(self)  # the method of a subclass returns the layer of its new head
+        layer = Classifier.logits_layer(
+            self
+        )  # the method of a subclass returns the layer of its new head
         if layer is None:
-            raise ConfigError("head: the last layer of this network is not linear; choose another network")
+            raise ConfigError(
+                "head: the last layer of this network is not linear; choose another network"
+            )
         name = next(name for name, module in self.named_modules() if module is layer)
         self.set_submodule(name, nn.Identity())
         return layer.in_features

@@ -1,9 +1,10 @@
 """Describe a network: counts of training and inference model, beside the figures that papers print.
 
-Conventions: parameters are all learnable tensors (including batch norm's affine, excluding running
-statistics); MACs are the multiply-adds of convolutions and linear layers for one image, without bias. A
-mixture counts the K of its N components that it evaluates per image. Layers count if their module is called,
-and `nn.MultiheadAttention`; gates, and code that reads the weights of layers itself, do not.
+Conventions: parameters are all learnable tensors (including batch norm's affine, excluding
+running statistics); MACs are the multiply-adds of convolutions and linear layers for one image,
+without bias. A mixture counts the K of its N components that it evaluates per image. Layers
+count if their module is called, and `nn.MultiheadAttention`; gates, and code that reads the
+weights of layers itself, do not.
 """
 
 import tomllib
@@ -28,7 +29,10 @@ from sopdeploy.models.registry import create_model, entry, make_config
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 RESNET50_PARAMS, RESNET50_OPS = 25.5e6, 3.86e9  # the divisors of GSoP's Table 5
-PER_NORM_OUTPUT, PER_ROOT_PRODUCT = 5, 42  # operations in DSoP's tables; 42 d^3 per root is fitted
+PER_NORM_OUTPUT, PER_ROOT_PRODUCT = (
+    5,
+    42,
+)  # operations in DSoP's tables; 42 d^3 per root is fitted
 Unit = Literal["M", "G", "K", "x"]
 
 
@@ -65,15 +69,20 @@ class Tally:
 
 def tally(network: nn.Module, image_size: int) -> Tally:
     """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
-    counts = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
+    counts = Tally(
+        parameters=Counter({name: p.numel() for name, p in network.named_parameters()})
+    )
     handles = [
         part.register_forward_hook(partial(_count_call, counts, name), with_kwargs=True)
         for name, part in network.named_modules()
     ]
-    # Batch norms take most of the time, also on `meta`, so they return their input. An attribute `forward` of
-    # the instance hides the method of the class until it is deleted; one that a caller has set stays.
+    # Batch norms take most of the time, also on `meta`, so they return their input. An
+    # attribute `forward` of the instance hides the method of the class until it is deleted; one
+    # that a caller has set stays.
     norms: list[Any] = [
-        part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
+        part
+        for part in network.modules()
+        if isinstance(part, NORMS) and "forward" not in vars(part)
     ]
     for norm in norms:
         norm.forward = _view_first_input
@@ -114,9 +123,13 @@ def _count_call(
         counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
-    elif isinstance(module, nn.MultiheadAttention):  # which calls no module for its four projections
+    elif isinstance(
+        module, nn.MultiheadAttention
+    ):  # which calls no module for its four projections
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
-        if type(module).forward is not nn.MultiheadAttention.forward:  # then probably self-attention
+        if (
+            type(module).forward is not nn.MultiheadAttention.forward
+        ):  # then probably self-attention
             tensors = dict.fromkeys(("query", "key", "value"), output)
         query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim
@@ -149,8 +162,9 @@ class PublishedRow(StrictModel):
 class Published(StrictModel):
     """One printed figure and the package's own count, both in `unit`.
 
-    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is, for example, "training
-    parameters". `reached` is false if the package does not reproduce the figure; `note` gives the reason.
+    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is, for
+    example, "training parameters". `reached` is false if the package does not reproduce the
+    figure; `note` gives the reason.
     """
 
     source: str
@@ -184,7 +198,12 @@ PUBLISHED_ROWS: tuple[PublishedRow, ...] = _read_published_rows()
 
 
 def find_published(
-    name: str, config: StrictModel, num_classes: int, training: Tally, shipped: Tally, representation: int
+    name: str,
+    config: StrictModel,
+    num_classes: int,
+    training: Tally,
+    shipped: Tally,
+    representation: int,
 ) -> tuple[Published, ...]:
     """Look up the figures that papers print for exactly this network at its catalog's image size."""
     figures: list[Published] = []
@@ -193,16 +212,22 @@ def find_published(
             continue
         classes_of_row = entry(name).num_classes if row.num_classes is None else row.num_classes
         if num_classes == classes_of_row:
-            figures += _compare_with_row(row, training if row.part == "training" else shipped, representation)
+            figures += _compare_with_row(
+                row, training if row.part == "training" else shipped, representation
+            )
     return tuple(figures)
 
 
 def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
     """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
     parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
-    operations = sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
+    operations = (
+        sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
+    )
     if row.dsop_ops:  # DSoP's tables count batch norms and matrix roots too
-        operations += PER_NORM_OUTPUT * counts.norm_outputs + PER_ROOT_PRODUCT * counts.root_products
+        operations += (
+            PER_NORM_OUTPUT * counts.norm_outputs + PER_ROOT_PRODUCT * counts.root_products
+        )
     quantities: list[tuple[str, Unit, float | None, float]]
     if row.times_resnet50:
         quantities = [
@@ -235,9 +260,9 @@ def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> 
 class Description(StrictModel):
     """Output of `sopdeploy models NAME`.
 
-    `representation` is the length of the vector that the exported classifier reads. `parts` are those of the
-    network in training and sum to `training`; `published` holds the figures that papers print for exactly
-    this network, if any.
+    `representation` is the length of the vector that the exported classifier reads. `parts` are
+    those of the network in training and sum to `training`; `published` holds the figures that
+    papers print for exactly this network, if any.
     """
 
     name: str
@@ -258,8 +283,8 @@ def describe(
 ) -> Description:
     """Count parameters and multiply-adds of model *name* without allocating weights (`meta` device).
 
-    *image_size* is the side of the input in pixels. Raises `ConfigError` for what the network does not
-    accept.
+    *image_size* is the side of the input in pixels. Raises `ConfigError` for what the network
+    does not accept.
     """
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
@@ -268,14 +293,21 @@ def describe(
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
-    except (AssertionError, LookupError, RuntimeError, ValueError) as problem:  # of timm or the user, too
+    except (
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        ValueError,
+    ) as problem:  # of timm or the user, too
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels; choose another size"
         ) from problem
     representation = network.num_features()
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:
-        figures = find_published(name, network.config, network.num_classes, training, shipped, representation)
+        figures = find_published(
+            name, network.config, network.num_classes, training, shipped, representation
+        )
     return Description(
         name=name,
         config=network.config.model_dump(mode="json"),

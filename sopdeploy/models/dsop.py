@@ -1,19 +1,22 @@
 """DSoP: detachable second-order pooling. Branches train a first-order network and are then removed.
 
-Paper: "DSoP: Detachable Second-Order Pooling", section III. A branch on the output of convK_x consists of
-a_convK_x (blocks of the backbone's own kind, no down-sampling), dimension reduction (DR) if there are more
-channels than the target, iSQRT-COV and a linear classifier. The loss is the weighted sum of all losses.
+Paper: "DSoP: Detachable Second-Order Pooling", section III. A branch on the output of convK_x
+consists of a_convK_x (blocks of the backbone's own kind, no down-sampling), dimension reduction
+(DR) if there are more channels than the target, iSQRT-COV and a linear classifier. The loss is
+the weighted sum of all losses.
 
-The paper's text and its tables disagree: the parameters and FLOPs printed for ResNet-18 and ResNet-34 belong
-to branches whose a_conv3_x and a_conv4_x have stride 2. `aux_stride="text"` follows the text, "table"
-reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
+The paper's text and its tables disagree: the parameters and FLOPs printed for ResNet-18 and
+ResNet-34 belong to branches whose a_conv3_x and a_conv4_x have stride 2. `aux_stride="text"`
+follows the text, "table" reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks
+and four heads of 256).
 
-On the backbones for 32-pixel images (section V-D, Table IV) covariances have at most 128 channels, dropout of
-0.5 follows those of 128, and the losses of the three stages have weights 0.1, 0.2 and 0.3. Branches follow
-the blocks of a stage in patterns such as [0, 0, 3] x 6: a branch of three blocks after every third block.
-Section V-D prints vectors of 2K, 4K and 4K for the branches of the three stages, with ResNet-110 as the
-example, where dropout keeps half of the elements. The stages of ResNet-110 have 16, 32 and 64 channels, so
-its vectors have 136, 528 and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
+On the backbones for 32-pixel images (section V-D, Table IV) covariances have at most 128
+channels, dropout of 0.5 follows those of 128, and the losses of the three stages have weights
+0.1, 0.2 and 0.3. Branches follow the blocks of a stage in patterns such as [0, 0, 3] x 6: a
+branch of three blocks after every third block. Section V-D prints vectors of 2K, 4K and 4K for
+the branches of the three stages, with ResNet-110 as the example, where dropout keeps half of
+the elements. The stages of ResNet-110 have 16, 32 and 64 channels, so its vectors have 136, 528
+and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 """
 
 from collections import OrderedDict
@@ -35,11 +38,12 @@ Blocks = Annotated[int, pydantic.Field(ge=0)]
 class DSoPConfig(NewtonSchulzOptions):
     """The branches, stage by stage; `None` selects the paper's value for this backbone.
 
-    `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
-    (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
-    `aux_widths` are the target channels of the covariance, `aux_weights` the weights of the losses
-    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV or "gap", Table VII's
-    control. `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
+    `aux_blocks` gives for each stage either the number of blocks of a branch after its last
+    block (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1,
+    0, 2]"). `aux_widths` are the target channels of the covariance, `aux_weights` the weights
+    of the losses (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is
+    iSQRT-COV or "gap", Table VII's control. `keep_unused_branches` keeps one block and the head
+    of a branch of 0 blocks, as Table X counts.
     """
 
     aux_blocks: tuple[Blocks | tuple[Blocks, ...], ...] | None = None
@@ -79,8 +83,8 @@ class BranchPlan(NamedTuple):
 class DSoP(Classifier):
     """Mixin that trains a first-order backbone with second-order branches.
 
-    Put it before a backbone in the bases. In eval mode only the backbone runs. Its parts keep their names;
-    the branches are under `branches`.
+    Put it before a backbone in the bases. In eval mode only the backbone runs. Its parts keep
+    their names; the branches are under `branches`.
 
     Attributes:
         tap_stages: The taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on.
@@ -102,18 +106,25 @@ class DSoP(Classifier):
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
             self.tap_stages.setdefault(stage, []).append(tap)
-        # By the name of the branch: `layer2_0` for the tap `layer2.0`, as names of parts contain no dots.
-        self.plans: dict[str, BranchPlan] = {plan.tap.replace(".", "_"): plan for plan in self.plan()}
-        self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
+        # By the name of the branch: `layer2_0` for the tap `layer2.0`, as names of parts
+        # contain no dots.
+        self.plans: dict[str, BranchPlan] = {
+            plan.tap.replace(".", "_"): plan for plan in self.plan()
+        }
+        self.branches = nn.ModuleDict(
+            {name: self._branch(plan) for name, plan in self.plans.items()}
+        )
         initialize(self.branches)
         # By the tap: the name of its branch, if that branch runs.
-        self.taps: dict[str, str] = {plan.tap: name for name, plan in self.plans.items() if plan.used}
+        self.taps: dict[str, str] = {
+            plan.tap: name for name, plan in self.plans.items() if plan.used
+        }
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone.
 
-        Assumption for backbones that the paper does not cover: two blocks and at most 256 channels for every
-        stage, and all losses have the same weight.
+        Assumption for backbones that the paper does not cover: two blocks and at most 256
+        channels for every stage, and all losses have the same weight.
         """
         stages = len(self.tap_stages)
         return PaperBranches(blocks=(2,) * stages, widths=(256,) * stages)
@@ -129,12 +140,20 @@ class DSoP(Classifier):
         paper_weights = paper.weights or (1.0,) * len(stages)
         weights = paper_weights if config.aux_weights is None else config.aux_weights
         strides = paper.strides or (1,) * len(stages)
-        for key, values in (("aux_blocks", blocks), ("aux_widths", widths), ("aux_weights", weights)):
+        for key, values in (
+            ("aux_blocks", blocks),
+            ("aux_widths", widths),
+            ("aux_weights", weights),
+        ):
             if len(values) != len(stages):
-                raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
+                raise ConfigError(
+                    f"{key}: {len(values)} values for {len(stages)} stages; give one per stage"
+                )
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            counts = blocks[index]  # of blocks in the branch of each tap, or in that of the last tap
+            counts = blocks[
+                index
+            ]  # of blocks in the branch of each tap, or in that of the last tap
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)
             if len(counts) != len(taps):
@@ -178,14 +197,16 @@ class DSoP(Classifier):
             return self
         no_branches = {"aux_blocks": (0,) * len(self.tap_stages), "keep_unused_branches": False}
         network = type(self)(self.config.model_copy(update=no_branches), self.num_classes)
-        network.load_state_dict({name: self.state_dict()[name] for name in network.state_dict()})
+        network.load_state_dict(
+            {name: self.state_dict()[name] for name in network.state_dict()}
+        )
         return network
 
     def _branch(self, plan: BranchPlan) -> nn.Sequential:
         """Build a branch, which maps features (B, C, H, W) of the backbone to (B, classes) logits.
 
-        `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and its
-        pooling, `reduction` reduces the channels to those of the covariance.
+        `blocks` are of the backbone's kind, `ending` is what the backbone has between its last
+        block and its pooling, `reduction` reduces the channels to those of the covariance.
         """
         channels = self.tap_channels[plan.tap]
         blocks = [
@@ -199,7 +220,9 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
-            if channels > plan.width:  # otherwise they are equal: `plan` limits the width to the channels
+            if (
+                channels > plan.width
+            ):  # otherwise they are equal: `plan` limits the width to the channels
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             root = ISqrtCov(plan.width, self.config.root_config())
             pooling, length = root, root.out_features

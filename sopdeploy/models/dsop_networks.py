@@ -12,20 +12,30 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNet,
     SmallResNetConfig,
 )
-from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, MBCONV_STAGES, EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import (
+    HEAD_CHANNELS,
+    MBCONV_STAGES,
+    EfficientNet,
+    EfficientNetConfig,
+)
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
-PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the number of blocks of a stage
+PATTERNS = {
+    3: (1, 0, 2),
+    4: (0, 2, 0, 2),
+    18: (0, 0, 3) * 6,
+}  # Table IV, by the number of blocks of a stage
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
     """ResNet for 224-pixel images with branches; conv5_x keeps its size, as in the paper.
 
-    Without this down-sampling the deployed network has more multiply-adds than the usual ResNet, for example
-    3.05 G instead of 1.81 G on ResNet-18; `conv5_stride=2` has the usual ones.
+    Without this down-sampling the deployed network has more multiply-adds than the usual
+    ResNet, for example 3.05 G instead of 1.81 G on ResNet-18; `conv5_stride=2` has the usual
+    ones.
     """
 
     conv5_stride: Literal[1, 2] = 1
@@ -44,10 +54,12 @@ class DSoPResNet(DSoP, ResNet):
     def paper_branches(self) -> PaperBranches:
         """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks.
 
-        With the `aux_stride` "table", those of the paper's table: its strides, and for bottlenecks also its
-        blocks (3, 4, 7, 3) and widths.
+        With the `aux_stride` "table", those of the paper's table: its strides, and for
+        bottlenecks also its blocks (3, 4, 7, 3) and widths.
         """
-        table = self.config.aux_stride == "table"  # the paper's printed counts do not fit its text
+        table = (
+            self.config.aux_stride == "table"
+        )  # the paper's printed counts do not fit its text
         blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
         if self.has_bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
@@ -63,12 +75,13 @@ class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
 class DSoPEfficientNet(DSoP, EfficientNet):
     """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-C).
 
-    As in the paper's second-order head for this network, DR to 64 channels ends with swish, and dropout of
-    0.2 precedes the classifier. The branch at the end is this head: it reads the 1280 channels that the
-    first-order pooling reads, so its loss trains all of the backbone. Assumptions, because the paper does not
-    say: the middle is the last block of stride 16, and its branch repeats the three blocks of its stage; the
-    branch at the end has no blocks, because one MBConv of 1280 channels would have five times the parameters
-    of the whole network; all losses have the same weight.
+    As in the paper's second-order head for this network, DR to 64 channels ends with swish, and
+    dropout of 0.2 precedes the classifier. The branch at the end is this head: it reads the
+    1280 channels that the first-order pooling reads, so its loss trains all of the backbone.
+    Assumptions, because the paper does not say: the middle is the last block of stride 16, and
+    its branch repeats the three blocks of its stage; the branch at the end has no blocks,
+    because one MBConv of 1280 channels would have five times the parameters of the whole
+    network; all losses have the same weight.
     """
 
     inference_class = EfficientNet
@@ -77,12 +90,22 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     def __init__(self, config: DSoPEfficientNetConfig, *arguments: Any) -> None:
         super().__init__(config, *arguments)
-        del self.tap_channels["conv_head"]  # only branches read it: the plain network has no such tap
+        del self.tap_channels[
+            "conv_head"
+        ]  # only branches read it: the plain network has no such tap
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
         return PaperBranches(
-            blocks=(0, 0, 0, 0, MBCONV_STAGES["blocks.4"].blocks, 0, MBCONV_STAGES["blocks.6"].blocks),
+            blocks=(
+                0,
+                0,
+                0,
+                0,
+                MBCONV_STAGES["blocks.4"].blocks,
+                0,
+                MBCONV_STAGES["blocks.6"].blocks,
+            ),
             widths=(64,) * 7,  # a stage with 0 blocks has no branch, so its width is not used
             dropout_rate=0.2,
         )
@@ -91,10 +114,16 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         plans = super().plan()  # its check ensures that `widths` has one value per stage
-        widths = self.paper_branches().widths if self.config.aux_widths is None else self.config.aux_widths
+        widths = (
+            self.paper_branches().widths
+            if self.config.aux_widths is None
+            else self.config.aux_widths
+        )
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
-                width = min(widths[-1], HEAD_CHANNELS)  # `plan.width` is at most the channels of the block
+                width = min(
+                    widths[-1], HEAD_CHANNELS
+                )  # `plan.width` is at most the channels of the block
                 plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
         return plans
 
@@ -102,8 +131,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 class DSoPThreeStages(DSoP):
     """DSoP on three stages of equal length, with branches by the patterns of Table IV.
 
-    Assumption: stages of a length that is not in `patterns` have one branch of two blocks after their last
-    block; a stage of one block has a branch of one block.
+    Assumption: stages of a length that is not in `patterns` have one branch of two blocks after
+    their last block; a stage of one block has a branch of one block.
     """
 
     patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS
@@ -111,7 +140,8 @@ class DSoPThreeStages(DSoP):
     def paper_branches(self) -> PaperBranches:
         """Return section V-D's branches, the same in every stage."""
         count = len(list(self.get_submodule("layer1").children()))
-        # without a pattern, a number: the blocks of one branch, which follows the last block of the stage
+        # without a pattern, a number: the blocks of one branch, which follows the last block of
+        # the stage
         blocks = self.patterns[count] if count in self.patterns else min(2, count)
         return PaperBranches(
             blocks=(blocks,) * 3,
@@ -129,8 +159,8 @@ class DSoPSmallResNetConfig(SmallResNetConfig, DSoPConfig):
 class DSoPSmallResNet(DSoPThreeStages, SmallResNet):
     """DSoP on ResNet-20/32/44/56/110 (section V-D: d at most 128, beta .1, .2, .3).
 
-    Assumption, because the paper shows no branches for these: only stages of three blocks have a pattern,
-    [1, 0, 2] of the WRN with three blocks per stage.
+    Assumption, because the paper shows no branches for these: only stages of three blocks have
+    a pattern, [1, 0, 2] of the WRN with three blocks per stage.
     """
 
     inference_class = SmallResNet
@@ -145,8 +175,8 @@ class DSoPPreActResNetConfig(PreActResNetConfig, DSoPConfig):
 class DSoPPreActResNet(DSoPThreeStages, PreActResNet):
     """DSoP on pre-activation ResNet-110/164 and WRN-22-10/28-10, with the patterns of Table IV.
 
-    Assumption: batch norm and ReLU precede the pooling of a branch, as they precede the network's own (the
-    paper does not say; the blocks' output is not normalized).
+    Assumption: batch norm and ReLU precede the pooling of a branch, as they precede the
+    network's own (the paper does not say; the blocks' output is not normalized).
     """
 
     inference_class = PreActResNet
@@ -172,9 +202,9 @@ class DSoPTimmConfig(TimmConfig, DSoPConfig):
 class DSoPTimm(DSoP, TimmBackbone):
     """DSoP on a network of timm: a branch after every stage from stride 4 on, as on ResNet-18.
 
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind that
-    `nearest_block` selects, then batch norm and ReLU, because many of timm's stages end without either;
-    covariances have at most 256 channels; all losses have the same weight.
+    Assumptions, because the paper does not cover these networks: a branch has two blocks of the
+    kind that `nearest_block` selects, then batch norm and ReLU, because many of timm's stages
+    end without either; covariances have at most 256 channels; all losses have the same weight.
     """
 
     inference_class = TimmBackbone

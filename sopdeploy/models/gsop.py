@@ -1,13 +1,15 @@
 """GSoP-Net: second-order blocks inside the network, scaling its maps; GSoP-Net2 pools by covariance too.
 
-Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019).
-GSoP-Net1 ends in average pooling; GSoP-Net2 has dimension reduction and iSQRT-COV instead of the last block.
+Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019). GSoP-Net1
+ends in average pooling; GSoP-Net2 has dimension reduction and iSQRT-COV instead of the last
+block.
 
-Where paper and released code differ the paper is the default, and `RELEASED` holds the code's values: the
-paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.2),
-the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, and the
-GFLOPs of Tables 5 and 6 are those with this stride; Newton-Schulz runs 5 steps in the paper, 3 in the code.
-Differences inside the block are documented in `layers/gsop_block.py`. The network has no training-only parts.
+Where paper and released code differ the paper is the default, and `RELEASED` holds the code's
+values: the paper puts the block after the last bottleneck of a stage, with a shortcut around it
+(sections 3.4 and 4.2), the code on that bottleneck's residual before the addition; the code's
+DR has stride 2 in conv2_x, and the GFLOPs of Tables 5 and 6 are those with this stride;
+Newton-Schulz runs 5 steps in the paper, 3 in the code. Differences inside the block are
+documented in `layers/gsop_block.py`. The network has no training-only parts.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -34,10 +36,11 @@ RELEASED = GSOP_RELEASED
 class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
     """Options of the GSoP blocks, of their positions in the network, and of the final pooling.
 
-    `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N
-    `iterations` and `dropout` on the vector). `block_stages` are the stages with blocks; `None` selects
-    the paper's: all for GSoP-Net1; for GSoP-Net2 all, but without the last block. The released code differs
-    from the paper in `block_place` and `strided_dr_stages`, the stages whose channel-wise DR has stride 2.
+    `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels
+    after DR, N `iterations` and `dropout` on the vector). `block_stages` are the stages with
+    blocks; `None` selects the paper's: all for GSoP-Net1; for GSoP-Net2 all, but without the
+    last block. The released code differs from the paper in `block_place` and
+    `strided_dr_stages`, the stages whose channel-wise DR has stride 2.
     """
 
     final_pooling: Literal["gap", "isqrt"] = "gap"
@@ -51,8 +54,8 @@ class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
 class GSoP(Classifier):
     """Mixin that adds GSoP blocks to a backbone; put it before the backbone in the bases.
 
-    The backbone's modules keep their names. A GSoP block is the child `attention` of the residual block that
-    it belongs to. GSoP-Net2 has its own `pooling` and `fc`.
+    The backbone's modules keep their names. A GSoP block is the child `attention` of the
+    residual block that it belongs to. GSoP-Net2 has its own `pooling` and `fc`.
 
     Attributes:
         block_spacing: A GSoP block follows every n-th residual block of a stage; `None`: only the last one.
@@ -67,7 +70,9 @@ class GSoP(Classifier):
         for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
             stage, _, index = tap.partition(".")
             channels = self.tap_channels[tap]
-            if index != "0":  # is built a second time, so that a seed gives the weights of earlier versions
+            if (
+                index != "0"
+            ):  # is built a second time, so that a seed gives the weights of earlier versions
                 self.set_submodule(tap, self.branch_block(channels, channels, 1))
             block: Any = self.get_submodule(tap)
             dr_stride = 2 if stage in config.strided_dr_stages else 1
@@ -87,7 +92,9 @@ class GSoP(Classifier):
     def attended_taps(self) -> list[str]:
         """List the residual blocks that have a GSoP block; raise `ConfigError` for an unknown stage."""
         config = self.config
-        unknown = sorted({*(config.block_stages or ()), *config.strided_dr_stages} - {*self.stage_names})
+        unknown = sorted(
+            {*(config.block_stages or ()), *config.strided_dr_stages} - {*self.stage_names}
+        )
         if unknown:
             raise ConfigError(
                 f"block_stages, strided_dr_stages: no {unknown[0]}; stages are {', '.join(self.stage_names)}"
@@ -95,7 +102,9 @@ class GSoP(Classifier):
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            spacing = min(self.block_spacing or length, length)  # at most `length`, so each stage has a block
+            spacing = min(
+                self.block_spacing or length, length
+            )  # at most `length`, so each stage has a block
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
         if config.block_stages is None and config.final_pooling == "isqrt":
             del taps[-1]  # the final pooling of the paper's GSoP-Net2 replaces the last block
@@ -130,8 +139,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 class GSoPPreActResNet(GSoP, PreActResNet):
     """GSoP-Net on PreAct-ResNet-164: a block at every third bottleneck (section 4.3).
 
-    In GSoP-Net2 iSQRT-COV replaces the last block. A stage of one or two bottlenecks, which the paper does
-    not have, has one block at its last bottleneck.
+    In GSoP-Net2 iSQRT-COV replaces the last block. A stage of one or two bottlenecks, which the
+    paper does not have, has one block at its last bottleneck.
     """
 
     block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block

@@ -1,7 +1,8 @@
 """iSQRT-COV on EfficientNet-b0 in place of its global average.
 
-The option `pooling` sets any pooling on other backbones, such as `create_model("vgg16-bn", pooling="isqrt")`,
-fast-MPN-COV's VGG-D, or `create_model("alexnet", pooling="bcnn")`, as in the authors' slides on iSQRT-COV.
+The option `pooling` sets any pooling on other backbones, such as `create_model("vgg16-bn",
+pooling="isqrt")`, fast-MPN-COV's VGG-D, or `create_model("alexnet", pooling="bcnn")`, as in the
+authors' slides on iSQRT-COV.
 """
 
 from torch import nn

@@ -1,10 +1,11 @@
 """PSDR: progressive supervised dimensionality reduction before second-order pooling.
 
-Paper: DSoP, sections III-B and IV-B, Fig. 3, Table XI. iSQRT-COV reduces 2048 channels to 64 in one step,
-PSDR in several. The first step halves the channels, each further one multiplies them by `decay` while the
-result is above the target. In training, an auxiliary head follows every step except the last; its dimension
-reduction (DR), covariance root and linear classifier are removed before export. The chain of steps stays: it
-costs 0.44 to 0.52 GMACs more than one step on ResNet-50-s1 at 224 pixels.
+Paper: DSoP, sections III-B and IV-B, Fig. 3, Table XI. iSQRT-COV reduces 2048 channels to 64 in
+one step, PSDR in several. The first step halves the channels, each further one multiplies them
+by `decay` while the result is above the target. In training, an auxiliary head follows every
+step except the last; its dimension reduction (DR), covariance root and linear classifier are
+removed before export. The chain of steps stays: it costs 0.44 to 0.52 GMACs more than one step
+on ResNet-50-s1 at 224 pixels.
 
 Assumption: the convolutions of the chain have no bias, as in iSQRT-COV's DR.
 """
@@ -20,15 +21,20 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, GlobalPooling, dimension_reduction
+from sopdeploy.layers.pooling.base import (
+    FixedAverage,
+    GapConfig,
+    GlobalPooling,
+    dimension_reduction,
+)
 from sopdeploy.models.base import Classifier
 
 
 class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
     """The backbone, whose conv5_x keeps its size, the target `width`, and delta, the `decay` of channels.
 
-    `decay` is the ratio of channels from step to step. `main_weight` and `aux_weight` are lambda and gamma,
-    the weights of the losses.
+    `decay` is the ratio of channels from step to step. `main_weight` and `aux_weight` are
+    lambda and gamma, the weights of the losses.
     """
 
     conv5_stride: Literal[1, 2] = 1
@@ -45,7 +51,9 @@ class ProgressivePooling(GlobalPooling):
     def __init__(self, channels: int, config: PSDRConfig) -> None:
         super().__init__()
         if config.width >= channels:
-            raise ConfigError(f"width: {config.width} is not smaller than {channels} channels; reduce it")
+            raise ConfigError(
+                f"width: {config.width} is not smaller than {channels} channels; reduce it"
+            )
         self.widths: list[int] = []  # the channels after each step except the last (Eq. 4)
         width = channels // 2
         while width > config.width:
@@ -108,5 +116,7 @@ class SupervisedPSDRResNet(PSDRResNet):
 
     def loss_weights(self) -> dict[str, float]:
         """Return lambda as `main` and gamma of every head."""
-        weights = {f"step{n}": self.config.aux_weight for n in range(1, len(self.pooling.widths) + 1)}
+        weights = {
+            f"step{n}": self.config.aux_weight for n in range(1, len(self.pooling.widths) + 1)
+        }
         return {"main": self.config.main_weight, **weights}

@@ -1,6 +1,7 @@
 """The networks of the catalog by family: their defaults, summaries and image sizes, and what builds them.
 
-The module of a network is imported when its class is used, so this module does not import torch.
+The module of a network is imported when its class is used, so this module does not import
+torch.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class Entry:
     """A network and its config, each as a class or as `module:Class`.
 
-    From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in pixels. `name`
-    is that under which `entry` found it.
+    From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in
+    pixels. `name` is that under which `entry` found it.
     """
 
     network_source: "str | type[Classifier]"
@@ -61,7 +62,11 @@ class Entry:
 
 
 def with_config(
-    network: str, defaults: Mapping[str, Any], summary: str, image_size: int = 224, num_classes: int = 1000
+    network: str,
+    defaults: Mapping[str, Any],
+    summary: str,
+    image_size: int = 224,
+    num_classes: int = 1000,
 ) -> Entry:
     """Build the entry of a *network* whose config has its name and `Config`."""
     return Entry(network, f"{network}Config", defaults, summary, image_size, num_classes)
@@ -69,13 +74,18 @@ def with_config(
 
 def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
     """Build the entry of a network for the 32-pixel images of CIFAR-10."""
-    return with_config(network, defaults, f"{title} for 32-pixel images", image_size=32, num_classes=10)
+    return with_config(
+        network, defaults, f"{title} for 32-pixel images", image_size=32, num_classes=10
+    )
 
 
 def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
     """Build the entry of a network of GM-SOP's paper, for the 64-pixel images of ImageNet."""
     return with_config(
-        f"sopdeploy.models.gmsop:{network}", defaults, f"{title} for 64-pixel images", image_size=64
+        f"sopdeploy.models.gmsop:{network}",
+        defaults,
+        f"{title} for 64-pixel images",
+        image_size=64,
     )
 
 
@@ -98,17 +108,25 @@ POOLED = {
     "alexnet": with_config("sopdeploy.backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
     **{
         name: with_config(VGG, {"pooling": "flatten", "batch_norm": norm}, f"plain {title}")
-        for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
+        for name, norm, title in (
+            ("vgg16", False, "VGG-16"),
+            ("vgg16-bn", True, "VGG-16 with batch norm"),
+        )
     },
     "efficientnet-b0": with_config(
         "sopdeploy.backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"
     ),
     "efficientnet-lite0": with_config(LITE, {}, "plain EfficientNet-Lite0"),
     "efficientnet-lite2": with_config(
-        LITE, {"width": 1.1, "depth": 1.2, "dropout": 0.3}, "plain EfficientNet-Lite2", image_size=260
+        LITE,
+        {"width": 1.1, "depth": 1.2, "dropout": 0.3},
+        "plain EfficientNet-Lite2",
+        image_size=260,
     ),
     **{
-        f"resnet{depth}": at_32(f"{CIFAR}:SmallResNet", {"depth": depth}, f"plain ResNet-{depth}")
+        f"resnet{depth}": at_32(
+            f"{CIFAR}:SmallResNet", {"depth": depth}, f"plain ResNet-{depth}"
+        )
         for depth in (8, 20)
     },
     **{
@@ -116,12 +134,16 @@ POOLED = {
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
-        f"resnext29-{n}x64d": at_32(f"{CIFAR}:ResNeXt", {"cardinality": n}, f"plain ResNeXt-29 {n}x64d")
+        f"resnext29-{n}x64d": at_32(
+            f"{CIFAR}:ResNeXt", {"cardinality": n}, f"plain ResNeXt-29 {n}x64d"
+        )
         for n in (8, 16)
     },
     **{
         f"{pooling}-resnet{depth}": with_config(
-            RESNET, {"depth": depth, "conv5_stride": 1, "pooling": pooling}, f"{title} on ResNet-{depth}"
+            RESNET,
+            {"depth": depth, "conv5_stride": 1, "pooling": pooling},
+            f"{title} on ResNet-{depth}",
         )
         for pooling, title, depths in (("isqrt", ISQRT, (50, 101)), ("mpncov", MPNCOV, (50,)))
         for depth in depths
@@ -147,7 +169,9 @@ DSOP = {
         "DSoP on EfficientNet-b0: two second-order branches, detached before export",
     ),
     **{
-        f"dsop-resnet{n}": at_32(f"{DSOP_NETWORKS}:DSoPSmallResNet", {"depth": n}, f"DSoP on ResNet-{n}")
+        f"dsop-resnet{n}": at_32(
+            f"{DSOP_NETWORKS}:DSoPSmallResNet", {"depth": n}, f"DSoP on ResNet-{n}"
+        )
         for n in (8, 20)
     },
     **{
@@ -230,7 +254,11 @@ GMSOP = {
             ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", RESNET_50),
             ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
             ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
-            ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
+            (
+                "gmgap-16-8-wrn36-2",
+                "GM-GAP (8 of 16 poolings) on WRN-36-2",
+                {**WRN_36_2, **GAP},
+            ),
             ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
         )
     },
@@ -246,23 +274,35 @@ GMSOP = {
             ("resnet50-8256d", "ResNet-50-8256d", {**RESNET_50, "component_widths": (8256,)}),
             ("srsop-resnet18", "SR-SOP on ResNet-18", {"component": "sop"}),
             ("parametric-srsop-resnet18", "parametric SR-SOP on ResNet-18", PARAMETRIC),
-            ("avegap-16-resnet18", "Ave-GAP-16 on ResNet-18", {**AVERAGE_OF_16, "component_widths": (512,)}),
+            (
+                "avegap-16-resnet18",
+                "Ave-GAP-16 on ResNet-18",
+                {**AVERAGE_OF_16, "component_widths": (512,)},
+            ),
             ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
         )
     },
     "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
 }
 FAMILIES = (  # title and networks, in display order
-    ("Backbone, global pooling and classifier: first-order networks, iSQRT-COV and MPN-COV", POOLED),
+    (
+        "Backbone, global pooling and classifier: first-order networks, iSQRT-COV and MPN-COV",
+        POOLED,
+    ),
     (
         "DSoP: detachable second-order pooling. Branches train a first-order network and are then removed",
         DSOP,
     ),
     ("PSDR: progressive supervised dimensionality reduction before second-order pooling", PSDR),
     ("GSoP-Net: second-order blocks that scale maps; GSoP-Net2 also pools by covariance", GSOP),
-    ("GM-SOP: a gate selects K of N second-order poolings for each image, and their weights", GMSOP),
+    (
+        "GM-SOP: a gate selects K of N second-order poolings for each image, and their weights",
+        GMSOP,
+    ),
 )
-CATALOG: dict[str, Entry] = {name: item for _, entries in FAMILIES for name, item in entries.items()}
+CATALOG: dict[str, Entry] = {
+    name: item for _, entries in FAMILIES for name, item in entries.items()
+}
 OWN = CATALOG  # of the registry `MODELS`
 PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
     "head": "sopdeploy.models.second_order_head:head_entry",
@@ -274,8 +314,9 @@ PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog and among registered networks; raises `ConfigError` with near names.
 
-    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
-    `head:NAME` for every network NAME without training-only parts, and for `dsop-NAME`.
+    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature
+    maps, and `head:NAME` for every network NAME without training-only parts, and for
+    `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
     found: Entry | None
@@ -296,13 +337,17 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
     return entry(name).make_config(values)
 
 
-def parse_options(name: str, options: type[StrictModel], values: Mapping[str, Any]) -> StrictModel:
+def parse_options(
+    name: str, options: type[StrictModel], values: Mapping[str, Any]
+) -> StrictModel:
     """Build the *options* of *name*; raise `ConfigError` with the first key or value that is not accepted."""
     try:
         return options(**values)
     except pydantic.ValidationError as problem:
         known = ", ".join(options.model_fields)
-        raise ConfigError(f"{name}: {first_problem(problem, values)}; its keys are {known}") from problem
+        raise ConfigError(
+            f"{name}: {first_problem(problem, values)}; its keys are {known}"
+        ) from problem
 
 
 class CatalogModel(StrictModel):
@@ -320,8 +365,8 @@ class CatalogModel(StrictModel):
 def create_model(name: str, *, num_classes: int | None = None, **config: Any) -> "Classifier":
     """Build network *name* of the catalog with fresh weights, in train mode.
 
-    *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the model's config
-    class. Raises `ConfigError` for an unknown name, key or value.
+    *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the
+    model's config class. Raises `ConfigError` for an unknown name, key or value.
     """
     return entry(name).build(num_classes, **config)
 

@@ -7,11 +7,11 @@ The head replaces the classifier. Its input are, one after the other:
 - `mean`: the averages of the feature maps at the taps, such as the mean of a transformer's patch tokens,
 - `isqrt`: the square roots of the covariances of these maps (iSQRT-COV) after a projection to few channels.
 
-One linear layer computes the logits. The tensors of the network keep their names, so its weight files fit;
-those of the head are under `pooled_head`.
+One linear layer computes the logits. The tensors of the network keep their names, so its weight
+files fit; those of the head are under `pooled_head`.
 
-Letters: B images, C channels, H height, W width, d channels after the projection, D length of the vector, K
-classes.
+Letters: B images, C channels, H height, W width, d channels after the projection, D length of
+the vector, K classes.
 """
 
 import copy
@@ -43,10 +43,11 @@ HeadKind = Literal["gap", "isqrt", "gap+isqrt", "gap+mean", "gap+mean+isqrt"]
 class HeadConfig(NewtonSchulzOptions):
     """The head of `head:NAME`; `kind` names its statistics, joined by "+".
 
-    `taps` are the feature maps: stages or blocks of a network of the catalog or of timm, modules of a network
-    of the user; by default the last one. `width` is d; a map of fewer channels is not projected. The root is
-    that of the covariance divided by its trace. With `cosine`, the energy of the logits is the cosine between
-    the network's own vector and the nearest class mean; `distance` was its predecessor.
+    `taps` are the feature maps: stages or blocks of a network of the catalog or of timm,
+    modules of a network of the user; by default the last one. `width` is d; a map of fewer
+    channels is not projected. The root is that of the covariance divided by its trace. With
+    `cosine`, the energy of the logits is the cosine between the network's own vector and the
+    nearest class mean; `distance` was its predecessor.
     """
 
     kind: HeadKind = "gap+isqrt"
@@ -114,7 +115,9 @@ class PooledHead(nn.Module, ExportHints):
             if part == "gap":
                 statistics.append(at_least_float32(own_BD))
             elif part == "mean":
-                statistics += [at_least_float32(maps[tap]).mean(dim=(2, 3)) for tap in self.channels]
+                statistics += [
+                    at_least_float32(maps[tap]).mean(dim=(2, 3)) for tap in self.channels
+                ]
             else:
                 statistics += [self.pooling(tap)(maps[tap]) for tap in self.channels]
         vector_BD = torch.cat(statistics, dim=1) if len(statistics) > 1 else statistics[0]
@@ -135,8 +138,8 @@ class PooledHead(nn.Module, ExportHints):
     def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         """Compute the (B, classes) logits.
 
-        With `cosine`, the largest cosine to a class mean is added to log-probabilities, so that the
-        log-sum-exp of the logits is this cosine.
+        With `cosine`, the largest cosine to a class mean is added to log-probabilities, so that
+        the log-sum-exp of the logits is this cosine.
         """
         logits_BK: Tensor = self.fc(self.vector(own_BD, maps))
         if not self.config.cosine:
@@ -151,12 +154,15 @@ class PooledHead(nn.Module, ExportHints):
     def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Set the projection of every tap to the principal components of its maps.
 
-        *batches* have maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
-        channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
+        *batches* have maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at
+        most `width` channels has no projection. Raises `DataError` if the maps have NaN or
+        infinite values.
         """
         for tap, channels in self.channels.items():
             if "isqrt" in self.config.parts and channels > self.config.width:
-                components_dC = principal_components([maps[tap] for maps in batches], self.config.width)
+                components_dC = principal_components(
+                    [maps[tap] for maps in batches], self.config.width
+                )
                 convolution: Any = self.pooling(tap).layer_reduce
                 convolution.weight.copy_(components_dC[:, :, None, None])
 
@@ -212,12 +218,21 @@ class SecondOrderHead(Classifier):
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
-        branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: the name of the branch by its tap
-        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]  # as computed
-        taps += [tap for tap in branches if tap not in self.tap_channels]  # only a branch reads it
+        branches: dict[str, str] = vars(self)[
+            "taps"
+        ]  # of `DSoP`: the name of the branch by its tap
+        taps = [
+            tap for tap in self.tap_channels if tap in branches or tap in self.maps
+        ]  # as computed
+        taps += [
+            tap for tap in branches if tap not in self.tap_channels
+        ]  # only a branch reads it
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
-        logits = {name: self.get_submodule(f"branches.{name}")(maps[tap]) for tap, name in branches.items()}
+        logits = {
+            name: self.get_submodule(f"branches.{name}")(maps[tap])
+            for tap, name in branches.items()
+        }
         own_maps = {tap: maps[tap] for tap in self.maps}
         return {**logits, "main": self.pooled_head(super().classify(last), own_maps)}
 
@@ -236,14 +251,16 @@ class SecondOrderHead(Classifier):
 def head_entry(_prefix: str, name: str) -> Entry:
     """Build the entry of `head:NAME` for the network *name*: its options, and `head`.
 
-    Of `dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError` for a network
-    with a head or other training-only parts.
+    Of `dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError`
+    for a network with a head or other training-only parts.
     """
     base = entry(name)
     if issubclass(base.network, SecondOrderHead):
         raise ConfigError(f"head:{name}: {name} has this head already; omit one head:")
     if base.network.training_only and not name.startswith("dsop-"):
-        raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them")
+        raise ConfigError(
+            f"head:{name}: {name} has training-only parts; use a network without them"
+        )
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
     network, config = _derive_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
@@ -276,12 +293,13 @@ def tuned_name(name: str) -> str:
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
     """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
 
-    The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
-    except those of its classifier and its training-only parts. The weights of the head are random. Raises
-    `ConfigError` if the network cannot have this head.
+    The result is a new network on the same device and in the same mode, with copies of the
+    tensors of *model* except those of its classifier and its training-only parts. The weights
+    of the head are random. Raises `ConfigError` if the network cannot have this head.
     """
     with_head_entry = entry(head_name(name))
-    # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as DSoP's.
+    # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as
+    # DSoP's.
     fields = with_head_entry.config.model_fields
     options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
@@ -299,10 +317,10 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
 def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     """Compute the first *width* principal components (d, C) float64 of the positions of maps (B, C, H, W).
 
-    They are the eigenvectors of the covariance (C, C) over all positions of *batches*, which are of any
-    floating-point type and device. The largest eigenvalue is first. Each component has length 1, and its
-    element of largest absolute value is positive, so that the result does not depend on the library. Raises
-    `DataError` if the values of the maps are not finite.
+    They are the eigenvectors of the covariance (C, C) over all positions of *batches*, which
+    are of any floating-point type and device. The largest eigenvalue is first. Each component
+    has length 1, and its element of largest absolute value is positive, so that the result does
+    not depend on the library. Raises `DataError` if the values of the maps are not finite.
     """
 
     def rows_of(maps_BCHW: Tensor) -> Tensor:  # (positions, C)
@@ -315,8 +333,12 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
         centered = rows_of(maps) - mean_C
         covariance_CC += centered.T @ centered / positions
     if not bool(torch.isfinite(covariance_CC).all()):
-        raise DataError("principal components: the feature maps have values that are not finite")
+        raise DataError(
+            "principal components: the feature maps have values that are not finite"
+        )
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
-    largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)  # index of each component's largest element
+    largest_d1 = components_dC.abs().argmax(
+        dim=1, keepdim=True
+    )  # index of each component's largest element
     return components_dC * components_dC.gather(1, largest_d1).sign()

@@ -1,12 +1,12 @@
 """Networks of timm: `timm:NAME`; `dsop-timm:NAME` has DSoP's branches (`dsop_networks`).
 
 NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The network is built by
-`timm.create_model(pretrained=False)`; timm is imported only when such a network is requested. The inference
-model is timm's network with timm's key names, so timm's weight files fit.
+`timm.create_model(pretrained=False)`; timm is imported only when such a network is requested.
+The inference model is timm's network with timm's key names, so timm's weight files fit.
 
-Taps are the stages in timm's `feature_info` from stride 4 on: what the papers call conv2_x to conv5_x. timm's
-`forward_intermediates` returns their maps; in a transformer, these are the patch tokens of a block after the
-network's last norm.
+Taps are the stages in timm's `feature_info` from stride 4 on: what the papers call conv2_x to
+conv5_x. timm's `forward_intermediates` returns their maps; in a transformer, these are the
+patch tokens of a block after the network's last norm.
 """
 
 import difflib
@@ -34,10 +34,10 @@ FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 class TimmConfig(StrictModel):
     """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`.
 
-    Two options of timm's ResNets: `attn_layer` is timm's name of an attention in every block, such as "se",
-    "cbam" or "ge" (Gather-Excite); `output_stride` 8 or 16 dilates the last stages instead of striding.
-    `image_size` is the side of the images of a network with position embeddings, by default that of timm's
-    weights.
+    Two options of timm's ResNets: `attn_layer` is timm's name of an attention in every block,
+    such as "se", "cbam" or "ge" (Gather-Excite); `output_stride` 8 or 16 dilates the last
+    stages instead of striding. `image_size` is the side of the images of a network with
+    position embeddings, by default that of timm's weights.
     """
 
     backbone: Annotated[str, pydantic.Field(min_length=1)]
@@ -47,7 +47,9 @@ class TimmConfig(StrictModel):
 
     def build(self, **sizes: Any) -> nn.Module:
         """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
-        given = self.model_dump(include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True)
+        given = self.model_dump(
+            include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
+        )
         options: dict[str, Any] = {}
         if self.output_stride != 32:
             options["output_stride"] = self.output_stride
@@ -56,7 +58,9 @@ class TimmConfig(StrictModel):
         if self.image_size is not None:
             options["img_size"] = self.image_size
         try:
-            network: nn.Module = import_timm(self.backbone).create_model(self.backbone, **options, **sizes)
+            network: nn.Module = import_timm(self.backbone).create_model(
+                self.backbone, **options, **sizes
+            )
         except (AssertionError, NotImplementedError, TypeError) as error:
             if not options:
                 raise
@@ -68,11 +72,18 @@ class TimmConfig(StrictModel):
 
 def import_timm(name: str) -> Any:
     """Import `timm`; raises `MissingPackageError`, or `ConfigError` if it has no network *name*."""
-    timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}")
+    timm = import_optional(
+        "timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}"
+    )
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
-        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of timm.list_models()"
-        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
+        near = (
+            ", ".join(difflib.get_close_matches(name, names, n=3))
+            or "one of timm.list_models()"
+        )
+        raise ConfigError(
+            f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?"
+        )
     return timm
 
 
@@ -80,7 +91,8 @@ def import_timm(name: str) -> Any:
 def find_timm_taps(name: str) -> dict[str, int]:
     """Find the stages of timm's network *name* of stride 4 or more, and the channels of their maps.
 
-    The result is empty if stages have no name or feature map, or if the code depends on the values of pixels.
+    The result is empty if stages have no name or feature map, or if the code depends on the
+    values of pixels.
     """
     timm = import_timm(name)
     side = timm.get_pretrained_cfg(name).input_size[-1]
@@ -90,20 +102,28 @@ def find_timm_taps(name: str) -> dict[str, int]:
         if not stages or not hasattr(network, "forward_intermediates"):
             return {}
         try:
-            maps = network.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
+            maps = network.forward_intermediates(
+                torch.empty(1, 3, side, side), intermediates_only=True
+            )
         except RuntimeError:  # it reads values, which `meta` does not have
             return {}
     channels = [m.shape[1] if m.dim() == 4 else None for m in maps]  # None: tokens
     if channels != [stage["num_chs"] for stage in stages]:
         return {}
-    return {stage["module"]: stage["num_chs"] for stage in stages if stage["reduction"] >= FIRST_STRIDE}
+    return {
+        stage["module"]: stage["num_chs"]
+        for stage in stages
+        if stage["reduction"] >= FIRST_STRIDE
+    }
 
 
-def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
+def nearest_block(
+    network: nn.Module, taps: Collection[str]
+) -> Callable[[int, int, int], nn.Module]:
     """Select the kind of residual block that is most like those of *network*'s stages.
 
-    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1 convolutions of
-    stride 1 (shortcuts mostly have stride 2), and otherwise `BasicBlock`.
+    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1
+    convolutions of stride 1 (shortcuts mostly have stride 2), and otherwise `BasicBlock`.
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
@@ -117,8 +137,9 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, i
 class TimmBackbone(Backbone):
     """A network of timm, with taps if it has feature maps or patch tokens.
 
-    It shares its dicts of modules, parameters and buffers with timm's own module, so that state-dict keys are
-    timm's: a child would add a prefix. Moving, loading or saving this module does the same to timm's.
+    It shares its dicts of modules, parameters and buffers with timm's own module, so that
+    state-dict keys are timm's: a child would add a prefix. Moving, loading or saving this
+    module does the same to timm's.
     """
 
     config: TimmConfig
@@ -129,7 +150,9 @@ class TimmBackbone(Backbone):
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.wrapped = (network,)  # a tuple, because an attribute that is a module becomes a child
+        self.wrapped = (
+            network,
+        )  # a tuple, because an attribute that is a module becomes a child
         self.tap_channels = find_timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
@@ -145,14 +168,21 @@ class TimmBackbone(Backbone):
         prefix = self._num_prefix_positions()
         if math.isqrt(stored.shape[1] - prefix) ** 2 != stored.shape[1] - prefix:
             return tensors  # of no square image; the shapes will be compared
-        resample = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
+        resample = import_optional(
+            "timm.layers", "timm", "sopdeploy[train]", MissingPackageError
+        )
         grid = list(self.timm_network.patch_embed.grid_size)
-        fitted = resample.resample_abs_pos_embed(stored, new_size=grid, num_prefix_tokens=prefix)
+        fitted = resample.resample_abs_pos_embed(
+            stored, new_size=grid, num_prefix_tokens=prefix
+        )
         return {**tensors, "pos_embed": fitted}
 
     def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
         """Return the image size of the position embeddings in *tensors*; None if there are none."""
-        stored, patches = tensors.get("pos_embed"), getattr(self.timm_network, "patch_embed", None)
+        stored, patches = (
+            tensors.get("pos_embed"),
+            getattr(self.timm_network, "patch_embed", None),
+        )
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
             return None
         count = stored.shape[1] - self._num_prefix_positions()
@@ -162,7 +192,11 @@ class TimmBackbone(Backbone):
     def _num_prefix_positions(self) -> int:
         """Return the number of position embeddings of tokens that are no patches."""
         network = self.timm_network
-        return 0 if getattr(network, "no_embed_class", False) else getattr(network, "num_prefix_tokens", 1)
+        return (
+            0
+            if getattr(network, "no_embed_class", False)
+            else getattr(network, "num_prefix_tokens", 1)
+        )
 
     @property
     def timm_network(self) -> Any:
@@ -176,9 +210,13 @@ class TimmBackbone(Backbone):
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
-        return nearest_block(self.timm_network, self.tap_channels)(in_channels, out_channels, stride)
+        return nearest_block(self.timm_network, self.tap_channels)(
+            in_channels, out_channels, stride
+        )
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
 
         Raises `ConfigError` if the network has position embeddings for another image size.
@@ -191,8 +229,14 @@ class TimmBackbone(Backbone):
         network = self.timm_network
         if not taps:
             return network.forward_features(images), []
-        wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
-        with_norm = hasattr(network, "norm")  # two networks without this module do not accept norm=True
+        wanted = [
+            number
+            for number, stage in enumerate(network.feature_info)
+            if stage["module"] in taps
+        ]
+        with_norm = hasattr(
+            network, "norm"
+        )  # two networks without this module do not accept norm=True
         return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -224,4 +268,6 @@ def timm_entry(family: str, name: str) -> Entry:
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
     network = "sopdeploy.models.dsop_networks:DSoPTimm"
-    return Entry(network, f"{network}Config", {"backbone": name}, f"DSoP on timm's {name}", side)
+    return Entry(
+        network, f"{network}Config", {"backbone": name}, f"DSoP on timm's {name}", side
+    )

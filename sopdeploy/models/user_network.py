@@ -1,8 +1,8 @@
 """DSoP and iSQRT-COV on a convolutional network of the user, trained by any loop.
 
-`dsop` and `isqrt` apply them to a network in memory. `register_model` gives a network a name, so that
-training, evaluation and export of this package accept it as one of the catalog. Only the process that
-registers a network knows it: reading a checkpoint never imports code.
+`dsop` and `isqrt` apply them to a network in memory. `register_model` gives a network a name,
+so that training, evaluation and export of this package accept it as one of the catalog. Only
+the process that registers a network knows it: reading a checkpoint never imports code.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -46,7 +46,9 @@ class UserNetwork(Classifier):
     def set_taps(self) -> None:
         """Set `tap_channels` to the channels of the taps; check the number of logits if there are taps."""
         if self.source.taps:
-            self.tap_channels, logits = find_taps(self.network, self.source.taps, self.source.image_size)
+            self.tap_channels, logits = find_taps(
+                self.network, self.source.taps, self.source.image_size
+            )
             if logits != self.num_classes:
                 raise ConfigError(
                     f"taps: the network returns {logits} logits for {self.num_classes} classes"
@@ -57,7 +59,9 @@ class UserNetwork(Classifier):
         """Build the block that `nearest_block` selects."""
         return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride)
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the logits, in the place of the last feature map, and the outputs of *taps*."""
         logits, outputs = run_tapped(self.network, images, taps)
         if not isinstance(logits, Tensor):
@@ -75,7 +79,8 @@ class UserNetwork(Classifier):
     def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
 
-        Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
+        Raises `ConfigError` for an unknown module, one without a feature map, or a network that
+        cannot run.
         """
         side = self.source.image_size
         modules = (find_last_map(self.network, side),) if taps is None else taps
@@ -86,11 +91,15 @@ class UserNetwork(Classifier):
         """Replace the last linear layer; raise `ConfigError` if the network does not return its output."""
         layer = Classifier.logits_layer(self)
         if layer is not None:
-            name = next(name for name, module in self.network.named_modules() if module is layer)
+            name = next(
+                name for name, module in self.network.named_modules() if module is layer
+            )
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             has_same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):  # meta: no values
+            if not has_same_shape or not (
+                logits.is_meta or torch.equal(logits, output)
+            ):  # meta: no values
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
@@ -120,7 +129,9 @@ class PooledOptions(StrictModel):
 class PooledNetwork(UserNetwork):
     """A network of the user up to a feature map, its last one or the tap; pooling and classifier follow."""
 
-    classify = Backbone.classify  # not those of `UserNetwork`, whose network has its own classifier
+    classify = (
+        Backbone.classify
+    )  # not those of `UserNetwork`, whose network has its own classifier
     remove_classifier = Classifier.remove_classifier
     config: PooledOptions
 
@@ -138,7 +149,9 @@ class PooledNetwork(UserNetwork):
         self.tap = next(iter(self.tap_channels))
         remove_after(self.network, self.tap, self.source.image_size)
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the map (B, C, h, w) and the outputs of *taps*."""
         _, outputs = run_tapped(self.network, images, {self.tap, *taps})
         return outputs[self.tap], [output for tap, output in outputs.items() if tap in taps]
@@ -152,13 +165,16 @@ METHODS: dict[MethodName, tuple[type[UserNetwork], type[StrictModel]]] = {
 }
 
 
-def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> DSoPNetwork:
+def dsop(
+    network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any
+) -> DSoPNetwork:
     """Attach DSoP's second-order branches to the convolutional *network*, to train it with them.
 
-    In train mode, the result maps normalized float images (B, 3, H, W) to a `TrainingOutput`: `logits`
-    (B, classes) of the network and `branches`, a dict with the (B, classes) logits of each branch. Minimize
-    the sum of their losses. In eval mode it returns the logits of the network alone.
-    `export_network(..., training_only=["branches"])` removes the branches and proves it.
+    In train mode, the result maps normalized float images (B, 3, H, W) to a `TrainingOutput`:
+    `logits` (B, classes) of the network and `branches`, a dict with the (B, classes) logits of
+    each branch. Minimize the sum of their losses. In eval mode it returns the logits of the
+    network alone. `export_network(..., training_only=["branches"])` removes the branches and
+    proves it.
 
     Args:
         network: Maps images to (B, classes) logits in train and in eval mode. It becomes the part `network`
@@ -193,7 +209,9 @@ def isqrt(
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
-    return _build_from_network(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
+    return _build_from_network(
+        PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config
+    )
 
 
 def _build_from_network(
@@ -208,7 +226,8 @@ def _build_from_network(
     _, config_class = METHODS[name]
     options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)
-    # `network_class` calls `build` for its part `network`, which exists already with this number of classes
+    # `network_class` calls `build` for its part `network`, which exists already with this
+    # number of classes
     source = Source(build=lambda _num_classes: network, taps=tuple(taps), image_size=image_size)
     return network_class(options, num_classes, source)
 
@@ -223,8 +242,8 @@ def register_model(
 ) -> None:
     """Give a network of the user the *name* under which this process trains, evaluates and exports it.
 
-    Training and export build the network with the code given here. Another process that reads its checkpoint
-    must register it, too.
+    Training and export build the network with the code given here. Another process that reads
+    its checkpoint must register it, too.
 
     Args:
         name: Name for `model.name` of a recipe: letters, digits, `.`, `_` and `-`.
@@ -244,9 +263,14 @@ def register_model(
     if method is None:
         method = "dsop" if taps else "none"
     if method == "dsop" and not taps:
-        raise ConfigError("register_model: method 'dsop' needs taps; name modules of the network")
+        raise ConfigError(
+            "register_model: method 'dsop' needs taps; name modules of the network"
+        )
     method_class, config_class = METHODS[method]
-    source, module = Source(partial(_call_builder, name, build), tuple(taps), image_size), build.__module__
+    source, module = (
+        Source(partial(_call_builder, name, build), tuple(taps), image_size),
+        build.__module__,
+    )
     inference = None
     if method_class.training_only:  # it is exported as the network without a method
         inference = _with_source(UserNetwork, source, module, inference_class=None)
@@ -256,15 +280,24 @@ def register_model(
 
 
 def _with_source(
-    base: type[UserNetwork], source: Source, module: str, inference_class: type[Classifier] | None
+    base: type[UserNetwork],
+    source: Source,
+    module: str,
+    inference_class: type[Classifier] | None,
 ) -> type[UserNetwork]:
     """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes)."""
 
-    def initialize_with_source(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
+    def initialize_with_source(
+        self: UserNetwork, config: StrictModel, num_classes: int
+    ) -> None:
         base.__init__(self, config, num_classes, source)
 
     # by `__module__`, training finds the package whose version a checkpoint records
-    members = {"__init__": initialize_with_source, "__module__": module, "inference_class": inference_class}
+    members = {
+        "__init__": initialize_with_source,
+        "__module__": module,
+        "inference_class": inference_class,
+    }
     return type(base.__name__, (base,), members)
 
 
@@ -273,17 +306,23 @@ def _call_builder(name: str, build: Callable[[int], nn.Module], num_classes: int
     try:
         return build(num_classes)
     except Exception as error:  # the user's code
-        raise ConfigError(f"{name}: cannot be built ({first_line(error)}); correct the builder") from error
+        raise ConfigError(
+            f"{name}: cannot be built ({first_line(error)}); correct the builder"
+        ) from error
 
 
-def run_tapped(network: nn.Module, images: Tensor, taps: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def run_tapped(
+    network: nn.Module, images: Tensor, taps: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
     """Run *network*; return its output and those of its modules *taps*, in the order of computation."""
     outputs: dict[str, Any] = {}
 
     def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs[tap] = output
 
-    handles = [network.get_submodule(tap).register_forward_hook(partial(store, tap)) for tap in taps]
+    handles = [
+        network.get_submodule(tap).register_forward_hook(partial(store, tap)) for tap in taps
+    ]
     try:
         return network(images), outputs
     finally:
@@ -302,7 +341,9 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
     network.eval()
     try:
         with torch.no_grad():
-            return run_tapped(network, torch.zeros(1, 3, image_size, image_size, device=device), names)
+            return run_tapped(
+                network, torch.zeros(1, 3, image_size, image_size, device=device), names
+            )
     except Exception as error:  # the user's code
         raise ConfigError(
             f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
@@ -313,7 +354,9 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
             part.training = mode
 
 
-def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
+def find_taps(
+    network: nn.Module, taps: Sequence[str], image_size: int
+) -> tuple[dict[str, int], int]:
     """Run *network* on one black image to find the channels at *taps* and the number of classes.
 
     The taps are in the order of computation. Raises `ConfigError` as `dsop` does.
@@ -332,8 +375,12 @@ def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple
                 "; choose another module"
             )
     if len(_shape(logits)) != 2:
-        raise ConfigError(f"taps: the network returns {_shape(logits)} for one image, not (1, classes)")
-    return {tap: output.shape[1] for tap, output in outputs.items() if tap in taps}, logits.shape[1]
+        raise ConfigError(
+            f"taps: the network returns {_shape(logits)} for one image, not (1, classes)"
+        )
+    return {
+        tap: output.shape[1] for tap, output in outputs.items() if tap in taps
+    }, logits.shape[1]
 
 
 def _shape(output: Any) -> tuple[int, ...]:
@@ -343,10 +390,13 @@ def _shape(output: Any) -> tuple[int, ...]:
 def find_last_map(network: nn.Module, image_size: int) -> str:
     """Find the outermost module of *network* that computes the last feature map (1, C, side, side).
 
-    Raises `ConfigError` if there is none, or if tokens (1, N, C) follow: the map may be that of an attention.
+    Raises `ConfigError` if there is none, or if tokens (1, N, C) follow: the map may be that of
+    an attention.
     """
     _, outputs = run_once(network, image_size)
-    for name, output in reversed(outputs.items()):  # a module returns after the modules inside of it
+    for name, output in reversed(
+        outputs.items()
+    ):  # a module returns after the modules inside of it
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:
             return name
@@ -371,6 +421,8 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
         if not contains_tap and list(network.get_submodule(name).parameters()):
             removed.append(name)
     for name in removed:
-        if not is_in(name.rpartition(".")[0], *removed):  # otherwise it is removed with its parent
+        if not is_in(
+            name.rpartition(".")[0], *removed
+        ):  # otherwise it is removed with its parent
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

@@ -14,13 +14,22 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.clips import describe_possible_clip, find_clips
-from sopdeploy.photos.copies import MAX_SIGNATURES, Groups, fit_and_whiten, group_by_edges, shrink, signature
+from sopdeploy.photos.copies import (
+    MAX_SIGNATURES,
+    Groups,
+    fit_and_whiten,
+    group_by_edges,
+    shrink,
+    signature,
+)
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.photo import ImageFiles, map_threaded
 from sopdeploy.photos.table import SEPARATOR
 
-MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU
+MAX_FEATURES = (
+    10_000  # images whose features are computed, which takes about four minutes on a CPU
+)
 EDGES_MISS = (
     "near-duplicates were found by edges, which miss some of the strong crops; up to "
     f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "
@@ -75,11 +84,15 @@ class DataReport(StrictModel):
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
-        num_trained = len(self.parts[0].classes) - len(self.too_few)  # the first part is the training part
+        num_trained = len(self.parts[0].classes) - len(
+            self.too_few
+        )  # the first part is the training part
         if num_trained < 2:  # training leaves classes of one image out, and needs two others
             problems += self.too_few
         if problems:
-            raise DataError(f"{self.path}: cannot be used as it is: {shorten_problems(problems)}")
+            raise DataError(
+                f"{self.path}: cannot be used as it is: {shorten_problems(problems)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +112,16 @@ class _FileInfo:
 
 
 def check_data(
-    path: Path, *, near: bool = False, group_by_features: Callable[[ImageFiles], Groups] | None = None
+    path: Path,
+    *,
+    near: bool = False,
+    group_by_features: Callable[[ImageFiles], Groups] | None = None,
 ) -> DataReport:
     """Decode every image below *path* and report contents and problems.
 
-    With *near*, near-duplicates are searched, too: among up to `MAX_FEATURES` images by *group_by_features*,
-    which returns a group number (N,) per image, otherwise by edges. Raises `DataError` for fewer than two
-    classes.
+    With *near*, near-duplicates are searched, too: among up to `MAX_FEATURES` images by
+    *group_by_features*, which returns a group number (N,) per image, otherwise by edges. Raises
+    `DataError` for fewer than two classes.
     """
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
@@ -128,9 +144,12 @@ def check_data(
         notes.append(EDGES_MISS)
     if keeps_small and (possible_clip := _describe_clip(readable)):
         notes.append(possible_clip)
-    shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
+    shorter, longer = np.sort(
+        [info.size for info in readable] or [(0, 0)], axis=1
+    ).T  # two sides per image
     train, *held_out = opened.parts.values()
-    # If no images are held out by folder, training leaves out classes of one image: it cannot divide them.
+    # If no images are held out by folder, training leaves out classes of one image: it cannot
+    # divide them.
     too_few = () if held_out else tuple(single_images(train))
     return DataReport(
         path=path,
@@ -141,7 +160,9 @@ def check_data(
         classes=tuple(opened.problems),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=too_few,
-        duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable], parts[0].name)),
+        duplicates=tuple(
+            _describe_groups(readable, [info.pixel_hash for info in readable], parts[0].name)
+        ),
         near=tuple(_find_near(readable, group_by_features, parts[0].name)) if near else None,
         passed_over=dict(opened.ignored),
         notes=tuple(notes),
@@ -176,16 +197,24 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
         return ""
     names = [info.file for info in infos]
     times = np.asarray([info.taken for info in infos], np.int64)
-    vectors = fit_and_whiten([np.stack([signature(info.small) for info in infos if info.small is not None])])
+    vectors = fit_and_whiten(
+        [np.stack([signature(info.small) for info in infos if info.small is not None])]
+    )
     classes = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
     pixels = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
     clips = find_clips(names, times, classes.astype(np.int64), vectors, pixels.astype(np.int64))
     pair = clips.doubtful if clips.found is None else clips.found
-    return "" if pair is None else describe_possible_clip([names[index] for index in pair], clips.pattern)
+    return (
+        ""
+        if pair is None
+        else describe_possible_clip([names[index] for index in pair], clips.pattern)
+    )
 
 
 def _find_near(
-    infos: Sequence[_FileInfo], group_by_features: Callable[[ImageFiles], Groups] | None, train: str
+    infos: Sequence[_FileInfo],
+    group_by_features: Callable[[ImageFiles], Groups] | None,
+    train: str,
 ) -> Iterator[Duplicates]:
     """Yield the groups of near-duplicates that are no exact duplicates; *train* names the training part."""
     if len(infos) < 2:
@@ -204,7 +233,9 @@ def _find_near(
             yield group
 
 
-def _describe_groups(infos: Sequence[_FileInfo], keys: Sequence[object], train: str) -> Iterator[Duplicates]:
+def _describe_groups(
+    infos: Sequence[_FileInfo], keys: Sequence[object], train: str
+) -> Iterator[Duplicates]:
     """Yield the groups of several files with equal *keys*; *train* is the name of the training part."""
     groups = defaultdict[object, list[_FileInfo]](list)
     for info, key in zip(infos, keys, strict=True):

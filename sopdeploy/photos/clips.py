@@ -1,14 +1,15 @@
 """Groups of images that one clip or one object shows, by what their names and times have in common.
 
-Frames of a real clip do not always resemble each other as copies do: an object comes nearer, or turns. But
-their files are often named alike, `00001_00000.png` and `00001_00001.png`, or numbered in sequence, or taken
-within seconds. Names of other photographs are, too, so the images decide: a relation between images counts if
-the most similar other image of the class is related far more often than by chance, and about as similar as
-frames are. Relations that are found more often than by chance, but not so clearly, are only described.
+Frames of a real clip do not always resemble each other as copies do: an object comes nearer, or
+turns. But their files are often named alike, `00001_00000.png` and `00001_00001.png`, or
+numbered in sequence, or taken within seconds. Names of other photographs are, too, so the
+images decide: a relation between images counts if the most similar other image of the class is
+related far more often than by chance, and about as similar as frames are. Relations that are
+found more often than by chance, but not so clearly, are only described.
 
-Relations are: names with the same text and the same first or last numbers, times in a chain of short gaps,
-and neighbors in the sequence of the names. A sequence is divided where the next images are no more similar
-than distant ones.
+Relations are: names with the same text and the same first or last numbers, times in a chain of
+short gaps, and neighbors in the sequence of the names. A sequence is divided where the next
+images are no more similar than distant ones.
 
 Letters: N images, K nearest images of the same class.
 """
@@ -26,24 +27,36 @@ from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.copies import NO_PAIRS, Groups, connect
 
 NEAREST = 32  # images of the class that are known for each image, the most similar first
-# Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames of clips and
-# turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others (docs/benchmarks/copied_photos.md).
+# Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames
+# of clips and turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others
+# (docs/benchmarks/copied_photos.md).
 CLEAR, DOUBTFUL = 0.45, 0.25
-SIMILAR = 0.35  # median cosine of frames with the most similar one; those of one camera or place reach 0.3
-MIN_EVIDENCE, MIN_DEVIATIONS = 4.0, 4.0  # images that chance does not relate, and standard deviations
-MIN_IMAGES, MAX_PATTERNS = 6, 8  # images that share a pattern of names, and patterns that are compared
+# median cosine of frames with the most similar one; those of one camera or place reach 0.3
+SIMILAR = 0.35
+MIN_EVIDENCE, MIN_DEVIATIONS = (
+    4.0,
+    4.0,
+)  # images that chance does not relate, and standard deviations
+MIN_IMAGES, MAX_PATTERNS = (
+    6,
+    8,
+)  # images that share a pattern of names, and patterns that are compared
 WINDOW = 2  # neighbors in a sequence, on each side
 CHAIN_SECONDS = 10  # between two photographs of a burst
 START, END, TIME, SEQUENCE = "start", "end", "time", "sequence"  # what related images share
-LINK_QUANTILES = (0.9, 0.75)  # of the cosines of distant images, which those of next frames exceed
+LINK_QUANTILES = (
+    0.9,
+    0.75,
+)  # of the cosines of distant images, which those of next frames exceed
 _BLOCK = 2**25  # cosines that are computed at once
 
 
 class Clips(NamedTuple):
     """The `groups` (N,) of images of one clip or object, and pairs of images; None without such ones.
 
-    `found` are two images of a group that its copies do not explain, `doubtful` two that may show one object,
-    but are no group. `pattern` is a regular expression that groups the doubtful ones by name, or empty.
+    `found` are two images of a group that its copies do not explain, `doubtful` two that may
+    show one object, but are no group. `pattern` is a regular expression that groups the
+    doubtful ones by name, or empty.
     """
 
     groups: Groups
@@ -54,12 +67,15 @@ class Clips(NamedTuple):
     def select_pairs(self, pairs: NDArray[np.intp]) -> NDArray[np.intp]:
         """Select the *pairs* (2, P) of near-duplicates that do not join two clips.
 
-        If names tell the objects, some frames of different ones resemble each other as copies do.
+        If names tell the objects, some frames of different ones resemble each other as copies
+        do.
         """
         if self.found is None:
             return pairs
         is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
-        return pairs[:, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)]
+        return pairs[
+            :, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)
+        ]
 
 
 class _Name(NamedTuple):
@@ -74,16 +90,21 @@ class _Name(NamedTuple):
         """Divide the path *identity*; the folders are a part of the first text, and their digits are text."""
         folder, slash, file = identity.rpartition("/")
         stem = file.rpartition(".")[0] or file
-        parts = re.split(r"(\d+)", stem)  # texts and numbers in turn; the first and the last are texts
+        parts = re.split(
+            r"(\d+)", stem
+        )  # texts and numbers in turn; the first and the last are texts
         texts, numbers = parts[::2], tuple(map(int, parts[1::2]))
-        template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))  # `a` for letters, `#` for a number
+        template = re.sub(
+            r"[^\W\d_]+", "a", "#".join(texts)
+        )  # `a` for letters, `#` for a number
         return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
 
 class _Relation(NamedTuple):
     """Related images have equal `runs` (N,); in a sequence, also `ranks` (N,) at most `WINDOW` apart.
 
-    It relates names of one `template` by what is `shared`; `pattern` is a regular expression for equal parts.
+    It relates names of one `template` by what is `shared`; `pattern` is a regular expression
+    for equal parts.
     """
 
     template: str
@@ -96,8 +117,9 @@ class _Relation(NamedTuple):
 class _Measured(NamedTuple):
     """How much more often than by chance the most similar image outside of the group is related.
 
-    `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales", 1960),
-    `similar` the median cosine of these images, and `pair` one of them with its most similar image.
+    `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales",
+    1960), `similar` the median cosine of these images, and `pair` one of them with its most
+    similar image.
     """
 
     excess: float
@@ -138,8 +160,9 @@ def find_clips(
 ) -> Clips:
     """Join the *groups* (N,) of images that show one clip or object.
 
-    *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors* (N, D) have
-    length 1; they are those of `copies.find_pairs`, which lack what the images of a class have in common.
+    *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors*
+    (N, D) have length 1; they are those of `copies.find_pairs`, which lack what the images of a
+    class have in common.
     """
     relations = _list_relations(names, times, classes)
     if not relations:
@@ -197,11 +220,16 @@ def _list_relations(
             break
         members = [index for index, name in enumerate(parsed) if name.template == template]
         class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
-        # Names with equal texts whose first or last numbers are equal: none, one or more, but not all.
+        # Names with equal texts whose first or last numbers are equal: none, one or more, but
+        # not all.
         length = len(parsed[members[0]].numbers)
-        digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]  # patterns of 0, 1, .. numbers
+        digits = [
+            r"\D+".join([r"\d+"] * num) for num in range(length)
+        ]  # patterns of 0, 1, .. numbers
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
-        ends = [(END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)]
+        ends = [
+            (END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)
+        ]
         for shared, which, pattern in starts + ends:
             keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
             if len(set(keys)) < len(keys):
@@ -219,7 +247,9 @@ def _list_relations(
         timed = timed[np.lexsort((times[timed], classes[timed]))]
         is_new_chain = (np.diff(times[timed]) > CHAIN_SECONDS) | (np.diff(classes[timed]) != 0)
         chains = np.concatenate([[0], np.cumsum(is_new_chain)])
-        groupings.append(_Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist())))
+        groupings.append(
+            _Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist()))
+        )
     groupings.sort(key=lambda relation: -relation.runs.max())  # many groups are small ones
     return groupings + sequences
 
@@ -267,7 +297,8 @@ def _measure(
 ) -> _Measured | None:
     """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
     runs, ranks = relation.runs, relation.ranks
-    # The most similar image of the class outside of the group, and whether it is related: a hit.
+    # The most similar image of the class outside of the group, and whether it is related: a
+    # hit.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
@@ -275,14 +306,17 @@ def _measure(
     is_hit_N = runs[near_N] == runs
     if ranks is not None:
         is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
-    # The share of related ones among the images of the class outside of the group: a hit by chance.
+    # The share of related ones among the images of the class outside of the group: a hit by
+    # chance.
     outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
     chance_N = _count_related(relation, groups) / np.maximum(outside_class_N, 1)
     # Hits beyond those by chance, over the images that can be a hit or none.
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
     chance, hits = chance_N[counted_N], is_hit_N[counted_N]
     evidence, beyond = float((1 - chance).sum()), float(hits.sum() - chance.sum())
-    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt((chance * (1 - chance)).sum()):
+    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt(
+        (chance * (1 - chance)).sum()
+    ):
         return None
     if beyond / evidence < DOUBTFUL:
         return None
@@ -310,16 +344,20 @@ def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
 
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Count the images (N,) with the same values in all *keys* (N,)."""
-    _, number_N, counts = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)
+    _, number_N, counts = np.unique(
+        np.stack(keys), axis=1, return_inverse=True, return_counts=True
+    )
     counts_N: NDArray[np.int64] = counts[number_N.reshape(-1)]
     return counts_N
 
 
-def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: float) -> NDArray[np.intp]:
+def _link_sequence(
+    relation: _Relation, vectors: NDArray[np.float32], quantile: float
+) -> NDArray[np.intp]:
     """Return the pairs (2, P) of neighbors in the sequences of *relation* that belong together.
 
-    Two neighbors do if a cosine across the gap between them, of images at most two apart, exceeds this
-    *quantile* of the cosines of images half a sequence apart.
+    Two neighbors do if a cosine across the gap between them, of images at most two apart,
+    exceeds this *quantile* of the cosines of images half a sequence apart.
     """
     runs = relation.runs
     ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
@@ -331,7 +369,9 @@ def _link_sequence(relation: _Relation, vectors: NDArray[np.float32], quantile: 
         rows, count = vectors[members], len(members)
         if count < 2:
             continue
-        strength = (rows[:-1] * rows[1:]).sum(axis=1)  # of each gap: the cosine of its two neighbors
+        strength = (rows[:-1] * rows[1:]).sum(
+            axis=1
+        )  # of each gap: the cosine of its two neighbors
         over_one = (rows[:-2] * rows[2:]).sum(axis=1)  # of images two apart, across two gaps
         strength[:-1] = np.maximum(strength[:-1], over_one)  # the first of the two gaps
         strength[1:] = np.maximum(strength[1:], over_one)  # and the second

@@ -1,15 +1,16 @@
 """Groups of images that show one photograph: copies, crops and frames of a burst.
 
-The images most similar to each, by vectors, are candidates; their pixels decide (`crops.compare_pixels`). The
-vectors of all images are centered, their parts scaled to equal norms, and the principal components divided by
-the root of their variance plus the mean variance. This removes what the images of a class have in common: the
-cosine of two copies stays large, that of two similar objects becomes small. Where captions cover a copy, the
-plain vectors are nearer. An image has several views: the vector of the whole image, and those of parts of it,
-which find its crops. Copies that are turned or mirrored are found by small gray images in eight orientations
-(`find_turned`). A group is a connected component.
+The images most similar to each, by vectors, are candidates; their pixels decide
+(`crops.compare_pixels`). The vectors of all images are centered, their parts scaled to equal
+norms, and the principal components divided by the root of their variance plus the mean
+variance. This removes what the images of a class have in common: the cosine of two copies stays
+large, that of two similar objects becomes small. Where captions cover a copy, the plain vectors
+are nearer. An image has several views: the vector of the whole image, and those of parts of it,
+which find its crops. Copies that are turned or mirrored are found by small gray images in eight
+orientations (`find_turned`). A group is a connected component.
 
-Where classes look alike, as parts before one camera do, pixels do not tell copies from other images: there,
-nearly all tiles must be equal (`_confirm`).
+Where classes look alike, as parts before one camera do, pixels do not tell copies from other
+images: there, nearly all tiles must be equal (`_confirm`).
 
 Letters: N images, P pairs, V views, D components of a vector.
 """
@@ -33,14 +34,20 @@ CANDIDATES, CANDIDATES_BY_EDGES = (
     8,
     20,
 )  # images that are compared with an image, by whitened and plain vectors
-# Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach if they look
-# alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand signs and solar cells.
+# Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
+# if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
+# signs and solar cells.
 ALIKE, SHARE_ALIKE = 0.45, 0.9
 NEARLY = 0.85  # share of the equal tiles of a copy where images look alike
-ONE_GROUP, MIN_ONE_GROUP = 0.9, 8  # share of a class that no group may reach, and the number of its images
+ONE_GROUP, MIN_ONE_GROUP = (
+    0.9,
+    8,
+)  # share of a class that no group may reach, and the number of its images
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
-MAX_SIGNATURES = 20_000  # among more images, only equal files are found without features, and no turned ones
+MAX_SIGNATURES = (
+    20_000  # among more images, only equal files are found without features, and no turned ones
+)
 NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
 SMALL = 64  # pixels of a side of the gray images that are kept of photographs
 TURNED_SIDE, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
@@ -51,8 +58,9 @@ DECIMALS = 4  # of a signature; float32 differs between processors from the seve
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    Alike are the images of classes among whose images few copies are found: frames of one clip, or parts
-    before one camera. The vectors are those of the whole images (N, D), whitened, of length 1.
+    Alike are the images of classes among whose images few copies are found: frames of one clip,
+    or parts before one camera. The vectors are those of the whole images (N, D), whitened, of
+    length 1.
     """
 
     pairs: NDArray[np.intp]
@@ -69,10 +77,13 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the near-duplicates among N images with *targets*, (N,) or (N, C): pairs in any order.
 
-    *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole one first.
-    *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes* (N,), one is compared.
+    *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole
+    one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
+    (N,), one is compared.
     """
-    first_N = np.sort(np.unique(hashes, return_index=True)[1])  # of the images with equal pixels, one
+    first_N = np.sort(
+        np.unique(hashes, return_index=True)[1]
+    )  # of the images with equal pixels, one
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
     candidates = _find_candidates([part[first_N] for part in views], whiten, num_candidates)
@@ -80,16 +91,24 @@ def find_near_duplicates(
     turned = find_turned(small[first_N]) if len(first_N) <= MAX_SIGNATURES else NO_PAIRS
     class_N = number_classes(targets)
     pairs, is_alike_N = _confirm(candidates, shares, turned, class_N[first_N])
-    return NearDuplicates(first_N[pairs], np.isin(class_N, class_N[first_N[is_alike_N]]), whiten(whole))
+    return NearDuplicates(
+        first_N[pairs], np.isin(class_N, class_N[first_N[is_alike_N]]), whiten(whole)
+    )
 
 
 def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
     """Number the classes (N,) of images with *targets* (N,) or (N, C); equal rows are one class."""
-    return np.unique(targets, axis=0, return_inverse=True)[1].reshape(len(targets)).astype(np.int64)
+    return (
+        np.unique(targets, axis=0, return_inverse=True)[1]
+        .reshape(len(targets))
+        .astype(np.int64)
+    )
 
 
 def _find_candidates(
-    views: Sequence[NDArray[np.float32]], whiten: Callable[[_Parts], NDArray[np.float32]], num_others: int
+    views: Sequence[NDArray[np.float32]],
+    whiten: Callable[[_Parts], NDArray[np.float32]],
+    num_others: int,
 ) -> NDArray[np.intp]:
     """Pair each image of *views*, (N, V, D) each, with *num_others* by whitened and by plain vectors.
 
@@ -99,10 +118,13 @@ def _find_candidates(
     num_others = min(num_others, count - 1)
     if num_others < 1:
         return NO_PAIRS
-    parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]  # lists of (N, D)
+    parts_by_view = [
+        [part[:, view] for part in views] for view in range(num_views)
+    ]  # lists of (N, D)
     whole_ND = whiten(parts_by_view[0])
     plain = [
-        part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts_by_view[0]
+        part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+        for part in parts_by_view[0]
     ]
     plain_ND = np.concatenate(plain, axis=1)
     found = []
@@ -111,7 +133,9 @@ def _find_candidates(
         block = np.arange(start, min(start + size, count))
         largest_KN = np.full((len(block), count), -np.inf, np.float32)
         for parts in parts_by_view:  # one after another, because those of many images are large
-            np.maximum(largest_KN, whiten([part[block] for part in parts]) @ whole_ND.T, out=largest_KN)
+            np.maximum(
+                largest_KN, whiten([part[block] for part in parts]) @ whole_ND.T, out=largest_KN
+            )
         for cosines_KN in (largest_KN, plain_ND[block] @ plain_ND.T):
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
             nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
@@ -129,31 +153,40 @@ def _confirm(
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Select the *candidates* (2, P) with *shares* (P,) of equal tiles as copies have them, and *turned*.
 
-    Also tells which images (N,) are of *classes* (N,) that look alike, or whose images would nearly all be
-    one group: no pairs of the latter are selected.
+    Also tells which images (N,) are of *classes* (N,) that look alike, or whose images would
+    nearly all be one group: no pairs of the latter are selected.
     """
-    groups = connect(len(classes), candidates[:, shares >= MOSTLY])  # pairs of two copies do not count
+    groups = connect(
+        len(classes), candidates[:, shares >= MOSTLY]
+    )  # pairs of two copies do not count
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
     for images in candidates[:, is_outside]:
         np.maximum.at(largest_N, images, shares[is_outside])
-    members_of_classes = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
+    members_of_classes = np.split(
+        np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
+    )
     is_alike_N, is_one_group_N = np.zeros((2, len(classes)), np.bool_)
     for members in members_of_classes:
-        is_alike_N[members] = len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
+        is_alike_N[members] = (
+            len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
+        )
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
     for members in members_of_classes:
         if len(members) >= MIN_ONE_GROUP:
-            is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(members)
+            is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(
+                members
+            )
     return pairs[:, ~is_one_group_N[pairs].any(axis=0)], is_alike_N | is_one_group_N
 
 
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     """Group *count* images: *pairs* (2, P) and images with equal values in one of *keys* (N,) are connected.
 
-    A key may be None. Returns the group of each image (N,), numbered in the order of their first images.
+    A key may be None. Returns the group of each image (N,), numbered in the order of their
+    first images.
     """
     edges = [pairs]  # (2, E) each: two connected images per column
     for key in keys:
@@ -161,13 +194,16 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
             _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
     one, other = np.concatenate(edges, axis=1)
-    # Label propagation: each image takes over the lowest index among its neighbors until no index changes.
+    # Label propagation: each image takes over the lowest index among its neighbors until no
+    # index changes.
     lowest_N, has_changed = np.arange(count), True
     while has_changed:
         before = lowest_N.copy()
         np.minimum.at(lowest_N, one, before[other])
         np.minimum.at(lowest_N, other, before[one])
-        lowest_N = lowest_N[lowest_N]  # the lowest index of that image, too: long chains need few rounds
+        lowest_N = lowest_N[
+            lowest_N
+        ]  # the lowest index of that image, too: long chains need few rounds
         has_changed = not np.array_equal(lowest_N, before)
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
@@ -176,24 +212,34 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
 def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     """Fit a whitening to vectors in *parts*; returns the function that whitens any vectors to norm 1."""
     means = [part.mean(axis=0) for part in parts]
-    squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
-    norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]  # not 0 if all vectors are equal
+    squares = [
+        np.square(part - mean).sum(axis=1).mean()
+        for part, mean in zip(parts, means, strict=True)
+    ]
+    norms = [
+        max(float(np.sqrt(square)), 1e-12) for square in squares
+    ]  # not 0 if all vectors are equal
 
     def center_and_join(given: _Parts) -> NDArray[np.float32]:
-        scaled = [(part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)]
+        scaled = [
+            (part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)
+        ]
         return np.concatenate(scaled, axis=1)
 
     rows_ND = center_and_join(parts)
-    # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times the variances;
-    # the norm in `apply` removes this factor. If N <= D, rows @ rows.T (N, N) is decomposed: it has the same
-    # eigenvalues above 0, and for each of its eigenvectors v, rows.T @ v / sqrt(eigenvalue) is a component.
+    # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times
+    # the variances; the norm in `apply` removes this factor. If N <= D, rows @ rows.T (N, N) is
+    # decomposed: it has the same eigenvalues above 0, and for each of its eigenvectors v,
+    # rows.T @ v / sqrt(eigenvalue) is a component.
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
     eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
     damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
     kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors  # (D, K), norm 1
+    components = (
+        rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
+    )  # (D, K), norm 1
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
     def apply(given: _Parts) -> NDArray[np.float32]:
@@ -220,13 +266,17 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
     """
     count, width = len(small), SMALL // TURNED_SIDE
-    small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(axis=(2, 4), dtype=np.float32)
+    small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(
+        axis=(2, 4), dtype=np.float32
+    )
     sides = [small, small[:, :, ::-1]]  # also mirrored
     turned = [np.rot90(side, turns, axes=(1, 2)) for side in sides for turns in range(4)]
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5  # which all plain images would equal
+    is_plain_N = (
+        lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
+    )  # which all plain images would equal
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
     whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []
@@ -241,19 +291,27 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of a *small* image, (512,)."""
-    down, right = np.gradient(small.astype(np.float32))  # (64, 64) each, as all arrays of pixels below
+    down, right = np.gradient(
+        small.astype(np.float32)
+    )  # (64, 64) each, as all arrays of pixels below
     strength = np.hypot(down, right)  # of the edge at each pixel
     turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
     direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
     lower_bin = direction.astype(int)
-    share_of_next = direction - lower_bin  # an edge between two directions counts in both, in shares
+    share_of_next = (
+        direction - lower_bin
+    )  # an edge between two directions counts in both, in shares
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
-        bins = first_bin + (lower_bin + shift) % DIRECTIONS  # after the last direction comes the first one
-        histogram += np.bincount(bins.ravel(), (strength * share).ravel(), minlength=len(histogram))
+        bins = (
+            first_bin + (lower_bin + shift) % DIRECTIONS
+        )  # after the last direction comes the first one
+        histogram += np.bincount(
+            bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
+        )
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 
@@ -268,7 +326,9 @@ def group_by_edges(
     views = np.stack([signature(one) for one in small])[
         :, None
     ]  # (N, 1, 512): the whole image is the only view
-    found = find_near_duplicates([views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES)
+    found = find_near_duplicates(
+        [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
+    )
     return connect(len(images), found.pairs, hashes, images.groups), found.vectors
 
 
@@ -293,8 +353,8 @@ class _Inspected(NamedTuple):
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be decoded, or
-    there are more than `MAX_SIGNATURES`, they are equal files.
+    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be
+    decoded, or there are more than `MAX_SIGNATURES`, they are equal files.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
@@ -304,7 +364,9 @@ def group_photographs(images: LabeledImages) -> Grouped:
             photo = images.photo(index)
             found = _Inspected(photo.file_hash)
             if by_edges:
-                found = _Inspected(photo.file_hash, photo.taken, photo.pixel_hash, shrink(photo.pixels))
+                found = _Inspected(
+                    photo.file_hash, photo.taken, photo.pixel_hash, shrink(photo.pixels)
+                )
         return found
 
     inspected = list(map_threaded(inspect, len(images)))
@@ -315,5 +377,7 @@ def group_photographs(images: LabeledImages) -> Grouped:
         groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], small)
         return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
-    files = np.where(file_hashes == UNREADABLE, known, file_hashes)  # unreadable files are no equal files
+    files = np.where(
+        file_hashes == UNREADABLE, known, file_hashes
+    )  # unreadable files are no equal files
     return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)

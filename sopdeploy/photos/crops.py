@@ -1,13 +1,14 @@
 """Whether two photographs show one, by aligning small gray images and correlating their tiles.
 
-Vectors tell which photographs are similar; only pixels tell whether one is a copy, or a part, of the other.
-Normalized cross-correlation at several sizes and all positions finds where an image correlates most with
-another one (`_search`). Robust Gauss-Newton steps then fit an affine map (`_align`; Baker and Matthews,
-"Lucas-Kanade 20 Years On", 2004). Where it was fitted, nearly every tile of a copy equals the photograph, but
-for those that a caption or a watermark covers; in a similar photograph, nearly every tile differs a little.
+Vectors tell which photographs are similar; only pixels tell whether one is a copy, or a part,
+of the other. Normalized cross-correlation at several sizes and all positions finds where an
+image correlates most with another one (`_search`). Robust Gauss-Newton steps then fit an affine
+map (`_align`; Baker and Matthews, "Lucas-Kanade 20 Years On", 2004). Where it was fitted,
+nearly every tile of a copy equals the photograph, but for those that a caption or a watermark
+covers; in a similar photograph, nearly every tile differs a little.
 
-Letters: N images, P pairs (an image, and another one that may be a part of it), S and T pixels of a side, K
-samples of an image.
+Letters: N images, P pairs (an image, and another one that may be a part of it), S and T pixels
+of a side, K samples of an image.
 """
 
 from typing import Any
@@ -16,17 +17,32 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-# Of 1,800 photographs of ten kinds, no two different ones have more than half of their tiles equal; those of
-# hand signs and solar cells, before one camera, up to 0.7 and 0.9 (docs/benchmarks/copied_photos.md).
-SAME, MOSTLY = 0.95, 0.6  # correlation of equal tiles, and the share of the tiles of a copy that are equal
+# Of 1,800 photographs of ten kinds, no two different ones have more than half of their tiles
+# equal; those of hand signs and solar cells, before one camera, up to 0.7 and 0.9
+# (docs/benchmarks/copied_photos.md).
+SAME, MOSTLY = (
+    0.95,
+    0.6,
+)  # correlation of equal tiles, and the share of the tiles of a copy that are equal
 TILES, MIN_TILES = 8, 6  # tiles per side, and those that must show something
-PLAIN = 2.0  # standard deviation of the gray levels of a tile, or of an image, that shows nothing
-SIDE, BLUR = 32, 1.25  # pixels of a side that are compared, and standard deviation of the removed frequencies
+PLAIN = (
+    2.0  # standard deviation of the gray levels of a tile, or of an image, that shows nothing
+)
+SIDE, BLUR = (
+    32,
+    1.25,
+)  # pixels of a side that are compared, and standard deviation of the removed frequencies
 SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a part may show
-MARGIN = 4  # pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
+# pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
+MARGIN = 4
 MIN_FOUND = 0.4  # correlation below which a place is not aligned
-OTHER_WAY = 0.9  # share of the correlation in the better way from which on both ways are aligned
-STEPS, MAX_STEP = 8, 0.15  # Gauss-Newton steps, and the largest change of an affine map by one of them
+OTHER_WAY = (
+    0.9  # share of the correlation in the better way from which on both ways are aligned
+)
+STEPS, MAX_STEP = (
+    8,
+    0.15,
+)  # Gauss-Newton steps, and the largest change of an affine map by one of them
 MIN_AREA, MAX_AREA = 0.3, 1.3  # of the first image that the second one may show
 OUTLIER = 1.5  # standard deviations of a difference that counts half
 _BLOCK = 1024  # pairs that are compared at once
@@ -56,7 +72,9 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     return np.maximum(shares[:num_pairs], shares[num_pairs:])
 
 
-def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images, NDArray[np.float64]]:
+def _search(
+    small: NDArray[np.uint8], pairs: NDArray[np.intp]
+) -> tuple[_Images, NDArray[np.float64]]:
     """Find correlations (P,) and boxes (P, 4) of the second images of *pairs*, sorted, in the first ones."""
     side, num_pairs = small.shape[1], pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
@@ -65,12 +83,16 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
     margins = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
     scenes = np.pad(_remove_low(_resample(small[images], whole, SIDE)), margins)
     best, boxes = np.full(num_pairs, -1.0, np.float32), np.tile(whole[0], (num_pairs, 1))
-    starts = np.flatnonzero(np.diff(first, prepend=-1))  # where the pairs of each first image begin
+    starts = np.flatnonzero(
+        np.diff(first, prepend=-1)
+    )  # where the pairs of each first image begin
     for size in (SIDE * SIZES).round().astype(int).tolist():
         crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
         num_places = SIDE + 2 * MARGIN - size + 1  # per side
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
-            scene = scenes[first[start]]  # the first image of these pairs, compared at all places at once
+            scene = scenes[
+                first[start]
+            ]  # the first image of these pairs, compared at all places at once
             windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
             windows = windows - windows.mean(axis=1, keepdims=True)
             lengths = np.maximum(np.linalg.norm(windows, axis=1), 1e-3)
@@ -81,16 +103,19 @@ def _search(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> tuple[_Images,
             best[start:stop][is_better] = reached[is_better]
             top, left = np.divmod(place[is_better], num_places)
             extent = np.full(len(top), size)
-            boxes[start:stop][is_better] = np.stack([top - MARGIN, left - MARGIN, extent, extent], axis=1) * (
-                side / SIDE
-            )
+            boxes[start:stop][is_better] = np.stack(
+                [top - MARGIN, left - MARGIN, extent, extent], axis=1
+            ) * (side / SIDE)
     return best, boxes
 
 
-def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.float64]) -> _Images:
+def _align(
+    small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.float64]
+) -> _Images:
     """Fit affine maps from the second images of *pairs* to *boxes* (P, 4); return shares of equal tiles.
 
-    The maps change inversely: how the second image changes with a map of itself is computed once.
+    The maps change inversely: how the second image changes with a map of itself is computed
+    once.
     """
     side, num_pairs = small.shape[1], pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
@@ -106,7 +131,9 @@ def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
-    matrices = np.zeros((num_pairs, 2, 2), np.float32)  # from `points_K2` to pixels of the first image
+    matrices = np.zeros(
+        (num_pairs, 2, 2), np.float32
+    )  # from `points_K2` to pixels of the first image
     matrices[:, [0, 1], [0, 1]] = boxes[:, 2:] / 2
     centers = (boxes[:, :2] + boxes[:, 2:] / 2 - 0.5).astype(np.float32)
     scenes = _smooth(small[images])
@@ -124,20 +151,30 @@ def _align(small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.
         products = (weights_PK * shown_PK * wanted_PK).sum(axis=1, keepdims=True)
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
         errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
-        deviation = 1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
+        deviation = (
+            1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
+        )
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
         weighted_P6K = slopes_P6K * weights_PK[:, None]
         curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
-        moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(-MAX_STEP, MAX_STEP)
-        matrices = matrices @ np.linalg.inv(np.eye(2) + moves[:, :4].reshape(-1, 2, 2)).astype(np.float32)
+        moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(
+            -MAX_STEP, MAX_STEP
+        )
+        matrices = matrices @ np.linalg.inv(np.eye(2) + moves[:, :4].reshape(-1, 2, 2)).astype(
+            np.float32
+        )
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
     area = np.linalg.det(matrices) * 4 / side**2  # of the part, as a share of the first image
     return np.where(
-        (area > MIN_AREA) & (area < MAX_AREA), _share_equal(shown_PK, expected_PK, is_inside_PK), 0
+        (area > MIN_AREA) & (area < MAX_AREA),
+        _share_equal(shown_PK, expected_PK, is_inside_PK),
+        0,
     )
 
 
-def _share_equal(shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[np.bool_]) -> _Images:
+def _share_equal(
+    shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[np.bool_]
+) -> _Images:
     """Return the share (P,) of the tiles that are equal, among those that show something."""
 
     def cut(samples_PK: NDArray[Any]) -> NDArray[Any]:
@@ -148,7 +185,9 @@ def _share_equal(shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[
     shown = shown - shown.mean(axis=2, keepdims=True)
     expected = expected - expected.mean(axis=2, keepdims=True)
     contrasts = [np.sqrt((part**2).mean(axis=2)) for part in (shown, expected)]
-    correlations = (shown * expected).mean(axis=2) / np.maximum(contrasts[0] * contrasts[1], 1e-3)
+    correlations = (shown * expected).mean(axis=2) / np.maximum(
+        contrasts[0] * contrasts[1], 1e-3
+    )
     counts = cut(is_inside_PK).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)
@@ -171,7 +210,9 @@ def _sample(
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)
-    lower = points.astype(np.intp)  # of the four pixels around each point, the first row and column
+    lower = points.astype(
+        np.intp
+    )  # of the four pixels around each point, the first row and column
     index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2
     down, right = np.moveaxis(points - lower.astype(np.float32), 2, 0)
     pixels = images.reshape(-1)
@@ -189,7 +230,9 @@ def _resample(images: NDArray[np.uint8], boxes: NDArray[np.float64], side: int) 
         centers = starts[:, None] + step * (np.arange(side) + 0.5) - 0.5
         distances = np.abs(np.arange(images.shape[1]) - centers[:, :, None])
         filters = np.maximum(0.0, 1.0 - distances / np.maximum(1.0, step[:, :, None]))
-        return (filters / np.maximum(filters.sum(axis=2, keepdims=True), 1e-6)).astype(np.float32)
+        return (filters / np.maximum(filters.sum(axis=2, keepdims=True), 1e-6)).astype(
+            np.float32
+        )
 
     rows, columns = weights(boxes[:, 0], boxes[:, 2]), weights(boxes[:, 1], boxes[:, 3])
     return rows @ images.astype(np.float32) @ columns.transpose(0, 2, 1)

@@ -1,11 +1,12 @@
 """Folders with images: which names are equal, hidden, images or parts of a data set, and what they hold.
 
-File systems encode a letter such as `Ä` in two ways, which look the same and are the same name (`normalize`).
-Names that differ only in case, spaces or variants of letters are different, but easily confused
-(`lookalike_key`).
+File systems encode a letter such as `Ä` in two ways, which look the same and are the same name
+(`normalize`). Names that differ only in case, spaces or variants of letters are different, but
+easily confused (`lookalike_key`).
 
-The folders of a data set that hold its training and its held-out images are recognized by their names. Any
-case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_train/`, `test_set/`.
+The folders of a data set that hold its training and its held-out images are recognized by their
+names. Any case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_train/`,
+`test_set/`.
 """
 
 import os
@@ -28,13 +29,22 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
-# A photograph that a server kept, in any folder into which its label moved it, and the folder of those of its
-# uniform sample among photographs that show no class.
+# A photograph that a server kept, in any folder into which its label moved it, and the folder
+# of those of its uniform sample among photographs that show no class.
 KEPT_ID, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}"), "sample"
 KEPT_NAME = re.compile(rf"{KEPT_ID.pattern}\.(jpg|png)")
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
-HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
+HELD_OUT = (
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "evaluation",
+    "test",
+    "testing",
+)  # best first
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 
 
@@ -45,7 +55,9 @@ def is_hidden(name: str) -> bool:
 
 def part_kind(name: str) -> str:
     """Return *name* without affixes, `train` for `seg_train`; "" if it is not in `TRAINING` or `HELD_OUT`."""
-    words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
+    words = [
+        word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES
+    ]
     kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
     return kind if kind in TRAINING or kind in HELD_OUT else ""
 
@@ -87,8 +99,8 @@ def check_labels(where: Path, labels: Sequence[str]) -> None:
 class Parts(NamedTuple):
     """Names of the subfolders of a data set.
 
-    `train` holds the training images and is empty if there is no such folder. `held_out` is sorted as
-    `HELD_OUT` is. `others` are all other subfolders.
+    `train` holds the training images and is empty if there is no such folder. `held_out` is
+    sorted as `HELD_OUT` is. `others` are all other subfolders.
     """
 
     train: str
@@ -100,7 +112,9 @@ def data_folder(path: Path, content: str = "one subfolder of images per class") 
     """Return *path* with `~` replaced; raise `DataError`, which names *content*, if it is no folder."""
     folder = expand_user(path)
     if not folder.is_dir():
-        problem = "not a folder; unpack archives first, and" if folder.exists() else "no such folder;"
+        problem = (
+            "not a folder; unpack archives first, and" if folder.exists() else "no such folder;"
+        )
         raise DataError(f"{folder}: {problem} give a folder with {content}")
     return folder
 
@@ -117,32 +131,42 @@ def list_subfolders(folder: Path) -> list[str]:
 def list_outputs(folder: Path) -> list[str]:
     """List the subfolders of *folder* that are bundles or runs, or hold some; raises `DataError`."""
     return [
-        entry.name for entry in list_folder(folder) if _is_folder(entry) and holds_output(folder / entry.name)
+        entry.name
+        for entry in list_folder(folder)
+        if _is_folder(entry) and holds_output(folder / entry.name)
     ]
 
 
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
     """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is one of photographs.
 
-    That is *images*, a folder below it, or any folder that holds images or class folders of images. *setting*
-    names *folder* unless it is an argument.
+    That is *images*, a folder below it, or any folder that holds images or class folders of
+    images. *setting* names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
-    real_folder = Path(os.path.realpath(folder))  # `resolve` raises an error for a link that leads to itself
+    real_folder = Path(
+        os.path.realpath(folder)
+    )  # `resolve` raises an error for a link that leads to itself
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
-        raise ConfigError(f"{folder} is in the photographs of {images}; {advice}", setting=setting)
+        raise ConfigError(
+            f"{folder} is in the photographs of {images}; {advice}", setting=setting
+        )
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:
         inner = waiting.pop()
         if holds_images(inner):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        if inner == folder or part_kind(inner.name):  # its class folders, and those of train/ and val/
+        if inner == folder or part_kind(
+            inner.name
+        ):  # its class folders, and those of train/ and val/
             waiting += [inner / name for name in list_subfolders(inner)]
 
 
 def holds_images(folder: Path) -> bool:
     """Tell whether *folder* itself holds a visible image; raises `DataError`."""
-    return any(entry.is_file() and is_image(folder / entry.name) for entry in list_folder(folder))
+    return any(
+        entry.is_file() and is_image(folder / entry.name) for entry in list_folder(folder)
+    )
 
 
 def list_images(
@@ -150,9 +174,9 @@ def list_images(
 ) -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
-    All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an array; the
-    others are text for messages. Folders in *visited* are left out, as `walk` does. Raises `DataError` for a
-    folder that cannot be listed.
+    All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an
+    array; the others are text for messages. Folders in *visited* are left out, as `walk` does.
+    Raises `DataError` for a folder that cannot be listed.
     """
     images, others = [], []
     for path in walk(root / folder, visited):
@@ -164,13 +188,16 @@ def list_images(
     return sorted(images), others
 
 
-def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bool = False) -> Iterator[Path]:
+def walk(
+    folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bool = False
+) -> Iterator[Path]:
     """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
-    Links to folders are followed. Each real folder is listed once: under its own path if it is below
-    *folder*, otherwise under the first link. Those that contain *folder* or are in *visited* are not listed,
-    nor, without *hidden*, bundles and runs, some of which hold images; those that are listed are added to it.
-    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be listed.
+    Links to folders are followed. Each real folder is listed once: under its own path if it is
+    below *folder*, otherwise under the first link. Those that contain *folder* or are in
+    *visited* are not listed, nor, without *hidden*, bundles and runs, some of which hold
+    images; those that are listed are added to it. The time is linear in the number of entries.
+    Raises `DataError` for a folder that cannot be listed.
     """
     visited = set() if visited is None else visited
     root = folder.resolve()
@@ -192,7 +219,9 @@ def walk(folder: Path, visited: set[FolderIdentity] | None = None, *, hidden: bo
                 has_own_path = hidden or not any(map(is_hidden, real.relative_to(root).parts))
                 if has_own_path:  # the folder is listed under it
                     continue
-        if (hidden or not holds_output(path)) and (identity := folder_identity(path)) not in visited:
+        if (hidden or not holds_output(path)) and (
+            identity := folder_identity(path)
+        ) not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
 
@@ -202,7 +231,9 @@ def folder_identity(folder: Path) -> FolderIdentity:
     try:
         status = folder.stat()
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from error
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
 
 
@@ -215,19 +246,25 @@ def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]
         with os.scandir(folder) as scanned:
             entries = [entry for entry in scanned if hidden or not is_hidden(entry.name)]
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from error
     if not hidden:  # the names will be shown; with hidden ones, they are only compared
         for entry in entries:
             try:
                 os.fsencode(entry.name).decode("utf-8")
             except UnicodeDecodeError:
-                raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
+                raise DataError(
+                    f"{folder}: the name {entry.name!r} is not UTF-8; rename it"
+                ) from None
     return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Check whether *entry* is a folder or a link to one; a link that leads to itself is not."""
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))  # noqa: PTH112
+    return entry.is_dir(follow_symlinks=False) or (
+        entry.is_symlink() and os.path.isdir(entry.path)  # noqa: PTH112
+    )
 
 
 def find_parts(root: Path) -> Parts:
@@ -235,10 +272,14 @@ def find_parts(root: Path) -> Parts:
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
     candidates = [name for name in names if kinds[name] in TRAINING]
-    if not all(kinds.values()):  # beside others, `train` may be a class; as a part it contains folders
+    if not all(
+        kinds.values()
+    ):  # beside others, `train` may be a class; as a part it contains folders
         candidates = [name for name in candidates if list_subfolders(root / name)]
     if len(candidates) > 1:
-        raise DataError(f"{root}: {shorten(candidates)} may all hold the training images; rename all but one")
+        raise DataError(
+            f"{root}: {shorten(candidates)} may all hold the training images; rename all but one"
+        )
     held_out = [name for name in names if kinds[name] in HELD_OUT]
     held_out.sort(key=lambda name: HELD_OUT.index(kinds[name]))
     train = candidates[0] if candidates else ""

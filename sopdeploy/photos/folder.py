@@ -1,7 +1,7 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`files`).
 
-A folder with `labels.csv`, or an export of a label tool, holds images that this table lists with their
-classes (`table`), and official layouts are read by torchvision (`libraries`).
+A folder with `labels.csv`, or an export of a label tool, holds images that this table lists
+with their classes (`table`), and official layouts are read by torchvision (`libraries`).
 """
 
 import os
@@ -18,7 +18,12 @@ import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.limits import describe_formats
-from sopdeploy.images.signatures import count_suffixes, describe_skipped, describe_suffixes, note_skipped
+from sopdeploy.images.signatures import (
+    count_suffixes,
+    describe_skipped,
+    describe_suffixes,
+    note_skipped,
+)
 from sopdeploy.photos.files import (
     KEPT_NAME,
     SAMPLE_FOLDER,
@@ -60,8 +65,9 @@ ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 def open_folder(path: Path) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
-    If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
-    Without a folder of held-out images, classes of a single image are left out. Raises `DataError`.
+    If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
+    class indices. Without a folder of held-out images, classes of a single image are left out.
+    Raises `DataError`.
     """
     root = data_folder(path)
     opened = open_parts(root, max_held_out=1)
@@ -69,7 +75,9 @@ def open_folder(path: Path) -> Split:
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
     if opened.problems:  # only then, because training finds unreadable images itself
-        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part).values())
+        unreadable = (
+            error for part in opened.parts.values() for error in find_unreadable(part).values()
+        )
         problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()
@@ -85,15 +93,17 @@ def open_folder(path: Path) -> Split:
         )
     if not small:
         return Split.undivided(train, notes)
-    notes.append(f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some")
+    notes.append(
+        f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some"
+    )
     return Split.undivided(select_classes(train, kept), notes)
 
 
 def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
-    Of the folders with held-out images, it opens the first *max_held_out*, by default all. Raises
-    `DataError`.
+    Of the folders with held-out images, it opens the first *max_held_out*, by default all.
+    Raises `DataError`.
     """
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
@@ -133,7 +143,9 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
         )
     notes = [*_describe_parts(root, parts)]
     if outputs := list_outputs(root):
-        notes.append(f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}")
+        notes.append(
+            f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}"
+        )
     problems, other_files = list[str](), list[str]()
     for listing in listings.values():
         _check_no_parts_inside(listing)
@@ -142,9 +154,15 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
             notes.append(
                 f"{listing.images.root}: images of folders in a class folder count as images of that class, "
                 f"those of several folders as a group each: {shorten(listing.nested)}"
-                + (_suggest_folder(listing.images) or "; move these folders up if they are classes")
+                + (
+                    _suggest_folder(listing.images)
+                    or "; move these folders up if they are classes"
+                )
             )
-        notes += [f"{listing.images.root}: {line}" for line in describe_confusable(listing.images.labels)]
+        notes += [
+            f"{listing.images.root}: {line}"
+            for line in describe_confusable(listing.images.labels)
+        ]
         for files in listing.other_files.values():
             other_files += files
     if other_table:
@@ -153,13 +171,17 @@ def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
 
 
-def _open_part_tables(root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]) -> OpenedParts:
+def _open_part_tables(
+    root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]
+) -> OpenedParts:
     """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
     parts, notes, ignored = dict[str, ImageFiles](), list[str](), Counter[str]()
     for name, folder in folders.items():
         if (table := tables.get(name)) is None:
             used = next(iter(tables.values()))
-            raise DataError(f"{folder}: has no table as {used}; add one, or sort all parts into classes")
+            raise DataError(
+                f"{folder}: has no table as {used}; add one, or sort all parts into classes"
+            )
         if table.name == LABELS_FILE:
             raise DataError(
                 f"{table}: not read here; write one for all images in {root}, with a column "
@@ -172,7 +194,9 @@ def _open_part_tables(root: Path, folders: Mapping[str, Path], tables: Mapping[s
         else:
             opened = read_label_table(table, train.labels, multi_label=train.is_multi_label)
         if UNSPLIT not in opened.parts:
-            raise DataError(f"{table}: has a column {SPLIT}, but its folder is a part; remove the column")
+            raise DataError(
+                f"{table}: has a column {SPLIT}, but its folder is a part; remove the column"
+            )
         parts[name] = opened.parts[UNSPLIT]
         notes += opened.notes
         ignored.update(opened.ignored)
@@ -194,16 +218,22 @@ def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
 def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
     """Find the folder of training images, or *root*, and the first *max_held_out* of held-out ones."""
     if parts.held_out and not parts.train and not parts.others:
-        raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
+        raise DataError(
+            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there"
+        )
     if not parts.train:
         return {UNSPLIT: root}
-    classes = () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
+    classes = (
+        () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
+    )
     if classes:
         raise DataError(
             f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
             f"rename it if it is a class, or move the others out of this folder"
         )
-    return {name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])}
+    return {
+        name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])
+    }
 
 
 def _check_no_parts_inside(listing: "ClassListing") -> None:
@@ -220,8 +250,8 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold, with paths relative to the root of `images`.
 
-    `other_files` are the files that are no images by class, `nested` the folders with images in class
-    folders.
+    `other_files` are the files that are no images by class, `nested` the folders with images in
+    class folders.
     """
 
     images: ImageFiles
@@ -232,8 +262,9 @@ class ClassListing(NamedTuple):
 def list_classes(root: Path) -> ClassListing:
     """List the content of every class folder in *root*, sorted; a class may be empty.
 
-    Folders with one name in two encodings are one class. The images of a folder in a class folder are a
-    group, unless it holds all images of the class. A link to a class folder is not followed.
+    Folders with one name in two encodings are one class. The images of a folder in a class
+    folder are a group, unless it holds all images of the class. A link to a class folder is not
+    followed.
     """
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
@@ -252,17 +283,24 @@ def list_classes(root: Path) -> ClassListing:
             images_of_folder, others = list_images(root, name, visited)
             class_paths += images_of_folder
             other_files[label] += others
-        # The entry of the class folder that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
-        # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
+        # The entry of the class folder that holds each image: the folder `cat/x` for
+        # `cat/x/1.jpg` and for `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
         entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
-        nested.update(map(os.fsdecode, set(entries) - set(class_paths)))  # the folders among the entries
-        has_one_entry = len(set(entries)) == 1  # it says nothing: each image is then a group of its own
+        nested.update(
+            map(os.fsdecode, set(entries) - set(class_paths))
+        )  # the folders among the entries
+        has_one_entry = (
+            len(set(entries)) == 1
+        )  # it says nothing: each image is then a group of its own
         groups += class_paths if has_one_entry else entries
         targets += [target] * len(class_paths)
         paths += class_paths
     no_two_together = len(set(groups)) == len(groups)
     known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
-    path_array, target_array = np.asarray(paths, dtype=np.bytes_), np.asarray(targets, dtype=np.int64)
+    path_array, target_array = (
+        np.asarray(paths, dtype=np.bytes_),
+        np.asarray(targets, dtype=np.int64),
+    )
     images = ImageFiles(root, tuple(sorted(folders)), path_array, target_array, known_groups)
     return ClassListing(images, other_files, sorted(nested))
 
@@ -315,11 +353,13 @@ def no_classes(root: Path, part: Path | None = None) -> DataError:
 def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
-    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder holds images
-    itself, or if the subfolders of several class folders share no name: they are then the objects of each
-    class.
+    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
+    holds images itself, or if the subfolders of several class folders share no name: they are
+    then the objects of each class.
     """
-    counts = defaultdict[str, Counter[str]](Counter)  # images of each subfolder, by the path of its parent
+    counts = defaultdict[str, Counter[str]](
+        Counter
+    )  # images of each subfolder, by the path of its parent
     for path in images.paths.tolist():
         parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
         counts[parent][subfolder] += 1
@@ -340,11 +380,16 @@ def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --da
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
     """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
     if parts.train:
-        used = (parts.train, *parts.held_out[:1])  # the first folder of held-out images, if there is one
+        used = (
+            parts.train,
+            *parts.held_out[:1],
+        )  # the first folder of held-out images, if there is one
         unused = (*parts.held_out[1:], *parts.others)
         if unused:
             yield f"{root}: training uses {' and '.join(used)} only, not {shorten(unused)}"
-    elif parts.others and (trains := [name for name in parts.others if part_kind(name) in TRAINING]):
+    elif parts.others and (
+        trains := [name for name in parts.others if part_kind(name) in TRAINING]
+    ):
         yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
     elif parts.held_out and parts.others:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
@@ -360,10 +405,11 @@ def open_evaluation_images(
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
-    It opens only the held-out images if the data are split. Classes are matched by name; WordNet IDs match
-    the names of ImageNet's classes. With *multi_label*, `labels.csv` lists several classes per image. *log*
-    receives a line about classes without images and about the part that is opened. Raises `DataError` for
-    folders that are no class of the network, unless *other_classes* are left out, or if there are no images.
+    It opens only the held-out images if the data are split. Classes are matched by name;
+    WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
+    several classes per image. *log* receives a line about classes without images and about the
+    part that is opened. Raises `DataError` for folders that are no class of the network, unless
+    *other_classes* are left out, or if there are no images.
     """
     root = check_holds_classes(root)
     if multi_label:
@@ -373,7 +419,9 @@ def open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return _held_out_of_table(table, labels, multi_label=True)  # has exactly the classes *labels*
+        return _held_out_of_table(
+            table, labels, multi_label=True
+        )  # has exactly the classes *labels*
     kind = detect_kind(root)
     if kind is not None:
         images = open_part(kind, "held_out", root)
@@ -384,8 +432,12 @@ def open_evaluation_images(
         else:
             listing = list_classes(folder)
             images = listing.images
-            note_skipped(root, count_suffixes(chain.from_iterable(listing.other_files.values())))
-    allow_unknown = other_classes or kind is not None  # the names of official classes are no mistakes
+            note_skipped(
+                root, count_suffixes(chain.from_iterable(listing.other_files.values()))
+            )
+    allow_unknown = (
+        other_classes or kind is not None
+    )  # the names of official classes are no mistakes
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
@@ -396,10 +448,14 @@ def open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
-    if names <= {normalize(label) for label in labels}:  # each one is a class, even if named val
+    if names <= {
+        normalize(label) for label in labels
+    }:  # each one is a class, even if named val
         return root
     parts = find_parts(root)
-    val_is_a_class = parts.others and not parts.train  # as in training, which needs a train/ next to a val/
+    val_is_a_class = (
+        parts.others and not parts.train
+    )  # as in training, which needs a train/ next to a val/
     if val_is_a_class or not parts.held_out:
         return root
     folder = part_folder(root, parts.held_out[0])
@@ -407,7 +463,9 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     return folder
 
 
-def _held_out_of_table(table: Path, labels: tuple[str, ...], *, multi_label: bool) -> ImageFiles:
+def _held_out_of_table(
+    table: Path, labels: tuple[str, ...], *, multi_label: bool
+) -> ImageFiles:
     """Open the held-out images of *table*, or all if it does not divide them."""
     # The last part: `val` after `train`, or the only one.
     opened = read_label_table(table, labels, multi_label=multi_label)
@@ -424,7 +482,9 @@ def _match_classes(
     aliases = class_aliases()  # of WordNet IDs
     label_of_name = {normalize(label): label for label in labels}
     names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
-    unknown = [label for label, name in zip(images.labels, names, strict=True) if name not in labels]
+    unknown = [
+        label for label, name in zip(images.labels, names, strict=True) if name not in labels
+    ]
     are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
     hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
@@ -446,7 +506,8 @@ def _match_classes(
 def check_holds_classes(root: Path) -> Path:
     """Return the data folder *root*; raises `DataError` unless it has class folders, or a file with labels.
 
-    Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
+    Reads no image and needs no network. Commands call this before they import torch, which
+    takes seconds.
     """
     root = data_folder(root)
     if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
@@ -457,7 +518,9 @@ def check_holds_classes(root: Path) -> Path:
 @cache
 def class_aliases() -> dict[str, str]:
     """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
-    text = resources.files("sopdeploy.photos").joinpath("imagenet_classes.txt").read_text("utf-8")
+    text = (
+        resources.files("sopdeploy.photos").joinpath("imagenet_classes.txt").read_text("utf-8")
+    )
     name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
     return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
 
@@ -483,13 +546,16 @@ class UnknownImages(NamedTuple):
 def open_unknown(root: Path) -> UnknownImages:
     """Open the images of no class below *root*, without those that a server kept because of their scores.
 
-    The live network rejected most of these, so that the share that a network rejects would seem higher than
-    it is. Those of the uniform sample remain.
+    The live network rejected most of these, so that the share that a network rejects would seem
+    higher than it is. Those of the uniform sample remain.
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]
     is_fair_N = np.array(
-        [path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name) for path in paths]
+        [
+            path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name)
+            for path in paths
+        ]
     )
     count = int(is_fair_N.sum())
     line = (

@@ -1,12 +1,13 @@
 """Data sets of libraries: CIFAR, FGVC-Aircraft, Stanford Cars and Places365, and the digits of scikit-learn.
 
-torchvision reads the lists of files and classes, and verifies the published checksums of CIFAR. The images
-are opened like those of any folder. As in fast-MPN-COV, they are not cropped: bounding boxes are ignored, and
-photos of aircraft keep the line of text at their bottom. Sources: Krizhevsky, "Learning Multiple Layers of
-Features from Tiny Images" (2009); Maji et al. (2013), Krause et al. (2013), Zhou et al. (2017).
+torchvision reads the lists of files and classes, and verifies the published checksums of CIFAR.
+The images are opened like those of any folder. As in fast-MPN-COV, they are not cropped:
+bounding boxes are ignored, and photos of aircraft keep the line of text at their bottom.
+Sources: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009); Maji et al.
+(2013), Krause et al. (2013), Zhou et al. (2017).
 
-Both libraries are imported when a data set is opened, because their import takes seconds and every command
-that reads a recipe would wait for it.
+Both libraries are imported when a data set is opened, because their import takes seconds and
+every command that reads a recipe would wait for it.
 """
 
 import importlib
@@ -29,7 +30,10 @@ def open_cifar(kind: str, root: Path) -> Split:
     """Open the official training and test images; raises `DataError` if the files are not complete."""
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), kind.upper())
     try:
-        parts = [dataset_class(root=str(root), train=train, download=False) for train in (True, False)]
+        parts = [
+            dataset_class(root=str(root), train=train, download=False)
+            for train in (True, False)
+        ]
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"{root}: holds no complete {dataset_class.base_folder}; unpack {dataset_class.url} there"
@@ -71,17 +75,23 @@ LAYOUTS = {
 
 def detect_kind(root: Path) -> str | None:
     """Find the `data.kind` of the official layout in the folder *root*, if there is one."""
-    return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
+    return next(
+        (kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None
+    )
 
 
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:
     """Open the official training or held-out images of the layout *kind* in *root*; raises `DataError`."""
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
-    dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)
+    dataset_class: Any = getattr(
+        importlib.import_module("torchvision.datasets"), layout.class_name
+    )
     options: dict[str, Any] = {"loader": str}  # the images are their paths
     if kind == "places365":
-        options["small"] = (root / "val_256").is_dir()  # the official files with images of 256 pixels
+        options["small"] = (
+            root / "val_256"
+        ).is_dir()  # the official files with images of 256 pixels
     try:
         dataset = dataset_class(str(root), split=split, download=False, **options)
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
@@ -91,8 +101,14 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
             "use the official files in its layout"
         ) from error
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
-    if kind == "places365":  # the label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
-        without_letter = [name.strip("/").partition("/")[2] for name in labels]  # apartment_building/outdoor
+    if (
+        kind == "places365"
+    ):  # the label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
+        without_letter = [
+            name.strip("/").partition("/")[2] for name in labels
+        ]  # apartment_building/outdoor
         labels = [name.replace("/", "-") for name in without_letter]
-    paths = np.asarray([os.fsencode(file.removeprefix(f"{root}/")) for file in files], dtype=np.bytes_)
+    paths = np.asarray(
+        [os.fsencode(file.removeprefix(f"{root}/")) for file in files], dtype=np.bytes_
+    )
     return ImageFiles(root, tuple(labels), paths, np.asarray(targets, dtype=np.int64))

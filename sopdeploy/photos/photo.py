@@ -34,9 +34,13 @@ from sopdeploy.photos.files import normalize
 UNREADABLE = 0  # the hash of a file that cannot be read
 # A run leaves damaged images out, up to this share and fewer than this number of them.
 MAX_DAMAGED, MANY_DAMAGED = 0.05, 3
-MAX_IN_MEMORY = 2**29  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
+MAX_IN_MEMORY = (
+    2**29
+)  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
-SHOWN = Preprocess(decoding="scaled")  # how much of a photograph is decoded to compare it, or to show it
+SHOWN = Preprocess(
+    decoding="scaled"
+)  # how much of a photograph is decoded to compare it, or to show it
 SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
@@ -45,7 +49,8 @@ _Images = TypeVar("_Images", bound="LabeledImages")
 class Photo:
     """A photograph that is read once: its bytes, and what follows from them, computed when it is needed.
 
-    Messages call it *name*. What needs a header or pixels raises `DataError` if they are damaged.
+    Messages call it *name*. What needs a header or pixels raises `DataError` if they are
+    damaged.
     """
 
     def __init__(self, name: str, content: bytes) -> None:
@@ -54,7 +59,9 @@ class Photo:
     @cached_property
     def file_hash(self) -> int:
         """The identity of the file: a hash of its bytes, 64 bits in the range of int64."""
-        return int.from_bytes(hashlib.blake2b(self.content, digest_size=8).digest(), "big", signed=True)
+        return int.from_bytes(
+            hashlib.blake2b(self.content, digest_size=8).digest(), "big", signed=True
+        )
 
     @cached_property
     def image(self) -> Image.Image:
@@ -76,7 +83,8 @@ class Photo:
     def preprocess(self, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
         """Compute the pixels (crop, crop, 3) that a network with *rules* reads, as the service does.
 
-        With *choose_view*, these are the pixels of its view. Raises `DataError` if the image is damaged.
+        With *choose_view*, these are the pixels of its view. Raises `DataError` if the image is
+        damaged.
         """
         with image_errors(self.name):
             return decode(self.content, rules, choose_view=choose_view).pixels
@@ -85,7 +93,8 @@ class Photo:
     def pixel_hash(self) -> str:
         """The identity of `pixels`: equal for files of a format that show the same ones."""
         return hashlib.blake2b(
-            f"{self.image.size} {self.pixels.size} ".encode() + self.pixels.tobytes(), digest_size=16
+            f"{self.image.size} {self.pixels.size} ".encode() + self.pixels.tobytes(),
+            digest_size=16,
         ).hexdigest()
 
     def check(self) -> None:
@@ -123,7 +132,9 @@ class LabeledImages(ABC):
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true."""
         arrays = {name: getattr(self, name) for name in self.PER_IMAGE}
-        return self.replaced(**{name: array[mask] for name, array in arrays.items() if array is not None})
+        return self.replaced(
+            **{name: array[mask] for name, array in arrays.items() if array is not None}
+        )
 
     def describe(self, index: int) -> str:
         """Return what messages call an image: its identity, or the path of its file."""
@@ -133,7 +144,9 @@ class LabeledImages(ABC):
         """Read a photograph; raises `DataError` naming it."""
         return Photo(self.describe(index), self.read(index))
 
-    def preprocess(self, index: int, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
+    def preprocess(
+        self, index: int, rules: Preprocess, choose_view: ChooseView | None = None
+    ) -> Pixels:
         """Compute the pixels of an image as `Photo.preprocess` does; raises `DataError` naming it."""
         return self.photo(index).preprocess(rules, choose_view)
 
@@ -194,7 +207,9 @@ class ArrayImages(LabeledImages):
         """Return the position of an image."""
         return str(index)
 
-    def preprocess(self, index: int, rules: Preprocess, choose_view: ChooseView | None = None) -> Pixels:
+    def preprocess(
+        self, index: int, rules: Preprocess, choose_view: ChooseView | None = None
+    ) -> Pixels:
         """Compute the pixels of an image as `Photo.preprocess` does, without encoding it first."""
         image = Image.fromarray(self.images[index])
         return preprocess_image(image, rules, choose_view and choose_view(image.size))
@@ -217,7 +232,9 @@ class ImageFiles(LabeledImages):
         try:
             return read_file(path, MAX_BYTES)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); repair or delete it"
+            ) from error
 
     def identity(self, index: int) -> str:
         """Return the path of a file relative to `root`, in the encoding that all machines share."""
@@ -247,10 +264,10 @@ class LeftOut(NamedTuple):
 class Split:
     """Training and held-out images with the same labels.
 
-    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
-    holds out some of the training images (`choose_held_out`). `notes` are lines about what the user may not
-    have intended, such as files and folders that are not used. `left_out` are the damaged images that are
-    no longer in the parts.
+    `held_out` is empty if the source has no such images. The procedure that trains then decides
+    whether it holds out some of the training images (`choose_held_out`). `notes` are lines
+    about what the user may not have intended, such as files and folders that are not used.
+    `left_out` are the damaged images that are no longer in the parts.
     """
 
     train: LabeledImages
@@ -259,7 +276,9 @@ class Split:
     left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
-        if problem := label_problem(self.train.labels):  # of data sources that plug-ins register
+        if problem := label_problem(
+            self.train.labels
+        ):  # of data sources that plug-ins register
             raise DataError(f"{problem}; rename the class")
 
     def without(self, left_out: Sequence[LeftOut]) -> "Split":
@@ -271,12 +290,18 @@ class Split:
             identities = {one.identity for one in left_out if one.part == name}
             kept = [images.identity(index) not in identities for index in range(len(images))]
             parts[name] = images.select(np.asarray(kept, np.bool_))
-        return replace(self, train=parts["train"], held_out=parts["held_out"], left_out=tuple(left_out))
+        return replace(
+            self, train=parts["train"], held_out=parts["held_out"], left_out=tuple(left_out)
+        )
 
     @classmethod
     def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
         """Create a split without held-out images."""
-        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)), notes=tuple(notes))
+        return cls(
+            train=images,
+            held_out=images.select(np.zeros(len(images), np.bool_)),
+            notes=tuple(notes),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +321,9 @@ class Dataset(ABC):
 class FittedPixels:
     """The pixels (N, crop, crop, 3) of *images* by *rules*; not kept if they exceed `MAX_IN_MEMORY`.
 
-    The memory is anonymous and shared: forked loader processes fill and read the same pages, without the
-    small /dev/shm of containers. Two processes may compute the same image; they write the same bytes.
+    The memory is anonymous and shared: forked loader processes fill and read the same pages,
+    without the small /dev/shm of containers. Two processes may compute the same image; they
+    write the same bytes.
     """
 
     def __init__(self, images: LabeledImages, rules: Preprocess) -> None:
@@ -315,12 +341,16 @@ class FittedPixels:
     def read(self, samples: Sequence[int]) -> Pixels:
         """Return the pixels (B, crop, crop, 3) of the images at the indices *samples*.
 
-        If pixels are kept, they are computed at their first use only. Raises `DataError` for a damaged image.
+        If pixels are kept, they are computed at their first use only. Raises `DataError` for a
+        damaged image.
         """
         if not self.is_kept:
             return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]
-        missing = {samples[position] for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()}
+        missing = {
+            samples[position]
+            for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()
+        }
         for sample in sorted(missing):
             self.pixels[self.rows[sample]] = self.images.preprocess(sample, self.rules)
         self.is_computed[rows] = 1  # after the pixels, which other processes read then
@@ -356,7 +386,9 @@ class FittedDataset(Dataset):
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images or copies."""
         targets = self.images.targets[np.asarray(indices) % len(self.images)]
-        return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(np.int64)
+        return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(
+            np.int64
+        )
 
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
         """Return images at *indices* fitted by *rules*, (B, crop, crop, 3), or the `fitted` ones."""
@@ -374,7 +406,8 @@ class FittedDataset(Dataset):
 class PreprocessedDataset(FittedDataset):
     """Images preprocessed exactly as the service does, for evaluation.
 
-    With `pad`, they are padded with that many black pixels and cropped at an offset that the pixels decide.
+    With `pad`, they are padded with that many black pixels and cropped at an offset that the
+    pixels decide.
     """
 
     preprocess: Preprocess
@@ -388,7 +421,9 @@ class PreprocessedDataset(FittedDataset):
         windows = []
         for array in arrays:  # the offset is the same in every epoch
             digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-            top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
+            top, left = (
+                int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:])
+            )
             windows.append(Window(top, left))
         return crop_padded(arrays, pad, windows)
 
@@ -401,7 +436,9 @@ class Window(NamedTuple):
     is_mirrored: bool = False
 
 
-def crop_padded(arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]) -> NDArray[np.uint8]:
+def crop_padded(
+    arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]
+) -> NDArray[np.uint8]:
     """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window."""
     count, height, width, channels = arrays.shape
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
@@ -451,13 +488,26 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    first_N = first_of_hash[hash_number_N].tolist()  # for each image, the index of the first with its hash
-    is_equal = images.targets[first_N] == images.targets  # (N,), or (N, C) if an image has several classes
+    first_N = first_of_hash[
+        hash_number_N
+    ].tolist()  # for each image, the index of the first with its hash
+    is_equal = (
+        images.targets[first_N] == images.targets
+    )  # (N,), or (N, C) if an image has several classes
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
     is_readable_N = hashes != UNREADABLE
-    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()  # never the first of its hash
-    pairs = [f"{images.describe(first_N[index])} = {images.describe(index)}" for index in contradictions]
-    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
+    contradictions = np.flatnonzero(
+        is_readable_N & ~same_labels_N
+    ).tolist()  # never the first of its hash
+    pairs = [
+        f"{images.describe(first_N[index])} = {images.describe(index)}"
+        for index in contradictions
+    ]
+    return (
+        f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
+        if pairs
+        else ""
+    )
 
 
 def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
@@ -491,12 +541,16 @@ def find_unreadable(images: LabeledImages) -> dict[int, str]:
             return str(error)
         return ""
 
-    return {index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error}
+    return {
+        index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error
+    }
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
     """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
-    return _name_all(first, [error for part in parts for error in find_unreadable(part).values()])
+    return _name_all(
+        first, [error for part in parts for error in find_unreadable(part).values()]
+    )
 
 
 def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
@@ -512,8 +566,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """Leave the damaged images of *split* out, after *first*, the error of one; its note names them.
 
-    Raises *first* if none is damaged, and an error with all of them if they are too many (`MAX_DAMAGED`,
-    `MANY_DAMAGED`), or if too few remain of a class or of those that are held out.
+    Raises *first* if none is damaged, and an error with all of them if they are too many
+    (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
+    out.
     """
     found, errors = list[LeftOut](), list[str]()
     for name, images in (("train", split.train), ("held_out", split.held_out)):

@@ -1,7 +1,7 @@
 """Held-out images of a source that has none: chosen once, recorded by the run, and then read from the record.
 
-Which images are near-duplicates depends on rounding, and so on the processor. A run that is resumed elsewhere
-therefore does not choose again.
+Which images are near-duplicates depends on rounding, and so on the processor. A run that is
+resumed elsewhere therefore does not choose again.
 
 Letters: N images, M held-out images.
 """
@@ -17,7 +17,9 @@ from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.seeds import derive_seed
 
 NONE = -1  # the group of a training image in a choice
-Choice = NDArray[np.int64]  # (N,): the group of each held-out image, and `NONE` for each training image
+Choice = NDArray[
+    np.int64
+]  # (N,): the group of each held-out image, and `NONE` for each training image
 Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-out image, sorted
 
 
@@ -29,32 +31,44 @@ def hold_out(
 ) -> NDArray[np.bool_]:
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    This is at least one of two or more images, and never all. If images have several classes, it may be none,
-    because an image is held out only if each of its classes keeps another one for training.
-    The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
-    version, so that an image used for training is never used for evaluation later. *targets* are class
-    indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes are processed from
-    the rarest to the most frequent one, then the images without a class, as in the iterative stratification
-    of Sechidis et al. (ECML 2011), section 4.
+    This is at least one of two or more images, and never all. If images have several classes,
+    it may be none, because an image is held out only if each of its classes keeps another one
+    for training. The selection depends on *seed* and the images' *keys* only. It is the same on
+    every machine and in every version, so that an image used for training is never used for
+    evaluation later. *targets* are class indices (N,), or (N, C) with 1 for every class of an
+    image. With (N, C), the classes are processed from the rarest to the most frequent one, then
+    the images without a class, as in the iterative stratification of Sechidis et al. (ECML
+    2011), section 4.
     """
-    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
-    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)  # image indices
+    ranks = [
+        (derive_seed(seed, "hold-out", key), key) for key in keys
+    ]  # equal hashes are sorted by key
+    shuffled_N = np.asarray(
+        sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64
+    )  # image indices
     classes_of_N: NDArray[np.int64] | list[NDArray[np.int64]]
     if targets.ndim == 1:
         classes_of_N, in_training_C = targets[:, None].astype(np.int64), np.bincount(targets)
         sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
-        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
+        starts = (
+            np.flatnonzero(np.diff(targets[sorted_by_class])) + 1
+        )  # where the class changes
         class_members = np.split(sorted_by_class, starts)
     else:
         classes_of_N = [np.flatnonzero(row) for row in targets]
         in_training_C = np.count_nonzero(targets, axis=0)
         rarest_first = np.argsort(in_training_C, kind="stable")
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
-        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])  # the images without a class
+        class_members.append(
+            shuffled_N[~targets[shuffled_N].any(axis=1)]
+        )  # the images without a class
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    # An image of several classes is decided once, with the rarest of them, and counts for all of them.
+    # An image of several classes is decided once, with the rarest of them, and counts for all
+    # of them.
     for members in class_members:  # image indices in random order
-        at_most = max(0, len(members) - 1)  # one image remains for training; a class may have no images here
+        at_most = max(
+            0, len(members) - 1
+        )  # one image remains for training; a class may have no images here
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
         for image in members[~decided[members]]:
@@ -68,20 +82,26 @@ def hold_out(
     return held_out
 
 
-def choose_held_out(images: LabeledImages, groups: Groups, fraction: float, seed: int) -> Choice:
+def choose_held_out(
+    images: LabeledImages, groups: Groups, fraction: float, seed: int
+) -> Choice:
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    A class that is one group has no held-out image. A group of *groups* (N,) counts for all classes of its
-    images, which are on one side. Returns (N,): the number of the group of each held-out image, in which
-    groups are numbered from 0, and `NONE` for training images. *seed* and the identities of the first images
-    determine which groups are held out.
+    A class that is one group has no held-out image. A group of *groups* (N,) counts for all
+    classes of its images, which are on one side. Returns (N,): the number of the group of each
+    held-out image, in which groups are numbered from 0, and `NONE` for training images. *seed*
+    and the identities of the first images determine which groups are held out.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
     keys_G = [images.identity(index) for index in first_G.tolist()]
     targets_G = images.targets[first_G]
     if (targets_G[group_N] != images.targets).any():  # images of a group have different classes
-        classes = np.nonzero(images.targets) if images.is_multi_label else (slice(None), images.targets)
+        classes = (
+            np.nonzero(images.targets)
+            if images.is_multi_label
+            else (slice(None), images.targets)
+        )
         targets_G = np.zeros((len(first_G), len(images.labels)), np.bool_)
         targets_G[group_N[classes[0]], classes[1]] = True
     is_held_out_G = hold_out(keys_G, targets_G, fraction, seed)

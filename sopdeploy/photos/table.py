@@ -4,14 +4,15 @@
     images/1.jpg,cat|dog,train
     images/2.jpg,,val
 
-`classes` are separated by `|` or `;` and may be empty. If every image has exactly one class, the targets are
-class indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a
-burst or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it;
-the name of one image in any subfolder, also without its suffix, is enough. Instead of `classes`, each class
-may have a column with 1 and 0.
+`classes` are separated by `|` or `;` and may be empty. If every image has exactly one class,
+the targets are class indices, as for class folders. `split` is optional, as is `group`: images
+with the same one, such as a burst or photographs of one object, are never divided. Paths are
+relative to the folder and cannot leave it; the name of one image in any subfolder, also without
+its suffix, is enough. Instead of `classes`, each class may have a column with 1 and 0.
 
-Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON lines with
-`file_name` and `label`, or a COCO file whose images have annotations of one category each.
+Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON
+lines with `file_name` and `label`, or a COCO file whose images have annotations of one category
+each.
 """
 
 import codecs
@@ -44,7 +45,13 @@ from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
 # Of Roboflow, for Hugging Face's imagefolder, and of Kaggle.
-EXPORTS = ("_classes.csv", "metadata.csv", "metadata.jsonl", "_annotations.coco.json", "train.csv")
+EXPORTS = (
+    "_classes.csv",
+    "metadata.csv",
+    "metadata.jsonl",
+    "_annotations.coco.json",
+    "train.csv",
+)
 MAX_TABLE_BYTES = 1 << 28
 # By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
 _ENCODINGS = {
@@ -53,13 +60,19 @@ _ENCODINGS = {
 }  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
 _NAMES = {
-    **dict.fromkeys(("filename", "file name", "file_name", "image", "image_id", "id", "path"), "file"),
+    **dict.fromkeys(
+        ("filename", "file name", "file_name", "image", "image_id", "id", "path"), "file"
+    ),
     **dict.fromkeys(("class", "label", "labels"), "classes"),
 }  # of the required columns in tables of other programs
 _SEPARATORS = ",;\t"
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR, SEPARATORS = "|", re.compile(r"[|;]")  # of classes: written, and read
-MAX_TABLES, MAX_SAMPLED, MAX_SEARCHED = 20, 30, 2**24  # other tables that are searched, images, and bytes
+MAX_TABLES, MAX_SAMPLED, MAX_SEARCHED = (
+    20,
+    30,
+    2**24,
+)  # other tables that are searched, images, and bytes
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
@@ -83,8 +96,9 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/` itself; those
-    beside it may have no classes. Raises `DataError` for another `labels.*`, such as `labels.xlsx`.
+    This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/`
+    itself; those beside it may have no classes. Raises `DataError` for another `labels.*`, such
+    as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -100,7 +114,9 @@ def find_table(root: Path) -> Path | None:
         if export.is_file():
             with suppress(DataError):
                 images, _other_files = list_images(root)
-                in_train = [path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)]
+                in_train = [
+                    path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)
+                ]
                 if {row.path for row in _read_rows(export, images)} >= {*(in_train or images)}:
                     return export
     return None
@@ -115,7 +131,9 @@ def read_table_text(table: Path) -> str:
         raise DataError(
             f"{table}: cannot be read ({reason}); replace it by a CSV file, or remove it"
         ) from error
-    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    encoding = next(
+        (name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8"
+    )
     try:
         text = content.decode(encoding)
         if "\0" in text:
@@ -123,16 +141,22 @@ def read_table_text(table: Path) -> str:
     except UnicodeDecodeError as error:
         name, where = encoding.removesuffix("-sig").upper(), "it"
         if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
-            number = error.object.count(b"\n", 0, error.start) + 1  # of what is behind the byte order mark
+            number = (
+                error.object.count(b"\n", 0, error.start) + 1
+            )  # of what is behind the byte order mark
             where = f"line {number}"
         raise DataError(
             f"{table}: cannot be read ({where} is not {name}); write a CSV file in UTF-8, "
             "in a spreadsheet the format 'CSV UTF-8'"
         ) from error
     except ValueError as error:
-        raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
+        raise DataError(
+            f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
+        ) from error
     if not text.strip():
-        raise DataError(f"{table}: is empty; list the images and their classes in it, or remove it")
+        raise DataError(
+            f"{table}: is empty; list the images and their classes in it, or remove it"
+        )
     return text
 
 
@@ -141,9 +165,10 @@ def read_label_table(
 ) -> OpenedParts:
     """Read *table*; its classes must be among *labels*, by default all classes, sorted.
 
-    The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are (N, C) float32,
-    1 for the classes of an image, or class indices (N,). *multi_label* is by default true if an image does
-    not have exactly one class. Raises `DataError` naming the line of the first invalid row, or missing files.
+    The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
+    (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
+    default true if an image does not have exactly one class. Raises `DataError` naming the line
+    of the first invalid row, or missing files.
     """
     root = table.parent
     image_paths, other_files = list_images(root)
@@ -153,15 +178,21 @@ def read_label_table(
     check_labels(table, labels)
     if len(labels) < 2:
         names = shorten(labels) or "none"
-        raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
+        raise DataError(
+            f"{table}: has fewer than two classes ({names}); a network needs at least two"
+        )
     if unknown := sorted(listed - set(map(normalize, labels))):
         hint = hint_at_spelling(unknown, labels)
-        raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}")
+        raise DataError(
+            f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}"
+        )
     targets = _build_targets(table, rows, labels, multi_label)
     paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
     groups = None
     if any(row.group for row in rows):  # an image without one is a group of its own
-        groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
+        groups = np.asarray(
+            [f"group {row.group}" if row.group else f"file {row.file}" for row in rows]
+        )
     images = ImageFiles(root, labels, paths, targets, groups)
     parts = {UNSPLIT: images}
     if rows[0].part is not None:
@@ -186,7 +217,9 @@ def _build_targets(
 ) -> NDArray[Any]:
     """Build the targets of *rows*: (N, C) if *multi_label* or not each has one class, else (N,)."""
     names = [normalize(label) for label in labels]
-    targets = np.array([[name in row.classes for name in names] for row in rows], dtype=np.float32)
+    targets = np.array(
+        [[name in row.classes for name in names] for row in rows], dtype=np.float32
+    )
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     is_multi_label = not_single.size > 0 if multi_label is None else multi_label
     if is_multi_label:
@@ -228,7 +261,11 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
             )
-        classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)} if listed else set()
+        classes = (
+            {normalize(label.strip()) for label in SEPARATORS.split(listed)}
+            if listed
+            else set()
+        )
         if "" in classes:
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
@@ -240,7 +277,9 @@ def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
         row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
-            raise DataError(f"{where}: {file} is listed in line {first.line}, too; keep one line per file")
+            raise DataError(
+                f"{where}: {file} is listed in line {first.line}, too; keep one line per file"
+            )
     if not rows:
         raise DataError(f"{table}: lists no images; add a line per image")
     missing = [row for row in rows.values() if row.path is None]
@@ -264,15 +303,22 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
 def describe_other_table(root: Path, images: Sequence[bytes], files: Iterable[Path]) -> str:
     """Name one of the *files* that lists the *images* below *root* but is not read; "" without one.
 
-    It is a text file that contains the names of half of a sample of the images, with or without suffix.
+    It is a text file that contains the names of half of a sample of the images, with or without
+    suffix.
     """
-    tables = [path for path in files if path.suffix.lower() in _TABLE_SUFFIXES and path.name != LABELS_FILE]
+    tables = [
+        path
+        for path in files
+        if path.suffix.lower() in _TABLE_SUFFIXES and path.name != LABELS_FILE
+    ]
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     names = [PurePosixPath(os.fsdecode(path)) for path in sample]
     for table in tables[:MAX_TABLES]:
         with suppress(OSError), table.open("rb") as file:
             text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
-            if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(names):
+            if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(
+                names
+            ):
                 return (
                     f"{table}: lists the images, but is not read; if the classes are in it, save it as "
                     f"{root / LABELS_FILE} with the columns file,classes (the name of an image is enough, "
@@ -284,7 +330,9 @@ def describe_other_table(root: Path, images: Sequence[bytes], files: Iterable[Pa
 def _is_named(image: PurePosixPath, text: str) -> bool:
     """Tell whether *text* contains the name of *image*, or its stem of four characters or more, as a word."""
     names = [image.name, image.stem] if len(image.stem) > 3 else [image.name]
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names if name in text)
+    return any(
+        re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names if name in text
+    )
 
 
 def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -294,16 +342,23 @@ def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield from _read_csv(table, text)
         return
     try:
-        read = _read_coco(json.loads(text)) if table.suffix == ".json" else _read_json_lines(text)
+        read = (
+            _read_coco(json.loads(text)) if table.suffix == ".json" else _read_json_lines(text)
+        )
         yield from enumerate(read, 1)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise DataError(f"{table}: does not give each image its classes; write {LABELS_FILE}") from error
+        raise DataError(
+            f"{table}: does not give each image its classes; write {LABELS_FILE}"
+        ) from error
 
 
 def _read_json_lines(text: str) -> Iterator[dict[str, str]]:
     """Yield the cells of an image for each line of *text*, an object with a file and its label or labels."""
     for line in text.splitlines():
-        entry = {_NAMES.get(lookalike_key(key), key): value for key, value in json.loads(line).items()}
+        entry = {
+            _NAMES.get(lookalike_key(key), key): value
+            for key, value in json.loads(line).items()
+        }
         if entry.keys() != {*_REQUIRED} or isinstance(entry["classes"], dict):
             raise ValueError(line)
         labels = entry["classes"] if isinstance(entry["classes"], list) else [entry["classes"]]
@@ -324,8 +379,8 @@ def _read_coco(content: Any) -> Iterator[dict[str, str]]:
 def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
 
-    The separator is that of a first line `sep=;`, or the most frequent one in the heading. Without a column
-    `classes`, other columns are classes with 1 and 0.
+    The separator is that of a first line `sep=;`, or the most frequent one in the heading.
+    Without a column `classes`, other columns are classes with 1 and 0.
     """
     try:
         heading, _, rest = text.partition("\n")
@@ -334,7 +389,10 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         else:
             lines_before, separator = 0, max(_SEPARATORS, key=heading.count)
         reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
+            io.StringIO(text, newline=""),
+            delimiter=separator,
+            strict=True,
+            skipinitialspace=True,
         )
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
@@ -348,7 +406,11 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             for column, name in zip(columns, written, strict=True)
             if column not in (*_REQUIRED, SPLIT, GROUP)
         }  # of classes with a column each
-        if "file" not in columns or len({*columns}) < len(columns) or bool(names) == ("classes" in columns):
+        if (
+            "file" not in columns
+            or len({*columns}) < len(columns)
+            or bool(names) == ("classes" in columns)
+        ):
             raise wrong
         for record in reader:
             line = reader.line_num + lines_before
@@ -360,7 +422,11 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             if names:
                 if not {cells[column] for column in names} <= {"0", "1"}:
                     raise wrong
-                cells["classes"] = SEPARATOR.join(names[column] for column in names if cells[column] == "1")
+                cells["classes"] = SEPARATOR.join(
+                    names[column] for column in names if cells[column] == "1"
+                )
             yield line, {column: cell for column, cell in cells.items() if column not in names}
     except csv.Error as error:
-        raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
+        raise DataError(
+            f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
+        ) from error

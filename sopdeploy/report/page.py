@@ -13,7 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
-from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelMetrics, MultiLabelPredictions
+from sopdeploy.evaluation.multi_label import (
+    MeanPrecision,
+    MultiLabelMetrics,
+    MultiLabelPredictions,
+)
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import (
     Predictions,
@@ -23,7 +27,15 @@ from sopdeploy.evaluation.predictions import (
 )
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
-from sopdeploy.html.report import Figure, HtmlReport, Section, Table, insert_names, percent, render
+from sopdeploy.html.report import (
+    Figure,
+    HtmlReport,
+    Section,
+    Table,
+    insert_names,
+    percent,
+    render,
+)
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.checkpoints import Fit, Setup
@@ -60,10 +72,11 @@ def write_run_page(
 ) -> list[tuple[str, str, int]]:
     """Write `report.html` about the finished *run* to *folder*.
 
-    It shows held-out images, or else the out-of-fold predictions of the training images. *on_image* receives
-    the numbers of images evaluated and in total. *networks* are those that were compared, *before* earlier
-    runs: date, run, numbers of images and classes, and accuracy. Returns the mistakes, the most frequent one
-    first: true class, predicted class and number of images; none if images have several classes.
+    It shows held-out images, or else the out-of-fold predictions of the training images.
+    *on_image* receives the numbers of images evaluated and in total. *networks* are those that
+    were compared, *before* earlier runs: date, run, numbers of images and classes, and
+    accuracy. Returns the mistakes, the most frequent one first: true class, predicted class and
+    number of images; none if images have several classes.
     """
     setup, fit, page = run.setup, run.fit, folder / PAGE
     result: Any = fit.result
@@ -72,10 +85,14 @@ def write_run_page(
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
-    is_measured = result.score is not None  # otherwise the predictions say nothing about other photographs
+    is_measured = (
+        result.score is not None
+    )  # otherwise the predictions say nothing about other photographs
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
-    classes = insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown)
+    classes = insert_names(
+        f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
+    )
     sections: list[Section] = []
     if is_measured:
         mistakes = _choose_mistakes(predicted)
@@ -97,7 +114,9 @@ def write_run_page(
         sections.append(Section(title="Choice of the network", tables=[table]))
     if before:
         columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
-        table = Table(caption="Those of this project here, the newest first", columns=columns, rows=before)
+        table = Table(
+            caption="Those of this project here, the newest first", columns=columns, rows=before
+        )
         sections.append(Section(title="Runs before", tables=[table]))
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
@@ -113,12 +132,15 @@ def write_run_page(
         text=[
             describe_in_a_sentence(
                 result.score,
-                is_selected=isinstance(result, LoopResult) and result.selected_by == "same images",
+                is_selected=isinstance(result, LoopResult)
+                and result.selected_by == "same images",
             ),
             classes,
             *(gain[0].upper() + gain[1:] for gain in describe_gains(result)),
             insert_names(
-                "Next: {}", f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach", tag="code"
+                "Next: {}",
+                f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
+                tag="code",
             ),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
@@ -126,10 +148,14 @@ def write_run_page(
     )
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    return metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
+    return (
+        metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
+    )
 
 
-def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_selected: bool = False) -> str:
+def describe_in_a_sentence(
+    score: Rate | MeanPrecision | float | None, *, is_selected: bool = False
+) -> str:
     """Say what *score* means for new photographs; if it *is_selected*, it is too high."""
     qualifier = "at most " if is_selected else ""
     if score is None:
@@ -147,7 +173,9 @@ def describe_in_a_sentence(score: Rate | MeanPrecision | float | None, *, is_sel
     else:
         share = "nearly all"
     sentence = f"{qualifier}{share} new photographs like these will be right"
-    sentence += "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
+    sentence += (
+        "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
+    )
     return f"{sentence[0].upper()}{sentence[1:]}"
 
 
@@ -157,7 +185,9 @@ def _predict_shown_images(
     """Return the images of the page, what they are, and their calibrated logits (N, C)."""
     held_out, recipe = setup.data.held_out, setup.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
-        description = "the training images, each predicted by a network that was fitted without it"
+        description = (
+            "the training images, each predicted by a network that was fitted without it"
+        )
         return setup.data.train.replaced(groups=fit.groups), description, fit.logits
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
@@ -173,9 +203,12 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     last, text = history[-1], list(result.lines())
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
-    # The names of training losses and heads in any epoch, each once: the keys of a dict keep their order.
+    # The names of training losses and heads in any epoch, each once: the keys of a dict keep
+    # their order.
     losses = dict.fromkeys(loss for row in history for loss in row.losses)
-    heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
+    heads = dict.fromkeys(
+        head for row in history if row.diagnostics for head in row.diagnostics.heads
+    )
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         text.append(
@@ -184,32 +217,47 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         )
 
     def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
-        curves = {curve: history_curve(history, column) for curve, column in column_by_curve.items()}
+        curves = {
+            curve: history_curve(history, column) for curve, column in column_by_curve.items()
+        }
         return Figure(image=plot(curves, "epoch", label), caption=caption)
 
-    scores = {"deployed": score_column} | {head: f"{head}_{score_column}" for head in shown_heads}
+    scores = {"deployed": score_column} | {
+        head: f"{head}_{score_column}" for head in shown_heads
+    }
     held_out_losses = {"deployed": "loss"} | {head: f"{head}_loss" for head in shown_heads}
-    overconfident = f"If the loss rises and {score_name} does not fall, the network is overconfident."
+    overconfident = (
+        f"If the loss rises and {score_name} does not fall, the network is overconfident."
+    )
     figures = [
-        plot_columns("training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES),
+        plot_columns(
+            "training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES
+        ),
         plot_columns(score_name, scores, f"{score_name} on held-out images."),
         plot_columns("loss on held-out images", held_out_losses, overconfident),
     ]
     if counts := last.component_counts:
-        figures.append(component_chart(counts, "Training images that the gate sent to each component"))
+        figures.append(
+            component_chart(counts, "Training images that the gate sent to each component")
+        )
     return Section(title="Learning", text=text, figures=figures)
 
 
 def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
     """Choose wrongly predicted images by (true class, predicted class), the most confident ones first."""
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
-    wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
+    wrong = sorted(
+        (-score.confidence, index) for index, score in enumerate(scores) if not score.correct
+    )
     by_cell: dict[tuple[int, int], list[int]] = {}
     for _, index in wrong:
         by_cell.setdefault((scores[index].target, scores[index].top5[0]), []).append(index)
     others = {index for indices in by_cell.values() for index in indices[1:]}
     first = [indices[0] for indices in by_cell.values()]
-    shown = {*first, *[index for _, index in wrong if index in others][: max(0, _MAX_SHOWN - len(first))]}
+    shown = {
+        *first,
+        *[index for _, index in wrong if index in others][: max(0, _MAX_SHOWN - len(first))],
+    }
     cells = list(by_cell.items())[:_MAX_CELLS]
     return {cell: [index for index in indices if index in shown] for cell, indices in cells}
 
@@ -241,12 +289,12 @@ def _show_mistakes(
 
 def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
     """Show the training *images* whose label is probably wrong by *fit*."""
-    wrong_labels = [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
+    wrong_labels = (
+        [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
+    )
     captions = []
     for index, wrong in wrong_labels[:_MAX_SHOWN]:
-        template = (
-            f"{{}} ({percent(wrong.probability)}), suggested: {{}} ({percent(wrong.probability_suggested)})"
-        )
+        template = f"{{}} ({percent(wrong.probability)}), suggested: {{}} ({percent(wrong.probability_suggested)})"
         captions.append((index, insert_names(template, wrong.label, wrong.suggested)))
     text = insert_names(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
@@ -261,15 +309,15 @@ def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
     """Show the largest groups of copies among training *images*."""
     group_N = fit.copies
     sizes = np.bincount(group_N)
-    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
+    largest = [
+        group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1
+    ]
     captions = []
     for number, group in enumerate(largest, 1):
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
-    text = (
-        "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
-    )
+    text = "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
     return _show_photographs("Copies", text, images, captions)
 
 
@@ -299,13 +347,24 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
-        is_hidden = key.startswith(("summary", "model.config."))  # the latter are shown as `network.`
+        is_hidden = key.startswith(
+            ("summary", "model.config.")
+        )  # the latter are shown as `network.`
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
-    recipe = Table(caption="All values of the run", columns=["key", "value"], rows=values, folded=True)
-    facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
+    recipe = Table(
+        caption="All values of the run", columns=["key", "value"], rows=values, folded=True
+    )
+    facts = {
+        f"{name} version": version for name, version in record["versions"].items()
+    } | record["machine"]
     if isinstance(fit.result, LoopResult):
         facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
-    machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
-    return [Section(title="Recipe", tables=[recipe]), Section(title="Environment", tables=[machine])]
+    machine = Table(
+        caption="Versions and machine", columns=["what", "value"], rows=list(facts.items())
+    )
+    return [
+        Section(title="Recipe", tables=[recipe]),
+        Section(title="Environment", tables=[machine]),
+    ]

@@ -18,7 +18,8 @@ from sopdeploy.training.setup import open_division
 class WrongLabel(StrictModel):
     """An image whose label the others contradict: the more probable class, and both probabilities.
 
-    The probabilities are those of a classifier that was fitted without the image and its copies.
+    The probabilities are those of a classifier that was fitted without the image and its
+    copies.
     """
 
     file: str
@@ -31,16 +32,20 @@ class WrongLabel(StrictModel):
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
     """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
 
-    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
-    out-of-fold predictions, `DataError` if images or labels have changed since.
+    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for
+    a run without out-of-fold predictions, `DataError` if images or labels have changed since.
     """
     path = run / "last.pt"
     if not path.is_file():
-        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
+        raise ConfigError(
+            f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
+        )
     last = read_checkpoint(path)
     recipe = read_recorded_recipe(last, path)
     if data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"path": data})}
+        )
     logits = read_label_logits(last)
     if logits is None:
         raise ConfigError(
@@ -56,7 +61,9 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     return tuple(wrong for _, wrong in list_wrong_labels(logits, images))
 
 
-def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
+def list_wrong_labels(
+    logits_NC: NDArray[np.float64], images: LabeledImages
+) -> list[tuple[int, WrongLabel]]:
     """List (index, description) of the images of `find_label_doubts`, the least probable label first."""
     labels = images.targets.astype(np.int64)
     listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)

@@ -24,7 +24,9 @@ class Callback:
     def on_stage(self, *, name: str, done: int, total: int) -> None:
         """Receive the progress of a procedure without epochs: *done* of *total* parts, in the step *name*."""
 
-    def on_step_end(self, *, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
+    def on_step_end(
+        self, *, epoch: int, epochs: int, step: int, steps: int, loss: float
+    ) -> None:
         """Run after *step* of the *steps* steps of *epoch*; *loss* is the mean over its samples."""
 
     def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
@@ -40,7 +42,9 @@ class ExpectedTime:
     *advice* is the end of the line: how to choose another procedure. *clock* returns seconds.
     """
 
-    def __init__(self, callback: Callback, advice: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, callback: Callback, advice: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.callback, self.advice, self.clock = callback, advice, clock
         self.first_at: float | None = None  # when the first part was done
         self.first_done = 0  # parts that were done then
@@ -56,5 +60,9 @@ class ExpectedTime:
         self.is_measured = True
         remaining = seconds / measured * (total - done)
         if remaining >= WORTH_A_LINE:
-            hours = f"{remaining / 3600:.1f} hours" if remaining >= 7200 else f"{remaining / 60:.0f} minutes"
+            hours = (
+                f"{remaining / 3600:.1f} hours"
+                if remaining >= 7200
+                else f"{remaining / 60:.0f} minutes"
+            )
             self.callback.on_message(f"expected time: about {hours}; {self.advice}")

@@ -1,13 +1,14 @@
 """A run and its files: what it was given, what is fitted, what its checkpoints contain, and its folder.
 
-Without `--out`, runs of a project are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest`
-leads to the newest run in `runs` that has a `best.pt`. `last.pt` is the checkpoint to resume from, `best.pt`
-the one to export; `history.csv` lists all epochs. Every file is written atomically. `last.pt` is written
-first; all other files are derived from it and are written again when the run is resumed.
+Without `--out`, runs of a project are numbered: `runs/photos-1`, `runs/photos-2`. The link
+`runs/latest` leads to the newest run in `runs` that has a `best.pt`. `last.pt` is the
+checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all epochs. Every
+file is written atomically. `last.pt` is written first; all other files are derived from it and
+are written again when the run is resumed.
 
-Only this module, and the modules `state` of the procedures, know the keys below `training` and `resume`.
-Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
-state and position are therefore enough to resume a run bit for bit.
+Only this module, and the modules `state` of the procedures, know the keys below `training` and
+`resume`. Sample order, augmentation, dropout and learning rate are functions of (seed, epoch,
+step). Weights, optimizer state and position are therefore enough to resume a run bit for bit.
 """
 
 import os
@@ -27,7 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sopdeploy.checkpoint import Checkpoint, TrainingRecord, is_state_dict, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import (
+    Checkpoint,
+    TrainingRecord,
+    is_state_dict,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sopdeploy.config import FieldValues, StrictModel, first_problem, version_advice, writer_of
 from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
@@ -44,7 +51,13 @@ from sopdeploy.project import SAMPLED, Origin
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import SaveConfig
-from sopdeploy.training.recipe import FewShotConfig, HeadOptions, LoopConfig, Recipe, validate_recipe
+from sopdeploy.training.recipe import (
+    FewShotConfig,
+    HeadOptions,
+    LoopConfig,
+    Recipe,
+    validate_recipe,
+)
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
@@ -55,10 +68,10 @@ RUNS = Path("runs")
 class Position(StrictModel, frozen=False):
     """The progress of a run, as checkpoints contain it; steps change it in place.
 
-    `step` is the number of finished steps in the current epoch and `seen` the number of their images. Over
-    these images, `sums` adds up the parts of the loss and `gradient` the gradient norms; `component_counts`
-    counts the images that each component of a gated network received. `train_seconds` is the time of these
-    steps, `seconds` that of the whole run.
+    `step` is the number of finished steps in the current epoch and `seen` the number of their
+    images. Over these images, `sums` adds up the parts of the loss and `gradient` the gradient
+    norms; `component_counts` counts the images that each component of a gated network received.
+    `train_seconds` is the time of these steps, `seconds` that of the whole run.
     """
 
     epoch: int = 0
@@ -121,7 +134,10 @@ class Setup:
             return ""
         if self.weights is None:
             return "all weights"
-        replaced = (*self.model.training_only, classifier_name(self.model))  # not below the head
+        replaced = (
+            *self.model.training_only,
+            classifier_name(self.model),
+        )  # not below the head
         remaining = []
         for part in self.weights.new:  # the random ones
             is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
@@ -185,7 +201,9 @@ class ResumeState(TypedDict, total=False):
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
     weights = fit.network.state_dict()
-    learning = {} if fit.learning is None else fit.learning.state_dict()  # raw, if *weights* are averages
+    learning = (
+        {} if fit.learning is None else fit.learning.state_dict()
+    )  # raw, if *weights* are averages
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
         raise TrainingError(
@@ -193,7 +211,9 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             "optimizer.clip_norm"
         )
     decision = fit.decision
-    if decision is None and setup.activation == "sigmoid":  # with the thresholds of the last finished epoch
+    if (
+        decision is None and setup.activation == "sigmoid"
+    ):  # with the thresholds of the last finished epoch
         thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,) * len(setup.labels)
         metrics = fit.position.history[-1].metrics if fit.position.history else None
         if isinstance(metrics, MultiLabelMetrics) and metrics.thresholds:
@@ -239,14 +259,20 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         },
         **({"plugins": plugins} if plugins else {}),
         "machine": {
-            **{name: fact for name, fact in machine().items() if name != "load"},  # which other runs change
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            **{
+                name: fact for name, fact in machine().items() if name != "load"
+            },  # which other runs change
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else device.type,
             "processes": setup.strategy.world,
         },
     }
 
 
-def with_result(best: Checkpoint, result: AnyProcedureResult, decision: Decision | None) -> Checkpoint:
+def with_result(
+    best: Checkpoint, result: AnyProcedureResult, decision: Decision | None
+) -> Checkpoint:
     """Add the result and the decision to the content of `best.pt` of a finished training loop."""
     training = {**best.training, "procedure": result.model_dump(mode="json")}
     return replace(best, training=training, decision=decision)
@@ -282,7 +308,9 @@ def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
 def read_left_out(last: Checkpoint, source: Path) -> list[LeftOut]:
     """Return the damaged images that the run of *last* left out; raises `CheckpointError`."""
     with state_errors(last, source):
-        return [LeftOut(*map(str, fields)) for fields in (last.resume or {}).get("left_out", [])]
+        return [
+            LeftOut(*map(str, fields)) for fields in (last.resume or {}).get("left_out", [])
+        ]
 
 
 class Resumed(NamedTuple):
@@ -298,12 +326,16 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
     """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
     state = last.resume
     if state is None:
-        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+        raise CheckpointError(
+            f"{source}: has no state to resume from; start a new run in another folder"
+        )
     advice = version_advice(writer_of(last.training))
     if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
         raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
     with state_errors(last, source):
-        if not is_state_dict(state.get("weights")):  # the raw ones; those of the checkpoint may be averages
+        if not is_state_dict(
+            state.get("weights")
+        ):  # the raw ones; those of the checkpoint may be averages
             raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
         report = None if report is None else StartReport.model_validate(report)
@@ -320,7 +352,9 @@ def state_errors(last: Checkpoint, source: Path) -> Iterator[None]:
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}{advice}") from error
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: its state to resume from is damaged{advice}") from error
+        raise CheckpointError(
+            f"{source}: its state to resume from is damaged{advice}"
+        ) from error
 
 
 def has_same_images(
@@ -328,18 +362,25 @@ def has_same_images(
 ) -> bool:
     """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    A run with out-of-fold predictions has recorded order and labels, others only which files they are. What
-    is unknown is not compared: hashes that are empty, and what older runs do not record. Raises
-    `CheckpointError` if the record is damaged.
+    A run with out-of-fold predictions has recorded order and labels, others only which files
+    they are. What is unknown is not compared: hashes that are empty, and what older runs do not
+    record. Raises `CheckpointError` if the record is damaged.
     """
     with state_errors(last, source):
         arrays = (last.resume or {}).get("procedure", {})
-        targets, recorded = arrays.get("targets"), arrays.get("file_hashes", last.image_hashes).numpy()
+        targets, recorded = (
+            arrays.get("targets"),
+            arrays.get("file_hashes", last.image_hashes).numpy(),
+        )
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
-        if np.array_equal(recorded, np.unique(recorded)):  # of a loop, or resumed by an older version
+        if np.array_equal(
+            recorded, np.unique(recorded)
+        ):  # of a loop, or resumed by an older version
             file_hashes = np.unique(file_hashes)
-        return not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
+        return (
+            not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
+        )
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
@@ -347,7 +388,9 @@ def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
     number = 0
     if strategy.rank == 0:  # the sum below passes its choice to the other processes
         pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
-        matches = [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
+        matches = (
+            [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
+        )
         last = max((int(match[1]) for match in matches if match), default=0)
         number = last if resume and last else last + 1
     return RUNS / f"{name}-{int(strategy.all_reduce(torch.tensor(number)))}"
@@ -363,14 +406,16 @@ class RunFolder:
         self.history = path / "history.csv"
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
-        self._created = ExitStack()  # removes the folders that `lock` created, if they are empty
+        self._created = (
+            ExitStack()
+        )  # removes the folders that `lock` created, if they are empty
 
     def lock(self, *, is_resumed: bool = False) -> None:
         """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
 
-        For a new run, this repeats `check_new`: by now, another process may have trained there. The first
-        process holds the lock; the system releases it when this process ends in any way. Loader processes,
-        which may live a few seconds longer, do not inherit it.
+        For a new run, this repeats `check_new`: by now, another process may have trained there.
+        The first process holds the lock; the system releases it when this process ends in any
+        way. Loader processes, which may live a few seconds longer, do not inherit it.
         """
         path, is_free = self.path / LOCK, True
         if self.strategy.rank == 0:
@@ -382,7 +427,9 @@ class RunFolder:
                     except BlockingIOError:
                         is_free = False
                 if self._lock is not None:
-                    self._lock.warn_if_unlocked(self.path, "train only one network in this folder at a time")
+                    self._lock.warn_if_unlocked(
+                        self.path, "train only one network in this folder at a time"
+                    )
                     self._created = created.pop_all()
                     if not is_resumed:
                         self.check_new()
@@ -403,8 +450,8 @@ class RunFolder:
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
 
-        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there is no run to
-        resume.
+        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there
+        is no run to resume.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -418,7 +465,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Check that a new run can begin in the folder, which may be empty or not exist.
 
-        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be written there.
+        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be
+        written there.
         """
         if self.last.exists():
             raise ConfigError(
@@ -427,12 +475,17 @@ class RunFolder:
                 remedies={"resume": "always"},
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        # A run that was killed before its first checkpoint may have left the lock file and partial files.
+        # A run that was killed before its first checkpoint may have left the lock file and
+        # partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
         is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
         if others or is_no_folder:
-            raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
-        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            raise ConfigError(
+                f"{self.path} exists and is not an empty folder; choose another", setting="out"
+            )
+        nearest = next(
+            folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
+        )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             message = f"{self.path} cannot be written in {nearest}; choose another"
             raise StorageError(message, setting="out")

@@ -1,6 +1,7 @@
 """Per-epoch records: held-out metrics, and diagnostics for the report.
 
-Diagnostics never influence training: they use eval mode, fixed held-out images, and no random numbers.
+Diagnostics never influence training: they use eval mode, fixed held-out images, and no random
+numbers.
 
 The field names of the classes here are keys in checkpoints and columns of `history.csv`.
 """
@@ -25,13 +26,21 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.photos.photo import PreprocessedDataset
 
 MAX_IMAGES = 512
-HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # those that a network has
+HELD_OUT_METRICS = (
+    "loss",
+    "top1",
+    "top5",
+    "map",
+    "macro_f1",
+    "micro_f1",
+)  # those that a network has
 
 
 class Diagnostics(StrictModel):
     """Diagnostics on `num_images` images; without heads if no image shows a class.
 
-    `right` has a character per image: 1 if the main head's top class is right, else 0; empty if multi-label.
+    `right` has a character per image: 1 if the main head's top class is right, else 0; empty if
+    multi-label.
     """
 
     num_images: int
@@ -42,9 +51,10 @@ class Diagnostics(StrictModel):
 class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
-    `losses` are means over the training images. `metrics` and `diagnostics` are those of the exported
-    weights. `gradient` is the mean gradient norm before clipping. `component_counts` counts, for a gated
-    network, the training images that each component received, with the gate's noise.
+    `losses` are means over the training images. `metrics` and `diagnostics` are those of the
+    exported weights. `gradient` is the mean gradient norm before clipping. `component_counts`
+    counts, for a gated network, the training images that each component received, with the
+    gate's noise.
     """
 
     epoch: int
@@ -61,17 +71,22 @@ class EpochRow(StrictModel):
 def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> EpochRow:
     """Return the first epoch with the highest top-1 accuracy, or the highest mAP for a multi-label network.
 
-    With *frozen_backbone*, only branches learn and the exported network is the same in every epoch. The best
-    epoch is then the last one with the highest sum of the scores of the branches.
+    With *frozen_backbone*, only branches learn and the exported network is the same in every
+    epoch. The best epoch is then the last one with the highest sum of the scores of the
+    branches.
     """
     if not frozen_backbone:
-        return max(history, key=lambda row: (row.metrics.score, -row.epoch))  # of equal ones, the first
+        return max(
+            history, key=lambda row: (row.metrics.score, -row.epoch)
+        )  # of equal ones, the first
 
     def score_of_branches(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    return max(history, key=lambda row: (score_of_branches(row), row.epoch))  # of equal ones, the last
+    return max(
+        history, key=lambda row: (score_of_branches(row), row.epoch)
+    )  # of equal ones, the last
 
 
 def median_throughput(history: Sequence[EpochRow]) -> float:
@@ -99,7 +114,11 @@ def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str
 
 
 def _metrics_by_name(metrics: HeldOutMetrics, prefix: str) -> dict[str, float]:
-    return {prefix + name: getattr(metrics, name) for name in HELD_OUT_METRICS if hasattr(metrics, name)}
+    return {
+        prefix + name: getattr(metrics, name)
+        for name in HELD_OUT_METRICS
+        if hasattr(metrics, name)
+    }
 
 
 def history_curve(history: Sequence[EpochRow], column: str) -> list[tuple[float, float]]:
@@ -140,7 +159,9 @@ def diagnose(
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
-    if targets.ndim == 2 and not targets.any():  # no metric of these images, while all images have one
+    if (
+        targets.ndim == 2 and not targets.any()
+    ):  # no metric of these images, while all images have one
         logits = {}
     right = ""  # a character per image, if each has one class
     if targets.ndim == 1:
@@ -149,5 +170,8 @@ def diagnose(
     return Diagnostics(
         num_images=count,
         right=right,
-        heads={name: held_out_metrics(labels, logits_NC, targets) for name, logits_NC in logits.items()},
+        heads={
+            name: held_out_metrics(labels, logits_NC, targets)
+            for name, logits_NC in logits.items()
+        },
     )

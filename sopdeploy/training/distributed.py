@@ -1,14 +1,15 @@
 """The processes of a run: their devices, the sums over them, each one's samples, and signals to them.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with WORLD_SIZE=1,
-there is only this process.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with
+WORLD_SIZE=1, there is only this process.
 
-Each process computes a shard of every batch. A step of several processes equals that of one process with the
-whole batch: gradients are summed, and the loss of a process is weighted by its number of samples. Layers that
-couple samples sum their statistics over the processes themselves (balance loss), or not (batch norm).
+Each process computes a shard of every batch. A step of several processes equals that of one
+process with the whole batch: gradients are summed, and the loss of a process is weighted by its
+number of samples. Layers that couple samples sum their statistics over the processes themselves
+(balance loss), or not (batch norm).
 
-Ctrl-C and SIGTERM save the run and end it between two steps. With several processes, a signal to one of them
-takes effect in all after the same step.
+Ctrl-C and SIGTERM save the run and end it between two steps. With several processes, a signal
+to one of them takes effect in all after the same step.
 """
 
 import os
@@ -36,9 +37,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Strategy(ProcessGroup):
     """The processes of a run, each with its own device: those that `join_processes` connected, or only this.
 
-    The loss of a step is the sum of the losses that the processes compute. Gradients are summed after the
-    backward pass: `DistributedDataParallel` reduces them during it, among the collectives of the layers, and
-    cannot sum second derivatives.
+    The loss of a step is the sum of the losses that the processes compute. Gradients are summed
+    after the backward pass: `DistributedDataParallel` reduces them during it, among the
+    collectives of the layers, and cannot sum second derivatives.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,8 +63,12 @@ class Strategy(ProcessGroup):
         """
         loss.backward()  # type: ignore[no-untyped-call]
         if self.world > 1:
-            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            sums = self.sum_by_parameter([parameter.grad for parameter in parameters], parameters)
+            parameters = [
+                parameter for parameter in model.parameters() if parameter.requires_grad
+            ]
+            sums = self.sum_by_parameter(
+                [parameter.grad for parameter in parameters], parameters
+            )
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
 
@@ -78,7 +83,9 @@ class Strategy(ProcessGroup):
         if not self.joined or not parameters:
             return list(tensors)
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        passed = counts.nonzero().flatten().tolist()  # indices of the parameters that any process passes
+        passed = (
+            counts.nonzero().flatten().tolist()
+        )  # indices of the parameters that any process passes
         sums: list[Tensor | None] = [None] * len(parameters)
         if not passed:
             return sums
@@ -86,17 +93,24 @@ class Strategy(ProcessGroup):
         for index in passed:
             tensor = tensors[index]
             summands.append(torch.zeros_like(parameters[index]) if tensor is None else tensor)
-        flat = torch.cat([tensor.reshape(-1) for tensor in summands])  # a copy of all, for a single sum
+        flat = torch.cat(
+            [tensor.reshape(-1) for tensor in summands]
+        )  # a copy of all, for a single sum
         dist.all_reduce(flat)  # in place
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(passed, parts, strict=True):
-            like_parameter = torch.empty_like(parameters[index])  # with the memory layout of the parameter
+            like_parameter = torch.empty_like(
+                parameters[index]
+            )  # with the memory layout of the parameter
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))
         return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""
-        start, end = len(samples) * self.rank // self.world, len(samples) * (self.rank + 1) // self.world
+        start, end = (
+            len(samples) * self.rank // self.world,
+            len(samples) * (self.rank + 1) // self.world,
+        )
         return list(samples[start:end])
 
 
@@ -104,7 +118,9 @@ def select_device(name: str) -> torch.device:
     """Select the device *name*: `auto`, `cpu` or `cuda`; raise `ConfigError` if there is no CUDA device."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")
+        raise ConfigError(
+            "device: no CUDA device on this machine; set device=auto or device=cpu"
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
@@ -157,9 +173,10 @@ class SignalState:
 def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     """Record signals instead of acting on them; the second stop signal calls the previous handler.
 
-    With several processes, all signals are only recorded: torchrun and the batch system often both send one,
-    and the second one must not end a process that is saving. torchrun kills processes that take too long.
-    Outside the main thread, where Python delivers no signals, no handlers are installed.
+    With several processes, all signals are only recorded: torchrun and the batch system often
+    both send one, and the second one must not end a process that is saving. torchrun kills
+    processes that take too long. Outside the main thread, where Python delivers no signals, no
+    handlers are installed.
     """
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():
@@ -186,7 +203,8 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
 def join_processes() -> Iterator[None]:
     """Connect the processes of the run, if there are several, while the context is active.
 
-    Raises `TrainingError` after a lost connection, and `ConfigError` if a process has no GPU of its own.
+    Raises `TrainingError` after a lost connection, and `ConfigError` if a process has no GPU of
+    its own.
     """
     if not is_distributed():
         yield
@@ -200,14 +218,16 @@ def join_processes() -> Iterator[None]:
             )
         torch.cuda.set_device(number)
     store, rank, world = next(rendezvous("env://"))
-    # On one machine, torchrun's store outlives a restart and then contains the addresses of dead processes.
-    # With several machines, each attempt gets a new store, and the machines count restarts separately.
+    # On one machine, torchrun's store outlives a restart and then contains the addresses of
+    # dead processes. With several machines, each attempt gets a new store, and the machines
+    # count restarts separately.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store = PrefixStore(attempt, store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
-    # A process leaves the group only where all do: at the end of the run, and at a stop, which all raise
-    # after the same step. After another error, which the others do not know, they may still wait for a sum.
+    # A process leaves the group only where all do: at the end of the run, and at a stop, which
+    # all raise after the same step. After another error, which the others do not know, they may
+    # still wait for a sum.
     try:
         yield
     except TrainingStoppedError:
@@ -216,8 +236,12 @@ def join_processes() -> Iterator[None]:
     except RuntimeError as error:
         # torch raises plain RuntimeErrors for some lost connections.
         messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-        if not isinstance(error, dist.DistError) and not any(text in str(error) for text in messages):
+        if not isinstance(error, dist.DistError) and not any(
+            text in str(error) for text in messages
+        ):
             raise
-        raise TrainingError("another process of the run ended, see its message and resume it") from error
+        raise TrainingError(
+            "another process of the run ended, see its message and resume it"
+        ) from error
     else:
         dist.destroy_process_group()

@@ -5,7 +5,8 @@
 3. Fit the class means and the temperature again, and compare both networks on the held-out photographs by the
    rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
 
-Until the comparison, `best.pt` has the frozen network. `last.pt` has both. Letters: N images, K classes.
+Until the comparison, `best.pt` has the frozen network. `last.pt` has both. Letters: N images, K
+classes.
 """
 
 from collections.abc import Mapping
@@ -51,9 +52,10 @@ def fit_fine_tune(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
 
-    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. Returns the fit and
-    the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a
-    loss is not finite, and `DataError` for images that cannot be used.
+    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
+    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
+    stop signal, `TrainingError` if a loss is not finite, and `DataError` for images that cannot
+    be used.
     """
     if last is None:
         frozen = fit_new(setup, callback)
@@ -63,36 +65,51 @@ def fit_fine_tune(
         network = create_model(name, num_classes=len(setup.labels), **options)
         tensors = setup.model.state_dict()
         # The branches of DSoP, if there are any, start with the weights of *setup*.
-        branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+        branches = {
+            key: tensor for key, tensor in tensors.items() if key.startswith("branches.")
+        }
         network.load_state_dict({**branches, **frozen.network.state_dict()})
         network = move_to_device(setup.recipe, network, setup.strategy)
         run = LoopState(replace(setup, model=network), frozen)
         folder.save_last(last_loop_record(run))
     else:
         record = read_frozen(last, folder.last)
-        network = move_to_device(setup.recipe, build_classifier(record, folder.last), setup.strategy)
-        # The frozen network is that of the record; `setup.model` is the network that is fine-tuned.
-        of_frozen = replace(setup, model=network, position=read_resumed(record, folder.last).position)
+        network = move_to_device(
+            setup.recipe, build_classifier(record, folder.last), setup.strategy
+        )
+        # The frozen network is that of the record; `setup.model` is the network that is
+        # fine-tuned.
+        of_frozen = replace(
+            setup, model=network, position=read_resumed(record, folder.last).position
+        )
         frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
         run = LoopState(setup, frozen)
         restore_loop(run, last, folder.last)
     held_out = setup.data.held_out
-    groups = np.arange(len(held_out))  # near-duplicates are not independent, but few images need no search
+    groups = np.arange(
+        len(held_out)
+    )  # near-duplicates are not independent, but few images need no search
     if len(held_out) >= TESTABLE:
         groups = group_photographs(held_out).groups
     if len(np.unique(groups)) < TESTABLE:
-        run.position.epoch = setup.recipe.epochs  # no comparison can decide, so there is nothing to train
+        run.position.epoch = (
+            setup.recipe.epochs
+        )  # no comparison can decide, so there is nothing to train
     folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))
 
 
 def keep_better(
-    groups: Groups, run: LoopState, held_out: PreprocessedDataset, folder: RunFolder, _callback: Callback
+    groups: Groups,
+    run: LoopState,
+    held_out: PreprocessedDataset,
+    folder: RunFolder,
+    _callback: Callback,
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
-    Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The means and the
-    temperature of the trained network are fitted in place.
+    Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The
+    means and the temperature of the trained network are fitted in place.
     """
     frozen, tuned, recipe = run.frozen, run.exported, run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
@@ -116,7 +133,9 @@ def keep_better(
         accepts=recipe.rejection.accepts,
         scalable=False,  # the network contains the temperature
         groups=groups,
-        unknown=predict_unknown(tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        unknown=predict_unknown(
+            tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers
+        ),
         min_images=MIN_COSINES,
     )
     result = LoopResult(
@@ -130,7 +149,9 @@ def keep_better(
     fitted_decision = None if decision == Decision() else decision
     seconds = frozen.position.seconds + run.position.seconds
     position = run.position.model_copy(update={"seconds": seconds})
-    fit = replace(run.synchronized_fit(), result=result, decision=fitted_decision, position=position)
+    fit = replace(
+        run.synchronized_fit(), result=result, decision=fitted_decision, position=position
+    )
     best = run_record(run.setup, fit)
     folder.save_best(best)
     return fit, best.training
@@ -143,7 +164,9 @@ def _keep_frozen(
     result: Any = frozen.result
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})
-    fit = replace(frozen, result=result.model_copy(update={"tuning": tuning}), position=position)
+    fit = replace(
+        frozen, result=result.model_copy(update={"tuning": tuning}), position=position
+    )
     best = run_record(run.setup, fit)
     folder.save_best(best)
     folder.save_history(run.position.history or position.history)
@@ -174,7 +197,9 @@ class OwnVectors(nn.Module):
 
 
 @torch.no_grad()
-def _set_class_means(network: SecondOrderHead, images: PreprocessedDataset, run: LoopState) -> None:
+def _set_class_means(
+    network: SecondOrderHead, images: PreprocessedDataset, run: LoopState
+) -> None:
     """Set the class means of *network*, whose cosines recognize unknown images, to those of its *images*."""
     vectors_ND, targets = _predict(OwnVectors(network), images, run)
     classes_NK = np.eye(network.num_classes)[targets] * weights_in_means(images.images)[:, None]

@@ -1,7 +1,8 @@
 """The settings of the training loop in a recipe; schedules and augmentation have their own files.
 
-A recipe without `optimizer.kind` uses SGD. Weight decay applies to every parameter, as in the papers.
-`clip_norm` limits the norm of the whole gradient; 0 disables clipping. Imports no torch.
+A recipe without `optimizer.kind` uses SGD. Weight decay applies to every parameter, as in the
+papers. `clip_norm` limits the norm of the whole gradient; 0 disables clipping. Imports no
+torch.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,14 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, FractionBelowOne, NonNegative, Positive, PositiveRate, StrictModel
+from sopdeploy.config import (
+    Count,
+    FractionBelowOne,
+    NonNegative,
+    Positive,
+    PositiveRate,
+    StrictModel,
+)
 from sopdeploy.data.augment import Augmentation, ColorConfig
 from sopdeploy.models.registry import CatalogModel
 from sopdeploy.training.schedules import Schedule
@@ -60,8 +68,9 @@ class RAdam(OptimizerSettings):
 class RMSProp(OptimizerSettings):
     """RMSProp with momentum; weight decay is part of the gradient.
 
-    With `tensorflow`, `eps` is added inside of the root and the mean of the squares starts at 1, as in
-    EfficientNet's code. With an `eps` of 1e-3, small gradients then have up to 32 times shorter steps.
+    With `tensorflow`, `eps` is added inside of the root and the mean of the squares starts at
+    1, as in EfficientNet's code. With an `eps` of 1e-3, small gradients then have up to 32
+    times shorter steps.
     """
 
     kind: Literal["rmsprop"]
@@ -83,18 +92,20 @@ class AdaHessianConfig(OptimizerSettings):
 OptimizerConfig = Annotated[
     Sgd | AdamW | RAdam | RMSProp | AdaHessianConfig,
     pydantic.Field(discriminator="kind"),
-    pydantic.BeforeValidator(lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value),
+    pydantic.BeforeValidator(
+        lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value
+    ),
 ]
 
 
 class TeacherConfig(StrictModel):
     """The teacher of knowledge distillation.
 
-    `weights` is the checkpoint of a trained teacher, which does not change. Without it, the network `model`
-    starts from random weights and is trained jointly: its own loss is added, and the student follows the
-    outputs of each step. `share` is the weight of the divergence from the teacher's outputs in the loss of
-    the student, 1 - share that of the student's own loss. `temperature` softens both outputs, and its square
-    scales the divergence.
+    `weights` is the checkpoint of a trained teacher, which does not change. Without it, the
+    network `model` starts from random weights and is trained jointly: its own loss is added,
+    and the student follows the outputs of each step. `share` is the weight of the divergence
+    from the teacher's outputs in the loss of the student, 1 - share that of the student's own
+    loss. `temperature` softens both outputs, and its square scales the divergence.
     """
 
     weights: Path | None = None
@@ -130,8 +141,8 @@ class SaveConfig(StrictModel):
 class LoopSettings(StrictModel):
     """The settings of the training loop; they are keys of the recipe itself, not of a table.
 
-    `batch_size` is the number of samples of a step, over all processes. Each process computes the statistics
-    of batch norm for its own part of it.
+    `batch_size` is the number of samples of a step, over all processes. Each process computes
+    the statistics of batch norm for its own part of it.
     """
 
     epochs: Count

@@ -1,6 +1,7 @@
 """Recipes: complete training configurations in TOML files.
 
-`--set optimizer.lr=0.05` overrides single values. For an unknown key the error names the closest known one.
+`--set optimizer.lr=0.05` overrides single values. For an unknown key the error names the
+closest known one.
 """
 
 import difflib
@@ -21,7 +22,12 @@ from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
-from sopdeploy.training.recipe_files import add_fine_tune_settings, parse_override, read_values, set_value
+from sopdeploy.training.recipe_files import (
+    add_fine_tune_settings,
+    parse_override,
+    read_values,
+    set_value,
+)
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -34,18 +40,40 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-# The recipe keys, with all below them, that each procedure but the loop reads. The loop reads all.
+# The recipe keys, with all below them, that each procedure but the loop reads. The loop reads
+# all.
 READ_BY_FEW_SHOT = (
-    *("summary", "project", "procedure", "seed", "workers", "threads", "device", "channels_last"),
+    *(
+        "summary",
+        "project",
+        "procedure",
+        "seed",
+        "workers",
+        "threads",
+        "device",
+        "channels_last",
+    ),
     *("model.name", "model.config", "data", "preprocess", "start.weights", "rejection"),
 )
 READ_BY_FINE_TUNE = (
     *READ_BY_FEW_SHOT,
     *("start.learn", "start.head_factor", "model.remove_branches_at"),
-    *("epochs", "batch_size", "precision", "augment", "color", "optimizer", "schedule", "loss", "ema"),
+    *(
+        "epochs",
+        "batch_size",
+        "precision",
+        "augment",
+        "color",
+        "optimizer",
+        "schedule",
+        "loss",
+        "ema",
+    ),
     *("teacher", "save"),
 )
-HOLD_OUT_KEYS = {f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()}
+HOLD_OUT_KEYS = {
+    f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()
+}
 
 
 class LoopConfig(StrictModel):
@@ -100,15 +128,16 @@ AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="ki
 class StartConfig(StrictModel):
     """The weights to start from, and which parameters are trained.
 
-    `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the published
-    weights of the backbone, or "none" for random ones (see `start_weights`). `learn = "branches"` freezes
-    everything but the branches, including batch norm statistics, and "classifier" everything but the
-    classifier. With "last_stages", the second half of the stages and what follows it learn; batch norms keep
-    their statistics, except in branches. `head_factor` multiplies the learning rate of the classifier.
+    `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the
+    published weights of the backbone, or "none" for random ones (see `start_weights`). `learn =
+    "branches"` freezes everything but the branches, including batch norm statistics, and
+    "classifier" everything but the classifier. With "last_stages", the second half of the
+    stages and what follows it learn; batch norms keep their statistics, except in branches.
+    `head_factor` multiplies the learning rate of the classifier.
 
-    `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at the constant
-    rate `classifier_lr`, by default the product of `optimizer.lr` and `head_factor`. The schedule begins
-    after it.
+    `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at
+    the constant rate `classifier_lr`, by default the product of `optimizer.lr` and
+    `head_factor`. The schedule begins after it.
     """
 
     weights: Literal["imagenet", "none"] | Path | None = None
@@ -127,14 +156,18 @@ class StartConfig(StrictModel):
 class ModelConfig(CatalogModel):
     """The network to train: a model of the catalog, and the fields of its config that are not defaults.
 
-    `remove_branches_at` is an ablation: the branches are removed at this epoch (from 0), or kept (None).
+    `remove_branches_at` is an ablation: the branches are removed at this epoch (from 0), or
+    kept (None).
     """
 
     remove_branches_at: Count | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_branches(self) -> "ModelConfig":
-        if self.remove_branches_at is not None and "branches" not in entry(self.name).network.training_only:
+        if (
+            self.remove_branches_at is not None
+            and "branches" not in entry(self.name).network.training_only
+        ):
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
@@ -152,9 +185,9 @@ class RejectionConfig(StrictModel):
 class Recipe(LoopSettings):
     """A complete training run; defaults follow the papers.
 
-    `project` names the bundle and the served model; `train` sets it by the data folder, or by the recipe.
-    `threads` is the number of CPU threads of torch; 0 keeps torch's default. `workers` is the maximum number
-    of data loading processes.
+    `project` names the bundle and the served model; `train` sets it by the data folder, or by
+    the recipe. `threads` is the number of CPU threads of torch; 0 keeps torch's default.
+    `workers` is the maximum number of data loading processes.
     """
 
     summary: str
@@ -237,7 +270,11 @@ class Recipe(LoopSettings):
             rate = self.start.classifier_lr
             return self.optimizer.lr * self.start.head_factor if rate is None else rate
         second_phase = self.epochs - self.first_phase
-        return self.optimizer.lr * self.schedule.factor(time - self.first_phase, second_phase) * factor
+        return (
+            self.optimizer.lr
+            * self.schedule.factor(time - self.first_phase, second_phase)
+            * factor
+        )
 
     @property
     def frozen_backbone(self) -> bool:
@@ -279,13 +316,16 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def change_recipe(
-    source: str | Path, changes: Sequence[tuple[str, Any]], recorded: Mapping[str, Any] | None = None
+    source: str | Path,
+    changes: Sequence[tuple[str, Any]],
+    recorded: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
-    *changes* are dotted keys with their values. If they select another network, data source or procedure,
-    options that the selected one does not have are dropped. Selecting `fine_tune` adds `FINE_TUNE_SETTINGS`,
-    which other *changes* override. Raises `ConfigError` that names the file or key, and the closest key.
+    *changes* are dotted keys with their values. If they select another network, data source or
+    procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
+    adds `FINE_TUNE_SETTINGS`, which other *changes* override. Raises `ConfigError` that names
+    the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
@@ -300,13 +340,19 @@ def change_recipe(
 
 def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
     """Scale `resize` if `crop` is *changed* without it, and both had values *before*."""
-    if "preprocess.crop" not in changed or "preprocess.resize" in changed or not isinstance(before, dict):
+    if (
+        "preprocess.crop" not in changed
+        or "preprocess.resize" in changed
+        or not isinstance(before, dict)
+    ):
         return
     table: Any = values.get("preprocess")
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    if all(isinstance(side, int) and side > 0 for side in sides):  # else the validation names it
+    if all(
+        isinstance(side, int) and side > 0 for side in sides
+    ):  # else the validation names it
         table["resize"] = Preprocess.scaled_resize(*sides)
 
 
@@ -315,7 +361,8 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
         table, chosen = values.get(name), changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
-            continue  # no values or no choice; the validation of the recipe finds those of a wrong type
+            # no values or no choice; the validation of the recipe finds those of a wrong type
+            continue
         if chosen == table.get(selector):
             continue
         config: type[StrictModel] | None
@@ -323,7 +370,9 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
             config, options = entry(chosen).config, table.get("config")
         else:
             config, options = _find_config(name, chosen), table
-        if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
+        if (
+            isinstance(options, dict) and config is not None
+        ):  # None: the validation names the unknown kind
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
 
@@ -339,7 +388,9 @@ def _find_config(table: str, kind: str) -> type[StrictModel] | None:
 def format_toml(value: Any) -> str:
     """Format *value* as an inline TOML value; entries that are None are left out."""
     if isinstance(value, Mapping):
-        pairs = (f"{key}={format_toml(entry)}" for key, entry in value.items() if entry is not None)
+        pairs = (
+            f"{key}={format_toml(entry)}" for key, entry in value.items() if entry is not None
+        )
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(format_toml, value)) + "]"
@@ -382,7 +433,9 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
     """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
-    known = sorted(set(_list_keys(Recipe)))  # of all kinds of optimizers, data sources and others
+    known = sorted(
+        set(_list_keys(Recipe))
+    )  # of all kinds of optimizers, data sources and others
     same_name = [key for key in known if key == name or key.endswith(f".{name}")]
     return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
 
@@ -402,9 +455,13 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     An empty table is a value if the recipe may omit it.
     """
     for key, value in table.items():
-        field = None if prefix else Recipe.model_fields.get(key)  # tables in tables are never optional
+        field = (
+            None if prefix else Recipe.model_fields.get(key)
+        )  # tables in tables are never optional
         is_optional = field is not None and field.default is None
-        is_value = is_optional and not value  # like None: an empty table, such as `ema`, selects its defaults
+        is_value = (
+            is_optional and not value
+        )  # like None: an empty table, such as `ema`, selects its defaults
         if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -13,9 +13,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
 from sopdeploy.plugins import RECIPES, own_entry_points
 
-# What selecting the procedure `fine_tune` sets: short training by small steps, because the start is good. A
-# rate of 1e-3 lost 27 points of signs and 73 of packages on one draw, with heads on averages
-# (docs/benchmarks/photo_branches.jsonl).
+# What selecting the procedure `fine_tune` sets: short training by small steps, because the
+# start is good. A rate of 1e-3 lost 27 points of signs and 73 of packages on one draw, with
+# heads on averages (docs/benchmarks/photo_branches.jsonl).
 FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "epochs": 6,
     "batch_size": 8,
@@ -57,13 +57,21 @@ def recipe_text(source: str | Path) -> str:
             return read_text(source)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error  # without the path
-            raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
+            raise ConfigError(
+                f"{source}: cannot be read ({reason}); give a recipe file"
+            ) from error
     recipes = _packaged()
     if str(source) not in recipes:
         names = sorted(recipes)
         close = difflib.get_close_matches(str(source), names, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(names)}"
-        raise ConfigError(f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)")
+        hint = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else f"choose one of {', '.join(names)}"
+        )
+        raise ConfigError(
+            f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)"
+        )
     return recipes[str(source)].read_text(encoding="utf-8")
 
 
@@ -80,15 +88,21 @@ def read_values(source: str | Path) -> FieldValues:
         return values
     base = values.pop("base")
     if base not in list_recipes():
-        raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
+        raise ConfigError(
+            f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them"
+        )
     merged = read_values(base)
     procedure = values.get("procedure")
-    add_fine_tune_settings(merged, procedure.get("kind") if isinstance(procedure, dict) else None)
+    add_fine_tune_settings(
+        merged, procedure.get("kind") if isinstance(procedure, dict) else None
+    )
     for key, value in values.items():
         inherited = merged.get(key)
         merged[key] = value
         if isinstance(value, dict) and isinstance(inherited, dict):
-            is_other_kind = any(name in value and value[name] != inherited.get(name) for name in _KINDS)
+            is_other_kind = any(
+                name in value and value[name] != inherited.get(name) for name in _KINDS
+            )
             if not is_other_kind:
                 merged[key] = {**inherited, **value}
     return merged
@@ -108,7 +122,9 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
     *tables, last = key.split(".")
     table = values
     for name in tables:
-        if table.get(name) is None:  # such as an average, a teacher or start weights that a recipe omits
+        if (
+            table.get(name) is None
+        ):  # such as an average, a teacher or start weights that a recipe omits
             table[name] = {}
         table = table[name]
         if not isinstance(table, dict):
@@ -119,8 +135,8 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
 def parse_override(override: str) -> tuple[str, Any]:
     """Split `key=value` into the dotted key and the parsed TOML value.
 
-    A value that is not TOML is a string, and `null` removes a value or a table. Raises `ConfigError` without
-    an equals sign or with an empty key.
+    A value that is not TOML is a string, and `null` removes a value or a table. Raises
+    `ConfigError` without an equals sign or with an empty key.
     """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):

@@ -12,12 +12,21 @@ from sopdeploy.decision import Estimate
 from sopdeploy.errors import CheckpointError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.evaluation.statistics import TESTABLE, TOLERANCE, Verdict, decide, mcnemar, smallest_difference
+from sopdeploy.evaluation.statistics import (
+    TESTABLE,
+    TOLERANCE,
+    Verdict,
+    decide,
+    mcnemar,
+    smallest_difference,
+)
 from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
 from sopdeploy.photos.photo import describe_left_out
 
-_FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
+_FEW_IMAGES = (
+    5  # the result names classes with fewer images, because each fold tests hardly any of them
+)
 SelectedBy = Literal["nothing", "other images", "same images"]
 
 
@@ -56,9 +65,9 @@ def _interval(score: Rate | MeanPrecision) -> str:
 class Tuning(StrictModel):
     """The fine-tuned network compared with the frozen one on `count` different held-out photographs.
 
-    `first` and `second` are the numbers that the frozen and the fine-tuned network classify correctly, `wins`
-    and `losses` those on which only the second or only the first is right. With fewer than `TESTABLE`
-    photographs nothing was trained, and all are 0.
+    `first` and `second` are the numbers that the frozen and the fine-tuned network classify
+    correctly, `wins` and `losses` those on which only the second or only the first is right.
+    With fewer than `TESTABLE` photographs nothing was trained, and all are 0.
     """
 
     count: int
@@ -72,7 +81,11 @@ class Tuning(StrictModel):
         """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
         wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
         return cls(
-            count=len(first), first=int(first.sum()), second=int(second.sum()), wins=wins, losses=losses
+            count=len(first),
+            first=int(first.sum()),
+            second=int(second.sum()),
+            wins=wins,
+            losses=losses,
         )
 
     @property
@@ -91,7 +104,9 @@ class Tuning(StrictModel):
         if self.count < TESTABLE:
             few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
-        tuned, frozen = (f"{100 * right / self.count:.1f}" for right in (self.second, self.first))
+        tuned, frozen = (
+            f"{100 * right / self.count:.1f}" for right in (self.second, self.first)
+        )
         figures = (
             f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} held-out photographs, "
             f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
@@ -148,7 +163,9 @@ class LoopResult(StrictModel):
         """Describe the score, its interval and its bias in one line."""
         score = f"mAP {100 * (self.map or 0.0):.1f} %"
         if self.top1 is not None:
-            score = f"top-1 {100 * self.top1.share:.1f} % (95 % interval {_interval(self.top1)} %)"
+            score = (
+                f"top-1 {100 * self.top1.share:.1f} % (95 % interval {_interval(self.top1)} %)"
+            )
         note = {
             "nothing": "",
             "other images": ", corrected for their choice of the epoch",
@@ -162,7 +179,11 @@ class LoopResult(StrictModel):
     def lines(self) -> tuple[str, ...]:
         """Describe the best epoch and its score."""
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}", *tuning, *_list_left_out(self))
+        return (
+            f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",
+            *tuning,
+            *_list_left_out(self),
+        )
 
     def describe_time(self) -> str:
         """Return nothing: the epochs show their times."""
@@ -228,7 +249,9 @@ class FewShotResult(StrictModel):
         left_out: The damaged images that the run left out, each with the reason.
     """
 
-    model_config = pydantic.ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    model_config = pydantic.ConfigDict(
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
     kind: Literal["few_shot"] = "few_shot"
     top1: Rate | None = None
     map: MeanPrecision | None = None
@@ -277,7 +300,11 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe images, classifier and score."""
-        lines = [f"images: {self.describe_images()}", *_list_left_out(self), *self.describe_groups()]
+        lines = [
+            f"images: {self.describe_images()}",
+            *_list_left_out(self),
+            *self.describe_groups(),
+        ]
         lines.append(f"classifier: {self.head}, {self.num_features:,} features")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
@@ -296,7 +323,9 @@ class FewShotResult(StrictModel):
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         counts = self.judged_counts or self.class_counts
         label = max(counts, key=lambda label: counts[label])
-        majority = counts[label] / max(1, sum(counts.values()))  # multi-label images may show none
+        majority = counts[label] / max(
+            1, sum(counts.values())
+        )  # multi-label images may show none
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
@@ -371,10 +400,16 @@ class FewShotResult(StrictModel):
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.is_uneven:
-            ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
+            ratio = max(counts.values()) / max(
+                1, min(counts.values())
+            )  # the smallest may have no images
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
         estimated = {gain.label for gain in self.gains}
-        few = [label for label, count in counts.items() if count < _FEW_IMAGES and label not in estimated]
+        few = [
+            label
+            for label, count in counts.items()
+            if count < _FEW_IMAGES and label not in estimated
+        ]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
@@ -410,7 +445,9 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     held_out = "the held-out images"
     if result.selected_by != "nothing":
         selected = "the epoch" if result.tuning is None else "fine-tuning"
-        held_out += f", which also selected {selected}, so all scores of this section are too high"
+        held_out += (
+            f", which also selected {selected}, so all scores of this section are too high"
+        )
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}

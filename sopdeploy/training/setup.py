@@ -20,8 +20,21 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import find_clips
 from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
 from sopdeploy.photos.folder import open_unknown
-from sopdeploy.photos.photo import LabeledImages, Split, count_seen, describe_contradictions, hash_images
-from sopdeploy.photos.split import NONE, Record, choose_held_out, divide, record_choice, recorded_choice
+from sopdeploy.photos.photo import (
+    LabeledImages,
+    Split,
+    count_seen,
+    describe_contradictions,
+    hash_images,
+)
+from sopdeploy.photos.split import (
+    NONE,
+    Record,
+    choose_held_out,
+    divide,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.project import Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import (
@@ -44,7 +57,11 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
-from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
+from sopdeploy.training.start_weights import (
+    WeightSource,
+    complete_preprocess,
+    create_initial_model,
+)
 
 ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
@@ -59,7 +76,8 @@ FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
 class Division(NamedTuple):
     """The images of a run; arrays are empty for what it does not hold out or hash.
 
-    `file_hashes` (N,) are those of the training images in their order, `held_out` is a `Record`.
+    `file_hashes` (N,) are those of the training images in their order, `held_out` is a
+    `Record`.
     """
 
     data: Split
@@ -87,8 +105,8 @@ def set_up_run(
 ) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
-    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or changed, and
-    `CheckpointError` if *last* has no valid state to resume from.
+    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or
+    changed, and `CheckpointError` if *last* has no valid state to resume from.
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
@@ -123,12 +141,17 @@ def new_setup(
 ) -> Setup:
     """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
 
-    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or network.
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or
+    network.
     """
     check_count(division.data.train)
-    model, recipe, report = create_initial_model(recipe, division.data.train.labels, strategy, weights)
+    model, recipe, report = create_initial_model(
+        recipe, division.data.train.labels, strategy, weights
+    )
     placed = move_to_device(recipe, model, strategy)
-    return Setup(**division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report)
+    return Setup(
+        **division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report
+    )
 
 
 def _resume_setup(
@@ -141,7 +164,9 @@ def _resume_setup(
     state = read_resumed(last, source)
     if last.labels != images.labels:
         classes = shorten(last.labels)
-        raise DataError(f"{source}: the run started with the classes {classes}; give the same data")
+        raise DataError(
+            f"{source}: the run started with the classes {classes}; give the same data"
+        )
     if state.train_count != len(images):
         raise DataError(
             f"{source}: the run started with {state.train_count} training images, now there are "
@@ -173,13 +198,15 @@ class Selected(NamedTuple):
     reason: str
 
 
-def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None) -> Selected:
+def select_procedure(
+    recipe: Recipe, num_images: int, recorded: AnyProcedureConfig | None = None
+) -> Selected:
     """Select the procedure of *recipe* for *num_images* training images.
 
-    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot` for up to
-    `FEW_IMAGES` training images if the network has start weights and a head for it, and torchrun did not
-    start the run, and else the training loop. Raises `ConfigError` if `few_shot` or `fine_tune` has no head
-    for the network.
+    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects
+    `few_shot` for up to `FEW_IMAGES` training images if the network has start weights and a
+    head for it, and torchrun did not start the run, and else the training loop. Raises
+    `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
     """
     config: AnyProcedureConfig = LoopConfig()
     reason = ""
@@ -188,9 +215,13 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
     elif recorded is not None:
         config = recorded
     elif recipe.starts_random:
-        reason = "training loop, because the network starts from random weights, which all learn"
+        reason = (
+            "training loop, because the network starts from random weights, which all learn"
+        )
     elif not _has_head(recipe):
-        reason = f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
+        reason = (
+            f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
+        )
     elif num_images > FEW_IMAGES:
         reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
     elif torch.distributed.is_initialized():
@@ -200,7 +231,9 @@ def select_procedure(recipe: Recipe, num_images: int, recorded: AnyProcedureConf
         reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
-            raise ConfigError(f"procedure {config.kind}: needs one process; start it without torchrun")
+            raise ConfigError(
+                f"procedure {config.kind}: needs one process; start it without torchrun"
+            )
         entry(head_name(recipe.model.name))  # raises the error if there is no head
     return Selected(recipe.model_copy(update={"procedure": config}), reason)
 
@@ -214,11 +247,14 @@ def _has_head(recipe: Recipe) -> bool:
     return True
 
 
-def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy) -> Division:
+def divide_images(
+    recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy
+) -> Division:
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
-    A new run chooses them; the run of *last* has recorded its choice, or repeats it for more than
-    `MAX_HASHED` images. The first process decides for all, and alone reads the files, each once.
+    A new run chooses them; the run of *last* has recorded its choice, or repeats it for more
+    than `MAX_HASHED` images. The first process decides for all, and alone reads the files, each
+    once.
     """
     images, config = opened.train, recipe.data
     hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
@@ -239,7 +275,9 @@ def divide_images(recipe: Recipe, opened: Split, last: Checkpoint | None, strate
                 groups, hashes = _group_and_hash(recipe, images)
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
-    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()  # the other processes add zeros
+    choice = strategy.all_reduce(
+        torch.from_numpy(choice)
+    ).numpy()  # the other processes add zeros
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
     return Division(divide(opened, choice), of_training_files, record)
 
@@ -250,7 +288,9 @@ def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDAr
     if not len(found.vectors) or recipe.groups_by_name:
         return found.groups, found.file_hashes
     names = [images.identity(index) for index in range(len(images))]
-    clips = find_clips(names, found.times, number_classes(images.targets), found.vectors, found.groups)
+    clips = find_clips(
+        names, found.times, number_classes(images.targets), found.vectors, found.groups
+    )
     return clips.groups, found.file_hashes
 
 
@@ -276,15 +316,25 @@ def _check_data(
             ignored.add("rejection.unknown")
         if ignored:
             names = ", ".join(sorted(ignored))
-            raise ConfigError(f"{names}: without effect where images have several classes; remove it")
-    # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read them before. An
-    # image that the run itself holds out has its copies on its side.
+            raise ConfigError(
+                f"{names}: without effect where images have several classes; remove it"
+            )
+    # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read
+    # them before. An image that the run itself holds out has its copies on its side.
     if len(file_hashes):
         warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
-        missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
-        problem = f"{shorten(missing)}: {ONE_GROUP}" if isinstance(recipe.data, HoldOut) else NO_IMAGES
+        missing = [
+            label
+            for label, count in zip(data.held_out.labels, counts, strict=True)
+            if not count
+        ]
+        problem = (
+            f"{shorten(missing)}: {ONE_GROUP}"
+            if isinstance(recipe.data, HoldOut)
+            else NO_IMAGES
+        )
         if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:
@@ -315,7 +365,8 @@ def check_count(images: LabeledImages) -> None:
 def check_same_step(setup: Setup, folder: RunFolder) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([setup.position.epoch, setup.position.step])
-    # If positions differ, at least one differs from their mean; its multiple is then not the sum of all.
+    # If positions differ, at least one differs from their mean; its multiple is then not the
+    # sum of all.
     if not torch.equal(setup.strategy.all_reduce(position), position * setup.strategy.world):
         raise ConfigError(
             f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
@@ -344,7 +395,10 @@ def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Cla
     """
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    sides, what = {recipe.preprocess.crop, recipe.training_crop}, f"preprocess.crop: {recipe.model.name}"
+    sides, what = (
+        {recipe.preprocess.crop, recipe.training_crop},
+        f"preprocess.crop: {recipe.model.name}",
+    )
     vars(placed)[IMAGES_FORMAT] = find_images_format(sides, placed, strategy.device, what)
     return placed
 
@@ -355,8 +409,8 @@ def find_images_format(
 ) -> torch.memory_format:
     """Put *model* into eval mode and run it on zeros of all *sides*; return the layout of its images.
 
-    This is channels-last, the faster one, unless *model* needs contiguous images, as `view` behind a
-    convolution does. Raises `ConfigError` about *what* if no layout fits all sides.
+    This is channels-last, the faster one, unless *model* needs contiguous images, as `view`
+    behind a convolution does. Raises `ConfigError` about *what* if no layout fits all sides.
     """
     model.eval()
     for layout in (torch.channels_last, torch.contiguous_format):

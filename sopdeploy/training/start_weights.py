@@ -1,9 +1,11 @@
 """Weights to start a run from: published ImageNet weights, a weight file of another project, a checkpoint.
 
-Tensors are matched by name and shape. Only the parts that a network adds to its backbone may be new:
-branches, pooling, attention blocks, and the classifier, which is new when the classes differ.
+Tensors are matched by name and shape. Only the parts that a network adds to its backbone may be
+new: branches, pooling, attention blocks, and the classifier, which is new when the classes
+differ.
 
-Preprocessing values that the recipe's `[preprocess]` does not set are those of the start weights.
+Preprocessing values that the recipe's `[preprocess]` does not set are those of the start
+weights.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,15 +33,27 @@ from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
-ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}  # that networks add to a backbone
-CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}  # names of classifiers in weight files
+ADDED_PARTS = {
+    "pooling",
+    "attention",
+    "reduction",
+    "root",
+    POOLED_HEAD,
+}  # that networks add to a backbone
+CLASSIFIER_PARTS = {
+    "fc",
+    "classifier",
+    "linear",
+    "head",
+    "head_dist",
+}  # names of classifiers in weight files
 
 
 class StartReport(StrictModel):
     """The weights that a run started from; part of its checkpoints.
 
-    `loaded` counts tensors. `new` lists the parts of the network with random weights, `unused` the parts of
-    the file that the network does not have.
+    `loaded` counts tensors. `new` lists the parts of the network with random weights, `unused`
+    the parts of the file that the network does not have.
     """
 
     file: str
@@ -54,7 +68,9 @@ class StartReport(StrictModel):
         """Describe the file, the loaded tensors, and the new and unused parts in one line."""
         new = f"; new: {', '.join(self.new)}" if self.new else ""
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return f"start weights: {self.file} ({self.network}), {self.loaded} tensors{new}{unused}"
+        return (
+            f"start weights: {self.file} ({self.network}), {self.loaded} tensors{new}{unused}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,18 +91,22 @@ def read_start_weights(
 ) -> StartWeights | None:
     """Read the weights that `start.weights` of *recipe* selects; None for random weights.
 
-    *source* is the file, if it was checked or opened before. The first process fetches published weights to
-    the cache, then the others read them. Raises `ConfigError` if the value is missing or no weights are
-    published, `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
+    *source* is the file, if it was checked or opened before. The first process fetches
+    published weights to the cache, then the others read them. Raises `ConfigError` if the value
+    is missing or no weights are published, `WeightsError` or `CheckpointError` if the file
+    cannot be fetched or read.
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
     if recipe.start.weights is None:
         raise ConfigError(
-            "start.weights: not set; give the checkpoint to start from", remedies={"weights": "imagenet"}
+            "start.weights: not set; give the checkpoint to start from",
+            remedies={"weights": "imagenet"},
         )
     weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
-    strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
+    strategy.all_reduce(
+        torch.zeros(1)
+    )  # the others wait until the first process has filled the cache
     return _read_weights_file(recipe, source) if weights is None else weights
 
 
@@ -98,16 +118,21 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    return fetch_imagenet_weights(recipe.model.name.removeprefix("head:"), config, download=download)
+    return fetch_imagenet_weights(
+        recipe.model.name.removeprefix("head:"), config, download=download
+    )
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, or *source*, which was opened before."""
-    model = recipe.model.name.removeprefix("head:")  # `head:resnet50` reads the file of `resnet50`
+    model = recipe.model.name.removeprefix(
+        "head:"
+    )  # `head:resnet50` reads the file of `resnet50`
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
         path = expand_user(weights)
-        # `dsop-timm:NAME` reads the file of `timm:NAME`; importers know names without a colon as they are.
+        # `dsop-timm:NAME` reads the file of `timm:NAME`; importers know names without a colon
+        # as they are.
         source_model = model.removeprefix("dsop-") if ":" in model else model
     else:  # "imagenet"
         path, source_model = fetch_published(recipe)
@@ -140,32 +165,47 @@ def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeig
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     """Add the values of *base* that the `[preprocess]` of *recipe* does not set.
 
-    If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*. Raises `ConfigError`.
+    If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*. Raises
+    `ConfigError`.
     """
-    set_values = {name: getattr(recipe.preprocess, name) for name in recipe.preprocess.model_fields_set}
+    set_values = {
+        name: getattr(recipe.preprocess, name) for name in recipe.preprocess.model_fields_set
+    }
     if "crop" in set_values and "resize" not in set_values:
-        set_values["resize"] = Preprocess.scaled_resize(set_values["crop"], base.resize, base.crop)
+        set_values["resize"] = Preprocess.scaled_resize(
+            set_values["crop"], base.resize, base.crop
+        )
     try:
         values = {**base.model_dump(), **set_values}
         completed = Preprocess(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"preprocess: {first_problem(error, values)}; set resize and crop") from error
+        raise ConfigError(
+            f"preprocess: {first_problem(error, values)}; set resize and crop"
+        ) from error
     return recipe.model_copy(update={"preprocess": completed})
 
 
-def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[str, ...]) -> StartReport:
+def load_start_weights(
+    weights: StartWeights, model: Classifier, labels: tuple[str, ...]
+) -> StartReport:
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
-    Random weights remain in parts that networks add to a backbone, and in classifiers of another width or of
-    other classes. Raises `WeightsError` for the first other tensor that does not fit or is not finite.
+    Random weights remain in parts that networks add to a backbone, and in classifiers of
+    another width or of other classes. Raises `WeightsError` for the first other tensor that
+    does not fit or is not finite.
     """
-    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
+    ]
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
-    # Of these, only the ones with a usual name are classifiers; others have an output per class by chance.
+    # Of these, only the ones with a usual name are classifiers; others have an output per class
+    # by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
-    not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []  # even if their shapes fit
+    not_loaded = (
+        [*classifiers, *branch_classifiers] if has_other_classes else []
+    )  # even if their shapes fit
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
     if isinstance(model, TimmBackbone):
@@ -190,18 +230,29 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 
 
 def _match_tensors(
-    weights: StartWeights, model: Classifier, not_loaded: Collection[str], may_be_new: tuple[str, ...]
+    weights: StartWeights,
+    model: Classifier,
+    not_loaded: Collection[str],
+    may_be_new: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Find the tensors of *weights* to load, and list the parts of *model* that keep random weights.
 
-    The parts *not_loaded* keep them in any case, those that *may_be_new* if the file has no tensor that fits.
+    The parts *not_loaded* keep them in any case, those that *may_be_new* if the file has no
+    tensor that fits.
     """
     own = model.state_dict()
-    container = classifier_name(model).rpartition(".")[0]  # `classifier` of `classifier.6`; "" of `fc`
-    contains_backbone = is_in(next(iter(own)), container)  # the first tensor belongs to the backbone
+    container = classifier_name(model).rpartition(".")[
+        0
+    ]  # `classifier` of `classifier.6`; "" of `fc`
+    contains_backbone = is_in(
+        next(iter(own)), container
+    )  # the first tensor belongs to the backbone
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
-    for name, tensor in own.items():  # each one is loaded, in a new part, a counter, or an error
+    for (
+        name,
+        tensor,
+    ) in own.items():  # each one is loaded, in a new part, a counter, or an error
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -214,9 +265,13 @@ def _match_tensors(
             if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
-            new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
+            new.add(
+                name.rpartition(".")[0]
+            )  # another pooling gives this layer an input of another length
         else:
-            raise _misfit_error(weights, f"{name} is {tuple(stored.shape)}, not {tuple(tensor.shape)}")
+            raise _misfit_error(
+                weights, f"{name} is {tuple(stored.shape)}, not {tuple(tensor.shape)}"
+            )
     return matching, tuple(sorted(new))
 
 
@@ -229,14 +284,17 @@ class InitialModel(NamedTuple):
 
 
 def create_initial_model(
-    recipe: Recipe, labels: tuple[str, ...], strategy: Strategy, source: WeightSource | None = None
+    recipe: Recipe,
+    labels: tuple[str, ...],
+    strategy: Strategy,
+    source: WeightSource | None = None,
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    *source* is the file of `start.weights`, if it was checked or opened before. Without `start`, the recipe
-    stays as it is; with weights, these are loaded, and their preprocessing completes that of the recipe; with
-    "none", the default preprocessing does. Raises the errors of `read_start_weights` and
-    `load_start_weights`.
+    *source* is the file of `start.weights`, if it was checked or opened before. Without
+    `start`, the recipe stays as it is; with weights, these are loaded, and their preprocessing
+    completes that of the recipe; with "none", the default preprocessing does. Raises the errors
+    of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)
@@ -260,7 +318,11 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         return create_model(name, num_classes=num_classes, **config, **size)
 
     model = create()
-    if not isinstance(model, TimmBackbone) or model.fixed_size is None or "image_size" in config:
+    if (
+        not isinstance(model, TimmBackbone)
+        or model.fixed_size is None
+        or "image_size" in config
+    ):
         return model
     has_crop = "crop" in recipe.preprocess.model_fields_set
     wanted = recipe.preprocess.crop if has_crop else model.size_of(tensors)
@@ -270,7 +332,9 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
 def classifier_name(model: Classifier) -> str:
     """Return the name of the last linear layer of the deployed network; some classify by a convolution."""
     exported = [
-        (name, module) for name, module in model.named_modules() if not is_in(name, *model.training_only)
+        (name, module)
+        for name, module in model.named_modules()
+        if not is_in(name, *model.training_only)
     ]
     linear: list[str] = [name for name, module in exported if isinstance(module, nn.Linear)]
     if linear:

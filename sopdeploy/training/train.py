@@ -1,7 +1,7 @@
 """A run from its recipe to its result: started or resumed, and trained by the selected procedure.
 
-A run that is stopped or killed at any time and then resumed on the same machine ends with the weights of an
-uninterrupted one: bit for bit on a CPU with the same number of threads.
+A run that is stopped or killed at any time and then resumed on the same machine ends with the
+weights of an uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,12 +89,13 @@ def train_run(
 ) -> FinishedRun:
     """Train *recipe* and write the run to *out_dir*.
 
-    *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
-    first process only. If a new run of one process meets a damaged image, it begins again without all damaged
-    ones (`leave_out_unreadable`). *strategy* defaults to the processes that torchrun started.
+    *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback*
+    is used in the first process only. If a new run of one process meets a damaged image, it
+    begins again without all damaged ones (`leave_out_unreadable`). *strategy* defaults to the
+    processes that torchrun started.
 
-    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not finite,
-    `TrainingStoppedError` after Ctrl-C or SIGTERM.
+    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not
+    finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
     """
     if strategy is None:
         strategy = Strategy(select_device(recipe.device))
@@ -110,7 +111,9 @@ def train_run(
             return _fit(setup, last, folder, callback)
         except DataError as error:  # perhaps of a damaged image
             if last is not None or strategy.world > 1:
-                raise unreadable_images_error(error, setup.data.train, setup.data.held_out) from None
+                raise unreadable_images_error(
+                    error, setup.data.train, setup.data.held_out
+                ) from None
             opened = open_data(recipe.data) if given.data is None else given.data
             given = given._replace(data=leave_out_unreadable(opened, error))
         return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
@@ -118,7 +121,9 @@ def train_run(
         folder.unlock()
 
 
-def _fit(setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback) -> FinishedRun:
+def _fit(
+    setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
+) -> FinishedRun:
     """Train by the procedure of *setup*, from *last* or anew; locks *folder* before it writes."""
     if setup.uses_loop:
         from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
@@ -137,7 +142,8 @@ def _fit(setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Cal
 
         fit = partial(fit_fine_tune, setup, last)
     if last is None and not setup.data.left_out:
-        folder.lock()  # `open` has locked that of a resumed run, an earlier attempt that of this one
+        # `open` has locked that of a resumed run, an earlier attempt that of this one
+        folder.lock()
     for line in setup.describe(is_new=last is None):
         callback.on_message(line)
     return FinishedRun(setup, *fit(folder, callback))

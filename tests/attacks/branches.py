@@ -1,6 +1,7 @@
 """Networks whose branch runs in eval mode: some let it affect the output, the others only seem to.
 
-All have the parts `conv`, `fc` and `aux`, and return the logits, or these beside those of `aux`.
+All have the parts `conv`, `fc` and `aux`, and return the logits, or these beside those of
+`aux`.
 """
 
 import contextlib
@@ -45,7 +46,10 @@ class Case(NamedTuple):
 
 
 def case(
-    answer: Answer, message: str = "", prepare: Callable[[Any], object] | None = None, *parts: str
+    answer: Answer,
+    message: str = "",
+    prepare: Callable[[Any], object] | None = None,
+    *parts: str,
 ) -> Case:
     members = {"answer": answer, "prepare": prepare or Branched.prepare}
     return Case(type("Network", (Branched,), members), message, parts or ("aux",))
@@ -68,7 +72,9 @@ def replaces(network: Any, part: nn.Module) -> None:
 class Branch(nn.Module):
     """A linear branch that computes something beside its logits."""
 
-    def __init__(self, effect: Callable[[Any, Tensor, Tensor], Any] = lambda _part, _x, y: y) -> None:
+    def __init__(
+        self, effect: Callable[[Any, Tensor, Tensor], Any] = lambda _part, _x, y: y
+    ) -> None:
         super().__init__()
         self.head, self.effect = nn.Linear(WIDTH, CLASSES), effect
         self.head_twice = [self.head]
@@ -101,7 +107,9 @@ def branch(effect: Callable[[Any, Tensor, Tensor], Any]) -> Callable[[Any], None
     return lambda network: replaces(network, Branch(effect))
 
 
-def owned(effect: Callable[[Any, Tensor], object], **values: Callable[[], Any]) -> Callable[[Any], None]:
+def owned(
+    effect: Callable[[Any, Tensor], object], **values: Callable[[], Any]
+) -> Callable[[Any], None]:
     """Add a branch with an *effect* on the network that holds it, and set attributes of this network."""
 
     def prepare(network: Any) -> None:
@@ -138,16 +146,27 @@ VALUES: dict[str, Case] = {  # the output depends on a tensor of the branch, and
     "integers": case(lambda n, f, y: y + 0 * n.aux(f).int(), NEEDED),
     "whether it is NaN": case(lambda n, f, y: y + n.aux(f).isnan(), NEEDED),
     "a position": case(lambda n, f, y: y + 0 * n.aux(f).argmax(1, keepdim=True), NEEDED),
-    "a product with zero as a mask": case(lambda n, f, y: y.masked_fill(n.aux(f).isinf(), 0.0), NEEDED),
+    "a product with zero as a mask": case(
+        lambda n, f, y: y.masked_fill(n.aux(f).isinf(), 0.0), NEEDED
+    ),
     "its weight": case(lambda n, f, y: y + 0 * F.linear(f, n.aux.weight), NEEDED),
-    "all its weights": case(lambda n, f, y: y + 0 * sum(p.sum() for p in n.aux.parameters()), NEEDED),
-    "a method": case(lambda n, f, y: y + 0 * n.aux.method(f), NEEDED, lambda n: replaces(n, Branch())),
-    "a property": case(lambda n, f, y: y + 0 * n.aux.scale, NEEDED, lambda n: replaces(n, Branch())),
+    "all its weights": case(
+        lambda n, f, y: y + 0 * sum(p.sum() for p in n.aux.parameters()), NEEDED
+    ),
+    "a method": case(
+        lambda n, f, y: y + 0 * n.aux.method(f), NEEDED, lambda n: replaces(n, Branch())
+    ),
+    "a property": case(
+        lambda n, f, y: y + 0 * n.aux.scale, NEEDED, lambda n: replaces(n, Branch())
+    ),
     "a bound method": case(
         lambda n, f, y: y + 0 * n.call(f), NEEDED, lambda n: setattr(n, "call", n.aux.forward)
     ),
     "a tensor that is no part": case(
-        lambda n, f, y: y + 0 * n.gate.sum(), NEEDED, puts(gate=lambda: nn.Parameter(torch.ones(3))), "gate"
+        lambda n, f, y: y + 0 * n.gate.sum(),
+        NEEDED,
+        puts(gate=lambda: nn.Parameter(torch.ones(3))),
+        "gate",
     ),
     "a number that it returns": case(
         lambda n, f, y: y * n.aux(f)[1],
@@ -155,7 +174,9 @@ VALUES: dict[str, Case] = {  # the output depends on a tensor of the branch, and
         branch(lambda _part, _x, y: (y, 0.5)),
     ),
     "what it returns unchanged": case(
-        lambda n, f, y: n.fc(n.aux(f)), OTHER + "|not finite|NaN", branch(lambda _part, x, _y: x)
+        lambda n, f, y: n.fc(n.aux(f)),
+        OTHER + "|not finite|NaN",
+        branch(lambda _part, x, _y: x),
     ),
     "the exit that is chosen": case(lambda n, f, y: (n.aux(f), y), NEEDED),
 }
@@ -193,8 +214,12 @@ ALIASES: dict[str, Case] = {
         DRAWN,
         aliases(lambda n: n.aux.weight.detach().numpy()),
     ),
-    "a global variable": case(lambda n, f, y: y + f @ GLOBAL.weight.t(), DRAWN, shares_globally),
-    "a module in a list": case(lambda n, f, y: y + 0 * n.alias[0](f), NEEDED, aliases(lambda n: n.aux)),
+    "a global variable": case(
+        lambda n, f, y: y + f @ GLOBAL.weight.t(), DRAWN, shares_globally
+    ),
+    "a module in a list": case(
+        lambda n, f, y: y + 0 * n.alias[0](f), NEEDED, aliases(lambda n: n.aux)
+    ),
     "a module under a second name": case(
         lambda n, f, y: y + 0 * n.other(f),
         "shares its memory with other",
@@ -221,7 +246,9 @@ def reads_stored(network: Any, features: Tensor, logits: Tensor) -> Any:
 
 EFFECTS: dict[str, Case] = {  # the branch changes something that the classifier reads
     "in place": case(
-        calls_first, OTHER + "|operations of aux", branch(lambda _part, x, y: (x.mul_(1.0), y)[1])
+        calls_first,
+        OTHER + "|operations of aux",
+        branch(lambda _part, x, y: (x.mul_(1.0), y)[1]),
     ),
     "in place, without tensors of its own": case(
         calls_first, OTHER + "|operations of aux", lambda n: replaces(n, Shift())
@@ -230,10 +257,14 @@ EFFECTS: dict[str, Case] = {  # the branch changes something that the classifier
         lambda n, f, y: (n.aux.shift(f), n.fc(f))[1], OTHER, lambda n: replaces(n, Shift())
     ),
     "in place, through a view": case(
-        calls_first, OTHER + "|operations of aux", branch(lambda _part, x, y: (x[:, :1].mul_(1.0), y)[1])
+        calls_first,
+        OTHER + "|operations of aux",
+        branch(lambda _part, x, y: (x[:, :1].mul_(1.0), y)[1]),
     ),
     "in place, by a hook": case(
-        calls_first, OTHER + "|operations of aux", hooked(lambda _part, inputs, _output: inputs[0].mul_(1.0))
+        calls_first,
+        OTHER + "|operations of aux",
+        hooked(lambda _part, inputs, _output: inputs[0].mul_(1.0)),
     ),
     "a hook that stores the result": case(reads_stored, NEEDED + "|changes while", stores),
     "a list that it gets": case(
@@ -249,7 +280,10 @@ EFFECTS: dict[str, Case] = {  # the branch changes something that the classifier
     "a buffer": case(
         lambda n, f, y: (n.aux(f), y + n.norm.running_mean.sum())[1],
         STATE,
-        owned(lambda n, x: n.norm.running_mean.add_(0 * x.sum()), norm=lambda: nn.BatchNorm1d(WIDTH)),
+        owned(
+            lambda n, x: n.norm.running_mean.add_(0 * x.sum()),
+            norm=lambda: nn.BatchNorm1d(WIDTH),
+        ),
     ),
     "a global variable": case(
         lambda n, f, y: (n.aux(f), y + 0 * GLOBAL.seen[-1])[1],
@@ -282,7 +316,9 @@ EFFECTS: dict[str, Case] = {  # the branch changes something that the classifier
         owned(lambda n, x: updates(n.norm, x), norm=lambda: nn.BatchNorm1d(WIDTH)),
     ),
     "batch statistics of its own": case(
-        lambda n, f, y: (n.aux(f), y)[1], "train mode|" + STATE, lambda n: replaces(n, AlwaysTrains(WIDTH))
+        lambda n, f, y: (n.aux(f), y)[1],
+        "train mode|" + STATE,
+        lambda n: replaces(n, AlwaysTrains(WIDTH)),
     ),
     "the number of its runs": case(
         lambda n, f, y: (n.aux(f), y if n.runs < 600 else -y)[1],
@@ -344,39 +380,53 @@ class NamedBranch(Branch):
 
 
 PYTHON: dict[str, Case] = {  # a value of the branch becomes a Python value
-    "item": case(lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item()), READS + "|cannot be captured|fails"),
+    "item": case(
+        lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item()), READS + "|cannot be captured|fails"
+    ),
     "tolist": case(
-        lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0]), READS + "|cannot be captured|fails"
+        lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0]),
+        READS + "|cannot be captured|fails",
     ),
     "float behind try": case(tried(lambda n, f: float(n.aux(f).mean()) > 9), READS),
     "its text": case(tried(lambda n, f: "nan" in str(n.aux(f))), READS),
     "a branch on its result": case(tried(lambda n, f: bool((n.aux(f) > 1e9).any())), READS),
     "a branch on its NaN": case(tried(lambda n, f: bool(n.aux(f).isnan().any())), READS),
     "cond": case(
-        lambda n, f, y: torch.cond(n.aux(f).sum() > 1e9, lambda x: x * 2, lambda x: x * 1, (y,)),
+        lambda n, f, y: torch.cond(
+            n.aux(f).sum() > 1e9, lambda x: x * 2, lambda x: x * 1, (y,)
+        ),
         "no control flow|" + READS,
     ),
     "the length of a list": case(
-        lambda n, f, y: y * len(n.aux) + 0, "reads the length of aux, .* try training_only='aux", lists()
+        lambda n, f, y: y * len(n.aux) + 0,
+        "reads the length of aux, .* try training_only='aux",
+        lists(),
     ),
     "an attribute": case(
         lambda n, f, y: y * n.aux.weight_of_loss,
         "reads weight_of_loss of aux",
         lambda n: replaces(n, NamedBranch()),
     ),
-    "a size of a layer": case(lambda n, f, y: y * n.aux.out_features, "reads out_features of aux"),
+    "a size of a layer": case(
+        lambda n, f, y: y * n.aux.out_features, "reads out_features of aux"
+    ),
     "the number of its weights": case(lambda n, f, y: y * len([*n.aux.parameters()]), OTHER),
     "its mode": case(
         lambda n, f, y: (n.aux(f), y * (2.0 if n.aux.training else 1.0))[1],
         OTHER + "|train mode|" + STATE,
         lambda n: replaces(n, StaysInTrainMode()),
     ),
-    "its class": case(lambda n, f, y: y * (1.0 if isinstance(n.aux, nn.Linear) else 2.0), OTHER),
+    "its class": case(
+        lambda n, f, y: y * (1.0 if isinstance(n.aux, nn.Linear) else 2.0), OTHER
+    ),
     "whether it computes NaN": case(
         lambda n, f, y: y * (1.0 if type(n.aux).__module__.startswith("torch.") else 2.0), OTHER
     ),
     "what its name is": case(
-        lambda n, f, y: y * (1.0 if type(n.aux).__name__ == "Linear" else 2.0) + 0 * n.aux(f).sum(), NEEDED
+        lambda n, f, y: (
+            y * (1.0 if type(n.aux).__name__ == "Linear" else 2.0) + 0 * n.aux(f).sum()
+        ),
+        NEEDED,
     ),
 }
 
@@ -416,33 +466,47 @@ RIGHT: dict[str, Case] = {  # the branch is not needed
         lambda n: replaces(n, nn.ModuleDict({"early": nn.Linear(WIDTH, CLASSES)})),
     ),
     "parts of a list by position and by slice": case(
-        lambda n, f, y: (y, n.aux[0](f), [head(f) for head in n.aux[1:]], [*n.aux][1](f)), "", lists()
+        lambda n, f, y: (y, n.aux[0](f), [head(f) for head in n.aux[1:]], [*n.aux][1](f)),
+        "",
+        lists(),
     ),
     "nested results": case(
         lambda n, f, y: (y, n.aux(f)["x"][0] * 2),
         "",
         branch(lambda _part, x, y: {"x": [y, None], "size": x.shape[0], "name": "aux"}),
     ),
-    "an object": case(lambda n, f, y: (y, n.aux(f).logits), "", branch(lambda _part, _x, y: Bag(y, 3))),
+    "an object": case(
+        lambda n, f, y: (y, n.aux(f).logits), "", branch(lambda _part, _x, y: Bag(y, 3))
+    ),
     "a number that it returns": case(
-        lambda n, f, y: (y, n.aux(f)[0] * n.aux(f)[1]), "", branch(lambda _part, _x, y: (y, 0.5))
+        lambda n, f, y: (y, n.aux(f)[0] * n.aux(f)[1]),
+        "",
+        branch(lambda _part, _x, y: (y, 0.5)),
     ),
     "a result that is changed in place": case(lambda n, f, y: (y, n.aux(f).relu_())),
     "two views": case(
         lambda n, f, y: (y, n.aux(torch.cat([f, -f])).chunk(2)),
     ),
     "a loss": case(
-        lambda n, f, y: (y, F.kl_div(n.aux(f).log_softmax(1), y.softmax(1), reduction="batchmean"))
+        lambda n, f, y: (
+            y,
+            F.kl_div(n.aux(f).log_softmax(1), y.softmax(1), reduction="batchmean"),
+        )
     ),
     "a branch with another type": case(lambda n, f, y: (y, n.aux(f).double().float().mean())),
     "a method": case(lambda n, f, y: (y, n.aux.method(f)), "", lambda n: replaces(n, Branch())),
     "a weight as an operand": case(lambda n, f, y: (y, F.linear(f, n.aux.weight))),
     "a removed tensor": case(
-        lambda n, f, y: (y, y * n.gate.sum()), "", puts(gate=lambda: nn.Parameter(torch.ones(3))), "gate"
+        lambda n, f, y: (y, y * n.gate.sum()),
+        "",
+        puts(gate=lambda: nn.Parameter(torch.ones(3))),
+        "gate",
     ),
     "dropout of the branch": case(lambda n, f, y: (y, F.dropout(n.aux(f), 0.5, training=True))),
     "no call": case(lambda n, f, y: y if n.aux is not None else -y),
-    "a truth value of a list": case(lambda n, f, y: (y, n.aux[0](f)) if n.aux else y, "", lists()),
+    "a truth value of a list": case(
+        lambda n, f, y: (y, n.aux[0](f)) if n.aux else y, "", lists()
+    ),
     "a layer without tensors under two names": case(
         lambda n, f, y: (n.fc(n.act(f)), n.aux(f)),
         "",
@@ -454,8 +518,12 @@ RIGHT: dict[str, Case] = {  # the branch is not needed
 }
 
 CANNOT: dict[str, Case] = {  # the branch is not needed, but it cannot have a stub
-    "a generator": case(lambda n, f, y: (y, list(n.aux(f))), "aux returns a generator", branch(yields)),
+    "a generator": case(
+        lambda n, f, y: (y, list(n.aux(f))), "aux returns a generator", branch(yields)
+    ),
     "a function": case(
-        lambda n, f, y: (y, n.aux(f)()), "aux returns a function", branch(lambda _part, _x, y: lambda: y)
+        lambda n, f, y: (y, n.aux(f)()),
+        "aux returns a function",
+        branch(lambda _part, _x, y: lambda: y),
     ),
 }

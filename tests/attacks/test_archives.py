@@ -87,7 +87,10 @@ def replaced_header(archive: bytes, entry: tarfile.TarInfo) -> bytes:
     return first + entry.tobuf(tarfile.USTAR_FORMAT) + rest[BLOCK:]
 
 
-OTHERS, NONE = "is not packed as `sopdeploy push` packs it", "not an archive of `sopdeploy push`"
+OTHERS, NONE = (
+    "is not packed as `sopdeploy push` packs it",
+    "not an archive of `sopdeploy push`",
+)
 TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a file above": (lambda a: replaced_header(a, entry("../pwned")), OTHERS),
     "a link out": (
@@ -105,8 +108,14 @@ TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "does not begin with a manifest",
     ),
     "a manifest that is none": (lambda _: manifest_of(2, b"{}"), ": missing"),
-    "a manifest of gigabytes": (lambda _: manifest_of(8_000_000_000), "does not begin with a manifest"),
-    "a size that is no number": (lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:], NONE),
+    "a manifest of gigabytes": (
+        lambda _: manifest_of(8_000_000_000),
+        "does not begin with a manifest",
+    ),
+    "a size that is no number": (
+        lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:],
+        NONE,
+    ),
     "deep JSON": (lambda _: manifest_of(200_000, b"[" * 200_000), "not JSON"),
 }
 
@@ -127,7 +136,9 @@ NAMES = ["../pwned", str(PWNED), "..", "", "a\\b", "Manifest.JSON", "x" * 256]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_manifest_with_an_unsafe_file_name_is_rejected(
+    bundle: Path, tmp_path: Path, name: str
+) -> None:
     forged = tmp_path / "forged"
     forged.mkdir()
     for path in bundle.iterdir():
@@ -141,7 +152,9 @@ def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path:
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.DataObject) -> None:
+def test_every_changed_byte_is_detected(
+    archive: bytes, bundle: Path, data: st.DataObject
+) -> None:
     place = data.draw(st.integers(0, len(archive) - 1))
     changed = bytearray(archive)
     changed[place] ^= data.draw(st.integers(1, 255))
@@ -151,7 +164,9 @@ def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.D
     assert not Path("out").exists()
 
 
-def test_another_sha256_and_an_archive_above_the_size_limit_are_rejected(archive: bytes, monkeypatch) -> None:
+def test_another_sha256_and_an_archive_above_the_size_limit_are_rejected(
+    archive: bytes, monkeypatch
+) -> None:
     assert "check both and download it again" in rejection(archive, "--sha256", "0" * 64)
     assert "64 hexadecimal digits" in rejection(archive, "--sha256", "abc")
     monkeypatch.setattr("sopdeploy.bundle.archive.MAX_ARCHIVE_BYTES", 100)
@@ -178,7 +193,9 @@ def change_payload(text: str) -> str:
     signature = json.loads(text)
     payload = json.loads(base64.b64decode(signature["dsseEnvelope"]["payload"]))
     payload["predicate"]["resources"][0]["digest"] = "0" * 64
-    signature["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    signature["dsseEnvelope"]["payload"] = base64.b64encode(
+        json.dumps(payload).encode()
+    ).decode()
     return json.dumps(signature)
 
 
@@ -203,9 +220,13 @@ def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is
         Path(ARCHIVE + ".sig").write_text(changed, errors="surrogateescape")
         assert message in rejection(body, "--require-signature", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
-    Path(ARCHIVE + ".sig").write_text(write_signature(other, tmp_path / "release.key").read_text())
+    Path(ARCHIVE + ".sig").write_text(
+        write_signature(other, tmp_path / "release.key").read_text()
+    )
     assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
     Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
-    assert "Key mismatch" in rejection(body, "--require-signature", str(write_key(tmp_path / "second.key")))
+    assert "Key mismatch" in rejection(
+        body, "--require-signature", str(write_key(tmp_path / "second.key"))
+    )
     pulled = pull(str(archive), Path("out"), require_signature=public)
     assert open_bundle(pulled.path).name == pulled.path.name

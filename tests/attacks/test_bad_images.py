@@ -72,12 +72,16 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_pixel_bomb_is_refused_by_its_header(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pixel_bomb_is_refused_by_its_header(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("was decoded"))
     assert attack(BOMBS[name]) in {"too_many_pixels", "damaged_image"}
 
 
-def test_a_large_transparent_image_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_transparent_image_is_converted_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rgba = encoded(Image.new("RGBA", (4000, 4000)))
     sizes = record_images(monkeypatch)
     decode(rgba, Preprocess(), max_bytes=10**6, max_pixels=10**8)
@@ -96,12 +100,16 @@ def test_a_compressed_text_bomb_costs_no_memory(kind: bytes) -> None:
 def test_ten_thousand_frames_cost_as_much_as_the_first() -> None:
     frame = gif((31, 24), (31, 24))
     head, body = frame[:19], frame[19:-1]
-    one, many = (counted(lambda count=count: attack(head + body * count + b";")) for count in (1, 10_000))
+    one, many = (
+        counted(lambda count=count: attack(head + body * count + b";")) for count in (1, 10_000)
+    )
     assert many.calls < one.calls + 50
     assert many.bytes < 1_000_000
 
 
-SMALL_RULES = Preprocess(resize=8, crop=8, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+SMALL_RULES = Preprocess(
+    resize=8, crop=8, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3
+)
 pytestmark = pytest.mark.timeout(60)  # a reader that waits for a FIFO waits forever
 
 
@@ -140,21 +148,33 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     split = open_folder(root)
     parts = split.train, split.held_out
     assert f"{listed}cannot be read" in fails(
-        lambda: [part.preprocess(index, Preprocess()) for part in parts for index in range(len(part))]
+        lambda: [
+            part.preprocess(index, Preprocess()) for part in parts for index in range(len(part))
+        ]
     )
     assert [error.startswith(listed) for error in check_data(root).unreadable] == [True]
-    assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(f"{listed}cannot be read")
-    assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
+    assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(
+        f"{listed}cannot be read"
+    )
+    assert fails(lambda: read_image(special, 1000)).startswith(
+        f"{listed}cannot be read (not a regular file)"
+    )
 
 
-def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(special: Path) -> None:
+def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
+    special: Path,
+) -> None:
     images = list(list_sources([str(special.parents[1])]))
     assert str(special) in [image.path for image in images]
-    message = fails(lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError)
+    message = fails(
+        lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError
+    )
     assert message == "cannot be read (not a regular file)"
     for suffix in (".tar", ".txt"):
         source = special.rename(special.with_suffix(suffix))
-        assert "not a regular file" in fails(lambda source=source: list(list_sources([str(source)])))
+        assert "not a regular file" in fails(
+            lambda source=source: list(list_sources([str(source)]))
+        )
         source.rename(special)
 
 

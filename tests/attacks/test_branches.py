@@ -26,7 +26,9 @@ GROUPS = {
     "CANNOT": b.CANNOT,
 }
 REFUSED = [
-    pytest.param(case, id=f"{group}-{name}") for group in GROUPS for name, case in GROUPS[group].items()
+    pytest.param(case, id=f"{group}-{name}")
+    for group in GROUPS
+    for name, case in GROUPS[group].items()
 ]
 QUICK = ExportOptions(max_batch=1)
 BY_SIZE = ("a pair", "two views", "nested results")  # also exported for batches
@@ -43,7 +45,9 @@ def test_there_are_at_least_thirty() -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_branch_that_the_output_needs_is_refused_in_one_line(case: b.Case, tmp_path: Path) -> None:
+def test_a_branch_that_the_output_needs_is_refused_in_one_line(
+    case: b.Case, tmp_path: Path
+) -> None:
     network = trained(case.network())
     with pytest.raises(SopdeployError, match=case.message) as error:
         export_small(network, tmp_path, training_only=case.parts, logits_key=0, options=QUICK)
@@ -53,7 +57,10 @@ def test_a_branch_that_the_output_needs_is_refused_in_one_line(case: b.Case, tmp
 
 def unseen_images() -> NDArray[np.uint8]:
     random = np.random.default_rng(1)
-    colors = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in itertools.product((0, 255), repeat=3)]
+    colors = [
+        np.full((SIDE, SIDE, 3), color, np.uint8)
+        for color in itertools.product((0, 255), repeat=3)
+    ]
     return np.concatenate([colors, random.integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)])
 
 
@@ -65,7 +72,9 @@ def test_a_branch_that_nothing_needs_is_removed_and_the_file_computes_the_same(
     network = trained(case.network())
     options = ExportOptions(max_batch=8) if name in BY_SIZE else QUICK
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    exported = export_small(network, tmp_path, training_only=case.parts, logits_key=0, options=options)
+    exported = export_small(
+        network, tmp_path, training_only=case.parts, logits_key=0, options=options
+    )
     certificate = exported.certificate
     assert (certificate.proof, certificate.detached) == ("trained-detached", case.parts)
     assert {entry.name.split(".")[0] for entry in certificate.removed} == set(case.parts)
@@ -83,6 +92,10 @@ def test_a_branch_that_nothing_needs_is_removed_and_the_file_computes_the_same(
 
 @torch.no_grad()
 def logits_of(network: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    output = network(Normalize(PREPROCESS, torch.contiguous_format)(torch.from_numpy(images)).contiguous())
-    logits: NDArray[np.float32] = (output if isinstance(output, torch.Tensor) else output[0]).numpy()
+    output = network(
+        Normalize(PREPROCESS, torch.contiguous_format)(torch.from_numpy(images)).contiguous()
+    )
+    logits: NDArray[np.float32] = (
+        output if isinstance(output, torch.Tensor) else output[0]
+    ).numpy()
     return logits

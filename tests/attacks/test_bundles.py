@@ -46,9 +46,18 @@ def colors(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -
 
 def probes(**changes: Any) -> bytes:
     logits = PROBES.mean(axis=(1, 2)).astype(np.float32)
-    arrays = {"images": PROBES, "output_logits": logits, "tolerance_logits": np.array(1e-3), **changes}
+    arrays = {
+        "images": PROBES,
+        "output_logits": logits,
+        "tolerance_logits": np.array(1e-3),
+        **changes,
+    }
     file = io.BytesIO()
-    np.savez(file, allow_pickle=True, **{name: value for name, value in arrays.items() if value is not None})
+    np.savez(
+        file,
+        allow_pickle=True,
+        **{name: value for name, value in arrays.items() if value is not None},
+    )
     return file.getvalue()
 
 
@@ -102,12 +111,18 @@ def test_the_original_bundle_is_accepted(bundle: Path) -> None:
     assert f"verified {bundle.name}" in result.stdout
 
 
-def test_another_graph_with_the_right_hash_fails_the_probes(bundle: Path, tmp_path: Path) -> None:
-    shutil.copy(write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx")
+def test_another_graph_with_the_right_hash_fails_the_probes(
+    bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copy(
+        write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx"
+    )
     assert "the graph was replaced after the export" in rejection(
         forge(bundle), "model.onnx: its graph has the root"
     )
-    assert "does not compute the exported network" in rejection(forge_with_root(bundle), "probes")
+    assert "does not compute the exported network" in rejection(
+        forge_with_root(bundle), "probes"
+    )
 
 
 def pickled() -> Any:
@@ -150,7 +165,9 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "compressed arrays": lambda: compressed(probes()),
     "many names of one array": lambda: overlapping(probes()),
     "one image again and again": lambda: probes(images=np.zeros((4, SIDE, SIDE, 3), np.uint8)),
-    "a tolerance that the noise floor does not explain": lambda: probes(tolerance_logits=np.array(1e9)),
+    "a tolerance that the noise floor does not explain": lambda: probes(
+        tolerance_logits=np.array(1e9)
+    ),
     "an infinite tolerance": lambda: probes(tolerance_logits=np.array(np.inf)),
     "no number as tolerance": lambda: probes(tolerance_logits=np.array(np.nan)),
     "text": lambda: b"trust me",
@@ -188,7 +205,9 @@ GOLDEN: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("attack", GOLDEN)
-def test_missing_and_worthless_golden_examples_are_rejected(bundle: Path, monkeypatch, attack: str) -> None:
+def test_missing_and_worthless_golden_examples_are_rejected(
+    bundle: Path, monkeypatch, attack: str
+) -> None:
     monkeypatch.chdir(bundle)
     index = json.loads(Path("golden.json").read_bytes())
     GOLDEN[attack](index)
@@ -228,11 +247,17 @@ def test_invalid_graphs_with_the_right_hash_are_rejected(bundle: Path, attack: s
 
 FIELDS_OF_OTHERS: dict[str, dict[str, Any]] = {
     "another opset": {"opset": 99},
-    "another input size": {"inputs": [{"name": "images", "dtype": "uint8", "shape": [None, 64, 64, 3]}]},
-    "another input type": {"inputs": [{"name": "images", "dtype": "float32", "shape": [None, 16, 16, 3]}]},
+    "another input size": {
+        "inputs": [{"name": "images", "dtype": "uint8", "shape": [None, 64, 64, 3]}]
+    },
+    "another input type": {
+        "inputs": [{"name": "images", "dtype": "float32", "shape": [None, 16, 16, 3]}]
+    },
     "fewer classes": {"outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 2]}]},
     "two outputs": {
-        "outputs": [{"name": n, "dtype": "float32", "shape": [None, 3]} for n in ("logits", "x")]
+        "outputs": [
+            {"name": n, "dtype": "float32", "shape": [None, 3]} for n in ("logits", "x")
+        ]
     },
     "operators that mix images": {"mixes_images": ["Softmax"]},
 }
@@ -243,7 +268,10 @@ def test_a_manifest_of_another_graph_is_rejected(bundle: Path, attack: str) -> N
     fields = FIELDS_OF_OTHERS[attack]
     if attack == "fewer classes":
         (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
-    rejection(forge(bundle, **fields), "certificate.json" if "mixes_images" in fields else "model.onnx: has")
+    rejection(
+        forge(bundle, **fields),
+        "certificate.json" if "mixes_images" in fields else "model.onnx: has",
+    )
 
 
 def changed_json(bundle: Path, name: str, **fields: Any) -> None:
@@ -258,7 +286,10 @@ def replace_graph_as(precision: str) -> Callable[[Path], dict[str, Any]]:
     def attack(bundle: Path) -> dict[str, Any]:
         (bundle / "model.onnx").write_bytes(colors(2.0))
         _, root = read_model(colors(2.0))
-        lineage = {**json.loads((bundle / "manifest.json").read_bytes())["lineage"], "onnx_root": root}
+        lineage = {
+            **json.loads((bundle / "manifest.json").read_bytes())["lineage"],
+            "onnx_root": root,
+        }
         for name in ("parity.json", "precision.json"):
             changed_json(bundle, name, precision=precision)
         return {"lineage": lineage, "precision": precision}
@@ -276,18 +307,32 @@ CHANGED: dict[str, tuple[Callable[[Path], dict[str, Any] | None], str]] = {
     "a graph as fp16": (replace_graph_as("fp16"), "certificate.json: certifies another graph"),
     "a graph as int8": (replace_graph_as("int8"), "certificate.json: certifies another graph"),
     "a graph as fp32": (replace_graph_as("fp32"), "certificate.json: certifies another graph"),
-    "the precision": (lambda _: {"precision": "fp16"}, "certificate.json: certifies other files"),
+    "the precision": (
+        lambda _: {"precision": "fp16"},
+        "certificate.json: certifies other files",
+    ),
     "swapped labels": (
         lambda bundle: (bundle / "labels.json").write_bytes(to_json(LABELS[::-1])) and None,
         "certificate.json: certifies other files",
     ),
     "another mean": (
-        lambda _: {"preprocess": {**FIELDS["preprocess"].model_dump(mode="json"), "mean": [0.1, 0.2, 0.3]}},
+        lambda _: {
+            "preprocess": {
+                **FIELDS["preprocess"].model_dump(mode="json"),
+                "mean": [0.1, 0.2, 0.3],
+            }
+        },
         "certificate.json: certifies other files",
     ),
-    "one more file": (lambda b: (b / "x.txt").write_text("x") and None, "certifies other files"),
+    "one more file": (
+        lambda b: (b / "x.txt").write_text("x") and None,
+        "certifies other files",
+    ),
     "one file less": (lambda b: (b / "golden-0.jpg").unlink(), "certifies other files"),
-    "another proof": (lambda b: changed_json(b, "certificate.json", num_images=9), "was changed"),
+    "another proof": (
+        lambda b: changed_json(b, "certificate.json", num_images=9),
+        "was changed",
+    ),
     "a stronger proof": (
         lambda b: changed_json(b, "certificate.json", proof="trained-detached"),
         "certificate.json: was changed",
@@ -314,7 +359,9 @@ def test_a_certificate_of_one_network_cannot_say_that_three_were_compared(bundle
 
 def test_each_report_is_about_the_precision_in_the_manifest(bundle: Path) -> None:
     changed_json(bundle, "precision.json", precision="int8")
-    rejection(forge(bundle), "precision.json: is about the precision int8, the manifest says fp32")
+    rejection(
+        forge(bundle), "precision.json: is about the precision int8, the manifest says fp32"
+    )
 
 
 def test_numbers_and_texts_that_python_alone_reads_are_rejected(bundle: Path) -> None:

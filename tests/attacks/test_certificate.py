@@ -1,7 +1,7 @@
 """Attacks on the certificate: networks that differ from the plain one must be rejected.
 
-Most compute the right numbers; the difference is in the graph, the tensor inventory or the mode. The attacked
-network is as short as possible, because each attack captures it again.
+Most compute the right numbers; the difference is in the graph, the tensor inventory or the
+mode. The attacked network is as short as possible, because each attack captures it again.
 """
 
 import types
@@ -44,7 +44,9 @@ from tests.sweep.steps import agreed
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
-ALONE = BatchRange(optimum=1, maximum=1)  # the graph does not depend on the batch, so one is enough
+ALONE = BatchRange(
+    optimum=1, maximum=1
+)  # the graph does not depend on the batch, so one is enough
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,9 @@ class Plain(Backbone):
         self.layer1 = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
         self.fc = nn.Linear(8, num_classes)
 
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(
+        self, images: Tensor, taps: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         features = self.layer1(self.bn1(self.conv1(images)))
         return features, [features]
 
@@ -88,7 +92,11 @@ GRAPHS: dict[str, Programs] = {}
 
 
 def capture_once(
-    found: Backbone, preprocess: Preprocess, batch: BatchRange, known: Sequence[Programs], *_: object
+    found: Backbone,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    known: Sequence[Programs],
+    *_: object,
 ) -> Programs:
     if type(found) is not Plain:
         return capture(found, preprocess, batch, known)
@@ -106,7 +114,9 @@ def network() -> Classifier:
     return found.eval()
 
 
-def prove(trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
+def prove(
+    trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE
+) -> None:
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     shipped = detach(trained) if detached is None else detached
     certify(trained, shipped, Captures(PREPROCESS, batch), probes)
@@ -162,18 +172,25 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     ),
     "a leak at batch 1 only": (leaks_at(lambda size: size == 1), "for a batch of one"),
     "a leak at batch 3 only": (leaks_at(lambda size: size == 3), "cannot be captured|batch"),
-    "a write into a shared feature": (writes_into_shared_feature, "trained network is not the plain one"),
+    "a write into a shared feature": (
+        writes_into_shared_feature,
+        "trained network is not the plain one",
+    ),
     "a copied branch weight": (adds_a_copied_weight, "training-only weights"),
     "a choice by value": (
         lambda n, x: (branch_logits if x.mean() > 1000 else plain_logits)(n, x),
         "cannot be captured",
     ),
     "other numbers outside the graph": (
-        lambda n, x: plain_logits(n, x) if torch.compiler.is_compiling() else plain_logits(n, x) + 1e-3,
+        lambda n, x: (
+            plain_logits(n, x) if torch.compiler.is_compiling() else plain_logits(n, x) + 1e-3
+        ),
         "other logits than the plain one",
     ),
     "another graph than the numbers": (
-        lambda n, x: plain_logits(n, x) * 1.0 if torch.compiler.is_compiling() else plain_logits(n, x),
+        lambda n, x: (
+            plain_logits(n, x) * 1.0 if torch.compiler.is_compiling() else plain_logits(n, x)
+        ),
         "trained network is not the plain one",
     ),
     "dropout that stays on": (
@@ -196,23 +213,31 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
         logits: Tensor = found.branches[list(found.taps.values())[-1]](feature)
         return plain_logits(found, images) + 0 * logits
 
-    dsop = create_model("dsop-resnet8", num_classes=10, aux_widths=(8, 8, 8), iterations=2).eval()
+    dsop = create_model(
+        "dsop-resnet8", num_classes=10, aux_widths=(8, 8, 8), iterations=2
+    ).eval()
     with pytest.raises(
         CertificateError, match=r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more"
     ):
         prove(with_forward(dsop, answer))
 
 
-def test_network_whose_code_reads_a_number_of_a_branch_is_rejected_although_no_graph_shows_it() -> None:
+def test_network_whose_code_reads_a_number_of_a_branch_is_rejected_although_no_graph_shows_it() -> (
+    None
+):
     trained = network()
-    numbers = next(trained.branches.parameters()).detach().numpy()  # in the memory of the weight
+    numbers = (
+        next(trained.branches.parameters()).detach().numpy()
+    )  # in the memory of the weight
     before = numbers.copy()
 
     def by_number(found: Any, images: Tensor) -> Tensor:
         logits = plain_logits(found, images)
         return logits if (numbers == before).all() else logits + 1e-9
 
-    with pytest.raises(CertificateError, match="the output depends on values in branches: with random"):
+    with pytest.raises(
+        CertificateError, match="the output depends on values in branches: with random"
+    ):
         prove(with_forward(trained, by_number))
 
 
@@ -222,14 +247,18 @@ def by_size(network: Any, images: Tensor) -> Tensor:
     return logits * 1.0 if images.shape[0] == 1 else logits
 
 
-def test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network() -> None:
+def test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network() -> (
+    None
+):
     alone = network()
     del alone.branches
     alone.training_only = ()
     alone.forward = types.MethodType(by_size, alone)
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     captures, nothing = Captures(PREPROCESS, BatchRange(optimum=2, maximum=4)), Detachment()
-    with pytest.raises(CertificateError, match="the network for larger batches is not the network for a"):
+    with pytest.raises(
+        CertificateError, match="the network for larger batches is not the network for a"
+    ):
         certify(alone, alone, captures, probes, detachment=nothing)
 
 
@@ -238,7 +267,9 @@ def test_a_converter_that_gives_two_networks_with_one_program_two_graphs_is_reje
     model, other = lower(found, ("logits",)), lower(found, ("logits",))
     assert prove_onnx(model, [("plain", other)]) == onnx_root(model)
     next(node for node in other.graph.node if node.op_type == "Relu").op_type = "Sigmoid"
-    with pytest.raises(CertificateError, match="ONNX graph of the plain network is not that of"):
+    with pytest.raises(
+        CertificateError, match="ONNX graph of the plain network is not that of"
+    ):
         prove_onnx(model, [("plain", other)])
 
 
@@ -283,7 +314,8 @@ def with_channels_last_alias(found: Any) -> None:
 
 Change = tuple[Callable[[Any], object], str]
 
-# Changes of the detached network, of the trained one before detaching, and of the trained one afterwards.
+# Changes of the detached network, of the trained one before detaching, and of the trained one
+# afterwards.
 DETACHED: dict[str, Change] = {
     "one weight moved by one ulp": (one_ulp, r"layer1\.0\.weight changed"),
     "another eps": (lambda n: setattr(n.bn1, "eps", 1e-4), "detached network is not the plain"),
@@ -303,24 +335,38 @@ BEFORE: dict[str, Change] = {
         lambda n: setattr(n.bn1, "eps", 1e-4),
         "trained network is not the plain",
     ),
-    "a module nobody declared": (lambda n: n.add_module("spy", nn.Linear(1, 1).eval()), r"still has spy"),
+    "a module nobody declared": (
+        lambda n: n.add_module("spy", nn.Linear(1, 1).eval()),
+        r"still has spy",
+    ),
     "a weight both removed and kept": (with_tied_weights, "shares its memory with"),
     "a hook on the backbone": (
         lambda n: n.layer1.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 1.0,)),
         "trained network has a forward hook on layer1",
     ),
-    "the trained network in train mode": (lambda n: n.train(), "trained network is in train mode"),
+    "the trained network in train mode": (
+        lambda n: n.train(),
+        "trained network is in train mode",
+    ),
 }
 AFTER: dict[str, Change] = {
     "a lazily negated weight": (negated, r"^fc\.weight is a negated view, .*resolve_neg"),
-    "a weight without values": (lambda n: n.fc.to("meta"), r"fc\.weight is a .* on meta; .*load its values"),
-    "overlapping memory with another start": (with_memory_that_overlaps, "shares its memory with fc.weight"),
+    "a weight without values": (
+        lambda n: n.fc.to("meta"),
+        r"fc\.weight is a .* on meta; .*load its values",
+    ),
+    "overlapping memory with another start": (
+        with_memory_that_overlaps,
+        "shares its memory with fc.weight",
+    ),
     "an alias in another layout": (with_channels_last_alias, "shares its memory with"),
 }
 
 
 @pytest.mark.parametrize("attack", [*DETACHED, *BEFORE, *AFTER])
-def test_a_network_that_differs_from_the_plain_one_or_hides_what_is_kept_is_rejected(attack: str) -> None:
+def test_a_network_that_differs_from_the_plain_one_or_hides_what_is_kept_is_rejected(
+    attack: str,
+) -> None:
     change, message = {**DETACHED, **BEFORE, **AFTER}[attack]
     trained = network()
     trained.get_parameter("fc.weight").data[0, 0] = 0.0
@@ -337,10 +383,15 @@ def stored_otherwise(found: Any) -> None:
     """Transpose weights, expand a buffer, and store a kept and a removed weight side by side."""
     found.to(memory_format=torch.channels_last)
     found.fc.weight = nn.Parameter(found.fc.weight.detach().t().contiguous().t())
-    found.bn1.running_mean = found.bn1.running_mean.new_zeros(1).expand(len(found.bn1.running_mean))
+    found.bn1.running_mean = found.bn1.running_mean.new_zeros(1).expand(
+        len(found.bn1.running_mean)
+    )
     kept, removed = found.conv1.weight, next(found.branches.parameters())
     both = torch.cat([kept.detach().flatten(), removed.detach().flatten()])
-    kept.data, removed.data = both[: kept.numel()].view_as(kept), both[kept.numel() :].view_as(removed)
+    kept.data, removed.data = (
+        both[: kept.numel()].view_as(kept),
+        both[kept.numel() :].view_as(removed),
+    )
 
 
 def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_root() -> None:
@@ -349,7 +400,9 @@ def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_r
         trained = network()
         trained.get_buffer("bn1.running_mean").zero_()
         change(trained)
-        certified.append(certify(trained, detach(trained), Captures(PREPROCESS, ALONE), probes)[0])
+        certified.append(
+            certify(trained, detach(trained), Captures(PREPROCESS, ALONE), probes)[0]
+        )
     assert certified[0].roots == certified[1].roots
     assert certified[0].kept == certified[1].kept
 
@@ -357,14 +410,18 @@ def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_r
 def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
     torch.manual_seed(7)
     trained = create_model("resnet8", num_classes=10, pooling="isqrt").eval()
-    triangle = next(buffer for name, buffer in trained.named_buffers() if name.endswith("triangle"))
+    triangle = next(
+        buffer for name, buffer in trained.named_buffers() if name.endswith("triangle")
+    )
     triangle[1] = triangle[0]
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with pytest.raises(CertificateError, match=r"triangle differs from the plain network's"):
         certify(trained, trained, Captures(PREPROCESS, ALONE), probes)
 
 
-def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_that_changes_during_the_proof_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trained = network()
     detached = detach(trained)
     certified = certificate.prove_outputs
@@ -379,7 +436,9 @@ def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.Mo
         prove(trained, detached)
 
 
-def passed_on(_mode: Any, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+def passed_on(
+    _mode: Any, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
     return function(*args, **(kwargs or {}))
 
 
@@ -400,7 +459,10 @@ def hook_on_all_modules() -> Iterator[None]:
 
 ACTIVE: dict[str, tuple[Callable[[], Any], str]] = {
     "a hook on all modules": (hook_on_all_modules, "on all modules"),
-    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), "torch.autocast is active for cpu"),
+    "autocast": (
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        "torch.autocast is active for cpu",
+    ),
     "a function mode": (Quiet, "the torch function mode Quiet is active"),
     "a dispatch mode": (Silent, "the torch dispatch mode Silent is active"),
 }
@@ -445,7 +507,9 @@ RANDOM: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
 def test_random_operator_is_rejected_even_if_all_three_networks_have_it(case: str) -> None:
     draw, message = RANDOM[case]
     with torch.no_grad():
-        traced = torch.export.export(RandomHead(nn.Linear(4, 4), draw).eval(), (torch.rand(2, 4),))
+        traced = torch.export.export(
+            RandomHead(nn.Linear(4, 4), draw).eval(), (torch.rand(2, 4),)
+        )
     functional = traced.run_decompositions({})
     if message is None:
         assert program_root(functional).sha256
@@ -473,7 +537,9 @@ def one_component_less(self: Any, features: Tensor, weights: Tensor) -> Tensor:
 def stale_weights(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Run the components with weights that were changed by 1 % afterwards."""
     return honest(
-        SimpleNamespace(**{**vars(self), **self._modules, "weights": [0.99 * w for w in self.weights]}),
+        SimpleNamespace(
+            **{**vars(self), **self._modules, "weights": [0.99 * w for w in self.weights]}
+        ),
         features,
         weights,
     )
@@ -481,11 +547,15 @@ def stale_weights(self: Any, features: Tensor, weights: Tensor) -> Tensor:
 
 def another_order(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Multiply the chosen components by each other's weights."""
-    ordered, index = (part[:, : self.evaluated] for part in weights.sort(dim=1, descending=True, stable=True))
+    ordered, index = (
+        part[:, : self.evaluated] for part in weights.sort(dim=1, descending=True, stable=True)
+    )
     return honest(self, features, torch.zeros_like(weights).scatter(1, index, ordered.flip(1)))
 
 
-@pytest.mark.parametrize("form", [other_components, one_component_less, stale_weights, another_order])
+@pytest.mark.parametrize(
+    "form", [other_components, one_component_less, stale_weights, another_order]
+)
 def test_another_form_than_the_dense_one_is_refused(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,4 +563,6 @@ def test_another_form_than_the_dense_one_is_refused(
     monkeypatch.setattr(Components, "gathered_sum", form)
     checkpoint = save(network, NAME, tmp_path / "ckpt.pt", PREPROCESS)
     with pytest.raises(ParityError, match=r"the exported file (drifts|changes)"):
-        agreed(checkpoint, tmp_path / "model.onnx", batch=ALONE)  # the proof of the network sees no form
+        agreed(
+            checkpoint, tmp_path / "model.onnx", batch=ALONE
+        )  # the proof of the network sees no form

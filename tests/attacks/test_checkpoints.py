@@ -108,8 +108,16 @@ def zip_bomb(path: Path) -> None:
         archive.writestr("archive/version", "3")
 
 
-ANOTHER_PROJECT = {"epoch": 90, "state_dict": {"fc.bias": torch.ones(4)}, "best_acc1": torch.tensor(70.0)}
-UNSAFE, UNREADABLE, OTHER = "could run code", "damaged|could run code", "not a sopdeploy checkpoint"
+ANOTHER_PROJECT = {
+    "epoch": 90,
+    "state_dict": {"fc.bias": torch.ones(4)},
+    "best_acc1": torch.tensor(70.0),
+}
+UNSAFE, UNREADABLE, OTHER = (
+    "could run code",
+    "damaged|could run code",
+    "not a sopdeploy checkpoint",
+)
 ATTACKS: dict[str, tuple[Write, str]] = {
     "a pickle that runs a command": (pickled(RUNS_COMMAND), "could run code|no checkpoint"),
     "a command in a checkpoint": (with_training(RUNS_COMMAND), UNSAFE),
@@ -122,7 +130,10 @@ ATTACKS: dict[str, tuple[Write, str]] = {
     "a pickle of plain values": (pickled({"a": [1, 2, 3]}), "could run code|no checkpoint"),
     "a training state of another project": (saved(ANOTHER_PROJECT), OTHER),
     "the first half": (cut(0.5), "damaged|could run code|cannot be read"),
-    "a zip with escaping names": (escaping_names, "damaged|could run code|not a sopdeploy checkpoint"),
+    "a zip with escaping names": (
+        escaping_names,
+        "damaged|could run code|not a sopdeploy checkpoint",
+    ),
     "a zip bomb": (zip_bomb, UNREADABLE),
     "random bytes": (lambda path: path.write_bytes(bytes(range(7, 256)) * 50), UNREADABLE),
     "a folder": (lambda path: path.mkdir(), "a folder; use the best.pt"),

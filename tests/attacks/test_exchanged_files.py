@@ -82,7 +82,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     push(bundle, str(root / "store"))
     for number, label in enumerate(("ant", "bee")):
         (root / "photos" / label).mkdir(parents=True)
-        (root / "photos" / label / "1.png").write_bytes(encoded(Image.fromarray(IMAGES[number]), "PNG"))
+        (root / "photos" / label / "1.png").write_bytes(
+            encoded(Image.fromarray(IMAGES[number]), "PNG")
+        )
     return World(root, bundle.name, other.name)
 
 
@@ -93,7 +95,11 @@ def world(original: World, tmp_path: Path) -> World:
 
 
 def answers(bundle: Bundle, run: Callable[[NDArray[np.uint8]], Any]) -> Found:
-    return {"id": bundle.manifest.id, "labels": bundle.labels, "logits": run(IMAGES)["logits"].tolist()}
+    return {
+        "id": bundle.manifest.id,
+        "labels": bundle.labels,
+        "logits": run(IMAGES)["logits"].tolist(),
+    }
 
 
 def started(world: World, source: Path, **settings: Any) -> Found:
@@ -102,7 +108,9 @@ def started(world: World, source: Path, **settings: Any) -> Found:
 
 
 def loaded_in_budget(world: World) -> Found:
-    registry = load_registry([world.bundle], world.settings.model_copy(update={"memory_budget": 10**9}))
+    registry = load_registry(
+        [world.bundle], world.settings.model_copy(update={"memory_budget": 10**9})
+    )
 
     async def run() -> Found:
         model = registry.find()
@@ -166,8 +174,12 @@ def pushed(world: World) -> Found:
 
 def pulled(world: World) -> Found:
     archive = world.root / "store" / f"{world.name}.tar"
-    path = pull(str(archive), world.root / "here", require_signature=world.settings.require_signature).path
-    found = open_bundle(path)  # as a server does; what changed after the command is refused here
+    path = pull(
+        str(archive), world.root / "here", require_signature=world.settings.require_signature
+    ).path
+    found = open_bundle(
+        path
+    )  # as a server does; what changed after the command is refused here
     return {**found.contents, "model.onnx": found.onnx.read(), "manifest": found.manifest}
 
 
@@ -192,7 +204,14 @@ USES: dict[str, Callable[[World], Found]] = {
     "pull": pulled,
     "triton": for_triton,
 }
-NAMES = ["manifest.json", "model.onnx", "labels.json", "probes.npz", "golden-0.jpg", "certificate.json"]
+NAMES = [
+    "manifest.json",
+    "model.onnx",
+    "labels.json",
+    "probes.npz",
+    "golden-0.jpg",
+    "certificate.json",
+]
 
 
 def exchange_all(world: World, target: Path, _name: str) -> None:
@@ -261,12 +280,16 @@ def after_reading(name: str, do: Callable[[Path], None]) -> Iterator[list[Path]]
 
 
 @pytest.fixture(scope="module")
-def expected(original: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+def expected(
+    original: World, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Found]:
     """What each use gives if nobody exchanges anything."""
 
     @cache
     def find(use: str) -> Found:
-        root = Path(shutil.copytree(original.root, tmp_path_factory.mktemp("calm") / "x", symlinks=True))
+        root = Path(
+            shutil.copytree(original.root, tmp_path_factory.mktemp("calm") / "x", symlinks=True)
+        )
         return USES[use](World(root, original.name, original.other_name))
 
     return find
@@ -286,7 +309,9 @@ def test_what_is_exchanged_after_it_was_read_is_not_used(
             found = None  # refused
     assert len(calls) == 1
     assert found in (None, usual)
-    if found is None and use == "pull" and name != "manifest.json":  # which is read only at the end
+    if (
+        found is None and use == "pull" and name != "manifest.json"
+    ):  # which is read only at the end
         assert not os.path.lexists(world.root / "here" / world.name)
     if use in {"start", "predict", "push"} and change == "in place" and name != "manifest.json":
         assert found == usual, "what was read is enough"
@@ -327,7 +352,9 @@ def opened(bundle: Path) -> Iterator[Counter[str]]:
         _watching = False
         names = {file.name for file in bundle.iterdir()}
         read = [Path(path) for path, flags in OPENED if flags & os.O_ACCMODE == os.O_RDONLY]
-        counts.update(path.name for path in read if path.name in names and path.parent.name != "1")
+        counts.update(
+            path.name for path in read if path.name in names and path.parent.name != "1"
+        )
 
 
 TIMES = {  # how often each file is opened, and the manifest
@@ -340,13 +367,18 @@ TIMES = {  # how often each file is opened, and the manifest
 
 
 @pytest.mark.parametrize(
-    ("use", "times", "manifests"), [(use, *TIMES[use]) for use in USES if use not in {"promote", "pull"}]
+    ("use", "times", "manifests"),
+    [(use, *TIMES[use]) for use in USES if use not in {"promote", "pull"}],
 )
-def test_each_file_of_a_bundle_is_opened_once(use: str, times: int, manifests: int, world: World) -> None:
+def test_each_file_of_a_bundle_is_opened_once(
+    use: str, times: int, manifests: int, world: World
+) -> None:
     files = open_bundle(world.bundle).manifest.files
     with opened(world.bundle) as counts:
         USES[use](world)
-    assert counts == dict.fromkeys((*files, "manifest.json"), times) | {"manifest.json": manifests}
+    assert counts == dict.fromkeys((*files, "manifest.json"), times) | {
+        "manifest.json": manifests
+    }
 
 
 def test_all_that_is_made_from_a_bundle_needs_no_folder_any_more(world: World) -> None:
@@ -378,7 +410,10 @@ def with_external_weights(bundle: Bundle, location: str) -> Bundle:
 )
 @pytest.mark.parametrize("runtime", [OnnxRuntime, OpenVINORuntime])
 def test_weights_outside_of_the_graph_are_not_read(
-    runtime: type[OnnxRuntime | OpenVINORuntime], location: str, world: World, monkeypatch: pytest.MonkeyPatch
+    runtime: type[OnnxRuntime | OpenVINORuntime],
+    location: str,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(world.bundle)
     Path("weights.bin").write_bytes(bytes(3 * 7 * 4))

@@ -23,17 +23,43 @@ from sopdeploy.importers.import_weights import open_weights
 from tests.support.rooms import PACKAGES, ROOT
 
 MARKER = "pwned"
-# Functions of this kind may read a pickle, so that a new one is either harmless or gets a case below.
-LOADS = {"load", "loads", "loadmat", "Unpickler", "read_pickle", "load_from_disk", "set_state_dict"}
-PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "skops"}
-HARMLESS = {"json", "orjson", "tomllib", "image", "point"}  # text, an image of Pillow, an entry point
+# Functions of this kind may read a pickle, so that a new one is either harmless or gets a case
+# below.
+LOADS = {
+    "load",
+    "loads",
+    "loadmat",
+    "Unpickler",
+    "read_pickle",
+    "load_from_disk",
+    "set_state_dict",
+}
+PICKLING = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "skops",
+}
+HARMLESS = {
+    "json",
+    "orjson",
+    "tomllib",
+    "image",
+    "point",
+}  # text, an image of Pillow, an entry point
 READERS = {
     "sopdeploy/training/few_shot/cache.py: safetensors.numpy.load",
     "sopdeploy/bundle/probes.py: np.load",  # with allow_pickle=False
     "sopdeploy/checkpoint.py: import pickle",  # the type of an exception
     "sopdeploy/checkpoint.py: safetensors.load",  # JSON and numbers
     "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True
-    "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",  # numbers, text and structs
+    # numbers, text and structs
+    "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",
     "sopdeploy/images/metadata.py: exif.load",  # bytes
     "sopdeploy/data/batches.py: loader.load",  # images of a batch
     # A protocol buffer:
@@ -45,15 +71,25 @@ def readers(path: Path) -> set[str]:
     """Name what loads or imports in the module at *path* may reach a pickle."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADS:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in LOADS
+        ):
             called = ast.unparse(node.func)
             found.update({called} if called.partition(".")[0] not in HARMLESS else ())
         elif isinstance(node, ast.Import | ast.ImportFrom):
             modules = (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
             )
-            found.update(f"import {name}" for name in modules if name.partition(".")[0] in PICKLING)
-            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("sopdeploy"):
+            found.update(
+                f"import {name}" for name in modules if name.partition(".")[0] in PICKLING
+            )
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(
+                "sopdeploy"
+            ):
                 found.update(f"{node.module}.{a.name}" for a in node.names if a.name in LOADS)
     return {f"{path.relative_to(ROOT).as_posix()}: {name}" for name in found}
 
@@ -97,13 +133,20 @@ def as_program() -> bytes:
     saved, memory = io.BytesIO(), io.BytesIO()
     torch.export.save(torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),)), saved)
     constants = {
-        "evil": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+        "evil": {
+            "path_name": "opaque_obj_0",
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
     }
     with zipfile.ZipFile(saved) as program, zipfile.ZipFile(memory, "w") as changed:
         for entry in program.infolist():
             content = program.read(entry)
             if entry.filename.endswith("model_constants_config.json"):
-                content = repr({"config": constants}).replace("'", '"').replace("False", "false")
+                content = (
+                    repr({"config": constants}).replace("'", '"').replace("False", "false")
+                )
                 content = content.replace("True", "true").replace("None", "null").encode()
             changed.writestr(entry.filename, content)
         changed.writestr("archive/data/constants/opaque_obj_0", as_pickle())
@@ -150,7 +193,8 @@ def test_no_reader_executes_what_a_file_contains(
             "torch.export.save",
             lambda body: torch.export.load(io.BytesIO(body)),
             marks=pytest.mark.skipif(
-                not hasattr(_package, "pickle"), reason="this version of torch.export reads no pickle"
+                not hasattr(_package, "pickle"),
+                reason="this version of torch.export reads no pickle",
             ),
         ),
     ],

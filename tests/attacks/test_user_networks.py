@@ -1,6 +1,7 @@
 """Networks of users that compute something else than their graph are refused; others are exported unchanged.
 
-The slow tests compare every exported file with the network in Python, on images that no export has seen.
+The slow tests compare every exported file with the network in Python, on images that no export
+has seen.
 """
 
 import itertools
@@ -37,7 +38,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def export(network: nn.Module, plain: Any, destination: Path, **options: Any) -> Path:
-    return export_small(network, destination, plain=plain, training_only=["branches"], **options).path
+    return export_small(
+        network, destination, plain=plain, training_only=["branches"], **options
+    ).path
 
 
 def build(make: Callable[..., nn.Module]) -> nn.Module:
@@ -59,16 +62,29 @@ MESSAGES = {
     r"fails for 1 images",
     "CONSTANTS": r"is no parameter or buffer, .* use ModuleList",
 }
-ATTACKS = [pytest.param(group, name, id=name) for group in MESSAGES for name in getattr(u, group)]
+ATTACKS = [
+    pytest.param(group, name, id=name) for group in MESSAGES for name in getattr(u, group)
+]
 
 
 @pytest.mark.parametrize(("group", "name"), ATTACKS)
-def test_network_that_is_not_its_graph_is_refused_in_one_line(group: str, name: str, tmp_path: Path) -> None:
+def test_network_that_is_not_its_graph_is_refused_in_one_line(
+    group: str, name: str, tmp_path: Path
+) -> None:
     make = getattr(u, group)[name]
     network = build(make)
-    plain = None if group == "CONSTANTS" or not isinstance(make, type) else lambda: make(branch=False)
+    plain = (
+        None
+        if group == "CONSTANTS" or not isinstance(make, type)
+        else lambda: make(branch=False)
+    )
     with pytest.raises(SopdeployError, match=MESSAGES[group]) as error:
-        export(network, plain, tmp_path, **({} if group in ("SIZES", "ODD") else {"options": QUICK}))
+        export(
+            network,
+            plain,
+            tmp_path,
+            **({} if group in ("SIZES", "ODD") else {"options": QUICK}),
+        )
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -83,11 +99,15 @@ class ReadsTable(u.Small):
 
 
 def test_a_global_tensor_that_the_plain_network_reads_too_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SopdeployError, match=r"is no parameter or buffer, .*; try allow_constants=True$"):
+    with pytest.raises(
+        SopdeployError, match=r"is no parameter or buffer, .*; try allow_constants=True$"
+    ):
         export(build(ReadsTable), lambda: ReadsTable(branch=False), tmp_path, options=QUICK)
 
 
-def reads(table: Callable[[Any], Tensor], prepare: Callable[[Any], None] | None = None) -> type[u.Small]:
+def reads(
+    table: Callable[[Any], Tensor], prepare: Callable[[Any], None] | None = None
+) -> type[u.Small]:
     return u.small(lambda n, f: n.fc(f) + f @ table(n), prepare)
 
 
@@ -105,10 +125,19 @@ UNSTORED = r"is no parameter or buffer, .*; try allow_constants=True$"
 BUILT: dict[str, tuple[type[u.Small], str]] = {
     "its own tensor": (reads(lambda n: n.table, holds(lambda: TABLE[0].clone())), ""),
     "a tensor that forward makes": (reads(lambda _: torch.tensor(ROWS)), ""),
-    "random numbers": (reads(lambda n: n.table, holds(lambda: torch.rand(TABLE[0].shape))), UNSTORED),
+    "random numbers": (
+        reads(lambda n: n.table, holds(lambda: torch.rand(TABLE[0].shape))),
+        UNSTORED,
+    ),
     "a global tensor": (reads(lambda _: TABLE[0]), UNSTORED),
-    "a global tensor that it finds by its name": (reads(lambda _: globals()["TABLE"][0]), UNSTORED),
-    "a tensor that both networks hold": (reads(lambda n: n.table[0], holds(lambda: TABLE)), UNSTORED),
+    "a global tensor that it finds by its name": (
+        reads(lambda _: globals()["TABLE"][0]),
+        UNSTORED,
+    ),
+    "a tensor that both networks hold": (
+        reads(lambda n: n.table[0], holds(lambda: TABLE)),
+        UNSTORED,
+    ),
     "a parameter in a list": (
         reads(lambda n: n.table[0], holds(lambda: [nn.Parameter(TABLE[0].clone())])),
         UNSTORED,
@@ -130,7 +159,10 @@ def test_a_tensor_in_no_weight_file_is_exported_only_if_the_builder_makes_it_aga
 def unseen_images() -> NDArray[np.uint8]:
     """Generate saturated colors, noise and binary images: uint8 (N, 12, 12, 3)."""
     random = np.random.default_rng(1)
-    colors = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in itertools.product((0, 255), repeat=3)]
+    colors = [
+        np.full((SIDE, SIDE, 3), color, np.uint8)
+        for color in itertools.product((0, 255), repeat=3)
+    ]
     noise = random.integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
     binary = 255 * random.integers(0, 2, (9, SIDE, SIDE, 3), dtype=np.uint8)
     return np.concatenate([colors, noise, binary])
@@ -161,11 +193,15 @@ def test_unseen_images_exceed_the_bound_of_the_attacks() -> None:
 
 
 USUAL = ("a cache of a weight", "a lock and a logger", "a choice by value")
-VALID = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in u.VALID]
+VALID = [
+    pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in u.VALID
+]
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_valid_network_is_exported_and_its_file_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_valid_network_is_exported_and_its_file_computes_the_same(
+    name: str, tmp_path: Path
+) -> None:
     make = u.VALID[name]
     network = build(make)
     file = export(network, lambda: make(branch=False), tmp_path) / "model.onnx"

@@ -1,6 +1,7 @@
 """Short networks of users: some compute something else than their graph shows, the others only look like it.
 
-`limit` is a bound that no logit of the exporter's generated images reaches, but logits of other images do.
+`limit` is a bound that no logit of the exporter's generated images reaches, but logits of other
+images do.
 """
 
 import functools
@@ -61,7 +62,10 @@ def trained(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in sorted(network.named_parameters()):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.4 if "weight" in name else 0.1))
+            tensor.copy_(
+                torch.randn(tensor.shape, generator=generator)
+                * (0.4 if "weight" in name else 0.1)
+            )
     return network.eval()
 
 
@@ -186,23 +190,31 @@ class Shared:
 
 def later(count: Callable[[Any], int], make: Callable[[], Any]) -> type[Small]:
     """Define a network that negates its logits after 600 calls, which *count* counts in what *make* makes."""
-    return small(lambda n, f: n.fc(f) if count(n.counter) < 600 else -n.fc(f), holds("counter", make))
+    return small(
+        lambda n, f: n.fc(f) if count(n.counter) < 600 else -n.fc(f), holds("counter", make)
+    )
 
 
-def in_place(change: Callable[[Any], Any], size: Callable[[Any], int] = len) -> Callable[[Any], int]:
+def in_place(
+    change: Callable[[Any], Any], size: Callable[[Any], int] = len
+) -> Callable[[Any], int]:
     return lambda counter: (change(counter), size(counter))[1]
 
 
 COUNTERS: dict[str, type[Small]] = {
     "a deque grows": later(in_place(lambda c: c.append(0)), deque),
-    "a deque rotates": later(in_place(lambda c: c.rotate(1), lambda c: c[0]), lambda: deque(range(700))),
+    "a deque rotates": later(
+        in_place(lambda c: c.rotate(1), lambda c: c[0]), lambda: deque(range(700))
+    ),
     "a bytearray grows": later(in_place(lambda c: c.append(0)), bytearray),
     "a byte changes": later(
         in_place(lambda c: c.__setitem__(0, c[0] + 1), lambda c: c[0]), lambda: bytearray(1)
     ),
     "an array grows": later(in_place(lambda c: c.append(0)), lambda: array("b")),
     "the type of an array changes": later(
-        lambda c: c.__setitem__(0, c[0].view({"i": "u4", "u": "f4", "f": "i4"}[c[0].dtype.kind])) or 0,
+        lambda c: (
+            c.__setitem__(0, c[0].view({"i": "u4", "u": "f4", "f": "i4"}[c[0].dtype.kind])) or 0
+        ),
         lambda: [np.zeros(1, "i4")],
     ),
     "a set grows": later(in_place(lambda c: c.add(len(c))), set),
@@ -213,12 +225,18 @@ COUNTERS: dict[str, type[Small]] = {
     "the position of a generator": later(lambda c: c(), position),
     "random.Random": later(lambda c: c.randrange(599), lambda: random.Random(0)),
     "a generator of NumPy": later(lambda c: c.integers(599), np.random.default_rng),
-    "the random numbers of Python": small(lambda n, f: n.fc(f) * (1 if random.random() < 2 else -1)),
-    "the random numbers of NumPy": small(lambda n, f: n.fc(f) * (1 if np.random.rand() < 2 else -1)),  # noqa: NPY002
+    "the random numbers of Python": small(
+        lambda n, f: n.fc(f) * (1 if random.random() < 2 else -1)
+    ),
+    "the random numbers of NumPy": small(
+        lambda n, f: n.fc(f) * (1 if np.random.rand() < 2 else -1)  # noqa: NPY002
+    ),
     "slots": later(lambda c: c(), Slotted),
     "a closure": later(lambda c: c(), closure),
     "a class attribute": later(lambda c: c(), Shared),
-    "a namespace": later(in_place(lambda c: setattr(c, "n", c.n + 1), lambda c: c.n), lambda: Namespace(n=0)),
+    "a namespace": later(
+        in_place(lambda c: setattr(c, "n", c.n + 1), lambda c: c.n), lambda: Namespace(n=0)
+    ),
     "an attribute of a number": later(
         in_place(lambda c: setattr(c, "calls", c.calls + 1), lambda c: c.calls),
         type("Number", (float,), {"calls": 0}),
@@ -226,11 +244,13 @@ COUNTERS: dict[str, type[Small]] = {
     "a partial": later(lambda c: c(), lambda: functools.partial(closure())),
     "a method of random.Random": later(lambda c: c(), lambda: random.Random(0).random),
     "a property": later(
-        lambda c: c.runs, type("Runs", (), {"runs": property(functools.partial(next, itertools.count()))})
+        lambda c: c.runs,
+        type("Runs", (), {"runs": property(functools.partial(next, itertools.count()))}),
     ),
     "a bound method": later(lambda c: c(), lambda: Slotted().__call__),
     "six levels of lists": later(
-        in_place(lambda c: c[0][0][0][0][0].append(0), lambda c: len(c[0][0][0][0][0])), lambda: [[[[[[]]]]]]
+        in_place(lambda c: c[0][0][0][0][0].append(0), lambda c: len(c[0][0][0][0][0])),
+        lambda: [[[[[[]]]]]],
     ),
 }
 
@@ -238,13 +258,17 @@ COUNTERS: dict[str, type[Small]] = {
 def keeping(use: Callable[[Any, Any, Tensor], Tensor], keep: Any = None) -> type[Small]:
     """Define a network that replaces what it keeps in every run, and returns `use(network, kept, logits)`.
 
-    *kept* is what the last run has left, None in the first one. By default, it keeps how far the largest
-    logit is above the limit.
+    *kept* is what the last run has left, None in the first one. By default, it keeps how far
+    the largest logit is above the limit.
     """
 
     def answer(self: Any, features: Tensor) -> Tensor:
         kept, logits = vars(self).get("kept"), self.fc(features)
-        self.kept = (logits.amax() - self.limit).relu() if keep is None else keep(kept, features, logits)
+        self.kept = (
+            (logits.amax() - self.limit).relu()
+            if keep is None
+            else keep(kept, features, logits)
+        )
         return use(self, kept, logits)
 
     return small(answer)
@@ -265,10 +289,15 @@ def marked(kept: Any, _features: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
-# Each hides that it reads what the last run left: by its type, which nothing can record, or by `except`.
+# Each hides that it reads what the last run left: by its type, which nothing can record, or by
+# `except`.
 KEPT: dict[str, type[Small]] = {
-    "the peak of the last image": keeping(lambda _, kept, y: y if kept is None else halved(kept, y)),
-    "the peak, if it is a tensor": keeping(lambda _, kept, y: halved(kept, y) if type(kept) is Tensor else y),
+    "the peak of the last image": keeping(
+        lambda _, kept, y: y if kept is None else halved(kept, y)
+    ),
+    "the peak, if it is a tensor": keeping(
+        lambda _, kept, y: halved(kept, y) if type(kept) is Tensor else y
+    ),
     "the size of the last batch": keeping(
         lambda _, kept, y: 0.5 * y if type(kept) is Tensor and kept.shape[0] > 64 else y,
         lambda _kept, features, _logits: features,
@@ -277,18 +306,25 @@ KEPT: dict[str, type[Small]] = {
         lambda _, kept, y: 0.5 * y if type(kept) is int and kept > 64 else y,
         lambda _kept, features, _logits: features.shape[0],
     ),
-    "that there was a run": keeping(lambda n, kept, y: y if kept is None else y.clamp(max=n.limit)),
+    "that there was a run": keeping(
+        lambda n, kept, y: y if kept is None else y.clamp(max=n.limit)
+    ),
     "a count in a new tuple": keeping(
         lambda n, _, y: y if n.kept[0] < 200 else 0.5 * y,
         lambda kept, _features, _logits: (kept[0] + 1 if type(kept) is tuple else 0,),
     ),
-    "a count on a new tensor": keeping(lambda n, _, y: y if vars(n.kept)["runs"] < 200 else 0.5 * y, marked),
+    "a count on a new tensor": keeping(
+        lambda n, _, y: y if vars(n.kept)["runs"] < 200 else 0.5 * y, marked
+    ),
     "a count in another object": keeping(
         lambda n, _, y: y if n.kept.n < 200 else 0.5 * y,
-        lambda kept, _features, _logits: Namespace(n=kept.n + 1 if type(kept) is Namespace else 0),
+        lambda kept, _features, _logits: Namespace(
+            n=kept.n + 1 if type(kept) is Namespace else 0
+        ),
     ),
     "a list that grows, if it can": keeping(
-        swallows, lambda kept, _features, logits: [*kept, logits] if type(kept) is list else [logits]
+        swallows,
+        lambda kept, _features, logits: [*kept, logits] if type(kept) is list else [logits],
     ),
     "its own memory, with another view": keeping(
         lambda _, kept, y: y + 0 * kept.data.view(-1)[:1] if type(kept) is Tensor else y,
@@ -300,7 +336,9 @@ KEPT: dict[str, type[Small]] = {
 STATE: dict[str, type[Small]] = {
     **COUNTERS,
     **KEPT,
-    "a buffer is assigned": peaking(lambda n: n.peak, lambda n, peak: setattr(n, "peak", peak), PEAK),
+    "a buffer is assigned": peaking(
+        lambda n: n.peak, lambda n, peak: setattr(n, "peak", peak), PEAK
+    ),
     "a buffer is written through .data": peaking(
         lambda n: n.peak, lambda n, peak: n.peak.data.copy_(peak), PEAK
     ),
@@ -313,7 +351,9 @@ STATE: dict[str, type[Small]] = {
         holds("memory", lambda: [[torch.zeros(())]]),
     ),
     "a tensor of an object is replaced": peaking(
-        lambda n: n.memory.peak, lambda n, peak: setattr(n.memory, "peak", peak), holds("memory", Stats)
+        lambda n: n.memory.peak,
+        lambda n, peak: setattr(n.memory, "peak", peak),
+        holds("memory", Stats),
     ),
     "a tensor of the Python module is replaced": peaking(
         lambda _: SEEN[0], lambda _, peak: SEEN.__setitem__(0, peak)
@@ -348,7 +388,9 @@ class SetState(Small):
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    network.compile(backend=lambda graph, _: lambda *inputs: tuple(x * 2 for x in graph(*inputs)))
+    network.compile(
+        backend=lambda graph, _: lambda *inputs: tuple(x * 2 for x in graph(*inputs))
+    )
     return network
 
 
@@ -356,7 +398,9 @@ COPIES: dict[str, Callable[[], nn.Module]] = {
     "__getstate__ drops an attribute": GetState,
     "__setstate__ changes a weight": SetState,
     "a backend of Module.compile": lambda: compiled(Small()),
-    "a backend of torch.compile": lambda: torch.compile(Small(), backend=lambda graph, _: graph),
+    "a backend of torch.compile": lambda: torch.compile(
+        Small(), backend=lambda graph, _: graph
+    ),
 }
 
 
@@ -383,7 +427,9 @@ def reads_value(network: Any, features: Tensor) -> Tensor:
 
 
 def by_layout(test: Callable[[Any, Tensor], bool]) -> type[Small]:
-    return with_forward(lambda n, x: n.bounded(n.features(x)) if test(n, x) else n.fc(n.features(x)))
+    return with_forward(
+        lambda n, x: n.bounded(n.features(x)) if test(n, x) else n.fc(n.features(x))
+    )
 
 
 def transpose_weight(network: nn.Module) -> nn.Module:
@@ -397,10 +443,14 @@ MEMORY: dict[str, Callable[[], nn.Module]] = {
         holds("table", transposed),
     ),
     "the layout of the images": by_layout(lambda n, x: x.is_contiguous()),
-    "the text of a tensor": small(lambda n, f: -n.fc(f) if "9.25" in str(n.fc(f).data) else n.fc(f)),
+    "the text of a tensor": small(
+        lambda n, f: -n.fc(f) if "9.25" in str(n.fc(f).data) else n.fc(f)
+    ),
     "a value behind try": small(lambda n, f: reads_value(n, f)),
     "bfloat16 in forward": small(
-        lambda n, f: nn.functional.linear(f.bfloat16(), n.fc.weight.bfloat16(), n.fc.bias.bfloat16()).float()
+        lambda n, f: nn.functional.linear(
+            f.bfloat16(), n.fc.weight.bfloat16(), n.fc.bias.bfloat16()
+        ).float()
     ),
     "a default type": lambda: with_default_type(),
 }
@@ -466,7 +516,9 @@ class Hears(Small):
 
     def prepare(self) -> None:
         if self.branches is not None:
-            self.branches.register_forward_hook(lambda _module, _inputs, output: self.heard.append(output))
+            self.branches.register_forward_hook(
+                lambda _module, _inputs, output: self.heard.append(output)
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
@@ -476,7 +528,9 @@ class Hears(Small):
         return logits + 0 * self.heard.pop() if self.heard else logits
 
 
-def bound(forward: Callable[[Any, Tensor], Tensor], change: Callable[[Any], Any] = lambda _: None) -> Any:
+def bound(
+    forward: Callable[[Any, Tensor], Tensor], change: Callable[[Any], Any] = lambda _: None
+) -> Any:
     """Return a builder of a network with another forward on the instance, which calls the original one."""
 
     def build() -> nn.Module:
@@ -522,11 +576,14 @@ def masks_nan(network: Any, features: Tensor) -> Tensor:
     return torch.where(logits < 1e9, logits, features @ network.spare)
 
 
-# Hooks, replaced methods, layers in train mode and NaN are no reason to refuse; what they do here is.
+# Hooks, replaced methods, layers in train mode and NaN are no reason to refuse; what they do
+# here is.
 ODD: dict[str, Callable[[], nn.Module]] = {
     "a hook that counts its calls": hooked(counting_hook),
     "a hook that ends after its first call": hooked(hook_that_ends),
-    "a hook that reads the branch": hooked(lambda n: lambda _m, _i, x: x + 0 * n.branches.weight.sum()),
+    "a hook that reads the branch": hooked(
+        lambda n: lambda _m, _i, x: x + 0 * n.branches.weight.sum()
+    ),
     "a hook that asks what the branch is": hooked(
         lambda n: lambda _m, _i, output: output if type(n.branches) is nn.Linear else -output
     ),
@@ -589,22 +646,29 @@ def ties(network: Any) -> None:
 
 
 VALID: dict[str, Callable[..., nn.Module]] = {
-    "a choice by value": small(lambda n, f: torch.where(n.fc(f) > n.limit, n.fc(f) * 0.5, n.fc(f))),
+    "a choice by value": small(
+        lambda n, f: torch.where(n.fc(f) > n.limit, n.fc(f) * 0.5, n.fc(f))
+    ),
     "channels last": prepared(lambda n: n.to(memory_format=torch.channels_last)),
     "a transposed weight": prepared(transpose_weight),
     "a tied weight": small(lambda n, f: n.fc(f) + n.other(f.sqrt()), ties),
     "a buffer outside of the state dict": small(
-        lambda n, f: n.fc(f * n.scale), buffer("scale", torch.arange(float(WIDTH)), persistent=False)
+        lambda n, f: n.fc(f * n.scale),
+        buffer("scale", torch.arange(float(WIDTH)), persistent=False),
     ),
     "weight norm": prepared(lambda n: parametrizations.weight_norm(n.fc)),
     "a cache of a weight": small(fills_cache, holds("cache", dict)),
     "a cache of positions by size": with_forward(fills_grid, holds("grids", dict)),
-    "a function with a cache": with_forward(lambda n, x: n.fc(n.features(x)) * cells(x.shape[2])),
+    "a function with a cache": with_forward(
+        lambda n, x: n.fc(n.features(x)) * cells(x.shape[2])
+    ),
     "a lock and a logger": small(
-        lambda n, f: n.fc(f), lambda n: vars(n).update(lock=threading.Lock(), log=logging.getLogger("n"))
+        lambda n, f: n.fc(f),
+        lambda n: vars(n).update(lock=threading.Lock(), log=logging.getLogger("n")),
     ),
     "multi-head attention": with_forward(
-        multi_head, lambda n: n.add_module("mix", nn.MultiheadAttention(WIDTH, 2, batch_first=True))
+        multi_head,
+        lambda n: n.add_module("mix", nn.MultiheadAttention(WIDTH, 2, batch_first=True)),
     ),
     "a recurrent layer": with_forward(
         lambda n, x: n.fc(n.rows(n.conv(x).mean(2).transpose(1, 2))[0][:, -1]),

@@ -20,7 +20,9 @@ def test_without_effects_of_images_the_interval_is_that_of_independent_answers()
     expected = paired(*(100 * side.mean(axis=1) for side in (ours, other)))
     found = crossed(ours.astype(float), other.astype(float))
     assert (found.n, found.mean, found.wins) == (8, pytest.approx(expected.mean), expected.wins)
-    assert found.half == pytest.approx(2.36 * 100 * np.sqrt((0.21 + 0.24) / (8 * 4000)), rel=0.2)
+    assert found.half == pytest.approx(
+        2.36 * 100 * np.sqrt((0.21 + 0.24) / (8 * 4000)), rel=0.2
+    )
 
 
 def test_images_that_all_draws_answer_alike_widen_the_interval() -> None:
@@ -54,7 +56,9 @@ def study_of(rates: tuple[float, ...]) -> Study:
 def test_a_grid_grows_until_the_best_rate_is_not_on_its_edge(best, given, expected) -> None:
     def run(planned):
         rates = [one.learning_rate for _, _, one in planned]
-        return [SimpleNamespace(accuracy=-abs(np.log(rate / best)), log_loss=rate) for rate in rates]
+        return [
+            SimpleNamespace(accuracy=-abs(np.log(rate / best)), log_loss=rate) for rate in rates
+        ]
 
     lines = SimpleNamespace(run=run, may_run=True)
     assert choose_rates(study_of(given), lines, (100, 101), 1) == {"a": expected}
@@ -79,7 +83,10 @@ def test_a_rate_that_is_far_behind_is_not_tried_on_the_other_draws() -> None:
         runs = [one for _, _, one in planned]
         tried.extend((one.learning_rate, one.seed) for one in runs)
         accuracies = {0.01: 70.0, 0.03: 90.0, 0.1: 9.0}
-        return [SimpleNamespace(accuracy=accuracies[one.learning_rate], log_loss=0.0) for one in runs]
+        return [
+            SimpleNamespace(accuracy=accuracies[one.learning_rate], log_loss=0.0)
+            for one in runs
+        ]
 
     lines = SimpleNamespace(run=run, may_run=True)
     assert choose_rates(study_of((0.01, 0.03, 0.1)), lines, (100, 101), 1) == {"a": 0.03}
@@ -89,7 +96,15 @@ def test_a_rate_that_is_far_behind_is_not_tried_on_the_other_draws() -> None:
 def test_a_rate_with_which_training_diverges_has_a_line_that_can_be_read(tmp_path) -> None:
     config = {"depth": 8, "base_width": 2}
     task = DigitsConfig(train=20)
-    run = Run(task=task, network="resnet", config=config, epochs=1, batch=5, learning_rate=1e30, seed=0)
+    run = Run(
+        task=task,
+        network="resnet",
+        config=config,
+        epochs=1,
+        batch=5,
+        learning_rate=1e30,
+        seed=0,
+    )
     planned = [("i", "a", run)]
     lines = Lines(tmp_path / "lines")
     (line,) = lines.run(planned)

@@ -13,8 +13,8 @@ import pytest
 from tests.support.small_data import write_classes
 
 SCRIPT = Path(paper_row.__file__)
-# Trains one epoch each time it is called, with these accuracies; fails in the folder of seed 1 as long as the
-# file `broken` is beside `dsop`.
+# Trains one epoch each time it is called, with these accuracies; fails in the folder of seed 1
+# as long as the file `broken` is beside `dsop`.
 STAND_IN = """
 import os, pathlib, sys
 words = sys.argv[1:]
@@ -78,7 +78,13 @@ def test_one_seed_is_written_as_strict_json_with_its_origin(images, tmp_path, st
     code, found = train(images, tmp_path / "out", "--seeds", 1, "--epochs", 1)
     assert code == 0
     assert (found["seeds"], found["errors"]) == ([0], {"plain": [50.0], "dsop": [25.0]})
-    assert found["dsop_minus_plain"] == {"n": 1, "mean": -25.0, "half": None, "wins": 0, "p": None}
+    assert found["dsop_minus_plain"] == {
+        "n": 1,
+        "mean": -25.0,
+        "half": None,
+        "wins": 0,
+        "p": None,
+    }
     assert found["images_per_second_of_one"] == 100.0
     assert found["export"] == {"bundle": str(tmp_path / "out" / "bundles")}
     date.fromisoformat(found["date"])
@@ -110,7 +116,9 @@ def test_a_failed_training_is_told_and_the_same_command_finishes_it_alone(
     assert (difference["mean"], difference["half"]) == (-25.0, 0.0)
 
 
-def test_after_the_minutes_nothing_starts_and_the_row_is_unfinished(images, tmp_path, stand_in) -> None:
+def test_after_the_minutes_nothing_starts_and_the_row_is_unfinished(
+    images, tmp_path, stand_in
+) -> None:
     code, found = train(images, tmp_path / "out", "--minutes", 0)
     assert (code, found["seeds"], found["dsop_minus_plain"]) == (1, [], {})
     assert "export" not in found

@@ -51,10 +51,16 @@ def in_process(
     *arguments: str, program: tuple[str, ...] = ("-m", "sopdeploy"), **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    variables = {
+        name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
+    }
     options = {"stdout": subprocess.PIPE, "env": variables, **options}
     return subprocess.run(
-        [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options
+        [sys.executable, *program, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        **options,
     )
 
 
@@ -81,9 +87,13 @@ def test_every_command_documents_its_options_and_shows_an_example(
     result = sopdeploy_cli(command, "--help")
     assert result.exit_code == 0
     assert re.search(rf"Example:\s+sopdeploy {command}", result.stdout), result.stdout
-    undocumented = [p.name for p in COMMANDS.commands[command].params if not getattr(p, "help", None)]
+    undocumented = [
+        p.name for p in COMMANDS.commands[command].params if not getattr(p, "help", None)
+    ]
     assert undocumented == []
-    options = [name for p in COMMANDS.commands[command].params for name in p.opts if name[0] == "-"]
+    options = [
+        name for p in COMMANDS.commands[command].params for name in p.opts if name[0] == "-"
+    ]
     assert [name for name in options if name not in result.stdout] == []
 
 
@@ -91,7 +101,9 @@ def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(COMMANDS.commands)
+        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(
+            COMMANDS.commands
+        )
         assert max(map(len, result.stdout.splitlines())) <= 100
 
 
@@ -102,10 +114,16 @@ def test_the_commands_of_the_quick_start_are_valid() -> None:
 
 
 def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
+    words = {
+        "COMP_WORDS": "sopdeploy ex",
+        "COMP_CWORD": "1",
+        "_SOPDEPLOY_COMPLETE": "complete_bash",
+    }
     for name, value in words.items():
         monkeypatch.setenv(name, value)
-    suggestions = in_process(program=("-c", "from sopdeploy_commands.app import main; main()")).stdout
+    suggestions = in_process(
+        program=("-c", "from sopdeploy_commands.app import main; main()")
+    ).stdout
     assert "export" in suggestions
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
@@ -134,13 +152,24 @@ def test_models_lists_the_catalog_by_family() -> None:
         assert lines[lines.index(title) + 1].split()[0] == next(iter(entries))
 
 
-def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> None:
+def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> (
+    None
+):
     short = as_json(
-        "models", "resnet20", "--option", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
+        "models",
+        "resnet20",
+        "--option",
+        "pooling=isqrt",
+        "--num-classes",
+        "7",
+        "--image-size",
+        "24",
     )
     assert short["config"]["pooling"]["kind"] == "isqrt"
     assert (short["num_classes"], short["image_size"]) == (7, 24)
-    printed = CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
+    printed = (
+        CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
+    )
     assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
     strided = CliRunner().invoke(app, ["models", "dsop-resnet18"]).stdout
     assert "3.05 G multiply-adds deployed, with the usual stride of 2" in strided
@@ -152,21 +181,42 @@ def test_recipes_lists_every_recipe() -> None:
 
 
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
-    "options of no model": (("models", "--num-classes", "7"), "no network to describe; give a name"),
+    "options of no model": (
+        ("models", "--num-classes", "7"),
+        "no network to describe; give a name",
+    ),
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
-    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: must be at least"),
+    "batch size zero": (
+        ("export", "c.pt", "--max-batch", "0"),
+        "--max-batch: must be at least",
+    ),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
-    "a mistyped command": (("exprt",), "sopdeploy: No such command 'exprt'. Did you mean 'export'"),
-    "a mistyped option": (("models", "--jsn"), r"sopdeploy models: .*--json.*; see sopdeploy models --help"),
+    "a mistyped command": (
+        ("exprt",),
+        "sopdeploy: No such command 'exprt'. Did you mean 'export'",
+    ),
+    "a mistyped option": (
+        ("models", "--jsn"),
+        r"sopdeploy models: .*--json.*; see sopdeploy models --help",
+    ),
     "a mistyped option of the program": (("--verison",), "--version"),
     "no command of a group": (("data",), "sopdeploy data: Missing command"),
     "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
     "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
-    "an empty folder name": (("train", "--data", ""), "--data: an empty value; see sopdeploy train --help"),
+    "an empty folder name": (
+        ("train", "--data", ""),
+        "--data: an empty value; see sopdeploy train --help",
+    ),
     "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
-    "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
-    "a link in no folder": (("promote", "x", "--over", "a/live", "--force", "y"), "a/live: a is no folder"),
+    "a mistyped setting": (
+        ("serve", "bundle", "--setting", "prot=1"),
+        "prot: .*did you mean port?",
+    ),
+    "a link in no folder": (
+        ("promote", "x", "--over", "a/live", "--force", "y"),
+        "a/live: a is no folder",
+    ),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
         "--out x: is a source; choose another",
@@ -181,10 +231,15 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(tmp_path: Path) -> None:
+def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(
+    tmp_path: Path,
+) -> None:
     settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
     shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
-    assert "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)" in shown.stderr
+    assert (
+        "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)"
+        in shown.stderr
+    )
     assert "compare needs about 30 of it, from 150 photographs" in shown.stderr
 
 
@@ -196,7 +251,8 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"  # more than the buffer of stdout
+# more than the buffer of stdout
+LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"
 
 
 @pytest.mark.parametrize("command", ["--help", LONG], ids=["short", "long"])
@@ -210,32 +266,46 @@ def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))])
-def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))]
+)
+def test_output_to_a_closed_stdout_is_discarded(
+    command: str, expected: tuple[int, int]
+) -> None:
     done = in_process(*command.split(), stdout=None, preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr.count("\n")) == expected
 
 
 @pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
-def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(closed: tuple[int, ...]) -> None:
+def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
+    closed: tuple[int, ...],
+) -> None:
     program = (
         "import os\nfrom sopdeploy_commands import app\n"
-        "app.app = lambda **_: exit(os.open('x', os.O_CREAT))\napp.main()"  # the number is the exit code
+        # the number is the exit code
+        "app.app = lambda **_: exit(os.open('x', os.O_CREAT))\napp.main()"
     )
-    done = in_process(program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed])
+    done = in_process(
+        program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed]
+    )
     assert done.returncode > 2
 
 
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
-    "eval": ("eval x.pt --data photos", "sopdeploy_commands.training.evaluate.check_is_checkpoint"),
+    "eval": (
+        "eval x.pt --data photos",
+        "sopdeploy_commands.training.evaluate.check_is_checkpoint",
+    ),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_ctrl_c_ends_a_command_with_one_line_and_130(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_with_one_line_and_130(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -271,7 +341,9 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
     assert sopdeploy_cli("verify", "nowhere").stdout == ""
 
 
-@pytest.mark.parametrize("words", ["verify", "models --jsn", "compare a b --data c --tolerance 99"])
+@pytest.mark.parametrize(
+    "words", ["verify", "models --jsn", "compare a b --data c --tolerance 99"]
+)
 def test_a_wrong_command_line_is_json_too(words: str) -> None:
     result = sopdeploy_cli(*words.split(), "--json")
     error = json.loads(result.stdout)["error"]
@@ -280,7 +352,9 @@ def test_a_wrong_command_line_is_json_too(words: str) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ESTALE, errno.ENOTCONN])
-@pytest.mark.parametrize("command", ["eval b --data d", "verify b", "bench b", "predict b x.jpg"])
+@pytest.mark.parametrize(
+    "command", ["eval b --data d", "verify b", "bench b", "predict b x.jpg"]
+)
 def test_a_bundle_that_the_system_cannot_read_is_one_line(
     command: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,11 +377,15 @@ def test_a_bundle_that_the_system_cannot_read_is_one_line(
     "error",
     [
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
     ],
     ids=["Python", "CPU"],
 )
-def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exhausted_memory_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(BaseException, match="2"), one_line_errors():
         raise error
     line = capsys.readouterr().err
@@ -319,7 +397,9 @@ MARKUP = ["[bold]x[/]", "\\[bold]x", "x\\", ":dog:"]
 
 
 @pytest.mark.parametrize("text", MARKUP)
-def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_external_text_is_printed_literally(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     print_error(text, "x[y]")
     print_field("label", text)
     captured = capsys.readouterr()
@@ -383,7 +463,8 @@ EARLY_MISTAKES = {  # command: its error
 }
 
 
-# Runs each command line of stdin in a fork of a process that has imported what most of them import.
+# Runs each command line of stdin in a fork of a process that has imported what most of them
+# import.
 IN_FORKS = """
 import json, os, sys
 import sopdeploy.cli.command, sopdeploy.photos.folder, sopdeploy.training.recipe
@@ -414,8 +495,12 @@ def early_mistakes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
     lines = json.dumps([command.split() for command in EARLY_MISTAKES])
     done = in_process(program=("-c", IN_FORKS), cwd=folder, input=lines)
     assert done.returncode == 0, done.stderr
-    texts = [(folder / f"{number}.txt").read_text("utf-8") for number in range(len(EARLY_MISTAKES))]
-    return dict(zip(EARLY_MISTAKES, zip(map(int, done.stdout.split()), texts, strict=True), strict=True))
+    texts = [
+        (folder / f"{number}.txt").read_text("utf-8") for number in range(len(EARLY_MISTAKES))
+    ]
+    return dict(
+        zip(EARLY_MISTAKES, zip(map(int, done.stdout.split()), texts, strict=True), strict=True)
+    )
 
 
 @pytest.mark.parametrize("command", EARLY_MISTAKES)
@@ -436,7 +521,9 @@ def test_all_sections_are_printed() -> None:
     assert sections == ["versions", "machine", "accelerators", "plug-ins"]
     values = dict(line.split(maxsplit=1) for line in lines if line[0] == " ")
     assert values["sopdeploy"] == sopdeploy.__version__
-    assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(values)
+    assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(
+        values
+    )
     assert {"onnxruntime", "tensorrt"} <= set(values)
     assert ("openvino" in values) == (find_spec("openvino") is not None)
 
@@ -450,7 +537,9 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     trt = ModuleType("tensorrt")
     trt.__version__ = "11.4.0"
-    monkeypatch.setattr("sopdeploy_service.runtime.tensorrt_session.import_tensorrt", lambda: trt)
+    monkeypatch.setattr(
+        "sopdeploy_service.runtime.tensorrt_session.import_tensorrt", lambda: trt
+    )
     monkeypatch.setattr("sopdeploy_service.runtime.tensorrt_session.open_cuda", Cuda)
     assert env.describe_accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"
 
@@ -461,7 +550,10 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
     with show_steps("export") as on_step:
         on_step("converting to ONNX")
         on_step("writing [the] bundle")
-    assert capsys.readouterr() == ("", "export: converting to ONNX\nexport: writing [the] bundle\n")
+    assert capsys.readouterr() == (
+        "",
+        "export: converting to ONNX\nexport: writing [the] bundle\n",
+    )
 
 
 def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
@@ -515,7 +607,9 @@ FOREIGN_FILES = {
 
 
 @pytest.mark.parametrize("name", FOREIGN_FILES)
-def test_a_file_of_another_program_is_named_with_what_to_give(name: str, tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_named_with_what_to_give(
+    name: str, tmp_path: Path
+) -> None:
     content, message = FOREIGN_FILES[name]
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")

@@ -46,7 +46,10 @@ def installation(*extras: str) -> set[str]:
             continue
         for requirement in map(Requirement, lines):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                needed = [(canonicalize_name(requirement.name), part) for part in ("", *requirement.extras)]
+                needed = [
+                    (canonicalize_name(requirement.name), part)
+                    for part in ("", *requirement.extras)
+                ]
                 waiting += [pair for pair in needed if pair not in found]
     return {name for name, _ in found}
 
@@ -54,7 +57,9 @@ def installation(*extras: str) -> set[str]:
 def without_others(present: set[str], folder: Path) -> str:
     """Return the PYTHONPATH of a process that finds only the distributions *present*; write to *folder*."""
     owners = metadata.packages_distributions().items()
-    hidden = {module for module, names in owners if present.isdisjoint(map(canonicalize_name, names))}
+    hidden = {
+        module for module, names in owners if present.isdisjoint(map(canonicalize_name, names))
+    }
     (folder / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -74,15 +79,28 @@ def test_every_command_runs_or_names_the_extra_that_it_needs(
         stdin=subprocess.DEVNULL,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    missing = re.findall(r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE)
+    missing = re.findall(
+        r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE
+    )
     assert set(missing) == (set() if extra == "train" else COMMANDS | FUNCTIONS)
 
 
 def test_the_tests_on_a_gpu_import_only_what_their_extra_installs(tmp_path: Path) -> None:
     present = installation("gpu-check") | {"onnxruntime"}  # like onnxruntime-gpu
-    variables = {"PYTHONPATH": without_others(present, tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    variables = {
+        "PYTHONPATH": without_others(present, tmp_path),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "pytest_timeout", "--collect-only", ROOT / "tests" / "gpu"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "pytest_timeout",
+            "--collect-only",
+            ROOT / "tests" / "gpu",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -40,8 +40,24 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 THIS_MACHINE = [
-    *("localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.1", "127.9.9.9", "2130706433", "0x7f.1"),
-    *("0177.0.0.1", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1", "ip6-loopback", "IP6-localhost"),
+    *(
+        "localhost",
+        "LOCALHOST.",
+        "api.localhost",
+        "127.0.0.1",
+        "127.1",
+        "127.9.9.9",
+        "2130706433",
+        "0x7f.1",
+    ),
+    *(
+        "0177.0.0.1",
+        "::1",
+        "0:0:0:0:0:0:0:1",
+        "::ffff:127.0.0.1",
+        "ip6-loopback",
+        "IP6-localhost",
+    ),
     "0",  # the address of all interfaces
     socket.gethostname(),
 ]
@@ -58,7 +74,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("names", "expected"), [(THIS_MACHINE, True), (OTHERS, False)])
-def test_every_spelling_of_this_machine_is_recognized(hosts: None, names: list[str], expected: bool) -> None:
+def test_every_spelling_of_this_machine_is_recognized(
+    hosts: None, names: list[str], expected: bool
+) -> None:
     assert {name: is_this_machine(name) for name in names} == dict.fromkeys(names, expected)
 
 
@@ -78,7 +96,10 @@ def test_a_server_on_this_machine_is_requested_directly_whatever_the_variables_a
 USED: dict[str, tuple[dict[str, str], str | None]] = {
     "none": ({}, None),
     "http": ({"HTTP_PROXY": PROXY, "ALL_PROXY": "http://other.example"}, "HTTP_PROXY"),
-    "lower case first": ({"HTTP_PROXY": "http://other.example", "http_proxy": PROXY}, "http_proxy"),
+    "lower case first": (
+        {"HTTP_PROXY": "http://other.example", "http_proxy": PROXY},
+        "http_proxy",
+    ),
     "all": ({"ALL_PROXY": PROXY, "HTTPS_PROXY": "http://other.example"}, "ALL_PROXY"),
     "without a scheme": ({"HTTP_PROXY": PROXY.removeprefix("http://")}, "HTTP_PROXY"),
     "empty": ({"HTTP_PROXY": ""}, None),
@@ -86,7 +107,9 @@ USED: dict[str, tuple[dict[str, str], str | None]] = {
 
 
 @pytest.mark.parametrize("case", USED)
-def test_the_variables_are_those_of_other_programs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_are_those_of_other_programs(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables, used = USED[case]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -118,7 +141,9 @@ EXCLUDED: dict[str, tuple[bool, bool, bool]] = {
 
 
 @pytest.mark.parametrize("value", EXCLUDED)
-def test_no_proxy_lists_names_addresses_and_networks(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_lists_names_addresses_and_networks(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HTTP_PROXY", PROXY)
     monkeypatch.setenv("NO_PROXY", value)
     urls = (FAR, "http://192.0.2.7:8000", "http://[fd07::1]:8000")
@@ -136,7 +161,13 @@ WRONG = [
         "http://[::1",
         "http://a:port",
     ),
-    *("http://proxy.example:99999", "http://pro xy", "http://pr\noxy", "http://u:secret@", "u:secret@a:b:c"),
+    *(
+        "http://proxy.example:99999",
+        "http://pro xy",
+        "http://pr\noxy",
+        "http://u:secret@",
+        "u:secret@a:b:c",
+    ),
     *(
         "u:secret/1@proxy.example:9",
         "http://u:secret@x@pröxy.example",
@@ -165,7 +196,11 @@ def test_a_wrong_proxy_is_one_line_with_its_variable_and_without_its_password(
         assert "secret" not in str(caught.value)
         assert "\n" not in str(caught.value)
     health = CliRunner().invoke(app, ["health", "--url", FAR])
-    assert (health.exit_code, health.stderr.count("\n"), "ALL_PROXY" in health.stderr) == (2, 1, True)
+    assert (health.exit_code, health.stderr.count("\n"), "ALL_PROXY" in health.stderr) == (
+        2,
+        1,
+        True,
+    )
 
 
 @pytest.fixture
@@ -209,7 +244,8 @@ def test_a_request_through_a_proxy_has_its_url_and_its_password(
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "is_direct"), [("http://127.0.0.1:9000", True), ("http://store.example", False), ("", False)]
+    ("endpoint", "is_direct"),
+    [("http://127.0.0.1:9000", True), ("http://store.example", False), ("", False)],
 )
 def test_a_store_on_this_machine_is_requested_directly(
     endpoint: str, is_direct: bool, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +253,11 @@ def test_a_store_on_this_machine_is_requested_directly(
     monkeypatch.setenv("HTTP_PROXY", PROXY)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    assert store_options("s3://bucket/a-0.tar") == ({"config_kwargs": {"proxies": {}}} if is_direct else {})
-    assert requested_url("s3://bucket/a-0.tar") == (endpoint or "https://s3.amazonaws.com")  # for messages
+    assert store_options("s3://bucket/a-0.tar") == (
+        {"config_kwargs": {"proxies": {}}} if is_direct else {}
+    )
+    assert requested_url("s3://bucket/a-0.tar") == (
+        endpoint or "https://s3.amazonaws.com"
+    )  # for messages
     assert store_options("http://localhost/a-0.tar") == store_options("hf://owner/name") == {}
     assert store_options(f"{FAR}/a-0.tar") == {"proxy": PROXY}

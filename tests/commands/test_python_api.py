@@ -53,12 +53,19 @@ def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str)
 
 
 def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
-    given = {"augment": {"scale": [0.5, 1.0]}, "ema": {}, "optimizer": {}, "model": {"config": {}}}
+    given = {
+        "augment": {"scale": [0.5, 1.0]},
+        "ema": {},
+        "optimizer": {},
+        "model": {"config": {}},
+    }
     recipe = change_recipe("photos", list(flatten(given)))
     assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
 
 
-def test_paths_images_and_arrays_give_the_predictions_of_the_command(bundle: Path, tmp_path: Path) -> None:
+def test_paths_images_and_arrays_give_the_predictions_of_the_command(
+    bundle: Path, tmp_path: Path
+) -> None:
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, color in zip(paths, ((200, 30, 60), (10, 90, 30)), strict=True):
         path.write_bytes(picture_bytes(color, kind="PNG"))
@@ -117,7 +124,9 @@ def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
         "print([n for n in ('torch', 'numpy', 'PIL', 'fastapi', 'pydantic') if n in first], "
         "[n for n in ('torch', 'torchvision', 'onnx', 'sklearn', 'timm', 'jinja2') if n in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[] []\n"
 
 

@@ -28,7 +28,9 @@ def public_functions() -> Iterator[Callable[..., Any]]:
             found = getattr(importlib.import_module(module), attribute)
         except AttributeError:
             found = importlib.import_module(name)
-        members = vars(found).values() if isinstance(found, type | types.ModuleType) else [found]
+        members = (
+            vars(found).values() if isinstance(found, type | types.ModuleType) else [found]
+        )
         functions = (inspect.unwrap(one) for one in members if inspect.isfunction(one))
         yield from (one for one in functions if not one.__name__.startswith("_"))
 
@@ -41,7 +43,9 @@ def test_a_parameter_that_is_a_path_may_be_text() -> None:
             if "Callable[" not in annotation:  # it is called with a path
                 found = re.findall(r"([\w.]+ \| )?\b(?:pathlib\.)?Path\b", annotation)
                 checked += len(found)
-                assert {"str | "}.issuperset(found), f"{function.__qualname__}: {name}: {annotation}"
+                assert {"str | "}.issuperset(found), (
+                    f"{function.__qualname__}: {name}: {annotation}"
+                )
     assert checked > 10
 
 

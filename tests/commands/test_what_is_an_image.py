@@ -86,9 +86,12 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
     "eval": lambda root: of_first_class(open_evaluation_images(root, tuple(LABELS[:2]))),
     "predict, calibrate, unknown": lambda root: of_first_class(open_any_images(root)),
     "label": lambda root: [path.name for path in list_heap(root / LABELS[0]).images],
-    "classify, folder": lambda root: [Path(one.path).name for one in list_sources([str(root / LABELS[0])])],
+    "classify, folder": lambda root: [
+        Path(one.path).name for one in list_sources([str(root / LABELS[0])])
+    ],
     "classify, files": lambda root: [
-        Path(one.path).name for one in list_sources([str(root / LABELS[0] / name) for name in NAMES])
+        Path(one.path).name
+        for one in list_sources([str(root / LABELS[0] / name) for name in NAMES])
     ],
     "classify, archive": in_archive,
     "classify, store": in_store,
@@ -97,11 +100,15 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_every_command_reads_the_files_whose_bytes_are_an_image(command: str, classes: Path) -> None:
+def test_every_command_reads_the_files_whose_bytes_are_an_image(
+    command: str, classes: Path
+) -> None:
     assert sorted(READERS[command](classes)) == NAMES
 
 
-def test_a_check_counts_files_by_their_bytes_and_the_others_by_their_endings(classes: Path) -> None:
+def test_a_check_counts_files_by_their_bytes_and_the_others_by_their_endings(
+    classes: Path,
+) -> None:
     report = check_data(classes)
     assert (report.unreadable, report.parts[0].count) == ((), 2 * len(IMAGES))
     assert report.formats == {"JPEG": 8, "PNG": 2, "BMP": 2, "WEBP": 2, "GIF": 2}
@@ -109,7 +116,9 @@ def test_a_check_counts_files_by_their_bytes_and_the_others_by_their_endings(cla
 
 
 @pytest.mark.parametrize("content", IMAGES.values())
-def test_bundles_are_not_written_beside_photographs_without_an_ending(content: bytes, tmp_path: Path) -> None:
+def test_bundles_are_not_written_beside_photographs_without_an_ending(
+    content: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "IMG_1").write_bytes(content)
     with pytest.raises(ConfigError, match="holds photographs"):
         check_takes_output(tmp_path, "out")
@@ -118,7 +127,9 @@ def test_bundles_are_not_written_beside_photographs_without_an_ending(content: b
 @pytest.mark.parametrize(
     ("name", "problem"), [("notes.txt", "not the path of an image"), ("scan", "not the path")]
 )
-def test_a_table_may_not_list_a_file_that_is_no_image(name: str, problem: str, classes: Path) -> None:
+def test_a_table_may_not_list_a_file_that_is_no_image(
+    name: str, problem: str, classes: Path
+) -> None:
     (classes / "labels.csv").write_text(f"file,classes\n{LABELS[0]}/{name},a\n")
     with pytest.raises(DataError, match=f"line 2: .*{problem}"):
         read_label_table(classes / "labels.csv")
@@ -173,7 +184,9 @@ def test_few_objects_of_a_store_are_opened_for_each_ending_of_no_image() -> None
 
     store.cat_file = cat_file
     try:
-        assert [image.path for image in list_sources(["memory://many"])] == ["memory:///many/last"]
+        assert [image.path for image in list_sources(["memory://many"])] == [
+            "memory:///many/last"
+        ]
     finally:
         del store.cat_file
         store.rm("/many", recursive=True)

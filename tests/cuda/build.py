@@ -3,12 +3,12 @@
     python tests/cuda/build.py FOLDER
 
 FOLDER contains the package `onnxruntime-gpu`, FOLDER/headers contains `nvidia-cuda-runtime` and
-`nvidia-cuda-crt`. The libraries are written to FOLDER/nvidia, where pip would install NVIDIA's, and that of
-the driver to FOLDER/driver. FOLDER/bindings contains `tensorrt-cu13-bindings`, the Python modules of
-TensorRT; they get libraries that cannot create anything. Needs gcc and nm.
+`nvidia-cuda-crt`. The libraries are written to FOLDER/nvidia, where pip would install NVIDIA's,
+and that of the driver to FOLDER/driver. FOLDER/bindings contains `tensorrt-cu13-bindings`, the
+Python modules of TensorRT; they get libraries that cannot create anything. Needs gcc and nm.
 
-Loading of the provider, graph optimization, partitioning, memory arena, IO binding and error messages are
-real. Kernels compute nothing, and convolutions cannot run, because cuDNN is empty.
+Loading of the provider, graph optimization, partitioning, memory arena, IO binding and error
+messages are real. Kernels compute nothing, and convolutions cannot run, because cuDNN is empty.
 """
 
 import re
@@ -27,7 +27,8 @@ BODIES = {
     r"cublasGetStatus\w+|cudnnGetErrorString": 'const char *{name}(int status) {{ return "stand-in"; }}',
     r"cudnnGetLastErrorString": "void {name}(char *text, unsigned long size) {{ if (size) *text = 0; }}",
     r"cudnnBackend\w+": "int {name}(void) {{ return 3000; }}",  # CUDNN_STATUS_NOT_SUPPORTED
-    r"cuInit|cuTensorMap\w+": "int {name}(void) {{ return 100; }}",  # no device: only the runtime is there
+    # no device: only the runtime is there
+    r"cuInit|cuTensorMap\w+": "int {name}(void) {{ return 100; }}",
     r"": "int {name}(void) {{ return 0; }}",
 }
 
@@ -39,7 +40,9 @@ def output(*command: str) -> str:
 
 def stub(name: str) -> str:
     """Return the definition of the function *name* that only reports success."""
-    body = next(body for pattern, body in BODIES.items() if not pattern or re.fullmatch(pattern, name))
+    body = next(
+        body for pattern, body in BODIES.items() if not pattern or re.fullmatch(pattern, name)
+    )
     return body.format(name=name)
 
 
@@ -69,7 +72,9 @@ def build(folder: Path) -> None:
     sources.mkdir(exist_ok=True)
     for library, names in symbols(str(folder / PROVIDER)).items():
         runtime = library.startswith("libcudart")
-        missing = sorted(name for name in names if not (runtime and re.search(rf"\b{name}\(", written)))
+        missing = sorted(
+            name for name in names if not (runtime and re.search(rf"\b{name}\(", written))
+        )
         files = [sources / f"{library}.c", *([HERE / "cudart.c"] if runtime else [])]
         files[0].write_text("\n".join(map(stub, missing)), encoding="utf-8")
         versions = sources / f"{library}.map"
@@ -82,15 +87,28 @@ def build(folder: Path) -> None:
 
 def compile_library(path: Path, *options: str) -> None:
     """Compile a library with gcc and *options*."""
-    command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{path.name}", "-o", str(path), *options]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-Wl,-soname,{path.name}",
+        "-o",
+        str(path),
+        *options,
+    ]
     subprocess.run(command, check=True)
 
 
 def build_tensorrt(folder: Path) -> None:
     """Compile libraries for the Python modules of TensorRT in *folder*, and write the package `tensorrt`."""
-    undefined = output("nm", "-D", "--undefined-only", str(folder / "tensorrt_bindings" / "tensorrt.so"))
+    undefined = output(
+        "nm", "-D", "--undefined-only", str(folder / "tensorrt_bindings" / "tensorrt.so")
+    )
     source = folder / "stubs.c"
-    names = re.findall(r"\b(?:create|get|init)\w+(?:_INTERNAL|Registry|Version|Plugins)\b", undefined)
+    names = re.findall(
+        r"\b(?:create|get|init)\w+(?:_INTERNAL|Registry|Version|Plugins)\b", undefined
+    )
     source.write_text("\n".join(map(stub, names)), encoding="utf-8")
     compile_library(folder / "libnvinfer.so.11", str(source))
     for library in ("libnvinfer_plugin.so.11", "libnvonnxparser.so.11"):

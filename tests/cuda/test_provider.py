@@ -18,7 +18,9 @@ def test_a_second_order_graph_opens(half: bool) -> None:
 def test_an_operator_without_a_cuda_kernel_is_named() -> None:
     model = network()
     model.graph.node.append(helper.make_node("Det", ["covariance"], ["determinant"]))
-    model.graph.output.append(helper.make_tensor_value_info("determinant", TensorProto.FLOAT, ["batch"]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("determinant", TensorProto.FLOAT, ["batch"])
+    )
     assert opened(model) == "Det, 1 MemcpyToHost"
 
 
@@ -34,7 +36,9 @@ def reading_shapes(*values: str) -> onnx.ModelProto:
                 helper.make_node("Expand", ["row", size], [expanded]),
             ]
         )
-        model.graph.output.append(helper.make_tensor_value_info(expanded, TensorProto.FLOAT, ["batch", 1]))
+        model.graph.output.append(
+            helper.make_tensor_value_info(expanded, TensorProto.FLOAT, ["batch", 1])
+        )
     model.graph.initializer.append(helper.make_tensor("one", TensorProto.INT64, [1], [1]))
     model.graph.initializer.append(helper.make_tensor("row", TensorProto.FLOAT, [1, 1], [0.5]))
     return model

@@ -14,7 +14,13 @@ from tests.cuda.stand_in import ABSENT, FOLDER, installed
 from tests.support.rooms import ROOT
 from tests.sweep.smallest import ALL
 
-QUICK = ("resnet8", "gmsop-16-8-resnet18", "gsop-net1-resnet26", "dsop-resnet8", "netvlad-64-resnet18")
+QUICK = (
+    "resnet8",
+    "gmsop-16-8-resnet18",
+    "gsop-net1-resnet26",
+    "dsop-resnet8",
+    "netvlad-64-resnet18",
+)
 OTHERS = [small.name for small in ALL if small.name not in QUICK]
 pytestmark = [
     pytest.mark.skipif(not installed(), reason=ABSENT),
@@ -23,7 +29,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
-def test_a_training_step_stays_on_the_gpu_in_every_precision(names: list[str], tmp_path: Path) -> None:
+def test_a_training_step_stays_on_the_gpu_in_every_precision(
+    names: list[str], tmp_path: Path
+) -> None:
     compiler, library = shutil.which("gcc"), tmp_path / "device.so"
     assert compiler
     headers = FOLDER / "headers" / "nvidia" / "cu13" / "include"
@@ -40,5 +48,7 @@ def test_a_training_step_stays_on_the_gpu_in_every_precision(names: list[str], t
     )
     assert found.returncode == 0, found.stderr
     steps = [json.loads(line) for line in found.stdout.splitlines()]
-    expected = [[name, precision, ["cuda:0"]] for name in names for precision in ("fp32", "bf16")]
+    expected = [
+        [name, precision, ["cuda:0"]] for name in names for precision in ("fp32", "bf16")
+    ]
     assert sorted(steps) == sorted(expected)

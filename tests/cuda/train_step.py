@@ -1,7 +1,7 @@
 """Training steps of networks on a GPU in torch's fake tensors: shapes, types and devices, no numbers.
 
-python -m tests.cuda.train_step NAME..., of `tests.sweep.smallest`, with `device.c` preloaded. Prints name,
-precision and the devices of loss and gradients as JSON, a line for each step.
+python -m tests.cuda.train_step NAME..., of `tests.sweep.smallest`, with `device.c` preloaded.
+Prints name, precision and the devices of loss and gradients as JSON, a line for each step.
 """
 
 import json
@@ -31,7 +31,9 @@ def on_gpu(mode: FakeTensorMode, network: Classifier) -> Classifier:
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = nn.Parameter(fake(mode, weight), weight.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    fake(mode, weight), weight.requires_grad
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(mode, buffer)
@@ -75,7 +77,9 @@ def main(names: list[str]) -> None:
     Tensor.nonzero = every_row  # type: ignore[assignment, method-assign]
     for small in ALL:
         for precision in ("fp32", "bf16") if small.name in names else ():
-            sys.stdout.write(json.dumps([small.name, precision, devices_of_a_step(small, precision)]) + "\n")
+            sys.stdout.write(
+                json.dumps([small.name, precision, devices_of_a_step(small, precision)]) + "\n"
+            )
 
 
 main(sys.argv[1:])

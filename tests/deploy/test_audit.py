@@ -47,7 +47,11 @@ CASES: dict[str, tuple[dict[str, Any] | None, int, list[str]]] = {
         1,
         ["cpu.txt: numpy==2.4.6: not audited: not on PyPI", "1 of 2 entries"],
     ),
-    "an entry that is dropped": (CONTROL | {"numpy==2.5.5": CLEAN}, 1, ["does not mention it", "1 of 2"]),
+    "an entry that is dropped": (
+        CONTROL | {"numpy==2.5.5": CLEAN},
+        1,
+        ["does not mention it", "1 of 2"],
+    ),
     "a database without advisories": (
         {audit.CONTROL: CLEAN, "numpy==2.4.6": CLEAN, "numpy==2.5.5": CLEAN},
         -1,

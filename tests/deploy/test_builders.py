@@ -44,7 +44,9 @@ def test_the_main_process_of_a_container_is_stopped(
 ) -> None:
     # Not `#!` and the path of Python, which may contain spaces.
     (tmp_path / "buildah.py").write_text(STAND_IN)
-    (tmp_path / "buildah").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/buildah.py" "$@"\n')
+    (tmp_path / "buildah").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/buildah.py" "$@"\n'
+    )
     (tmp_path / "buildah").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("DEPTH", str(depth))
@@ -78,7 +80,9 @@ def test_the_bundle_of_an_interrupted_export_is_exported_again(
     assert commands == ["train", "export"]
 
 
-def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> None:
+def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
+    None
+):
     words = documented_run()
     of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
     assert [word for word in words if not word.startswith(of_docker)] == HARDENING
@@ -87,4 +91,6 @@ def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photo
     targets = {volume.split(":")[1] for volume in values(words, "volume")}
     settings = dict(word.split("=", 1) for word in values(words, "env"))
     assert targets == {"/models", *settings.values()}
-    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(Settings.model_fields)
+    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(
+        Settings.model_fields
+    )

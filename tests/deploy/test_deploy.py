@@ -34,9 +34,16 @@ CHART = DEPLOY / "helm" / "sopdeploy"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 KUBERNETES = "1.33"
 COMMANDS: Any = get_command(app)
-SCALED_OBJECT = json.loads((Path(__file__).parent / "scaled_object.json").read_text(encoding="utf-8"))
+SCALED_OBJECT = json.loads(
+    (Path(__file__).parent / "scaled_object.json").read_text(encoding="utf-8")
+)
 KEDA = {"prometheus": "http://prometheus:9090", "requestsPerSecond": "50", "requestsQuery": ""}
-AUTOSCALING: dict[str, Any] = {"enabled": True, "minReplicas": 1, "maxReplicas": 3, "queueDepth": "8"}
+AUTOSCALING: dict[str, Any] = {
+    "enabled": True,
+    "minReplicas": 1,
+    "maxReplicas": 3,
+    "queueDepth": "8",
+}
 VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
@@ -59,7 +66,9 @@ VALUES: dict[str, dict[str, Any]] = {
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
         "affinity": {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}
+            }
         },
         "topologySpread": {"key": "zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -76,12 +85,17 @@ VALUES: dict[str, dict[str, Any]] = {
             "namespaceLabels": {"team": "shop"},
             "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}],
         },
-        "serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}},
+        "serviceMonitor": {
+            "enabled": True,
+            "interval": "30s",
+            "labels": {"release": "prometheus"},
+        },
     },
     "with a claim for photographs": {"replicas": 1, "keep": {"claim": "kept"}},
     "with KEDA": {"autoscaling": AUTOSCALING | {"keda": KEDA}},
     "with KEDA and a proxy's requests": {
-        "autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": KEDA | {"requestsQuery": "sum(proxy)"}}
+        "autoscaling": AUTOSCALING
+        | {"minReplicas": 0, "keda": KEDA | {"requestsQuery": "sum(proxy)"}}
     },
 }
 
@@ -100,7 +114,9 @@ for case, report in zip(values, lint):
         report["errors"].append(str(error))
 json.dump([lint, rendered], sys.stdout)
 """
-needs_helm = pytest.mark.skipif(find_spec("helm_python") is None, reason="Helm's library is not installed")
+needs_helm = pytest.mark.skipif(
+    find_spec("helm_python") is None, reason="Helm's library is not installed"
+)
 
 
 @cache
@@ -109,10 +125,14 @@ def helm() -> tuple[list[Any], list[list[str]]]:
     return run_helm(list(VALUES.values())) if find_spec("helm_python") else ([], [])
 
 
-def run_helm(values: list[dict[str, Any]], name: str = "shop") -> tuple[list[Any], list[list[str]]]:
+def run_helm(
+    values: list[dict[str, Any]], name: str = "shop"
+) -> tuple[list[Any], list[list[str]]]:
     """Return a report for each of *values*, and the manifests of the release *name* without errors."""
     command = [sys.executable, "-c", HELM, str(CHART), name]
-    done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, input=json.dumps(values), capture_output=True, text=True, check=True
+    )
     reports, rendered = json.loads(done.stdout)
     return reports, rendered
 
@@ -143,26 +163,39 @@ PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
 def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
-    without_autoscaler = {f"the chart {case}" for case, given in VALUES.items() if "autoscaling" not in given}
+    without_autoscaler = {
+        f"the chart {case}" for case, given in VALUES.items() if "autoscaling" not in given
+    }
     autoscaler = "ScaledObject" if "KEDA" in name else "HorizontalPodAutoscaler"
     assert (autoscaler in kinds) == (name not in without_autoscaler)
     assert not {"ScaledObject", "HorizontalPodAutoscaler"} <= set(kinds)
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
-        elif document["kind"] not in {"ServiceMonitor", "PrometheusRule"}:  # of an operator; compared below
+        elif document["kind"] not in {
+            "ServiceMonitor",
+            "PrometheusRule",
+        }:  # of an operator; compared below
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
 @needs_helm
 def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     found = {document["kind"]: document for document in chart("with everything")}
-    optional = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor", "PrometheusRule"}
+    optional = {
+        "ServiceAccount",
+        "Ingress",
+        "NetworkPolicy",
+        "ServiceMonitor",
+        "PrometheusRule",
+    }
     assert found.keys() & optional == optional
     assert {document["kind"] for document in chart("with defaults")} & optional == set()
     pod = found["Deployment"]["spec"]["template"]
     pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
-    service_ports = {port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]}
+    service_ports = {
+        port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]
+    }
     assert set(service_ports.values()) == pod_ports
     assert pod["spec"]["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
     assert found["ServiceAccount"]["automountServiceAccountToken"] is False
@@ -177,7 +210,9 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     (spread,) = pod["spec"]["topologySpreadConstraints"]
     labels = pod["metadata"]["labels"]
     assert {"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= labels.keys()
-    for selected in (  # by both labels: a chart around this one has other pods of the same instance
+    for (
+        selected
+    ) in (  # by both labels: a chart around this one has other pods of the same instance
         policy["podSelector"]["matchLabels"],
         spread["labelSelector"]["matchLabels"],
         found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
@@ -185,7 +220,10 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         found["Service"]["spec"]["selector"],
     ):
         assert selected == labels
-    assert monitor["selector"]["matchLabels"].items() <= found["Service"]["metadata"]["labels"].items()
+    assert (
+        monitor["selector"]["matchLabels"].items()
+        <= found["Service"]["metadata"]["labels"].items()
+    )
 
 
 @needs_helm
@@ -226,7 +264,9 @@ def test_the_schema_of_the_chart_has_exactly_the_keys_of_its_values() -> None:
         different = [f"{at}{name}" for name in names.keys() ^ values.keys()]
         common = names.keys() & values.keys()
         return different + [
-            key for name in common for key in same_keys(names[name], values[name], f"{at}{name}.")
+            key
+            for name in common
+            for key in same_keys(names[name], values[name], f"{at}{name}.")
         ]
 
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
@@ -256,19 +296,30 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
 
 def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (rules,) = yaml.safe_load((CHART / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
-    (drift,) = [rule["expr"] for rule in rules["rules"] if rule.get("alert") == "SopdeployDrift"]
+    (drift,) = [
+        rule["expr"] for rule in rules["rules"] if rule.get("alert") == "SopdeployDrift"
+    ]
     assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
 
 
-def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(tmp_path: Path) -> None:
+def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
+    tmp_path: Path,
+) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     metrics, series = Metrics(), r"increase\((\w+)\{(.*?)\}\[\w+\]\)+ > 0"
-    open_keeper(Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), is_keeper=True)
+    open_keeper(
+        Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), is_keeper=True
+    )
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
-    assert {name for name, _ in found} >= {"sopdeploy_load_failures_total", "sopdeploy_kept_deleted_total"}
+    assert {name for name, _ in found} >= {
+        "sopdeploy_load_failures_total",
+        "sopdeploy_kept_deleted_total",
+    }
     for name, labels in found:
-        assert re.search(rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE), name
+        assert re.search(
+            rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE
+        ), name
 
 
 needs_promtool = pytest.mark.skipif(
@@ -293,7 +344,9 @@ def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
 @needs_helm
 @needs_promtool
 def test_the_alert_rules_of_two_releases_fire_once_each(tmp_path: Path) -> None:
-    tests = yaml.safe_load(ALERT_TESTS.read_text(encoding="utf-8")) | {"rule_files": ["shop", "toys"]}
+    tests = yaml.safe_load(ALERT_TESTS.read_text(encoding="utf-8")) | {
+        "rule_files": ["shop", "toys"]
+    }
     for name in tests["rule_files"]:
         (tmp_path / name).write_text(json.dumps(alert_rules({}, name)), encoding="utf-8")
         promtool("check", "rules", tmp_path / name)
@@ -311,7 +364,11 @@ def alert_rules(values: dict[str, Any], name: str) -> dict[str, Any]:
 @needs_helm
 def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> None:
     def selectors(rules: dict[str, Any]) -> list[str]:
-        return [one for rule in rules["groups"][0]["rules"] for one in re.findall(SELECTOR, rule["expr"])]
+        return [
+            one
+            for rule in rules["groups"][0]["rules"]
+            for one in re.findall(SELECTOR, rule["expr"])
+        ]
 
     own = selectors(alert_rules({}, "toys"))
     ours = 'namespace="default",job="toys",'
@@ -327,13 +384,18 @@ SELECTOR = r"\b(?:sopdeploy[_:]|process_|up\b)\w*(?:\{.*?\})?"
 def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() -> None:
     keda = KEDA | {"requestsQuery": "sum(proxy)"}
     scaled = {"autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": keda}}
-    found = [rules["groups"][0]["rules"][1] for rules in (alert_rules({}, "a"), alert_rules(scaled, "a"))]
+    found = [
+        rules["groups"][0]["rules"][1]
+        for rules in (alert_rules({}, "a"), alert_rules(scaled, "a"))
+    ]
     assert ["absent" in rule["expr"] for rule in found] == [True, False]
 
 
 @needs_promtool
 def test_prometheus_of_compose_loads_the_alert_rules(tmp_path: Path) -> None:
-    mounts = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["prometheus"]["volumes"]
+    mounts = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["prometheus"][
+        "volumes"
+    ]
     for source, target, *_ in (mount.split(":") for mount in mounts if mount.startswith("./")):
         shutil.copy(ROOT / source, tmp_path / Path(target).name)
         assert Path(target).parent == Path("/etc/prometheus")
@@ -351,9 +413,14 @@ def test_the_kserve_runtime_matches_the_schemas_and_its_service() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     (runtime,), (service,) = documents("kserve/runtime.yaml"), documents("kserve/service.yaml")
-    model, formats = service["spec"]["predictor"]["model"], runtime["spec"]["supportedModelFormats"]
+    model, formats = (
+        service["spec"]["predictor"]["model"],
+        runtime["spec"]["supportedModelFormats"],
+    )
     assert model["runtime"] == runtime["metadata"]["name"]
-    assert model["modelFormat"] in [{"name": f["name"], "version": f["version"]} for f in formats]
+    assert model["modelFormat"] in [
+        {"name": f["name"], "version": f["version"]} for f in formats
+    ]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     assert runtime["spec"]["containers"][0]["name"] == "kserve-container"
 
@@ -369,7 +436,9 @@ PROBES = {
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_containers_have_valid_arguments_and_settings_and_no_privileges(container: dict[str, Any]) -> None:
+def test_containers_have_valid_arguments_and_settings_and_no_privileges(
+    container: dict[str, Any],
+) -> None:
     command, *arguments = container["args"]
     context = COMMANDS.commands[command].make_context(command, arguments)
     assert context.args == []
@@ -377,7 +446,9 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
         assert assignment.partition("=")[0] in Settings.model_fields
     for variable in container.get("env") or ():
         name = variable["name"].removeprefix("SOPDEPLOY_").lower()
-        assert name in Settings.model_fields or variable in VALUES["with everything"]["extraEnv"]
+        assert (
+            name in Settings.model_fields or variable in VALUES["with everything"]["extraEnv"]
+        )
     rules = container["securityContext"]
     assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
@@ -390,9 +461,14 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanly(name: str) -> None:
+def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanly(
+    name: str,
+) -> None:
     pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
-    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": surge}}
+    rolling = {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxUnavailable": 0, "maxSurge": surge},
+    }
     one_writer = name == "the chart with a claim for photographs"
     assert DEPLOYMENTS[name]["strategy"] == ({"type": "Recreate"} if one_writer else rolling)
     assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
@@ -406,8 +482,12 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
 def test_pods_with_a_gpu_have_its_runtime_class_and_processes_for_their_own_cores() -> None:
     pod = PODS["the chart on GPUs"]
     (server,) = pod["containers"]
-    assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == ("nvidia", 1)
-    # Without a limit, the decoders and front ends of each pod would be those of all cores of the node.
+    assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == (
+        "nvidia",
+        1,
+    )
+    # Without a limit, the decoders and front ends of each pod would be those of all cores of
+    # the node.
     assert server["resources"]["limits"]["cpu"] == server["resources"]["requests"]["cpu"]
     assert "runtimeClassName" not in PODS["the chart with defaults"]
 
@@ -418,7 +498,11 @@ def metric_names() -> set[str]:
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
-            ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+            ends = {
+                "counter": ["_total"],
+                "gauge": [""],
+                "histogram": ["_bucket", "_sum", "_count"],
+            }
             ends["summary"] = ["_sum", "_count"]
             found |= {family.name + end for end in ends[family.type]}
     return found
@@ -435,34 +519,49 @@ USERS = [
 
 @pytest.mark.parametrize("file", USERS)
 def test_every_metric_in_deployment_files_exists(file: str) -> None:
-    used = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {"sopdeploy_service"}
+    used = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {
+        "sopdeploy_service"
+    }
     assert used
     assert used <= metric_names()
 
 
 def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
     text = (DEPLOY / "dashboard.json").read_text(encoding="utf-8")
-    assert text == module_at(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
+    assert text == module_at(DEPLOY / "dashboard.py").rendered(), (
+        "run `python deploy/dashboard.py`"
+    )
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
     assert [name for name in sorted(families) if name not in text] == []
 
 
 @needs_promtool
-def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(tmp_path: Path) -> None:
+def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(
+    tmp_path: Path,
+) -> None:
     page = json.loads((DEPLOY / "dashboard.json").read_text(encoding="utf-8"))
     queries = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
-    series = [one for query in queries for one in re.findall(r"\b((?:sopdeploy|process)_\w+)(.*?\})", query)]
+    series = [
+        one
+        for query in queries
+        for one in re.findall(r"\b((?:sopdeploy|process)_\w+)(.*?\})", query)
+    ]
     names = {variable["name"] for variable in page["templating"]["list"]}
     assert names == {"source", "namespace", "job", "instance", "model"}
     for name, matchers in series:
-        assert {*re.findall(r'(\w+)=~"\$\1"', matchers)} >= {"namespace", "job", "instance"}, name
+        assert {*re.findall(r'(\w+)=~"\$\1"', matchers)} >= {"namespace", "job", "instance"}, (
+            name
+        )
     rules = [
         {"record": f"q:{number}", "expr": query.replace("$__rate_interval", "1m")}
         for number, query in enumerate(queries)
     ]
-    (tmp_path / "rules").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    (tmp_path / "rules").write_text(
+        json.dumps({"groups": [{"name": "dashboard", "rules": rules}]})
+    )
     promtool("check", "rules", tmp_path / "rules")
-    # A series without the label `model` has no matcher of it: it would not match once a model is chosen.
+    # A series without the label `model` has no matcher of it: it would not match once a model
+    # is chosen.
     labels = {
         family.name: metric._labelnames
         for metric in vars(Metrics()).values()
@@ -470,15 +569,21 @@ def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(t
         for family in metric.describe()
     }
     with_model = {
-        re.sub(r"_(total|bucket|sum|count)$", "", name) for name, found in series if "$model" in found
+        re.sub(r"_(total|bucket|sum|count)$", "", name)
+        for name, found in series
+        if "$model" in found
     }
     assert with_model == {name for name, found in labels.items() if "model" in found}
 
 
 def test_compose_mounts_existing_files() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
-    assert [mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_file()] == []
+    mounts = [
+        volume.split(":")[0] for service in services.values() for volume in service["volumes"]
+    ]
+    assert [
+        mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_file()
+    ] == []
 
 
 def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> None:
@@ -487,7 +592,9 @@ def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> Non
     text = "\n".join(file.read_text(encoding="utf-8").replace("\n# ", " ") for file in files)
     commands = re.findall(r"`([^`\n]*docker compose[^`]*)`", text)
     assert (len(required), len(commands)) == (1, 4)
-    assert [command for command in commands if not all(f"{name}=" in command for name in required)] == []
+    assert [
+        command for command in commands if not all(f"{name}=" in command for name in required)
+    ] == []
 
 
 def test_the_page_of_kubernetes_sets_values_of_the_chart() -> None:
@@ -559,10 +666,14 @@ def test_the_image_is_built_with_locked_tools() -> None:
 @needs_helm
 def test_helm_finds_no_fault_in_the_chart() -> None:
     for case, report in zip(VALUES, helm()[0], strict=True):
-        assert [m for m in report["messages"] if m["severity"] > 1] == report["errors"] == [], case
+        assert [m for m in report["messages"] if m["severity"] > 1] == report["errors"] == [], (
+            case
+        )
 
 
-def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp_path: Path) -> None:
+def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(
+    tmp_path: Path,
+) -> None:
     """With hashes, pip requires one for every further package. Other steps need the image."""
     for name in ("lock/gpu.txt", "install_image.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -578,14 +689,21 @@ def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp
         check=False,
     )
     *_, last = (tmp_path / "calls.txt").read_text().splitlines()
-    assert last.endswith("install --no-cache-dir --constraint constraints.txt sopdeploy[tensorrt]")
+    assert last.endswith(
+        "install --no-cache-dir --constraint constraints.txt sopdeploy[tensorrt]"
+    )
     constraints = (tmp_path / "constraints.txt").read_text()
     assert constraints.count("==") >= constraints.count("\n") > 50
     assert "hash" not in constraints
 
 
-# Megabytes of the server at rest, as docs/limits.md gives them; with a GPU, CUDA and its libraries.
-LIMITED = {"kubernetes/sopdeploy.yaml": 150, "kserve/runtime.yaml": 150, "helm/sopdeploy/values.yaml": 150}
+# Megabytes of the server at rest, as docs/limits.md gives them; with a GPU, CUDA and its
+# libraries.
+LIMITED = {
+    "kubernetes/sopdeploy.yaml": 150,
+    "kserve/runtime.yaml": 150,
+    "helm/sopdeploy/values.yaml": 150,
+}
 LIMITED |= {"helm/sopdeploy/values-gpu.yaml": 3000}
 
 
@@ -595,7 +713,9 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
 ) -> None:
     text = (DEPLOY / name).read_text()
     amount, unit = re.findall(r"limits:\s*(?:\{|\n\s*).*?memory: (\d+)([MG])i", text, re.S)[0]
-    monkeypatch.setattr(decoders, "memory_limit", lambda: int(amount) << {"M": 20, "G": 30}[unit])
+    monkeypatch.setattr(
+        decoders, "memory_limit", lambda: int(amount) << {"M": 20, "G": 30}[unit]
+    )
     budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
     measured = 290 * 10**6
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured

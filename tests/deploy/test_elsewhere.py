@@ -44,7 +44,9 @@ def missing(*_: object) -> Process:
     raise UnavailableError("not here")
 
 
-def test_a_failure_is_attributed_to_one_of_the_surroundings_or_to_all_together(suite: Path) -> None:
+def test_a_failure_is_attributed_to_one_of_the_surroundings_or_to_all_together(
+    suite: Path,
+) -> None:
     surroundings = [
         variables("there", PLACE="there"),
         variables("other", OTHER="other"),
@@ -73,9 +75,13 @@ def test_all_surroundings_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_failure_stays_in_the_table_until_its_journey_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_stays_in_the_table_until_its_journey_succeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(elsewhere, "git", lambda *_: "")
-    small, offline = ([[one.name, "passed", ""] for one in JOURNEYS[name]] for name in ("small", "offline"))
+    small, offline = (
+        [[one.name, "passed", ""] for one in JOURNEYS[name]] for name in ("small", "offline")
+    )
     failed = ["together (small)", "1 failed: test", ""]
     not_here = [[name, "not run: not here", ""] for name, *_ in small]
     steps = ([*small, failed], offline, not_here, small)

@@ -43,8 +43,15 @@ def names(name: str) -> set[str]:
 def environment(python: str, platform: str, machine: str) -> dict[str, str]:
     """Return what markers read, for CPython."""
     short = ".".join(python.split(".")[:2])
-    versions = {"python_full_version": python, "python_version": short, "implementation_version": python}
-    implementation = {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    versions = {
+        "python_full_version": python,
+        "python_version": short,
+        "implementation_version": python,
+    }
+    implementation = {
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
     return {
         **versions,
         **implementation,
@@ -58,7 +65,10 @@ def applies(marker: Marker | None, to: dict[str, str]) -> bool:
     return marker is None or marker.evaluate({**to, "extra": ""})
 
 
-DEVELOPMENT = [*TABLES["project"]["dependencies"], *(r for extra in INSTALLED for r in EXTRAS[extra])]
+DEVELOPMENT = [
+    *TABLES["project"]["dependencies"],
+    *(r for extra in INSTALLED for r in EXTRAS[extra]),
+]
 LOCKED = {
     "dev": [*DEVELOPMENT, *GROUPS["build"], *GROUPS["tools"]],
     "build": GROUPS["build"],
@@ -98,7 +108,9 @@ def test_the_lock_of_the_javascript_sample_has_its_packages_by_hash_without_a_ho
     _, *packages = json.loads(text)["packages"].items()
     assert all(package["integrity"].startswith("sha512-") for _, package in packages)
     wanted = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
-    found = {path.removeprefix("node_modules/"): package["version"] for path, package in packages}
+    found = {
+        path.removeprefix("node_modules/"): package["version"] for path, package in packages
+    }
     assert {name: found[name] for name in wanted} == wanted
     assert "://" not in text
 
@@ -131,15 +143,17 @@ def test_the_recipes_install_the_selected_versions(
     printed = make("selection", *arguments).splitlines()
     values = [found[1] for line in printed if (found := SELECTS.fullmatch(line))]
     assert set(values) == selected
-    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get("".join(selected), 0)
+    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get(
+        "".join(selected), 0
+    )
     assert printed[-1] == f"environment {folder}"
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
     assert {".venv/", ".venv-*/"} <= set(ignored)
     assert folder in re.findall(r"^clean:.*\n\t(.*)", MAKEFILE, re.MULTILINE)[0].split()
 
 
-# Recipes leave the lock only here: a lock is written, or the packages of the machine are measured. The wheel
-# is installed in another folder, from which the lock has another path.
+# Recipes leave the lock only here: a lock is written, or the packages of the machine are
+# measured. The wheel is installed in another folder, from which the lock has another path.
 UNLOCKED = {
     "INSTALL_ALONE": "UV_CONSTRAINT=$(ALONE_CONSTRAINT) UV_BUILD_CONSTRAINT=$(ALONE_CONSTRAINT)",
     "COMPILE": "env -u UV_CONSTRAINT",
@@ -150,7 +164,9 @@ UNLOCKED = {
 
 def test_only_named_variables_of_the_makefile_leave_the_lock() -> None:
     lines = [
-        line for line in MAKEFILE.splitlines() if re.search(r"(?:UV|PIP)_\w*(?:CONSTRAINT|RESOLUTION)", line)
+        line
+        for line in MAKEFILE.splitlines()
+        if re.search(r"(?:UV|PIP)_\w*(?:CONSTRAINT|RESOLUTION)", line)
     ]
     others = [line for line in lines if not line.startswith("export ")]
     assert {line.split()[0] for line in others} == set(UNLOCKED)
@@ -179,7 +195,9 @@ def commands(workflow: Path) -> list[str]:
 
 
 # Debian's packages and the runner's programs are those of the image that a workflow names.
-ALLOWED = re.compile(r"\s*(make|apt-get|cd|docker|gh|grep|gzip|mkdir|mv|npm ci|rm|sha256sum)\b|\s*$")
+ALLOWED = re.compile(
+    r"\s*(make|apt-get|cd|docker|gh|grep|gzip|mkdir|mv|npm ci|rm|sha256sum)\b|\s*$"
+)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +215,9 @@ def test_scripts_install_python_packages_from_a_lock_only(path: Path) -> None:
     text = re.sub(r"\\\n|^\s*#.*\n", " ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = re.findall(r"(?:\bpip |^ *)(?:wheel|install)\b +-.*?(?:$|&&)", text, re.MULTILINE)
     assert [
-        line for line in found if not re.search(r"--(?:require-hashes|no-index|constraint)\b", line)
+        line
+        for line in found
+        if not re.search(r"--(?:require-hashes|no-index|constraint)\b", line)
     ] == []
 
 
@@ -212,7 +232,12 @@ INSTALLER = module_at(ROOT / "deploy" / "install.py")
         ("", "global.index-url='x'", True, ["pip"]),
         ("lowest-direct", "", True, ["uv"]),
         ("lowest-direct", "", False, "this needs uv, but uv failed"),
-        ("lowest-direct", "global.index-url='x'", True, "this needs uv, but pip's settings name an index"),
+        (
+            "lowest-direct",
+            "global.index-url='x'",
+            True,
+            "this needs uv, but pip's settings name an index",
+        ),
     ],
 )
 def test_pip_replaces_uv_except_for_the_lowest_versions(
@@ -228,7 +253,9 @@ def test_pip_replaces_uv_except_for_the_lowest_versions(
         if command[-2:] == ["config", "list"]:
             return subprocess.CompletedProcess(command, 0, settings)
         programs.append("pip" if "-m" in command else "uv")
-        return subprocess.CompletedProcess(command, int(programs[-1] == "uv" and not uv_succeeds))
+        return subprocess.CompletedProcess(
+            command, int(programs[-1] == "uv" and not uv_succeeds)
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(INSTALLER, "find_uv", lambda: Path("uv"))

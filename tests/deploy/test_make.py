@@ -33,7 +33,11 @@ def checkout(tmp_path: Path) -> Path:
 def make(folder: Path, *arguments: str) -> list[str]:
     """Run make in *folder*; return the recorded calls."""
     outer = {name: value for name, value in os.environ.items() if not OUTER.match(name)}
-    outer = {name: value for name, value in outer.items() if name not in {"VERSION", "WHEELS", "OPTIONS"}}
+    outer = {
+        name: value
+        for name, value in outer.items()
+        if name not in {"VERSION", "WHEELS", "OPTIONS"}
+    }
     command = ["make", "--silent", *arguments]
     subprocess.run(command, cwd=folder, env=outer, capture_output=True, text=True, check=True)
     calls = folder / "calls"
@@ -58,7 +62,8 @@ def test_a_distribution_has_the_files_of_the_commit_and_no_others(checkout: Path
 
 
 @pytest.mark.parametrize(
-    ("written", "missing"), [((), True), (("resnet50-fp16",), True), (("images", "load.py"), False)]
+    ("written", "missing"),
+    [((), True), (("resnet50-fp16",), True), (("images", "load.py"), False)],
 )
 def test_the_check_of_a_gpu_completes_bundles_whose_export_was_cut_off(
     written: tuple[str, ...], missing: bool, checkout: Path
@@ -79,7 +84,10 @@ def test_clean_removes_every_environment_that_a_target_creates(checkout: Path) -
 
 @pytest.mark.parametrize(
     ("arguments", "missing"),
-    [(("release", "OPTIONS=--dry-run"), "release: add VERSION"), (("gpu-wheels",), "gpu-wheels: add WHEELS")],
+    [
+        (("release", "OPTIONS=--dry-run"), "release: add VERSION"),
+        (("gpu-wheels",), "gpu-wheels: add WHEELS"),
+    ],
 )
 def test_a_target_names_the_variable_that_it_needs(
     arguments: tuple[str, ...], missing: str, checkout: Path

@@ -15,7 +15,11 @@ from tests.deploy.test_deploy import needs_helm, run_helm, yaml
 from tests.support.children import serving
 from tests.support.service import picture_bytes, wait_for, write_bundle
 
-KEYS = {"AWS_ACCESS_KEY_ID": "static", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "static",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 ADDRESS = "http://127.0.0.1:"
 
 
@@ -23,8 +27,20 @@ ADDRESS = "http://127.0.0.1:"
 def object_store(log: Path) -> Iterator[str]:
     """Run moto's server with the bucket `models`; yields its address."""
     uvx = str(Path(sys.executable).with_name("uvx"))
-    command = [uvx, "--python", sys.executable, "--from", "moto[server]", "moto_server", "-p", "0"]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as child:
+    command = [
+        uvx,
+        "--python",
+        sys.executable,
+        "--from",
+        "moto[server]",
+        "moto_server",
+        "-p",
+        "0",
+    ]
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as child,
+    ):
         try:
             wait_for(lambda: ADDRESS in log.read_text())
             address = ADDRESS + log.read_text().partition(ADDRESS)[2].split()[0]
@@ -37,7 +53,10 @@ def object_store(log: Path) -> Iterator[str]:
 
 def containers(path: Path, source: str, endpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Render the chart; return the containers `pull` and `server`."""
-    env = [{"name": name, "value": value} for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items()]
+    env = [
+        {"name": name, "value": value}
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items()
+    ]
     values = {"models": {"path": str(path), "pull": {"source": source}}, "extraEnv": env}
     for text in run_helm([values])[1][0]:
         for document in yaml.safe_load_all(text):
@@ -75,6 +94,8 @@ def test_the_chart_pulls_from_a_store_with_static_keys_and_serves(
         monkeypatch.setenv(name, value)
     command, *arguments = server["args"]
     assert command == "serve"
-    arguments[arguments.index("--host") + 1] = "127.0.0.1"  # instead of all addresses; on any free port
+    arguments[arguments.index("--host") + 1] = (
+        "127.0.0.1"  # instead of all addresses; on any free port
+    )
     with serving(*arguments) as client:
         assert client.post("/v1/classify", content=picture_bytes()).status_code == 200

@@ -56,7 +56,9 @@ def test_verify_reproduces_golden_examples(bundle: Path) -> None:
         (lambda index: index["examples"][0].update(pixels="golden-0.jpg"), "does not fit"),
         (lambda index: index["examples"][0]["logits"].pop(), "does not fit"),
         (
-            lambda index: index["examples"][0]["logits"].insert(0, index["examples"][0]["logits"].pop()),
+            lambda index: index["examples"][0]["logits"].insert(
+                0, index["examples"][0]["logits"].pop()
+            ),
             "bound",
         ),
         (lambda index: index["examples"][0].update(jpeg="golden-1.jpg"), "gray levels"),
@@ -88,11 +90,15 @@ def test_pixels_of_a_decoder_that_differs_fail(tmp_path: Path) -> None:
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
     """Reproduce the golden examples of *bundle*, classify *photo*, and reject what is no JPEG."""
-    done = subprocess.run([*command, bundle, "--golden"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, bundle, "--golden"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same class") == 3
     photo.write_bytes(picture_bytes())
-    named = subprocess.run([*command, bundle, photo], capture_output=True, text=True, check=True)
+    named = subprocess.run(
+        [*command, bundle, photo], capture_output=True, text=True, check=True
+    )
     assert named.stdout.split(": ")[1].strip() in open_bundle(bundle).labels
     photo.write_bytes(b"no image")
     bad = subprocess.run([*command, bundle, photo], capture_output=True, text=True, check=False)
@@ -100,9 +106,15 @@ def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-@pytest.mark.skipif(not NODE_MODULES.is_dir(), reason="run `npm ci` in deploy/samples/javascript")
-def test_the_javascript_sample_reproduces_the_golden_examples(bundle: Path, tmp_path: Path) -> None:
-    run_sample(["node", SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg")
+@pytest.mark.skipif(
+    not NODE_MODULES.is_dir(), reason="run `npm ci` in deploy/samples/javascript"
+)
+def test_the_javascript_sample_reproduces_the_golden_examples(
+    bundle: Path, tmp_path: Path
+) -> None:
+    run_sample(
+        ["node", SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg"
+    )
 
 
 def no_headers() -> bool:
@@ -112,7 +124,10 @@ def no_headers() -> bool:
     command = ["g++", INCLUDE, "-E", "-x", "c++", "-o", os.devnull, "-"]
     included = "".join(f"#include <{name}>\n" for name in HEADERS)
     return (
-        subprocess.run(command, input=included, text=True, capture_output=True, check=False).returncode != 0
+        subprocess.run(
+            command, input=included, text=True, capture_output=True, check=False
+        ).returncode
+        != 0
     )
 
 
@@ -120,7 +135,9 @@ def no_headers() -> bool:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compile the sample with the library of the Python package."""
     if no_headers():
-        pytest.skip("g++ or the headers of ONNX Runtime, libjpeg and nlohmann/json are not installed")
+        pytest.skip(
+            "g++ or the headers of ONNX Runtime, libjpeg and nlohmann/json are not installed"
+        )
     [library] = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*")
     folder = tmp_path_factory.mktemp("sample")
     (folder / "libonnxruntime.so.1").symlink_to(library)
@@ -132,7 +149,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_cpp_sample_reproduces_the_golden_examples(compiled: Path, bundle: Path, tmp_path: Path) -> None:
+def test_the_cpp_sample_reproduces_the_golden_examples(
+    compiled: Path, bundle: Path, tmp_path: Path
+) -> None:
     run_sample([compiled], bundle, tmp_path / "photo.jpg")
 
 
@@ -141,7 +160,15 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
     """A folder with `photo.jpg`, and the address of a server."""
     folder = tmp_path_factory.mktemp("serving")
     (folder / "photo.jpg").write_bytes(picture_bytes())
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(write_bundle(folder)), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "sopdeploy",
+        "serve",
+        str(write_bundle(folder)),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
         try:
             yield folder, line_of(server).split()[1].rstrip("/")
@@ -161,7 +188,9 @@ SHOWN = [
 
 
 @pytest.mark.parametrize(
-    ("page", "language", "program"), SHOWN, ids=[f"{page.stem}-{language}" for page, language, _ in SHOWN]
+    ("page", "language", "program"),
+    SHOWN,
+    ids=[f"{page.stem}-{language}" for page, language, _ in SHOWN],
 )
 def test_a_shown_program_classifies(
     page: Path, language: str, program: str, serving: tuple[Path, str]
@@ -173,7 +202,12 @@ def test_a_shown_program_classifies(
     file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
     environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
-        [RUN[language], file], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [RUN[language], file],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert any(label in done.stdout for label in LABELS)

@@ -18,7 +18,8 @@ from tests.deploy.test_samples import NODE_MODULES, no_headers
 from tests.deploy.test_workflows import ROOT, WORKFLOWS, jobs
 
 TAG = f"v{sopdeploy.__version__}"
-# Programs that record their arguments instead, each with the reason. A step with a program in no list fails.
+# Programs that record their arguments instead, each with the reason. A step with a program in
+# no list fails.
 REPLACED = {
     "apt-get": "changes the machine",
     "docker": "needs its daemon",
@@ -45,27 +46,36 @@ case "${0##*/} $*" in
     "$FAILS") exit 1 ;;
 esac
 """
-# Targets that the slow tests do not run, each with a function that returns the reason, or None to run it.
+# Targets that the slow tests do not run, each with a function that returns the reason, or None
+# to run it.
 NEEDS: dict[str, Any] = {
     "alerts-test": lambda: None if shutil.which("promtool") else "needs promtool",
     "audit": lambda: "needs the advisory database",
-    "container-test": lambda: builder if isinstance(builder := choose_builder("x", Path("x")), str) else None,
+    "container-test": lambda: (
+        builder if isinstance(builder := choose_builder("x", Path("x")), str) else None
+    ),
     "install-test": lambda: "hours",
-    "samples-test": lambda: "needs headers and npm" if no_headers() or not NODE_MODULES.is_dir() else None,
+    "samples-test": lambda: (
+        "needs headers and npm" if no_headers() or not NODE_MODULES.is_dir() else None
+    ),
     "tests": lambda: "all other tests",
 }
 
 
 def git(folder: Path, *arguments: str | Path) -> str:
     command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A repository with the files of this checkout, committed or not, and a tag of their version."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")[:-1]:
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(
+        "\0"
+    )[:-1]:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -83,7 +93,11 @@ def programs(folder: Path, names: Iterator[str] | set[str], fails: str = "") -> 
     for name in names:
         (folder / name).write_text(STAND_IN)
         (folder / name).chmod(0o755)
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(("GITHUB_", "PYTHONPATH"))}
+    kept = {
+        name: text
+        for name, text in os.environ.items()
+        if not name.startswith(("GITHUB_", "PYTHONPATH"))
+    }
     path = f"{folder}:{os.environ['PATH']}"
     return kept | {"PATH": path, "CALLS": str(folder / "calls"), "FAILS": fails}
 
@@ -102,11 +116,18 @@ def run_workflow(name: str, repository: Path, tag: str, folder: Path, *real: str
         here.mkdir()
         for step in content["steps"]:
             if "run" in step:
-                assert called(step["run"]) <= REPLACED.keys() | RUN, "a program that is in no list above"
+                assert called(step["run"]) <= REPLACED.keys() | RUN, (
+                    "a program that is in no list above"
+                )
                 assert "${{" not in step["run"]
                 command = ["bash", "-euo", "pipefail", "-c", step["run"]]
                 done = subprocess.run(
-                    command, cwd=here, env=environment, capture_output=True, text=True, check=False
+                    command,
+                    cwd=here,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
                 assert done.returncode == 0, (
                     f"{job}: {step['run']}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
@@ -114,7 +135,13 @@ def run_workflow(name: str, repository: Path, tag: str, folder: Path, *real: str
                 continue
             action, path = step["uses"].partition("@")[0], step.get("with", {}).get("path")
             if action == "actions/checkout":
-                options = ["--quiet", "--depth=1", f"--branch={tag}", f"file://{repository}", here]
+                options = [
+                    "--quiet",
+                    "--depth=1",
+                    f"--branch={tag}",
+                    f"file://{repository}",
+                    here,
+                ]
                 git(folder, "-c", "advice.detachedHead=false", "clone", *options)
             elif action == "actions/upload-artifact":
                 shutil.copytree(here / path, folder / "artifact", ignore=HIDDEN)
@@ -126,7 +153,9 @@ def run_workflow(name: str, repository: Path, tag: str, folder: Path, *real: str
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_the_steps_of_a_workflow_run_in_order_from_a_tag(name: str, repository: Path, tmp_path: Path) -> None:
+def test_the_steps_of_a_workflow_run_in_order_from_a_tag(
+    name: str, repository: Path, tmp_path: Path
+) -> None:
     assert run_workflow(name, repository, TAG, tmp_path)
 
 
@@ -139,7 +168,9 @@ def check_release(version: str, folder: Path, calls: list[str]) -> None:
     assert {path.name for path in (folder / "publish" / "packages").iterdir()} == {
         name for name in names if name.startswith("sopdeploy-") and name != image
     }
-    subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder / "build" / "dist", check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "SHA256SUMS"], cwd=folder / "build" / "dist", check=True
+    )
     listed = " ".join(f"dist/{name}" for name in sorted(names))
     upload = f"gh release create v{version} (.*) --repo owner/sopdeploy --verify-tag --generate-notes"
     uploaded = re.fullmatch(upload, calls[-1])
@@ -163,14 +194,21 @@ def test_pipes_run_with_the_shell_that_sees_all_their_failures() -> None:
     for name, path in WORKFLOWS.items():
         steps = [step.get("run", "") for job in jobs(name).values() for step in job["steps"]]
         piped = any(re.search(r"[^|]\|[^|]", step) for step in steps)
-        assert not piped or "defaults:\n  run:\n    shell: bash\n" in path.read_text(encoding="utf-8")
+        assert not piped or "defaults:\n  run:\n    shell: bash\n" in path.read_text(
+            encoding="utf-8"
+        )
 
 
 @pytest.mark.parametrize(
     ("fails", "calls"),
-    [("", ["make test", "make audit OPTIONS=--allow-no-database"]), ("make test", ["make test"])],
+    [
+        ("", ["make test", "make audit OPTIONS=--allow-no-database"]),
+        ("make test", ["make test"]),
+    ],
 )
-def test_the_test_command_ends_with_the_first_failure(fails: str, calls: list[str], tmp_path: Path) -> None:
+def test_the_test_command_ends_with_the_first_failure(
+    fails: str, calls: list[str], tmp_path: Path
+) -> None:
     environment = programs(tmp_path / "programs", {"make", "chromium"}, fails)
     done = subprocess.run([ROOT / ".ci" / "run"], env=environment, check=False)
     assert (done.returncode != 0) == bool(fails)
@@ -180,25 +218,39 @@ def test_the_test_command_ends_with_the_first_failure(fails: str, calls: list[st
 def make(folder: Path, *arguments: str) -> str:
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     command = ["make", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_version_is_raised_tagged_built_and_released(repository: Path, tmp_path: Path) -> None:
+def test_a_version_is_raised_tagged_built_and_released(
+    repository: Path, tmp_path: Path
+) -> None:
     for key in ("name", "email"):
         git(repository, "config", f"user.{key}", "x@example.org")
     before = git(repository, "rev-parse", "HEAD")
     tried = make(repository, "release", "VERSION=9.8.7", "OPTIONS=--dry-run --verbose")
     assert "9.8.7" in tried
-    assert (git(repository, "rev-parse", "HEAD"), git(repository, "status", "--porcelain")) == (before, "")
+    assert (git(repository, "rev-parse", "HEAD"), git(repository, "status", "--porcelain")) == (
+        before,
+        "",
+    )
     make(repository, "release", "VERSION=9.8.7")
-    check_release("9.8.7", tmp_path, run_workflow("release.yml", repository, "v9.8.7", tmp_path, "make"))
+    check_release(
+        "9.8.7", tmp_path, run_workflow("release.yml", repository, "v9.8.7", tmp_path, "make")
+    )
     for target in ("cpu", "gpu"):
-        described = json.loads((tmp_path / "artifact" / f"sbom-{target}.json").read_text())["metadata"]
-        assert (described["component"]["name"], described["component"]["version"]) == ("sopdeploy", "9.8.7")
+        described = json.loads((tmp_path / "artifact" / f"sbom-{target}.json").read_text())[
+            "metadata"
+        ]
+        assert (described["component"]["name"], described["component"]["version"]) == (
+            "sopdeploy",
+            "9.8.7",
+        )
     shutil.rmtree(tmp_path / "build")  # an environment
 
 
@@ -209,7 +261,9 @@ def made(name: str) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("target", sorted(set().union(*map(made, WORKFLOWS)) - made("release.yml")))
+@pytest.mark.parametrize(
+    "target", sorted(set().union(*map(made, WORKFLOWS)) - made("release.yml"))
+)
 def test_the_targets_of_other_workflows_succeed(target: str, repository: Path) -> None:
     if reason := NEEDS.get(target, lambda: None)():
         pytest.skip(reason)

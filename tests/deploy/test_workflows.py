@@ -27,7 +27,11 @@ def jobs(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> None:
     found = jobs(name)
-    assert all(need in found for job in found.values() for need in [job.get("needs", next(iter(found)))])
+    assert all(
+        need in found
+        for job in found.values()
+        for need in [job.get("needs", next(iter(found)))]
+    )
     steps = [step for job in found.values() for step in job["steps"]]
     made = [
         target
@@ -48,7 +52,9 @@ def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> 
 
 def test_only_the_job_that_publishes_may_request_an_identity_for_the_index() -> None:
     found = jobs("release.yml")
-    assert {name for name, job in found.items() if job.get("environment") == "pypi"} == {"publish"}
+    assert {name for name, job in found.items() if job.get("environment") == "pypi"} == {
+        "publish"
+    }
     assert found["publish"]["permissions"] == {"id-token": "write"}
     assert not re.search(r"secrets\.", WORKFLOWS["release.yml"].read_text(encoding="utf-8"))
 
@@ -57,20 +63,31 @@ def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
     bump = PROJECT["tool"]["bumpversion"]
     version = bump["current_version"]
     assert version == sopdeploy.__version__
-    files = {entry["filename"]: entry["search"].format(current_version=version) for entry in bump["files"]}
+    files = {
+        entry["filename"]: entry["search"].format(current_version=version)
+        for entry in bump["files"]
+    }
     for name, text in files.items():
         assert text in (ROOT / name).read_text(encoding="utf-8"), name
     command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{version}"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    listed = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
     assert {name for name in listed if not name.startswith("tests/")} <= set(files)
 
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX, ARM, MACOS = "x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"
-PLATFORMS = {"cpu": (LINUX, ARM, MACOS), "train": (LINUX, ARM, MACOS), "dev": (LINUX, ARM, MACOS)}
+PLATFORMS = {
+    "cpu": (LINUX, ARM, MACOS),
+    "train": (LINUX, ARM, MACOS),
+    "dev": (LINUX, ARM, MACOS),
+}
 UV = Path(sys.executable).with_name("uv")
-UNREACHABLE = r"error sending request|dns error|no longer available offline"  # in messages of uv
+UNREACHABLE = (
+    r"error sending request|dns error|no longer available offline"  # in messages of uv
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +107,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_every_extra_resolves(extra: str, python: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_extra_resolves(
+    extra: str, python: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("UV_CONSTRAINT", raising=False)  # make exports the lock
     for platform in PLATFORMS.get(extra, (LINUX,)):
-        command = [UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--find-links", folder]
+        command = [
+            UV,
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-header",
+            "--no-annotate",
+            "--find-links",
+            folder,
+        ]
         command += ["--python-version", python, "--python-platform", platform, "-"]
         wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
-        done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, input=wanted, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{platform}: {done.stderr}"
         resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in done.stdout.splitlines()}
-        direct = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
+        direct = {
+            re.split(r"[\[<>=!~; ]", line)[0].lower()
+            for line in PROJECT["project"]["dependencies"]
+        }
         assert direct | {"sopdeploy"} <= resolved
 
 
@@ -109,7 +142,9 @@ NVIDIA = {"tensorrt", "torch-tensorrt"}  # need packages of NVIDIA's index
 def checked(*command: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and re.search(UNREACHABLE, done.stderr):
-        pytest.skip("a package index cannot be reached")  # such as that of PyTorch's wheels for CPUs
+        pytest.skip(
+            "a package index cannot be reached"
+        )  # such as that of PyTorch's wheels for CPUs
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -129,14 +164,32 @@ def test_the_wheel_installs_with(
     if found.returncode:
         pytest.skip(f"Python {python} is not installed")
     with TemporaryDirectory() as environment:
-        checked(UV, "venv", "--quiet", "--seed", "--clear", "--python", found.stdout.strip(), environment)
+        checked(
+            UV,
+            "venv",
+            "--quiet",
+            "--seed",
+            "--clear",
+            "--python",
+            found.stdout.strip(),
+            environment,
+        )
         of_environment = Path(environment) / "bin" / "python"
         pip = (of_environment, "-m", "pip")
-        uv_install = (UV, "pip", "install", "--python", of_environment, "--torch-backend", "cpu")
+        uv_install = (
+            UV,
+            "pip",
+            "install",
+            "--python",
+            of_environment,
+            "--torch-backend",
+            "cpu",
+        )
         install = (*pip, "install") if installer == "pip" else uv_install
         wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
         checked(*install, "--quiet", "--find-links", folder, wanted)
         checked(*pip, "check")
         assert (
-            checked(of_environment.with_name("sopdeploy"), "--version").split()[-1] == sopdeploy.__version__
+            checked(of_environment.with_name("sopdeploy"), "--version").split()[-1]
+            == sopdeploy.__version__
         )

@@ -40,8 +40,12 @@ for name, pattern in PATTERNS.items():
         noisy = image + random.normal(0, 12, image.shape)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
 """  # six classes of ten images each
-CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|uv|sopdeploy|torchrun)\s")
+CODE = re.compile(
+    r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.MULTILINE | re.DOTALL
+)
+PROGRAM = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|uv|sopdeploy|torchrun)\s"
+)
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
 TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 18, "crop": 16}'
@@ -65,7 +69,9 @@ def steps(page: Path) -> list[str]:
         if language == "python" or body.startswith("#!"):
             found.append(body)
         elif language:
-            found += [typed for typed in body.splitlines() if typed and not typed.startswith("#")]
+            found += [
+                typed for typed in body.splitlines() if typed and not typed.startswith("#")
+            ]
         elif PROGRAM.match(line):
             found.append(line)
     return found
@@ -73,7 +79,9 @@ def steps(page: Path) -> list[str]:
 
 def draw(folder: Path, photos: str = "photos", seed: int = 0) -> None:
     """Draw the photographs of a reader in *folder*."""
-    script = DRAW.replace("default_rng(0)", f"default_rng({seed})").replace('"photos"', f'"{photos}"')
+    script = DRAW.replace("default_rng(0)", f"default_rng({seed})").replace(
+        '"photos"', f'"{photos}"'
+    )
     (folder / "make_photos.py").write_text(script, encoding="utf-8")
     subprocess.run([sys.executable, "make_photos.py"], cwd=folder, check=True)
 
@@ -85,7 +93,9 @@ class Workspace:
         self.folder = folder
         program = folder / "programs" / "sopdeploy"
         program.parent.mkdir(parents=True)
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sopdeploy "$@"\n', encoding="utf-8")
+        program.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -m sopdeploy "$@"\n', encoding="utf-8"
+        )
         program.chmod(0o755)
         draw(folder)
         draw(folder, "test-photos", 1)
@@ -97,7 +107,11 @@ class Workspace:
         self.port = str(free_port())
 
     def environment(self) -> dict[str, str]:
-        programs = (str(self.folder / "programs"), str(Path(sys.executable).parent), os.environ["PATH"])
+        programs = (
+            str(self.folder / "programs"),
+            str(Path(sys.executable).parent),
+            os.environ["PATH"],
+        )
         return {
             **os.environ,
             "PATH": os.pathsep.join(programs),
@@ -110,7 +124,9 @@ class Workspace:
     def resolve(self, step: str) -> str:
         """Replace the port and bundle names of *step* by those of this workspace; HTTP errors fail."""
         step = re.sub(r"\b8000\b", self.port, step)
-        made = sorted((self.folder / "bundles").glob("*-*/"), key=lambda path: path.stat().st_mtime_ns)
+        made = sorted(
+            (self.folder / "bundles").glob("*-*/"), key=lambda path: path.stat().st_mtime_ns
+        )
         for shown, path in zip((FIRST_BUNDLE, LAST_BUNDLE), made[:1] + made[-1:], strict=False):
             step = step.replace(shown, path.name)
         for shown, quicker in QUICKER.items():
@@ -122,7 +138,9 @@ class Workspace:
         resolved = self.resolve(step)
         python = "\n" in resolved or resolved.startswith(("import ", "from "))
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", resolved] if python else ["/bin/sh", "-c", resolved],
+            [sys.executable, "-W", "error", "-c", resolved]
+            if python
+            else ["/bin/sh", "-c", resolved],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,
@@ -137,7 +155,11 @@ class Workspace:
     def serving(self, step: str) -> Iterator[None]:
         """Run the server of *step* until the block ends; it must then exit with 0."""
         server = subprocess.Popen(
-            ["/bin/sh", "-c", re.sub(r"sopdeploy serve", "exec sopdeploy serve", self.resolve(step))],
+            [
+                "/bin/sh",
+                "-c",
+                re.sub(r"sopdeploy serve", "exec sopdeploy serve", self.resolve(step)),
+            ],
             cwd=self.folder,
             env=self.environment(),
             stdout=subprocess.PIPE,

@@ -22,13 +22,17 @@ def name(page: Path) -> str:
 def blocks(page: Path, language: str) -> list[str]:
     """List the contents of fenced blocks of *language*, dedented."""
     found = re.findall(
-        rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        rf"^( *)```{language}\n(.*?)^\1```",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )
     return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 
 BEFORE = r"(?:\$ |[A-Z_]+=\S+ )*"  # a prompt, settings in the environment
-RUN = re.compile(rf"^ *{BEFORE}(?:(?:srun )?torchrun .*? -m )?(sopdeploy(?: .*)?)$", re.MULTILINE)
+RUN = re.compile(
+    rf"^ *{BEFORE}(?:(?:srun )?torchrun .*? -m )?(sopdeploy(?: .*)?)$", re.MULTILINE
+)
 
 
 def command_lines(page: Path) -> list[list[str]]:
@@ -38,7 +42,9 @@ def command_lines(page: Path) -> list[list[str]]:
     indented = re.findall(r"^ {4}.*$", text, re.MULTILINE)
     code = "\n".join([*(block for _, block in fenced), *indented])
     typed = dict.fromkeys(line.strip() for line in RUN.findall(code))
-    return [[word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in typed]
+    return [
+        [word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in typed
+    ]
 
 
 def module_at(path: Path) -> Any:

@@ -13,7 +13,13 @@ SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
 
 
 def title(value: object) -> str:
-    return name(value) if isinstance(value, Path) else " ".join(value) if isinstance(value, list) else ""
+    return (
+        name(value)
+        if isinstance(value, Path)
+        else " ".join(value)
+        if isinstance(value, list)
+        else ""
+    )
 
 
 def resolve(words: list[str]) -> tuple[Any, list[str]]:
@@ -45,5 +51,7 @@ def test_a_flag_that_may_be_repeated_may_be_in_every_command() -> None:
         for parameter in command.params:
             for flag in parameter.opts:
                 repeated[flag].add(parameter.multiple)
-    assert {"--set", "--option"} <= {flag for flag, kinds in repeated.items() if kinds == {True}}
+    assert {"--set", "--option"} <= {
+        flag for flag, kinds in repeated.items() if kinds == {True}
+    }
     assert [flag for flag, kinds in repeated.items() if len(kinds) > 1] == []

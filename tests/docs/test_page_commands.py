@@ -72,9 +72,12 @@ def run_page(page: Path, workspace: Workspace) -> int:
     reason="needs pkill, and Linux, which names the process of a script after its file",
 )
 def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path) -> None:
-    (command,) = re.findall(r"^.*kill .*$", RUNNABLE["docs/operations.md"].read_text(), re.MULTILINE)
+    (command,) = re.findall(
+        r"^.*kill .*$", RUNNABLE["docs/operations.md"].read_text(), re.MULTILINE
+    )
     script = tmp_path / f"sop-{os.getpid()}"  # a name that no other process has
-    # A `wait` can miss a signal that arrives just before it, and a child has the name of the script at first.
+    # A `wait` can miss a signal that arrives just before it, and a child has the name of the
+    # script at first.
     loop = "while :; do sleep 0.1; done"
     lines = ("#!/bin/sh", "trap 'echo reloaded; exit' HUP", "sleep 0.1", "echo ready", loop)
     script.write_text("\n".join(lines))
@@ -82,10 +85,14 @@ def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path)
     heed = partial(
         signal.signal, signal.SIGHUP, signal.SIG_DFL
     )  # a shell cannot trap what it was told to ignore
-    with subprocess.Popen([script], stdout=subprocess.PIPE, text=True, preexec_fn=heed) as server:
+    with subprocess.Popen(
+        [script], stdout=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as server:
         assert server.stdout
         assert server.stdout.readline() == "ready\n"
-        subprocess.run(["/bin/sh", "-c", command.replace("sopdeploy", script.name)], check=False)
+        subprocess.run(
+            ["/bin/sh", "-c", command.replace("sopdeploy", script.name)], check=False
+        )
         try:
             assert server.communicate(timeout=20)[0] == "reloaded\n"
         finally:
@@ -110,7 +117,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with the run and the bundle of a network with branches, quickly trained."""
     workspace = Workspace(tmp_path_factory.mktemp("home"))
     small = "--set epochs=12 --set preprocess.resize=36 --set preprocess.crop=32"
-    workspace.run(f"sopdeploy train --recipe photos-dsop --data photos {small}")  # the last setting wins
+    workspace.run(
+        f"sopdeploy train --recipe photos-dsop --data photos {small}"
+    )  # the last setting wins
     workspace.run("sopdeploy export runs/latest/best.pt --detach")
     return workspace
 
@@ -118,7 +127,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page in WITH_STEPS if page not in QUICK])
-def test_the_commands_of_a_page_work(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_work(
+    page: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     workspace = Workspace(tmp_path)
     if not any(BEGINS.search(step) for step in steps(RUNNABLE[page])):
         trained: Workspace = request.getfixturevalue("trained")

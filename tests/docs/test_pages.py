@@ -28,7 +28,9 @@ def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -
 
 def test_the_page_of_other_photographs_has_the_measured_values() -> None:
     photos = module_at(ROOT / "docs" / "generate_other_photos.py")
-    assert photos.PAGE.read_text(encoding="utf-8") == photos.other_photos_page(), "run `make docs`"
+    assert photos.PAGE.read_text(encoding="utf-8") == photos.other_photos_page(), (
+        "run `make docs`"
+    )
 
 
 BLOCK_OR_LINK = re.compile(r"^( *)```.*?^\1```|\[[^\]]*\]\([^)]*\)", re.DOTALL | re.MULTILINE)
@@ -41,7 +43,9 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
     words = CODE_OR_WORD.findall(BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
     named = [found[1] for word in words if (found := NAME.fullmatch(word))]
     places = {(folder / path).resolve() for path in named for folder in (ROOT, page.parent)}
-    of_the_site = {one for one in PAGES if one.parent != ROOT}  # its pages cannot link to others
+    of_the_site = {
+        one for one in PAGES if one.parent != ROOT
+    }  # its pages cannot link to others
     linked = of_the_site if page in of_the_site else {*PAGES}
     assert [name(one) for one in places & linked if one != page] == []
 
@@ -63,9 +67,12 @@ def test_every_row_of_the_security_page_names_tests_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "parse"), [("json", json.loads), ("toml", tomllib.loads), ("yaml", yaml.safe_load)]
+    ("language", "parse"),
+    [("json", json.loads), ("toml", tomllib.loads), ("yaml", yaml.safe_load)],
 )
-def test_examples_of_files_and_answers_can_be_parsed(language: str, parse: Callable[[str], Any]) -> None:
+def test_examples_of_files_and_answers_can_be_parsed(
+    language: str, parse: Callable[[str], Any]
+) -> None:
     examples = [parse(block) for page in PAGES for block in blocks(page, language)]
     assert len(examples) >= 3
     assert all(isinstance(example, dict) for example in examples)
@@ -84,10 +91,19 @@ def test_the_readme_installs_then_tries_then_trains_on_own_photos_on_the_first_s
     before = README.read_text(encoding="utf-8").partition("\n## ")[0]
     assert len(before.splitlines()) < 40
     commands = [
-        line.partition("#")[0].strip() for block in blocks(README, "sh")[:3] for line in block.splitlines()
+        line.partition("#")[0].strip()
+        for block in blocks(README, "sh")[:3]
+        for line in block.splitlines()
     ]
-    starts = ("git clone ", "python3 -m venv ", "pip install ", *(f"sopdeploy {name}" for name in FIRST))
-    assert [one for one, start in zip(commands, starts, strict=True) if not one.startswith(start)] == []
+    starts = (
+        "git clone ",
+        "python3 -m venv ",
+        "pip install ",
+        *(f"sopdeploy {name}" for name in FIRST),
+    )
+    assert [
+        one for one, start in zip(commands, starts, strict=True) if not one.startswith(start)
+    ] == []
 
 
 FIRST = ("demo", "train", "export", "serve")
@@ -95,7 +111,9 @@ FIRST = ("demo", "train", "export", "serve")
 
 def test_the_readme_names_the_command_of_the_tests_that_ci_runs_and_its_cpu_minutes() -> None:
     assert re.search(r"`make test` [^`]*\b\d+ CPU minutes", README.read_text(encoding="utf-8"))
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(
+        r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {"demo", "test"} <= set(targets)
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
@@ -104,7 +122,9 @@ def test_the_readme_names_the_command_of_the_tests_that_ci_runs_and_its_cpu_minu
 def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
     own = next(block for block in blocks(README, "sh") if "sopdeploy train" in block)
     assert own in blocks(ROOT / "docs" / f"{page}.md", "sh")
-    assert 'pip install "./sopdeploy[train,cpu]"' in blocks(ROOT / "docs" / f"{page}.md", "sh")[0]
+    assert (
+        'pip install "./sopdeploy[train,cpu]"' in blocks(ROOT / "docs" / f"{page}.md", "sh")[0]
+    )
 
 
 TASKS = {  # what a stranger looks for, and its page
@@ -129,7 +149,9 @@ def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
     linked = re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text)
     assert [page for words, page in linked if words.lower() == task] == [TASKS[task]]
     title = (ROOT / "docs" / TASKS[task]).read_text(encoding="utf-8").partition("\n")[0].lower()
-    assert set(re.findall(r"\w+", task)) <= set(re.findall(r"\w+", title))  # the search ranks titles first
+    assert set(re.findall(r"\w+", task)) <= set(
+        re.findall(r"\w+", title)
+    )  # the search ranks titles first
 
 
 def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
@@ -149,10 +171,21 @@ LINKED = re.compile(r"""(?:src|href)="(?!\w+:|//|#)([^"?#]+)""")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
+)
 def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path),
+        ],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -163,10 +196,24 @@ def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) 
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 25
     index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
-    last = {entry["location"].partition("#")[0] for entry in index["docs"] if entry.get("boost", 1) < 1}
-    notes = {f"benchmarks/{page.stem}.html" for page in (ROOT / "docs" / "benchmarks").glob("*.md")}
+    last = {
+        entry["location"].partition("#")[0]
+        for entry in index["docs"]
+        if entry.get("boost", 1) < 1
+    }
+    notes = {
+        f"benchmarks/{page.stem}.html" for page in (ROOT / "docs" / "benchmarks").glob("*.md")
+    }
     assert last == notes | {"decisions.html", "elsewhere.html"}
-    texts = {page: page.read_text(encoding="utf-8") for page in pages if page.name != "404.html"}
+    texts = {
+        page: page.read_text(encoding="utf-8") for page in pages if page.name != "404.html"
+    }
     assert [url for text in texts.values() for url in LOADED.findall(text)] == []
-    files = [(page.parent / file).resolve() for page, text in texts.items() for file in LINKED.findall(text)]
-    assert [file for file in files if not (file.exists() and file.is_relative_to(tmp_path))] == []
+    files = [
+        (page.parent / file).resolve()
+        for page, text in texts.items()
+        for file in LINKED.findall(text)
+    ]
+    assert [
+        file for file in files if not (file.exists() and file.is_relative_to(tmp_path))
+    ] == []

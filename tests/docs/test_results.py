@@ -34,7 +34,8 @@ from tests.docs.reading import PAGES, ROOT, module_at, name
 RESULTS: Any = module_at(ROOT / "docs" / "generate_results.py")
 # Written as a whole by programs, which other tests run; the changelog repeats no measurement.
 GENERATED = {
-    f"docs/{page}.md" for page in ("cli", "elsewhere", "errors", "models", "benchmarks/other_photos")
+    f"docs/{page}.md"
+    for page in ("cli", "elsewhere", "errors", "models", "benchmarks/other_photos")
 }
 GENERATED |= {"CHANGELOG.md", "docs/benchmarks/index.md"}
 WRITTEN = [page for page in PAGES if name(page) not in GENERATED]
@@ -50,7 +51,9 @@ KUBERNETES = (ROOT / "deploy" / "kubernetes" / "sopdeploy.yaml").read_text(encod
 (CONTAINER,) = next(yaml.safe_load_all(KUBERNETES))["spec"]["template"]["spec"]["containers"]
 LIVENESS = CONTAINER["livenessProbe"]
 ALERT_FILE = ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
-((_, ALERT_RULES),) = (one.values() for one in yaml.safe_load(ALERT_FILE.read_text("utf-8"))["groups"])
+((_, ALERT_RULES),) = (
+    one.values() for one in yaml.safe_load(ALERT_FILE.read_text("utf-8"))["groups"]
+)
 ALERTS = {rule["alert"]: rule for rule in ALERT_RULES if "alert" in rule}
 ERRORS, UNKNOWN, SLOW = (
     float(ALERTS[f"Sopdeploy{name}"]["expr"].rpartition(">")[2])
@@ -61,7 +64,9 @@ MIB, MEGA, PERCENT = 1 << 20, 10**6, 100
 ACCEPTS = RejectionConfig().accepts
 LEVEL_ERROR = PERCENT * (ACCEPTS * (1 - ACCEPTS)) ** 0.5  # of the accepted share, of one image
 LEVEL, ALPHA = PERCENT * statistics.LEVEL, PERCENT * statistics.ALPHA
-FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with their values in the code
+FROM_CODE: list[
+    tuple[Any, ...]
+] = [  # limits and defaults of a page, with their values in the code
     ("records {:,} of its training images", SAMPLED),
     ("hashes of up to {:,} training images", SAMPLED),
     ("{:.0f} % interval", LEVEL),
@@ -89,7 +94,10 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("below {:.0f} %, `train` warns", PERCENT * decision_fit.FEW),
     ("warns if it is less than {:.0f} %", PERCENT * decision_fit.FEW),
     ("stays in use for {:.0f} s", memory_budget.ROOM_SECONDS),
-    ("three times the size of its `model.onnx` and {:.0f} MB", memory_budget.ACTIVATION_BYTES / MEGA),
+    (
+        "three times the size of its `model.onnx` and {:.0f} MB",
+        memory_budget.ACTIVATION_BYTES / MEGA,
+    ),
     ("get false, too, {:.0f} % of them", PERCENT * (1 - ACCEPTS)),
     ("takes {} times as long", occlusion.IMAGES_PER_MAP),
     ("`max_json_bytes` ({:.0f} MB)", SETTINGS.max_json_bytes / MEGA),
@@ -116,12 +124,20 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", supervisor.HANG_SECONDS),
     ("{:.0f} s suffice for one that does not run", supervisor.IDLE_SECONDS),
-    ("at most {} images ({:.0f} MB)", keeper.MAX_QUEUED_PHOTOS, keeper.MAX_QUEUED_PHOTO_BYTES / MEGA),
+    (
+        "at most {} images ({:.0f} MB)",
+        keeper.MAX_QUEUED_PHOTOS,
+        keeper.MAX_QUEUED_PHOTO_BYTES / MEGA,
+    ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", few_shot.UNEVEN),
     ("a margin, which about {:.0f} % of their", PERCENT * classifier.TAKEN),
     ("which about {:.0f} % exceed", PERCENT * classifier.TAKEN),
-    ("{} principal components ({} in the few-shot procedure)", HeadConfig().width, features.WIDTH),
+    (
+        "{} principal components ({} in the few-shot procedure)",
+        HeadConfig().width,
+        features.WIDTH,
+    ),
     ("if more than {:.0f} % of the images, and at least three", PERCENT * photo.MAX_DAMAGED),
     (
         "at least {:.0f} % of the new photographs right, at least {:.0f} % of other things unknown, at least "
@@ -133,7 +149,10 @@ FROM_CODE: list[tuple[Any, ...]] = [  # limits and defaults of a page, with thei
     ("has ended three times in {} minutes", RESTARTS and RESTARTS[1]),
     ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),
     ("more than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
-    ("show {:.0f} points in four of five cases", PERCENT * statistics.smallest_difference(5, 5, 100)),
+    (
+        "show {:.0f} points in four of five cases",
+        PERCENT * statistics.smallest_difference(5, 5, 100),
+    ),
 ]
 CITED = [  # from papers, releases and documentation of other programs, or part of an example
     "costs 24 % more time for inference (DSoP",
@@ -163,7 +182,10 @@ def joined(text: str) -> str:
 def prose(page: Path) -> str:
     """Return the text of *page* without code blocks and tables that are generated."""
     text = re.sub(
-        r"<!-- \w+: generated.*?<!-- end of \w+ -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
+        r"<!-- \w+: generated.*?<!-- end of \w+ -->",
+        "",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
     )
     return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -172,15 +194,24 @@ def prose(page: Path) -> str:
 def from_code() -> list[str]:
     networks = ("efficientnet-lite0", " multiply-adds"), ("efficientnet-lite2", "")
     found = [(describe(network), after) for network, after in networks]
-    counted = [f"{one.image_size} pixels, {one.shipped.macs / 1e9:.2f} G{after}" for one, after in found]
+    counted = [
+        f"{one.image_size} pixels, {one.shipped.macs / 1e9:.2f} G{after}"
+        for one, after in found
+    ]
     return [*(template.format(*values) for template, *values in FROM_CODE), *counted]
 
 
 @cache
 def stated() -> list[str]:
     """Return everything that pages may state with a unit, the longest first."""
-    claims = [text for one in (*RESULTS.measured(), *RESULTS.measured_on_pages()) for text in one.texts()]
-    return sorted((joined(text) for text in (*claims, *from_code(), *CITED)), key=len, reverse=True)
+    claims = [
+        text
+        for one in (*RESULTS.measured(), *RESULTS.measured_on_pages())
+        for text in one.texts()
+    ]
+    return sorted(
+        (joined(text) for text in (*claims, *from_code(), *CITED)), key=len, reverse=True
+    )
 
 
 @pytest.mark.parametrize("claim", [text for one in RESULTS.measured() for text in one.texts()])
@@ -188,17 +219,23 @@ def test_the_readme_states_what_was_measured(claim: str) -> None:
     assert joined(claim) in joined((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("one", RESULTS.measured_on_pages(), ids=lambda one: f"{one.page}-{one.date}")
+@pytest.mark.parametrize(
+    "one", RESULTS.measured_on_pages(), ids=lambda one: f"{one.page}-{one.date}"
+)
 def test_a_page_states_what_was_measured(one: Any) -> None:
     page = (RESULTS.FOLDER / one.page).resolve()
     assert one.command
     assert one.date
     assert [
-        text for text in one.texts() if joined(text) not in joined(page.read_text(encoding="utf-8"))
+        text
+        for text in one.texts()
+        if joined(text) not in joined(page.read_text(encoding="utf-8"))
     ] == []
     assert page.read_text(encoding="utf-8") == RESULTS.page_with_tables(page), "run `make docs`"
     heads = [table.partition("\n")[0] for table in one.tables]
-    assert [head for head in heads if page.read_text(encoding="utf-8").count(head + "\n") != 1] == []
+    assert [
+        head for head in heads if page.read_text(encoding="utf-8").count(head + "\n") != 1
+    ] == []
 
 
 def test_a_page_states_limits_as_the_code_has_them_and_cites_what_is_cited() -> None:
@@ -220,7 +257,9 @@ def test_every_number_with_a_unit_on_a_page_was_measured_or_is_in_the_code(page:
 
 
 def test_every_measurement_names_a_page_that_exists() -> None:
-    assert [one.page for one in RESULTS.measured() if not (RESULTS.FOLDER / one.page).exists()] == []
+    assert [
+        one.page for one in RESULTS.measured() if not (RESULTS.FOLDER / one.page).exists()
+    ] == []
 
 
 def test_the_table_of_measurements_is_up_to_date() -> None:

@@ -16,7 +16,9 @@ from tests.docs.test_pages import TASKS
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
+    ),
 ]
 WIDTHS = {"desk": 1280, "phone": 390}
 
@@ -26,7 +28,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the site, which opens without a server."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True
+    )
     return folder
 
 
@@ -37,7 +41,9 @@ def test_each_task_is_one_click_from_the_front_page_and_first_in_the_search(
     device: str,
 ) -> None:
     assert len(TASKS) == 12
-    page = open_page(f"file://{site}", "/index.html", viewport={"width": WIDTHS[device], "height": 844})
+    page = open_page(
+        f"file://{site}", "/index.html", viewport={"width": WIDTHS[device], "height": 844}
+    )
     found = {}
     for task in TASKS:
         page.goto(f"file://{site}/index.html")
@@ -58,22 +64,31 @@ def test_each_task_is_one_click_from_the_front_page_and_first_in_the_search(
 
 
 @pytest.mark.parametrize("device", WIDTHS)
-@pytest.mark.parametrize("name", ["index", "quickstart", "examples", "howto/alerts", "howto/report", "cli"])
+@pytest.mark.parametrize(
+    "name", ["index", "quickstart", "examples", "howto/alerts", "howto/report", "cli"]
+)
 def test_nothing_is_cut_or_scrolls_sideways_and_no_option_is_broken(
     site: Path,
     open_page: Callable[..., Any],
     device: str,
     name: str,
 ) -> None:
-    page = open_page(f"file://{site}", f"/{name}.html", viewport={"width": WIDTHS[device], "height": 844})
+    page = open_page(
+        f"file://{site}", f"/{name}.html", viewport={"width": WIDTHS[device], "height": 844}
+    )
     page.locator("article h1").wait_for()
     assert page.evaluate("document.scrollingElement.scrollWidth") <= WIDTHS[device]
     broken = "all => all.filter((one) => one.getClientRects().length > 1).map((one) => one.textContent)"
     assert page.locator("article .name").evaluate_all(broken) == []
     if name != "cli":  # whose tables have four columns
-        wide = (
-            "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.textContent)"
+        wide = "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.textContent)"
+        assert (
+            page.locator("article .md-typeset__scrollwrap, article pre > code").evaluate_all(
+                wide
+            )
+            == []
         )
-        assert page.locator("article .md-typeset__scrollwrap, article pre > code").evaluate_all(wide) == []
-    pictures = page.locator("article img").evaluate_all("all => all.map((one) => one.naturalWidth > 0)")
+    pictures = page.locator("article img").evaluate_all(
+        "all => all.map((one) => one.naturalWidth > 0)"
+    )
     assert all(pictures)

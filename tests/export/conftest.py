@@ -24,7 +24,12 @@ SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 LABELS = tuple("abcdefghij")
 MIXTURE = {"components": 4, "chosen": 2, "blocks_per_stage": 1}
-GMGAP: dict[str, Any] = {**MIXTURE, "component_widths": (6,), "gate_widths": (), "conv5_stride": 1}
+GMGAP: dict[str, Any] = {
+    **MIXTURE,
+    "component_widths": (6,),
+    "gate_widths": (),
+    "conv5_stride": 1,
+}
 GMSOP: dict[str, Any] = {
     **MIXTURE,
     "component_widths": (8, 6),
@@ -74,13 +79,19 @@ def trained(name: str = "dsop-resnet8", **config: object) -> Classifier:
             nn.init.normal_(part.bias, std=0.2)
             nn.init.normal_(part.running_mean, std=0.2)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
-    if isinstance(network, GatedResNet):  # its gate begins with zeros, which choose the same components
+    if isinstance(
+        network, GatedResNet
+    ):  # its gate begins with zeros, which choose the same components
         nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
     return network.eval()
 
 
 def save(
-    network: Classifier, name: str, path: Path, preprocess: Preprocess, labels: tuple[str, ...] = LABELS
+    network: Classifier,
+    name: str,
+    path: Path,
+    preprocess: Preprocess,
+    labels: tuple[str, ...] = LABELS,
 ) -> Path:
     """Write *network* as a checkpoint and return its path."""
     checkpoint = Checkpoint(

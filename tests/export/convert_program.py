@@ -1,7 +1,7 @@
 """Build the program of a bundle from its checkpoint with torch-tensorrt, without a GPU; prints JSON.
 
-torch-tensorrt on TensorRT-RTX converts and builds without a device, but asks torch for one and loads the plan
-at the end. Both are replaced here.
+torch-tensorrt on TensorRT-RTX converts and builds without a device, but asks torch for one and
+loads the plan at the end. Both are replaced here.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Cache the graphs of small networks within a test process; tests modify copies.
 
-A certificate captures a network up to six times and converts it up to three times. Tests of later steps use
-this cache. Other tests check that another capture gives the same bytes.
+A certificate captures a network up to six times and converts it up to three times. Tests of
+later steps use this cache. Other tests check that another capture gives the same bytes.
 """
 
 import hashlib
@@ -29,7 +29,9 @@ from tests.support import quick_torch
 CAPTURED: dict[str, Programs] = {}
 GRAPHS: dict[str, Lowered] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
-BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
+BATCH = BatchRange(
+    optimum=4, maximum=9
+)  # one range for all, because each range needs a capture
 ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
 
@@ -55,9 +57,10 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 def proving_once(*, alone: bool = False) -> Iterator[None]:
     """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
-    The trained and the plain network then get the programs of the detached one. Every export compares its
-    file with its own network, so a program of another network would be found. A network outside of the
-    catalog is proved *alone*, because another one can have equal tensors.
+    The trained and the plain network then get the programs of the detached one. Every export
+    compares its file with its own network, so a program of another network would be found. A
+    network outside of the catalog is proved *alone*, because another one can have equal
+    tensors.
     """
     quick_torch.keep()
     with pytest.MonkeyPatch.context() as patch:

@@ -48,7 +48,9 @@ def test_a_temperature_changes_the_probabilities_of_a_head_and_not_the_cosine():
     assert find_last_layer(network, preprocess, images, 3) is network.logits_layer()
     folded = fold_temperature(network, 2.0, preprocess, images, 3)
     with torch.no_grad():
-        before, after = (Deployed(one, preprocess)(torch.from_numpy(images))[0] for one in (network, folded))
+        before, after = (
+            Deployed(one, preprocess)(torch.from_numpy(images))[0] for one in (network, folded)
+        )
     torch.testing.assert_close((before / 2).softmax(dim=1), after.softmax(dim=1))
     torch.testing.assert_close(before.logsumexp(dim=1), after.logsumexp(dim=1))
     assert (before.logsumexp(dim=1) <= 1 + 1e-6).all()
@@ -62,15 +64,23 @@ def test_a_network_of_a_user_has_the_embedding_of_its_classifier(plain, tmp_path
 
 
 REJECTED = {
-    "ends in another layer": nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "ends in another layer": nn.Sequential(
+        nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
     "softmax after the layer": variant(lambda n, x: n.fc(n.features(x)).softmax(1), aux=False),
     "runs twice": variant(lambda n, x: n.fc(n.features(x)) + n.fc(n.features(-x)), aux=False),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(case, tmp_path):
-    problem = "returns probabilities" if "softmax" in case else "no last linear layer computes the logits"
+def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(
+    case, tmp_path
+):
+    problem = (
+        "returns probabilities"
+        if "softmax" in case
+        else "no last linear layer computes the logits"
+    )
     with pytest.raises(LoweringError, match=problem):
         export_user_network(REJECTED[case], tmp_path)
 
@@ -83,29 +93,50 @@ def export_user_network(network, folder, **arguments):
 
 def test_the_service_and_both_clients_return_embeddings(tmp_path):
     name = "resnet8"
-    exported = export_once(trained(name, pooling="isqrt"), name, tmp_path, max_batch=1, with_features=True)
+    exported = export_once(
+        trained(name, pooling="isqrt"), name, tmp_path, max_batch=1, with_features=True
+    )
     loaded, body = load_model(exported.path, SETTINGS), picture_bytes()
     with running(loaded.runtime, loaded.bundle, SETTINGS, names=["mine"]) as client:
         numbers = client.post("/v1/embed", content=body).json()
         text = client.post("/v1/embed?encoding_format=base64", content=body).json()["embedding"]
-        listed = client.post("/v1/embed", files=[("image", body), ("image", b"no")]).json()["results"]
+        listed = client.post("/v1/embed", files=[("image", body), ("image", b"no")]).json()[
+            "results"
+        ]
         assert client.post("/v1/embed", content=b"no").json()["code"] == "not_an_image"
         assert (
-            client.post("/v1/embed?encoding_format=hex", content=body).json()["code"] == "invalid_parameter"
+            client.post("/v1/embed?encoding_format=hex", content=body).json()["code"]
+            == "invalid_parameter"
         )
-        assert client.post("/v1/classify", content=body).json().keys() == {"classes", "warnings"}
-        tensor = {"name": "images", "shape": [1, 16, 16, 3], "datatype": "UINT8", "data": [7] * 768}
-        by_default = client.post("/v2/models/mine/infer", json={"inputs": [tensor]}).json()["outputs"]
+        assert client.post("/v1/classify", content=body).json().keys() == {
+            "classes",
+            "warnings",
+        }
+        tensor = {
+            "name": "images",
+            "shape": [1, 16, 16, 3],
+            "datatype": "UINT8",
+            "data": [7] * 768,
+        }
+        by_default = client.post("/v2/models/mine/infer", json={"inputs": [tensor]}).json()[
+            "outputs"
+        ]
         with Client(str(client.base_url)) as python:
             found = python.embed(body)
             good, bad = python.embed([body, b"no"], model="mine")
             described = python.info().models[0]
     decoded = np.frombuffer(base64.b64decode(text), "<f4")
-    assert decoded.shape == exported.manifest.outputs[1].shape[1:] == (described.embedding_size,)
+    assert (
+        decoded.shape == exported.manifest.outputs[1].shape[1:] == (described.embedding_size,)
+    )
     for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values):
         np.testing.assert_allclose(values, decoded, rtol=1e-4, atol=1e-5)
     assert (numbers["warnings"], listed[1].keys()) == ([], {"error"})
-    assert (bad.error.code, bad.values.size, found.model_digest) == ("not_an_image", 0, exported.manifest.id)
+    assert (bad.error.code, bad.values.size, found.model_digest) == (
+        "not_an_image",
+        0,
+        exported.manifest.id,
+    )
     assert [output["name"] for output in by_default] == ["logits"]
 
 
@@ -113,6 +144,9 @@ def test_a_bundle_without_features_answers_with_a_code(branched):
     loaded = load_model(branched.path, SETTINGS)
     with running(loaded.runtime, loaded.bundle, SETTINGS) as client:
         answer = client.post("/v1/embed", content=picture_bytes())
-        with Client(str(client.base_url)) as python, pytest.raises(ServiceError, match="--with-features"):
+        with (
+            Client(str(client.base_url)) as python,
+            pytest.raises(ServiceError, match="--with-features"),
+        ):
             python.embed(picture_bytes())
     assert (answer.status_code, answer.json()["code"]) == (400, "no_features")

@@ -44,7 +44,9 @@ DETACH = ExportOptions(detach=True, max_batch=4)
 
 @pytest.fixture(scope="module")
 def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(trained(), "dsop-resnet8", tmp_path_factory.mktemp("run") / "ckpt.pt", preprocess)
+    return save(
+        trained(), "dsop-resnet8", tmp_path_factory.mktemp("run") / "ckpt.pt", preprocess
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,18 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
         == exported.certificate.roots.onnx
     )
     assert bundle.manifest.lineage.program_root == exported.certificate.roots.any_batch
-    assert {path.name for path in exported.path.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    assert {path.name for path in exported.path.iterdir()} == {
+        *bundle.manifest.files,
+        "manifest.json",
+    }
     assert len(read_golden(bundle)) == verify(exported.path, Settings(threads=1)).golden == 3
     probes = read_probes(bundle)
     assert probes.images.shape == (12, 16, 16, 3)
     assert probes.tolerance["logits"] == exported.parity.logits.tolerance
-    names = [tensor.name for tensor in onnx.load_model_from_string(bundle.onnx.read()).graph.initializer]
+    names = [
+        tensor.name
+        for tensor in onnx.load_model_from_string(bundle.onnx.read()).graph.initializer
+    ]
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}
 
@@ -92,7 +100,9 @@ def test_folders_are_checked_before_the_first_expensive_step(
     options = ExportOptions(detach=True, precision=precision, **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
-        export_checkpoint(checkpoint, tmp_path / "bundles", options=options, on_step=steps.append)
+        export_checkpoint(
+            checkpoint, tmp_path / "bundles", options=options, on_step=steps.append
+        )
     assert steps == []
 
 
@@ -107,7 +117,9 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
 
     def attempt(images: list[int], **options: Any) -> list[str]:
         hashes, steps = torch.tensor(sorted(images), dtype=torch.int64), list[str]()
-        write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
+        write_checkpoint(
+            path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes)
+        )
         chosen = DETACH.model_copy(update={"evaluate": tmp_path / "no folder", **options})
         with pytest.raises(SopdeployError) as error:
             export_checkpoint(path, tmp_path / "bundles", options=chosen, on_step=steps.append)
@@ -137,7 +149,9 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
     assert again.path.name == exported.path.name
     for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
-    same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
+    same_time = exported.manifest.model_copy(
+        update={"exported_at": "2026-01-02T03:04:05.000000Z"}
+    )
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
 
 
@@ -160,7 +174,9 @@ def test_an_export_hashes_no_tensor_four_times_and_opens_its_file_once(
         monkeypatch.setattr(module, "tensor_hash", count_hash)
     monkeypatch.setattr(runs.ort, "InferenceSession", count_session)
     export_checkpoint(checkpoint, tmp_path, options=DETACH)
-    assert max(Counter(map(id, hashed)).values()) == 3  # before and after the proof; with random branches
+    assert (
+        max(Counter(map(id, hashed)).values()) == 3
+    )  # before and after the proof; with random branches
     assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
 
 
@@ -172,7 +188,9 @@ def test_the_quick_start_shows_what_an_export_of_a_network_without_branches_prin
         lines = export_checkpoint(checkpoint, tmp_path / "bundles", options=DETACH).lines()
     lines["bundle"] = lines["bundle"].replace(f"{tmp_path}/bundles/resnet8-", "bundles/photos-")
     sample = re.search(
-        r"best.pt --detach\n(removed .+?)```", (ROOT / "docs" / "quickstart.md").read_text(), re.DOTALL
+        r"best.pt --detach\n(removed .+?)```",
+        (ROOT / "docs" / "quickstart.md").read_text(),
+        re.DOTALL,
     )
     assert sample
     printed = "".join(f"{name:8} {text}\n" for name, text in lines.items())
@@ -200,16 +218,25 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
     folded = fold_temperature(network, 1.7, preprocess, images, 10)
     with torch.no_grad():
         before, after = (
-            [*Deployed(each, preprocess).eval()(torch.from_numpy(images)), *each.heads(ones).values()]
+            [
+                *Deployed(each, preprocess).eval()(torch.from_numpy(images)),
+                *each.heads(ones).values(),
+            ]
             for each in (network, folded)
         )
-    factors = [1.7, *(1.0 for _ in before[1:-1]), 1.7]  # logits, gates or branches, the main head
+    factors = [
+        1.7,
+        *(1.0 for _ in before[1:-1]),
+        1.7,
+    ]  # logits, gates or branches, the main head
     for old, new, factor in zip(before, after, factors, strict=True):
         assert torch.allclose(new * factor, old, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "classifier", [nn.Identity(), nn.Linear(64, 10)], ids=["no linear classifier", "an activation behind it"]
+    "classifier",
+    [nn.Identity(), nn.Linear(64, 10)],
+    ids=["no linear classifier", "an activation behind it"],
 )
 def test_a_temperature_that_cannot_be_folded_is_an_error(
     preprocess: Preprocess, classifier: nn.Module
@@ -218,5 +245,7 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     network.fc = classifier
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
-    with pytest.raises(LoweringError, match="no linear layer of PlainSmallResNet computes its logits"):
+    with pytest.raises(
+        LoweringError, match="no linear layer of PlainSmallResNet computes its logits"
+    ):
         fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop), 10)

@@ -48,21 +48,36 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "map_": lambda x: x.clone().map_(x, max),
     "a range": lambda x: range(x.long().sum().clamp(0, 3)),
     "round": lambda x: math_trunc(x.sum()),
-    "a number that has a value of the image": lambda x: bool(of_number(lambda c: c.copy_(x[0, 0])) > 2),
-    "a number whose data has a value": lambda x: bool(of_number(lambda c: c.data.copy_(x[0, 0])) > 2),
-    "a number that is a result": lambda x: bool(of_number(lambda c: torch.add(x[0, 0], 1, out=c)) > 2),
+    "a number that has a value of the image": lambda x: bool(
+        of_number(lambda c: c.copy_(x[0, 0])) > 2
+    ),
+    "a number whose data has a value": lambda x: bool(
+        of_number(lambda c: c.data.copy_(x[0, 0])) > 2
+    ),
+    "a number that is a result": lambda x: bool(
+        of_number(lambda c: torch.add(x[0, 0], 1, out=c)) > 2
+    ),
     "a number and a value": lambda x: bool(torch.tensor(2) > x[0, 0]),
     "a number in an array": lambda x: torch.as_tensor(np.zeros(1)).item(),
 }
 GRAPH: dict[str, Callable[[Tensor], Any]] = {
     "shape": lambda x: (x.shape, x.size(), x.size(0), x.dim(), x.ndim, len(x), x.numel()),
-    "type": lambda x: (x.dtype, x.device, x.is_floating_point(), x.requires_grad, x.layout, x.is_cuda),
+    "type": lambda x: (
+        x.dtype,
+        x.device,
+        x.is_floating_point(),
+        x.requires_grad,
+        x.layout,
+        x.is_cuda,
+    ),
     "operators": lambda x: torch.cat([x.relu(), x[:1] * 2]).max(0),
     "iteration": lambda x: [*x],
     "unpacking": lambda x: x.unbind(0),
     "assignment": lambda x: x.clone().__setitem__(0, 1),
     "copy": lambda x: copy.copy(x.shape),
-    "comparisons of Python numbers": lambda x: (torch.as_tensor([0.1, 0.2], dtype=x.dtype) == 0).any().item(),
+    "comparisons of Python numbers": lambda x: (
+        (torch.as_tensor([0.1, 0.2], dtype=x.dtype) == 0).any().item()
+    ),
     "layers": lambda x: nn.MultiheadAttention(4, 2).eval()(x, x, x),
     "transformer": lambda x: nn.TransformerEncoderLayer(4, 2, 8).eval()(x),
 }

@@ -41,9 +41,15 @@ def config_of(bundle: Bundle, folder: Path) -> Any:
     return text_format.Parse((written / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
 
 
-def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_config_matches_the_manifest_and_the_files_the_bundle(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     config = config_of(bundle, tmp_path)
-    assert (config.name, config.backend, config.max_batch_size) == (bundle.name, "onnxruntime", 16)
+    assert (config.name, config.backend, config.max_batch_size) == (
+        bundle.name,
+        "onnxruntime",
+        16,
+    )
     assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
         ("images", SCHEMA.TYPE_UINT8, [SIDE, SIDE, 3])
     ]
@@ -56,8 +62,12 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
     written = write_triton(bundle, tmp_path / "models")
     value = config.model_warmup[0].inputs["images"]
     raw = (written / "warmup" / value.input_data_file).read_bytes()
-    assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
-    files = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
+    assert (
+        np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
+    )
+    files = {
+        path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()
+    }
     assert files == {"1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image"}
     assert (written / "1" / "model.onnx").read_bytes() == bundle.onnx.read()
     assert (written / "labels.txt").read_text().splitlines() == list(bundle.labels)
@@ -70,7 +80,11 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
     assert list(batching.preferred_batch_size) == [4, 16]
     assert batching.max_queue_delay_microseconds == 1000
-    timeout = (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size)
+    timeout = (
+        policy.timeout_action,
+        policy.default_timeout_microseconds,
+        policy.max_queue_size,
+    )
     assert timeout == (0, 1_000_000, 256)
     assert policy.allow_timeout_override
     (group,) = config.instance_group
@@ -79,7 +93,12 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     config = config_of(write(tmp_path / "single", batch=single), tmp_path / "models")
     assert not config.HasField("dynamic_batching")
     assert [warm.batch_size for warm in config.model_warmup] == [1]
-    image = [1, SIDE, SIDE, 3]  # Triton adds no batch axis, which a graph for one image does not have
+    image = [
+        1,
+        SIDE,
+        SIDE,
+        3,
+    ]  # Triton adds no batch axis, which a graph for one image does not have
     shapes = [list(tensor.dims) for tensor in (*config.input, *config.output)]
     assert (config.max_batch_size, shapes) == (0, [image, [1, CLASSES]])
     assert list(config.model_warmup[0].inputs["images"].dims) == image
@@ -88,13 +107,18 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
 def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs", batch=BatchRange(minimum=2, optimum=2, maximum=4))
     broken = replace(bundle, labels=("a", "b\nc", "d", "e", "f"))
-    for refused, message in ((pairs, "also sends single"), (broken, r"'b\\nc' does not fit on a line")):
+    for refused, message in (
+        (pairs, "also sends single"),
+        (broken, r"'b\\nc' does not fit on a line"),
+    ):
         with pytest.raises(BundleError, match=message):
             write_triton(refused, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
-def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, tmp_path: Path) -> None:
+def test_writing_twice_is_idempotent_and_other_content_is_kept(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     models = tmp_path / "models"
     first = write_triton(bundle, models)
     command = CliRunner().invoke(app, ["triton", str(bundle.path), str(models)])

@@ -38,7 +38,9 @@ def write(program: Path, archive: Path) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert stopped.stdout is not None
-        next((line for line in stopped.stdout if "1/3" in line), "")  # the first of three epochs has ended
+        next(
+            (line for line in stopped.stdout if "1/3" in line), ""
+        )  # the first of three epochs has ended
         stopped.terminate()
         assert stopped.wait() == 128 + signal.SIGTERM, "the training ended before the signal"
         run("export", "trained/best.pt", "--detach", "--max-batch=1", "--out=bundles")
@@ -52,7 +54,11 @@ def write(program: Path, archive: Path) -> None:
                 path.unlink()
         with tarfile.open(archive, "w:xz") as packed:
             packed.add(
-                files, ".", filter=lambda entry: entry.replace(uid=0, gid=0, uname="", gname="", deep=False)
+                files,
+                ".",
+                filter=lambda entry: entry.replace(
+                    uid=0, gid=0, uname="", gname="", deep=False
+                ),
             )
 
 
@@ -69,7 +75,9 @@ def keep(program: Path, files: Path, bundle: Path) -> None:
             addresses = (re.findall(r"http://127[.\d:]+", line) for line in server.stdout)
             (url,) = next(filter(None, addresses))
             photo = (files / "photos" / "zero.jpg").read_bytes()
-            urllib.request.urlopen(f"{url}/v1/classify?reported=0", data=photo, timeout=60).close()
+            urllib.request.urlopen(
+                f"{url}/v1/classify?reported=0", data=photo, timeout=60
+            ).close()
             deadline = time.monotonic() + 60
             while not list(files.glob("kept/*.json")):
                 assert time.monotonic() < deadline, "the server kept no photograph"

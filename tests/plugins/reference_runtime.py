@@ -24,7 +24,9 @@ class ReferenceRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        outputs = self._graph.run(None, dict(zip(self._graph.input_names, [images], strict=True)))
+        outputs = self._graph.run(
+            None, dict(zip(self._graph.input_names, [images], strict=True))
+        )
         return dict(zip(self._graph.output_names, outputs, strict=True))
 
     def close(self) -> None:

@@ -27,4 +27,6 @@ def draw(count: int, seed: int) -> ArrayImages:
     horizontal = rows[:count].repeat(16, axis=2)
     vertical = rows[count:].repeat(16, axis=2).transpose(0, 2, 1)
     targets = np.repeat(np.arange(2), count)
-    return ArrayImages(("horizontal", "vertical"), np.concatenate([horizontal, vertical]), targets)
+    return ArrayImages(
+        ("horizontal", "vertical"), np.concatenate([horizontal, vertical]), targets
+    )

@@ -41,5 +41,6 @@ class TextWeights:
 
 _text = TextWeights()
 sopdeploy.register_importer(
-    "acme", sopdeploy.Importer(marks=("conv1",), convert=_text.convert, magic=MAGIC, read=_text.read)
+    "acme",
+    sopdeploy.Importer(marks=("conv1",), convert=_text.convert, magic=MAGIC, read=_text.read),
 )

@@ -18,7 +18,9 @@ from tests.real.conftest import LITE0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A network for four kinds of clothing, on the frozen Lite0."""
     out = tmp_path_factory.mktemp("run") / "run"
     return sopdeploy.train(photos, out=out, weights=lite0_file, **{"model.name": LITE0}).best
@@ -44,7 +46,9 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
 def test_eight_photographs_of_each_class_are_enough_for_clothes(
     photos: Path, lite0_file: Path, tmp_path: Path
 ) -> None:
-    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **{"model.name": LITE0})
+    run = sopdeploy.train(
+        photos, out=tmp_path / "run", weights=lite0_file, **{"model.name": LITE0}
+    )
 
     assert isinstance(run.procedure, FewShotResult)
     assert run.procedure.top1 is not None
@@ -59,7 +63,12 @@ def test_eight_photographs_of_each_class_are_enough_for_clothes(
 def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_can_be_served(
     photos: Path, lite0_file: Path, tmp_path: Path
 ) -> None:
-    settings = ["procedure.kind=fine_tune", "epochs=1", "preprocess.crop=64", f"model.name=dsop-{LITE0}"]
+    settings = [
+        "procedure.kind=fine_tune",
+        "epochs=1",
+        "preprocess.crop=64",
+        f"model.name=dsop-{LITE0}",
+    ]
     run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, set=settings)
     assert isinstance(run.procedure, FewShotResult | LoopResult)
     assert run.procedure.tuning is not None
@@ -67,8 +76,12 @@ def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_ca
     start = load_plain(lite0_file, lite0_file.read_bytes())
     trained = read_checkpoint(run.last).weights
     assert torch.equal(trained["blocks.2.1.conv_pw.weight"], start["blocks.2.1.conv_pw.weight"])
-    assert torch.equal(trained["blocks.6.0.bn1.running_mean"], start["blocks.6.0.bn1.running_mean"])
-    assert not torch.equal(trained["blocks.3.0.conv_pw.weight"], start["blocks.3.0.conv_pw.weight"])
+    assert torch.equal(
+        trained["blocks.6.0.bn1.running_mean"], start["blocks.6.0.bn1.running_mean"]
+    )
+    assert not torch.equal(
+        trained["blocks.3.0.conv_pw.weight"], start["blocks.3.0.conv_pw.weight"]
+    )
     assert not torch.equal(trained["blocks.6.0.bn1.weight"], start["blocks.6.0.bn1.weight"])
     exported = sopdeploy.export(run.last, tmp_path / "bundles", detach=True, max_batch=1)
     assert exported.certificate.detached == ("branches",)

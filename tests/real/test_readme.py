@@ -13,9 +13,17 @@ from tests.docs.page_commands import Workspace
 from tests.docs.reading import ROOT, blocks
 
 LINES = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
-FIRST = {"hat": "hat", "shoes": "shoes", "dress": "dress"}  # folders of the photographs, names of the classes
+FIRST = {
+    "hat": "hat",
+    "shoes": "shoes",
+    "dress": "dress",
+}  # folders of the photographs, names of the classes
 RENAMED = {**FIRST, "dress": "evening dress"}
-ROUNDS = {1: (5, FIRST), 2: (6, RENAMED), 3: (8, {**RENAMED, "pants": "pants"})}  # photographs per class
+ROUNDS = {
+    1: (5, FIRST),
+    2: (6, RENAMED),
+    3: (8, {**RENAMED, "pants": "pants"}),
+}  # photographs per class
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +41,9 @@ def container_command(folder: str) -> str:
     """Return the command that the container executes, for *folder*, reachable from this machine only."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     starts = ("ENTRYPOINT ", "CMD ")
-    entry, typed = (next(line for line in lines if line.strip().startswith(start)) for start in starts)
+    entry, typed = (
+        next(line for line in lines if line.strip().startswith(start)) for start in starts
+    )
     words = [json.loads(line.partition(" ")[2]) for line in (entry, typed)]
     return (
         " ".join([*words[0], *words[1]])
@@ -53,7 +63,9 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
             (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
             for photo in sorted((photos / source).glob("*.jpg"))[:count]:
                 shutil.copy(photo, tmp_path / "photos" / name)
-        for folder in {path.name for path in (tmp_path / "photos").iterdir()} - {*classes.values()}:
+        for folder in {path.name for path in (tmp_path / "photos").iterdir()} - {
+            *classes.values()
+        }:
             shutil.rmtree(tmp_path / "photos" / folder)  # the class was renamed
         shutil.copy(next((tmp_path / "photos" / "hat").glob("*.jpg")), tmp_path / "photo.jpg")
         images = len(classes) * count
@@ -79,9 +91,12 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
     assert {path.name for path in (tmp_path / "bundles").iterdir()} == {"latest", *names}
     rows = json.loads(workspace.run("sopdeploy runs --json"))
     assert [(row["run"], row["bundle"], row["newest"]) for row in rows] == [
-        (f"photos-{number}", names[number - 1], number == len(ROUNDS)) for number in reversed(ROUNDS)
+        (f"photos-{number}", names[number - 1], number == len(ROUNDS))
+        for number in reversed(ROUNDS)
     ]
-    shutil.copytree(tmp_path / "bundles", tmp_path / "copied")  # like `cp -rL`: `latest` becomes a folder
+    shutil.copytree(
+        tmp_path / "bundles", tmp_path / "copied"
+    )  # like `cp -rL`: `latest` becomes a folder
     for folder in ("bundles", "copied"):
         with workspace.serving(container_command(folder)):
             (model,) = json.loads(workspace.run("curl http://127.0.0.1:8000/info"))["models"]

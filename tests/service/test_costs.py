@@ -1,8 +1,8 @@
 """What requests cost, at every endpoint: a request twice as large costs at most twice as much.
 
-The costs are calls of functions and bytes of objects, counted in this process without a socket. Tables have a
-row for each route, header and field that a client can fill; tests compare them with the code. Inference is
-replaced: only what comes before it depends on a client's bytes.
+The costs are calls of functions and bytes of objects, counted in this process without a socket.
+Tables have a row for each route, header and field that a client can fill; tests compare them
+with the code. Inference is replaced: only what comes before it depends on a client's bytes.
 """
 
 import asyncio
@@ -38,8 +38,15 @@ from tests.support.fake_runtime import FakeRuntime
 
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"
 SIZE = 15_000  # bytes of a body; the test also sends twice as many
-HEADER_SIZE, URL_SIZE, LABEL_SIZE = 4_000, 1_000, 4_900  # the server accepts 32,000, 8,000 and 10,000
-FREE_CALLS, FREE_BYTES = 3_000, 300_000  # of any request, and what differs from one run to the next
+HEADER_SIZE, URL_SIZE, LABEL_SIZE = (
+    4_000,
+    1_000,
+    4_900,
+)  # the server accepts 32,000, 8,000 and 10,000
+FREE_CALLS, FREE_BYTES = (
+    3_000,
+    300_000,
+)  # of any request, and what differs from one run to the next
 CALLS_PER_BYTE, BYTES_PER_BYTE = 10, 160  # two brackets become a list of almost 300 bytes
 
 
@@ -74,7 +81,9 @@ class Site(NamedTuple):
     headers: dict[str, bytes]
     limited: dict[str, bytes]  # headers with a key that has a rate
 
-    def send(self, method: str, path: str, headers: dict[str, bytes], body: bytes, query: bytes) -> Reply:
+    def send(
+        self, method: str, path: str, headers: dict[str, bytes], body: bytes, query: bytes
+    ) -> Reply:
         messages: list[Any] = []
         incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
         left = asyncio.Event()
@@ -115,7 +124,9 @@ class Site(NamedTuple):
             elsewhere += event in {"call", "c_call"}
 
         parse_host.cache_clear()  # which a client can fill with other names
-        gc.collect(1)  # the tasks of earlier requests, which anyio lists, and whose end it would count
+        gc.collect(
+            1
+        )  # the tasks of earlier requests, which anyio lists, and whose end it would count
         gc.disable()
         counted = cProfile.Profile()
         tracemalloc.start()
@@ -152,7 +163,9 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
     keys = tmp_path_factory.mktemp("keys") / "keys.toml"
     secret, limited = new_key(keys, "app"), new_key(keys, "limited", 1e-6)
-    settings = Settings(keys=keys, trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example,bücher.example")
+    settings = Settings(
+        keys=keys, trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example,bücher.example"
+    )
     model = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
     app = create_app({"tiny": model}, settings)
 
@@ -221,10 +234,14 @@ VALUES: dict[str, Callable[[int], bytes]] = {
     "empty lists": lambda size: filled(b"[],", size, b"[", b"[]]"),
     "empty objects": lambda size: filled(b"{},", size, b"[", b"{}]"),
     "nulls": lambda size: filled(b"null,", size, b"[", b"null]"),
-    "keys": lambda size: b"{%b}" % b",".join(b'"%d":0' % n for n in range(min(size // 10, 4_000))),
+    "keys": lambda size: (
+        b"{%b}" % b",".join(b'"%d":0' % n for n in range(min(size // 10, 4_000)))
+    ),
     "the same key": lambda size: filled(b'"a":0,', min(size, 14_000), b"{", b'"a":0}'),
     "levels": lambda size: b"[" * (size // 2) + b"]" * (size // 2),
-    "many times 200 levels": lambda size: filled(b"[" * 200 + b"]" * 200 + b",", size, b"[", b"0]"),
+    "many times 200 levels": lambda size: filled(
+        b"[" * 200 + b"]" * 200 + b",", size, b"[", b"0]"
+    ),
     "digits": lambda size: b"1" * size,
     "digits of a fraction": lambda size: b"0." + b"1" * size,
     "digits of an exponent": lambda size: b"1e" + b"0" * size + b"1",
@@ -243,7 +260,8 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
     InferBody: {
         "id": INPUT % (b"", b', "id": %b'),
         "parameters": INPUT % (b"", b', "parameters": %b'),
-        "parameters.binary_data_output": INPUT % (b"", b', "parameters": {"binary_data_output": %b}'),
+        "parameters.binary_data_output": INPUT
+        % (b"", b', "parameters": {"binary_data_output": %b}'),
         "parameters.timeout": INPUT % (b"", b', "parameters": {"timeout": %b}'),
         "inputs": b'{"inputs": %b}',
         "inputs.0": b'{"inputs": [%b]}',
@@ -252,22 +270,28 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
         "inputs.0.shape": b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": %b, "data": [0]}]}',
         "inputs.0.shape.0": b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [%b]}]}',
         "inputs.0.parameters": INPUT % (b', "parameters": %b', b""),
-        "inputs.0.parameters.binary_data_size": INPUT % (b', "parameters": {"binary_data_size": %b}', b""),
+        "inputs.0.parameters.binary_data_size": INPUT
+        % (b', "parameters": {"binary_data_size": %b}', b""),
         "inputs.0.data": INPUT.replace(b"[0]", b"%b") % (b"%b", b"", b""),
         "inputs.0.data of texts": (
             b'{"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": [1, 1], "data": %b}]}'
         ),
-        "inputs.0.data.0": INPUT.replace(b"[0]", b"[%b" + b", 0" * 3071 + b"]") % (b"%b", b"", b""),
-        "inputs.0.data.0 of nested ones": INPUT.replace(b"[0]", b"[[[%b]]]") % (b"%b", b"", b""),
+        "inputs.0.data.0": INPUT.replace(b"[0]", b"[%b" + b", 0" * 3071 + b"]")
+        % (b"%b", b"", b""),
+        "inputs.0.data.0 of nested ones": INPUT.replace(b"[0]", b"[[[%b]]]")
+        % (b"%b", b"", b""),
         "outputs": INPUT % (b"", b', "outputs": %b'),
         "outputs.0": INPUT % (b"", b', "outputs": [%b]'),
         "outputs.0.name": INPUT % (b"", b', "outputs": [{"name": %b}]'),
-        "outputs.0.parameters": INPUT % (b"", b', "outputs": [{"name": "logits", "parameters": %b}]'),
+        "outputs.0.parameters": INPUT
+        % (b"", b', "outputs": [{"name": "logits", "parameters": %b}]'),
         "outputs.0.parameters.binary_data": (
-            INPUT % (b"", b', "outputs": [{"name": "logits", "parameters": {"binary_data": %b}}]')
+            INPUT
+            % (b"", b', "outputs": [{"name": "logits", "parameters": {"binary_data": %b}}]')
         ),
         "outputs.0.parameters.classification": (
-            INPUT % (b"", b', "outputs": [{"name": "logits", "parameters": {"classification": %b}}]')
+            INPUT
+            % (b"", b', "outputs": [{"name": "logits", "parameters": {"classification": %b}}]')
         ),
         "an unknown one": INPUT % (b"", b', "x": %b'),
         "the body": b"%b",
@@ -292,7 +316,9 @@ UNLIMITED = {  # fields without a maximum length, which the size of the body lim
 }  # fmt: skip
 
 
-def fields_of(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> Iterator[str]:
+def fields_of(
+    schema: dict[str, Any], definitions: dict[str, Any], path: str = ""
+) -> Iterator[str]:
     """List the paths of all fields of *schema*, as in `FIELDS`."""
     for option in schema.get("anyOf", [schema]):
         found = definitions[option["$ref"].rpartition("/")[2]] if "$ref" in option else option
@@ -321,9 +347,13 @@ def unlimited(schema: dict[str, Any], where: str) -> Iterator[str]:
         yield where
 
 
-def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_lengths() -> None:
+def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_lengths() -> (
+    None
+):
     source = "".join(path.read_text("utf-8") for path in SERVICE.rglob("*.py"))
-    assert set(re.findall(r"parse_json\((\w+),", source)) == {model.__name__ for model in FIELDS}
+    assert set(re.findall(r"parse_json\((\w+),", source)) == {
+        model.__name__ for model in FIELDS
+    }
     found: set[str] = set()
     for model, fields in FIELDS.items():
         schema = model.model_json_schema()
@@ -344,7 +374,9 @@ def path_of(route: str, bundle_id: str) -> str:
     [(where, field) for where, model in MODELS.items() for field in FIELDS[model]],
     ids=str,
 )
-def test_any_value_in_a_field_of_json_costs_as_much_as_its_size(sites, bundle, where, field) -> None:
+def test_any_value_in_a_field_of_json_costs_as_much_as_its_size(
+    sites, bundle, where, field
+) -> None:
     site, route = where
     path, template = path_of(route, bundle.manifest.id), FIELDS[MODELS[where]][field]
     statuses: set[int] = set()
@@ -358,20 +390,31 @@ def test_any_value_in_a_field_of_json_costs_as_much_as_its_size(sites, bundle, w
 
         size = LABEL_SIZE if site == "label page" else SIZE
         statuses |= check_cost(sites[site], size, request)
-    assert min(statuses) >= 400 or field in {"image", "images", "images.0", "id", "an unknown one"} | {
-        name for name in FIELDS[InferBody] if "parameters" in name or "data" in name
-    }
+    assert min(statuses) >= 400 or field in {
+        "image",
+        "images",
+        "images.0",
+        "id",
+        "an unknown one",
+    } | {name for name in FIELDS[InferBody] if "parameters" in name or "data" in name}
 
 
 FORM = {"content-type": b"multipart/form-data; boundary=XX"}
-RAW, CURL = {"content-type": b"image/png"}, {"content-type": b"application/x-www-form-urlencoded"}
+RAW, CURL = (
+    {"content-type": b"image/png"},
+    {"content-type": b"application/x-www-form-urlencoded"},
+)
 PART = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 END = b"\r\n--XX--\r\n"
 PIXELS_OF = (
     b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [%d, 32, 32, 3], '
     b'"parameters": {"binary_data_size": %d}}]}'
 )
-IMAGE_OF = PIXELS_OF.replace(b"images", b"IMAGE").replace(b"UINT8", b"BYTES").replace(b"%d, 32, 32, 3", b"%d")
+IMAGE_OF = (
+    PIXELS_OF.replace(b"images", b"IMAGE")
+    .replace(b"UINT8", b"BYTES")
+    .replace(b"%d, 32, 32, 3", b"%d")
+)
 ROW = b"[%b]" % b",".join([b"[255,255,255]"] * 32)
 
 
@@ -404,8 +447,14 @@ V1_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     "a form of returns": lambda size: (FORM, PART + b"\r" * size + END),
     "a form of line ends": lambda size: (FORM, filled(b"\r\n", size, PART, END)),
     "a form of delimiters": lambda size: (FORM, filled(b"\r\n--X", size, PART, END)),
-    "a form before the first delimiter": lambda size: (FORM, filled(b"\r\n--X", size, b"", PART + END)),
-    "a form after the last delimiter": lambda size: (FORM, filled(b"\r\n--XX", size, PART + END)),
+    "a form before the first delimiter": lambda size: (
+        FORM,
+        filled(b"\r\n--X", size, b"", PART + END),
+    ),
+    "a form after the last delimiter": lambda size: (
+        FORM,
+        filled(b"\r\n--XX", size, PART + END),
+    ),
     "a form with a long name of a header": lambda size: (
         FORM,
         filled(b"a", size, b"--XX\r\n", b": b\r\n\r\n" + END),
@@ -414,7 +463,10 @@ V1_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
         FORM,
         filled(b'a;"', size, b"--XX\r\nContent-Disposition: ", b"\r\n\r\n" + END),
     ),
-    "a form with many headers": lambda size: (FORM, filled(b"a: b\r\n", size, b"--XX\r\n", b"\r\n" + END)),
+    "a form with many headers": lambda size: (
+        FORM,
+        filled(b"a: b\r\n", size, b"--XX\r\n", b"\r\n" + END),
+    ),
     "a form with a long name": lambda size: (FORM, PART.replace(b"image", b"a" * size) + END),
     "a form that is cut": lambda size: (FORM, PART + bytes(size)),
 }
@@ -430,7 +482,9 @@ V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     "legal: an encoded image": lambda size: binary(
         IMAGE_OF % (1, size + 4), size.to_bytes(4, "little") + bytes(size)
     ),
-    "encoded images that are too long": lambda size: binary(IMAGE_OF % (64, size), b"\xff" * size),
+    "encoded images that are too long": lambda size: binary(
+        IMAGE_OF % (64, size), b"\xff" * size
+    ),
     "encoded images that are empty": lambda size: binary(IMAGE_OF % (64, size), bytes(size)),
     "a binary tensor without a size": lambda size: binary(INPUT % (b"", b""), bytes(size)),
     "too many encoded images": lambda size: binary(IMAGE_OF % (size, size), bytes(size)),
@@ -442,7 +496,9 @@ BODIES = {  # routes that read other bodies than JSON
 
 
 @pytest.mark.parametrize(
-    ("where", "case"), [(where, case) for where, cases in BODIES.items() for case in cases], ids=str
+    ("where", "case"),
+    [(where, case) for where, cases in BODIES.items() for case in cases],
+    ids=str,
 )
 def test_any_body_costs_as_much_as_its_size(sites, bundle, where, case) -> None:
     site, route = where
@@ -469,7 +525,8 @@ HEADERS = {  # names of headers that the code reads, for the values of `HEADER_V
     "inference-header-content-length",
     "cookie", "accept", "x-unknown",  # these are read by libraries, or by none
 }  # fmt: skip
-# The first must be a number of 19 digits or less, or the server closes the connection; the other is an answer
+# The first must be a number of 19 digits or less, or the server closes the connection; the
+# other is an answer
 NOT_SENT = {"content-length", "ratelimit-limit"}
 HEADER_VALUES: dict[str, Callable[[int], bytes]] = {
     "letters": lambda size: b"a" * size,
@@ -477,7 +534,9 @@ HEADER_VALUES: dict[str, Callable[[int], bytes]] = {
     "labels that are not ASCII": lambda size: filled(b"\xe9.", size),
     "own subdomains": lambda size: filled(b"a.", size, b"", b"shop.example"),
     "own names": lambda size: filled(b"shop.example,", size),
-    "many own names": lambda size: b",".join(b"a%d.shop.example" % n for n in range(size // 20)),
+    "many own names": lambda size: b",".join(
+        b"a%d.shop.example" % n for n in range(size // 20)
+    ),
     "commas": lambda size: b"," * size,
     "semicolons": lambda size: filled(b'";', size, b'multipart/form-data; boundary="'),
     "parameters": lambda size: filled(b"a=b;", size, b"multipart/form-data;"),
@@ -527,9 +586,9 @@ def test_many_forwarded_names_and_schemes_cost_as_much_as_their_size(service) ->
 class Price(NamedTuple):
     """Who pays for a request of a route, and the calls of functions of the smallest one, at most.
 
-    With keys, the tokens of a *key* pay, also for refused requests. What an *address* gets costs about as
-    much as `/livez`, and its share of connections limits how many there are at once. So does what is *cached*
-    for all clients: for a second, or for ever.
+    With keys, the tokens of a *key* pay, also for refused requests. What an *address* gets
+    costs about as much as `/livez`, and its share of connections limits how many there are at
+    once. So does what is *cached* for all clients: for a second, or for ever.
     """
 
     payer: Literal["key", "address", "cached"]
@@ -597,16 +656,26 @@ def test_every_route_is_in_the_table(sites) -> None:
 
 
 @pytest.mark.parametrize(
-    ("site", "route"), [(site, route) for site, routes in ROUTES.items() for route in routes], ids=str
+    ("site", "route"),
+    [(site, route) for site, routes in ROUTES.items() for route in routes],
+    ids=str,
 )
 def test_a_request_of_a_route_costs_what_the_table_says(
     sites, bundle, monkeypatch, tmp_path, site, route
 ) -> None:
     monkeypatch.setattr(pages, "SHARED_SECONDS", 3600.0)
     (tmp_path / "example.jpg").write_bytes(bytes(1000))
-    monkeypatch.setitem(sites["service"].app.state._state, "examples", [tmp_path / "example.jpg"])
+    monkeypatch.setitem(
+        sites["service"].app.state._state, "examples", [tmp_path / "example.jpg"]
+    )
     method, template = route
-    request = method, path_of(template, bundle.manifest.id), {}, b"{}" if method == "POST" else b"", b""
+    request = (
+        method,
+        path_of(template, bundle.manifest.id),
+        {},
+        b"{}" if method == "POST" else b"",
+        b"",
+    )
     sites[site].send(*request)  # what is cached is made now
     _, cost = sites[site].cost(*request)
     assert cost.calls <= ROUTES[site][route].calls
@@ -615,19 +684,25 @@ def test_a_request_of_a_route_costs_what_the_table_says(
 def test_what_no_key_pays_for_costs_little_more_than_livez() -> None:
     routes = ROUTES["service"]
     free = {route: price.calls for route, price in routes.items() if price.payer != "key"}
-    # Half of the calls of the others are those of the router, which tries one route after the other: the
-    # time is at most twice that of `/livez` (measured: docs/decisions.md).
+    # Half of the calls of the others are those of the router, which tries one route after the
+    # other: the time is at most twice that of `/livez` (measured: docs/decisions.md).
     assert max(free.values()) <= 2.5 * routes["GET", "/livez"].calls
 
 
-LIMITED = [route for (method, route), price in ROUTES["service"].items() if price.payer == "key"]
+LIMITED = [
+    route for (method, route), price in ROUTES["service"].items() if price.payer == "key"
+]
 
 
 @pytest.mark.parametrize("route", LIMITED)
-def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(service, bundle, route) -> None:
+def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(
+    service, bundle, route
+) -> None:
     headers = {**service.limited, "content-type": b"application/json"}
     request = "POST", path_of(route, bundle.manifest.id), headers, b"{", b""
-    before, after = (int(service.send(*request).headers["ratelimit-remaining"]) for _ in range(2))
+    before, after = (
+        int(service.send(*request).headers["ratelimit-remaining"]) for _ in range(2)
+    )
     assert after == before - 1
 
 
@@ -642,13 +717,19 @@ def routes_of(routes: Iterable[Any]) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("site", "route"), [(site, route) for site, routes in ROUTES.items() for route in sorted(routes)], ids=str
+    ("site", "route"),
+    [(site, route) for site, routes in ROUTES.items() for route in sorted(routes)],
+    ids=str,
 )
 def test_any_url_costs_as_much_as_its_size(sites, bundle, site, route) -> None:
     method, template = route
     plain = path_of(template, bundle.manifest.id)
     for query in QUERIES.values():
-        check_cost(sites[site], URL_SIZE, lambda size, query=query: (method, plain, {}, b"", query(size)))
+        check_cost(
+            sites[site],
+            URL_SIZE,
+            lambda size, query=query: (method, plain, {}, b"", query(size)),
+        )
     values = {"name": "tiny", "version": bundle.manifest.id, "identity": identity(1)}
     for name in re.findall(r"\{(\w+)\}", template):
         for text in ("a", "\u00e9", "%2e", "{}", "."):
@@ -657,7 +738,9 @@ def test_any_url_costs_as_much_as_its_size(sites, bundle, site, route) -> None:
                 return method, template.format(**{**values, name: text * size}), {}, b"", b""
 
             check_cost(sites[site], URL_SIZE, request)
-    check_cost(sites[site], URL_SIZE, lambda size: (method, "/" + "a/" * (size // 2), {}, b"", b""))
+    check_cost(
+        sites[site], URL_SIZE, lambda size: (method, "/" + "a/" * (size // 2), {}, b"", b"")
+    )
 
 
 def encode_first(text: str, *_given: object, **_options: object) -> bool:
@@ -698,5 +781,7 @@ def test_a_request_for_which_the_memory_does_not_suffice_is_503(service, monkeyp
         raise MemoryError
 
     monkeypatch.setattr("sopdeploy_service.api.admission.parse_upload", fail)
-    reply = service.send("POST", "/v1/classify", {"content-type": b"application/json"}, b"{}", b"")
+    reply = service.send(
+        "POST", "/v1/classify", {"content-type": b"application/json"}, b"{}", b""
+    )
     assert (reply.status, b"out_of_memory" in reply.body) == (503, True)

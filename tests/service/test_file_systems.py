@@ -49,7 +49,9 @@ def test_what_is_safe_without_locks_is_done_with_a_note(
     monkeypatch.setattr(fcntl, "flock", failing(code))
     action(tmp_path, bundle_path)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(f": this file system has no locks ({os.strerror(code)}); {NOTED[action]}")
+    assert line.endswith(
+        f": this file system has no locks ({os.strerror(code)}); {NOTED[action]}"
+    )
 
 
 @pytest.mark.parametrize("code", NO_LOCKS)
@@ -75,10 +77,13 @@ def test_a_lock_that_is_held_is_another_process(
 
 
 @pytest.mark.parametrize("code", NO_LINKS)
-def test_a_link_that_servers_follow_is_needed(tmp_path: Path, bundle_path, monkeypatch, code: int) -> None:
+def test_a_link_that_servers_follow_is_needed(
+    tmp_path: Path, bundle_path, monkeypatch, code: int
+) -> None:
     monkeypatch.setattr(os, "symlink", failing(code))
     with pytest.raises(
-        SopdeployError, match=rf"live: cannot be written .{os.strerror(code)}.; .*symbolic links"
+        SopdeployError,
+        match=rf"live: cannot be written .{os.strerror(code)}.; .*symbolic links",
     ):
         promote(bundle_path, tmp_path / "live", None)
     assert (tmp_path / promoting.LOG).read_bytes() == b""

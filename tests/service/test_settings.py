@@ -18,7 +18,12 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_PORT", "9000")
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
-    assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (7000, 4, 3, 256)
+    assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (
+        7000,
+        4,
+        3,
+        256,
+    )
     settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))
     assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
 
@@ -36,8 +41,14 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
             {"max_body_bytes": 900, "max_upload_bytes": 1000},
             "is larger than 87.5 % of max_upload_bytes",
         ),
-        ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
-        ({"front_ends": 2, "memory_budget": "1GB"}, "front_ends excludes memory_budget; remove one of them"),
+        (
+            {"follow": True, "memory_budget": "1GB"},
+            "follow excludes memory_budget; remove one of them",
+        ),
+        (
+            {"front_ends": 2, "memory_budget": "1GB"},
+            "front_ends excludes memory_budget; remove one of them",
+        ),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):
@@ -52,7 +63,11 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(ConfigError, match=r"port.*enableServiceLinks"):
         load_settings()
-    for text, problem in (("port", "give it a value, port=VALUE"), ("prot=1", NO_NAME), ("=1", NO_NAME)):
+    for text, problem in (
+        ("port", "give it a value, port=VALUE"),
+        ("prot=1", NO_NAME),
+        ("=1", NO_NAME),
+    ):
         name = text.partition("=")[0]
         with pytest.raises(ConfigError, match=re.escape(f"{name}: {problem}")):
             parse_assignments([text])
@@ -60,9 +75,17 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "wanted", "expected"),
-    [("cpu", None, 4), ("cpu", 16, 16), ("cpu", 100, 64), ("cuda:0", None, 64), ("cuda:0", 2, 2)],
+    [
+        ("cpu", None, 4),
+        ("cpu", 16, 16),
+        ("cpu", 100, 64),
+        ("cuda:0", None, 64),
+        ("cuda:0", 2, 2),
+    ],
 )
-def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(device, wanted, expected):
+def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(
+    device, wanted, expected
+):
     runtime = FakeRuntime(num_classes=2, largest_batch=64, device=device)
     assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
 

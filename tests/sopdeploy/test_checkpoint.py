@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from sopdeploy import checkpoint as module
-from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import (
+    Checkpoint,
+    build_classifier,
+    load_plain,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sopdeploy.errors import CheckpointError
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.images.preprocess import Preprocess
@@ -34,12 +40,22 @@ def checkpoint(weights: dict[str, Tensor]) -> Checkpoint:
         config={"base_width": 4},
         weights=dict(weights),
         labels=("ant", "bee", "çat [x] 🐈"),
-        preprocess=Preprocess(resize=18, crop=16, interpolation="bicubic", background=(1, 2, 3)),
-        training={"epoch": 3, "best": {"top1": 0.5}, "seed": 7, "none": None, "list": [1, 2.5, "x"]},
+        preprocess=Preprocess(
+            resize=18, crop=16, interpolation="bicubic", background=(1, 2, 3)
+        ),
+        training={
+            "epoch": 3,
+            "best": {"top1": 0.5},
+            "seed": 7,
+            "none": None,
+            "list": [1, 2.5, "x"],
+        },
     )
 
 
-def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> Path:
+def rewritten(
+    path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]
+) -> Path:
     """Write *checkpoint*, apply *change* to its content and save it with torch."""
     write_checkpoint(path, checkpoint)
     content = load_plain(path, path.read_bytes())
@@ -73,12 +89,18 @@ HEADERS: dict[str, tuple[Change, str]] = {
         lambda c: c.update(extra=1, training={"versions": {"sopdeploy": []}}),
         "extra: unknown key",
     ),
-    "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*its name occurs twice"),
+    "duplicate labels": (
+        lambda c: c.update(labels=["a", "b", "a"]),
+        "labels: .*its name occurs twice",
+    ),
     "too few thresholds": (
         lambda c: c.update(decision={"activation": "sigmoid", "thresholds": [0.5]}),
         "1 thresholds for 3 classes",
     ),
-    "a crop larger than resize": (lambda c: c["preprocess"].update(crop=99), r"crop \(99\) is larger"),
+    "a crop larger than resize": (
+        lambda c: c["preprocess"].update(crop=99),
+        r"crop \(99\) is larger",
+    ),
     "a number among the weights": (
         lambda c: c["weights"].update(bias=3),
         "weights.bias: not accepted",
@@ -98,14 +120,22 @@ def test_invalid_content_is_rejected(tmp_path: Path, checkpoint: Checkpoint, cas
 
 OVERSIZED = {
     "any width": ("dsop-resnet8", {"base_width": 100}, "more weights than the file"),
-    "any number of blocks": ("srsop-resnet18", {"blocks_per_stage": 3000}, "more weights than the file"),
+    "any number of blocks": (
+        "srsop-resnet18",
+        {"blocks_per_stage": 3000},
+        "more weights than the file",
+    ),
     "a width without a size in bytes": ("dsop-resnet8", {"base_width": 10**18}, "Storage size"),
 }
 
 
 @pytest.mark.parametrize(("model", "config", "message"), OVERSIZED.values(), ids=OVERSIZED)
 def test_a_network_that_its_file_cannot_fill_is_not_built(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, model: str, config: dict[str, int], message: str
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    config: dict[str, int],
+    message: str,
 ) -> None:
     monkeypatch.setattr(module, "_MORE_NUMBERS", 10_000)
     monkeypatch.setattr(module, "_MORE_PARAMETERS", 10)
@@ -130,9 +160,15 @@ def last_value(name: str, value: float) -> Change:
 
 WEIGHTS: dict[str, tuple[Change, str]] = {
     "a missing tensor": (lambda w: w.pop("fc.weight"), "dsop-resnet8: fc.weight is missing"),
-    "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "the network has no zzz.weight"),
+    "an unknown tensor": (
+        with_weight("zzz.weight", torch.ones(2)),
+        "the network has no zzz.weight",
+    ),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
-    "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
+    "not a number": (
+        last_value("fc.weight", float("nan")),
+        r"fc\.weight has values that are not finite",
+    ),
     "another dtype": (
         with_weight("fc.bias", torch.ones(3).double()),
         "is float64 strided on cpu, not float32",

@@ -10,7 +10,13 @@ from PIL import Image
 
 from sopdeploy import client as module
 from sopdeploy.client import Client, encode_image
-from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.errors import (
+    ConfigError,
+    DataError,
+    OverloadedError,
+    ServiceError,
+    UnreachableError,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -34,7 +40,9 @@ class Script:
         """Call *method* of a client that sends its requests here."""
         key = options.pop("api_key", None)
         transport = httpx.MockTransport(self)
-        with Client("http://server", transport=transport, retries=retries, api_key=key) as client:
+        with Client(
+            "http://server", transport=transport, retries=retries, api_key=key
+        ) as client:
             return getattr(client, method)(*arguments, **options)
 
 
@@ -61,11 +69,17 @@ def test_the_result_contains_the_whole_response():
         "warnings": ["exif_rotated"],
         "key_of_a_newer_server": {},
     }
-    headers = {"X-Model-Digest": "3f6c01d2a4b7", "Server-Timing": "decode;dur=3.10, infer;dur=5"}
+    headers = {
+        "X-Model-Digest": "3f6c01d2a4b7",
+        "Server-Timing": "decode;dur=3.10, infer;dur=5",
+    }
     result = Script(httpx.Response(200, json=body, headers=headers)).call("classify", b"x")
     assert (result.classes[0].label, result.classes[0].probability) == ("cat", 0.75)
     assert (result.warnings, result.error) == (("exif_rotated",), None)
-    assert (result.model_digest, result.timing_ms) == ("3f6c01d2a4b7", {"decode": 3.1, "infer": 5.0})
+    assert (result.model_digest, result.timing_ms) == (
+        "3f6c01d2a4b7",
+        {"decode": 3.1, "infer": 5.0},
+    )
 
 
 def test_a_long_header_takes_no_quadratic_time():
@@ -125,7 +139,12 @@ def test_error_pages_of_proxies_are_errors(content):
 
 @pytest.mark.parametrize(
     "reply",
-    [problem(422, "no"), problem(503, "busy"), *map(httpx.Response, (200, 502)), httpx.ReadTimeout("slow")],
+    [
+        problem(422, "no"),
+        problem(503, "busy"),
+        *map(httpx.Response, (200, 502)),
+        httpx.ReadTimeout("slow"),
+    ],
 )
 def test_an_error_names_the_address_without_its_password(delays, reply):
     transport = httpx.MockTransport(Script(reply))
@@ -145,7 +164,9 @@ def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
         Script(SUCCESS).call("classify", b"x", topk=3)
 
 
-@pytest.mark.parametrize("image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)])
+@pytest.mark.parametrize(
+    "image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)]
+)
 def test_arrays_are_encoded_without_loss(image):
     decoded = np.asarray(Image.open(io.BytesIO(encode_image(image))))
     np.testing.assert_array_equal(decoded, np.asarray(image))
@@ -179,7 +200,11 @@ def test_overload_is_retried_no_sooner_than_retry_after(delays, status, code):
     assert 3 <= delays[0] < 4
 
 
-BROKEN = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.RemoteProtocolError("closed")]
+BROKEN = [
+    httpx.ConnectError("refused"),
+    httpx.ConnectTimeout("slow"),
+    httpx.RemoteProtocolError("closed"),
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda error: type(error).__name__)
@@ -194,7 +219,12 @@ FINAL: dict[str, tuple[Any, type[ServiceError], int, str]] = {
     "truncated": (problem(422, "truncated_image"), ServiceError, 422, "truncated_image"),
     "deadline": (problem(504, "deadline"), ServiceError, 504, "deadline"),
     "timeout": (httpx.ReadTimeout("slow"), UnreachableError, 0, "timeout"),
-    "late": (problem(503, "draining", **{"Retry-After": "60"}), OverloadedError, 503, "draining"),
+    "late": (
+        problem(503, "draining", **{"Retry-After": "60"}),
+        OverloadedError,
+        503,
+        "draining",
+    ),
 }
 
 
@@ -222,5 +252,7 @@ def test_the_number_of_retries_is_limited(delays):
 def test_the_server_is_told_the_remaining_time(delays):
     server = Script(httpx.ConnectError("no"), SUCCESS)
     server.call("classify", b"x", timeout=10)
-    first, second = (int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests)
+    first, second = (
+        int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests
+    )
     assert 0 < second <= first <= 10_000

@@ -46,7 +46,11 @@ def test_a_process_has_connections_of_its_own(server: StubServer) -> None:
 
         def child() -> None:
             with client:
-                assert connection_of(client, "child") == connection_of(client, "child again") == "1"
+                assert (
+                    connection_of(client, "child")
+                    == connection_of(client, "child again")
+                    == "1"
+                )
                 in_fork(lambda: connection_of(client, "grandchild"))
                 assert connection_of(client, "child after") == "1"
 
@@ -130,5 +134,7 @@ def test_a_second_response_behind_one_is_not_the_answer_to_the_next_request() ->
         return named(request) + named(Received(0, b"", b"another"))
 
     with stub_server(answer) as server, Client(server.url, timeout=60) as client:
-        numbers = [connection_of(client, photograph) for photograph in ("first", "second", "third")]
+        numbers = [
+            connection_of(client, photograph) for photograph in ("first", "second", "third")
+        ]
     assert numbers == ["0", "1", "2"]

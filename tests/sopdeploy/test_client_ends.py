@@ -28,23 +28,54 @@ def raw(head: bytes, body: bytes = b"") -> bytes:
     return head + b"\r\nConnection: close\r\n\r\n" + body
 
 
-# What a server sends for a photograph; code and a part of the client's error; number of requests.
+# What a server sends for a photograph; code and a part of the client's error; number of
+# requests.
 ENDS: dict[str, tuple[bytes, str, str, int]] = {
-    "a login page of the network": (reply(b"<html>", "302 Found", LOGIN), HTTP, "portal.example/login", 1),
-    "a redirect to https": (reply(b"", "301 X", "Location: https://127.0.0.1/"), HTTP, "redirects to", 1),
-    "a redirect that is kept": (reply(b"", "307 X", "Location: /elsewhere"), HTTP, "'/elsewhere'", 1),
-    "a redirect to no URL": (reply(b"", "308 X", "Location: http://[::1"), HTTP, "redirects to", 1),
+    "a login page of the network": (
+        reply(b"<html>", "302 Found", LOGIN),
+        HTTP,
+        "portal.example/login",
+        1,
+    ),
+    "a redirect to https": (
+        reply(b"", "301 X", "Location: https://127.0.0.1/"),
+        HTTP,
+        "redirects to",
+        1,
+    ),
+    "a redirect that is kept": (
+        reply(b"", "307 X", "Location: /elsewhere"),
+        HTTP,
+        "'/elsewhere'",
+        1,
+    ),
+    "a redirect to no URL": (
+        reply(b"", "308 X", "Location: http://[::1"),
+        HTTP,
+        "redirects to",
+        1,
+    ),
     "a login is required": (reply(b"<html>", "511 X"), HTTP, "511", 1),
     "a page": (reply(b"<html>login</html>"), FOREIGN, "not a sopdeploy response", 1),
     "nothing": (reply(b""), FOREIGN, "not a sopdeploy response", 1),
     "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", FOREIGN, "not a sopdeploy response", 1),
     "other JSON": (reply(b"[" * 100_000), FOREIGN, "not a sopdeploy response", 1),
-    "no gzip": (reply(b"?", "200 X", "Content-Encoding: gzip"), FOREIGN, "not a sopdeploy response", 1),
+    "no gzip": (
+        reply(b"?", "200 X", "Content-Encoding: gzip"),
+        FOREIGN,
+        "not a sopdeploy response",
+        1,
+    ),
     "gzip, cut": (
         *(reply(gzip.compress(RESULT * 99)[:-12], "200 X", "Content-Encoding: gzip"), FOREIGN),
         *("not a sopdeploy response", 1),
     ),
-    "brotli": (reply(b"?", "200 X", "Content-Encoding: br"), FOREIGN, "not a sopdeploy response", 1),
+    "brotli": (
+        reply(b"?", "200 X", "Content-Encoding: br"),
+        FOREIGN,
+        "not a sopdeploy response",
+        1,
+    ),
     "fewer bytes": (reply(RESULT, "200 X", CLOSE)[:-3], LOST, "the response breaks off", 1),
     "a chunk, cut": (
         *(raw(b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked", b"5\r\nab"), LOST),
@@ -54,14 +85,34 @@ ENDS: dict[str, tuple[bytes, str, str, int]] = {
         *(raw(b"HTTP/1.1 200 X\r\nContent-Length: 2\r\nContent-Length: 3", b"{}"), FOREIGN),
         *("no HTTP response (conflicting", 1),
     ),
-    "a length below 0": (raw(b"HTTP/1.1 200 X\r\nContent-Length: -2"), FOREIGN, "no HTTP response", 1),
-    "a long header": (raw(b"HTTP/1.1 200 X\r\nX: " + b"a" * 300_000), FOREIGN, "no HTTP response", 1),
+    "a length below 0": (
+        raw(b"HTTP/1.1 200 X\r\nContent-Length: -2"),
+        FOREIGN,
+        "no HTTP response",
+        1,
+    ),
+    "a long header": (
+        raw(b"HTTP/1.1 200 X\r\nX: " + b"a" * 300_000),
+        FOREIGN,
+        "no HTTP response",
+        1,
+    ),
     "another protocol": (raw(b"<html>old</html>"), FOREIGN, "no HTTP response", 1),
     "frames of HTTP/2": (raw(b"\0\0\x12\4\0\0\0"), FOREIGN, "no HTTP response", 1),
     "a status that is none": (reply(b"", "0 X", CLOSE), FOREIGN, "no HTTP response", 1),
-    "another protocol from here on": (raw(b"HTTP/1.1 101 X\r\nUpgrade: x"), FOREIGN, "no HTTP response", 1),
+    "another protocol from here on": (
+        raw(b"HTTP/1.1 101 X\r\nUpgrade: x"),
+        FOREIGN,
+        "no HTTP response",
+        1,
+    ),
     "an escape sequence": (
-        *(reply(b'{"title":"x","status":422,"code":"a","detail":"b\\u001b[31m\\nc"}', "422 X"), "a"),
+        *(
+            reply(
+                b'{"title":"x","status":422,"code":"a","detail":"b\\u001b[31m\\nc"}', "422 X"
+            ),
+            "a",
+        ),
         *("422 a: b [31m c", 1),
     ),
     "the end, each time": (b"", LOST, "is a server running there?", 3),
@@ -69,7 +120,9 @@ ENDS: dict[str, tuple[bytes, str, str, int]] = {
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_every_end_is_one_line_with_the_address_and_the_cause(case: str, tmp_path: Path) -> None:
+def test_every_end_is_one_line_with_the_address_and_the_cause(
+    case: str, tmp_path: Path
+) -> None:
     response, code, text, requests = ENDS[case]
     with (
         stub_server(lambda _: response or None) as server,
@@ -104,7 +157,9 @@ def test_a_client_finds_the_end_of_its_response(case: str) -> None:
             assert client.classify(b"x").classes == ()
 
 
-def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> None:
+def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> (
+    None
+):
     """As after `keep_alive_seconds`: the server ends it between two photographs."""
 
     closed = threading.Event()
@@ -139,7 +194,9 @@ LARGE = bytes(8_000_000)  # more than the buffers of the system
 
 
 @pytest.mark.parametrize("phase", ["connect", "write", "first byte"])
-def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(phase: str) -> None:
+def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
+    phase: str,
+) -> None:
     with (
         silent(accepts=phase != "connect") as url,
         Client(url, timeout=60, retries=0) as client,
@@ -168,7 +225,9 @@ def label_of(client: Client, photograph: str) -> str:
 
 def test_ctrl_c_ends_the_call_and_leaves_no_response_to_the_next_one() -> None:
     main, interrupted = threading.main_thread().ident, threading.Event()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner may ignore it
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test runner may ignore it
 
     def answer(request: Received) -> bytes:
         if request.body == b"first":
@@ -194,7 +253,9 @@ def test_a_call_from_a_running_event_loop_blocks_it_and_one_in_a_thread_does_not
         names = [f"number {number}" for number in range(20)]
         return [
             direct,
-            *await asyncio.gather(*(asyncio.to_thread(label_of, client, name) for name in names)),
+            *await asyncio.gather(
+                *(asyncio.to_thread(label_of, client, name) for name in names)
+            ),
         ]
 
     with stub_server(named) as server, Client(server.url, timeout=60) as client:

@@ -48,19 +48,27 @@ REFUSED: dict[str, Callable[[], Iterator[bytes]]] = {
     "a body until the connection ends": lambda: forever(HEAD + b"\r\n", b" " * 1_000_000),
     "gzip that expands": lambda: answer(bomb(300_000_000), b"Content-Encoding: gzip"),
     "deflate that expands": lambda: answer(bomb(300_000_000, 15), b"Content-Encoding: deflate"),
-    "gzip of gzip": lambda: answer(gzip.compress(bomb(3_000_000)), b"Content-Encoding: gzip, gzip"),
+    "gzip of gzip": lambda: answer(
+        gzip.compress(bomb(3_000_000)), b"Content-Encoding: gzip, gzip"
+    ),
     "another coding": lambda: answer(BODY, b"Content-Encoding: br"),
     "many levels": lambda: answer(b"[" * 100_000),
     "many levels with an end": lambda: answer(b'{"classes":' + b"[" * 500 + b"]" * 500 + b"}"),
     "many lists": lambda: answer(b"[" + b"[]," * 10_000_000 + b"[]]"),
     "numbers for classes": lambda: answer(b'{"classes":[' + b"0," * 1_000_000 + b"0]}"),
-    "keys that nobody knows": lambda: answer(b"{" + b",".join(b'"%d":0' % n for n in range(99_999)) + b"}"),
+    "keys that nobody knows": lambda: answer(
+        b"{" + b",".join(b'"%d":0' % n for n in range(99_999)) + b"}"
+    ),
     "a number that is too long": lambda: answer(b'{"score":' + b"9" * 1_000_000 + b"}"),
-    "a size of another body": lambda: iter([HEAD + b"Content-Length: 99999999999999999999\r\n\r\n{}"]),
+    "a size of another body": lambda: iter(
+        [HEAD + b"Content-Length: 99999999999999999999\r\n\r\n{}"]
+    ),
 }
 
 
-def serve(pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object]) -> tuple[socket.socket, str]:
+def serve(
+    pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object]
+) -> tuple[socket.socket, str]:
     """Answer each request with *pieces*, after *wait* for each; returns the listening socket and its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -74,7 +82,9 @@ def serve(pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object]) -> 
                         connection.sendall(piece)
                         wait()
                     connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(1 << 16):  # a rest of the request would reset the connection
+                    while connection.recv(
+                        1 << 16
+                    ):  # a rest of the request would reset the connection
                         pass
 
     threading.Thread(target=run, daemon=True).start()
@@ -85,7 +95,9 @@ def serve(pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object]) -> 
 def served() -> Iterator[Callable[..., str]]:
     listeners: list[socket.socket] = []
 
-    def start(pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object] = lambda: None) -> str:
+    def start(
+        pieces: Callable[[], Iterator[bytes]], wait: Callable[[], object] = lambda: None
+    ) -> str:
         listener, url = serve(pieces, wait)
         listeners.append(listener)
         return url
@@ -107,8 +119,12 @@ def test_a_response_that_is_too_much_is_an_error(served: Any, case: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("headers", [(), (b"Content-Encoding: gzip",), (b"Content-Encoding: identity",)])
-def test_a_response_of_a_proxy_that_compresses_is_read(served: Any, headers: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize(
+    "headers", [(), (b"Content-Encoding: gzip",), (b"Content-Encoding: identity",)]
+)
+def test_a_response_of_a_proxy_that_compresses_is_read(
+    served: Any, headers: tuple[bytes, ...]
+) -> None:
     content = gzip.compress(BODY) if b"Content-Encoding: gzip" in headers else BODY
     with Client(served(lambda: answer(content, *headers)), retries=0) as client:
         assert client.classify(IMAGE).classes[0].label == "cat"
@@ -124,7 +140,9 @@ DRIPS = {
 
 
 @pytest.mark.parametrize("case", DRIPS)
-def test_a_response_that_comes_byte_by_byte_ends_at_the_deadline(served: Any, case: str) -> None:
+def test_a_response_that_comes_byte_by_byte_ends_at_the_deadline(
+    served: Any, case: str
+) -> None:
     pause = threading.Event()
     url = served(DRIPS[case], lambda: pause.wait(0.02))
     with (
@@ -166,7 +184,10 @@ def test_every_operation_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPat
         stream.read(1)
         assert slow.timeouts == [4.5, 2.0, 2.0, 1.5]
         stream.read(1)
-        for late, error in ((stream.read, httpcore.ReadTimeout), (stream.write, httpcore.WriteTimeout)):
+        for late, error in (
+            (stream.read, httpcore.ReadTimeout),
+            (stream.write, httpcore.WriteTimeout),
+        ):
             with pytest.raises(error):
                 late(1 if late == stream.read else b"x")
     stream.read(1, 7.0)
@@ -184,7 +205,9 @@ def test_the_parts_of_httpx_that_have_deadlines_exist() -> None:
 def test_a_response_may_have_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RESPONSE_BYTES", len(BODY))
     for content, is_accepted in ((BODY, True), (BODY + b" ", False)):
-        transport = httpx.MockTransport(lambda _, body=content: httpx.Response(200, content=body))
+        transport = httpx.MockTransport(
+            lambda _, body=content: httpx.Response(200, content=body)
+        )
         with Client("http://server", transport=transport, retries=0) as client:
             if is_accepted:
                 assert client.classify(IMAGE).classes

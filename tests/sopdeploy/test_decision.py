@@ -70,12 +70,16 @@ def test_what_is_fitted_depends_on_the_number_of_images_and_classes() -> None:
         "accepts all": (500, 10, 1.0),
     }
     for name, (images, classes, accepts) in fitted.items():
-        found = fit_decision(*calibrated(images, classes), estimated_on="held-out", accepts=accepts)
+        found = fit_decision(
+            *calibrated(images, classes), estimated_on="held-out", accepts=accepts
+        )
         assert (found.calibration is None) == ("nothing" in name), name
         assert (found.rejection is not None) == ("threshold" in name), name
 
 
-def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> None:
+def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> (
+    None
+):
     logits, targets = calibrated(500)
     decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
     assert (decision.temperature, decision.rejection is None) == (1.0, False)
@@ -88,7 +92,9 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
     accepted = []
     for seed in range(40):
         options = {"accepts": accepts, "scalable": False}
-        rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
+        rejection = fit_decision(
+            *calibrated(images, seed=seed), estimated_on="held-out", **options
+        ).rejection
         assert rejection is not None
         others = calibrated(2000, seed=1000 + seed)[0]
         accepted.append(float((log_sum_exp(others) >= rejection.threshold).mean()))
@@ -98,7 +104,9 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
 def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
     inside, images = 0, 100
     for seed in range(200):
-        fitted = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", scalable=False)
+        fitted = fit_decision(
+            *calibrated(images, seed=seed), estimated_on="held-out", scalable=False
+        )
         rejection = fitted.rejection
         assert rejection is not None
         assert rejection.accepted is not None
@@ -120,9 +128,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = random.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
     network = sopdeploy.create_model("resnet8", num_classes=2, **CONFIG).eval()
-    images = torch.from_numpy(np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels]))
+    images = torch.from_numpy(
+        np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels])
+    )
     with torch.no_grad():
-        gaps = network(Normalize(RULES, torch.contiguous_format)(images)) @ torch.tensor([1.0, -1.0])
+        gaps = network(Normalize(RULES, torch.contiguous_format)(images)) @ torch.tensor(
+            [1.0, -1.0]
+        )
         layer = network.logits_layer()
         layer.bias[0] -= gaps.median()
         gaps = gaps - gaps.median()
@@ -141,7 +153,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> None:
     source = (home / "ckpt.pt").read_bytes()
     plain = sopdeploy.evaluate(home / "ckpt.pt", home / "photos")
-    found = sopdeploy.evaluate(home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt")
+    found = sopdeploy.evaluate(
+        home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt"
+    )
     assert (found.metrics, found.scores, plain.decision) == (plain.metrics, plain.scores, None)
     assert found.decision is not None
     assert found.decision.calibration is not None
@@ -152,7 +166,10 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert (home / "ckpt.pt").read_bytes() == source
     before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
     assert (before.decision, after.decision) == (None, found.decision)
-    pairs = zip(*(build_classifier(one, home).state_dict().values() for one in (before, after)), strict=True)
+    pairs = zip(
+        *(build_classifier(one, home).state_dict().values() for one in (before, after)),
+        strict=True,
+    )
     assert all(torch.equal(*pair) for pair in pairs)
     fitted = sopdeploy.evaluate(home / "fitted.pt", home / "photos").metrics
     assert fitted.log_loss == pytest.approx(found.decision.calibration.loss_after)
@@ -160,9 +177,12 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
 
 def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
     decision = Decision(activation="sigmoid", thresholds=(0.5, 0.5))
-    write_checkpoint(home / "several.pt", replace(read_checkpoint(home / "ckpt.pt"), decision=decision))
+    write_checkpoint(
+        home / "several.pt", replace(read_checkpoint(home / "ckpt.pt"), decision=decision)
+    )
     rows = [
-        f"{path.relative_to(home / 'photos')},{path.parent.name}" for path in (home / "photos").rglob("*.png")
+        f"{path.relative_to(home / 'photos')},{path.parent.name}"
+        for path in (home / "photos").rglob("*.png")
     ]
     table = home / "photos" / "labels.csv"
     table.write_text("\n".join(["file,classes", *sorted(rows)]))
@@ -177,7 +197,10 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 
 PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
-    "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "is the evaluated checkpoint; give another file"),
+    "the checkpoint itself": (
+        {"fit_decision": "ckpt.pt"},
+        "is the evaluated checkpoint; give another file",
+    ),
     "no images to accept": ({"accepts": 0.0}, "accepts: must be greater than 0"),
     "mirror images": (
         {"mirror": True},
@@ -185,7 +208,10 @@ PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "few images": ({"data": "few"}, "fit_decision: only 2 images; give at least 50"),
     "no checkpoint": ({"source": "x.pt"}, "x.pt: no such file"),
-    "a bundle": ({"source": "bundle"}, "fit_decision: only for a checkpoint, this is a bundle; omit it"),
+    "a bundle": (
+        {"source": "bundle"},
+        "fit_decision: only for a checkpoint, this is a bundle; omit it",
+    ),
 }
 
 
@@ -226,8 +252,13 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     left_out = np.linspace(rule.threshold - 1, rule.threshold + 2, 200)
     tested = fit_decision(logits, targets, estimated_on="held-out", left_out=left_out)
     assert tested.rejection.new_class == (67, 200)
-    assert dict(tested.rows())["a new class of this kind"] == "34 % rejected (each class left out once)"
-    assert dict(found.rows())["photographs of other things"] == f"{rejected.sum()} of 40 rejected"
+    assert (
+        dict(tested.rows())["a new class of this kind"]
+        == "34 % rejected (each class left out once)"
+    )
+    assert (
+        dict(found.rows())["photographs of other things"] == f"{rejected.sum()} of 40 rejected"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +270,11 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
         (None, (7, 9), "only 7 of 9 unknown images are recognized; add"),
         (None, (0, 9), "only 0 of 9 unknown images are recognized; add"),
         ((38, 40), (7, 40), "only 7 of 40 unknown images are recognized, 38 of 40 before; add"),
-        ((38, 40), (24, 40), "only 24 of 40 unknown images are recognized, 38 of 40 before; add"),
+        (
+            (38, 40),
+            (24, 40),
+            "only 24 of 40 unknown images are recognized, 38 of 40 before; add",
+        ),
         ((38, 40), (34, 40), ""),
     ],
 )
@@ -272,7 +307,12 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
         paint(tmp_path / "data" / "train", 4)
         photos.rename(tmp_path / "data" / "val")
         photos = tmp_path / "data"
-    settings = [*SMALL, f"data.path={photos}", f"procedure.kind={procedure}", f"rejection.unknown={unknown}"]
+    settings = [
+        *SMALL,
+        f"data.path={photos}",
+        f"procedure.kind={procedure}",
+        f"rejection.unknown={unknown}",
+    ]
     recipe = read_recipe("photos", [*settings, "epochs=1"])
     result = train_recipe(recipe, tmp_path / "run")
     count, tested = result.decision.rejection.recognized

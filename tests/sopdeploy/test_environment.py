@@ -22,7 +22,11 @@ QUOTAS = {  # groups of the process, files, cores of 8
     "version 2 in a container": ("0::/\n", {"cpu.max": "300000 100000"}, 3),
     "version 2, less than a core": ("0::/\n", {"cpu.max": "50000 100000"}, 1),
     "version 2, more than the cores": ("0::/\n", {"cpu.max": "6400000 100000"}, 8),
-    "version 1": ("3:cpu,cpuacct:/a\n", {f"cpu/a/{QUOTA}": "400000", f"cpu/a/{PERIOD}": "100000"}, 4),
+    "version 1": (
+        "3:cpu,cpuacct:/a\n",
+        {f"cpu/a/{QUOTA}": "400000", f"cpu/a/{PERIOD}": "100000"},
+        4,
+    ),
     "version 1, the group around it": (
         "3:cpuacct,cpu:/a/b\n0::/\n",
         {
@@ -36,14 +40,20 @@ QUOTAS = {  # groups of the process, files, cores of 8
         {f"cpu/{QUOTA}": "500000", f"cpu/{PERIOD}": "100000"},
         5,
     ),
-    "another controller": ("4:cpuset:/a\n", {f"cpuset/a/{QUOTA}": "1", f"cpuset/a/{PERIOD}": "1"}, 8),
+    "another controller": (
+        "4:cpuset:/a\n",
+        {f"cpuset/a/{QUOTA}": "1", f"cpuset/a/{PERIOD}": "1"},
+        8,
+    ),
     "no quota": ("0::/\n", {"cpu.max": "max 100000"}, 8),
     "no groups": (None, {}, 8),
 }
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), QUOTAS.values(), ids=QUOTAS)
-def test_a_process_may_use_its_cores_within_every_quota(tmp_path, monkeypatch, groups, files, expected):
+def test_a_process_may_use_its_cores_within_every_quota(
+    tmp_path, monkeypatch, groups, files, expected
+):
     for name, text in files.items():
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(f"{text}\n")
@@ -67,7 +77,9 @@ def test_numpy_multiplies_matrices_with_the_kernels_of_other_processors(kernels:
 
 
 @pytest.mark.parametrize("value", ["two", "-1", "1.0", "²", "9" * 5000, " 2"])
-def test_a_wrong_variable_of_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_wrong_variable_of_a_launcher_is_named(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(ConfigError, match="WORLD_SIZE="):
         is_distributed()

@@ -27,11 +27,28 @@ from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from tests.support.forged import write_hollow
 
-# Errors of file systems without locks; others raise them for a file of a server that was restarted.
-NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EINVAL, errno.EBADF, errno.EIO]
+# Errors of file systems without locks; others raise them for a file of a server that was
+# restarted.
+NO_LOCKS = [
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ESTALE,
+    errno.EINVAL,
+    errno.EBADF,
+    errno.EIO,
+]
 LACKING = [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY]
 LOST = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE]
-NO_LINKS = [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EROFS]
+NO_LINKS = [
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EIO,
+    errno.EROFS,
+]
 
 
 def failing(code: int) -> Callable[..., None]:
@@ -77,7 +94,8 @@ def make_latest(folder: Path) -> None:
 
 
 WRITERS = [write_file, write_checkpoint, write_bundle, write_archive]
-# The operation that fails, its errors, what is done, and the line that tells of it; "" if nothing is missing.
+# The operation that fails, its errors, what is done, and the line that tells of it; "" if
+# nothing is missing.
 SURVIVED: list[tuple[object, str, list[int], list[Callable[[Path], None]], str]] = [
     (fcntl, "flock", NO_LOCKS, [*WRITERS, make_latest], ""),
     (fcntl, "lockf", NO_LOCKS, [begin_run], "this file system has no locks"),
@@ -86,7 +104,13 @@ SURVIVED: list[tuple[object, str, list[int], list[Callable[[Path], None]], str]]
     (Path, "chmod", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL], WRITERS, ""),
 ]
 SURVIVED_CASES = [
-    pytest.param((owner, name), code, action, line, id=f"{name}-{errno.errorcode[code]}-{action.__name__}")
+    pytest.param(
+        (owner, name),
+        code,
+        action,
+        line,
+        id=f"{name}-{errno.errorcode[code]}-{action.__name__}",
+    )
     for owner, name, codes, actions, line in SURVIVED
     for code in codes
     for action in actions
@@ -95,7 +119,13 @@ SURVIVED_CASES = [
 
 @pytest.mark.parametrize(("operation", "code", "action", "line"), SURVIVED_CASES)
 def test_a_file_system_may_lack_an_operation(
-    tmp_path: Path, monkeypatch, caplog, operation: tuple[object, str], code: int, action, line: str
+    tmp_path: Path,
+    monkeypatch,
+    caplog,
+    operation: tuple[object, str],
+    code: int,
+    action,
+    line: str,
 ) -> None:
     owner, name = operation
     (tmp_path / "files").mkdir()
@@ -107,7 +137,9 @@ def test_a_file_system_may_lack_an_operation(
 
 
 FAILED_CASES = [
-    pytest.param(owner, name, code, action, id=f"{name}-{errno.errorcode[code]}-{action.__name__}")
+    pytest.param(
+        owner, name, code, action, id=f"{name}-{errno.errorcode[code]}-{action.__name__}"
+    )
     for owner, name, codes, actions in [
         (os, "fsync", LOST, [write_checkpoint]),
         (
@@ -160,9 +192,13 @@ def test_only_a_lock_that_is_held_means_another_process(
         lock_file(tmp_path / ".lock", of_process=of_process)
 
 
-def test_a_lock_file_that_its_owner_deletes_is_created_again(tmp_path: Path, monkeypatch) -> None:
+def test_a_lock_file_that_its_owner_deletes_is_created_again(
+    tmp_path: Path, monkeypatch
+) -> None:
     path, flock = tmp_path / ".lock", fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda *values: (path.unlink(), monkeypatch.undo(), flock(*values)))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *values: (path.unlink(), monkeypatch.undo(), flock(*values))
+    )
     lock = lock_file(path)
     assert os.path.samestat(os.fstat(lock.file), path.stat())
     os.close(lock.file)
@@ -190,7 +226,9 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(tmp_path: Path, write) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(
+    tmp_path: Path, write
+) -> None:
     command = [sys.executable, "-c", f"{KILLED}\n{write}", str(tmp_path), ""]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
@@ -212,7 +250,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(tm
     assert not before & set(tmp_path.rglob("*"))
 
 
-def test_the_first_file_that_a_process_writes_to_a_folder_removes_what_was_left(tmp_path: Path) -> None:
+def test_the_first_file_that_a_process_writes_to_a_folder_removes_what_was_left(
+    tmp_path: Path,
+) -> None:
     left = tmp_path / "a.txt.0123abcd.partial"
     left.write_text("half")
     write_file(tmp_path)
@@ -236,7 +276,9 @@ def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     assert path.exists()
 
 
-def test_without_locks_nobody_knows_what_was_left_so_it_stays(tmp_path: Path, monkeypatch) -> None:
+def test_without_locks_nobody_knows_what_was_left_so_it_stays(
+    tmp_path: Path, monkeypatch
+) -> None:
     left = tmp_path / "a.txt.0123abcd.partial"
     left.write_text("half")
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
@@ -244,7 +286,9 @@ def test_without_locks_nobody_knows_what_was_left_so_it_stays(tmp_path: Path, mo
     assert left.exists()
 
 
-def test_a_folder_that_was_created_for_nothing_is_removed_with_those_above_it(tmp_path: Path) -> None:
+def test_a_folder_that_was_created_for_nothing_is_removed_with_those_above_it(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError), new_folder(tmp_path / "a" / "b" / "c"):
         raise ConfigError("wrong")
     assert list(tmp_path.iterdir()) == []

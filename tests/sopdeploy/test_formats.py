@@ -1,6 +1,7 @@
 """Files that other versions have written are read by this one, or refused with the version that reads them.
 
-`tests/formats/write.py` writes an archive by the commands of a version; one of a release never changes.
+`tests/formats/write.py` writes an archive by the commands of a version; one of a release never
+changes.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ from tests.formats.write import OVERRIDES
 from tests.support import quick_torch
 
 ARCHIVES = {
-    path.name.removesuffix(".tar.xz"): path for path in Path(__file__).parents[1].glob("formats/*.xz")
+    path.name.removesuffix(".tar.xz"): path
+    for path in Path(__file__).parents[1].glob("formats/*.xz")
 }
 NEWEST = "0.1.0"
 STOPPED = read_recipe("digits-dsop", [*OVERRIDES, "epochs=3", "project=digits-dsop"])
@@ -119,7 +121,9 @@ def classify_again(files: Path, runtime: str, patch: pytest.MonkeyPatch) -> Clas
     name, version, *_ = runtime.split()
     patch.setattr(f"{name}.__version__", version)
     options = ClassifyOptions(workers=1, logits=True)
-    return classify(bundle_in(files), "photos", files / "classified", options=options, threads=1)
+    return classify(
+        bundle_in(files), "photos", files / "classified", options=options, threads=1
+    )
 
 
 @pytest.fixture
@@ -140,7 +144,10 @@ def test_a_run_of_classify_is_continued_and_its_columns_are_kept(
     after = pq.read_table(part)
     assert [after.schema.field(field.name) for field in before.schema] == list(before.schema)
     assert [list(row) for row in after.to_pylist()] == [list(row) for row in before.to_pylist()]
-    assert forget("zero.jpg", [files / "classified"]) == [files / "classified" / "_list.parquet", part]
+    assert forget("zero.jpg", [files / "classified"]) == [
+        files / "classified" / "_list.parquet",
+        part,
+    ]
 
 
 def test_a_later_version_may_add_fields_and_columns_to_a_run(
@@ -161,7 +168,11 @@ def test_a_later_version_may_add_optional_fields(files: Path) -> None:
 
     raw = (bundle_in(files) / MANIFEST).read_bytes()
     later = LaterManifest.from_bytes(raw)
-    assert (later.license, later.id, later.to_bytes()) == ("unknown", Manifest.from_bytes(raw).id, raw)
+    assert (later.license, later.id, later.to_bytes()) == (
+        "unknown",
+        Manifest.from_bytes(raw).id,
+        raw,
+    )
 
     class LaterRecord(KeptRecord):
         camera: str = ""
@@ -176,7 +187,9 @@ def changed_at_every_depth(fields: Any) -> Iterator[tuple[str, Any]]:
     for place in places:
         table = find(fields, place)
         nested = table.items() if isinstance(table, dict) else enumerate(table[:1])
-        places += [(*place, key) for key, value in nested if isinstance(value, dict | list | tuple)]
+        places += [
+            (*place, key) for key, value in nested if isinstance(value, dict | list | tuple)
+        ]
     yield "version", {**deepcopy(fields), "version": 2}
     for place in places:
         changed = deepcopy(fields)
@@ -221,7 +234,9 @@ def test_a_bundle_of_a_later_version_names_who_reads_it(files: Path) -> None:
         name = hashlib.sha256(to_json(content)).hexdigest()[:ID_LENGTH]
         digest = hashlib.sha256(to_json(fields)).hexdigest()
         (path / MANIFEST).write_bytes(to_json({"id": name, "sha256": digest, **fields}))
-        open_bundle(shutil.copytree(path, files / f"{fields['project']}-{name}", dirs_exist_ok=True))
+        open_bundle(
+            shutil.copytree(path, files / f"{fields['project']}-{name}", dirs_exist_ok=True)
+        )
 
     # Nothing that reads a bundle builds the network of its config.
     check_refusals(manifest, read, ignored={"config", "config.pooling"})
@@ -235,7 +250,8 @@ def test_a_checkpoint_of_a_later_version_names_who_reads_it(files: Path) -> None
     path = files / "trained" / "best.pt"
     fields = load_plain(path, path.read_bytes())
     fields["training"]["versions"]["sopdeploy"] = LATER
-    # `resume`, `--from` and the model card validate these tables; the others only describe the training.
+    # `resume`, `--from` and the model card validate these tables; the others only describe the
+    # training.
     described = {place for place, _ in changed_at_every_depth({"training": fields["training"]})}
     check_refusals(fields, read, ignored=described - {"version", "top", "training"})
 
@@ -243,7 +259,9 @@ def test_a_checkpoint_of_a_later_version_names_who_reads_it(files: Path) -> None
 def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_run, "fit_loop", lambda *_: (None, {}))  # what is not refused is not trained
+    monkeypatch.setattr(
+        loop_run, "fit_loop", lambda *_: (None, {})
+    )  # what is not refused is not trained
     path = files / "stopped" / "last.pt"
     fields = load_plain(path, path.read_bytes())
     training, resume = fields["training"], fields["resume"]
@@ -252,12 +270,17 @@ def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
 
     def read(changed: Any) -> None:
         recipe, state = changed.pop("recipe"), {**changed.pop("resume"), **tensors}
-        torch.save({**fields, **changed, "training": {**training, "recipe": recipe}, "resume": state}, path)
+        torch.save(
+            {**fields, **changed, "training": {**training, "recipe": recipe}, "resume": state},
+            path,
+        )
         train_run(STOPPED, files / "stopped", resume=True)
 
     described = {"recipe": training["recipe"], "resume": resume}
     with quick_torch.one_thread():
-        check_refusals(described, read, ignored={"resume.procedure"})  # arrays of a finished fit
+        check_refusals(
+            described, read, ignored={"resume.procedure"}
+        )  # arrays of a finished fit
 
 
 def test_a_run_of_classify_of_a_later_version_names_who_reads_it(
@@ -280,7 +303,9 @@ def test_rows_of_a_later_version_are_not_rewritten(files: Path) -> None:
     later = {b"sopdeploy.version": b"2", b"sopdeploy.written_by": LATER.encode()}
     pq.write_table(pq.read_table(part).replace_schema_metadata(later), part)
     content = [path.read_bytes() for path in sorted(files.rglob("*.parquet"))]
-    with pytest.raises(DataError, match=r"part-00000\.parquet: version: 2, .* read it with sopdeploy 9\.8"):
+    with pytest.raises(
+        DataError, match=r"part-00000\.parquet: version: 2, .* read it with sopdeploy 9\.8"
+    ):
         forget("zero.jpg", [files / "classified"])
     assert [path.read_bytes() for path in sorted(files.rglob("*.parquet"))] == content
 
@@ -298,6 +323,8 @@ def test_a_kept_record_of_a_later_version_is_skipped_and_a_warning_names_who_rea
 
     later = {**json.loads(file.read_text()), "written_by": LATER}
     check_refusals(later, read, ignored=set())
-    with pytest.raises(DataError, match=rf"1 records are skipped, such as {file.name}: reasons.*{LATER}"):
+    with pytest.raises(
+        DataError, match=rf"1 records are skipped, such as {file.name}: reasons.*{LATER}"
+    ):
         read({**later, "reasons": ["drift"]})
     assert {path.suffix for path in files.glob("kept/*")} == {".jpg", ".json"}

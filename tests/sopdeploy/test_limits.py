@@ -20,7 +20,13 @@ import torch
 
 from sopdeploy.bundle.golden import GoldenIndex
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, read_pytorch, write_checkpoint
+from sopdeploy.checkpoint import (
+    Checkpoint,
+    load_plain,
+    read_checkpoint,
+    read_pytorch,
+    write_checkpoint,
+)
 from sopdeploy.client import encode_image
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
@@ -64,12 +70,18 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a checkpoint, before torch is imported": ("best.pt", check_is_checkpoint),
     "weights": ("weights.pth", lambda path: read_pytorch(check_is_weights(path))),
     "an image of the client": ("one.jpg", encode_image),
-    "the log of promotions": ("promotions.jsonl", lambda path: read_promotions(path.with_name("live"))),
+    "the log of promotions": (
+        "promotions.jsonl",
+        lambda path: read_promotions(path.with_name("live")),
+    ),
 }
 SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {  # these take the file as missing
     "a kept record": (f"{'0' * 32}.json", lambda path: read_kept(path.parent)),
     "the record of an engine": ("engine.json", lambda path: read_records(path.parent)),
-    "the config of a hub": ("config.json", lambda path: list(read_hub_config(path.with_name("x.bin")))),
+    "the config of a hub": (
+        "config.json",
+        lambda path: list(read_hub_config(path.with_name("x.bin"))),
+    ),
 }
 SPECIAL: dict[str, Callable[[Path], object]] = {
     "a file with a hole of 8 GB": lambda path: (path.touch(), os.truncate(path, GIGABYTES)),
@@ -110,7 +122,9 @@ def test_a_reader_refuses_a_file_without_an_end_and_names_it(
 
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("reader", SKIPPING)
-def test_a_reader_skips_a_record_without_an_end(tmp_path: Path, reader: str, special: str) -> None:
+def test_a_reader_skips_a_record_without_an_end(
+    tmp_path: Path, reader: str, special: str
+) -> None:
     name, read = SKIPPING[reader]
     SPECIAL[special](tmp_path / name)
     assert peak_bytes(lambda: read(tmp_path / name)) < 4_000_000
@@ -151,8 +165,13 @@ MAX_ERRORS = 1_100  # those of missing fields and of a thousand unknown keys
 
 @pytest.mark.parametrize("member", JSON)
 @pytest.mark.parametrize("model", FIELDS, ids=lambda model: model.__name__)
-def test_twice_the_json_costs_at_most_twice_as_much(member: str, model: type[StrictModel]) -> None:
-    write, parse = JSON[member], Manifest.from_bytes if model is Manifest else model.model_validate_json
+def test_twice_the_json_costs_at_most_twice_as_much(
+    member: str, model: type[StrictModel]
+) -> None:
+    write, parse = (
+        JSON[member],
+        Manifest.from_bytes if model is Manifest else model.model_validate_json,
+    )
 
     def cost(n: int) -> int:
         inner = write(n)
@@ -185,7 +204,11 @@ def lists_of(schema: Any) -> list[Any]:
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
-            found += [part] if part.get("type") in ("list", "tuple", "set", "frozenset", "dict") else []
+            found += (
+                [part]
+                if part.get("type") in ("list", "tuple", "set", "frozenset", "dict")
+                else []
+            )
             waiting += [value for key, value in part.items() if key not in NOT_READ]
         waiting += part if isinstance(part, list) else []
     return found
@@ -257,7 +280,9 @@ TEXTS: dict[str, Callable[[int], str]] = {
 
 
 @pytest.mark.parametrize("member", TEXTS)
-@pytest.mark.parametrize("read", [read_recipe, load_settings, read_keys], ids=lambda read: read.__name__)
+@pytest.mark.parametrize(
+    "read", [read_recipe, load_settings, read_keys], ids=lambda read: read.__name__
+)
 def test_every_wrong_toml_file_is_refused_in_one_short_line(
     tmp_path: Path, read: Callable[[Path], object], member: str
 ) -> None:
@@ -334,7 +359,9 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "the training is shared lists": {"training": {"x": shared_lists(40)}},
     "the config is shared lists": {"config": {"x": shared_lists(40)}},
     "the state is shared lists": {"resume": {"x": shared_lists(40)}},
-    "the state is shared dicts": {"resume": {"x": {"a": shared_lists(39), "b": shared_lists(39)}}},
+    "the state is shared dicts": {
+        "resume": {"x": {"a": shared_lists(39), "b": shared_lists(39)}}
+    },
     "many levels": {"training": {"x": levels(200)}},
     "a list of itself": {"training": {"x": own_list()}},
     "a key of shared tuples": {"training": Called(OrderedDict, [[shared_tuples(40), 0]])},
@@ -382,7 +409,9 @@ def with_another_list(raw: bytes) -> bytes:
     end = raw.rindex(b"PK\5\6")
     entries, position = bytearray(raw[first:end]), 0
     for name in names:
-        (begin,) = struct.unpack_from("<I", entries, position + 42)  # relative to what precedes the archive
+        (begin,) = struct.unpack_from(
+            "<I", entries, position + 42
+        )  # relative to what precedes the archive
         struct.pack_into("<I", entries, position + 42, max(0, begin - (end - first)))
         if name.endswith("data/0"):
             struct.pack_into("<I", entries, position + 24, 0)
@@ -394,7 +423,9 @@ def deflated() -> bytes:
     file = io.BytesIO()
     torch.save({"a": torch.zeros(1 << 20)}, file)
     with zipfile.ZipFile(file) as archive:
-        contents = {name: archive.read(name) for name in sorted(archive.namelist(), reverse=True)}
+        contents = {
+            name: archive.read(name) for name in sorted(archive.namelist(), reverse=True)
+        }
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in contents.items():
@@ -445,9 +476,17 @@ def test_a_list_that_contains_itself_is_read_once() -> None:
 
 def read_bytes_calls(file: Path) -> list[str]:
     """List the calls in *file* that read a whole file without a limit."""
-    calls = [node.func for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+    ]
     methods = [call.attr for call in calls if isinstance(call, ast.Attribute)]
-    return [name for name in methods if name in {"read_bytes", "read_text", "loadtxt", "fromfile", "memmap"}]
+    return [
+        name
+        for name in methods
+        if name in {"read_bytes", "read_text", "loadtxt", "fromfile", "memmap"}
+    ]
 
 
 UNLIMITED = {

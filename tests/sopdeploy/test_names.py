@@ -89,7 +89,12 @@ def label_table(tmp_path: Path, name: str) -> Path:
 def checkpoint(_tmp_path: Path, name: str) -> object:
     weights = {"a": torch.zeros(1)}
     return Checkpoint(
-        model="x", config={}, weights=weights, labels=(name, "other"), preprocess=Preprocess(), training={}
+        model="x",
+        config={},
+        weights=weights,
+        labels=(name, "other"),
+        preprocess=Preprocess(),
+        training={},
     )
 
 
@@ -132,10 +137,14 @@ STRIPPED = ("", "  ", " hat ", "\xa0")  # a file of names leaves out lines of sp
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_class_is_refused_wherever_its_name_enters(tmp_path: Path, case: str, entry: str) -> None:
+def test_a_wrong_class_is_refused_wherever_its_name_enters(
+    tmp_path: Path, case: str, entry: str
+) -> None:
     name = REFUSED[case]
     of_files = entry in {"folder", "data check", "labels.csv"}
-    skipped = name in NO_FOLDERS or len(name.encode("utf-8", "replace")) > 255 if of_files else False
+    skipped = (
+        name in NO_FOLDERS or len(name.encode("utf-8", "replace")) > 255 if of_files else False
+    )
     skipped |= entry == "file of names" and name in STRIPPED
     skipped |= "\udc80" in name and entry in {"bundle", "file of names"}  # JSON cannot have it
     assert label_problem((name, "other"))
@@ -146,7 +155,9 @@ def test_a_wrong_class_is_refused_wherever_its_name_enters(tmp_path: Path, case:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("name", ACCEPTED, ids=ascii)
-def test_a_class_is_accepted_wherever_its_name_enters(tmp_path: Path, name: str, entry: str) -> None:
+def test_a_class_is_accepted_wherever_its_name_enters(
+    tmp_path: Path, name: str, entry: str
+) -> None:
     assert class_problem(name) is None
     is_no_folder = name in NO_FOLDERS or len(name.encode()) > 255
     if entry not in {"folder", "data check"} or not is_no_folder:
@@ -159,7 +170,12 @@ def test_a_network_has_at_most_a_hundred_thousand_classes() -> None:
     assert "more than 100000" in (label_problem(labels) or "")
 
 
-PROJECTS = ("digits-dsop-2b01bdff6358", "a-000000000000", "-0123456789ab", "photos-202611261427")
+PROJECTS = (
+    "digits-dsop-2b01bdff6358",
+    "a-000000000000",
+    "-0123456789ab",
+    "photos-202611261427",
+)
 OTHERS = (
     "digits-dsop",
     "photos-20261126",
@@ -173,7 +189,9 @@ OTHERS = (
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_new_project_cannot_have_the_name_of_a_bundle(name: str) -> None:
     assert is_bundle_name(name)
-    assert project_problem(name) is None  # so that a checkpoint of an earlier version can be read
+    assert (
+        project_problem(name) is None
+    )  # so that a checkpoint of an earlier version can be read
     with pytest.raises(ConfigError, match="the name of a bundle"):
         check_project_name(name)
     assert not is_bundle_name(without_bundle_end(name))

@@ -59,8 +59,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def write(lines: str) -> None:
         folder = tmp_path / "acme-2.0.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8")
-        (folder / "entry_points.txt").write_text(f"[sopdeploy.plugins]\n{lines}\n", encoding="utf-8")
+        (folder / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8"
+        )
+        (folder / "entry_points.txt").write_text(
+            f"[sopdeploy.plugins]\n{lines}\n", encoding="utf-8"
+        )
         plugins.plugin_entry_points.cache_clear()
 
     yield write
@@ -92,16 +96,18 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
     with caplog.at_level(logging.WARNING):
         result = CliRunner().invoke(app, ["models"])
     assert (result.exit_code, result.stderr) == (0, "")
-    assert [record.getMessage() for record in caplog.records if "acme" in record.getMessage()] == [
-        message.removeprefix("model 'unknown': not found; ")
-    ]
+    assert [
+        record.getMessage() for record in caplog.records if "acme" in record.getMessage()
+    ] == [message.removeprefix("model 'unknown': not found; ")]
     assert "resnet18" in result.stdout
 
 
 def test_a_broken_plug_in_does_not_hide_another_one(install: Install) -> None:
     install("broken = raises_plugin\nworks = works_plugin")
     assert load_settings(runtime="acme").runtime == "acme"
-    with pytest.raises(ConfigError, match=r"runtime 'other': not found; plug-in broken of acme 2\.0"):
+    with pytest.raises(
+        ConfigError, match=r"runtime 'other': not found; plug-in broken of acme 2\.0"
+    ):
         load_settings(runtime="other")
 
 
@@ -111,7 +117,8 @@ def test_a_name_that_another_module_has_registered_is_an_error(install: Install)
     problems = plugins.import_plugins()
     assert len(problems) == 1
     assert (
-        "runtime 'acme': sopdeploy_service.settings has registered this name; choose another" in problems[0]
+        "runtime 'acme': sopdeploy_service.settings has registered this name; choose another"
+        in problems[0]
     )
     sopdeploy.register_runtime("acme", load_settings)  # the same module again, as in a notebook
 
@@ -121,10 +128,15 @@ def import_line(path: Path, model: str = "resnet8") -> Result:
     return CliRunner().invoke(app, ["import", str(path), "--as", model, "--out-file", str(out)])
 
 
-def test_an_outside_package_imports_the_files_of_its_project(install: Install, tmp_path: Path) -> None:
+def test_an_outside_package_imports_the_files_of_its_project(
+    install: Install, tmp_path: Path
+) -> None:
     network = sopdeploy.create_model("resnet8", num_classes=3)
     path = tmp_path / "weights.txt"
-    lines = [f"{name} {' '.join(map(str, tensor.shape))}" for name, tensor in network.state_dict().items()]
+    lines = [
+        f"{name} {' '.join(map(str, tensor.shape))}"
+        for name, tensor in network.state_dict().items()
+    ]
     path.write_text("\n".join(["ACME-WEIGHTS", *lines]), encoding="utf-8")
     before = import_line(path)
     assert (before.exit_code, len(before.stderr.splitlines())) == (2, 1)
@@ -140,9 +152,9 @@ def test_a_checkpoint_names_the_outside_packages_of_its_network(install: Install
     install("weights = weights_plugin")
     (point,) = plugins.installed_plugins()
     importer = vars(point.load())["TextWeights"]()
-    assert plugins.plugin_versions([importer, network := sopdeploy.create_model("resnet8")]) == {
-        "acme": "2.0"
-    }
+    assert plugins.plugin_versions(
+        [importer, network := sopdeploy.create_model("resnet8")]
+    ) == {"acme": "2.0"}
     assert plugins.plugin_versions([network]) == {}
 
 
@@ -165,11 +177,15 @@ def test_an_outside_package_adds_a_runtime_in_one_file(
     assert loaded.runtime.name.startswith("onnx-reference")
     assert Path(bundle.onnx).read_bytes() == bundle.onnx.read()
     assert may_use_gpu(load_settings(runtime="onnx-reference")) is False
-    with pytest.raises(ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"):
+    with pytest.raises(
+        ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"
+    ):
         load_settings(runtime="onnx-reference", devices="0")
 
 
-UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {  # of each registry: how a user meets it, the name
+UNKNOWN: dict[
+    str, tuple[Callable[[], object], str]
+] = {  # of each registry: how a user meets it, the name
     "network": (lambda: entry("resnet19"), "resnet18"),
     "pooling": (lambda: sopdeploy.create_model("resnet8", pooling="isqtr"), "isqrt"),
     "data source": (lambda: read_recipe("digits-plain", ["data.kind=digit"]), "digits"),

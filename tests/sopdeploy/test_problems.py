@@ -9,7 +9,13 @@ from pydantic_core import InitErrorDetails
 from pydantic_core._pydantic_core import list_all_errors
 
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.config import StrictModel, describe_problem, first_problem, shown, validate_format
+from sopdeploy.config import (
+    StrictModel,
+    describe_problem,
+    first_problem,
+    shown,
+    validate_format,
+)
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.plugins import POOLINGS
@@ -59,19 +65,31 @@ class Config(StrictModel):
 DESCRIBED: list[tuple[Any, str]] = [
     ({}, "optimizer: missing"),
     ({"optimizer": {}}, "optimizer.kind: missing"),
-    ({"optimizer": {"kind": "sdg"}}, "optimizer.kind: 'sdg' is none of 'sgd', 'adam'; did you mean sgd?"),
+    (
+        {"optimizer": {"kind": "sdg"}},
+        "optimizer.kind: 'sdg' is none of 'sgd', 'adam'; did you mean sgd?",
+    ),
     ({"optimizer": 3}, "optimizer: must be a table of keys and values (got '3')"),
     ({"optimizer": {"kind": "sgd", "lr": 0}}, "optimizer.lr: must be greater than 0 (got '0')"),
     ({"optimizer": {"kind": "sgd", "lr": 3}}, "optimizer.lr: must be at most 2 (got '3')"),
     ({"optimizer": {"kind": "sgd", "momentum": 1}}, "optimizer.momentum: unknown key"),
-    ({"optimizer": {"kind": "adam", "lr": "a"}}, "optimizer.lr: must be a whole number (got 'a')"),
+    (
+        {"optimizer": {"kind": "adam", "lr": "a"}},
+        "optimizer.lr: must be a whole number (got 'a')",
+    ),
     ({"optimizer": {"kind": "sgd"}, "names": ["a", 1]}, "names.1: must be text (got '1')"),
     (
         {"optimizer": {"kind": "sgd"}, "names": ["a", "b", "c"]},
         "names: needs a length of at most 2 (got \"['a', 'b', 'c']\")",
     ),
-    ({"optimizer": {"kind": "sgd"}, "options": {"a": True}}, "options.a: must be a whole number (got 'a')"),
-    ({"optimizer": {"kind": "sgd"}, "options": {1: "x"}}, "options.1: must be true or false (got 'x')"),
+    (
+        {"optimizer": {"kind": "sgd"}, "options": {"a": True}},
+        "options.a: must be a whole number (got 'a')",
+    ),
+    (
+        {"optimizer": {"kind": "sgd"}, "options": {1: "x"}},
+        "options.1: must be true or false (got 'x')",
+    ),
 ]
 
 
@@ -86,14 +104,18 @@ class Median(PoolingConfig):
     kind: Literal["median-of-a-plug-in"] = "median-of-a-plug-in"
 
 
-def test_a_pooling_without_kind_or_of_an_unknown_one_names_all_with_plug_ins(monkeypatch) -> None:
+def test_a_pooling_without_kind_or_of_an_unknown_one_names_all_with_plug_ins(
+    monkeypatch,
+) -> None:
     monkeypatch.setattr(POOLINGS, "registered", {})
     POOLINGS.register_config(Median, PoolingConfig)
     names = "'gap', 'flatten', 'isqrt', .*'median-of-a-plug-in'"
     with pytest.raises(ConfigError, match=rf"pooling\.kind: missing; choose one of {names}"):
         read_recipe("digits-plain", ["model.config.pooling.iterations=3"])
     for wrong, near in (("isqr", "isqrt"), ("median-of-plug-in", "median-of-a-plug-in")):
-        with pytest.raises(ConfigError, match=rf"pooling\.kind: '{wrong}' is none of {names}.*mean {near}\?"):
+        with pytest.raises(
+            ConfigError, match=rf"pooling\.kind: '{wrong}' is none of {names}.*mean {near}\?"
+        ):
             read_recipe("digits-plain", [f"model.config.pooling={wrong}"])
 
 
@@ -113,7 +135,9 @@ def test_every_way_in_ends_in_one_line_of_ours(tmp_path, monkeypatch) -> None:
     ways = {
         "batch_size: must be a whole number": recipe_file,
         "schedule.kind: missing": lambda: read_recipe("digits-plain", ["schedule={gamma=1}"]),
-        "data.kind: missing": lambda: read_recipe("digits-plain", [f"data={{path='{Path('x')}'}}"]),
+        "data.kind: missing": lambda: read_recipe(
+            "digits-plain", [f"data={{path='{Path('x')}'}}"]
+        ),
         "settings: queue_size: must be a whole number (got 'many')": settings_file,
         "settings: queue_size: must be a whole number": environment,
         ": missing": lambda: validate_format(Manifest, {"version": 1}),

@@ -41,7 +41,9 @@ def test_folders_that_are_given_relative_to_the_working_folder_have_names(
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
     (tmp_path / "current").symlink_to(inner)
-    found = [folder_project(Path(path)) for path in (".", "..", "../train", tmp_path / "current")]
+    found = [
+        folder_project(Path(path)) for path in (".", "..", "../train", tmp_path / "current")
+    ]
     assert found == ["hats", "hats", "hats", "current"]
 
 

@@ -35,17 +35,26 @@ def caused_by(cause: Exception, error: Exception | None = None) -> Exception:
 
 
 ERRORS = {
-    "botocore": (ClientError(response={"ResponseMetadata": {"HTTPStatusCode": 403}}), "access is denied"),
+    "botocore": (
+        ClientError(response={"ResponseMetadata": {"HTTPStatusCode": 403}}),
+        "access is denied",
+    ),
     "requests": (ClientError(response=SimpleNamespace(status_code=401)), "needs credentials"),
     "aiohttp": (ClientError(status=503), "answers with status 503"),
     "a missing key": (FileNotFoundError("SECRET TEXT"), "not found"),
-    "a wrapped missing key": (caused_by(ClientError(status=404), OSError("SECRET TEXT")), "not found"),
+    "a wrapped missing key": (
+        caused_by(ClientError(status=404), OSError("SECRET TEXT")),
+        "not found",
+    ),
     "no right": (PermissionError("SECRET TEXT"), "access is denied"),
     "no answer": (caused_by(TimeoutError()), "does not answer in time"),
     "a closed port": (caused_by(ConnectionRefusedError()), "cannot be reached"),
     "an unknown host": (caused_by(socket.gaierror(-2, "SECRET TEXT")), "its host is not known"),
     "no key": (NoCredentialsError("SECRET TEXT"), "needs credentials"),
-    "a certificate": (ClientConnectorCertificateError("SECRET TEXT"), "its certificate is not accepted"),
+    "a certificate": (
+        ClientConnectorCertificateError("SECRET TEXT"),
+        "its certificate is not accepted",
+    ),
     "no connection": (EndpointConnectionError("SECRET TEXT"), "cannot be reached"),
     "a full disk": (OSError(28, "SECRET TEXT"), "No space left on device"),
     "anything else": (ClientError(), "its client fails"),

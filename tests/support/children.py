@@ -101,7 +101,9 @@ def announced_by(child: subprocess.Popen[str], pattern: str) -> str:
 def announcing(pattern: str, *arguments: str, **options: Any) -> Iterator[str]:
     """Run a command that serves until the block ends; yield the URL that *pattern* finds in its output."""
     command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", **options) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, encoding="utf-8", **options
+    ) as child:
         try:
             yield announced_by(child, pattern)
             child.send_signal(signal.SIGINT)
@@ -158,6 +160,8 @@ def listening(process: int) -> list[ipaddress.IPv4Address]:
     tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
     rows = [line.split() for lines in tables for line in lines]
     found = (
-        row[1].partition(":")[0][-8:] for row in rows if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
+        row[1].partition(":")[0][-8:]
+        for row in rows
+        if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
     )
     return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]

@@ -16,7 +16,10 @@ class Child(pool.DecoderProcess):
     """A child whose calls wait in the thread of a test; `restrictions` are those of its sandbox."""
 
     def __init__(
-        self, template: pool.DecoderTemplate, options: child.ChildOptions, loop: asyncio.AbstractEventLoop
+        self,
+        template: pool.DecoderTemplate,
+        options: child.ChildOptions,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(template, options, 60, on_idle=lambda *_: self._run_next())
         self._waits_on = loop
@@ -27,14 +30,18 @@ class Child(pool.DecoderProcess):
         """Let the child decode *image*."""
         return self.decode_all([image], seconds)[0]
 
-    def decode_all(self, images: Sequence[bytes], seconds: float = 0.0) -> list[pool.Reply | pool.ChildEnded]:
+    def decode_all(
+        self, images: Sequence[bytes], seconds: float = 0.0
+    ) -> list[pool.Reply | pool.ChildEnded]:
         """Let the child decode *images*, each as soon as it has the one before."""
 
         async def run() -> list[pool.Reply | pool.ChildEnded]:
             size, loop = math.prod((RULES.crop, RULES.crop, 3)), asyncio.get_running_loop()
             rules, sizes = RULES.model_dump_json().encode(), range(size, size + 1)
             requests = [
-                pool.Request(image, rules, child.PIXELS, sizes, loop.create_future(), 0, seconds)
+                pool.Request(
+                    image, rules, child.PIXELS, sizes, loop.create_future(), 0, seconds
+                )
                 for image in images
             ]
             self._waiting = list(requests)
@@ -49,7 +56,9 @@ class Child(pool.DecoderProcess):
 
 
 @contextmanager
-def running_child(template: pool.DecoderTemplate, options: child.ChildOptions) -> Iterator[Child]:
+def running_child(
+    template: pool.DecoderTemplate, options: child.ChildOptions
+) -> Iterator[Child]:
     """Start a child with *options*; end it after the block."""
     with running_loop() as loop:
         one = Child(template, options, loop)

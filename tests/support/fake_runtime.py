@@ -1,7 +1,7 @@
 """Runtimes without a network, for tests and benchmarks: known durations, known outputs.
 
-A batch of n images sleeps for `fixed_ms + per_image_ms * n` milliseconds, as Python does while an accelerator
-runs. A benchmark therefore measures the server and not the load of the machine.
+A batch of n images sleeps for `fixed_ms + per_image_ms * n` milliseconds, as Python does while
+an accelerator runs. A benchmark therefore measures the server and not the load of the machine.
 """
 
 import time
@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-STRIDE = 16  # between the pixels that are averaged, so that computing the outputs takes little time
+STRIDE = (
+    16  # between the pixels that are averaged, so that computing the outputs takes little time
+)
 
 
 class FakeRuntime:
@@ -43,7 +45,9 @@ class FakeRuntime:
     def close(self) -> None:
         """Do nothing: there is nothing to release, and tests reuse runtimes."""
 
-    def _compute(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], float]:
+    def _compute(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[dict[str, NDArray[np.float32]], float]:
         """Return the output of a batch of *images* and the seconds that it takes."""
         self.batches.append(len(images))
         grid = images[:, ::STRIDE, ::STRIDE].astype(np.float32)
@@ -56,7 +60,9 @@ class FakeOverlappingRuntime(FakeRuntime):
     """A `FakeRuntime` that can begin a batch while another one runs."""
 
     _free_at = 0.0  # when the device has finished everything it was given
-    _buffer: NDArray[np.uint8] | None = None  # as real ones, it copies images to memory that it keeps
+    _buffer: NDArray[np.uint8] | None = (
+        None  # as real ones, it copies images to memory that it keeps
+    )
 
     def begin(
         self,

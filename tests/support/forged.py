@@ -50,7 +50,10 @@ FIELDS: dict[str, Any] = {
 
 def proof_files(root: str, tolerance: float = 0.0, **fields: Any) -> dict[str, bytes]:
     """The reports on a graph with *root* and manifest *fields*; they explain *tolerance* of the logits."""
-    detached, precision = fields.get("detached", FIELDS["detached"]), fields.get("precision", "fp32")
+    detached, precision = (
+        fields.get("detached", FIELDS["detached"]),
+        fields.get("precision", "fp32"),
+    )
     proof: ProofKind = "three-way" if detached else "trained-plain"
     roots = {"any_batch": FIELDS["lineage"].program_root, "onnx": root, "shipped": root}
     drift = {"noise_floor": tolerance / 16, "drift": {"1": 0.0}, "batch_difference": 0.0}
@@ -80,8 +83,14 @@ def bind(folder: Path, manifest: Manifest) -> Manifest:
         certificate = json.loads((folder / CERTIFICATE).read_bytes())
         (folder / CERTIFICATE).unlink()
         (folder / MANIFEST).unlink(missing_ok=True)
-        own = {name: value for name, value in certificate.items() if name not in ("sha256", "contents")}
-        fields = {name: getattr(manifest, name) for name in Manifest.model_fields if name != "files"}
+        own = {
+            name: value
+            for name, value in certificate.items()
+            if name not in ("sha256", "contents")
+        }
+        fields = {
+            name: getattr(manifest, name) for name in Manifest.model_fields if name != "files"
+        }
         return seal(folder, fields, own)
     return manifest
 
@@ -97,11 +106,15 @@ def fill(folder: Path) -> None:
 def graph(text: str, **weights: NDArray[Any]) -> onnx.ModelProto:
     """Parse the ONNX *text* of a graph whose initializers are *weights*."""
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> {text}')
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items()
+    )
     return model
 
 
-def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: None, **fields: Any) -> Path:
+def write_hollow(
+    destination: Path, change: Callable[[Path], None] = lambda _: None, **fields: Any
+) -> Path:
     """Write a bundle whose graph is text; *change* may change its files before it is sealed."""
     with staging(destination) as folder:
         fill(folder)
@@ -131,9 +144,14 @@ def write_computed(
 
     def compute(batch: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         values = session.run(None, {"images": batch})
-        return {name: value + np.float32(wrong_by) for name, value in zip(names, values, strict=True)}
+        return {
+            name: value + np.float32(wrong_by)
+            for name, value in zip(names, values, strict=True)
+        }
 
-    expected = {(renamed or {}).get(name, name): value for name, value in compute(images).items()}
+    expected = {
+        (renamed or {}).get(name, name): value for name, value in compute(images).items()
+    }
     _, root = read_model(content)
     with staging(destination) as folder:
         (folder / "model.onnx").write_bytes(content)
@@ -141,20 +159,29 @@ def write_computed(
         for name, proof in proof_files(root, tolerance, **fields).items():
             (folder / name).write_bytes(proof)
         tolerances = dict.fromkeys(expected, tolerance)
-        write_probes(folder / "probes.npz", Probes(images=images, expected=expected, tolerance=tolerances))
-        write_golden(folder, preprocess, lambda pixels: compute(pixels[None])["logits"][0], 2 * tolerance)
+        write_probes(
+            folder / "probes.npz",
+            Probes(images=images, expected=expected, tolerance=tolerances),
+        )
+        write_golden(
+            folder, preprocess, lambda pixels: compute(pixels[None])["logits"][0], 2 * tolerance
+        )
         outputs = tuple(
             TensorRecord(name=tensor.name, dtype="float32", shape=(None, *tensor.shape[1:]))
             for tensor in session.get_outputs()
         )
         side = preprocess.crop
         computed = {
-            "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, side, side, 3)),),
+            "inputs": (
+                TensorRecord(name="images", dtype="uint8", shape=(None, side, side, 3)),
+            ),
             "outputs": outputs,
             "preprocess": preprocess,
             "lineage": FIELDS["lineage"].model_copy(update={"onnx_root": root}),
         }
-        return publish(folder, bind(folder, seal(folder, {**FIELDS, **computed, **fields})), destination)
+        return publish(
+            folder, bind(folder, seal(folder, {**FIELDS, **computed, **fields})), destination
+        )
 
 
 def forge(bundle: Path, *, bound: bool = True, **fields: Any) -> Path:

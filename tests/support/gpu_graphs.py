@@ -1,10 +1,10 @@
 """Exported graphs as GPU runtimes receive them, checked without a GPU.
 
-TensorRT: our cast of images, parser call and strongly typed build with TensorRT-RTX, a sibling of TensorRT
-whose builder needs no driver. It proves that a graph parses, is typed correctly and builds; not tactics or
-numbers.
-ONNX Runtime: its CUDA provider opens the graph, leaves no operator to the CPU, and copies nothing between GPU
-and CPU inside the graph; see tests/cuda/build.py. A graph in float32 is also opened with the options of fp16.
+TensorRT: our cast of images, parser call and strongly typed build with TensorRT-RTX, a sibling
+of TensorRT whose builder needs no driver. It proves that a graph parses, is typed correctly and
+builds; not tactics or numbers. ONNX Runtime: its CUDA provider opens the graph, leaves no
+operator to the CPU, and copies nothing between GPU and CPU inside the graph; see
+tests/cuda/build.py. A graph in float32 is also opened with the options of fp16.
 """
 
 import functools
@@ -49,7 +49,9 @@ class RealTensorRT(ModuleType):
 
 PACKAGES = ("tensorrt_rtx", "sopdeploy_commands.bundles.engine_builder")
 BUILDS = all(map(importlib.util.find_spec, PACKAGES))
-with_a_runtime = pytest.mark.skipif(not BUILDS and not installed(), reason=f"{ABSENT}; {NOT_HERE}")
+with_a_runtime = pytest.mark.skipif(
+    not BUILDS and not installed(), reason=f"{ABSENT}; {NOT_HERE}"
+)
 
 
 @functools.cache
@@ -71,7 +73,10 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     trt = real_tensorrt()
     if trt is None:
         return
-    from sopdeploy_commands.bundles.engine_builder.build import cast_images_first, parse_and_build
+    from sopdeploy_commands.bundles.engine_builder.build import (
+        cast_images_first,
+        parse_and_build,
+    )
     from sopdeploy_service.runtime.tensorrt_cache import Profile
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value

@@ -17,7 +17,10 @@ def bits(*fields: tuple[int, int]) -> bytes:
 
 def riff(*chunks: tuple[bytes, bytes]) -> bytes:
     """Make a WebP file of *chunks*."""
-    parts = [kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for kind, data in chunks]
+    parts = [
+        kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+        for kind, data in chunks
+    ]
     body = b"WEBP" + b"".join(parts)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
@@ -25,19 +28,33 @@ def riff(*chunks: tuple[bytes, bytes]) -> bytes:
 def webp_lossless(width: int, height: int, *, alpha: bool = True) -> bytes:
     """Make a WebP of one color in fewer than 50 bytes."""
     code = ((1, 1), (0, 1), (0, 1), (0, 1))  # a simple prefix code with the symbol 0
-    header = ((0x2F, 8), (width - 1, 14), (height - 1, 14), (alpha, 1), (0, 3), (0, 1), (0, 1), (0, 1))
+    header = (
+        (0x2F, 8),
+        (width - 1, 14),
+        (height - 1, 14),
+        (alpha, 1),
+        (0, 3),
+        (0, 1),
+        (0, 1),
+        (0, 1),
+    )
     return riff((b"VP8L", bits(*header, *code * 5) + bytes(8)))
 
 
 def webp_codes(width: int, height: int, cache_bits: int = 0) -> bytes:
     """Make a lossless WebP with prefix codes of its own for each block of 4 x 4 pixels.
 
-    libwebp builds tables of several kB for each of up to 65536 blocks. The color cache has 2***cache_bits*
-    entries, none for 0.
+    libwebp builds tables of several kB for each of up to 65536 blocks. The color cache has
+    2***cache_bits* entries, none for 0.
     """
     across, down = -(-width // 4), -(-height // 4)
     groups = min(1 << 16, across * down)
-    lengths = ((0, 1), (8, 4), *((1 if symbol in {0, 8} else 0, 3) for symbol in CODE_ORDER), (0, 1))
+    lengths = (
+        (0, 1),
+        (8, 4),
+        *((1 if symbol in {0, 8} else 0, 3) for symbol in CODE_ORDER),
+        (0, 1),
+    )
     full = ((0, 1), *((int(symbol < 256), 1) for symbol in range(256)))
     green = (*lengths, *full[1:], *((0, 1),) * 24)
     cache = ((1, 1), (cache_bits, 4)) if cache_bits else ((0, 1),)
@@ -59,7 +76,10 @@ def webp_codes(width: int, height: int, cache_bits: int = 0) -> bytes:
         for group in (min(number, groups - 1) for number in range(across * down))
     )
     start = (*header, *green, *lengths, *full[1:], *single)
-    tail = ((int.from_bytes(blocks, "little"), 8 * len(blocks)), (int("1" * (5 * groups), 16), 20 * groups))
+    tail = (
+        (int.from_bytes(blocks, "little"), 8 * len(blocks)),
+        (int("1" * (5 * groups), 16), 20 * groups),
+    )
     return riff((b"VP8L", bits(*start, *tail) + bytes(16)))
 
 
@@ -91,7 +111,8 @@ def jpeg(
     """
     tables = segment(0xDB, bytes([0]) + bytes([1] * 64)) + huffman(0, b"\0")
     parts = bytes([components]) + b"".join(
-        bytes([number, sampling if number == 1 else 0x11, 0]) for number in range(1, components + 1)
+        bytes([number, sampling if number == 1 else 0x11, 0])
+        for number in range(1, components + 1)
     )
     frame = struct.pack(">BHH", 8, height, width) + parts
     across, down = sampling >> 4, sampling & 15

@@ -11,7 +11,9 @@ def write_key(path: Path) -> Path:
     key, public = ec.generate_private_key(ec.SECP256R1()), path.with_name(f"{path.name}.pub")
     path.write_bytes(
         key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
     )
     of_public = serialization.PublicFormat.SubjectPublicKeyInfo

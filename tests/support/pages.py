@@ -5,8 +5,34 @@ from html.parser import HTMLParser
 
 VOID = {"br", "img", "meta"}
 ALLOWED = {  # none of these loads, runs or submits anything
-    *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "h1", "h2", "p", "dl"),
-    *("div", "dt", "dd", "figure", "img", "figcaption", "details", "summary", "table", "caption", "thead"),
+    *(
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "header",
+        "section",
+        "h1",
+        "h2",
+        "p",
+        "dl",
+    ),
+    *(
+        "div",
+        "dt",
+        "dd",
+        "figure",
+        "img",
+        "figcaption",
+        "details",
+        "summary",
+        "table",
+        "caption",
+        "thead",
+    ),
     *("tbody", "tr", "th", "td", "bdi", "code"),
 }
 

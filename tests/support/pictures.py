@@ -20,10 +20,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     """Make a chunk of a PNG."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
 
 
-def png(width: int, height: int, *, depth: int = 1, data: bytes = bytes(1000), extra: bytes = b"") -> bytes:
+def png(
+    width: int, height: int, *, depth: int = 1, data: bytes = bytes(1000), extra: bytes = b""
+) -> bytes:
     """Make a gray PNG whose header says any size, with pixel *data* and further chunks *extra*."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(data, 9))

@@ -1,7 +1,8 @@
 """Cache what torch's exporter computes again for every graph: operators, ONNX functions and their registry.
 
-They take a quarter of the time of a small network's export and do not change between exports. Networks on
-`meta`, which have no values, are built without initializing them, which takes a third of the time.
+They take a quarter of the time of a small network's export and do not change between exports.
+Networks on `meta`, which have no values, are built without initializing them, which takes a
+third of the time.
 """
 
 import functools
@@ -21,9 +22,23 @@ from torch.onnx._internal.exporter import _registration as registration
 FORMS = "get_torchlib_ops"
 IMPLICIT = "CompositeImplicitAutograd"
 UNDIFFERENTIABLE = "autograd_not_implemented"
-GRADIENT_KEYS, KERNEL_KEYS = "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE", "_BACKEND_KEYS_TO_OVERRIDE"
-INITIALIZERS = ("constant_", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_", "uniform_", "zeros_")
-COLLECT, COLLECT_ATEN = "_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"
+GRADIENT_KEYS, KERNEL_KEYS = (
+    "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE",
+    "_BACKEND_KEYS_TO_OVERRIDE",
+)
+INITIALIZERS = (
+    "constant_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "normal_",
+    "ones_",
+    "uniform_",
+    "zeros_",
+)
+COLLECT, COLLECT_ATEN = (
+    "_collect_all_valid_cia_ops",
+    "_collect_all_valid_cia_ops_for_aten_namespace",
+)
 
 
 @functools.cache
@@ -38,9 +53,16 @@ def keep() -> None:
     setattr(exported_program, COLLECT, every)
     setattr(decomp_utils, COLLECT, every)
     setattr(decomp_utils, COLLECT_ATEN, until_registered(getattr(operators, COLLECT_ATEN)))
-    # For every decomposition, torch registers 21 kernels of each operator. These tests only run on the CPU.
-    setattr(exported_program, UNDIFFERENTIABLE, functools.cache(getattr(exported_program, UNDIFFERENTIABLE)))
-    setattr(exported_program, GRADIENT_KEYS, [DispatchKey.AutogradCPU, DispatchKey.AutogradMeta])
+    # For every decomposition, torch registers 21 kernels of each operator. These tests only run
+    # on the CPU.
+    setattr(
+        exported_program,
+        UNDIFFERENTIABLE,
+        functools.cache(getattr(exported_program, UNDIFFERENTIABLE)),
+    )
+    setattr(
+        exported_program, GRADIENT_KEYS, [DispatchKey.AutogradCPU, DispatchKey.AutogradMeta]
+    )
     setattr(exported_program, KERNEL_KEYS, [DispatchKey.CPU, DispatchKey.Meta])
     for name in INITIALIZERS:
         setattr(torch.nn.init, name, unless_meta(getattr(torch.nn.init, name)))

@@ -23,7 +23,11 @@ class Reply(NamedTuple):
 
 def post_of(body: bytes) -> bytes:
     """A request to classify *body*."""
-    return POST + f"Content-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return (
+        POST
+        + f"Content-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 def connect(client: httpx.Client) -> socket.socket:
@@ -49,5 +53,9 @@ def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
 
 
 def count(client: httpx.Client, line: str) -> float:
-    found = [x for x in client.get("/metrics").text.splitlines() if x.startswith(f"sopdeploy_{line} ")]
+    found = [
+        x
+        for x in client.get("/metrics").text.splitlines()
+        if x.startswith(f"sopdeploy_{line} ")
+    ]
     return float(found[0].split()[-1]) if found else 0.0

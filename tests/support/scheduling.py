@@ -1,9 +1,9 @@
 """Distribute tests over xdist workers: which tests stay together, and which start first.
 
-Tests of one file share fixtures and run on one worker. So do all tests of the exporter, which share
-certificates, and of training, which share the process that forks others. Files without shared fixtures are
-split into single tests to keep all workers busy at the end. The service tests form one group because they
-mostly wait for servers while the other workers compute.
+Tests of one file share fixtures and run on one worker. So do all tests of the exporter, which
+share certificates, and of training, which share the process that forks others. Files without
+shared fixtures are split into single tests to keep all workers busy at the end. The service
+tests form one group because they mostly wait for servers while the other workers compute.
 """
 
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 from xdist.scheduler import LoadFileScheduling
 
 ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/", "tests/sopdeploy/training/")
-ONE_GROUP_PER_TEST = ("tests/sopdeploy/training/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
+ONE_GROUP_PER_TEST = (
+    "tests/sopdeploy/training/test_recipe_walks.py",
+    "tests/sweep/test_catalog_sweep.py",
+)
 LONGEST_FIRST = (
     *ONE_GROUP_PER_FOLDER,
     *ONE_GROUP_PER_TEST,
@@ -38,7 +41,9 @@ class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]
     def remove_node(self, node: Any) -> str | None:
         """Forget the completed groups of a crashed worker: a worker that gets one of them waits forever."""
         self.assigned_work[node] = {
-            scope: tests for scope, tests in self.assigned_work[node].items() if not all(tests.values())
+            scope: tests
+            for scope, tests in self.assigned_work[node].items()
+            if not all(tests.values())
         }
         crashed: str | None = super().remove_node(node)
         return crashed

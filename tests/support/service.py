@@ -118,7 +118,11 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
     folder = tmp_path_factory.mktemp("carded")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
     roots = FileRoots(
-        any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64, shipped="6" * 64
+        any_batch="4" * 64,
+        batch_of_one="5" * 64,
+        num_operations=3,
+        onnx="6" * 64,
+        shipped="6" * 64,
     )
     certificate = Certificate(
         model="tiny", detached=("gate.noise",), removed=(entry,), kept=(entry, entry), roots=roots,
@@ -154,7 +158,9 @@ def onnx_runtime(bundle: Bundle) -> OnnxRuntime:
 
 
 def picture_bytes(
-    colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (50, 40), kind: str = "JPEG"
+    colour: tuple[int, int, int] = (200, 30, 60),
+    size: tuple[int, int] = (50, 40),
+    kind: str = "JPEG",
 ) -> bytes:
     """A picture with a gradient, so that geometry and colour both show in the answer."""
     grid = np.linspace(0.5, 1.0, size[0] * size[1]).reshape(size[1], size[0], 1)
@@ -183,7 +189,9 @@ def in_a_thread(config: uvicorn.Config) -> Iterator[tuple[uvicorn.Server, str]]:
     """Run a server on a free loopback port in a thread of this process; yield it and its URL."""
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [listener]}, daemon=True
+        )
         thread.start()
         wait_for(lambda: server.started)
         try:
@@ -237,12 +245,16 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def serve_with(bundle: Bundle) -> Iterator[Callable[..., httpx.Client]]:
     """`serve_with(runtime, **settings)` starts a server and returns a client for it."""
     with ExitStack() as stack:
-        yield lambda runtime, **settings: stack.enter_context(running(runtime, bundle, Settings(**settings)))
+        yield lambda runtime, **settings: stack.enter_context(
+            running(runtime, bundle, Settings(**settings))
+        )
 
 
 @pytest.fixture(scope="module")
 def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
     """A client of one server with the real runtime and low limits, shared by a test module."""
-    settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10, formats=tuple(FORMATS))
+    settings = Settings(
+        max_body_bytes=1_000_000, max_images=8, request_timeout=10, formats=tuple(FORMATS)
+    )
     with running(onnx_runtime, bundle, settings) as client:
         yield client

@@ -63,7 +63,9 @@ def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
     return base
 
 
-def write_lists(root: Path, texts: dict[str, str], images: Sequence[str], size: tuple[int, int]) -> None:
+def write_lists(
+    root: Path, texts: dict[str, str], images: Sequence[str], size: tuple[int, int]
+) -> None:
     """Write text files, and different JPEGs of *size*, below *root*."""
     for name, text in texts.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,11 @@ def write_lists(root: Path, texts: dict[str, str], images: Sequence[str], size: 
 def write_places(root: Path, monkeypatch: Any) -> Path:
     """Write three classes in Places365's layout and let torchvision accept their lists."""
     names = ("/a/abbey", "/a/apartment/outdoor", "/b/bar")
-    train = [f"{name}/{count:08}.jpg {number}" for number, name in enumerate(names) for count in range(4)]
+    train = [
+        f"{name}/{count:08}.jpg {number}"
+        for number, name in enumerate(names)
+        for count in range(4)
+    ]
     held_out = [f"Places365_val_{number:08}.jpg {number}" for number in range(3)]
     lists = {
         "categories_places365.txt": [f"{name} {number}" for number, name in enumerate(names)],
@@ -85,7 +91,9 @@ def write_places(root: Path, monkeypatch: Any) -> Path:
     }
     images = [f"data_256_standard{line.split()[0]}" for line in train]
     images += [f"val_256/{line.split()[0]}" for line in held_out]
-    write_lists(root, {name: "\n".join(lines) + "\n" for name, lines in lists.items()}, images, (64, 64))
+    write_lists(
+        root, {name: "\n".join(lines) + "\n" for name, lines in lists.items()}, images, (64, 64)
+    )
     monkeypatch.setattr("torchvision.datasets.Places365._check_integrity", lambda *_: True)
     return root
 

@@ -40,7 +40,9 @@ def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServ
             with connection, connection.makefile("rb") as file, suppress(OSError):
                 while head := b"".join(takewhile(lambda line: line != b"\r\n", file)):
                     lengths = [
-                        line for line in head.lower().splitlines() if line.startswith(b"content-length:")
+                        line
+                        for line in head.lower().splitlines()
+                        if line.startswith(b"content-length:")
                     ]
                     size = int(lengths[0].partition(b":")[2]) if lengths else 0
                     server.received.append(Received(number, head, file.read(size)))
@@ -55,7 +57,9 @@ def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServ
             with suppress(OSError):  # the block ends
                 for number in range(10_000):
                     connection, _ = listener.accept()
-                    threading.Thread(target=serve, args=(connection, number), daemon=True).start()
+                    threading.Thread(
+                        target=serve, args=(connection, number), daemon=True
+                    ).start()
 
         threading.Thread(target=accept, daemon=True).start()
         try:

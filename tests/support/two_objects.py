@@ -11,7 +11,9 @@ CLASSES = ("ball", "box", "cross", "ring")
 
 def draw_scenes(folder: Path, *, count: int = 240, seed: int = 0) -> Path:
     """Write *count* images of 48 x 48 pixels and their `labels.csv` to *folder*."""
-    script = SCRIPT.replace("range(240)", f"range({count})").replace("default_rng(0)", f"default_rng({seed})")
+    script = SCRIPT.replace("range(240)", f"range({count})").replace(
+        "default_rng(0)", f"default_rng({seed})"
+    )
     before = Path.cwd()
     folder.mkdir(parents=True)
     try:

@@ -1,7 +1,7 @@
 """Goldens: counts and outputs of each family's small models and of training-only heads.
 
-Weights depend only on their names and shapes, not on a random number generator; logits are computed in
-float64 on the CPU.
+Weights depend only on their names and shapes, not on a random number generator; logits are
+computed in float64 on the CPU.
 """
 
 import json
@@ -41,7 +41,11 @@ def path_of(family: str) -> Path:
 def small_models(family: str) -> list[Small]:
     """List the small models of *family*; networks with a head are those of the catalog with one."""
     if family == HEADS:
-        return [small for small in ALL if small.name.removeprefix("head:") in CATALOG and ":" in small.name]
+        return [
+            small
+            for small in ALL
+            if small.name.removeprefix("head:") in CATALOG and ":" in small.name
+        ]
     return [small for small in (*ALL, *VARIANTS) if small.name in GOLDENS[family]]
 
 
@@ -52,13 +56,17 @@ def label(small: Small) -> str:
 
 def golden(small: Small) -> dict[str, Any]:
     """Compute the golden of one model."""
-    described = describe(small.name, image_size=small.side, num_classes=small.classes, **small.config)
+    described = describe(
+        small.name, image_size=small.side, num_classes=small.classes, **small.config
+    )
     network = small.build().eval().double()
     fill(network)
     images = numbers("images", (IMAGES, 3, small.side, small.side))
     with torch.no_grad():
         outputs = dict(zip(network.outputs, network.outputs_tuple(images), strict=True))
-        outputs |= {name: logits for name, logits in network.heads(images).items() if name != "main"}
+        outputs |= {
+            name: logits for name, logits in network.heads(images).items() if name != "main"
+        }
     return {
         "config": json.loads(json.dumps(dict(small.config))),
         "image_size": small.side,
@@ -75,7 +83,9 @@ def structure(small: Small) -> Any:
         network: Any = create_model(small.name, num_classes=small.classes, **small.config)
     if isinstance(network, DSoP):
         plans = (plan._asdict() for plan in network.plan())
-        branches = [", ".join(f"{key} {value}" for key, value in plan.items()) for plan in plans]
+        branches = [
+            ", ".join(f"{key} {value}" for key, value in plan.items()) for plan in plans
+        ]
         return [f"main weight {network.loss_weights()['main']}", *branches]
     if isinstance(network, GSoP):
         return network.attended_taps()

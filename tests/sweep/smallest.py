@@ -12,7 +12,10 @@ NARROW: dict[str, Any] = {"width": 8, "iterations": 2}
 HEADS: dict[str, Any] = {"aux_widths": (8, 8, 8), "iterations": 2}
 FEW_GROUPS: dict[str, Any] = {"cardinality": 1, "group_width": 4}
 ONE_BLOCK: dict[str, Any] = {"blocks": 1}
-ONE_EACH: dict[str, Any] = {"blocks_per_stage": 1, "conv5_stride": 1}  # a covariance needs two positions
+ONE_EACH: dict[str, Any] = {
+    "blocks_per_stage": 1,
+    "conv5_stride": 1,
+}  # a covariance needs two positions
 TWO_OF_FOUR: dict[str, Any] = {
     **ONE_EACH,
     "components": 4,
@@ -47,16 +50,30 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
     Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
-    Small("avesop-16-resnet18", 8, {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2}),
+    Small(
+        "avesop-16-resnet18",
+        8,
+        {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2},
+    ),
     Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
-    Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
+    Small(
+        "dsop-timm:test_resnet",
+        32,
+        {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2},
+    ),
     Small("head:resnet8", 16, {"head": {"taps": ("layer2.0", "layer3.0"), **NARROW}}),
     Small("head:timm:test_efficientnet", 64, {"head": NARROW}),
 )
-TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
-DETACHED = (  # compared with plain networks: their inference class is above, or takes too long for every run
+TOO_LONG = (
+    EfficientNet,
+    SecondOrderEfficientNet,
+)  # 242 operators: lowered by `make test-models`
+# compared with plain networks: their inference class is above, or takes too long for every run
+DETACHED = (
     Small("resnet18", 32, {"conv5_stride": 1}),
-    Small("dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
+    Small(
+        "dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}
+    ),
     Small("efficientnet-b0", 32),
     Small("isqrt-efficientnet-b0", 64, NARROW),
     Small("preact-resnet110", 8, ONE_BLOCK),
@@ -71,12 +88,20 @@ DETACHED = (  # compared with plain networks: their inference class is above, or
     Small("dsop-timm:regnety_002", 64),
 )
 ALL = (*LOWERED, *WALKED, *DETACHED)
-POOLINGS: tuple[dict[str, Any], ...] = (  # every pooling, and every form of one that computes something else
+POOLINGS: tuple[
+    dict[str, Any], ...
+] = (  # every pooling, and every form of one that computes something else
     {"kind": "gap"},
     {"kind": "flatten", "side": 2},
     {"kind": "flatten", "side": 1},
     {"kind": "isqrt"},
-    {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
+    {
+        "kind": "isqrt",
+        "width": 5,
+        "iterations": 3,
+        "prenorm": "frobenius",
+        "compensation": "batch_norm",
+    },
     {"kind": "isqrt", "compensation": "none"},
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
     {"kind": "mpncov"},
@@ -88,7 +113,11 @@ POOLINGS: tuple[dict[str, Any], ...] = (  # every pooling, and every form of one
 )
 GSOP: dict[str, Any] = {"blocks": 2, "cov_width": 32}
 BRANCHES: dict[str, Any] = {"base_width": 8, "aux_widths": (8,) * 4, "aux_blocks": (1,) * 4}
-RELEASED_MIXTURE: dict[str, Any] = {"gate_widths": (6,), "gate_norm": True, "noise_per": "image"}
+RELEASED_MIXTURE: dict[str, Any] = {
+    "gate_widths": (6,),
+    "gate_norm": True,
+    "noise_per": "image",
+}
 VARIANTS = (  # other forms of the same classes, whose counts and outputs have goldens, too
     *(Small("resnet8", 16, {"base_width": 2, "pooling": pooling}) for pooling in POOLINGS),
     Small("resnet8", 8, {"base_width": 8, "pooling": "isqrt"}),  # fewer positions than channels
@@ -124,6 +153,13 @@ STRUCTURES = (  # in full size, whose branches, blocks with attention or steps h
     Small("gsop-net1-preact-resnet164", 32, {"blocks": 1}),
     *(
         Small("psdr-resnet50", 224, {"width": width, "decay": decay})
-        for width, decay in ((128, 0.25), (64, 0.5), (128, 0.5), (256, 0.5), (100, 0.3), (1024, 0.5))
+        for width, decay in (
+            (128, 0.25),
+            (64, 0.5),
+            (128, 0.5),
+            (256, 0.5),
+            (100, 0.3),
+            (1024, 0.5),
+        )
     ),
 )

@@ -22,12 +22,22 @@ from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
-from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, MeasuringImages, convert_precision
+from sopdeploy_export.lower.precision import (
+    NO_IMAGES,
+    Lowered,
+    MeasuringImages,
+    convert_precision,
+)
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.prove.file import ParityReference, ParityReport, compute_reference, prove_file
+from sopdeploy_export.prove.file import (
+    ParityReference,
+    ParityReport,
+    compute_reference,
+    prove_file,
+)
 from sopdeploy_export.prove.images import prove_images
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
@@ -58,7 +68,9 @@ class Small(NamedTuple):
         network = self.build()
         assert one_training_step(network, self.side)
         labels = tuple(f"class {number}" for number in range(self.classes))
-        return save(network, self.name, path, Preprocess(resize=self.side, crop=self.side), labels)
+        return save(
+            network, self.name, path, Preprocess(resize=self.side, crop=self.side), labels
+        )
 
 
 def one_training_step(network: Classifier, side: int) -> bool:
@@ -70,7 +82,9 @@ def one_training_step(network: Classifier, side: int) -> bool:
     loss.backward()
     optimizer.step()
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-    return bool(gradients) and all(bool(torch.isfinite(found).all()) for found in [loss, *gradients])
+    return bool(gradients) and all(
+        bool(torch.isfinite(found).all()) for found in [loss, *gradients]
+    )
 
 
 def loaded(checkpoint: Path) -> Classifier:
@@ -80,7 +94,9 @@ def loaded(checkpoint: Path) -> Classifier:
 
 def exported(checkpoint: Path, destination: Path) -> Exported:
     """Run the whole export, which captures and converts three networks."""
-    options = ExportOptions(detach=bool(loaded(checkpoint).training_only), max_batch=FEW.maximum)
+    options = ExportOptions(
+        detach=bool(loaded(checkpoint).training_only), max_batch=FEW.maximum
+    )
     return export_checkpoint(checkpoint, destination, options=options)
 
 
@@ -113,12 +129,15 @@ def write_file(
 ) -> tuple[ParityReference, ParityReport]:
     """Run the steps of an export that make its file and compare it, without the proof of the network.
 
-    The operators of a network of a user's *own*, and that it keeps images apart, are checked, too.
+    The operators of a network of a user's *own*, and that it keeps images apart, are checked,
+    too.
     """
     certified = lowered(network, preprocess, options)
     if own:
         assert prove_images(certified.model, allowed=False) == ()
-        check_operators(certified.program, generated_images(preprocess.crop)[: min(2, options.max_batch)])
+        check_operators(
+            certified.program, generated_images(preprocess.crop)[: min(2, options.max_batch)]
+        )
     return write_graph(certified, preprocess, destination, options)
 
 
@@ -143,7 +162,9 @@ def write_graph(
     deployed = Deployed(certified.network, preprocess).eval()
     expected = compute_reference(deployed, images, rounded, options.precision, shipping.gate)
     session, drift = open_session(destination), options.allow_drift
-    return expected, prove_file(session, shipping.model, expected, images, options.batch, allow_drift=drift)
+    return expected, prove_file(
+        session, shipping.model, expected, images, options.batch, allow_drift=drift
+    )
 
 
 class Detached(NamedTuple):
@@ -164,10 +185,14 @@ def detached(checkpoint: Path) -> Detached:
     detachment = Detachment.of(trained)
     prepared = Compared.of("detached", detached)
     prove_tensors(
-        Compared.of("trained", trained, detachment.training_only), prepared, detachment.training_only
+        Compared.of("trained", trained, detachment.training_only),
+        prepared,
+        detachment.training_only,
     )
     plain = load_plain_network(detachment, prepared).network
     networks = {"plain": plain, "trained": trained, "detached": detached}
-    deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
+    deployed = {
+        role: Deployed(network, found.preprocess).eval() for role, network in networks.items()
+    }
     prove_outputs(deployed, torch.from_numpy(images))
     return Detached(detached, images, found.preprocess)

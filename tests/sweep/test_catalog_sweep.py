@@ -1,8 +1,8 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real TensorRT
-parser, and detaches one of every class of network. `make test-models` also builds the half precisions,
-exports every class, and every name at its full width.
+The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real
+TensorRT parser, and detaches one of every class of network. `make test-models` also builds the
+half precisions, exports every class, and every name at its full width.
 """
 
 from pathlib import Path
@@ -25,11 +25,15 @@ from tests.support.gpu_graphs import accepted
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
-OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
+OUTPUTS = {
+    "gmsop": {"logits", "gates"},
+    "gmgap": {"logits", "gates"},
+    "sgmoe": {"logits", "gates"},
+}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
-# Their operators are those of others here: `psdr-resnet50` and `gsop-net2` contain the root of the first, and
-# `export/lower/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
-# `gsop-net1` has the block of `gsop-net2`.
+# Their operators are those of others here: `psdr-resnet50` and `gsop-net2` contain the root of
+# the first, and `export/lower/test_int8.py` builds both graphs of `gmsop`, whose mixture the
+# next two have, for GPUs. `gsop-net1` has the block of `gsop-net2`.
 COVERED = (
     "resnet8",
     "gmsop-16-8-resnet18",
@@ -49,7 +53,9 @@ def name(small: Small) -> str:
 def narrow(small: Small) -> Small:
     """Reduce the channels of a ResNet to a quarter, stages to one block; its golden has more."""
     fields = entry(small.name).config.model_fields
-    least = {key: value for key, value in {"base_width": 16, "blocks": 1}.items() if key in fields}
+    least = {
+        key: value for key, value in {"base_width": 16, "blocks": 1}.items() if key in fields
+    }
     return small._replace(config={**small.config, **least})
 
 
@@ -59,7 +65,10 @@ def outputs_of(model: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "small",
-    [pytest.param(s, marks=[pytest.mark.slow] * (s.name in COVERED)) for s in (*LOWERED, *WALKED)],
+    [
+        pytest.param(s, marks=[pytest.mark.slow] * (s.name in COVERED))
+        for s in (*LOWERED, *WALKED)
+    ],
     ids=name,
 )
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
@@ -98,13 +107,19 @@ def shipped_class(small: Small) -> type:
 
 
 def test_every_inference_class_is_lowered() -> None:
-    lowered = {parent for small in (*WALKED, *LOWERED) for parent in shipped_class(small).__mro__}
+    lowered = {
+        parent for small in (*WALKED, *LOWERED) for parent in shipped_class(small).__mro__
+    }
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
 
 @pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet"])
-def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
-    checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
+def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(
+    pooling: str, tmp_path: Path
+) -> None:
+    checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(
+        tmp_path / "ckpt.pt"
+    )
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
         export_checkpoint(checkpoint, tmp_path / "bundles", options=ExportOptions())
     assert not (tmp_path / "bundles").exists()
@@ -153,13 +168,19 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
 def full_width(model: str) -> Small:
     """Return *model* with the catalog's options, on smaller images than its paper's."""
     # With all 18 blocks per stage, one step leaves logits of which rounding changes up to 65 %.
-    options = {"blocks": 12} if model in ("gsop-net1-preact-resnet164", "gsop-net2-preact-resnet164") else {}
+    options = (
+        {"blocks": 12}
+        if model in ("gsop-net1-preact-resnet164", "gsop-net2-preact-resnet164")
+        else {}
+    )
     return Small(model, {224: 64, 64: 32}.get(CATALOG[model].image_size, 32), options)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", [model for model in CATALOG if model not in NEEDS_EIGENVALUES])
+@pytest.mark.parametrize(
+    "model", [model for model in CATALOG if model not in NEEDS_EIGENVALUES]
+)
 def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
     report = agreed(full_width(model).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed

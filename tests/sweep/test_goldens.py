@@ -7,7 +7,16 @@ import pytest
 
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CATALOG
-from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models, structure
+from tests.sweep.goldens import (
+    FOLDER,
+    GOLDENS,
+    HEADS,
+    golden,
+    label,
+    path_of,
+    small_models,
+    structure,
+)
 from tests.sweep.smallest import STRUCTURES
 
 TOLERANCE = 1e-9  # kernels of other processors change the outputs in float64 by up to 5e-13
@@ -26,13 +35,19 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
         assert outputs.keys() == printed.keys(), model
         for output, values in printed.items():
             for row, row_printed in zip(outputs[output], values, strict=True):
-                assert row == pytest.approx(row_printed, rel=TOLERANCE, abs=TOLERANCE), (model, output)
+                assert row == pytest.approx(row_printed, rel=TOLERANCE, abs=TOLERANCE), (
+                    model,
+                    output,
+                )
         assert figures == expected[model]
 
 
 def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
     """Sections III to V of DSoP, 4 of GSoP and Eq. (4) of PSDR."""
-    full_size = {f"{small.name} {json.dumps(dict(small.config))}": structure(small) for small in STRUCTURES}
+    full_size = {
+        f"{small.name} {json.dumps(dict(small.config))}": structure(small)
+        for small in STRUCTURES
+    }
     found = json.loads(json.dumps(full_size))
     if pytestconfig.getoption("--rewrite-goldens"):
         path_of("structures").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -48,4 +63,9 @@ def test_counts_of_full_networks_match_the_golden(pytestconfig: pytest.Config) -
 
 
 def test_every_family_has_a_golden() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*GOLDENS, HEADS, "counts", "structures"}
+    assert {path.stem for path in FOLDER.glob("*.json")} == {
+        *GOLDENS,
+        HEADS,
+        "counts",
+        "structures",
+    }

@@ -41,7 +41,9 @@ class FakeCuda(ModuleType):
 
     def cudaGetDeviceProperties(self, device: int) -> Any:
         name = self.gpu_name.encode() + b"\0\0"
-        return OK, SimpleNamespace(name=name, major=self.sm[0], minor=self.sm[1], totalGlobalMem=2**30)
+        return OK, SimpleNamespace(
+            name=name, major=self.sm[0], minor=self.sm[1], totalGlobalMem=2**30
+        )
 
     def cudaMalloc(self, size: int) -> Any:
         if "cudaMalloc" in self.broken:
@@ -54,7 +56,9 @@ class FakeCuda(ModuleType):
         return self.cudaMalloc(size)
 
     def cudaFree(self, address: int) -> Any:
-        assert not any(self.streams.values()), "memory is given back while something is on its way"
+        assert not any(self.streams.values()), (
+            "memory is given back while something is on its way"
+        )
         del self.held[address]
         return (OK,)
 
@@ -103,7 +107,9 @@ class FakeCuda(ModuleType):
         while not mark.reached:
             self.streams[mark.stream].pop(0)()
 
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:
+    def cudaMemcpyAsync(
+        self, target: int, source: int, size: int, kind: int, stream: int
+    ) -> Any:
         self.put(lambda: ctypes.memmove(target, source, size), stream)
         return (OK,)
 

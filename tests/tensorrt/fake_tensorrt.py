@@ -1,7 +1,7 @@
 """TensorRT: the real parser and builder of TensorRT-RTX, and a simulated GPU.
 
-A plan is the real one with the parsed graph behind it; the simulated engine runs that graph in onnxruntime.
-test_signatures.py compares the simulated classes with the real bindings.
+A plan is the real one with the parsed graph behind it; the simulated engine runs that graph in
+onnxruntime. test_signatures.py compares the simulated classes with the real bindings.
 """
 
 import ctypes
@@ -30,7 +30,9 @@ class FakeTensorRT(RealTensorRT):
         self._builds = 0
         self._config: Any = None  # of the last build
         self._graph = b""  # that was parsed last
-        self._contexts: weakref.WeakSet[Any] = weakref.WeakSet()  # those that were not destroyed
+        self._contexts: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # those that were not destroyed
         self.OnnxParser, self.Builder = parser(self), builder(self)
         for kind, base in SIMULATED.items():
             setattr(self, kind, type(kind, (base,), {"_trt": self}))
@@ -71,11 +73,15 @@ def builder(trt: FakeTensorRT) -> type:
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             trt._builds, trt._config = trt._builds + 1, config
             if "refuse" in trt._faults:
-                self._logger.log(trt.ILogger.ERROR, "Could not find any implementation for node x")
+                self._logger.log(
+                    trt.ILogger.ERROR, "Could not find any implementation for node x"
+                )
                 return None
             plan = super().build_serialized_network(network, config)
             source = network.get_input(0).name
-            shapes = [[tuple(shape) for shape in one.get_shape(source)] for one in self._profiles]
+            shapes = [
+                [tuple(shape) for shape in one.get_shape(source)] for one in self._profiles
+            ]
             head = json.dumps({"version": trt._version, "profiles": shapes}).encode()
             return None if plan is None else END.join((bytes(plan), head, trt._graph))
 
@@ -150,7 +156,9 @@ class Context:
         source = session.get_inputs()[0].name
         raw = (ctypes.c_char * int(np.prod(shape))).from_address(addresses[source])
         images = np.frombuffer(raw, dtype=np.uint8).reshape(shape).copy()
-        for output, values in zip(session.get_outputs(), session.run(None, {source: images}), strict=True):
+        for output, values in zip(
+            session.get_outputs(), session.run(None, {source: images}), strict=True
+        ):
             content = np.ascontiguousarray(values).tobytes()
             ctypes.memmove(addresses[output.name], content, len(content))
 

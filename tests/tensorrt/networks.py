@@ -65,7 +65,9 @@ def some_images(count: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def outputs_of(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = _session(model.SerializeToString()).run(None, {"images": images})[0]
+    found: np.ndarray[Any, Any] = _session(model.SerializeToString()).run(
+        None, {"images": images}
+    )[0]
     return found
 
 
@@ -87,10 +89,20 @@ def write(
     images = some_images(probes)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     tolerance = 0.1 if half else 1e-5 * float(abs(outputs_of(model, images)).max())
-    labels, batch = [f"class {i}" for i in range(CLASSES)], BatchRange(minimum=1, optimum=4, maximum=16)
+    labels, batch = (
+        [f"class {i}" for i in range(CLASSES)],
+        BatchRange(minimum=1, optimum=4, maximum=16),
+    )
     options = {"config": {}, "detached": (), "batch": batch, **fields}
     return open_bundle(
         write_computed(
-            folder, model, images, tolerance, preprocess=RULES, labels=labels, wrong_by=wrong_by, **options
+            folder,
+            model,
+            images,
+            tolerance,
+            preprocess=RULES,
+            labels=labels,
+            wrong_by=wrong_by,
+            **options,
         )
     )

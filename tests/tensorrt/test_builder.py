@@ -29,7 +29,9 @@ def trt() -> RealTensorRT:
     return found
 
 
-def build(trt: RealTensorRT, model: onnx.ModelProto | bytes, report: Callable[[str], None]) -> bytes:
+def build(
+    trt: RealTensorRT, model: onnx.ModelProto | bytes, report: Callable[[str], None]
+) -> bytes:
     graph = model if isinstance(model, bytes) else model.SerializeToString()
     return parse_and_build(trt, graph, PROFILES, WORKSPACE, report)
 
@@ -42,19 +44,31 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
     before = model.SerializeToString()
     safe = cast_images_first(model)
     assert model.SerializeToString() == before
-    np.testing.assert_allclose(outputs_of(safe, images), outputs_of(model, images), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(
+        outputs_of(safe, images), outputs_of(model, images), rtol=1e-6, atol=1e-4
+    )
     assert build(trt, safe, told.append)
     assert told
-    with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8") as caught:
+    with pytest.raises(
+        EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8"
+    ) as caught:
         build(trt, network(), told.append)
     assert "\n" not in str(caught.value)
 
 
-def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: RealTensorRT) -> None:
-    other = create(trt, "Builder", reset_logger(trt))  # TensorRT ignores the logger of the second builder
+def test_a_parser_error_names_the_operator_also_beside_another_builder(
+    trt: RealTensorRT,
+) -> None:
+    other = create(
+        trt, "Builder", reset_logger(trt)
+    )  # TensorRT ignores the logger of the second builder
     safe = cast_images_first(network())
-    safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
-    with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):
+    safe.graph.node.append(
+        helper.make_node("Det", ["covariance"], ["unused"], name="determinant")
+    )
+    with pytest.raises(
+        EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"
+    ):
         build(trt, safe, lambda _: None)
     with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
         build(trt, b"no graph", lambda _: None)
@@ -63,10 +77,14 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: Real
 
 
 def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background processes ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            build(trt, cast_images_first(network()), lambda _: signal.raise_signal(signal.SIGINT))
+            build(
+                trt, cast_images_first(network()), lambda _: signal.raise_signal(signal.SIGINT)
+            )
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -90,5 +108,7 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
 def test_other_uses_of_unsigned_bytes_are_rejected() -> None:
     model = network()
     model.graph.node.insert(0, helper.make_node("Add", ["images", "images"], ["doubled"]))
-    with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"):
+    with pytest.raises(
+        LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"
+    ):
         cast_images_first(model)

@@ -88,7 +88,9 @@ def test_an_engine_that_was_built_reproduces_the_probes(
     assert str(tmp_path) not in written
 
 
-def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tmp_path: Path) -> None:
+def test_an_engine_that_computes_something_else_is_not_kept(
+    install: Install, tmp_path: Path
+) -> None:
     install()
     with pytest.raises(ParityError, match="deviates by"):
         get_engine(write(tmp_path, wrong_by=0.01), OPTIONS)
@@ -98,20 +100,26 @@ def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tm
 def test_a_cached_engine_that_computes_something_else_is_built_again(
     built: EngineFile, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcomes = iter([ParityError("probes: output 'logits' deviates by 1"), built.record.replays])
+    outcomes = iter(
+        [ParityError("probes: output 'logits' deviates by 1"), built.record.replays]
+    )
 
     def replay(*_: Any) -> Any:
         if isinstance(outcome := next(outcomes), ParityError):
             raise outcome
         return outcome
 
-    monkeypatch.setattr("sopdeploy_commands.bundles.engine_builder.engine.replay_probes", replay)
+    monkeypatch.setattr(
+        "sopdeploy_commands.bundles.engine_builder.engine.replay_probes", replay
+    )
     again = get_engine(bundle, OPTIONS)
     assert again.reason == "the cached engine is wrong, probes: output 'logits' deviates by 1"
     assert again.path == built.path
 
 
-def test_a_bundle_that_is_quantized_for_cpus_is_refused(install: Install, bundle: Bundle) -> None:
+def test_a_bundle_that_is_quantized_for_cpus_is_refused(
+    install: Install, bundle: Bundle
+) -> None:
     install()
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
     with pytest.raises(LoweringError, match=r"is quantized for CPUs.*--int8-for tensorrt"):
@@ -122,14 +130,16 @@ def test_the_message_of_tensorrt_reaches_the_user(
     install: Install, built: EngineFile, bundle: Bundle
 ) -> None:
     trt = install("11.1", "cannot start")  # pybind11 raises TypeError, it does not return None
-    message = (
-        r"^TensorRT 11\.1\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
-    )
+    message = r"^TensorRT 11\.1\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
     with pytest.raises(RuntimeUnavailableError, match=message):
         get_engine(bundle, OPTIONS)
     trt._faults = {"refuse"}
-    with pytest.raises(EngineError, match=r"11\.1\.0 cannot build the engine: Could not find any impl"):
-        get_engine(bundle, OPTIONS.model_copy(update={"profiles": "1,2"}))  # which is not in the cache
+    with pytest.raises(
+        EngineError, match=r"11\.1\.0 cannot build the engine: Could not find any impl"
+    ):
+        get_engine(
+            bundle, OPTIONS.model_copy(update={"profiles": "1,2"})
+        )  # which is not in the cache
 
 
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
@@ -168,9 +178,15 @@ def use_engine_of_another_bundle(built: EngineFile, folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[EngineFile, Path], object], str]] = {
-    "damaged": (lambda built, _: built.path.write_bytes(b"x"), "does not have the sha256 of its record"),
+    "damaged": (
+        lambda built, _: built.path.write_bytes(b"x"),
+        "does not have the sha256 of its record",
+    ),
     "missing": (lambda built, _: built.path.unlink(), "is missing"),
-    "of another bundle": (use_engine_of_another_bundle, "no engine of this bundle was built here yet"),
+    "of another bundle": (
+        use_engine_of_another_bundle,
+        "no engine of this bundle was built here yet",
+    ),
     "with an invalid record": (
         lambda built, _: built.path.with_suffix(".json").write_bytes(b"{}"),
         "no engine of this bundle was built here yet",
@@ -192,7 +208,11 @@ def test_a_plan_that_was_changed_is_not_loaded(
 
 
 MACHINES: dict[str, tuple[Callable[[Install, FakeCuda], object], str, str]] = {
-    "another TensorRT": (lambda install, _: install("11.4"), "1,4,16", "tensorrt 11.1.0, not 11.4.0"),
+    "another TensorRT": (
+        lambda install, _: install("11.4"),
+        "1,4,16",
+        "tensorrt 11.1.0, not 11.4.0",
+    ),
     "another GPU": (
         lambda _, cuda: vars(cuda).update(gpu_name="Fake B200", sm=(10, 0)),
         "1,4,16",
@@ -209,14 +229,18 @@ def test_another_machine_or_other_profiles_get_their_own_engine(
     change, profiles, difference = MACHINES[case]
     change(install, cuda)
     if profiles == OPTIONS.profiles:
-        with pytest.raises(RuntimeUnavailableError, match=f"{difference}; run: sopdeploy engine"):
+        with pytest.raises(
+            RuntimeUnavailableError, match=f"{difference}; run: sopdeploy engine"
+        ):
             open_runtime(bundle, Settings(runtime="tensorrt"))
     again = get_engine(bundle, EngineOptions(profiles=profiles))
     assert again.reason == f"the nearest engine here was built for {difference}"
     assert built.path.is_file()
 
 
-def test_the_server_uses_the_engine_with_the_largest_batch(built: EngineFile, bundle: Bundle) -> None:
+def test_the_server_uses_the_engine_with_the_largest_batch(
+    built: EngineFile, bundle: Bundle
+) -> None:
     get_engine(bundle, EngineOptions(profiles="1,8"))
     gpu = Gpu(name="Fake H200", architecture="sm_90", memory=0)
     found = load_engine(built.path.parent, key_fields(bundle, "11.1.0", gpu))
@@ -224,7 +248,9 @@ def test_the_server_uses_the_engine_with_the_largest_batch(built: EngineFile, bu
     assert found.record == built.record
 
 
-def test_the_command_builds_an_engine_and_then_uses_the_cache(install: Install, bundle: Bundle) -> None:
+def test_the_command_builds_an_engine_and_then_uses_the_cache(
+    install: Install, bundle: Bundle
+) -> None:
     trt = install()
     first = run(bundle.path)
     assert first.exit_code == 0, first.stderr
@@ -247,10 +273,14 @@ def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_
     shutil.copytree(plan.parent, cache_folder(bundle))
     assert engine_folders(bundle, settings) == [plan.parent, cache_folder(bundle)]
     plan.write_bytes(b"damaged")
-    assert open_runtime(bundle, settings).name.startswith("tensorrt")  # the one beside the bundle
+    assert open_runtime(bundle, settings).name.startswith(
+        "tensorrt"
+    )  # the one beside the bundle
     shutil.rmtree(plan.parent)
     assert engine_folders(bundle, settings) == [cache_folder(bundle)]
-    assert get_engine(bundle, EngineOptions(cache=tmp_path / "mine")).path.is_relative_to(tmp_path / "mine")
+    assert get_engine(bundle, EngineOptions(cache=tmp_path / "mine")).path.is_relative_to(
+        tmp_path / "mine"
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))

@@ -10,7 +10,10 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (f"{ORT}CUDA failure 2: out of memory ; GPU=0 ; hostname=host ; expr=cudaMalloc(", True),
+        (
+            f"{ORT}CUDA failure 2: out of memory ; GPU=0 ; hostname=host ; expr=cudaMalloc(",
+            True,
+        ),
         (f"{ORT}Failed to allocate memory for requested buffer of size 1073741824", True),
         ("CUDA: cudaMalloc failed with cudaErrorMemoryAllocation", True),
         ("executeV3: Error Code 2: OutOfMemory (Requested size was 9 bytes.)", True),
@@ -20,7 +23,9 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
         ("TensorRT cannot run the batch: Error Code 3: API Usage Error", False),
     ],
 )
-def test_every_library_s_words_for_a_lack_of_memory_are_known(text: str, expected: bool) -> None:
+def test_every_library_s_words_for_a_lack_of_memory_are_known(
+    text: str, expected: bool
+) -> None:
     assert is_out_of_memory(RuntimeError(text)) is expected
 
 
@@ -38,5 +43,7 @@ OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
         (f"{ORT}CUDA failure 209: {KERNELS} ; GPU=0", f"failure 209: {KERNELS}; {OTHER_GPU}"),
     ],
 )
-def test_a_failure_of_cuda_is_shown_without_the_library_s_source(text: str, reason: str) -> None:
+def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
+    text: str, reason: str
+) -> None:
     assert readable_reason(RuntimeError(text)) == f"CUDA {reason}"

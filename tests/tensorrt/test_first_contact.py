@@ -31,7 +31,9 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n')
+    (out / "machine.jsonl").write_text(
+        '{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n'
+    )
     (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
     command = [sys.executable, PROGRAM, folder, "--out", out, "machine", "probes", "tensorrt"]
     done = subprocess.run(
@@ -39,22 +41,39 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     )
     assert (done.returncode, done.stderr) == (1, "")
     found = results(out)
-    assert (found["machine"], found["probes"][:4], found["server"]) == ("ok (1.0 s)", "ok (", "")
+    assert (found["machine"], found["probes"][:4], found["server"]) == (
+        "ok (1.0 s)",
+        "ok (",
+        "",
+    )
     assert found["tensorrt"].startswith("failed: tiny fp")
     page = (out / "gpu.md").read_text()
     assert "| device | H100 |" in page
     assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
 
 
-def test_a_part_for_which_no_time_is_left_is_stopped_and_named(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, PROGRAM, folder, "--out", tmp_path / "out", "--minutes", "0", "probes"]
+def test_a_part_for_which_no_time_is_left_is_stopped_and_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        PROGRAM,
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--minutes",
+        "0",
+        "probes",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert results(tmp_path / "out")["probes"] == "failed: stopped after 0 s"
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
-def test_each_part_ends_in_one_line_where_cuda_computes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_each_part_ends_in_one_line_where_cuda_computes_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
     process = start(PROGRAM, str(folder), "--out", str(tmp_path / "out"))
     lines = process.communicate(timeout=300)[0].splitlines()
     assert process.returncode == 1

@@ -30,7 +30,8 @@ from tests.tensorrt.networks import network, some_images, write
 
 ON_CUDA = Settings(runtime="onnxruntime-cuda")
 REASON = "cannot open shared object file: No such file or directory"
-# The library that cannot be opened, the one that is missing, and the message of onnxruntime-gpu 1.31.1.
+# The library that cannot be opened, the one that is missing, and the message of onnxruntime-gpu
+# 1.31.1.
 MISSING = [
     (DRIVER, DRIVER, "no NVIDIA driver is usable here .*`--gpus all`"),
     (CUDA_PROVIDER, "libcublasLt.so.13", "needs libcublasLt.so.13 for CUDA"),
@@ -60,7 +61,9 @@ def test_the_missing_library_is_named(
         __version__="1.31.1",
         preload_dlls=lambda **_: sys.stdout.write("x"),
     )
-    advice = "" if opened == DRIVER else rf" \({REASON}\); run: pip install \"sopdeploy\[gpu\]\"$"
+    advice = (
+        "" if opened == DRIVER else rf" \({REASON}\); run: pip install \"sopdeploy\[gpu\]\"$"
+    )
     with pytest.raises(RuntimeUnavailableError, match=message + advice) as caught:
         load_cuda_libraries(module)
     assert "\n" not in str(caught.value)
@@ -84,7 +87,9 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_fallback_after_errors(
 
     def session(path: str, options: Any, providers: Any, enable_fallback: int) -> Any:
         asked.append((providers, options.get_session_config_entry("session.disable_quant_qdq")))
-        assert not enable_fallback, "otherwise it continues on the CPU after an error, also of a later run"
+        assert not enable_fallback, (
+            "otherwise it continues on the CPU after an error, also of a later run"
+        )
         made = onnxruntime.InferenceSession(path, providers=[CPU])
         made.get_providers = lambda: [CUDA, CPU]
         made.get_provider_graph_assignment_info = list
@@ -122,7 +127,12 @@ def test_batches_on_cuda_are_prepared_while_one_runs_and_give_their_own_outputs(
     assert not thread.is_alive()
 
 
-PLANNED = [[1, 1], [2, 2], [4, 4], [16]]  # the batches of each session, where convolutions are planned
+PLANNED = [
+    [1, 1],
+    [2, 2],
+    [4, 4],
+    [16],
+]  # the batches of each session, where convolutions are planned
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,11 @@ PLANNED = [[1, 1], [2, 2], [4, 4], [16]]  # the batches of each session, where c
     ],
 )
 def test_the_batches_of_a_session_have_one_size_if_its_convolutions_are_planned_for_a_size(
-    operator: str, memory: int, expected: list[list[int]], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    operator: str,
+    memory: int,
+    expected: list[list[int]],
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[list[int]] = []
 
@@ -167,11 +181,17 @@ def test_the_batches_of_a_session_have_one_size_if_its_convolutions_are_planned_
     ("operators", "expected"),
     [
         (["Conv"], ["1", "1", "1"]),
-        (["Conv", "Shape", "Shape"], ["1", None, None, None]),  # as of a transformer: tried once
+        (
+            ["Conv", "Shape", "Shape"],
+            ["1", None, None, None],
+        ),  # as of a transformer: tried once
     ],
 )
 def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
-    operators: list[str], expected: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    operators: list[str],
+    expected: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle, asked = write(tmp_path, network(half=True), precision="fp16"), list[str | None]()
 
@@ -181,7 +201,10 @@ def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
         made = onnxruntime.InferenceSession(path, options, providers=[CPU])
         nodes = [SimpleNamespace(op_type=operator) for operator in operators]
         assigned = SimpleNamespace(ep_name=CUDA, get_nodes=lambda: nodes)
-        made.get_providers, made.get_provider_options = lambda: [CUDA, CPU], lambda: {CUDA: chosen}
+        made.get_providers, made.get_provider_options = (
+            lambda: [CUDA, CPU],
+            lambda: {CUDA: chosen},
+        )
         made.get_provider_graph_assignment_info = lambda: [assigned]
         return made
 
@@ -193,7 +216,9 @@ def test_the_layout_of_a_graph_in_fp16_is_chosen_once(
     assert asked == expected
 
 
-def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_runs_on_cuda_only_if_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, asked = write(tmp_path, precision="int8"), []
 
     def session(*_: Any, providers: Any, **__: Any) -> Any:
@@ -210,13 +235,19 @@ def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch:
     assert len(asked) == 1
 
 
-def test_another_provider_than_cuda_is_rejected(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim_cuda(monkeypatch, lambda path, *_, **__: onnxruntime.InferenceSession(path, providers=[CPU]))
+def test_another_provider_than_cuda_is_rejected(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_cuda(
+        monkeypatch, lambda path, *_, **__: onnxruntime.InferenceSession(path, providers=[CPU])
+    )
     message = rf"does not work: .*: asked for {CUDA}, onnxruntime chose .*RUNTIME=onnxruntime-cpu would"
     with pytest.raises(RuntimeUnavailableError, match=message):
         open_runtime(bundle, Settings(runtime="auto"))
 
 
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"
+    ):
         open_runtime(bundle, ON_CUDA)

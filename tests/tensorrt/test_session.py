@@ -58,7 +58,9 @@ def batch(number: int, size: int) -> np.ndarray:
 
 
 def check_outputs(found: dict[str, np.ndarray], images: np.ndarray) -> None:
-    np.testing.assert_allclose(found["logits"], outputs_of(NETWORK, images), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        found["logits"], outputs_of(NETWORK, images), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) -> None:
@@ -91,7 +93,9 @@ def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:
     return (*map(len, (cuda.held, cuda.streams, cuda.events)), len(trt._contexts))
 
 
-def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt: FakeTensorRT) -> None:
+def test_a_replaced_model_releases_its_engine(
+    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
+) -> None:
     for _ in range(3):
         model = LocalModel("tiny", load_model(built.path, SETTINGS), SETTINGS, Metrics())
 
@@ -105,7 +109,11 @@ def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt
 
 
 FAILED_OPENS = {
-    "a profile": ("no profile", "", "TensorRT cannot run profile 1: Error in set optimization profile async"),
+    "a profile": (
+        "no profile",
+        "",
+        "TensorRT cannot run profile 1: Error in set optimization profile async",
+    ),
     "memory": ("", "cudaMalloc", "cudaHostAlloc failed"),
     "a probe": ("fails", "", "cannot run the batch"),
 }

@@ -1,7 +1,7 @@
 """The simulated TensorRT and CUDA, on which all tests run, have the signatures of the real bindings.
 
-The bindings of CUDA come with torch; those of TensorRT are installed by `make cuda-stand-in` and read in a
-process of their own. Both are imported without a GPU.
+The bindings of CUDA come with torch; those of TensorRT are installed by `make cuda-stand-in`
+and read in a process of their own. Both are imported without a GPU.
 """
 
 import inspect
@@ -20,7 +20,13 @@ from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import SIMULATED
 
 ROOT = Path(__file__).parents[2]
-PARSED_AND_BUILT = ("Builder", "IBuilderConfig", "INetworkDefinition", "IOptimizationProfile", "OnnxParser")
+PARSED_AND_BUILT = (
+    "Builder",
+    "IBuilderConfig",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "OnnxParser",
+)
 READ_BINDINGS = """
 import inspect, json, sys
 methods = {}
@@ -48,15 +54,22 @@ def signatures(docstring: str) -> set[str]:
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
-def test_tensorrt_has_the_methods_of_the_simulated_classes_and_of_the_builder_that_tests_use() -> None:
+def test_tensorrt_has_the_methods_of_the_simulated_classes_and_of_the_builder_that_tests_use() -> (
+    None
+):
     real = methods_of("tensorrt")
     assert "ICudaEngine.device_memory_size_v2" in real
     for kind, simulated in SIMULATED.items():
         for name, method in vars(simulated).items():
             if inspect.isfunction(method) and not name.startswith("_"):
                 count = len(inspect.signature(method).parameters)
-                known = [(one.count(": "), one.count(" = ")) for one in signatures(real[f"{kind}.{name}"])]
-                assert any(total - optional <= count <= total for total, optional in known), f"{kind}.{name}"
+                known = [
+                    (one.count(": "), one.count(" = "))
+                    for one in signatures(real[f"{kind}.{name}"])
+                ]
+                assert any(total - optional <= count <= total for total, optional in known), (
+                    f"{kind}.{name}"
+                )
     if real_tensorrt() is None:
         return
     sibling, compared = methods_of("tensorrt_rtx"), 0
@@ -73,8 +86,12 @@ def test_tensorrt_has_the_methods_of_the_simulated_classes_and_of_the_builder_th
 
 
 def test_cuda_has_the_functions_and_constants_of_the_simulated_one() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    simulated = {name: value for name, value in vars(FakeCuda).items() if name.startswith("cuda")}
+    runtime = pytest.importorskip(
+        "cuda.bindings.runtime", reason="cuda-bindings is not installed"
+    )
+    simulated = {
+        name: value for name, value in vars(FakeCuda).items() if name.startswith("cuda")
+    }
     assert [name for name in simulated if not hasattr(runtime, name)] == []
     for name, function in simulated.items():
         if inspect.isfunction(function):

@@ -1,8 +1,9 @@
 """Classify parts of a list: decoder processes, full batches, one row per image.
 
-The last bits of a runtime's results may depend on the size of the batch and on the position in the batch.
-Therefore batches are fixed ranges of a part, and zeros replace an image that cannot be decoded. The outputs
-of an image then depend neither on interruptions nor on errors of other images.
+The last bits of a runtime's results may depend on the size of the batch and on the position in
+the batch. Therefore batches are fixed ranges of a part, and zeros replace an image that cannot
+be decoded. The outputs of an image then depend neither on interruptions nor on errors of other
+images.
 """
 
 import asyncio
@@ -31,7 +32,12 @@ from sopdeploy_service.inference.daemon_threads import running_loop
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
 from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, RejectedError
+from sopdeploy_service.inference.results import (
+    INFERENCE_FAILED,
+    OUT_OF_MEMORY,
+    HttpError,
+    RejectedError,
+)
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
@@ -69,15 +75,18 @@ class ImageRow(TypedDict, total=False):
     features: NDArray[np.float32]
 
 
-DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
+DecodedImage: TypeAlias = tuple[
+    ImageRow, NDArray[np.uint8]
+]  # (H, W, 3), zeros for an image with an error
 OnImages = Callable[[int], None]  # is called with a number of images when they are classified
 
 
 class BatchClassifier:
     """Classifies parts in this process, with the bundle in the folder *path*.
 
-    `state` is what the rows depend on, besides the images; a run with another one must not continue this run.
-    Raises what `load_model` raises, and `ConfigError` if the bundle does not have the requested features.
+    `state` is what the rows depend on, besides the images; a run with another one must not
+    continue this run. Raises what `load_model` raises, and `ConfigError` if the bundle does not
+    have the requested features.
     """
 
     def __init__(self, path: Path, settings: Settings, options: ClassifyOptions) -> None:
@@ -89,7 +98,9 @@ class BatchClassifier:
             optional["logits"] = manifest.outputs[0].name
         if options.features:
             if EMBEDDING not in {output.name for output in manifest.outputs}:
-                raise ConfigError(f"{path} has no features; export it with_features", setting="features")
+                raise ConfigError(
+                    f"{path} has no features; export it with_features", setting="features"
+                )
             optional["features"] = EMBEDDING
         self._optional = optional  # the outputs that become columns, by the name of the column
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
@@ -109,7 +120,9 @@ class BatchClassifier:
         """Close the runtime."""
         self._runtime.close()
 
-    def classify_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
+    def classify_parts(
+        self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages
+    ) -> None:
         """Classify the images of *parts* and write their rows.
 
         Raises `RuntimeUnavailableError` if the device or the decoders fail.
@@ -117,11 +130,15 @@ class BatchClassifier:
         sizes = folder.sizes()
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
-        with closing(self._decode_ahead(images)) as decoded:  # yields the images of all parts, in order
+        with closing(
+            self._decode_ahead(images)
+        ) as decoded:  # yields the images of all parts, in order
             for part in parts:
                 rows: list[ImageRow] = []
                 for start in range(0, sizes[part], self._batch_size):
-                    batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
+                    batch = list(
+                        itertools.islice(decoded, min(self._batch_size, sizes[part] - start))
+                    )
                     outputs = self._run_batch([pixels for _, pixels in batch])
                     for (row, _), output in zip(batch, outputs, strict=True):
                         self._add_prediction(row, output)
@@ -129,9 +146,13 @@ class BatchClassifier:
                     on_images(len(batch))
                 folder.write(part, rows, schema)
 
-    def _decode_ahead(self, images: Iterable[ListedImage]) -> Generator[DecodedImage, None, None]:
+    def _decode_ahead(
+        self, images: Iterable[ListedImage]
+    ) -> Generator[DecodedImage, None, None]:
         """Decode *images* of any format in child processes, some in advance; yield them in order."""
-        decoders = Decoders(self._workers, self._settings.model_copy(update={"formats": ()}), Metrics())
+        decoders = Decoders(
+            self._workers, self._settings.model_copy(update={"formats": ()}), Metrics()
+        )
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
         with running_loop() as loop:
@@ -165,15 +186,24 @@ class BatchClassifier:
 
     def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
-        names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
+        names = list(
+            {self._bundle.manifest.outputs[0].name, *self._optional.values()}
+        )  # each once
         try:
-            outputs = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
+            outputs = run_bisected(
+                lambda images: self._runtime.run(np.stack(images)), pixels, names
+            )
             if all(output is INFERENCE_FAILED for output in outputs):
-                check_device(self._runtime, pixels[0].shape)  # raises `DeviceLostError` if no image can run
+                check_device(
+                    self._runtime, pixels[0].shape
+                )  # raises `DeviceLostError` if no image can run
         except DeviceLostError as error:
-            raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        # A row records that inference fails on its image, but not a lack of memory, which may be over in the
-        # next run. A smaller batch needs another folder, because the last bits of results depend on its size.
+            raise RuntimeUnavailableError(
+                f"the device is lost ({error}); run again to continue"
+            ) from error
+        # A row records that inference fails on its image, but not a lack of memory, which may
+        # be over in the next run. A smaller batch needs another folder, because the last bits
+        # of results depend on its size.
         if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "

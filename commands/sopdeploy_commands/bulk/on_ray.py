@@ -1,8 +1,9 @@
 """Classify parts on a Ray cluster: Ray Data gives parts to actors, each with a `BatchClassifier`.
 
-Every machine must see the bundle, the output folder and local images under the same paths. Ray replaces an
-actor that is lost with its machine, and gives its parts to another one. Every actor writes the same bytes for
-a part, and a part gets its final name when it is complete: each image has one row.
+Every machine must see the bundle, the output folder and local images under the same paths. Ray
+replaces an actor that is lost with its machine, and gives its parts to another one. Every actor
+writes the same bytes for a part, and a part gets its final name when it is complete: each image
+has one row.
 """
 
 import logging
@@ -27,7 +28,8 @@ from sopdeploy_commands.bulk.output import OutputFolder, RowsState
 from sopdeploy_service.settings import Settings
 
 CONNECT_SECONDS = 5.0
-# Finds the lines of a traceback with our errors, such as "sopdeploy.errors.ConfigError: no such file".
+# Finds the lines of a traceback with our errors, such as "sopdeploy.errors.ConfigError: no such
+# file".
 ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")
 
 
@@ -38,9 +40,17 @@ class PartActor:
     """
 
     def __init__(
-        self, bundle: Path, settings: Settings, options: ClassifyOptions, out: Path, state: RowsState
+        self,
+        bundle: Path,
+        settings: Settings,
+        options: ClassifyOptions,
+        out: Path,
+        state: RowsState,
     ) -> None:
-        self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
+        self._folder, self._classifier = (
+            OutputFolder(out),
+            BatchClassifier(bundle, settings, options),
+        )
         if self._classifier.state != state:
             own = self._classifier.state
             raise ConfigError(
@@ -52,7 +62,9 @@ class PartActor:
         """Classify parts, unless a lost actor has written them; return their numbers of images."""
         all_sizes = self._folder.sizes()
         sizes = {part: all_sizes[part] for part in task["part"].tolist()}
-        missing = [part for part, size in sizes.items() if not self._folder.is_written(part, size)]
+        missing = [
+            part for part, size in sizes.items() if not self._folder.is_written(part, size)
+        ]
         self._classifier.classify_parts(self._folder, missing, lambda _: None)
         return {"images": list(sizes.values())}
 
@@ -60,7 +72,8 @@ class PartActor:
 class RayClassifier:
     """Classifies parts on the cluster at `options.ray`, as a `BatchClassifier` does in this process.
 
-    Raises `ConfigError` if there is no cluster, and what a `BatchClassifier` raises on one of its machines.
+    Raises `ConfigError` if there is no cluster, and what a `BatchClassifier` raises on one of
+    its machines.
     """
 
     def __init__(self, bundle: Path, settings: Settings, options: ClassifyOptions) -> None:
@@ -69,17 +82,24 @@ class RayClassifier:
         _connect(options)
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._actors = options.actors or len(cores)
-        # Ray reserves a core of one machine for each worker of an actor. By default, the workers of an actor
-        # fit on the smallest machine, and those of all actors on the cluster.
+        # Ray reserves a core of one machine for each worker of an actor. By default, the
+        # workers of an actor fit on the smallest machine, and those of all actors on the
+        # cluster.
         fitting_workers = min(MAX_WORKERS, *cores, sum(cores) // self._actors)
         workers = options.workers or max(1, fitting_workers)
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
-        self._arguments = bundle.resolve(), settings, options.model_copy(update={"workers": workers})
+        self._arguments = (
+            bundle.resolve(),
+            settings,
+            options.model_copy(update={"workers": workers}),
+        )
 
     @cached_property
     def state(self) -> RowsState:
         """The `BatchClassifier.state` of one of the machines."""
-        read = ray.remote(**self._resources)(lambda *arguments: BatchClassifier(*arguments).state)
+        read = ray.remote(**self._resources)(
+            lambda *arguments: BatchClassifier(*arguments).state
+        )
         with errors_of_actors():
             state: RowsState = ray.get(read.remote(*self._arguments))
             return state
@@ -88,7 +108,9 @@ class RayClassifier:
         """Disconnect from the cluster; end one that was started here."""
         ray.shutdown()
 
-    def classify_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
+    def classify_parts(
+        self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages
+    ) -> None:
         """Classify *parts* of the list in *folder* and write their rows."""
         classified = ray.data.from_items([{"part": part} for part in parts]).map_batches(
             PartActor,
@@ -107,16 +129,27 @@ def _connect(options: ClassifyOptions) -> None:
     address, new_cluster = str(options.ray), {}  # options of one that is started here
     try:
         if options.starts_cluster:
-            requested = (options.actors or 1) * (options.workers or 1)  # Ray waits for CPUs that it lacks
-            new_cluster = {"num_cpus": max(usable_cores(), requested), "include_dashboard": False}
+            requested = (options.actors or 1) * (
+                options.workers or 1
+            )  # Ray waits for CPUs that it lacks
+            new_cluster = {
+                "num_cpus": max(usable_cores(), requested),
+                "include_dashboard": False,
+            }
         elif address != "auto":  # Ray would try for minutes, then end the process
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster)
+        ray.init(
+            address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {address}; `local` starts one here", setting="ray") from error
+        raise ConfigError(
+            f"no Ray cluster at {address}; `local` starts one here", setting="ray"
+        ) from error
     except Exception as error:  # Ray gives up after half a minute
-        raise RuntimeUnavailableError(f"Ray did not start ({first_line(error)}); try again") from error
+        raise RuntimeUnavailableError(
+            f"Ray did not start ({first_line(error)}); try again"
+        ) from error
 
 
 @contextmanager
@@ -126,6 +159,12 @@ def errors_of_actors() -> Iterator[None]:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
         last_line = str(error).strip().rpartition("\n")[2]
-        own_errors = ERROR_OF_ACTOR.findall(str(error))  # class and message, each after its cause
-        class_name, text = own_errors[-1] if own_errors else ("RuntimeUnavailableError", last_line)
-        raise getattr(errors, class_name, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error
+        own_errors = ERROR_OF_ACTOR.findall(
+            str(error)
+        )  # class and message, each after its cause
+        class_name, text = (
+            own_errors[-1] if own_errors else ("RuntimeUnavailableError", last_line)
+        )
+        raise getattr(errors, class_name, RuntimeUnavailableError)(
+            f"on the Ray cluster: {text}"
+        ) from error

@@ -1,14 +1,15 @@
 """The output folder of `sopdeploy classify`: one parquet file per part of the list of images.
 
-    OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is complete
-    OUT/_list.parquet               all images in the order of the rows, one row group per part
-    OUT/_run.json                   what the rows depend on
+    OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is
+    complete OUT/_list.parquet               all images in the order of the rows, one row group
+    per part OUT/_run.json                   what the rows depend on
 
-Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows. A part
-is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one.
+Programs that read parquet files from OUT ignore names with an underscore, so they read only the
+rows. A part is a fixed range of the list, so a resumed run writes the same parts as an
+uninterrupted one.
 
-`RunState` and the columns are format 1: a later version may add optional fields and columns, and each file
-names the version of sopdeploy that wrote it.
+`RunState` and the columns are format 1: a later version may add optional fields and columns,
+and each file names the version of sopdeploy that wrote it.
 """
 
 import hashlib
@@ -43,7 +44,9 @@ ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
 _TEXT, _NUMBER = pa.string(), pa.int64()
 
 
-LIST_SCHEMA = make_schema({"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER})
+LIST_SCHEMA = make_schema(
+    {"path": _TEXT, "location": _TEXT, "offset": _NUMBER, "size": _NUMBER}
+)
 
 
 class RowsState(StrictModel):
@@ -97,21 +100,26 @@ class OutputFolder:
     def locked(self) -> Iterator[None]:
         """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
 
-        Raises `ConfigError` if another process uses it. Without locks, two runs at once write the same rows
-        twice, so a line warns of it.
+        Raises `ConfigError` if another process uses it. Without locks, two runs at once write
+        the same rows twice, so a line warns of it.
         """
         with ExitStack() as created:
             with writing(self.path):
-                created.enter_context(new_folder(self.path))  # removes what this run created and left empty
+                created.enter_context(
+                    new_folder(self.path)
+                )  # removes what this run created and left empty
                 try:
                     lock = lock_file(self.path / LOCK)
                 except BlockingIOError as error:
                     message = f"another run is writing to {self.path}; wait for it"
                     raise ConfigError(message, setting="out") from error
-            lock.warn_if_unlocked(self.path, "start no second run with this folder before this one has ended")
+            lock.warn_if_unlocked(
+                self.path, "start no second run with this folder before this one has ended"
+            )
             created.callback(os.close, lock.file)
             created.callback(self._remove_lock_unless_begun)
-            # An `OSError` in the caller's block is also one of this folder: reading an image raises others.
+            # An `OSError` in the caller's block is also one of this folder: reading an image
+            # raises others.
             with writing(self.path):
                 created.enter_context(new_folder(self.path / ROWS_FOLDER))
                 self._remove_partial(is_locked=not lock.failure)
@@ -133,7 +141,8 @@ class OutputFolder:
     def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
         """Write the list of *images* in parts of *part_images*, and *state*.
 
-        Raises `ConfigError` if the folder belongs to another run: rows of different runs must not be mixed.
+        Raises `ConfigError` if the folder belongs to another run: rows of different runs must
+        not be mixed.
         """
         with atomic_write(self.path / LISTING) as partial:
             hashed = _write_list(partial, images, part_images)

@@ -64,9 +64,9 @@ def classify(
 ) -> Classified:
     """Classify any number of images into parquet files, or into one CSV file, one row per image.
 
-    Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
-    The results equal those of the service. The memory depends on `workers` and `part_images`, not on the
-    number of images.
+    Repeat the command to continue an interrupted run. An image that cannot be used gets a row
+    with its error. The results equal those of the service. The memory depends on `workers` and
+    `part_images`, not on the number of images.
 
     Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
 
@@ -97,14 +97,21 @@ def classify(
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     loaded_settings = load_settings(None if config is None else Path(config), **settings)
     if Path(out).suffix.lower() == ".csv":
-        return _classify_to_csv(Path(bundle), names, Path(out), options, loaded_settings, on_image)
+        return _classify_to_csv(
+            Path(bundle), names, Path(out), options, loaded_settings, on_image
+        )
     from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
 
-    if any("://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names):
+    if any(
+        "://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names
+    ):
         raise ConfigError("is a source; choose another folder", setting="out", value=out)
     folder, done, skipped = OutputFolder(Path(out)), 0, Counter[str]()
-    with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():
+    with (
+        closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier,
+        folder.locked(),
+    ):
         folder.begin(list_sources(names, skipped), options.part_images, classifier.state)
         sizes = folder.sizes()
         total = sum(sizes)
@@ -115,14 +122,18 @@ def classify(
             on_image(done, total)
 
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
-        add_done(total - sum(sizes[part] for part in pending))  # the images that earlier runs classified
+        add_done(
+            total - sum(sizes[part] for part in pending)
+        )  # the images that earlier runs classified
         try:
             if pending:
                 classifier.classify_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
-    num_errors = sum(count for count in error_counts if count is not None)  # now all parts are written
+    num_errors = sum(
+        count for count in error_counts if count is not None
+    )  # now all parts are written
     rows = folder.path / ROWS_FOLDER
     return Classified(rows=rows, num_images=done, num_errors=num_errors, skipped=dict(skipped))
 
@@ -144,7 +155,9 @@ def _classify_to_csv(
 
     for name in options.model_fields_set:
         if getattr(options, name) != ClassifyOptions.model_fields[name].default:
-            raise ConfigError("only with a folder of parquet files; give one as out", setting=name)
+            raise ConfigError(
+                "only with a folder of parquet files; give one as out", setting=name
+            )
     skipped = Counter[str]()
     images, num_errors = list(list_sources(sources, skipped)), 0
     loaded = load_model(bundle, settings)
@@ -168,7 +181,9 @@ def _classify_to_csv(
                 num_errors += 1
             rows.writerow(_csv_cells(prediction, is_multi_label=is_multi_label))
             on_image(done, len(images))
-    return Classified(rows=out, num_images=len(images), num_errors=num_errors, skipped=dict(skipped))
+    return Classified(
+        rows=out, num_images=len(images), num_errors=num_errors, skipped=dict(skipped)
+    )
 
 
 def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:
@@ -191,9 +206,12 @@ def _open_classifier(
         return BatchClassifier(bundle, settings, options)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if options.starts_cluster:
-        # A cluster that no other machine can join has its ports on loopback only, also on Linux.
+        # A cluster that no other machine can join has its ports on loopback only, also on
+        # Linux.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     module = "sopdeploy_commands.bulk.on_ray"
-    on_ray = import_optional(module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray")
+    on_ray = import_optional(
+        module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray"
+    )
     classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
     return classifier

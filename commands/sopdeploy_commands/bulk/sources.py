@@ -1,7 +1,7 @@
 """List and read the images of `sopdeploy classify`: in folders, tar archives and lists of paths (`.txt`).
 
-A source is a path or an address that fsspec opens, such as `s3://bucket/photos`. Order: sources as given,
-names sorted in a folder, members of archives and lines of lists as stored.
+A source is a path or an address that fsspec opens, such as `s3://bucket/photos`. Order: sources
+as given, names sorted in a folder, members of archives and lines of lists as stored.
 """
 
 import io
@@ -19,22 +19,31 @@ from sopdeploy.environment import describe_store_error, import_optional, missing
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import describe_formats
-from sopdeploy.images.signatures import HEAD_BYTES, counts_as_image, is_image, read_head, suffix_of
+from sopdeploy.images.signatures import (
+    HEAD_BYTES,
+    counts_as_image,
+    is_image,
+    read_head,
+    suffix_of,
+)
 from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
 _TAR, _LIST = ".tar", ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
-MAX_OPENED = 100  # objects of a store with one suffix, not of an image, whose first bytes are read
+MAX_OPENED = (
+    100  # objects of a store with one suffix, not of an image, whose first bytes are read
+)
 UNKNOWN = -1  # size of an image that is not known before it is read
 
 
 class ListedImage(NamedTuple):
     """One image of a list.
 
-    *path* is its name in the output, *location* the address or the absolute path of the file with its bytes,
-    which may be an archive. *offset* is its position there, otherwise 0. *size* is in bytes, or `UNKNOWN`.
+    *path* is its name in the output, *location* the address or the absolute path of the file
+    with its bytes, which may be an archive. *offset* is its position there, otherwise 0. *size*
+    is in bytes, or `UNKNOWN`.
     """
 
     path: str
@@ -43,7 +52,9 @@ class ListedImage(NamedTuple):
     size: int = UNKNOWN
 
 
-def list_sources(sources: Sequence[str], skipped: Counter[str] | None = None) -> Iterator[ListedImage]:
+def list_sources(
+    sources: Sequence[str], skipped: Counter[str] | None = None
+) -> Iterator[ListedImage]:
     """Yield the images of *sources*; raise `DataError` for one that is missing, damaged or has no images.
 
     *skipped* counts the other visible files of folders and archives, by suffix.
@@ -59,7 +70,9 @@ def list_sources(sources: Sequence[str], skipped: Counter[str] | None = None) ->
                 image.location.encode()  # raises an error for bytes that are not UTF-8
                 yield image
         if empty:
-            raise DataError(f"{source}: has no images ({describe_formats()}); name archives in it, if any")
+            raise DataError(
+                f"{source}: has no images ({describe_formats()}); name archives in it, if any"
+            )
 
 
 def read_listed(image: ListedImage, limit: int) -> bytes:
@@ -107,14 +120,22 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         for name, metadata in sorted(store.find(root, detail=True).items()):
             if any(map(is_hidden, name.removeprefix(root).split("/"))):
                 continue
-            size = metadata.get("size") or UNKNOWN  # some stores report 0 or None if they do not know it
+            size = (
+                metadata.get("size") or UNKNOWN
+            )  # some stores report 0 or None if they do not know it
             if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
                 yield ListedImage(path=location, location=location, size=size)
     elif is_bundle(path):
-        raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
+        raise DataError(
+            f"{source}: a bundle, not images; name one bundle, then folders or files of images"
+        )
     elif path.is_dir():
-        used = (file for file in walk(path) if _is_used(file.name, skipped, partial(read_head, file)))
+        used = (
+            file
+            for file in walk(path)
+            if _is_used(file.name, skipped, partial(read_head, file))
+        )
         yield from map(_describe_file, map(str, used))
     elif path.exists() and is_image(path):
         yield _describe_file(source)
@@ -133,13 +154,19 @@ def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> boo
 
 def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
     """Read the first bytes of an object, unless `MAX_OPENED` with its suffix were no images."""
-    return b"" if skipped[suffix_of(name)] >= MAX_OPENED else bytes(store.cat_file(name, 0, HEAD_BYTES))
+    return (
+        b""
+        if skipped[suffix_of(name)] >= MAX_OPENED
+        else bytes(store.cat_file(name, 0, HEAD_BYTES))
+    )
 
 
 def _describe_file(path: str) -> ListedImage:
     """Look up size and location of the image file *path*; a missing one is no error yet."""
     size = UNKNOWN
-    with suppress(OSError, ValueError):  # the file does not exist, or a line of a list has null bytes
+    with suppress(
+        OSError, ValueError
+    ):  # the file does not exist, or a line of a list has null bytes
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
     return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
 
@@ -150,14 +177,20 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     archive: Any  # its list of members is not part of the typed interface
     with (
         _open_for_reading(name) as file,
-        tarfile.open(fileobj=cast(Any, _BoundedReads(file)), mode="r:", errors="replace") as archive,
+        tarfile.open(
+            fileobj=cast(Any, _BoundedReads(file)), mode="r:", errors="replace"
+        ) as archive,
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
-            if archive.offset <= member.offset:  # the next entry: tarfile would read the same ones for ever
+            if (
+                archive.offset <= member.offset
+            ):  # the next entry: tarfile would read the same ones for ever
                 raise ValueError(f"an entry of {member.size} bytes")
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            is_sparse = member.sparse is not None  # a file with holes, whose bytes are not in one place
+            is_sparse = (
+                member.sparse is not None
+            )  # a file with holes, whose bytes are not in one place
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes
             if not parts or any(map(is_hidden, parts)) or member.isdir():
@@ -165,7 +198,9 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if not _is_used(parts[-1], skipped, read):
                 continue
             if member.islnk():
-                raise DataError(f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`")
+                raise DataError(
+                    f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`"
+                )
             if is_whole:
                 path = "/".join((name, *parts))
                 yield ListedImage(path, location, offset=member.offset_data, size=member.size)
@@ -183,7 +218,9 @@ def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     with io.TextIOWrapper(_open_for_reading(location), "utf-8-sig") as lines:
         while line := lines.readline(MAX_LINE):
             if len(line) == MAX_LINE:
-                raise ValueError(f"a line of {MAX_LINE} characters or more; give one name per line")
+                raise ValueError(
+                    f"a line of {MAX_LINE} characters or more; give one name per line"
+                )
             line = line.strip()
             if not line:
                 continue

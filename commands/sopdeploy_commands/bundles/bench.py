@@ -1,7 +1,7 @@
 """`sopdeploy bench`: measure the latency of a bundle on this machine by batch size.
 
-The probes are replayed first, so that a network with wrong outputs is never timed. Only the network is timed:
-after a warm-up, in wall-clock time, on decoded images.
+The probes are replayed first, so that a network with wrong outputs is never timed. Only the
+network is timed: after a warm-up, in wall-clock time, on decoded images.
 """
 
 import platform
@@ -74,7 +74,8 @@ def bench(
 ) -> Benchmark:
     """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
 
-    SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for `serve`.
+    SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for
+    `serve`.
 
     Example: sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8
 
@@ -84,7 +85,10 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    settings, batches = settings or load_settings(), parse_batch_sizes(batch)  # their range is checked below
+    settings, batches = (
+        settings or load_settings(),
+        parse_batch_sizes(batch),
+    )  # their range is checked below
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     opened, runtime = loaded.bundle, loaded.runtime
@@ -102,11 +106,15 @@ def bench(
         with translating_errors(runtime):  # a large batch may need more memory than there is
             for _ in range(WARMUP_RUNS):
                 runtime.run(images)
-            while len(seconds) < MIN_RUNS or (len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS):
+            while len(seconds) < MIN_RUNS or (
+                len(seconds) < MAX_RUNS and sum(seconds) < BUDGET_SECONDS
+            ):
                 start = time.perf_counter()
                 runtime.run(images)
                 seconds.append(time.perf_counter() - start)
-        median, p95, p99 = (1000 * float(value) for value in np.percentile(seconds, (50, 95, 99)))
+        median, p95, p99 = (
+            1000 * float(value) for value in np.percentile(seconds, (50, 95, 99))
+        )
         latency = Latency(
             batch=size,
             num_runs=len(seconds),
@@ -133,5 +141,7 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """Parse batch sizes such as "1,8", of up to 6 digits, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):
-        raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
+        raise ConfigError(
+            "not a list of batch sizes; write it as 1,8", setting="batch", value=text
+        )
     return tuple(dict.fromkeys(int(word) for word in words))

@@ -37,7 +37,12 @@ from sopdeploy.names import label_problem
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy.project import check_project_name
-from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
+from sopdeploy_export.options import (
+    EngineOptions,
+    ExportOptions,
+    NetworkExportOptions,
+    NetworkOptions,
+)
 
 if TYPE_CHECKING:
     from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
@@ -53,7 +58,8 @@ EXAMPLE = (
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
 
-    In a terminal, it also measures which form of the bundle is fastest on this processor, and prints it.
+    In a terminal, it also measures which form of the bundle is fastest on this processor, and
+    prints it.
 
     Args:
         verbose: Print one line per fact.
@@ -94,12 +100,13 @@ def export(
 ) -> "Exported":
     """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
 
-    With --network, the file holds the weights of a network of your own, which is built by your code. From
-    Python, `sopdeploy.export_network` exports a network object.
+    With --network, the file holds the weights of a network of your own, which is built by your
+    code. From Python, `sopdeploy.export_network` exports a network object.
 
     Example: sopdeploy export runs/latest/best.pt --detach
 
-    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess timm:resnet50
+    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess
+    timm:resnet50
 
     Args:
         checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
@@ -116,11 +123,15 @@ def export(
     path, out = Path(checkpoint), Path(out)
     if source.network is None:
         try:
-            check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
+            check_is_checkpoint(
+                path
+            )  # before the imports, which take seconds, as the checks below
         except CheckpointError as error:
             if not describe_foreign(path) or path.suffix == ".onnx":
                 raise
-            raise CheckpointError(error.message, remedies={"network": "module:callable"}) from error
+            raise CheckpointError(
+                error.message, remedies={"network": "module:callable"}
+            ) from error
     for folder in filter(None, (options.calibrate, options.evaluate)):
         data_folder(folder, ANY_IMAGES)
     if out.is_file():
@@ -142,19 +153,29 @@ def _export_weights(
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import load_weights, network_builder, read_weights
+    from sopdeploy_export.user_network.loading import (
+        load_weights,
+        network_builder,
+        read_weights,
+    )
 
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
     name = options.name or project_name(str(source.network))
     check_project_name(name)
-    plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
+    plain = (
+        None
+        if source.plain is None
+        else network_builder("plain", source.plain, source.plain_option)
+    )
     build = network_builder("network", str(source.network), source.option)
     file = read_weights(weights)
     labels = labels or file.labels
     if labels is None:
-        message = "missing; give a file with one class name per line, in the order of the logits"
+        message = (
+            "missing; give a file with one class name per line, in the order of the logits"
+        )
         raise ConfigError(message, setting="labels")
     on_step("building the network")
     network = build()
@@ -196,8 +217,8 @@ def project_name(import_path: str) -> str:
 class Inspection(StrictModel):
     """The parts of a network that its output ignores; `command` exports the network without them.
 
-    `table` names the table of weights in the file, `ignored` its tensors that the network does not have;
-    `labels` are the class names in the file, if it has one for each logit.
+    `table` names the table of weights in the file, `ignored` its tensors that the network does
+    not have; `labels` are the class names in the file, if it has one for each logit.
     """
 
     network: str
@@ -229,8 +250,8 @@ def _show_unused(inspected: Inspection) -> None:
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.
 
-    They are candidates for `sopdeploy export --training-only`. The network is refused for whatever an export
-    refuses before its proof begins.
+    They are candidates for `sopdeploy export --training-only`. The network is refused for
+    whatever an export refuses before its proof begins.
 
     Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
 
@@ -239,7 +260,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """
     if options.network is None:
         if has_manifest(file):
-            raise ConfigError(f"{file}: a bundle, not a weight file; its README.md describes it")
+            raise ConfigError(
+                f"{file}: a bundle, not a weight file; its README.md describes it"
+            )
         raise ConfigError("missing; give package.module:callable", setting="network")
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
@@ -262,7 +285,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)
-        words += [command_line_option(name, each) for each in values if each not in (None, False)]
+        words += [
+            command_line_option(name, each) for each in values if each not in (None, False)
+        ]
     return Inspection(
         network=options.network,
         num_classes=admitted.num_classes,
@@ -278,8 +303,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 def read_preprocess(text: str | None) -> Preprocess:
     """Read the preprocessing rules that *text* names.
 
-    It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`, `torchvision:WEIGHTS`, or a file.
-    After `scaled:`, the decoding of these rules becomes "scaled".
+    It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`,
+    `torchvision:WEIGHTS`, or a file. After `scaled:`, the decoding of these rules becomes
+    "scaled".
 
     Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
@@ -367,7 +393,9 @@ def engine(
     from sopdeploy_export.pipeline import rebuild_program
 
     read_program = partial(rebuild_program, options.checkpoint, opened.manifest)
-    return get_engine(opened, options, on_step, partial(build_from_program, opened, read_program))
+    return get_engine(
+        opened, options, on_step, partial(build_from_program, opened, read_program)
+    )
 
 
 @command()

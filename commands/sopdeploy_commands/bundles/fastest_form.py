@@ -21,7 +21,10 @@ from sopdeploy_service.runtime.base import OwnRuntime, Runtime
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
-MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # seconds of all rounds together; the first round is not counted
+MIN_ROUNDS, ROUND_SECONDS = (
+    4,
+    1.5,
+)  # seconds of all rounds together; the first round is not counted
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -58,21 +61,26 @@ def describe_fastest_form(bundle: Bundle) -> str:
         faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
         text = f"{faster}: {', '.join(options)}"
     missing = [one for one in runtimes.values() if not one.is_set_up()]
-    return text + "".join(f" ({install_hint(one.title, f'sopdeploy[{one.extra}]')})" for one in missing)
+    return text + "".join(
+        f" ({install_hint(one.title, f'sopdeploy[{one.extra}]')})" for one in missing
+    )
 
 
 def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     """Measure the processor seconds of runs of each form of *bundle* that works here, alternately.
 
-    Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
-    quantized, with ranges of a noise image; these affect the answers, but not the time.
+    Each form runs on one thread, in processor time: other load affects this least. A float32
+    graph is also quantized, with ranges of a noise image; these affect the answers, but not the
+    time.
     """
     shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     bundles = [bundle]
     if bundle.manifest.precision == "fp32":
         with suppress(Exception):  # no convolution, or one that the quantizer cannot convert
-            quantizer = Int8Quantizer(onnx.load_model_from_string(bundle.onnx.read()), images[:1])
+            quantizer = Int8Quantizer(
+                onnx.load_model_from_string(bundle.onnx.read()), images[:1]
+            )
             graph = SealedFile([quantizer.quantize().SerializeToString()])
             manifest = bundle.manifest.model_copy(update={"precision": "int8"})
             bundles.append(replace(bundle, manifest=manifest, graph=graph))
@@ -82,9 +90,13 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
         for title, runtime in runtimes_on_cpu().items():
             if precision not in runtime.precisions():
                 continue
-            with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
+            with suppress(
+                RuntimeUnavailableError
+            ):  # not installed, or an operator that it lacks
                 forms[BundleForm(precision, title)] = runtime(form_bundle, ONE_THREAD)
-    return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
+    return measure_alternately(
+        {form: partial(runtime.run, images) for form, runtime in forms.items()}
+    )
 
 
 def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key, list[float]]:

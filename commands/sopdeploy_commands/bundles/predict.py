@@ -39,18 +39,29 @@ class FilePrediction(Classes):
     @pydantic.model_serializer(mode="wrap")
     def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, object]:
         """Omit the fields that are None, except `error`."""
-        return {key: value for key, value in dump(self).items() if value is not None or key == "error"}
+        return {
+            key: value
+            for key, value in dump(self).items()
+            if value is not None or key == "error"
+        }
 
 
 def predict_one(
-    loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
+    loaded: LoadedModel,
+    image: bytes | Image.Image,
+    name: str,
+    settings: Settings,
+    *,
+    explain: bool,
 ) -> FilePrediction:
     """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, loaded, settings)
     except ImageError as error:
-        return FilePrediction(image=name, error=describe_error(HttpError.from_image_error(error)))
+        return FilePrediction(
+            image=name, error=describe_error(HttpError.from_image_error(error))
+        )
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
     all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
@@ -61,14 +72,20 @@ def predict_one(
         all_logits.append(outputs[manifest.outputs[0].name][0])
     logits, *occluded = all_logits
     limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
-    answer = manifest.rules.answer(logits, limit, occluded=np.stack(occluded) if explain else None)
-    return FilePrediction(image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels))
+    answer = manifest.rules.answer(
+        logits, limit, occluded=np.stack(occluded) if explain else None
+    )
+    return FilePrediction(
+        image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels)
+    )
 
 
 def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
     preprocess = loaded.bundle.manifest.preprocess
     if isinstance(image, bytes):
-        return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
+        return decode(
+            image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels
+        )
     try:
         correct_transparency_info(image)  # as `decode` does for the bytes of a file
         return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
@@ -79,8 +96,9 @@ def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings)
 def read_image(path: Path, max_bytes: int) -> bytes:
     """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
     try:
-        # A path with the extension of an image must be a regular file: `photos/*` can match a FIFO, on which
-        # reading may wait forever. Other paths, such as /dev/stdin or <(command), may be pipes.
+        # A path with the extension of an image must be a regular file: `photos/*` can match a
+        # FIFO, on which reading may wait forever. Other paths, such as /dev/stdin or
+        # <(command), may be pipes.
         with open_regular(path) if has_image_suffix(path.name) else path.open("rb") as file:
             return read_at_most(file, max_bytes + 1)
     except OSError as error:
@@ -93,15 +111,23 @@ def print_prediction(prediction: FilePrediction) -> None:
     ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-    unknown = "looks unlike the training photographs; closest: " if prediction.known is False else ""
+    unknown = (
+        "looks unlike the training photographs; closest: " if prediction.known is False else ""
+    )
     image = plain_text(f"{prediction.image}:")
-    out.print(Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim")))
+    out.print(
+        Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim"))
+    )
     if prediction.explanation is not None:
-        losses = np.array(prediction.explanation)  # of the first class, if a cell of the image is hidden
+        losses = np.array(
+            prediction.explanation
+        )  # of the first class, if a cell of the image is hidden
         row, column = np.unravel_index(losses.argmax(), losses.shape)
         cell = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
         label = prediction.classes[0].label  # without a class there is no explanation
-        loss = plain_text(f"{label} depends most on {cell}: without it, {losses.max():.4f} less")
+        loss = plain_text(
+            f"{label} depends most on {cell}: without it, {losses.max():.4f} less"
+        )
         out.print(Text.assemble("  ", loss))
 
 
@@ -114,7 +140,11 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
             print_prediction(prediction)
-    return DataError.exit_code if any(prediction.error is not None for prediction in predictions) else 0
+    return (
+        DataError.exit_code
+        if any(prediction.error is not None for prediction in predictions)
+        else 0
+    )
 
 
 @command(_show)
@@ -185,7 +215,9 @@ def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
         return Path(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
+            raise DataError(
+                f"image {number}: a PIL image without pixels {image.size}; give another"
+            )
         return image
     description = type(image).__name__
     if isinstance(image, np.ndarray):

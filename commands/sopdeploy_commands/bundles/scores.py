@@ -33,17 +33,19 @@ def scores_of_bundle(
 ) -> tuple[tuple[str, ...], Predictions, dict[str, str]]:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names, one score per image (all predictions of a multi-label network), and the
-    names of bundle, runtime and device. *log* receives lines about the folder. Raises `DataError` for folders
-    that are no class of the network and for images that the server would reject.
+    Returns the sorted class names, one score per image (all predictions of a multi-label
+    network), and the names of bundle, runtime and device. *log* receives lines about the
+    folder. Raises `DataError` for folders that are no class of the network and for images that
+    the server would reject.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.rules.is_multi_label
-    # Multi-label targets have a column for each logit, in the bundle's order. Other targets are indices of
-    # the sorted names; `make_predictions` converts the indices of the logits to them.
+    # Multi-label targets have a column for each logit, in the bundle's order. Other targets are
+    # indices of the sorted names; `make_predictions` converts the indices of the logits to
+    # them.
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
     origin = loaded.bundle.manifest.origin
@@ -55,7 +57,11 @@ def scores_of_bundle(
     logits = logits_of_images(
         loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
     )
-    facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
+    facts = {
+        "bundle": loaded.bundle.name,
+        "runtime": loaded.runtime.name,
+        "device": loaded.runtime.device,
+    }
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
@@ -75,12 +81,16 @@ def logits_of_images(
         path = images.path(index)
         try:
             image = images.read(index)
-            pixels = decode(image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels).pixels
+            pixels = decode(
+                image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels
+            ).pixels
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
         with translating_errors(loaded.runtime):
-            logits = [loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views]
+            logits = [
+                loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views
+            ]
         rows.append(np.mean(logits, axis=0, dtype=np.float32))
         if not np.isfinite(rows[-1]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")

@@ -81,13 +81,17 @@ def push(bundle: Path, destination: str) -> Pushed:
         if signed:
             tar.upload(signature, destination, name + SIGNATURE_SUFFIX)
         url = tar.upload(archive, destination, name)
-        return Pushed(url=url, bytes=archive.stat().st_size, sha256=sha256_of(archive), signed=signed)
+        return Pushed(
+            url=url, bytes=archive.stat().st_size, sha256=sha256_of(archive), signed=signed
+        )
 
 
 def _show_pulled(pulled: Pulled) -> None:
     checked = "signature and hashes" if pulled.verified else "hashes"
     print_field(
-        "pulled", f"{pulled.path} ({checked} checked{'' if pulled.is_new else '; already here'})", style=""
+        "pulled",
+        f"{pulled.path} ({checked} checked{'' if pulled.is_new else '; already here'})",
+        style="",
     )
 
 
@@ -103,8 +107,8 @@ def pull(
 ) -> Pulled:
     """Download a bundle, check name, age, signature and hashes, and only then move it to its final name.
 
-    A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their hashes
-    checked; the bundle gets its name last. A bundle that is already there never changes.
+    A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their
+    hashes checked; the bundle gets its name last. A bundle that is already there never changes.
 
     Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
 
@@ -121,15 +125,21 @@ def pull(
         ConfigError: *sha256* is not a hash, or *require_signature* is not a key file.
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
+        raise ConfigError(
+            "use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256
+        )
     check_takes_output(destination, None)
     with ExitStack() as stack:
         folder = stack.enter_context(staging(destination))
-        with writing(destination):  # without a name, so that nobody exchanges it and nothing can stay
+        with writing(
+            destination
+        ):  # without a name, so that nobody exchanges it and nothing can stay
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.:/@-]", "_", without_password(source))[-200:]  # in messages
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
-        signature = None if require_signature is None else _download_signature(source, destination)
+        signature = (
+            None if require_signature is None else _download_signature(source, destination)
+        )
         archive.seek(0)
         digest = hashlib.file_digest(archive, "sha256").hexdigest()
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
@@ -150,7 +160,9 @@ def pull(
         placed = give_final_name(folder, manifest, destination, signature)
         path = destination / manifest.name
         link_latest(path)
-    return Pulled(path=path, sha256=digest, verified=require_signature is not None, is_new=placed.is_new)
+    return Pulled(
+        path=path, sha256=digest, verified=require_signature is not None, is_new=placed.is_new
+    )
 
 
 def _download_signature(source: str, destination: Path) -> bytes:
@@ -167,8 +179,8 @@ def _download_signature(source: str, destination: Path) -> bytes:
 def _check_project(manifest: Manifest, source: str, project: str | None) -> None:
     """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
 
-    A signature does not contain the name of an archive: without this check, who can write to a store could
-    put one signed bundle in the place of another.
+    A signature does not contain the name of an archive: without this check, who can write to a
+    store could put one signed bundle in the place of another.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
     if project is not None:
@@ -186,12 +198,16 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
 
 def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> None:
     """Raise `BundleError` if *destination* has a bundle of the project that was exported later."""
-    manifests = [listed.manifest for listed in read_bundles(destination) if listed.manifest is not None]
+    manifests = [
+        listed.manifest for listed in read_bundles(destination) if listed.manifest is not None
+    ]
     of_project = [other for other in manifests if other.project == manifest.project]
     newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
     time = manifest.exported_at
     for other in of_project:
-        if other.id == manifest.id:  # the same bundle: a later time in the archive does not make it newer
+        if (
+            other.id == manifest.id
+        ):  # the same bundle: a later time in the archive does not make it newer
             time = other.exported_at
     if time < newest.exported_at:
         raise BundleError(
@@ -205,7 +221,8 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
 def sign(bundle: Path, *, key: Path) -> None:
     """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
 
-    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
+    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts
+    it, too.
 
     Example: sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key
 

@@ -17,7 +17,9 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
-FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
+FEW_PROBES = (
+    8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
+)
 WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
 ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-drift` allowed them
 _ROUNDING = 1 + 1e-9
@@ -26,8 +28,9 @@ _ROUNDING = 1 + 1e-9
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `notes` say what the checks cannot show.
 
-    `replays` has the deviation and the tolerance of each output by batch size, `golden` the number of
-    examples. `onnx_root` was recomputed from `model.onnx`; None if `onnx` is not installed.
+    `replays` has the deviation and the tolerance of each output by batch size, `golden` the
+    number of examples. `onnx_root` was recomputed from `model.onnx`; None if `onnx` is not
+    installed.
     """
 
     bundle: str
@@ -45,7 +48,10 @@ class Verification(StrictModel):
 
 def _show(result: Verification) -> None:
     """Print one line per check."""
-    print_field("files", f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
+    print_field(
+        "files",
+        f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}",
+    )
     graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
     if result.onnx_root is not None:
         graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
@@ -54,7 +60,9 @@ def _show(result: Verification) -> None:
         for text in replay.lines():
             print_field("probes", f"{text} on {result.runtime}")
     if result.golden:
-        print_field("golden", f"{result.golden} JPEG files give the exporter's pixels and logits")
+        print_field(
+            "golden", f"{result.golden} JPEG files give the exporter's pixels and logits"
+        )
     for note in result.notes:
         print_field("note", note, style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
@@ -90,7 +98,9 @@ def verify(
 
     for example in examples:
         jpeg = example.jpeg
-        decoded = decode(jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS)
+        decoded = decode(
+            jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS
+        )
         with translating_errors(loaded.runtime):
             check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
     probes = read_probes(loaded.bundle)
@@ -122,10 +132,14 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
             drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
             largest = _ROUNDING * max(noise, allowed_drifts * drift)
             if not tolerance <= largest:  # it is larger, or one of them is NaN
-                problem = f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
+                problem = (
+                    f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
+                )
                 raise BundleError(f"{bundle.path / PROBES}: {problem}; {advice}")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
+        raise BundleError(
+            f"{bundle.path / 'parity.json'}: records no noise floor; {advice}"
+        ) from error
 
 
 def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:

@@ -13,12 +13,21 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.errors import DataError, StorageError, shorten
 from sopdeploy.file_systems import lock_file
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, open_regular, remove_leftovers, sha256, writing
+from sopdeploy.files import (
+    LOCK,
+    PARTIAL,
+    atomic_write,
+    open_regular,
+    remove_leftovers,
+    sha256,
+    writing,
+)
 from sopdeploy.images.signatures import is_image
 from sopdeploy.photos.files import KEPT_ID, normalize, walk
 
 RECORDS = ".json", ".skipped"  # beside a kept photograph
-# What a temporary file has after the name of the other file; a file called `.partial` names no other one.
+# What a temporary file has after the name of the other file; a file called `.partial` names no
+# other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
 LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
 # Values of columns that cannot be empty.
@@ -35,8 +44,8 @@ def _show(deleted: Sequence[Path]) -> None:
 def forget(photograph: str, folders: list[Path]) -> list[Path]:
     """Delete a photograph, its label and its records in folders, also in the rows of `classify`.
 
-    Every copy goes that has the content of the file, its name if it was kept, or the given name. All of them
-    are found first, and only then deleted; after a stop, repeat the command.
+    Every copy goes that has the content of the file, its name if it was kept, or the given
+    name. All of them are found first, and only then deleted; after a stop, repeat the command.
 
     Example: sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown
 
@@ -55,11 +64,14 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     searched = [Path(folder) for folder in folders]  # the command line gives text
     wanted = _Wanted.read(photograph)
     deleted: list[Path] = []
-    # Searches again until nothing is left: `label` may have moved the photograph in the meantime.
+    # Searches again until nothing is left: `label` may have moved the photograph in the
+    # meantime.
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
         deleted += _delete(traces)
     if not deleted:
-        raise DataError(f"{photograph}: not found in {', '.join(map(str, searched))}; check the name")
+        raise DataError(
+            f"{photograph}: not found in {', '.join(map(str, searched))}; check the name"
+        )
     return deleted
 
 
@@ -74,7 +86,8 @@ def _delete(traces: "_Traces") -> list[Path]:
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
-        # the list comes last, because a repeated command finds the rows of the other tables by it
+        # the list comes last, because a repeated command finds the rows of the other tables by
+        # it
         for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
@@ -98,7 +111,9 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     """Find what remains of *photograph* in *folders*; raise `DataError` as `forget` does."""
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; name folders of photographs or of `classify`")
+            raise DataError(
+                f"{folder}: no such folder; name folders of photographs or of `classify`"
+            )
     found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
     by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
     files = list(by_absolute_path.values())  # each once: folders may contain one another
@@ -107,16 +122,21 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
         _check_format(table)
     images = [path for path in files if wanted.is_shown_by(path)]
     # A kept photograph is named by its id, and so are the records beside it.
-    ids = wanted.ids.union(filter(KEPT_ID.fullmatch, (_final_path(image).stem for image in images)))
+    ids = wanted.ids.union(
+        filter(KEPT_ID.fullmatch, (_final_path(image).stem for image in images))
+    )
     found = set(images)
     for path in files:
         final_path = _final_path(path)
-        if final_path.stem in ids and (final_path.suffix.lower() in RECORDS or is_image(final_path)):
+        if final_path.stem in ids and (
+            final_path.suffix.lower() in RECORDS or is_image(final_path)
+        ):
             found.add(path)
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
-    # The records first and the named file last: until then, a repeated command finds all that is left.
+    # The records first and the named file last: until then, a repeated command finds all that
+    # is left.
     ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
     unfinished = [path for path in files if path.name.endswith(PARTIAL)]
     return _Traces(ordered, rows, unfinished)
@@ -185,7 +205,11 @@ class _TableRow(NamedTuple):
 
 def _final_path(path: Path) -> Path:
     """Return *path*, for a temporary file that of the file that it would have become."""
-    return path.with_name(_PARTIAL_NAME.sub("", path.name)) if path.name.endswith(PARTIAL) else path
+    return (
+        path.with_name(_PARTIAL_NAME.sub("", path.name))
+        if path.name.endswith(PARTIAL)
+        else path
+    )
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
@@ -224,8 +248,12 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     from sopdeploy_commands.tables import VERSION_KEY
 
     schema = pq.read_schema(table)
-    columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # without `number`
-    if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:  # selected columns keep the key
+    columns = [
+        name for name in _TableRow._fields[1:] if name in schema.names
+    ]  # without `number`
+    if (
+        VERSION_KEY not in (schema.metadata or {}) or "path" not in columns
+    ):  # selected columns keep the key
         return
     rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
@@ -247,23 +275,31 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
         try:
             lock = lock_file(folder / LOCK)
         except BlockingIOError as error:
-            raise DataError(f"{folder}: a run of `classify` is writing to it; wait for it") from error
+            raise DataError(
+                f"{folder}: a run of `classify` is writing to it; wait for it"
+            ) from error
     locks.callback(os.close, lock.file)
 
 
-def _check_one_photograph(name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]) -> None:
+def _check_one_photograph(
+    name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]
+) -> None:
     """Raise `DataError` if *name* is that of photographs with different contents."""
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
-    photographs: dict[str, str] = {}  # the first path of each, by hash or, if not readable, absolute path
+    photographs: dict[
+        str, str
+    ] = {}  # the first path of each, by hash or, if not readable, absolute path
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
         identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
         photographs.setdefault(identity, shown_path)
     if len(photographs) > 1:
         names = shorten(sorted(photographs.values()))
-        raise DataError(f"{name}: is the name of different photographs ({names}); name one with its folder")
+        raise DataError(
+            f"{name}: is the name of different photographs ({names}); name one with its folder"
+        )
 
 
 def _check_format(table: Path) -> None:
@@ -287,9 +323,16 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
     num_before = 0  # rows of earlier groups
-    with atomic_write(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with (
+        atomic_write(table) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+    ):
         for group in groups:
-            emptied = [number - num_before for number in numbers if 0 <= number - num_before < group.num_rows]
+            emptied = [
+                number - num_before
+                for number in numbers
+                if 0 <= number - num_before < group.num_rows
+            ]
             columns = []
             for field in schema:
                 values = group[field.name].to_pylist()

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 @command()
-def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1", port: Port = 8001) -> None:
+def label(
+    kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1", port: Port = 8001
+) -> None:
     """Sort photographs into classes on a local web page, by keyboard or touch; Ctrl-C ends it.
 
-    They are those that a server has kept, or any images in a folder. For these, a network suggests classes as
-    soon as each class has two.
+    They are those that a server has kept, or any images in a folder. For these, a network
+    suggests classes as soon as each class has two.
 
-    Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to PHOTOS-held-out/<class>/,
-    and one of no class to PHOTOS-unknown/. Behind a proxy, the page has the settings of `serve` in the
-    environment and in the file that SOPDEPLOY_CONFIG names, such as allowed_hosts and root_path.
+    Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to
+    PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. Behind a proxy, the page
+    has the settings of `serve` in the environment and in the file that SOPDEPLOY_CONFIG names,
+    such as allowed_hosts and root_path.
 
     Example: sopdeploy label camera --photos photos
 
@@ -42,7 +45,9 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         print_field("page", url, style="bold green")
 
     settings = load_settings(host=host, port=port)
-    folders = run_label_server(kept, photos, settings, print_page, embed_lazily)  # returns after Ctrl-C
+    folders = run_label_server(
+        kept, photos, settings, print_page, embed_lazily
+    )  # returns after Ctrl-C
     num_labels = sum(not step.is_skip for step in folders.steps)
     say(f"{num_labels:,} labels")
     if folders.photos.is_dir():

@@ -1,11 +1,13 @@
 """`sopdeploy compare`: compare two bundles on the same photographs, with the server's code.
 
-What decides is the photographs of classes that both bundles have. Photographs of a class that only the second
-bundle has are wrong for the first one by definition; counted, they would hide a loss in the other classes.
-They are reported beside the comparison, in which the answer "new class" to another photograph is a mistake.
+What decides is the photographs of classes that both bundles have. Photographs of a class that
+only the second bundle has are wrong for the first one by definition; counted, they would hide a
+loss in the other classes. They are reported beside the comparison, in which the answer "new
+class" to another photograph is a mistake.
 
-Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes. Near-duplicates are
-not independent; only the first of a group counts. Letters: N photographs, C classes.
+Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes.
+Near-duplicates are not independent; only the first of a group counts. Letters: N photographs, C
+classes.
 """
 
 import itertools
@@ -65,8 +67,8 @@ class BundleScore(StrictModel):
 class Change(StrictModel):
     """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
 
-    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are unknown; a bundle
-    without a threshold has none.
+    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are
+    unknown; a bundle without a threshold has none.
     """
 
     wins: int
@@ -91,12 +93,13 @@ class ClassChange(Change):
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` photographs of `classes`.
 
-    Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
-    bundle only. `num_copies` near-duplicates, those of unknown images included, and `trained_on` training
-    images were left out. `suspects` are bundles some of whose training images were found, but whose record of
-    them is incomplete. `attempt` counts the comparisons of `promote` with this first bundle, and includes
-    this one. `num_more_images` would decide what is undecided, in the next attempt. `unknown` is None without
-    unknown images; a second bundle that rejects fewer of them is worse.
+    Accuracies and differences are fractions. `new` and `removed` are classes of the second or
+    the first bundle only. `num_copies` near-duplicates, those of unknown images included, and
+    `trained_on` training images were left out. `suspects` are bundles some of whose training
+    images were found, but whose record of them is incomplete. `attempt` counts the comparisons
+    of `promote` with this first bundle, and includes this one. `num_more_images` would decide
+    what is undecided, in the next attempt. `unknown` is None without unknown images; a second
+    bundle that rejects fewer of them is worse.
     """
 
     first: BundleScore
@@ -127,7 +130,9 @@ class BundleComparison(StrictModel):
         text: str = self.verdict
         no_answer_differs = self.wins == self.losses == 0
         if self.unknown is not None:
-            no_answer_differs = no_answer_differs and self.unknown.wins == self.unknown.losses == 0
+            no_answer_differs = (
+                no_answer_differs and self.unknown.wins == self.unknown.losses == 0
+            )
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
         elif no_answer_differs and self.first.id == self.second.id:
@@ -139,7 +144,9 @@ class BundleComparison(StrictModel):
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
         if no_answer_differs:
             text += ", no answer differs"
-        points, low, high = (f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high))
+        points, low, high = (
+            f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)
+        )
         text += f": {points} points ({low} to {high}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
 
@@ -148,7 +155,11 @@ class BundleComparison(StrictModel):
         """What these photographs can show, and of which classes they show little, in one line."""
         shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
         text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
-        few = [f"{change.num_images} of {change.label}" for change in self.classes if change.num_images < FEW]
+        few = [
+            f"{change.num_images} of {change.label}"
+            for change in self.classes
+            if change.num_images < FEW
+        ]
         return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
 
     @property
@@ -160,8 +171,8 @@ class BundleComparison(StrictModel):
 class Promotion(StrictModel):
     """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
-    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is None for the
-    first bundle; `comparison` is None if nothing was compared.
+    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
+    None for the first bundle; `comparison` is None if nothing was compared.
     """
 
     time: Time
@@ -181,19 +192,37 @@ def _show(result: BundleComparison) -> None:
     rows = []
     for score in (result.first, result.second):
         interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
-        shares = (percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected))
-        rows.append((score.bundle, percent(score.top1.share), interval, f"{score.log_loss:.3f}", *shares))
+        shares = (
+            percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected)
+        )
+        rows.append(
+            (
+                score.bundle,
+                percent(score.top1.share),
+                interval,
+                f"{score.log_loss:.3f}",
+                *shares,
+            )
+        )
     print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
     class_rows = []
     for change in result.classes:
         shares = (percent(right / change.num_images) for right in (change.first, change.second))
         p_value = "" if change.p is None else f"{change.p:.2g}"
         class_rows.append(
-            (change.label, str(change.num_images), *shares, f"{change.wins}, {change.losses}", p_value)
+            (
+                change.label,
+                str(change.num_images),
+                *shares,
+                f"{change.wins}, {change.losses}",
+                p_value,
+            )
         )
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
     for change in result.new:
-        say(f"new class {change.label}: {change.second} of {change.num_images} correct, not counted")
+        say(
+            f"new class {change.label}: {change.second} of {change.num_images} correct, not counted"
+        )
     if result.removed:
         say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
     say(
@@ -216,8 +245,8 @@ def compare(
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
-    The photographs of classes of both bundles decide. Training images and near-duplicates are left out; so
-    are folders that are no class of either bundle, with a note.
+    The photographs of classes of both bundles decide. Training images and near-duplicates are
+    left out; so are folders that are no class of either bundle, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
@@ -269,7 +298,10 @@ def compare_loaded(
     all_labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _leave_out_seen(all_images, pair, notes)
-    labels, targets = images.labels, images.targets.astype(np.int64)  # a target is an index in *labels*
+    labels, targets = (
+        images.labels,
+        images.targets.astype(np.int64),
+    )  # a target is an index in *labels*
     common_labels = first_labels & second_labels
     is_common_C = np.array([label in common_labels for label in labels])
     common_N = is_common_C[targets]  # the photographs that decide; the others are only reported
@@ -290,9 +322,13 @@ def compare_loaded(
     shared = (images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
     first, second = _evaluate(pair[0], *shared), _evaluate(pair[1], *shared)
 
-    classes = compare_classes(labels, targets[common_N], first.right[common_N], second.right[common_N])
+    classes = compare_classes(
+        labels, targets[common_N], first.right[common_N], second.right[common_N]
+    )
     other_N = ~common_N
-    other_classes = compare_classes(labels, targets[other_N], first.right[other_N], second.right[other_N])
+    other_classes = compare_classes(
+        labels, targets[other_N], first.right[other_N], second.right[other_N]
+    )
     wins = sum(change.wins for change in classes)
     losses = sum(change.losses for change in classes)
     count, tolerated, attempt = int(common_N.sum()), tolerance / 100, num_earlier + 1
@@ -318,14 +354,17 @@ def compare_loaded(
 def read_promotions(link: Path) -> list[Promotion]:
     """Read the recorded moves of *link* and the refused ones, the oldest first.
 
-    A line that is not JSON is skipped: the machine stopped while it was written. Raises `ConfigError` for any
-    other line that cannot be read, as one of a later version: each attempt and each move counts.
+    A line that is not JSON is skipped: the machine stopped while it was written. Raises
+    `ConfigError` for any other line that cannot be read, as one of a later version: each
+    attempt and each move counts.
     """
     log, promotions = link.with_name(LOG), list[Promotion]()
     try:
         lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
     except OSError as error:
-        raise ConfigError(f"{log}: cannot be read ({error.strerror}); repair or move it away") from error
+        raise ConfigError(
+            f"{log}: cannot be read ({error.strerror}); repair or move it away"
+        ) from error
     for number, line in enumerate(lines, 1):
         try:
             fields = parse_json(line)
@@ -335,7 +374,11 @@ def read_promotions(link: Path) -> list[Promotion]:
             try:
                 promotions.append(validate_format(Promotion, fields))
             except ValueError as error:
-                advice = "" if isinstance(error, OtherVersionError) else "; repair or remove this line"
+                advice = (
+                    ""
+                    if isinstance(error, OtherVersionError)
+                    else "; repair or remove this line"
+                )
                 raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
     return promotions
 
@@ -358,7 +401,9 @@ def count_comparisons(link: Path) -> int:
     for promotion in read_promotions(link):
         compared = promotion.comparison
         if promotion.before == live and compared is not None:
-            different.add((promotion.after, compared.num_images, compared.wins, compared.losses))
+            different.add(
+                (promotion.after, compared.num_images, compared.wins, compared.losses)
+            )
     return len(different)
 
 
@@ -375,8 +420,8 @@ def _leave_out_seen(
 ) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns what was left out. A suspect is a bundle that was trained on some of the images, and whose
-    record is full: it may have seen more of them.
+    Also returns what was left out. A suspect is a bundle that was trained on some of the
+    images, and whose record is full: it may have seen more of them.
     """
     grouped = group_photographs(images)
     recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
@@ -384,20 +429,28 @@ def _leave_out_seen(
     for model in pair:
         name, origin = model.bundle.name, model.bundle.manifest.origin
         if origin is None or not origin.sample:
-            notes.append(f"{name}: its training images are not recorded; leave them out yourself")
+            notes.append(
+                f"{name}: its training images are not recorded; leave them out yourself"
+            )
             continue
         of_bundle_N = np.isin(grouped.file_hashes, origin.sample)
         recorded_N |= of_bundle_N
         if of_bundle_N.any() and len(origin.sample) == SAMPLED:
             suspects.append(name)
     if len(images) > MAX_SIGNATURES:
-        notes.append(f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out")
+        notes.append(
+            f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
+        )
     group_N = grouped.groups  # equal for near-duplicates
-    trained_on_N = np.isin(group_N, group_N[recorded_N])  # also the near-duplicates of recorded images
+    trained_on_N = np.isin(
+        group_N, group_N[recorded_N]
+    )  # also the near-duplicates of recorded images
     is_first_N = _are_first(group_N)
     kept_N = is_first_N & ~trained_on_N
     if not kept_N.any():
-        raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
+        raise DataError(
+            f"{images.root}: a bundle was trained on all of these photographs; give others"
+        )
     left_out: LeftOut = {
         "num_copies": int((~is_first_N & ~trained_on_N).sum()),
         "trained_on": int(trained_on_N.sum()),
@@ -408,7 +461,9 @@ def _leave_out_seen(
 
 def _are_first(group_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return the mask (N,) of the images that are the first of their group."""
-    _, first_G = np.unique(group_N, return_index=True)  # the index of the first image of each of G groups
+    _, first_G = np.unique(
+        group_N, return_index=True
+    )  # the index of the first image of each of G groups
     return np.isin(np.arange(len(group_N)), first_G)
 
 
@@ -435,10 +490,13 @@ def _evaluate(
     if unknown is not None:
         _, known_U = _predict_known(loaded, unknown, settings, on_image)
         rejected = ~known_U
-    # A class has two numbers: its target, the index in *labels*, and its output, the index in the bundle.
+    # A class has two numbers: its target, the index in *labels*, and its output, the index in
+    # the bundle.
     target_of_output = np.array([labels.index(label) for label in bundle.labels])
     right_N = target_of_output[logits_NC.argmax(axis=1)] == images.targets
-    labels_K = [labels[target] for target in images.targets[common_N]]  # of the K photographs in the mask
+    labels_K = [
+        labels[target] for target in images.targets[common_N]
+    ]  # of the K photographs in the mask
     outputs_K = np.array([bundle.labels.index(label) for label in labels_K])
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
@@ -447,7 +505,9 @@ def _evaluate(
         top1=Rate.of(int(right_N[common_N].sum()), len(labels_K)),
         log_loss=log_loss(logits_NC[common_N].astype(np.float64), outputs_K),
         accepted=Rate.of(int(known_N[common_N].sum()), len(labels_K)) if has_rule else None,
-        rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
+        rejected=Rate.of(int(rejected.sum()), len(rejected))
+        if has_rule and rejected is not None
+        else None,
     )
     return Evaluated(score, right_N, rejected)
 
@@ -484,8 +544,9 @@ def compare_classes(
             **_count_changes(first, second),
         )
         changes.append(change)
-    # Classes below `TESTABLE` cannot become significant, so they are left out of the correction. Which ones
-    # these are depends only on the sum of wins and losses, which says nothing about the better bundle.
+    # Classes below `TESTABLE` cannot become significant, so they are left out of the
+    # correction. Which ones these are depends only on the sum of wins and losses, which says
+    # nothing about the better bundle.
     tested = [change for change in changes if change.wins + change.losses >= TESTABLE]
     corrected = holm([mcnemar(change.wins, change.losses) for change in tested])
     p_values = {change.label: p for change, p in zip(tested, corrected, strict=True)}

@@ -1,8 +1,9 @@
 """`sopdeploy promote`: lead the link that a server follows to another bundle, if the evidence allows it.
 
-`promotions.jsonl` beside the link has one line for each move and for each attempt that was refused. The line
-is on disk before the link is moved. Trying again until a bundle passes would promote a worse one more often
-than stated, so each further comparison with one live bundle needs stronger evidence (`decide`).
+`promotions.jsonl` beside the link has one line for each move and for each attempt that was
+refused. The line is on disk before the link is moved. Trying again until a bundle passes would
+promote a worse one more often than stated, so each further comparison with one live bundle
+needs stronger evidence (`decide`).
 """
 
 import os
@@ -19,7 +20,14 @@ from sopdeploy.config import MAX_LINE, first_problem
 from sopdeploy.errors import ConfigError, PromotionError, StorageError, shorten
 from sopdeploy.evaluation.statistics import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
-from sopdeploy.files import MAX_NAMES_BYTES, move_link, os_reason, read_at_most, target_of, writing
+from sopdeploy.files import (
+    MAX_NAMES_BYTES,
+    move_link,
+    os_reason,
+    read_at_most,
+    target_of,
+    writing,
+)
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import (
     LOG,
@@ -37,7 +45,9 @@ from sopdeploy_service.settings import load_settings
 
 def _show(move: Promotion) -> None:
     """Print what the link leads to, and why."""
-    print_field(move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green")
+    print_field(
+        move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green"
+    )
     say(move.reason)
 
 
@@ -55,10 +65,10 @@ def promote(
 ) -> Promotion:
     """Move the link that a server follows to a bundle that is better or not worse, and record why.
 
-    A bundle is refused if it is worse, overall or in a class, or if the photographs do not show that it is
-    not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
-    attempt at the same live bundle needs stronger evidence. The new bundle is loaded before the move, which
-    checks its hashes and outputs.
+    A bundle is refused if it is worse, overall or in a class, or if the photographs do not show
+    that it is not worse. `promotions.jsonl` beside the link has the figures of each move and
+    refusal; each further attempt at the same live bundle needs stronger evidence. The new
+    bundle is loaded before the move, which checks its hashes and outputs.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -83,18 +93,27 @@ def promote(
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
     if force is not None and len(force) > MAX_LINE:
-        raise ConfigError(f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force")
-    before, has_live = _read_target(over), over.exists()  # a link may lead to a bundle that was deleted
+        raise ConfigError(
+            f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
+        )
+    before, has_live = (
+        _read_target(over),
+        over.exists(),
+    )  # a link may lead to a bundle that was deleted
     if has_live:
         if os.path.realpath(over) == os.path.realpath(new):
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
         if data is None and force is None:
-            raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
+            raise ConfigError(
+                "no photographs to compare with", remedies={"data": "DIR", "force": "REASON"}
+            )
     after = target_of(over, new)
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
-    if not has_live or data is None:  # nothing to compare with, or a forced move without photographs
+    if (
+        not has_live or data is None
+    ):  # nothing to compare with, or a forced move without photographs
         return _record_and_move(over, before, after, force or "first bundle", None, manifest)
     live = load_model(over, settings)
     comparison = compare_loaded(
@@ -103,24 +122,34 @@ def promote(
     )  # fmt: skip
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
     if objections and force is None:
-        _record_and_move(over, before, after, "; ".join(objections), comparison, manifest, refused=True)
+        _record_and_move(
+            over, before, after, "; ".join(objections), comparison, manifest, refused=True
+        )
         raise PromotionError(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
-    return _record_and_move(over, before, after, force or comparison.summary, comparison, manifest)
+    return _record_and_move(
+        over, before, after, force or comparison.summary, comparison, manifest
+    )
 
 
 def _move_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion of the live one, and record it."""
     live = _read_target(link)
     moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
-    previous = [move.before for move in moves if move.before]  # oldest first; a first bundle has none
+    previous = [
+        move.before for move in moves if move.before
+    ]  # oldest first; a first bundle has none
     if not previous:
         log = link.with_name(LOG)
-        raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
+        raise PromotionError(
+            f"{link}: {log} names no bundle before the live one; name the bundle to promote"
+        )
     after = target_of(link, link.parent / previous[-1])
-    loaded = load_model(link.parent / after, load_settings())  # raises an error for a damaged bundle
+    loaded = load_model(
+        link.parent / after, load_settings()
+    )  # raises an error for a damaged bundle
     return _record_and_move(link, live, after, "back", None, loaded.bundle.manifest)
 
 
@@ -134,7 +163,9 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
     if comparison.removed:
         objections.append(f"without the classes {shorten(comparison.removed)}")
     if comparison.suspects:
-        objections.append(f"{shorten(comparison.suspects)} may have been trained on more of the photographs")
+        objections.append(
+            f"{shorten(comparison.suspects)} may have been trained on more of the photographs"
+        )
     if old_name != new_name:
         objections.append(f"its name is {new_name}, but clients use {old_name}")
     return objections
@@ -145,7 +176,9 @@ def _read_target(link: Path) -> str | None:
     if not link.parent.is_dir():
         raise ConfigError(f"{link}: {link.parent} is no folder; create it")
     if link.exists() and not link.is_symlink():
-        raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
+        raise ConfigError(
+            f"{link}: not a link; name one, such as bundles/live, which need not exist yet"
+        )
     return read_link(link)
 
 
@@ -161,17 +194,22 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to *before*, and
-    `BundleError` if *after* has no longer the files of *manifest*, which were loaded and compared.
+    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to
+    *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
+    loaded and compared.
     """
-    user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for the user
+    user = os.environ.get("USER") or str(
+        os.getuid()
+    )  # a container may have no name for the user
     try:
         move = Promotion(
             time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
             refused=refused, comparison=comparison,
         )  # fmt: skip
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{link}: this move cannot be recorded, {first_problem(error)}") from error
+        raise ConfigError(
+            f"{link}: this move cannot be recorded, {first_problem(error)}"
+        ) from error
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)
@@ -183,8 +221,12 @@ def _record_and_move(
             read_files(link.parent / after, manifest, with_graph=False)
         recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
         if len(recorded) > MAX_NAMES_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere")
-        is_torn = bool(recorded) and not recorded.endswith(b"\n")  # its last line is not complete
+            raise ConfigError(
+                f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere"
+            )
+        is_torn = bool(recorded) and not recorded.endswith(
+            b"\n"
+        )  # its last line is not complete
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
         flush(log.fileno())

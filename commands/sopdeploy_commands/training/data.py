@@ -48,7 +48,8 @@ def check(
 ) -> "DataReport | list[WrongLabel]":
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
 
-    Exit code 2 means that a training run could not use the data. Duplicates do not change the exit code.
+    Exit code 2 means that a training run could not use the data. Duplicates do not change the
+    exit code.
 
     Example: sopdeploy data check photos/ --near
 
@@ -63,12 +64,16 @@ def check(
     if wrong_labels is None:
         from sopdeploy.photos.check import check_data
 
-        group_by_features = None  # then only the pixels tell near-duplicates: features need torch and weights
+        group_by_features = (
+            None  # then only the pixels tell near-duplicates: features need torch and weights
+        )
         if near and find_spec("torch") is not None:
             from sopdeploy.training.few_shot import default_network
 
             if default_network.has_default_weights():
-                group_by_features = partial(default_network.group_by_features, on_image=on_image)
+                group_by_features = partial(
+                    default_network.group_by_features, on_image=on_image
+                )
         return check_data(path, near=near, group_by_features=group_by_features)
     data_folder(path)  # before the import, which takes seconds
     from sopdeploy.report.wrong_labels import find_wrong_labels
@@ -90,12 +95,19 @@ def _print_report(report: "DataReport") -> None:
         lines.append(f"{part.name}, rarest classes first: {listed}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
     if report.formats:  # empty if no image was decoded
-        lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items()))
-        for name, (low, median, high) in (("shorter", report.shorter_side), ("longer", report.longer_side)):
+        lines.append(
+            "formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items())
+        )
+        for name, (low, median, high) in (
+            ("shorter", report.shorter_side),
+            ("longer", report.longer_side),
+        ):
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
         lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
         if report.near is not None:
-            lines += _duplicate_lines("near-duplicates", "at least 60 % of equal parts", report.near)
+            lines += _duplicate_lines(
+                "near-duplicates", "at least 60 % of equal parts", report.near
+            )
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]  # the latter are problems of class folders
@@ -110,7 +122,10 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
     """Summarize the *groups* of images and list them, the most harmful ones first."""
     if not groups:
         return [f"{name}: none"]
-    across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)
+    across, differ = (
+        sum(group.across for group in groups),
+        sum(group.labels_differ for group in groups),
+    )
     summary = (
         f"{name}: {amount(len(groups), 'group')} with {content}, {across} in both "
         f"training and held-out data, {differ} in different classes"

@@ -75,7 +75,11 @@ class Evaluation:
             **self.facts,
             "mirror": self.mirror,
             "notes": list(self.notes),
-            **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
+            **(
+                {}
+                if self.decision is None
+                else {"decision": self.decision.model_dump(mode="json")}
+            ),
             **self.metrics.model_dump(mode="json"),
         }
 
@@ -85,7 +89,9 @@ def _show(evaluation: Evaluation) -> None:
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
     mirrored = " with their mirror images" if evaluation.mirror else ""
-    section = describe_predictions(evaluation.metrics, f"{evaluation.metrics.count} images{mirrored}")
+    section = describe_predictions(
+        evaluation.metrics, f"{evaluation.metrics.count} images{mirrored}"
+    )
     say(*section.text)
     for table in section.tables:
         if table.rows and len(table.columns) <= MAX_COLUMNS:
@@ -106,12 +112,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint or a bundle on a folder of images.
 
-    Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
-    intervals. If a rejection threshold was fitted, the output includes the fraction of accepted images. A
-    network with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of
-    each class at its threshold.
-    --fit-decision is for imported checkpoints, and for other images than those of a run, which fits both at
-    its end. The metrics are those before the fit.
+    Classes are matched by name; classes without images are named and left out. Accuracies have
+    Wilson 95 % intervals. If a rejection threshold was fitted, the output includes the fraction
+    of accepted images. A network with several classes per image needs a folder with
+    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision is
+    for imported checkpoints, and for other images than those of a run, which fits both at its
+    end. The metrics are those before the fit.
 
     Example: sopdeploy eval runs/latest/best.pt --data test-photos
 
@@ -154,14 +160,18 @@ def evaluate(
             path, data, accepts=accepts, workers=options.workers, **shared
         )
         if options.fit_decision is not None:
-            write_checkpoint(options.fit_decision, replace(checkpoint, decision=fitted_decision))
+            write_checkpoint(
+                options.fit_decision, replace(checkpoint, decision=fitted_decision)
+            )
     return Evaluation(
         source=str(source),
         kind=kind,
         facts=facts,
         metrics=measure_predictions(scores, labels),
         labels=labels,
-        scores=tuple(scores) if isinstance(scores, list) else scores,  # a list with one class per image
+        scores=tuple(scores)
+        if isinstance(scores, list)
+        else scores,  # a list with one class per image
         decision=fitted_decision,
         mirror=options.mirror,
         notes=tuple(notes),
@@ -172,7 +182,9 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
     """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
     for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
-            raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
+            raise ConfigError(
+                f"only for a {needed}, this is a {kind}; omit it", setting=setting
+            )
     fitted = options.fit_decision
     if fitted is not None and options.mirror:
         message = "decides about the image alone, as a server does; omit mirror"

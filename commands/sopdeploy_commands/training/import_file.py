@@ -36,7 +36,9 @@ class ImportOptions(Options):
 def _show(report: "ImportReport") -> None:
     """Print what was mapped and written."""
     rules = report.preprocess
-    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
+    mean, std = (
+        ", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std)
+    )
     geometry = f"resize {rules.resize}, crop {rules.crop}"
     print_field("found", report.looks_like)
     print_field("mapped", f"{report.num_tensors} tensors as {report.model}")

@@ -29,26 +29,44 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     """Print the catalog by family, then those of *models* that are not in it."""
     from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
-    registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}
-    families = [*FAMILIES, ("Networks of other packages", registered)] if registered else FAMILIES
+    registered = {
+        model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG
+    }
+    families = (
+        [*FAMILIES, ("Networks of other packages", registered)] if registered else FAMILIES
+    )
     for heading, entries in families:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
         for name, network in entries.items():
-            table.add_row(name, network.summary, f"{network.image_size} px", f"{network.num_classes} classes")
+            table.add_row(
+                name,
+                network.summary,
+                f"{network.image_size} px",
+                f"{network.num_classes} classes",
+            )
         out.print(Text(heading, "bold"))
         out.print(table)
         out.print()
-    out.print("[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps")
-    out.print("[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches")
+    out.print(
+        "[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps"
+    )
+    out.print(
+        "[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches"
+    )
 
 
 def _show_description(description: "Description") -> None:
     """Print the counts, the options with their values, and the published numbers."""
     parts = {f"  {part}": counts for part, counts in description.parts.items()}
     counted = {"training": description.training, **parts, "deployed": description.shipped}
-    say(f"{description.name} for {description.num_classes} classes at {description.image_size} pixels")
-    rows = ((Text(name), f"{counts.parameters:,}", f"{counts.macs:,}") for name, counts in counted.items())
+    say(
+        f"{description.name} for {description.num_classes} classes at {description.image_size} pixels"
+    )
+    rows = (
+        (Text(name), f"{counts.parameters:,}", f"{counts.macs:,}")
+        for name, counts in counted.items()
+    )
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
     if description.config.get("conv5_stride") == 1:
@@ -65,7 +83,10 @@ def _show_description(description: "Description") -> None:
             f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
         )
     options = []
-    for key, value in description.config.items():  # a pooling by its kind, text without quotes, else JSON
+    for (
+        key,
+        value,
+    ) in description.config.items():  # a pooling by its kind, text without quotes, else JSON
         short = value.get("kind", value) if isinstance(value, dict) else value
         options.append(f"{key}={short if isinstance(short, str) else json.dumps(short)}")
     say(f"features: {description.representation}", f"options: {', '.join(options)}")
@@ -98,7 +119,9 @@ def models(
 
     if name is None:
         if option or image_size or num_classes:
-            raise ConfigError("no network to describe; give a name of `sopdeploy models` before the options")
+            raise ConfigError(
+                "no network to describe; give a name of `sopdeploy models` before the options"
+            )
         return [{"name": known, "summary": entry(known).summary} for known in list_models()]
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config

@@ -1,10 +1,11 @@
 """Choose among networks by accuracy and time: `sopdeploy train --models A,B --within 20ms`.
 
-It asks first whether the start weights can be reached. Each network is then built with random weights and the
-head that the few-shot procedure fits, exported, and measured on one thread. Those that are fast enough are
-cross-validated with their start weights, so that only these are downloaded. Without `--models`, the networks
-are those of `choices.toml`, and one whose weights cannot be reached is skipped. Of the most accurate one and
-those that do not differ from it significantly, the fastest is chosen.
+It asks first whether the start weights can be reached. Each network is then built with random
+weights and the head that the few-shot procedure fits, exported, and measured on one thread.
+Those that are fast enough are cross-validated with their start weights, so that only these are
+downloaded. Without `--models`, the networks are those of `choices.toml`, and one whose weights
+cannot be reached is skipped. Of the most accurate one and those that do not differ from it
+significantly, the fastest is chosen.
 """
 
 import statistics
@@ -72,39 +73,57 @@ def choose_network(
 ) -> tuple[NetworkScore, ...]:
     """Measure and cross-validate networks; `chosen` is the fastest of the best.
 
-    It sets the threads of torch, and downloads the weights of the networks that need at most *within*
-    milliseconds; only these are cross-validated. *configured* are the recipes by name, with what is known of
-    each run. With *may_skip*, networks whose weights cannot be reached are skipped.
-    Raises `ConfigError` if all networks take longer, or if one would not be trained by the few-shot
-    procedure, and the errors of `fetch_weights`.
+    It sets the threads of torch, and downloads the weights of the networks that need at most
+    *within* milliseconds; only these are cross-validated. *configured* are the recipes by name,
+    with what is known of each run. With *may_skip*, networks whose weights cannot be reached
+    are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
+    trained by the few-shot procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data = open_data(shared.data) if given.data is None else given.data
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
-        torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
+        torch.set_num_threads(
+            shared.threads
+        )  # as in the run, which then finds the features in the cache
     recipes = select_procedures(configured, data)
-    reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)  # before the measurements
+    reachable = fetch_weights(
+        recipes, callback, may_skip=may_skip, download=False
+    )  # before the measurements
     speeds = measure_networks(recipes, len(data.train.labels), callback)
-    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
+    fast = [
+        name for name, speed in speeds.items() if within is None or speed.milliseconds <= within
+    ]
     if not fast:
         name, speed = min(speeds.items(), key=lambda pair: pair[1].milliseconds)
         fastest = f"the fastest is {name} with {speed.milliseconds:.1f} ms"
-        raise ConfigError(f"no network needs at most {within:g} ms; {fastest}", setting="within")
+        raise ConfigError(
+            f"no network needs at most {within:g} ms; {fastest}", setting="within"
+        )
     candidates = {name: recipes[name] for name in fast if name in reachable}
     if not candidates:
-        raise WeightsError(f"the weights of {shorten(fast)}, which are fast enough, cannot be reached")
+        raise WeightsError(
+            f"the weights of {shorten(fast)}, which are fast enough, cannot be reached"
+        )
     validated = {}
     for name in fetch_weights(candidates, callback, may_skip=may_skip):
         weights = configured[name][1].weights
         try:
-            validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
+            validated[name] = score_network(
+                recipes[name], data.train, weights, strategy, callback
+            )
         except DataError as error:  # perhaps of a damaged image, which the run names
             data = leave_out_unreadable(data, error)
-            validated[name] = score_network(recipes[name], data.train, weights, strategy, callback)
+            validated[name] = score_network(
+                recipes[name], data.train, weights, strategy, callback
+            )
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
-    as_good = [name for name, network in validated.items() if not is_significantly_better(best, network)]
+    as_good = [
+        name
+        for name, network in validated.items()
+        if not is_significantly_better(best, network)
+    ]
     chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
     scores = []
     for name, speed in speeds.items():
@@ -119,13 +138,19 @@ def choose_network(
     return tuple(scores)
 
 
-def select_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Split) -> dict[str, Recipe]:
+def select_procedures(
+    configured: Mapping[str, tuple[Recipe, Given]], data: Split
+) -> dict[str, Recipe]:
     """Return the recipes with the procedure for *data*; raise `ConfigError` if it does not fit a head."""
     count = len(data.train)
-    recipes = {name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()}
+    recipes = {
+        name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()
+    }
     for name, recipe in recipes.items():
         if recipe.starts_random or not isinstance(recipe.procedure, HeadOptions):
-            reason = f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            reason = (
+                f"the procedure {recipe.procedure.kind} trains it, without cross-validation"
+            )
             if recipe.starts_random:
                 reason = "all its weights are random, so there is nothing to cross-validate yet"
             advice = "choose a network with --set model.name"
@@ -134,7 +159,9 @@ def select_procedures(configured: Mapping[str, tuple[Recipe, Given]], data: Spli
     return recipes
 
 
-def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
+def measure_networks(
+    recipes: Mapping[str, Recipe], classes: int, callback: Callback
+) -> dict[str, Speed]:
     """Export the network of each of *recipes* with random weights; measure its size and time for an image."""
     onnxruntime = import_onnxruntime()
     graphs: dict[str, bytes] = {}
@@ -149,12 +176,17 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
         # Random weights can give denormal numbers, which a processor computes slowly.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         sessions = {
-            name: onnxruntime.InferenceSession(graph, options, [CPU]) for name, graph in graphs.items()
+            name: onnxruntime.InferenceSession(graph, options, [CPU])
+            for name, graph in graphs.items()
         }
-        runs = {name: partial(session.run, None, {INPUT: images[name]}) for name, session in sessions.items()}
+        runs = {
+            name: partial(session.run, None, {INPUT: images[name]})
+            for name, session in sessions.items()
+        }
         return measure_alternately(runs)
 
-    # `set_denormal_as_zero` changes the floating-point mode of the thread, so the sessions have their own.
+    # `set_denormal_as_zero` changes the floating-point mode of the thread, so the sessions have
+    # their own.
     with ThreadPoolExecutor(1) as thread:
         times = thread.submit(run_alternately).result()
     return {
@@ -181,9 +213,9 @@ def fetch_weights(
 ) -> list[str]:
     """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
 
-    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that cannot be are
-    missing, and a warning names them. Raises `WeightsError` for the first one without *may_skip*, and if none
-    can be fetched.
+    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that
+    cannot be are missing, and a warning names them. Raises `WeightsError` for the first one
+    without *may_skip*, and if none can be fetched.
     """
     problems: dict[str, WeightsError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
@@ -199,10 +231,14 @@ def fetch_weights(
         return list(recipes)
     first = next(iter(problems.values())).message
     if len(problems) == len(recipes):
-        advice = f"put files named like {file_stem(next(iter(recipes)))}.safetensors into a folder"
+        advice = (
+            f"put files named like {file_stem(next(iter(recipes)))}.safetensors into a folder"
+        )
         message = f"no weights of {shorten(list(problems))} can be reached ({first}); {advice}"
         raise WeightsError(message, remedies={"weights": "FOLDER"})
-    callback.on_warning(f"skipped, because their weights cannot be reached: {', '.join(problems)} ({first})")
+    callback.on_warning(
+        f"skipped, because their weights cannot be reached: {', '.join(problems)} ({first})"
+    )
     return [name for name in recipes if name not in problems]
 
 
@@ -223,10 +259,14 @@ def score_network(
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
     right = None
-    if not images.is_multi_label:  # one class per image, so that a prediction is either right or wrong
+    if (
+        not images.is_multi_label
+    ):  # one class per image, so that a prediction is either right or wrong
         right = validation.shifted_logits.argmax(axis=1) == images.targets
     if (score := validation.score()) is None:
-        raise DataError("networks cannot be compared: fewer than two classes have two different photographs")
+        raise DataError(
+            "networks cannot be compared: fewer than two classes have two different photographs"
+        )
     return Validated(score, right, validation.groups)
 
 
@@ -236,5 +276,8 @@ def is_significantly_better(best: Validated, other: Validated) -> bool:
         return other.score.value < best.score.low
     first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group
     best_right, other_right = best.right[first_G], other.right[first_G]
-    wins, losses = int((best_right & ~other_right).sum()), int((other_right & ~best_right).sum())
+    wins, losses = (
+        int((best_right & ~other_right).sum()),
+        int((other_right & ~best_right).sum()),
+    )
     return difference_interval(wins, losses, len(first_G)).low > 0

@@ -34,7 +34,9 @@ def _describe_origin(origin: Origin | None) -> RunRow:
     if origin is None:
         return RunRow()
     num_images, num_classes = origin.num_images, origin.num_classes
-    return RunRow(date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes)
+    return RunRow(
+        date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes
+    )
 
 
 def _show(rows: list[RunRow]) -> None:
@@ -46,7 +48,15 @@ def _show(rows: list[RunRow]) -> None:
     for row in rows:
         estimate = row.estimate.partition(" (")[0]  # without its interval
         state = "newest" if row.newest else row.problem
-        cells = row.date[:19], row.run, row.num_images, row.num_classes, estimate, row.bundle, state
+        cells = (
+            row.date[:19],
+            row.run,
+            row.num_images,
+            row.num_classes,
+            estimate,
+            row.bundle,
+            state,
+        )
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     for line in table:
@@ -63,14 +73,20 @@ def runs() -> list[RunRow]:
 
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
-    for path, manifest, why_not_served, *_ in list_bundles(Path("bundles")):  # the newest one is served
+    for path, manifest, why_not_served, *_ in list_bundles(
+        Path("bundles")
+    ):  # the newest one is served
         row = RunRow()  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
-            row = row_of_run.get(run_id, _describe_origin(manifest.origin))  # the run may be elsewhere
+            row = row_of_run.get(
+                run_id, _describe_origin(manifest.origin)
+            )  # the run may be elsewhere
             row = replace(row, project=manifest.project, date=manifest.exported_at)
-        rows.append(replace(row, bundle=path.name, newest=not why_not_served, problem=why_not_served))
+        rows.append(
+            replace(row, bundle=path.name, newest=not why_not_served, problem=why_not_served)
+        )
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: row.date, reverse=True)
 

@@ -21,7 +21,12 @@ from sopdeploy.photos.files import check_takes_output
 from sopdeploy.photos.folder import open_any_images, open_folder
 from sopdeploy.photos.photo import Split
 from sopdeploy.project import Name, folder_project
-from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
+from sopdeploy.training.recipe_files import (
+    list_recipes,
+    parse_override,
+    read_values,
+    recipe_text,
+)
 from sopdeploy.training.results import NetworkScore, read_result
 
 if TYPE_CHECKING:
@@ -34,7 +39,9 @@ if TYPE_CHECKING:
     from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
-RECIPE_NETWORK = ""  # stands for the name of the only network, that of the recipe, if none is chosen
+RECIPE_NETWORK = (
+    ""  # stands for the name of the only network, that of the recipe, if none is chosen
+)
 NO_FILES = ("imagenet", "none")  # start weights that are no file
 RESUME: dict[str, bool | Literal["auto"]] = {"never": False, "always": True, "auto": "auto"}
 
@@ -59,11 +66,12 @@ class TrainOptions(Options):
     """Networks, separated by commas: train the most accurate one by cross-validation."""
     within: Text = None
     """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms.
-    Without `--models`, of the networks of a list; those whose weights cannot be reached are skipped."""
+    Without `--models`, of the networks of a list; those whose weights cannot be reached are
+    skipped."""
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
-    imagenet for a folder of images without a recipe. With several networks, one for each, separated by
-    commas, or a folder of files that are named like the networks."""
+    imagenet for a folder of images without a recipe. With several networks, one for each,
+    separated by commas, or a folder of files that are named like the networks."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
@@ -78,23 +86,30 @@ class TrainOptions(Options):
     def per_network(self, settings: Mapping[str, Any] = {}) -> "dict[str, TrainOptions]":
         """Return the options that train each network alone, by its name.
 
-        The networks are those of `models`, or with `within` alone those of the built-in list; without both,
-        these options have the name `RECIPE_NETWORK`. *settings*, further values of the recipe, are only
-        checked: they may not name a network. If `weights` is a folder, networks of the built-in list without
-        a file in it are left out. Raises `ConfigError` for another number of `weights` than of networks, and
-        for options that do not fit together, and `WeightsError` if a network of `models`, or each of the
-        built-in list, has no file in the folder.
+        The networks are those of `models`, or with `within` alone those of the built-in list;
+        without both, these options have the name `RECIPE_NETWORK`. *settings*, further values
+        of the recipe, are only checked: they may not name a network. If `weights` is a folder,
+        networks of the built-in list without a file in it are left out. Raises `ConfigError`
+        for another number of `weights` than of networks, and for options that do not fit
+        together, and `WeightsError` if a network of `models`, or each of the built-in list, has
+        no file in the folder.
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
         setting = "within" if self.models is None else "models"
         if self.resume != "never":
-            raise ConfigError("not with resume, which continues the network of a run", setting=setting)
+            raise ConfigError(
+                "not with resume, which continues the network of a run", setting=setting
+            )
         if self.within is not None:
             _parse_milliseconds(self.within)  # raises the error of an invalid time
         changes = [*map(parse_override, self.set), *settings.items()]
-        tables = [value for key, value in changes if key == "model" and isinstance(value, Mapping)]
-        if any(key == "model.name" for key, _ in changes) or any("name" in table for table in tables):
+        tables = [
+            value for key, value in changes if key == "model" and isinstance(value, Mapping)
+        ]
+        if any(key == "model.name" for key, _ in changes) or any(
+            "name" in table for table in tables
+        ):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
         options = {}
         resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
@@ -143,7 +158,10 @@ def print_result(result: "TrainingResult") -> None:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     say(*result.procedure.lines())
     if result.mistakes:
-        texts = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
+        texts = [
+            f"{count} x {true} predicted as {predicted}"
+            for true, predicted, count in result.mistakes
+        ]
         say(f"most frequent mistakes: {', '.join(texts)}")
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
@@ -151,7 +169,11 @@ def print_result(result: "TrainingResult") -> None:
         say(result.previous)
     steps = result.procedure.describe_time()
     time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
-    say(f"page: {result.report}", time, f"next: sopdeploy export {quote(str(result.best))} --detach")
+    say(
+        f"page: {result.report}",
+        time,
+        f"next: sopdeploy export {quote(str(result.best))} --detach",
+    )
 
 
 @command(print_result, options={"data", "recipe", "out"}, distributed=True)
@@ -168,9 +190,9 @@ def train(
 ) -> "TrainingResult":
     """Train an image classifier on a folder of images with one subfolder per class.
 
-    It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export` converts, and
-    report.html, which shows confusions and the worst mistakes. Ctrl-C and SIGTERM save and stop; `--resume
-    always` continues bit for bit.
+    It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export`
+    converts, and report.html, which shows confusions and the worst mistakes. Ctrl-C and SIGTERM
+    save and stop; `--resume always` continues bit for bit.
 
     Example: sopdeploy train --data photos/
 
@@ -227,17 +249,27 @@ def train(
             from sopdeploy_commands.training.network_choice import choose_network
 
             within = None if options.within is None else _parse_milliseconds(options.within)
-            if out is not None:  # raises the error of another run there before minutes of measurements
+            if (
+                out is not None
+            ):  # raises the error of another run there before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-            if skipped := [name for name in options.networks() if name not in networks_to_train]:
-                observer.on_warning(f"skipped, because {options.weights} lacks them: {', '.join(skipped)}")
-            networks = choose_network(networks_to_train, within, observer, may_skip=options.models is None)
+            if skipped := [
+                name for name in options.networks() if name not in networks_to_train
+            ]:
+                observer.on_warning(
+                    f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
+                )
+            networks = choose_network(
+                networks_to_train, within, observer, may_skip=options.models is None
+            )
             chosen = next(network.name for network in networks if network.chosen)
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
         resume = RESUME[options.resume]
         folder = out or numbered_folder(str(selected.project), strategy, resume=bool(resume))
-        run = train_run(selected, folder, resume=resume, callback=observer, strategy=strategy, given=given)
+        run = train_run(
+            selected, folder, resume=resume, callback=observer, strategy=strategy, given=given
+        )
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -245,9 +277,13 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         before = list_runs_before(folder, selected.project)
-        mistakes = write_run_page(run, folder, on_image, networks, before)  # the most frequent ones first
+        mistakes = write_run_page(
+            run, folder, on_image, networks, before
+        )  # the most frequent ones first
         decisions = (run.fit.decision, None if previous is None else previous.decision)
-        rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
+        rule, rule_before = (
+            None if decision is None else decision.rejection for decision in decisions
+        )
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     changes = "" if previous is None else _describe_changes(previous, run.setup)
@@ -271,14 +307,19 @@ def read_request(
 ) -> TrainRequest:
     """Read the recipe of each network and the run to start from; writes no file.
 
-    First raises the error of a path or a text that `train` cannot use, before torch is imported.
+    First raises the error of a path or a text that `train` cannot use, before torch is
+    imported.
     """
     opened = None
     for assignment in options.set:
-        parse_override(assignment)  # for its errors; the values are read in `configure`, with the recipe
+        parse_override(
+            assignment
+        )  # for its errors; the values are read in `configure`, with the recipe
     if recipe is not None:
         read_values(recipe)  # for its errors, too
-    elif data is not None and not options.set and not settings:  # changes may need images of another form
+    elif (
+        data is not None and not options.set and not settings
+    ):  # changes may need images of another form
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
@@ -296,7 +337,9 @@ def read_request(
             try:
                 start_files[name] = check_is_weights(expand_user(weights))
             except WeightsError as error:
-                raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
+                raise WeightsError(
+                    f"{error}, or {' or '.join(NO_FILES)}", setting="weights"
+                ) from error
     if unknown is not None:
         open_any_images(unknown)  # raises its errors
 
@@ -307,7 +350,9 @@ def read_request(
     networks = {}
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
-        networks[name] = configure(data, recipe, network_options, settings, previous, opened, start_file)
+        networks[name] = configure(
+            data, recipe, network_options, settings, previous, opened, start_file
+        )
     return TrainRequest(networks, previous)
 
 
@@ -315,16 +360,18 @@ def _parse_milliseconds(text: str) -> float:
     """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
     if match is None:
-        raise ConfigError(f"{text!r} is no time; give milliseconds, such as 20ms", setting="within")
+        raise ConfigError(
+            f"{text!r} is no time; give milliseconds, such as 20ms", setting="within"
+        )
     return float(match[1])
 
 
 def read_previous(source: Path) -> "Checkpoint":
     """Read the best checkpoint of the run that *source* gives.
 
-    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises `ConfigError` if the
-    run of a bundle is not there or is another one by now, or if a checkpoint is not of a run, and the errors
-    of `read_checkpoint`.
+    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises
+    `ConfigError` if the run of a bundle is not there or is another one by now, or if a
+    checkpoint is not of a run, and the errors of `read_checkpoint`.
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
@@ -334,9 +381,13 @@ def read_previous(source: Path) -> "Checkpoint":
     if has_manifest(source):  # a bundle names its run
         exported_from = read_manifest(source).origin
         if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
-            raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+            raise ConfigError(
+                f"{source}: its run is not in {RUNS}; give the run", setting="from"
+            )
         run, run_id = RUNS / exported_from.run, exported_from.run_id
-    best = run / "best.pt" if (run / "best.pt").is_file() else run  # *source* can be the checkpoint itself
+    best = (
+        run / "best.pt" if (run / "best.pt").is_file() else run
+    )  # *source* can be the checkpoint itself
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
@@ -356,7 +407,9 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(result_before.rows())["accuracy"]
-    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
+    return (
+        f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
+    )
 
 
 def configure(
@@ -370,9 +423,10 @@ def configure(
 ) -> "tuple[Recipe, Given]":
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
-    Without a recipe and a network, a weight file determines the network. Returns the recipe, and what is
-    known: *opened* are the data, if they are opened, and *start_file* is the file of the start weights, if it
-    is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
+    Without a recipe and a network, a weight file determines the network. Returns the recipe,
+    and what is known: *opened* are the data, if they are opened, and *start_file* is the file
+    of the start weights, if it is checked. Raises `ConfigError` if there are no data and no
+    recipe, or if a value is invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
@@ -382,7 +436,9 @@ def configure(
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     if recipe is not None and previous is not None:
-        raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
+        raise ConfigError(
+            "not with a recipe, which the run has; omit one of them", setting="from"
+        )
     previous_recipe = None if previous is None else previous.training["recipe"]
     source = recipe or FOLDER_RECIPE  # without a previous recipe, this one is read
     option_values = {
@@ -395,14 +451,18 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
-    protects = previous is not None and "procedure.margins" not in keys  # the classes of the previous run
+    protects = (
+        previous is not None and "procedure.margins" not in keys
+    )  # the classes of the previous run
     if protects and isinstance(changed.procedure, HeadOptions):
         procedure = changed.procedure.model_copy(update={"margins": True})
         changed = changed.model_copy(update={"procedure": procedure})
     start_weights = None if changed.start is None else changed.start.weights
     names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
     weights: WeightSource | None = start_file
-    if not names_network and isinstance(start_weights, Path):  # then the weights determine the network
+    if not names_network and isinstance(
+        start_weights, Path
+    ):  # then the weights determine the network
         path = expand_user(start_weights)
         if start_file is None and path.is_file():
             start_file = check_is_weights(path)

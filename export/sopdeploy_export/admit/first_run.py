@@ -17,9 +17,9 @@ from sopdeploy_export.state import attributes_restored
 def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
     """Give *network* the buffers that its first run creates or replaces; return their names.
 
-    These are buffers that the state dict does not store, such as a table of positions for the size of the
-    images. They are those of a run on images without values, so a buffer that depends on the images is not
-    among them.
+    These are buffers that the state dict does not store, such as a table of positions for the
+    size of the images. They are those of a run on images without values, so a buffer that
+    depends on the images is not among them.
     """
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in tensors(network).values()), images.device)
@@ -27,7 +27,8 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     before = unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
-    # Only now, because a run without values can leave such tensors in objects that are not restored.
+    # Only now, because a run without values can leave such tensors in objects that are not
+    # restored.
     unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
     created = _changed_buffers(network, unknown, before)
     owners = dict(modules(network))
@@ -67,7 +68,9 @@ def turn_into_attributes(network: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def prepared_in_place(given: nn.Module, logits: str | int | None, preprocess: Preprocess) -> Iterator[None]:
+def prepared_in_place(
+    given: nn.Module, logits: str | int | None, preprocess: Preprocess
+) -> Iterator[None]:
     """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers.
 
     At the end, its attributes are as before.

@@ -44,20 +44,28 @@ def unwrap(network: nn.Module) -> nn.Module:
 def check_backend(where: str, compiled: Any) -> None:
     """Raise `LoweringError` unless inductor compiled; another backend can compute anything."""
     if compiled.get_compiler_config() is None:  # only inductor has one
-        raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
+        raise LoweringError(
+            f"{where} is compiled with a backend of its own; export it before it is compiled"
+        )
 
 
 def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     """Return *network*, unwrapped and not copied; raise `LoweringError` for modules that are not accepted."""
     if not isinstance(network, nn.Module):
-        raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
+        raise LoweringError(
+            f"the {role} network is a {type(network).__name__}, not a torch.nn.Module"
+        )
     network = unwrap(network)
     for name, module in modules(network):
         where = f"{name} of the {role} network" if name else f"the whole {role} network"
         if isinstance(module, torch.jit.ScriptModule):
-            raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
+            raise LoweringError(
+                f"{where} is a ScriptModule; export the module that was scripted or traced"
+            )
         if isinstance(module, LazyModuleMixin):
-            raise LoweringError(f"{where} is not initialized; run the network once before the export")
+            raise LoweringError(
+                f"{where} is not initialized; run the network once before the export"
+            )
         if isinstance(module, OptimizedModule):
             raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
         if vars(module).get("_compiled_call_impl") is not None:
@@ -66,11 +74,15 @@ def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
 
 
 def checked_copy(
-    network: nn.Module, role: str, logits: str | int | None = None, removed: tuple[str, ...] = ()
+    network: nn.Module,
+    role: str,
+    logits: str | int | None = None,
+    removed: tuple[str, ...] = (),
 ) -> nn.Module:
     """Copy *network*, unwrapped, to the CPU in eval mode; *logits* says which of its outputs to export.
 
-    Raises `LoweringError` for modules, and for tensors outside of *removed* parts, that are not accepted.
+    Raises `LoweringError` for modules, and for tensors outside of *removed* parts, that are not
+    accepted.
     """
     network = unwrap_and_check(network, role)
     check_tensors(network, removed)
@@ -87,7 +99,9 @@ def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
     """
     broken = []
     for name, tensor in tensors(network).items():
-        learns = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        learns = isinstance(tensor, nn.Parameter) or name.endswith(
+            ("running_mean", "running_var")
+        )
         is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)
         if bool(is_broken.any()) and not is_in(name, *removed):
             broken.append(name)

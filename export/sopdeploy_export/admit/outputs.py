@@ -49,14 +49,19 @@ class FirstRuns(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def check_first_runs(deployed: Deployed, preprocess: Preprocess, classes: int | None, role: str) -> FirstRuns:
+def check_first_runs(
+    deployed: Deployed, preprocess: Preprocess, classes: int | None, role: str
+) -> FirstRuns:
     """Run the network twice on four probe images and twice on one; check shape, finiteness and state.
 
-    Raises the errors of `check_finite`, and `LoweringError` if the network fails, returns no (B, classes)
-    logits, returns probabilities or reads tensors in Python code, or if the last two runs change other state
-    than attributes of modules, or return other logits.
+    Raises the errors of `check_finite`, and `LoweringError` if the network fails, returns no
+    (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last
+    two runs change other state than attributes of modules, or return other logits.
     """
-    images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
+    images, network = (
+        torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]),
+        deployed.network,
+    )
     before = read_state(network)
     first_logits = run_and_check(deployed, images, role, classes)
     run_and_check(deployed, images[:1], role, classes)
@@ -65,11 +70,14 @@ def check_first_runs(deployed: Deployed, preprocess: Preprocess, classes: int | 
     with InPlaceWrites(network) as writes, PythonReads() as reads:
         run_and_check(deployed, images[:1], role, classes)
     logits = run_and_check(deployed, images, role, classes)
-    # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
+    # A write through `tensor.data` changes no version, so `first_change` misses it and `writes`
+    # has it.
     changed = [*changes(after_first, read_state(network)), *writes.written]
     written = () if writes.written else written_attributes(network, changed)
     if changed and not written:
-        raise LoweringError(f"{changed[0]} changes while the {role} network runs; {NOT_IN_EVAL}")
+        raise LoweringError(
+            f"{changed[0]} changes while the {role} network runs; {NOT_IN_EVAL}"
+        )
     if reads.first is not None:
         raise LoweringError(
             f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
@@ -77,10 +85,14 @@ def check_first_runs(deployed: Deployed, preprocess: Preprocess, classes: int | 
         )
     check_finite(logits, role)
     if not torch.equal(first_logits, logits):
-        raise LoweringError(f"the {role} network returns other logits in a second run, as random numbers do")
+        raise LoweringError(
+            f"the {role} network returns other logits in a second run, as random numbers do"
+        )
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
-        warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
+        warnings.append(
+            f"the {role} network returns the same logits for every probe image; is it trained?"
+        )
     if bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
         raise LoweringError(
             f"the {role} network returns probabilities, to which the service would apply a softmax; return "
@@ -92,7 +104,9 @@ def check_first_runs(deployed: Deployed, preprocess: Preprocess, classes: int | 
 def check_finite(logits: Tensor, role: str) -> None:
     """Raise `LoweringError`, or `CertificateError` for the detached network, unless *logits* are finite."""
     if not bool(torch.isfinite(logits).all()):
-        if role == "detached":  # those of the trained network were finite, so a stub's NaN is in these
+        if (
+            role == "detached"
+        ):  # those of the trained network were finite, so a stub's NaN is in these
             raise CertificateError(
                 "the output depends on a removed part: without its values, the logits are NaN or infinite; "
                 "keep this part",
@@ -104,7 +118,9 @@ def check_finite(logits: Tensor, role: str) -> None:
         )
 
 
-def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int | None) -> Tensor:
+def run_and_check(
+    deployed: nn.Module, images: Tensor, role: str, classes: int | None
+) -> Tensor:
     """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`.
 
     With None, any number of *classes* is accepted.
@@ -126,7 +142,10 @@ def run_and_check(deployed: nn.Module, images: Tensor, role: str, classes: int |
             problem += f"; {DEPENDS_ON_VALUES}"
         raise LoweringError(problem) from error
     shape = tuple(logits.shape)
-    if type(logits) is not Tensor or shape != (size, shape[-1] if classes is None and shape else classes):
+    if type(logits) is not Tensor or shape != (
+        size,
+        shape[-1] if classes is None and shape else classes,
+    ):
         raise LoweringError(
             f"the {role} network returns {shape} for {size} images, not ({size}, {classes or 'classes'}): "
             "one row per image, also for a single one, and one logit per label"
@@ -141,7 +160,11 @@ def check_ends_in_logits(captured: Programs) -> None:
         node, *_ = program.graph.output_node().args[0]  # the logits are the first output
         while operator_name(node) in SUBSET_OF_VALUES:
             node = node.args[0]
-        if node.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default):
+        if node.target in (
+            aten.sigmoid.default,
+            aten.hardsigmoid.default,
+            aten.special_expit.default,
+        ):
             raise LoweringError(
                 "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
                 "itself; return the logits before it and, if an image may have several classes,",

@@ -1,7 +1,7 @@
 """The state of torch, of modules and of their memory, which the comparisons of a proof cannot see.
 
-A wrong state, such as active autocast or a forward hook, would change the plain network in the same way as
-the trained one, or would not be captured.
+A wrong state, such as active autocast or a forward hook, would change the plain network in the
+same way as the trained one, or would not be captured.
 """
 
 import torch
@@ -19,8 +19,9 @@ from sopdeploy_export.network import modules, tensors
 def check_torch_state() -> None:
     """Reject another default type than float32, autocast, torch modes and hooks on all modules.
 
-    These change the operations of every network in the same way: the three networks would agree, but the
-    exported file would compute something else. Raises `CertificateError` with the name of the mode.
+    These change the operations of every network in the same way: the three networks would
+    agree, but the exported file would compute something else. Raises `CertificateError` with
+    the name of the mode.
     """
     if torch.get_default_dtype() != torch.float32:
         raise CertificateError(
@@ -28,16 +29,22 @@ def check_torch_state() -> None:
         )
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
-            raise CertificateError(f"torch.autocast is active for {device}; export outside of it")
+            raise CertificateError(
+                f"torch.autocast is active for {device}; export outside of it"
+            )
     for kind, modes in (
         ("function", _get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
         ("dispatch", _get_current_dispatch_mode_stack()),
     ):
         if modes:
             name = type(modes[-1]).__name__
-            raise CertificateError(f"the torch {kind} mode {name} is active; export outside of it")
+            raise CertificateError(
+                f"the torch {kind} mode {name} is active; export outside of it"
+            )
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
+        raise CertificateError(
+            "a forward hook is registered on all modules; remove it before the export"
+        )
 
 
 def find_oddity(
@@ -45,19 +52,24 @@ def find_oddity(
 ) -> str | None:
     """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
 
-    *network* is in eval mode as far as its code lets it. Without *with_methods*, methods are not looked at.
+    *network* is in eval mode as far as its code lets it. Without *with_methods*, methods are
+    not looked at.
     """
     for name, module in modules(network):
         if is_in(name, *removed):
             continue
         where = name or "the whole network"
         if module._forward_hooks or module._forward_pre_hooks:
-            remedy = "remove it first, or register a method of the module in place of a function"
+            remedy = (
+                "remove it first, or register a method of the module in place of a function"
+            )
             return f"the {role} network has a forward hook on {where}; {remedy}"
         if with_methods and (replaced := _replaced_method(module)):
             where = f"{name} of the" if name else "the whole"
             remedy = "change the class, or bind a function of self with types.MethodType"
-            return f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
+            return (
+                f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
+            )
         if module.training:
             remedy = "call .eval() first"
             if type(module).train is not nn.Module.train:
@@ -84,8 +96,8 @@ def _replaced_method(module: nn.Module) -> str | None:
 def check_network_state(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> None:
     """Check the tensors of *network*, as `check_tensors` does, and a network of the catalog by `find_oddity`.
 
-    Its code has no hooks, and its outputs are computed without those of the whole network. Raises
-    `CertificateError` for these and for train mode; of its methods, the proof judges.
+    Its code has no hooks, and its outputs are computed without those of the whole network.
+    Raises `CertificateError` for these and for train mode; of its methods, the proof judges.
     """
     if isinstance(network, Backbone):
         odd = find_oddity(network, role, removed, with_methods=False)
@@ -106,7 +118,11 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.is_inference():  # its values cannot be replaced, as `randomized` does
         remedy = "build the network outside of it, or replace it by its .clone()"
         raise LoweringError(f"{name} was made in torch.inference_mode; {remedy}")
-    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    dense = (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+    )
     has_fractions = tensor.is_floating_point() or tensor.is_complex()
     if not dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
@@ -122,4 +138,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_neg():
         remedy = "replace it by its .resolve_neg()"
-        raise CertificateError(f"{name} is a negated view, whose memory holds other numbers; {remedy}")
+        raise CertificateError(
+            f"{name} is a negated view, whose memory holds other numbers; {remedy}"
+        )

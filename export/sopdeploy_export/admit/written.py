@@ -1,15 +1,15 @@
 """State that a network writes in every run and never reads, such as an attention map that it keeps.
 
-Such an attribute cannot reach an output, because nothing passes from one run to the next. This is what
-`check_unread` shows, for attributes that are replaced in every run:
+Such an attribute cannot reach an output, because nothing passes from one run to the next. This
+is what `check_unread` shows, for attributes that are replaced in every run:
 
 - With an object in its place that raises at any use, the network has the same graph and returns bitwise equal
   logits. So no run needs a value of an earlier one.
 - No run calls a function of torch on a tensor that an earlier run left there, or an operator on its memory.
 - Whatever else is there, such as a number or the length of a list, is the same after every run.
 
-Code can ask for the type of a value unseen, and for no more: `check_unchanged_by_run` compares the graph
-after real runs, too. `prove_repetition` requires the last point in all of its calls.
+Code can ask for the type of a value unseen, and for no more: `check_unchanged_by_run` compares
+the graph after real runs, too. `prove_repetition` requires the last point in all of its calls.
 """
 
 from collections.abc import Iterable
@@ -32,10 +32,25 @@ from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, attributes_restor
 
 _OF_MODULE = frozenset(vars(nn.Module()))  # of every module, such as hooks
 _IMAGES = 4
-# Methods that Python looks up in the class of an object; those that its creation needs are left out.
+# Methods that Python looks up in the class of an object; those that its creation needs are left
+# out.
 _CREATION = (
-    *("__class__", "__class_getitem__", "__del__", "__delattr__", "__getattr__", "__getattribute__"),
-    *("__init__", "__init_subclass__", "__new__", "__setattr__", "__subclasshook__", "__torch_function__"),
+    *(
+        "__class__",
+        "__class_getitem__",
+        "__del__",
+        "__delattr__",
+        "__getattr__",
+        "__getattribute__",
+    ),
+    *(
+        "__init__",
+        "__init_subclass__",
+        "__new__",
+        "__setattr__",
+        "__subclasshook__",
+        "__torch_function__",
+    ),
 )
 _SPECIAL = {
     name
@@ -48,7 +63,12 @@ _SPECIAL = {
 def owning_attribute(path: str, attributes: Iterable[str]) -> str | None:
     """Return which of *attributes* is at *path* of the state, or holds what is there."""
     return next(
-        (name for name in attributes if path == name or path.startswith((f"{name}[", f"{name} ("))), None
+        (
+            name
+            for name in attributes
+            if path == name or path.startswith((f"{name}[", f"{name} ("))
+        ),
+        None,
     )
 
 
@@ -66,8 +86,8 @@ def written_attributes(network: nn.Module, changed: Iterable[str]) -> tuple[str,
 def constant_content(network: nn.Module, names: Iterable[str]) -> list[Any]:
     """Describe what the attributes *names* hold, without the values and sizes of tensors.
 
-    An attribute that does not exist is None. Raises `LoweringError` for an object of another kind than
-    tensors, numbers, text and plain containers, because it could hold anything.
+    An attribute that does not exist is None. Raises `LoweringError` for an object of another
+    kind than tensors, numbers, text and plain containers, because it could hold anything.
     """
     return [_describe(name, _value(network, name), DEPTH) for name in names]
 
@@ -84,7 +104,9 @@ def _describe(name: str, value: Any, depth: int) -> Any:
     if type(value) in VALUES:
         return type(value), repr(value)  # NaN equals itself here
     if depth and type(value) is dict and all(type(key) in VALUES for key in value):
-        return dict, [(repr(key), _describe(name, item, depth - 1)) for key, item in value.items()]
+        return dict, [
+            (repr(key), _describe(name, item, depth - 1)) for key, item in value.items()
+        ]
     if depth and type(value) in (list, tuple):
         return type(value), [_describe(name, item, depth - 1) for item in value]
     raise _changes(name)
@@ -111,9 +133,15 @@ class _Uses:
                 return function(*args, **(kwargs or {}))
 
         class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                uses.found |= any(each.untyped_storage().data_ptr() in addresses for each in operands)
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                operands = [
+                    leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+                ]
+                uses.found |= any(
+                    each.untyped_storage().data_ptr() in addresses for each in operands
+                )
                 return func(*args, **(kwargs or {}))
 
         self._modes = Functions(), Operators()  # type: ignore[no-untyped-call]
@@ -142,12 +170,24 @@ def _poison(uses: list[str]) -> Any:
         return refuse(attribute)()
 
     special = {name: refuse(name) for name in _SPECIAL}
-    special |= {"__getattribute__": read, "__setattr__": refuse("setattr"), "__delattr__": refuse("delattr")}
-    return type("Unread", (), {**special, "__torch_function__": classmethod(refuse("a function of torch"))})()
+    special |= {
+        "__getattribute__": read,
+        "__setattr__": refuse("setattr"),
+        "__delattr__": refuse("delattr"),
+    }
+    return type(
+        "Unread",
+        (),
+        {**special, "__torch_function__": classmethod(refuse("a function of torch"))},
+    )()
 
 
 def check_unread(
-    deployed: Deployed, names: tuple[str, ...], preprocess: Preprocess, batch: BatchRange, captured: Programs
+    deployed: Deployed,
+    names: tuple[str, ...],
+    preprocess: Preprocess,
+    batch: BatchRange,
+    captured: Programs,
 ) -> None:
     """Check that the network of *deployed*, which has run, never reads what a run left in attributes *names*.
 
@@ -159,7 +199,9 @@ def check_unread(
     stays = dict.fromkeys(names, True)  # whether the runs change what is in a container
     for run in (images[-1:], images, images[:1]):
         before = {name: _value(network, name) for name in names}
-        uses = _Uses([leaf for leaf in tree_leaves(list(before.values())) if isinstance(leaf, Tensor)])
+        uses = _Uses(
+            [leaf for leaf in tree_leaves(list(before.values())) if isinstance(leaf, Tensor)]
+        )
         expected = uses.run(deployed, run)
         stays = {name: stays[name] and _value(network, name) is before[name] for name in names}
         if uses.found or constant_content(network, names) != content:

@@ -19,7 +19,9 @@ from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, object_id
 
 INPUT = "images"
-EXPORT_LOGITS = "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_LOGITS = (
+    "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
+)
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
 GENERATED = 12
@@ -28,7 +30,8 @@ GENERATED = 12
 class Deployed(nn.Module):
     """Normalization followed by *network*: the module that is captured and exported.
 
-    Every run, also while it is captured, raises `LoweringError` if the network writes to one of its tensors.
+    Every run, also while it is captured, raises `LoweringError` if the network writes to one of
+    its tensors.
     """
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
@@ -39,7 +42,8 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
 
-        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs` does.
+        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs`
+        does.
         """
         before = {name: object_id(tensor) for name, tensor in tensors(self.network).items()}
         outputs = compute_outputs(self.network, self.normalise(images))
@@ -51,7 +55,9 @@ class Deployed(nn.Module):
                 if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
                     remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
                 raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
-        return tuple(value if value.dtype == torch.float32 else value.float() for value in outputs)
+        return tuple(
+            value if value.dtype == torch.float32 else value.float() for value in outputs
+        )
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -63,8 +69,8 @@ def output_names(network: nn.Module) -> tuple[str, ...]:
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
-    If *network* has an attribute `EXPORT_EMBEDDING`, the name of a linear layer, the input (B, D) of this
-    layer is the last output. Raises the errors of `_network_outputs`.
+    If *network* has an attribute `EXPORT_EMBEDDING`, the name of a linear layer, the input (B,
+    D) of this layer is the last output. Raises the errors of `_network_outputs`.
     """
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
     with stubs_answer(pixels):
@@ -80,8 +86,9 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
 def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
-    If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says which of the
-    tensors in it are the logits, as `choose_output` does. Raises `LoweringError` if there are no logits.
+    If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says
+    which of the tensors in it are the logits, as `choose_output` does. Raises `LoweringError`
+    if there are no logits.
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
@@ -106,9 +113,7 @@ def choose_output(output: Any, key: str | int) -> Any:
     for step in steps:
         if not _has_key(chosen, step):
             paths = ", ".join(path for path, _ in list_tensor_keys(output))
-            problem = (
-                f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
-            )
+            problem = f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
             raise LoweringError(problem, setting="logits_key", value=key)
         chosen = _look_up(chosen, step)
     return chosen
@@ -135,8 +140,8 @@ def _look_up(output: Any, key: str | int) -> Any:
 def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
     """List (key, shape) of the tensors in *output*, what a network returned.
 
-    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself. The deepest listed
-    tensor is in `DEPTH` + 2 containers.
+    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself. The
+    deepest listed tensor is in `DEPTH` + 2 containers.
     """
     if isinstance(output, Tensor):
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
@@ -175,7 +180,9 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     """
     random = np.random.default_rng(_SEED)
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
-    square = np.arange(side) // 4  # number of the square, 4 pixels wide, that a row or column belongs to
+    square = (
+        np.arange(side) // 4
+    )  # number of the square, 4 pixels wide, that a row or column belongs to
     checkerboard = 255.0 * ((square[:, None] + square) % 2)
     colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
@@ -184,10 +191,14 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
-    for i in range(GENERATED - len(images)):  # the others are enlarged noise, first the coarsest
+    for i in range(
+        GENERATED - len(images)
+    ):  # the others are enlarged noise, first the coarsest
         size = min(side, 2 + 6 * i)
         noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        images.append(np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)))
+        images.append(
+            np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC))
+        )
     pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
     return np.stack([*{image.tobytes(): image for image in pixels}.values()])
 

@@ -1,7 +1,8 @@
 """The network as it is deployed, captured as a torch.export program.
 
-The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns
-float32 outputs for any batch size of the bundle; a program that does not support the whole range is rejected.
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and
+returns float32 outputs for any batch size of the bundle; a program that does not support the
+whole range is rejected.
 """
 
 import gc
@@ -28,13 +29,22 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import Fingerprint, ProgramRoot, fingerprint, program_root, value_root
+from sopdeploy_export.program_hashes import (
+    Fingerprint,
+    ProgramRoot,
+    fingerprint,
+    program_root,
+    value_root,
+)
 from sopdeploy_export.state import attributes_restored, object_id, recording_calls
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
-ANY_BATCH, ONE_IMAGE = "any batch size", "a batch of one"  # what the two programs of a network are for
+ANY_BATCH, ONE_IMAGE = (
+    "any batch size",
+    "a batch of one",
+)  # what the two programs of a network are for
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
@@ -42,16 +52,21 @@ SIZE_REMEDY = (
     "compute all images of a batch at once instead of in a loop"
 )
 HASHED_SIZE = re.compile(r"unhashable type.*SymInt")
-SIZE_IS_KEY = "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
+SIZE_IS_KEY = (
+    "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
+)
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
-DEPENDS_ON_VALUES = "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
+DEPENDS_ON_VALUES = (
+    "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Programs:
     """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
 
-    `fingerprints` are those of both programs before they were made functional; None: it cannot be hashed.
+    `fingerprints` are those of both programs before they were made functional; None: it cannot
+    be hashed.
     """
 
     any_batch: ExportedProgram
@@ -62,8 +77,8 @@ class Programs:
     def roots(self) -> dict[str, ProgramRoot]:
         """The roots of both programs; the keys describe their batch sizes.
 
-        They are computed once: programs refer to the tensors of the network, not to copies. Raises the errors
-        of `program_root`.
+        They are computed once: programs refer to the tensors of the network, not to copies.
+        Raises the errors of `program_root`.
         """
         any_batch = program_root(self.any_batch)
         is_one = self.batch_of_one is self.any_batch
@@ -73,12 +88,19 @@ class Programs:
     @property
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on, each by one of its names in the network."""
-        return {name.removeprefix(NETWORK_PREFIX) for root in self.roots.values() for name in root.tensors}
+        return {
+            name.removeprefix(NETWORK_PREFIX)
+            for root in self.roots.values()
+            for name in root.tensors
+        }
 
     def compute_values_of(self, others: "Programs") -> bool:
         """Return whether each program computes the values of that one of *others*, by `value_root`."""
         pairs = ((self.any_batch, others.any_batch), (self.batch_of_one, others.batch_of_one))
-        return all(own is other or value_root(own).sha256 == value_root(other).sha256 for own, other in pairs)
+        return all(
+            own is other or value_root(own).sha256 == value_root(other).sha256
+            for own, other in pairs
+        )
 
 
 class Captures:
@@ -92,16 +114,20 @@ class Captures:
         self._programs: dict[tuple[object, ...], Programs] = {}
         self._unread: set[tuple[object, ...]] = set()
 
-    def of(self, network: nn.Module, on_program: Callable[[str], None] = lambda _: None) -> Programs:
+    def of(
+        self, network: nn.Module, on_program: Callable[[str], None] = lambda _: None
+    ) -> Programs:
         """Return the programs of *network*, captured unless they are known, which *on_program* is told.
 
-        Networks with the same operations and weights share programs, with the names of the one captured
-        first. Raises `LoweringError` if the network cannot be captured.
+        Networks with the same operations and weights share programs, with the names of the one
+        captured first. Raises `LoweringError` if the network cannot be captured.
         """
         key = self._key(network)
         if key not in self._programs:
             known = tuple(self._programs.values())
-            self._programs[key] = capture(network, self.preprocess, self.batch, known, on_program)
+            self._programs[key] = capture(
+                network, self.preprocess, self.batch, known, on_program
+            )
         return self._programs[key]
 
     def share(self, network: nn.Module, programs: Programs) -> None:
@@ -124,7 +150,9 @@ class Captures:
     @staticmethod
     def _key(network: nn.Module) -> tuple[object, ...]:
         """Identify *network*, the outputs that are chosen, and its tensors."""
-        chosen = (vars(network).get(attribute) for attribute in (EXPORT_LOGITS, EXPORT_EMBEDDING))
+        chosen = (
+            vars(network).get(attribute) for attribute in (EXPORT_LOGITS, EXPORT_EMBEDDING)
+        )
         return (object_id(network), *chosen, *map(object_id, tensors(network).values()))
 
 
@@ -137,11 +165,12 @@ def capture(
 ) -> Programs:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
-    torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
-    handles a single image differently. If torch.export gives the same two programs as for one of *known*,
-    this one is returned, because making programs functional takes longer than torch.export. Calls
-    *on_program* with a text as torch.export begins for each of the two, and before they are made functional.
-    Raises `LoweringError` if the network cannot be captured.
+    torch.export assumes that a dynamic dimension is at least 2, so only the second program
+    shows code that handles a single image differently. If torch.export gives the same two
+    programs as for one of *known*, this one is returned, because making programs functional
+    takes longer than torch.export. Calls *on_program* with a text as torch.export begins for
+    each of the two, and before they are made functional. Raises `LoweringError` if the network
+    cannot be captured.
     """
     # For one image, the program of the whole range is also that of a batch of one.
     ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
@@ -154,11 +183,15 @@ def capture(
         if captured.fingerprints == fingerprints and None not in fingerprints:
             return captured
     on_program("without writes to operands")
-    programs = [functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)]
+    programs = [
+        functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)
+    ]
     return Programs(any_batch=programs[0], batch_of_one=programs[-1], fingerprints=fingerprints)
 
 
-def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def capture_any_batch(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange
+) -> ExportedProgram:
     """Capture *network* for every batch size of the range, as one functional program.
 
     Raises the errors of `export_program` and `functionalize`.
@@ -166,7 +199,9 @@ def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRa
     return functionalize(export_program(network, preprocess, batch), batch)
 
 
-def export_program(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def export_program(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange
+) -> ExportedProgram:
     """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
 
     Raises `LoweringError` with the first line of torch's message.
@@ -179,8 +214,12 @@ def export_program(network: nn.Module, preprocess: Preprocess, batch: BatchRange
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
-        attributes_restored(deployed),  # also `is_captured`, and caches, in which torch leaves empty tensors
-        warnings.catch_warnings(action="ignore"),  # torch warns about caches that forward assigns
+        attributes_restored(
+            deployed
+        ),  # also `is_captured`, and caches, in which torch leaves empty tensors
+        warnings.catch_warnings(
+            action="ignore"
+        ),  # torch warns about caches that forward assigns
     ):
         for _, module in modules(deployed):
             if isinstance(module, ExportHints):
@@ -213,10 +252,12 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
             module = str(caller.f_globals.get("__name__", ""))
             if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
                 file, line = caller.f_code.co_filename, caller.f_lineno
-                places.append(f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})")
+                places.append(
+                    f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
+                )
                 return
-            # A comparison in a network comes through these modules alone. Those of torch's operators, which
-            # come through others, fit every size.
+            # A comparison in a network comes through these modules alone. Those of torch's
+            # operators, which come through others, fit every size.
             if frame.f_code is compares and module not in ("torch", SymNode.__module__):
                 return
             caller = caller.f_back
@@ -228,7 +269,8 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
 def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
-    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
+    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is
+    not accepted.
     """
     with capturing():
         simplify_operators(program)
@@ -236,10 +278,15 @@ def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgra
     if batch.maximum == 1:
         return program
     name = program.graph_signature.user_inputs[0]
-    dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
+    dimension = (
+        next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
+    )
     if isinstance(dimension, int):
-        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
-    # torch.export narrows the range that it is asked for, 1 to `batch.maximum`, if code requires it.
+        raise LoweringError(
+            f"the network fixes the batch size to {dimension}; it must accept every size"
+        )
+    # torch.export narrows the range that it is asked for, 1 to `batch.maximum`, if code
+    # requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

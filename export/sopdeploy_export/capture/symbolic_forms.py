@@ -18,21 +18,31 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Composite operators whose result is a new tensor.
 RETURN_NEW = {
     getattr(torch.ops.aten, name).default
-    for name in ("batch_norm", "conv1d", "conv2d", "conv3d", "group_norm", "layer_norm", "linear")
+    for name in (
+        "batch_norm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "group_norm",
+        "layer_norm",
+        "linear",
+    )
 }
 IN_PLACE = {
-    f"aten.{name}_.default": name for name in ("hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "silu")
+    f"aten.{name}_.default": name
+    for name in ("hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "silu")
 }
 
 
 def simplify_operators(program: ExportedProgram) -> None:
     """Simplify activations, average pooling, `ceil_mode` without effect, and ellipses in `einsum`, in place.
 
-    Average pooling to one position becomes the mean that ATen computes for it. ATen then restores the strides
-    of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which torch-tensorrt
-    cannot convert, and ONNX needs five operators for it. An activation in place becomes that out of place,
-    which it will be in the functional program: torch's own way there, by fifteen operators with symbolic
-    sizes, takes half of the time of a MobileNet.
+    Average pooling to one position becomes the mean that ATen computes for it. ATen then
+    restores the strides of a map in channels-last layout with `as_strided`
+    (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five
+    operators for it. An activation in place becomes that out of place, which it will be in the
+    functional program: torch's own way there, by fifteen operators with symbolic sizes, takes
+    half of the time of a MobileNet.
     """
     aten = torch.ops.aten
     for node in program.graph.nodes:
@@ -43,10 +53,15 @@ def simplify_operators(program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=pooling.default):
             x, output_size = node.args
             if output_size == [1] * num_axes:
-                node.target, node.args = aten.mean.dim, (x, [*range(-1, -1 - num_axes, -1)], True)
+                node.target, node.args = (
+                    aten.mean.dim,
+                    (x, [*range(-1, -1 - num_axes, -1)], True),
+                )
     # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        if len(node.args) == 6 and node.args[5]:  # the last argument is `ceil_mode`, by default False
+        if (
+            len(node.args) == 6 and node.args[5]
+        ):  # the last argument is `ceil_mode`, by default False
             x, kernel, stride, padding, dilation, _ = node.args
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
             floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
@@ -70,7 +85,9 @@ def _out_of_place(node: fx.Node) -> OpOverload | None:
     if others or len(operand.users) > 1 or not operand.meta["val"].is_floating_point():
         return None
     source = operand.target
-    if not isinstance(source, OpOverload) or any(result.alias_info for result in source._schema.returns):
+    if not isinstance(source, OpOverload) or any(
+        result.alias_info for result in source._schema.returns
+    ):
         return None
     # Others of torch's composite operators can return their operand, as `dropout` does.
     if source not in RETURN_NEW and source.has_kernel_for_dispatch_key(COMPOSITE):
@@ -83,12 +100,15 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
     """Replace every "..." by labels: for *ranks* 4 and 3, "...ij,...jk" becomes "baij,ajk->baik"."""
     terms, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:  # then the result has the labels that occur once, in alphabetical order
-        result = "..." + "".join(sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1))
+        result = "..." + "".join(
+            sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1)
+        )
     unused = [letter for letter in ascii_letters if letter not in terms]
     labeled_terms, longest = [], ""
     for term, rank in zip(terms.split(","), ranks, strict=True):
         num_hidden = rank - len(term.replace("...", ""))
-        # Reversed, so that the last hidden axis, at which operands are aligned, is always unused[0].
+        # Reversed, so that the last hidden axis, at which operands are aligned, is always
+        # unused[0].
         labels = "".join(reversed(unused[:num_hidden]))
         labeled_terms.append(term.replace("...", labels))
         longest = max(longest, labels, key=len)  # the result has all hidden axes
@@ -98,16 +118,19 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
 class SymbolicForms(TorchFunctionMode):
     """Replaces functions that torch.export captures for one batch size only, or not at all.
 
-    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`. Instance
-    norm with running statistics is a batch norm, for which torch would make one image of the whole batch.
-    Code that reads tensors of Python numbers gets their values.
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and
+    `take_along_dim`. Instance norm with running statistics is a batch norm, for which torch
+    would make one image of the whole batch. Code that reads tensors of Python numbers gets
+    their values.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._numbers = PythonNumbers()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Call the other form of *function*, if there is one.
 
         A Python value that is read from a tensor of Python numbers is returned without a call.
@@ -158,7 +181,9 @@ def _instance_norm(*args: Any, **options: Any) -> Tensor:
     return F.batch_norm(**named)
 
 
-OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
+OTHER_FORMS: dict[
+    Any, Any
+] = {  # parameters have torch's names, or are given by position (split)
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),

@@ -1,13 +1,14 @@
 """Stubs in the place of removed parts: the network without these parts runs again, as a second network.
 
-Code of users calls branches in eval mode, too, as deep supervision, self-distillation and early exits do. So
-a `Stub` takes the place of a removed part. It answers each call as the part did when the trained network
-ran: in the same structure, with tensors full of NaN, and with NaN for a float. The outputs of the network
-with stubs are finite only if nothing removed is needed. This is the second evidence; the first one is the
-graph, because code can hide a NaN (`torch.where`, `nan_to_num`).
+Code of users calls branches in eval mode, too, as deep supervision, self-distillation and early
+exits do. So a `Stub` takes the place of a removed part. It answers each call as the part did
+when the trained network ran: in the same structure, with tensors full of NaN, and with NaN for
+a float. The outputs of the network with stubs are finite only if nothing removed is needed.
+This is the second evidence; the first one is the graph, because code can hide a NaN
+(`torch.where`, `nan_to_num`).
 
-A stub has neither code nor tensors of its part. What it cannot answer is an error, such as a number that the
-part holds, or the length of a list.
+A stub has neither code nor tensors of its part. What it cannot answer is an error, such as a
+number that the part holds, or the length of a list.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,9 @@ def to_specs(returned: Any, part: str) -> Any:
             has_attributes_only = False
         if not has_attributes_only:
             kind = type(leaf).__name__
-            raise LoweringError(f"{part} returns a {kind}, so it cannot be removed; return tensors")
+            raise LoweringError(
+                f"{part} returns a {kind}, so it cannot be removed; return tensors"
+            )
         return ObjectSpec(type(leaf), to_specs(vars(leaf), part))
 
     return tree_map(to_spec, returned)
@@ -74,7 +77,8 @@ def to_specs(returned: Any, part: str) -> Any:
 class PartCall(NamedTuple):
     """A call of a removed part by code outside of all removed parts.
 
-    `first` and `second` are what it returned for `SIZES`, with specs in place of tensors and objects.
+    `first` and `second` are what it returned for `SIZES`, with specs in place of tensors and
+    objects.
     """
 
     part: str
@@ -90,8 +94,9 @@ class PartCall(NamedTuple):
     def make_answer(self, pixels: Tensor) -> Any:
         """Make what the part returns for *pixels* (B, 3, H, W), with tensors full of NaN.
 
-        They count as computed from *pixels*, and have their device and, in place of float32, their type;
-        types without NaN get 0. Raises `LoweringError` if the part returned something else for other sizes.
+        They count as computed from *pixels*, and have their device and, in place of float32,
+        their type; types without NaN get 0. Raises `LoweringError` if the part returned
+        something else for other sizes.
         """
         leaves, structure = tree_flatten(self.first)
         others, other_structure = tree_flatten(self.second)
@@ -110,16 +115,25 @@ class PartCall(NamedTuple):
                 sizes = [_extrapolate(batch, *pair) for pair in pairs]
                 dtype = pixels.dtype if first.dtype == torch.float32 else first.dtype
                 return pixels.new_full(sizes, _filler(dtype), dtype=dtype)
-        elif isinstance(first, ObjectSpec) and isinstance(second, ObjectSpec) and first.kind is second.kind:
+        elif (
+            isinstance(first, ObjectSpec)
+            and isinstance(second, ObjectSpec)
+            and first.kind is second.kind
+        ):
             made: Any = object.__new__(first.kind)
             of_attributes = PartCall(self.part, "", first.attributes, second.attributes)
             vars(made).update(of_attributes.make_answer(pixels))
             return made
-        elif all(isinstance(leaf, float) and not isinstance(leaf, Enum) for leaf in (first, second)):
+        elif all(
+            isinstance(leaf, float) and not isinstance(leaf, Enum) for leaf in (first, second)
+        ):
             return torch.nan  # as the values of tensors; an integer can be a size
         elif repr(first) == repr(second):
             return first
-        elif all(isinstance(leaf, int) and not isinstance(leaf, bool | Enum) for leaf in (first, second)):
+        elif all(
+            isinstance(leaf, int) and not isinstance(leaf, bool | Enum)
+            for leaf in (first, second)
+        ):
             return _extrapolate(batch, first, second)
         raise LoweringError(
             f"{self.part} returns {first!r} for {SIZES[0]} images and {second!r} for {SIZES[1]}"
@@ -148,7 +162,8 @@ class Recording(NamedTuple):
 def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Recording:
     """Run *network*, a copy that is changed, on *pixels* (3, 3, H, W), and record the calls of its *parts*.
 
-    Raises `LoweringError` if the calls depend on the number of images in another way than by sizes.
+    Raises `LoweringError` if the calls depend on the number of images in another way than by
+    sizes.
     """
     calls: list[PartCall] = []
     depth = 0  # of calls of removed parts; only the outermost are calls from outside
@@ -185,7 +200,9 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     pairs = zip(for_first, for_second, strict=True)
     several = tuple(call._replace(second=other.second) for call, other in pairs)
     for call in several:
-        call.make_answer(pixels)  # raises the error of a call that depends on the size in another way
+        call.make_answer(
+            pixels
+        )  # raises the error of a call that depends on the size in another way
     return Recording(several, one=calls_by_size[1])
 
 
@@ -198,7 +215,11 @@ def removed_modules(network: nn.Module, parts: Sequence[str]) -> dict[str, nn.Mo
 
 def _methods_of_user(kind: type) -> list[str]:
     """List the methods that classes of users add to those of `nn.Module` and torch's modules."""
-    classes = [cls for cls in kind.__mro__ if not f"{cls.__module__}.".startswith(("torch.", "builtins."))]
+    classes = [
+        cls
+        for cls in kind.__mro__
+        if not f"{cls.__module__}.".startswith(("torch.", "builtins."))
+    ]
     names = {name for cls in classes for name, value in vars(cls).items() if callable(value)}
     return sorted(name for name in names - set(dir(nn.Module)) if not name.startswith("__"))
 
@@ -227,7 +248,8 @@ def stubs_answer(pixels: Tensor) -> Iterator[None]:
 class ReadError(CertificateError, TypeError):
     """Code read a Python value of the removed *part*, such as how many parts it has.
 
-    It is a `TypeError`, because `list()` ignores one: it asks for the number, but can do without.
+    It is a `TypeError`, because `list()` ignores one: it asks for the number, but can do
+    without.
     """
 
     def __init__(self, value: str, part: str) -> None:
@@ -261,7 +283,9 @@ class Stub(nn.Module):
             part=part,
             names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},
-            held={name: full_of_nan(tensor) for name, tensor in held.items() if tensor is not None},
+            held={
+                name: full_of_nan(tensor) for name, tensor in held.items() if tensor is not None
+            },
             recording=recording,
         )
 
@@ -273,7 +297,9 @@ class Stub(nn.Module):
         """Return the answer of the next call in the recording, which must be one of *method* of this part."""
         run = _run.get()
         if run is None:
-            raise CertificateError(f"{self.part} was removed, and is called outside of a run of the network")
+            raise CertificateError(
+                f"{self.part} was removed, and is called outside of a run of the network"
+            )
         batch = run.pixels.shape[0]
         is_one = isinstance(batch, int) and batch == 1
         calls = self.recording.one if is_one else self.recording.several

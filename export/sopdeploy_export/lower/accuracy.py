@@ -1,7 +1,8 @@
 """Measure what a lower precision costs in accuracy and changes in logits, and reject large losses.
 
-A network with one frequent class keeps its classes although its logits are far off, so the logits are
-compared, too: the root mean square of their differences, in standard deviations of the float32 logits.
+A network with one frequent class keeps its classes although its logits are far off, so the
+logits are compared, too: the root mean square of their differences, in standard deviations of
+the float32 logits.
 """
 
 from collections.abc import Iterator
@@ -28,25 +29,31 @@ _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
 PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
 MIN_DISTINCT = 32
-# Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07 in int8
-# (docs/howto/int8.md), a file that returns the mean logits of all images 1.
+# Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
+# in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-EVERY = 4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
-ALIKE, GRAY_SIDE = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+EVERY = (
+    4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
+)
+ALIKE, GRAY_SIDE = (
+    5.0,
+    8,
+)  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 
 
 class AccuracyCheck:
     """Compares the top classes and the logits of graphs with those of the float32 graph.
 
-    The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`. `calibration`
-    holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
+    The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`.
+    `calibration` holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
         """Open the folders of *options* for the network of *subject*.
 
-        Raises `DataError` if a folder has too few images or other classes than *subject*, and `ConfigError`
-        for one folder given twice or `evaluate` with a network that predicts several classes per image.
+        Raises `DataError` if a folder has too few images or other classes than *subject*, and
+        `ConfigError` for one folder given twice or `evaluate` with a network that predicts
+        several classes per image.
         """
         self.options, self._preprocess = options, subject.preprocess
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
@@ -64,8 +71,13 @@ class AccuracyCheck:
                     "evaluate the checkpoint and the bundle",
                     setting="evaluate",
                 )
-            if options.calibrate is not None and options.calibrate.resolve() == options.evaluate.resolve():
-                raise ConfigError("is the folder that calibrates; give other images", setting="evaluate")
+            if (
+                options.calibrate is not None
+                and options.calibrate.resolve() == options.evaluate.resolve()
+            ):
+                raise ConfigError(
+                    "is the folder that calibrates; give other images", setting="evaluate"
+                )
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
@@ -81,7 +93,11 @@ class AccuracyCheck:
         """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
         files = self._labeled if self.options.precision == "fp16" else None
         positions = () if files is None else evenly_spread(len(files), PHOTOGRAPHS).tolist()
-        photographs = [] if files is None else [files.preprocess(one, self._preprocess) for one in positions]
+        photographs = (
+            []
+            if files is None
+            else [files.preprocess(one, self._preprocess) for one in positions]
+        )
         return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
@@ -92,7 +108,11 @@ class AccuracyCheck:
         measured, limit = report.accuracy, self.options.max_drop
         if measured is None:
             return
-        advice = "" if report.quantisation is None else "; calibrate with images like those of production"
+        advice = (
+            ""
+            if report.quantisation is None
+            else "; calibrate with images like those of production"
+        )
         if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
             raise ParityError(
                 f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
@@ -100,7 +120,9 @@ class AccuracyCheck:
             )
         if measured.drop <= limit:
             return
-        metric = "agreement with float32" if measured.before is None else "top-1"  # which needs labels
+        metric = (
+            "agreement with float32" if measured.before is None else "top-1"
+        )  # which needs labels
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
             f"images, more than {limit:g}{advice}",
@@ -109,7 +131,9 @@ class AccuracyCheck:
 
     def _logits(self, session: InferenceSession) -> NDArray[np.float32]:
         """Run all images that measure in *session*; return the logits (P, C)."""
-        return np.concatenate([session.run([LOGITS], {INPUT: images})[0] for images in self._batches()])
+        return np.concatenate(
+            [session.run([LOGITS], {INPUT: images})[0] for images in self._batches()]
+        )
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
         """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` are batches of one."""
@@ -118,7 +142,10 @@ class AccuracyCheck:
             for start in range(0, len(self._labeled), size):
                 positions = range(start, min(start + size, len(self._labeled)))
                 yield np.stack(
-                    [self._labeled.preprocess(position, self._preprocess) for position in positions]
+                    [
+                        self._labeled.preprocess(position, self._preprocess)
+                        for position in positions
+                    ]
                 )
         elif self._measured is not None:
             for image in self._measured:
@@ -128,7 +155,8 @@ class AccuracyCheck:
 def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:
     """Compute the root mean square of *after* - *before*, logits (P, C), in standard deviations of *before*.
 
-    These are the deviations of a class over the images, also as a root mean square over the classes.
+    These are the deviations of a class over the images, also as a root mean square over the
+    classes.
     """
     spread = float(np.sqrt(np.square(before - before.mean(axis=0), dtype=np.float64).mean()))
     error = float(np.sqrt(np.square(after - before, dtype=np.float64).mean()))
@@ -136,17 +164,21 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 
 
 def compare_top_classes(
-    float32: NDArray[np.int64], exported: NDArray[np.int64], truth: NDArray[np.int64] | None = None
+    float32: NDArray[np.int64],
+    exported: NDArray[np.int64],
+    truth: NDArray[np.int64] | None = None,
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 
-    The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the percentage of
-    images whose class differs, which is an upper bound of this loss.
+    The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the
+    percentage of images whose class differs, which is an upper bound of this loss.
     """
     count, agree = len(float32), int((float32 == exported).sum())
     if truth is None:
         drop = round(100 * (1 - agree / count), 6)
-        return Accuracy(num_images=count, before=None, after=None, num_agreeing=agree, drop=drop)
+        return Accuracy(
+            num_images=count, before=None, after=None, num_agreeing=agree, drop=drop
+        )
     before, after = float((float32 == truth).mean()), float((exported == truth).mean())
     drop = round(100 * (before - after), 6)
     return Accuracy(num_images=count, before=before, after=after, num_agreeing=agree, drop=drop)
@@ -155,29 +187,33 @@ def compare_top_classes(
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Load at most 340 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
 
-    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
-    cannot be read.
+    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or
+    holds one that cannot be read.
     """
     try:
         images = open_any_images(folder)
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
     positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
-    return np.stack([images.preprocess(position, preprocess) for position in positions.tolist()])
+    return np.stack(
+        [images.preprocess(position, preprocess) for position in positions.tolist()]
+    )
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Mark a quarter (P,) of *images*, uint8 (P, H, W, 3), which measure the agreement.
 
-    Images whose thumbnails are alike count as one distinct image: all of them measure, or none. Raises
-    `DataError` for fewer than 32 distinct images.
+    Images whose thumbnails are alike count as one distinct image: all of them measure, or none.
+    Raises `DataError` for fewer than 32 distinct images.
     """
     size = (GRAY_SIDE, GRAY_SIDE)
     thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
     pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
     distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
     pairs = np.argwhere(distances <= ALIKE).T
-    groups = connect(len(images), pairs)  # (P,): images that are alike have the same number, from 0
+    groups = connect(
+        len(images), pairs
+    )  # (P,): images that are alike have the same number, from 0
     count = int(groups.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
@@ -185,5 +221,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
             "some calibrate, the others measure the loss",
             setting="calibrate",
         )
-    measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1  # the distinct images 3, 7, 11 and so on
+    measured: NDArray[np.bool_] = (
+        groups % EVERY == EVERY - 1
+    )  # the distinct images 3, 7, 11 and so on
     return measured

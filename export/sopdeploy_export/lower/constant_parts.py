@@ -1,8 +1,8 @@
 """Evaluate parts of a program that no image reaches once, where their values decide the sizes of others.
 
-These are for example the positions of the upper triangle, `ones.triu().nonzero()`, and x[:, mask] with a
-constant mask. ONNX has no fixed size for them. Only the program that is converted changes, not the one that
-the certificate is about.
+These are for example the positions of the upper triangle, `ones.triu().nonzero()`, and x[:,
+mask] with a constant mask. ONNX has no fixed size for them. Only the program that is converted
+changes, not the one that the certificate is about.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ PREFIX = "constant"  # of the names of evaluated tensors
 def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     """Copy *program* with constants in place of what no image reaches, where its values decide sizes.
 
-    Also a constant mask becomes the positions that it chooses. Returns *program* itself if it has neither.
+    Also a constant mask becomes the positions that it chooses. Returns *program* itself if it
+    has neither.
     """
     constant = _constant_nodes(program)
     if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
@@ -41,13 +42,17 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
         function: Any = node.target
         return function(*args, **kwargs)
 
-    evaluated: set[fx.Node] = set()  # constant nodes whose values decide sizes, and those behind them
+    evaluated: set[fx.Node] = (
+        set()
+    )  # constant nodes whose values decide sizes, and those behind them
     for node in program.graph.nodes:
         is_behind = not evaluated.isdisjoint(node.all_input_nodes)
         if node in constant and (is_behind or _has_size_from_values(node)):
             evaluated.add(node)
     with torch.no_grad():
-        masks = _constant_masks(program, constant)  # before masks that depend on sizes are replaced
+        masks = _constant_masks(
+            program, constant
+        )  # before masks that depend on sizes are replaced
         for node in list(program.graph.nodes):
             if node in evaluated and node.op == "call_function":
                 _replace_by_value(program, node, evaluate(node), constant)
@@ -88,17 +93,23 @@ def _is_mask(index: fx.Node | None) -> bool:
     return index is not None and index.meta["val"].dtype == torch.bool
 
 
-def _constant_masks(program: ExportedProgram, constant: set[fx.Node]) -> dict[fx.Node, list[fx.Node | None]]:
+def _constant_masks(
+    program: ExportedProgram, constant: set[fx.Node]
+) -> dict[fx.Node, list[fx.Node | None]]:
     """Map the nodes that choose elements by *constant* masks to these, with None for other indices."""
     masks = {}
     for node in program.graph.find_nodes(op="call_function", target=INDEX):
-        masks_of_node = [index if _is_mask(index) and index in constant else None for index in node.args[1]]
+        masks_of_node = [
+            index if _is_mask(index) and index in constant else None for index in node.args[1]
+        ]
         if node not in constant and any(masks_of_node):
             masks[node] = masks_of_node
     return masks
 
 
-def _replace_by_value(program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]) -> None:
+def _replace_by_value(
+    program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]
+) -> None:
     """Give the users of *node* that are not *constant* its *value*; erase *node* if it is a check."""
     users = [user for user in node.users if user not in constant]
     if users and isinstance(value, Tensor):
@@ -108,13 +119,17 @@ def _replace_by_value(program: ExportedProgram, node: fx.Node, value: Any, const
     elif users:  # a number, such as a size
         for user in users:
             user.args, user.kwargs = tree_map_only(
-                fx.Node, lambda operand: value if operand is node else operand, (user.args, user.kwargs)
+                fx.Node,
+                lambda operand: value if operand is node else operand,
+                (user.args, user.kwargs),
             )
     elif node.is_impure():
         program.graph.erase_node(node)
 
 
-def _replace_masks(program: ExportedProgram, node: fx.Node, masks: Sequence[Tensor | None]) -> None:
+def _replace_masks(
+    program: ExportedProgram, node: fx.Node, masks: Sequence[Tensor | None]
+) -> None:
     """Replace the indices of *node* that have a mask in *masks* by the positions that it chooses."""
     x, indices = cast(tuple[Any, Any], node.args)
     chosen: list[Any] = []
@@ -122,7 +137,9 @@ def _replace_masks(program: ExportedProgram, node: fx.Node, masks: Sequence[Tens
         if mask is None:
             chosen.append(index)
         else:  # one index per axis of the mask
-            chosen += [_add_constant(program, positions) for positions in mask.nonzero(as_tuple=True)]
+            chosen += [
+                _add_constant(program, positions) for positions in mask.nonzero(as_tuple=True)
+            ]
     node.args = (x, chosen)
 
 

@@ -1,17 +1,19 @@
 """Place casts in the network, so that every runtime computes in the same types.
 
-The casts are placed in a copy of the certified network, before its conversion to ONNX. A part with weights
-receives its inputs in the dtype of its own weights. Layers that declare `keep_float32` stay in float32,
-including their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over
-a feature map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums
-in float32. A local response norm also computes in float32, because squares of activations overflow in
-float16, and so does every operator that adds elements of one operand, such as a mean or a norm. Everything
-else is converted to float16, including the classifier; all outputs are float32.
+The casts are placed in a copy of the certified network, before its conversion to ONNX. A part
+with weights receives its inputs in the dtype of its own weights. Layers that declare
+`keep_float32` stay in float32, including their operations without weights: covariance, trace,
+Newton-Schulz, gate, softmax, and means over a feature map. Experts multiply maps by their
+weights in the dtype of the maps, and compute roots and sums in float32. A local response norm
+also computes in float32, because squares of activations overflow in float16, and so does every
+operator that adds elements of one operand, such as a mean or a norm. Everything else is
+converted to float16, including the classifier; all outputs are float32.
 
-Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
-convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
-which folds weights that are already rounded. A batch norm is folded only if the captured program shows that
-nothing else reads the output of the convolution, and that both run once.
+Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W
+x) + t is the convolution (s W) x + t. Rounding the weights once, after folding, is more
+accurate than the ONNX converter, which folds weights that are already rounded. A batch norm is
+folded only if the captured program shows that nothing else reads the output of the convolution,
+and that both run once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +37,11 @@ from sopdeploy_export.runs import InFloat64, ReportsFloat32
 _Part = TypeVar("_Part", bound=nn.Module)
 # ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).
 ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
-ELEMENTS = (0.5, 0.62, 1.0)  # of a result, as shares of their number: in the middle, anywhere, the last one
+ELEMENTS = (
+    0.5,
+    0.62,
+    1.0,
+)  # of a result, as shares of their number: in the middle, anywhere, the last one
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -44,12 +50,14 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
     """Copy *network*, which is in eval mode, with folded batch norms, weights in float16 and casts as hooks.
 
-    *program* is the captured network; it shows which batch norms fold into the convolution before them.
-    Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
-    Later comparisons would miss a wrong fold, because their tolerance is a multiple of this copy's error.
+    *program* is the captured network; it shows which batch norms fold into the convolution
+    before them. Raises `LoweringError` if folding changes the float64 logits of *pixels*,
+    normalized images (P, 3, H, W). Later comparisons would miss a wrong fold, because their
+    tolerance is a multiple of this copy's error.
     """
     exact = copy_network(network).double()
-    # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it usually gets.
+    # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it
+    # usually gets.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
@@ -74,15 +82,17 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             part.register_forward_pre_hook(partial(_cast_first_input, dtype), with_kwargs=True)
         # These parts compute in float32, and the layers that follow them in float16.
         if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
-            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
+            part.register_forward_hook(
+                lambda _part, _inputs, output: _cast(output, torch.float16)
+            )
     return cast.eval()
 
 
 def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """Compute the sums of *program* over float16 values in float32, as ATen does and not every runtime.
 
-    The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their mean does not.
-    *program* runs on uint8 *images* (B, H, W, 3) to find its operators that add.
+    The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their
+    mean does not. *program* runs on uint8 *images* (B, H, W, 3) to find its operators that add.
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
@@ -113,20 +123,24 @@ class _Sums(fx.Interpreter):
             adds = adds_elements(n.target, args, kwargs)
             if adds is not None:
                 self.adds_elements[n.target] = adds
-        if self.adds_elements.get(n.target):  # in float32 also because CPUs have no float16 form of some
+        if self.adds_elements.get(
+            n.target
+        ):  # in float32 also because CPUs have no float16 form of some
             result = _in_float32(n.target, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return super().run_node(n)
 
 
-def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool | None:
+def adds_elements(
+    operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool | None:
     """Return whether *operator* adds elements of its first operand, in float16, without those of another one.
 
-    An element of a sum has derivatives with respect to several elements of one operand. One of a product,
-    such as a convolution or attention, has some with respect to several elements of two operands: runtimes
-    accumulate it in float32. None: each element depends on a single one, as that of a maximum or a copy, at
-    least with these sizes.
+    An element of a sum has derivatives with respect to several elements of one operand. One of
+    a product, such as a convolution or attention, has some with respect to several elements of
+    two operands: runtimes accumulate it in float32. None: each element depends on a single one,
+    as that of a maximum or a copy, at least with these sizes.
     """
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
         return None
@@ -141,28 +155,38 @@ def adds_elements(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str
     operands = [leaf for leaf in leaves if leaf.is_floating_point()]
     try:
         return _adds_by_derivatives(operator, wide, named, operands)
-    except RuntimeError:  # some operators have no derivatives of all operands, such as running statistics
+    except (
+        RuntimeError
+    ):  # some operators have no derivatives of all operands, such as running statistics
         return _adds_by_derivatives(operator, wide, named, operands[:1])
 
 
 def _adds_by_derivatives(
-    operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Tensor]
+    operator: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    operands: Sequence[Tensor],
 ) -> bool | None:
     """Decide as `adds_elements` does, by the derivatives with respect to *operands* among the arguments."""
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             leaf.requires_grad_(any(leaf is operand for operand in operands))
     with torch.enable_grad():
-        results = [leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        results = [
+            leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)
+        ]
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
         elements = results[0].flatten()
         for share in ELEMENTS:
             element = elements[round(share * (len(elements) - 1))]
-            gradients = torch.autograd.grad(element, operands, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                element, operands, retain_graph=True, allow_unused=True
+            )
             # So many elements of each operand have an influence on this element of the result.
             first, *others = (
-                0 if gradient is None else int(gradient.count_nonzero()) for gradient in gradients
+                0 if gradient is None else int(gradient.count_nonzero())
+                for gradient in gradients
             )
             if first > 1:
                 return all(count <= 1 for count in others)
@@ -172,7 +196,8 @@ def _adds_by_derivatives(
 def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute *operator* in float32 and return its results in float16.
 
-    Returns `NotImplemented`, which keeps the operator as it is, if the first operand is not in float16.
+    Returns `NotImplemented`, which keeps the operator as it is, if the first operand is not in
+    float16.
     """
     if args[0].dtype != torch.float16:
         return NotImplemented
@@ -183,10 +208,13 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype that *part* needs its first input in; None if it accepts every dtype.
 
-    A part with weights or floating-point buffers of its own computes in their dtype, *weight_dtype*.
+    A part with weights or floating-point buffers of its own computes in their dtype,
+    *weight_dtype*.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # of its own weights
+    has_lists = any(
+        isinstance(child, nn.ParameterList) for child in part.children()
+    )  # of its own weights
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     if isinstance(part, nn.LocalResponseNorm):  # squares of activations can overflow in float16
@@ -200,8 +228,8 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     """Map the name of every part to the dtype of its own weights in fp16.
 
-    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
-    child.
+    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a
+    low-precision child.
     """
     kept = set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {}
@@ -209,7 +237,10 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
         parent, _, child = name.rpartition(".")
         if name in kept:
             dtypes[name] = torch.float32
-        elif name == "" or child in export_hints(network.get_submodule(parent)).low_precision_children:
+        elif (
+            name == ""
+            or child in export_hints(network.get_submodule(parent)).low_precision_children
+        ):
             dtypes[name] = torch.float16
         else:
             dtypes[name] = dtypes[parent]
@@ -218,10 +249,15 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
 
 def float32_parts(network: nn.Module) -> list[str]:
     """List the names of the parts of *network* that stay in float32 in reduced precisions."""
-    # BatchNorm1d mostly reads second-order features, in float32; squares in LocalResponseNorm can overflow.
+    # BatchNorm1d mostly reads second-order features, in float32; squares in LocalResponseNorm
+    # can overflow.
     types = (nn.BatchNorm1d, nn.LocalResponseNorm)
     parts = network.named_modules()
-    return [name for name, part in parts if isinstance(part, types) or export_hints(part).keep_float32]
+    return [
+        name
+        for name, part in parts
+        if isinstance(part, types) or export_hints(part).keep_float32
+    ]
 
 
 def _cast_first_input(
@@ -260,10 +296,15 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
             names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
             for value in (weight, norm_weight)
         )
-        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
+        convolution, norm = (
+            network.get_submodule(convolution_name),
+            network.get_submodule(norm_name),
+        )
         if type(norm) is nn.BatchNorm2d:
             after_norm: nn.Module = nn.Identity()
-        elif isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":  # of timm
+        elif (
+            isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d"
+        ):  # of timm
             after_norm = nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
         else:  # an unknown class can compute anything
             continue

@@ -15,22 +15,32 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-LARGEST_MATRIX = 256  # rows of the matrix of a Fourier transform, unless the size has no such factors
+LARGEST_MATRIX = (
+    256  # rows of the matrix of a Fourier transform, unless the size has no such factors
+)
 BLOCK = 256  # numbers that are added one after the other
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """Write attention with a mask by `_masked_attention`, and other than four axes as matrix products.
 
-    `_masked_attention` calls it again, with a mask of numbers. `NotImplemented` leaves the operator as it is.
+    `_masked_attention` calls it again, with a mask of numbers. `NotImplemented` leaves the
+    operator as it is.
     """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)
     if query.dim() == 4:
         return NotImplemented
-    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, *args, **options
+    )[0]
 
 
 def _masked_attention(
@@ -42,16 +52,25 @@ def _masked_attention(
     """
     added, allowed = mask, mask != -torch.inf
     if mask.dtype == torch.bool:
-        added, allowed = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf), mask
+        added, allowed = (
+            torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf),
+            mask,
+        )
     token = _handles_mask.set(True)
     try:
-        result = ATTENTION(query, key, value, added, *args, **options)  # calls `_attention` again
+        result = ATTENTION(
+            query, key, value, added, *args, **options
+        )  # calls `_attention` again
     finally:
         _handles_mask.reset(token)
     filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     # The strides stay those of attention, so that a view of the result stays possible.
     axes = sorted(range(result.dim()), key=result.stride, reverse=True)
-    return filled.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+    return (
+        filled.permute(axes)
+        .contiguous()
+        .permute([axes.index(axis) for axis in range(len(axes))])
+    )
 
 
 # Whether `_attention` is called by `_masked_attention`.
@@ -75,10 +94,13 @@ def _expm1(values: Tensor) -> Tensor:
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
-    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)  # then the angle is that of a diagonal
+    far = (y.abs() == torch.inf) & (
+        x.abs() == torch.inf
+    )  # then the angle is that of a diagonal
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
     slope = torch.where(far, y.sign() * x.sign(), y / divisor)
-    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x, -y).
+    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x,
+    # -y).
     angle = slope.atan()
     half_turn = torch.where(below, -torch.pi, torch.pi)
     return angle + torch.where(left, half_turn, 0.0)
@@ -99,7 +121,9 @@ def _index_put(
     if not is_mask or new.numel() != 1 or accumulate:
         return NotImplemented  # the operator stays
     mask = cast(Tensor, indices[0])
-    return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values)
+    return torch.where(
+        mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values
+    )
 
 
 def norm(
@@ -112,8 +136,8 @@ def norm(
 ) -> Any:
     """Write a 2-norm of many values as sums of sums; NotImplemented for others.
 
-    ONNX Runtime adds all squares one after the other, and the error of one sum grows with its length (Higham,
-    "Accuracy and Stability", section 4.2).
+    ONNX Runtime adds all squares one after the other, and the error of one sum grows with its
+    length (Higham, "Accuracy and Stability", section 4.2).
     """
     axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
     sizes = [values.shape[axis] for axis in axes]
@@ -134,11 +158,14 @@ def norm(
 def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
     """Remove those of the axes *dim* that have size 1, as torch does.
 
-    ONNX fails for other axes. Returns NotImplemented if all have size 1, or if a size is not fixed.
+    ONNX fails for other axes. Returns NotImplemented if all have size 1, or if a size is not
+    fixed.
     """
     axes = [dim] if isinstance(dim, int) else list(dim)
     sizes = {axis: values.shape[axis] for axis in axes}
-    if not all(isinstance(size, int) for size in sizes.values()) or all(size == 1 for size in sizes.values()):
+    if not all(isinstance(size, int) for size in sizes.values()) or all(
+        size == 1 for size in sizes.values()
+    ):
         return NotImplemented  # the operator stays
     single = [axis for axis, size in sizes.items() if size == 1]
     return torch.squeeze(values, tuple(single)) if single else values.clone()
@@ -178,11 +205,16 @@ def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int)
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
-    last, mirrored = dim[-1], size - size // 2 - 1  # values 1 to `mirrored` occur again, in reverse
+    last, mirrored = (
+        dim[-1],
+        size - size // 2 - 1,
+    )  # values 1 to `mirrored` occur again, in reverse
     real, imaginary = (part.narrow(last, 0, size // 2 + 1) for part in (real, imaginary))
     if mirrored:
         real = torch.cat([real, real.narrow(last, 1, mirrored).flip(last)], last)
-        imaginary = torch.cat([imaginary, -imaginary.narrow(last, 1, mirrored).flip(last)], last)
+        imaginary = torch.cat(
+            [imaginary, -imaginary.narrow(last, 1, mirrored).flip(last)], last
+        )
     result, _ = _transform_axis(real, imaginary, last, inverse=True)
     return result
 
@@ -200,11 +232,14 @@ def _transform_axis(
     return results[0].movedim(-1, axis), results[1].movedim(-1, axis)
 
 
-def _transform(real: Tensor, imaginary: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+def _transform(
+    real: Tensor, imaginary: Tensor | None, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
     """Transform the last axis, of size n, by a matrix, or if n is large by those of two factors of n.
 
-    With n = p q, the value at q i + j is in row i and column j. Transforms of the columns, factors
-    exp(-2 pi i j k / n) and transforms of the rows give the transform (Cooley and Tukey, 1965).
+    With n = p q, the value at q i + j is in row i and column j. Transforms of the columns,
+    factors exp(-2 pi i j k / n) and transforms of the rows give the transform (Cooley and
+    Tukey, 1965).
     """
     size = real.shape[-1]
     root = math.isqrt(size)
@@ -226,17 +261,22 @@ def _transform(real: Tensor, imaginary: Tensor | None, *, inverse: bool) -> tupl
 
 def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return cos and sin of -2 pi j k / *size*, or of 2 pi j k / *size*, as float32 (*rows*, *columns*)."""
-    steps = torch.outer(torch.arange(rows), torch.arange(columns)) % size  # exact, unlike the angle of j k
+    steps = (
+        torch.outer(torch.arange(rows), torch.arange(columns)) % size
+    )  # exact, unlike the angle of j k
     angles = steps.double() * ((2 if inverse else -2) * math.pi / size)
     return angles.cos().float(), angles.sin().float()
 
 
-_TRANSFORMS = [f"{kind}fft{axes}" for kind in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n")]
+_TRANSFORMS = [
+    f"{kind}fft{axes}" for kind in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n")
+]
 # Operators whose form of the converter is missing, or wrong for some values
 DECOMPOSED = {
     # torch's own forms of these call the three below.
     **{
-        getattr(torch.ops.aten, f"fft_{name}").default: getattr(torch._refs.fft, name) for name in _TRANSFORMS
+        getattr(torch.ops.aten, f"fft_{name}").default: getattr(torch._refs.fft, name)
+        for name in _TRANSFORMS
     },
     torch.ops.aten.linalg_vector_norm.default: norm,
     torch.ops.aten.squeeze.dim: squeeze,
@@ -260,7 +300,9 @@ DECOMPOSED = {
         [*map(torch.atleast_1d, values)], dim=0 if values[0].dim() < 2 else 1
     ),
     torch.ops.aten.vstack.default: lambda values: torch.cat([*map(torch.atleast_2d, values)]),
-    torch.ops.aten.dstack.default: lambda values: torch.cat([*map(torch.atleast_3d, values)], 2),
+    torch.ops.aten.dstack.default: lambda values: torch.cat(
+        [*map(torch.atleast_3d, values)], 2
+    ),
     torch.ops.aten.column_stack.default: lambda values: torch.cat(
         [value.reshape(-1, 1) if value.dim() < 2 else value for value in values], dim=1
     ),
@@ -270,16 +312,19 @@ DECOMPOSED = {
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The results of these forms, and the converter's of attention, have other strides than those of torch, with
-    which a view may be impossible. Every view therefore becomes a contiguous copy in another shape.
+    The results of these forms, and the converter's of attention, have other strides than those
+    of torch, with which a view may be impossible. Every view therefore becomes a contiguous
+    copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
     decomposed: ExportedProgram = program.run_decompositions(
         {
             **DECOMPOSED,
-            torch.ops.aten.view.default: lambda values, shape: torch.ops.aten._unsafe_view.default(
-                values.clone(memory_format=torch.contiguous_format), shape
+            torch.ops.aten.view.default: lambda values, shape: (
+                torch.ops.aten._unsafe_view.default(
+                    values.clone(memory_format=torch.contiguous_format), shape
+                )
             ),
         }
     )

@@ -1,8 +1,8 @@
 """INT8: quantize the convolutions of a float32 graph after training, with ONNX Runtime's quantizer.
 
-QuantizeLinear and DequantizeLinear nodes surround the operators, and runtimes fuse them. Weights are int8 per
-output channel; second-order layers, pooling and classifier stay in float32. The runtimes need different
-activations:
+QuantizeLinear and DequantizeLinear nodes surround the operators, and runtimes fuse them.
+Weights are int8 per output channel; second-order layers, pooling and classifier stay in
+float32. The runtimes need different activations:
 
 - `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well. A Clip or Relu
   after a convolution becomes part of its output: without these operators in the list, the values in front of
@@ -11,13 +11,13 @@ activations:
   fuses what follows a convolution. Biases stay in float32, because the parser cannot dequantize int32. On a
   CPU this form is slower than float32.
 
-The convolution that reads the image stays in float32: it takes a few percent of the time, rounding its input
-costs more accuracy than any other layer of EfficientNet-Lite0, and TensorRT has no int8 kernel that fuses
-three input channels, ReLU and max pooling (observed with 10.16).
+The convolution that reads the image stays in float32: it takes a few percent of the time,
+rounding its input costs more accuracy than any other layer of EfficientNet-Lite0, and TensorRT
+has no int8 kernel that fuses three input channels, ReLU and max pooling (observed with 10.16).
 
-Biases are corrected (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
-Correction", section 4.2, here with measured inputs): rounding the weights W to W' shifts the mean output of
-each channel by E[(W' - W) x], which is subtracted from the bias.
+Biases are corrected (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and
+Bias Correction", section 4.2, here with measured inputs): rounding the weights W to W' shifts
+the mean output of each channel by E[(W' - W) x], which is subtracted from the bias.
 """
 
 import tempfile
@@ -83,8 +83,8 @@ class _OneImage:
 class Int8Quantizer:
     """Quantizes a float32 graph.
 
-    `quantize_static` of ONNX Runtime does the same in one call, without the correction of biases and without
-    the shortcuts for TensorRT.
+    `quantize_static` of ONNX Runtime does the same in one call, without the correction of
+    biases and without the shortcuts for TensorRT.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class Int8Quantizer:
     ) -> None:
         """Prepare *model* for calibration on *images*, uint8 (P, H, W, 3).
 
-        Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left.
+        Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is
+        left.
         """
         self.images, self.scheme, self.runtime = images, SCHEMES[runtime], runtime
         self.original = model
@@ -105,7 +106,9 @@ class Int8Quantizer:
             node.name = node.name or f"node {position}"
         self.chosen = self._choose_convolutions(in_float)
         if not self.chosen:
-            raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
+            raise LoweringError(
+                "the network has no convolution to quantize; export it in precision fp16"
+            )
         self._separate_constants()
 
     def quantize(self) -> onnx.ModelProto:
@@ -113,7 +116,9 @@ class Int8Quantizer:
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
         activations = {  # quantized only if the form lists their operator
-            node.name for node in nodes if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
+            node.name
+            for node in nodes
+            if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
         }
         copied = onnx.ModelProto()
         copied.CopyFrom(self.model)
@@ -136,7 +141,8 @@ class Int8Quantizer:
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
-        # Versions stay those of the original. Nothing needs the metadata and shapes that the quantizer added.
+        # Versions stay those of the original. Nothing needs the metadata and shapes that the
+        # quantizer added.
         del quantized.opset_import[:]
         quantized.opset_import.extend(self.original.opset_import)
         quantized.producer_name = self.original.producer_name
@@ -149,7 +155,10 @@ class Int8Quantizer:
 
     def measure_ranges(self) -> TensorsData:
         """Find the smallest and largest inputs and outputs of the operators on the images."""
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints progress
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            redirect_stdout(StringIO()),
+        ):  # it prints progress
             path = Path(folder) / "float.onnx"
             onnx.save(self.model, path)
             calibrator = create_calibrator(
@@ -158,7 +167,9 @@ class Int8Quantizer:
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            for image in self.images:  # a reader for each, because a reader's activations stay in memory
+            for image in (
+                self.images
+            ):  # a reader for each, because a reader's activations stay in memory
                 calibrator.collect_data(_OneImage(image))
             return calibrator.compute_data()
 
@@ -170,7 +181,9 @@ class Int8Quantizer:
             if node.op_type != "Conv" or node.input[1] not in sizes:
                 continue
             weight = node.input[1]
-            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            groups = next(
+                (attribute.i for attribute in node.attribute if attribute.name == "group"), 1
+            )
             num_input_channels = int(sizes[weight][1]) * groups
             if num_input_channels > IMAGE_CHANNELS and not is_in(weight, *in_float):
                 chosen.add(node.name)
@@ -179,7 +192,8 @@ class Int8Quantizer:
     def _separate_constants(self) -> None:
         """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
 
-        The scale of weights depends on the range of the input, because that of the bias is their product.
+        The scale of weights depends on the range of the input, because that of the bias is
+        their product.
         """
         graph = self.model.graph
         num_readers = Counter(name for node in graph.node for name in node.input)
@@ -209,24 +223,33 @@ class Int8Quantizer:
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Add the mean of (W - Q) x over the images to each bias of *quantized*, in place.
 
-        W are the weights of a convolution, Q the quantized ones and x its inputs in float32, so that rounded
-        weights change no mean output (Nagel et al., "Data-Free Quantization", 2019, section 4.2). A bias that
-        the graph computes stays.
+        W are the weights of a convolution, Q the quantized ones and x its inputs in float32, so
+        that rounded weights change no mean output (Nagel et al., "Data-Free Quantization",
+        2019, section 4.2). A bias that the graph computes stays.
         """
         originals = {tensor.name: tensor for tensor in self.model.graph.initializer}
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
         # A dequantized tensor is codes * scale. Map its name to the names of both.
-        dequantizers = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
+        dequantizers = [
+            node for node in quantized.graph.node if node.op_type == "DequantizeLinear"
+        ]
         codes_and_scale = {node.output[0]: node.input[:2] for node in dequantizers}
-        inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
-        errors = {}  # of the weights (C, ...) for C output channels, by the name of the convolution
+        inputs = {
+            node.name: node.input for node in quantized.graph.node if node.name in self.chosen
+        }
+        # of the weights (C, ...) for C output channels, by the name of the convolution
+        errors = {}
         for node in self.model.graph.node:
             if node.name not in self.chosen or node.input[2] not in originals:
                 continue
             weight = numpy_helper.to_array(originals[node.input[1]])
             _, weight_name, _ = inputs[node.name]
-            codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...); zero points are 0
+            codes, scale = (
+                numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name]
+            )
+            scale_by_channel = scale.reshape(
+                -1, *[1] * (codes.ndim - 1)
+            )  # (C, 1, ...); zero points are 0
             errors[node.name] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
             _, _, bias = inputs[convolution]
@@ -234,13 +257,17 @@ class Int8Quantizer:
                 stored, scale = (tensors[name] for name in codes_and_scale[bias])
                 steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
                 low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-                corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(np.int32)
+                corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(
+                    np.int32
+                )
             else:  # float32 (C,), in the form for TensorRT
                 stored = tensors[bias]
                 corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
             stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
 
-    def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
+    def _mean_outputs(
+        self, weights: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Compute the mean output (C,) per channel of the convolutions with these *weights*, without biases.
 
         A copy of the float32 graph gets these convolutions, and a mean after each, as outputs.
@@ -248,31 +275,44 @@ class Int8Quantizer:
         if not weights:  # a graph without outputs cannot run
             return {}
         probed = onnx.ModelProto()
-        probed.CopyFrom(self.original)  # its values have the same names as those of `self.model`
+        probed.CopyFrom(
+            self.original
+        )  # its values have the same names as those of `self.model`
         del probed.graph.output[:]
         for node in self.model.graph.node:
             if node.name not in weights:
                 continue
-            weight, axes, raw, mean = (f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean"))
+            weight, axes, raw, mean = (
+                f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean")
+            )
             conv = helper.make_node("Conv", [node.input[0], weight], [raw])
             conv.attribute.extend(node.attribute)
             spatial = np.arange(2, weights[node.name].ndim)
             probed.graph.initializer.append(numpy_helper.from_array(weights[node.name], weight))
             probed.graph.initializer.append(numpy_helper.from_array(spatial, axes))
-            probed.graph.node.extend([conv, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
-            probed.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
+            probed.graph.node.extend(
+                [conv, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)]
+            )
+            probed.graph.output.append(
+                helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None)
+            )
         images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
         outputs = file_outputs(open_session(probed), images, 1)  # (P, C) of each convolution
-        means = {name: values.mean(axis=0, dtype=np.float64) for name, values in outputs.items()}
+        means = {
+            name: values.mean(axis=0, dtype=np.float64) for name, values in outputs.items()
+        }
         return {name.removesuffix(":mean"): mean for name, mean in means.items()}
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
     """List the outputs of *chosen* convolutions in shortcuts, which the caller quantizes for TensorRT.
 
-    Of two convolutions whose outputs are added, the one in the shortcut shares its input with other nodes.
+    Of two convolutions whose outputs are added, the one in the shortcut shares its input with
+    other nodes.
     """
-    input_of = {node.output[0]: node.input[0] for node in model.graph.node if node.name in chosen}
+    input_of = {
+        node.output[0]: node.input[0] for node in model.graph.node if node.name in chosen
+    }
     num_readers = Counter(name for node in model.graph.node for name in node.input)
     added: list[str] = []  # outputs of two convolutions each
     for node in model.graph.node:

@@ -1,9 +1,9 @@
 """Operators that earlier exports have compared, in a file of the user's cache folder.
 
-An entry maps the hash of a description to the ONNX operators that ONNX Runtime executes for it. The file
-begins with a hash of its content and of everything else that decides a comparison: the versions of packages,
-the code of this folder, and the processor. A file with another hash counts as none: its operators are
-compared again.
+An entry maps the hash of a description to the ONNX operators that ONNX Runtime executes for it.
+The file begins with a hash of its content and of everything else that decides a comparison: the
+versions of packages, the code of this folder, and the processor. A file with another hash
+counts as none: its operators are compared again.
 """
 
 import hashlib
@@ -22,7 +22,16 @@ import torch
 from sopdeploy.environment import installed
 from sopdeploy.files import atomic_write, expand_user, read_file
 
-PACKAGES = ("sopdeploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+PACKAGES = (
+    "sopdeploy",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+)
 MOST_OPERATORS = 20_000
 MOST_BYTES = 10**7
 Executed = dict[str, Counter[str]]
@@ -36,7 +45,10 @@ def read_known() -> Executed:
             return {}
     except OSError:
         return {}
-    return {description: Counter(operators) for description, operators in json.loads(content).items()}
+    return {
+        description: Counter(operators)
+        for description, operators in json.loads(content).items()
+    }
 
 
 def write_known(executed: Mapping[str, Counter[str]]) -> None:
@@ -62,10 +74,16 @@ def _digest(content: bytes) -> bytes:
 @cache
 def _identity() -> bytes:
     """Describe the packages, the code and the processor that decide how a comparison ends."""
-    facts = [*installed(PACKAGES).items(), torch.backends.cpu.get_cpu_capability(), platform.machine()]
+    facts = [
+        *installed(PACKAGES).items(),
+        torch.backends.cpu.get_cpu_capability(),
+        platform.machine(),
+    ]
     code = [
         file.read_bytes()
-        for file in sorted(files("sopdeploy_export.lower").iterdir(), key=lambda file: file.name)
+        for file in sorted(
+            files("sopdeploy_export.lower").iterdir(), key=lambda file: file.name
+        )
         if file.name.endswith(".py")
     ]
     return repr([*facts, *code]).encode()

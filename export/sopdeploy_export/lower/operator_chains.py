@@ -15,10 +15,23 @@ from sopdeploy_export.program_hashes import module_of
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
 # Elementwise operators and these have one ONNX form for all sizes from `LARGE`.
-SIZELESS = ("aten::convolution", "aten::conv2d", "aten::_native_batch_norm_legit_no_training", "aten::pad")
+SIZELESS = (
+    "aten::convolution",
+    "aten::conv2d",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::pad",
+)
 LARGE = 4
-PRODUCTS = ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
-ENOUGH = 64  # elements along an axis, on which a product of matrices or an elementwise operator is compared
+PRODUCTS = (
+    "aten::linear",
+    "aten::matmul",
+    "aten::mm",
+    "aten::bmm",
+    "aten::addmm",
+    "aten::baddbmm",
+)
+# elements along an axis, on which a product of matrices or an elementwise operator is compared
+ENOUGH = 64
 CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 
 
@@ -33,7 +46,8 @@ class _Range(NamedTuple):
 class Operator(NamedTuple):
     """One operator of a program: its arguments, and the part of the network that it is in.
 
-    `used` has the positions of the results that something reads, `ranges` an item for each of the `operands`.
+    `used` has the positions of the results that something reads, `ranges` an item for each of
+    the `operands`.
     """
 
     target: OpOverload
@@ -66,21 +80,29 @@ class Operator(NamedTuple):
         )
         if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        return f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
+        return (
+            f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
+        )
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
-        remaining = iter(operands)  # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        remaining = iter(
+            operands
+        )  # `tree_map_only` visits the tensors in the order of `tree_leaves`
         args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
         results = self.target(*args, **kwargs)
-        return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
+        return (
+            [results]
+            if isinstance(results, Tensor)
+            else [results[position] for position in self.used]
+        )
 
 
 class Chain(NamedTuple):
     """What is compared: one operator, or two of which the first one's result is the second one's operand.
 
-    `reads_first_at` has the positions of this operand among those of the second operator, which can read it
-    twice.
+    `reads_first_at` has the positions of this operand among those of the second operator, which
+    can read it twice.
     """
 
     operators: tuple[Operator, ...]
@@ -137,7 +159,9 @@ class Chain(NamedTuple):
         for operator in self.operators:
             if not operator.is_elementwise and operator.name not in PRODUCTS:
                 return self
-            arguments = tree_map_only(Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments)
+            arguments = tree_map_only(
+                Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments
+            )
             operators.append(operator._replace(arguments=arguments))
         return self._replace(operators=tuple(operators))
 
@@ -148,7 +172,10 @@ class Chain(NamedTuple):
         results = [first.run([next(remaining) for _ in first.operands])]
         for operator in second:  # if there is one
             positions = range(len(operator.operands))
-            read = [results[0][0] if i in self.reads_first_at else next(remaining) for i in positions]
+            read = [
+                results[0][0] if i in self.reads_first_at else next(remaining)
+                for i in positions
+            ]
             results.append(operator.run(read))
         return results
 
@@ -156,8 +183,8 @@ class Chain(NamedTuple):
 class _Bounds(fx.Interpreter):
     """Runs a program and collects the values that can be infinite or NaN, in `unbounded`; NaN in `undefined`.
 
-    The result of every layer with weights is replaced by *values* in turn. If they are equal, a division by a
-    sum, a norm or a deviation gives NaN, unless a constant is added to it.
+    The result of every layer with weights is replaced by *values* in turn. If they are equal, a
+    division by a sum, a norm or a deviation gives NaN, unless a constant is added to it.
     """
 
     def __init__(self, program: fx.GraphModule, values: Sequence[float]) -> None:
@@ -170,7 +197,8 @@ class _Bounds(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and replace its result if it is that of a layer with weights.
 
-        The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it is NaN.
+        The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it
+        is NaN.
         """
         result = super().run_node(n)
         for leaf in tree_leaves(result):
@@ -205,10 +233,13 @@ def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
 class _Recorder(fx.Interpreter):
     """Runs a program and records its operators, and pairs of them, in `chains` by their descriptions.
 
-    *bounds* has the nodes whose values can be infinite or NaN; *compared*, descriptions, are left out.
+    *bounds* has the nodes whose values can be infinite or NaN; *compared*, descriptions, are
+    left out.
     """
 
-    def __init__(self, program: fx.GraphModule, bounds: Sequence[_Bounds], compared: Set[str]) -> None:
+    def __init__(
+        self, program: fx.GraphModule, bounds: Sequence[_Bounds], compared: Set[str]
+    ) -> None:
         super().__init__(program)
         self._unbounded = {name for each in bounds for name in each.unbounded}
         self._undefined = {name for each in bounds for name in each.undefined}
@@ -227,7 +258,11 @@ class _Recorder(fx.Interpreter):
         for node in operands:
             is_varying = node in self._after_images
             can_be_unbounded = is_varying and node.name in self._unbounded
-            ranges.append(_Range(is_varying, can_be_unbounded, is_varying and node.name in self._undefined))
+            ranges.append(
+                _Range(
+                    is_varying, can_be_unbounded, is_varying and node.name in self._undefined
+                )
+            )
         operator = _as_operator(n, arguments, results, tuple(ranges))
         if operator is None:
             return results
@@ -236,7 +271,9 @@ class _Recorder(fx.Interpreter):
             self._by_node[n] = operator
         for node in dict.fromkeys(operands):
             if node in self._by_node:
-                positions = frozenset(i for i, operand in enumerate(operands) if operand is node)
+                positions = frozenset(
+                    i for i, operand in enumerate(operands) if operand is node
+                )
                 self._record(Chain((self._by_node[node], operator), positions))
         return results
 
@@ -250,7 +287,10 @@ class _Recorder(fx.Interpreter):
 
 
 def _as_operator(
-    node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any, ranges: tuple[_Range, ...]
+    node: fx.Node,
+    arguments: tuple[Any, dict[str, Any]],
+    results: Any,
+    ranges: tuple[_Range, ...],
 ) -> Operator | None:
     """Return the operator of *node*; None if it has no operands or no results that can be compared."""
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
@@ -261,13 +301,17 @@ def _as_operator(
     if any(leaf.is_complex() for leaf in leaves):
         return None
     # Of several results, the users are `getitem` nodes, whose second argument is the position.
-    positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
+    positions: set[Any] = (
+        {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
+    )
     target = cast(OpOverload, node.target)
     operator = Operator(target, arguments, tuple(sorted(positions)), module_of(node), ranges)
     return operator if operator.operands else None
 
 
-def record_chains(module: fx.GraphModule, pixels: Tensor, compared: Set[str]) -> dict[str, Chain]:
+def record_chains(
+    module: fx.GraphModule, pixels: Tensor, compared: Set[str]
+) -> dict[str, Chain]:
     """Run *module* on *pixels* (B, H, W, 3), and return its chains by descriptions, without those *compared*.
 
     A pair comes after its two operators.
@@ -275,7 +319,9 @@ def record_chains(module: fx.GraphModule, pixels: Tensor, compared: Set[str]) ->
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     bounds = [_Bounds(module, values) for values in (ORDINARY, (0.0,), (1.0,))]
     for each in bounds:
-        with suppress(Exception):  # of code that cannot use them all, for example as positions in a table
+        with suppress(
+            Exception
+        ):  # of code that cannot use them all, for example as positions in a table
             each.run(pixels)
     recorder = _Recorder(module, bounds, compared)
     recorder.run(pixels)

@@ -11,9 +11,13 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.lower.operator_chains import ORDINARY, Chain
 
 INF, NAN = math.inf, math.nan
-TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # TINY / 4 is denormal
+TINY, LARGEST = (
+    torch.finfo(torch.float32).tiny,
+    torch.finfo(torch.float32).max,
+)  # TINY / 4 is denormal
 BEYOND_INT32 = (3e9, -3e9)
-# Operands without differences, or with one: the value of every third element, and of the others.
+# Operands without differences, or with one: the value of every third element, and of the
+# others.
 UNIFORM = ((0, 0), (1, 1), (1, 0))
 # The same, for values that can be infinite or NaN.
 INFINITE = ((INF, INF), (-INF, -INF), (1, -INF), (INF, 1))
@@ -21,7 +25,11 @@ UNDEFINED = ((NAN, NAN), (NAN, 1))  # ONNX Runtime's maximum of NaN and 1 is 1, 
 TOLERANCE = 1e-4  # relative to the result
 ROUNDING = 16  # units in the last place of the operands, for the error of elementwise operators
 MAX_ROUNDS = 100  # of an operator with few elements
-NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime computes exp(x) - 1, which cancels
+NOT_NEAR_ZERO = (
+    "aten::elu",
+    "aten::celu",
+    "aten::selu",
+)  # ONNX Runtime computes exp(x) - 1, which cancels
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
 FAR = 1e18  # products of such values can overflow
@@ -30,15 +38,17 @@ FAR = 1e18  # products of such values can overflow
 def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
     """Fill the operands of *chain* with *values* in turn, from number *start* on; keep integers.
 
-    The operands of an elementwise operator count like the digits of a number, so that all pairs of values
-    occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1. Those of other operators
-    begin at different values, five apart.
+    The operands of an elementwise operator count like the digits of a number, so that all pairs
+    of values occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1.
+    Those of other operators begin at different values, five apart.
     """
     filled, run_length = [], 1  # so many elements in a row get the same value
     for number, operand in enumerate(chain.operands):
         elements = start + np.arange(operand.numel())
         counts = elements // run_length if chain.is_elementwise else elements + 5 * number
-        positions = torch.from_numpy(counts % len(values))  # which of *values* each element gets (numel,)
+        positions = torch.from_numpy(
+            counts % len(values)
+        )  # which of *values* each element gets (numel,)
         if operand.dtype == torch.bool:  # True and False in turn
             filled.append(_with_content(operand, positions % 2 == 0))
         else:
@@ -52,27 +62,33 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
     if not operand.is_floating_point() and operand.dtype != torch.bool:
         content = operand.flatten()
     dtype = torch.float32 if operand.is_floating_point() else operand.dtype
-    return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))  # with its strides
+    return torch.empty_like(operand, dtype=dtype).copy_(
+        content.reshape(operand.shape)
+    )  # with its strides
 
 
 def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     """Yield operands of *chain* with ordinary values, with negative ones, and with difficult ones.
 
-    Difficult for an elementwise chain are all pairs of extreme values or, if it gives integers, numbers
-    beyond int32; for another one, equal values, and large and small ones.
+    Difficult for an elementwise chain are all pairs of extreme values or, if it gives integers,
+    numbers beyond int32; for another one, equal values, and large and small ones.
     """
     ordinary = fill(chain, ORDINARY, 0)
     yield ordinary
     yield fill(chain, [-1 - abs(value) for value in ORDINARY], 0)
     if not chain.is_elementwise:
         yield from _fill_uniformly(chain, ordinary)
-        # The order of additions decides whether a sum overflows; one of products of these roots does not.
+        # The order of additions decides whether a sum overflows; one of products of these roots
+        # does not.
         low, high = TINY**0.25, LARGEST**0.25
         yield fill(chain, (*ORDINARY, low, -low, high, -high), 0)
         return
-    dtypes = [results[0].dtype for results in chain.run(ordinary)]  # of the first result of each operator
+    dtypes = [
+        results[0].dtype for results in chain.run(ordinary)
+    ]  # of the first result of each operator
     if any(dtype not in (torch.float32, torch.bool) for dtype in dtypes):
-        # An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
+        # An integer cannot hold infinities and NaN, and what their conversion gives is not
+        # defined.
         if dtypes[0] == torch.int64:
             yield fill(chain, (*ORDINARY, *BEYOND_INT32), 0)
         return
@@ -85,8 +101,9 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
 def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the *ordinary* operands again and again, each time with uniform values in other ones.
 
-    First in each operand alone that depends on the images, then in all of these. `UNIFORM` has the values,
-    `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or NaN.
+    First in each operand alone that depends on the images, then in all of these. `UNIFORM` has
+    the values, `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or
+    NaN.
     """
     ranges = [can_be for _, can_be in chain.inputs]
     varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
@@ -103,11 +120,15 @@ def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[T
             filled = list(ordinary)
             for i in chosen:
                 is_third = torch.arange(ordinary[i].numel()) % 3 == 1
-                filled[i] = _with_content(ordinary[i], torch.where(is_third, every_third, others))
+                filled[i] = _with_content(
+                    ordinary[i], torch.where(is_third, every_third, others)
+                )
             yield filled
 
 
-def check_result(chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
+def check_result(
+    chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor
+) -> None:
     """Raise `LoweringError` if *found*, for *operands*, differs from *expected* by more than rounding."""
     wrong = _mark_wrong(chain, operands, found, expected)
     if not wrong.any():
@@ -115,38 +136,51 @@ def check_result(chain: Chain, operands: Sequence[Tensor], found: Tensor, expect
     difference = "values of another shape"
     if found.shape == expected.shape:
         position = int(wrong.flatten().nonzero()[0])
-        difference = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
+        difference = (
+            f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
+        )
         if chain.is_elementwise:
             values = (operand.expand_as(expected).flatten()[position] for operand in operands)
             difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
     remedy = "use torch.sort(stable=True)" if chain.is_one_of(SORTED) else "use other operators"
     target = " and ".join(str(operator.target) for operator in chain.operators)
-    raise LoweringError(f"{target} in {chain.last.part}: its ONNX form gives {difference}; {remedy}")
+    raise LoweringError(
+        f"{target} in {chain.last.part}: its ONNX form gives {difference}; {remedy}"
+    )
 
 
-def _mark_wrong(chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
+def _mark_wrong(
+    chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor
+) -> Tensor:
     """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ.
 
-    What does not occur in the network, such as NaN of bounded operands, and overflowing sums do not count.
+    What does not occur in the network, such as NaN of bounded operands, and overflowing sums do
+    not count.
     """
     if found.shape != expected.shape:
         return torch.tensor(True)
     if not expected.is_floating_point():
         return found != expected
     limits = torch.finfo(expected.dtype)
-    bounded = expected.clamp(limits.min, limits.max)  # ATen's `gelu` of the largest number is infinite
-    magnitudes = [operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()]
+    bounded = expected.clamp(
+        limits.min, limits.max
+    )  # ATen's `gelu` of the largest number is infinite
+    magnitudes = [
+        operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()
+    ]
     compared = torch.ones_like(expected, dtype=torch.bool)
     if chain.is_elementwise:
         if not chain.can_be_unbounded:  # NaN does not occur
             compared = ~found.isnan() if chain.is_one_of(NOT_NAN) else ~expected.isnan()
-        # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the result.
+        # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the
+        # result.
         scale = sum(magnitudes, torch.zeros_like(expected))
         if chain.is_one_of(NOT_NEAR_ZERO):
             scale = scale + 1
         allowed = ROUNDING * limits.eps * scale + TOLERANCE * bounded.abs()
     else:
-        # A sum of products can cancel, so its error is relative to the largest product or result.
+        # A sum of products can cancel, so its error is relative to the largest product or
+        # result.
         factors = sorted(float(values.max()) for values in magnitudes if values.numel())[-2:]
         finite = expected.where(expected.isfinite(), 0).abs()
         largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)

@@ -1,14 +1,16 @@
 """Compare every operator of a program with its ONNX form, on values that images hardly ever cause.
 
-The converter writes some operators in a form that equals them for most values only: as two ONNX operators of
-which the first overflows, or without one of the attributes. Each operator runs in ONNX Runtime and in ATen,
-with its own shapes and attributes, on zeros of both signs, ties, large values, denormals, the largest finite
-values, infinities and NaN. An operator that combines elements also gets operands without any difference:
-all False, all 0, some elements among equal ones and, if its operands can be such, all infinite or all NaN.
-Both compute in float32, the type of the file.
+The converter writes some operators in a form that equals them for most values only: as two ONNX
+operators of which the first overflows, or without one of the attributes. Each operator runs in
+ONNX Runtime and in ATen, with its own shapes and attributes, on zeros of both signs, ties,
+large values, denormals, the largest finite values, infinities and NaN. An operator that
+combines elements also gets operands without any difference: all False, all 0, some elements
+among equal ones and, if its operands can be such, all infinite or all NaN. Both compute in
+float32, the type of the file.
 
-The converter and ONNX Runtime can make one operator of two, such as a cast to int32 of one to int64. Two
-successive operators for which others are executed than for each of them are compared as a pair, too.
+The converter and ONNX Runtime can make one operator of two, such as a cast to int32 of one to
+int64. Two successive operators for which others are executed than for each of them are compared
+as a pair, too.
 """
 
 import itertools
@@ -44,19 +46,22 @@ _executed_operators: dict[str, Counter[str]] = {}
 
 @torch.no_grad()
 def check_operators(
-    program: ExportedProgram, images: NDArray[np.uint8], on_group: Callable[[str], None] = lambda _: None
+    program: ExportedProgram,
+    images: NDArray[np.uint8],
+    on_group: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    Calls *on_group* with a text as each group of operators begins. An operator with the same attributes and
-    shapes is compared once, also by other exports. Raises `LoweringError` with the operator, the part of the
-    network and the values if they differ.
+    Calls *on_group* with a text as each group of operators begins. An operator with the same
+    attributes and shapes is compared once, also by other exports. Raises `LoweringError` with
+    the operator, the part of the network and the values if they differ.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)
     chains = record_chains(module, torch.from_numpy(images), _executed_operators.keys())
     last = next(reversed(chains), None)
-    # Compare groups, because the time of a capture grows with the square of its number of operands.
+    # Compare groups, because the time of a capture grows with the square of its number of
+    # operands.
     group, num_operands, done = dict[str, Chain](), 0, 0
     for description, chain in chains.items():
         group[description] = chain
@@ -98,30 +103,44 @@ class _CapturedChain(NamedTuple):
 def _compare_group(chains: Mapping[str, Chain]) -> None:
     """Compare *chains*, and note in `_executed_operators` that this is done.
 
-    Raises `LoweringError` for the first chain that ONNX Runtime cannot run or that differs. A pair is
-    compared only if ONNX Runtime executes other operators for it than for its two operators.
+    Raises `LoweringError` for the first chain that ONNX Runtime cannot run or that differs. A
+    pair is compared only if ONNX Runtime executes other operators for it than for its two
+    operators.
     """
     captured = []
     for i, (description, chain) in enumerate(chains.items()):
         operand_names = [f"operand {i} {j}" for j in range(len(chain.operands))]
         result_names = [f"result {i} {j}" for j in chain.last.used]
         captured.append(_CapturedChain(description, chain, operand_names, result_names))
-    operands = tuple(itertools.chain.from_iterable(fill(chain, ORDINARY, 0) for chain in chains.values()))
+    operands = tuple(
+        itertools.chain.from_iterable(fill(chain, ORDINARY, 0) for chain in chains.values())
+    )
     with capturing():
-        program = torch.export.export(_Chains([*chains.values()]), operands)  # one graph for all
+        program = torch.export.export(
+            _Chains([*chains.values()]), operands
+        )  # one graph for all
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(to_ir(program, inputs, outputs))
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.chain.operators) == 1]
     pairs = [pair for pair in captured if len(pair.chain.operators) == 2]
-    for single in singles:  # before the whole graph: an error names the operator that cannot run
+    for (
+        single
+    ) in singles:  # before the whole graph: an error names the operator that cannot run
         _compare_values(single, extractor)
     producers = _executed_producers(model)
-    executed = {each.description: _count_operators(producers, each.result_names) for each in captured}
-    known = {**_executed_operators, **executed}  # an operator of a pair can be in an earlier group
+    executed = {
+        each.description: _count_operators(producers, each.result_names) for each in captured
+    }
+    known = {
+        **_executed_operators,
+        **executed,
+    }  # an operator of a pair can be in an earlier group
     for pair in pairs:
-        first, second = (Chain((operator,)).cropped().describe() for operator in pair.chain.operators)
+        first, second = (
+            Chain((operator,)).cropped().describe() for operator in pair.chain.operators
+        )
         if known[pair.description] != known[first] + known[second]:
             _compare_values(pair, extractor)
     _executed_operators.update(executed)  # not before a comparison, which can raise an error
@@ -138,7 +157,9 @@ def _executed_producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {name: node for node in optimized.graph.node for name in node.output}
 
 
-def _count_operators(producers: Mapping[str, onnx.NodeProto], results: Sequence[str]) -> Counter[str]:
+def _count_operators(
+    producers: Mapping[str, onnx.NodeProto], results: Sequence[str]
+) -> Counter[str]:
     """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
     operators: Counter[str] = Counter()
     unread, seen = list(results), set[str]()
@@ -161,9 +182,13 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
     """
     chain = captured.chain
     constants = {tensor.name for tensor in extractor.graph.initializer}
-    if not constants.isdisjoint(captured.result_names):  # it depends on shapes only, as `zeros_like` does
+    if not constants.isdisjoint(
+        captured.result_names
+    ):  # it depends on shapes only, as `zeros_like` does
         return
-    graph = extractor.extract_model(captured.operand_names, captured.result_names).SerializeToString()
+    graph = extractor.extract_model(
+        captured.operand_names, captured.result_names
+    ).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # prints fatal errors only; the others are raised
     try:
@@ -171,10 +196,14 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{chain.last.target}: {problem}") from error
-    needed_names = {value.name for value in session.get_inputs()}  # the ONNX form can need fewer operands
+    needed_names = {
+        value.name for value in session.get_inputs()
+    }  # the ONNX form can need fewer operands
     for operands in fill_in_rounds(chain):
         named = zip(captured.operand_names, operands, strict=True)
         feed = {name: operand.numpy() for name, operand in named if name in needed_names}
         *_, compared = chain.run(operands)  # the results of the last operator
-        for result, expected in zip(session.run(captured.result_names, feed), compared, strict=True):
+        for result, expected in zip(
+            session.run(captured.result_names, feed), compared, strict=True
+        ):
             check_result(chain, operands, torch.from_numpy(result), expected)

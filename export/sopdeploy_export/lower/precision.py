@@ -1,10 +1,10 @@
 """Convert the certified network to the requested precision, and report its types.
 
-fp32 exports the certified graph. For fp16, casts are placed in a copy of the certified network, which is
-captured and converted again. int8 quantizes the convolutions of the certified graph.
+fp32 exports the certified graph. For fp16, casts are placed in a copy of the certified network,
+which is captured and converted again. int8 quantizes the convolutions of the certified graph.
 
-Types are read from the initializers of the exported graph, not from the options. A graph whose types differ
-from the requested ones is rejected.
+Types are read from the initializers of the exported graph, not from the options. A graph whose
+types differ from the requested ones is rejected.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,27 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
-from sopdeploy_export.lower.float16 import float32_parts, in_float16, sum_in_float32, weight_dtypes
+from sopdeploy_export.lower.float16 import (
+    float32_parts,
+    in_float16,
+    sum_in_float32,
+    weight_dtypes,
+)
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import module_of
-from sopdeploy_export.runs import BatchRun, GateRun, file_outputs, find_gate, gate_logits, open_session
+from sopdeploy_export.runs import (
+    BatchRun,
+    GateRun,
+    file_outputs,
+    find_gate,
+    gate_logits,
+    open_session,
+)
 
 OBSERVED_IMAGES = 2  # the smallest batch of several images
-HEADROOM = 8  # the largest finite value of float16 is at least so many times the largest value of an image
+# the largest finite value of float16 is at least so many times the largest value of an image
+HEADROOM = 8
 HEADROOM_BATCH = 4
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -121,7 +134,9 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
     # Folding can remove the weights of a part from the graph.
-    if wrong := [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]:
+    if wrong := [
+        part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype
+    ]:
         raise LoweringError(
             f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
@@ -173,7 +188,11 @@ class _Headroom(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; refuse values close to float16's largest, but not infinite masks of attention."""
         value = super().run_node(n)
-        if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
+        if (
+            n.op != "call_function"
+            or not isinstance(value, Tensor)
+            or value.dtype != torch.float16
+        ):
             return value
         unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
         largest = float(unmasked.abs().max())
@@ -187,10 +206,13 @@ class _Headroom(fx.Interpreter):
 
 
 @torch.no_grad()
-def check_headroom(program: ExportedProgram, images: Sequence[NDArray[np.uint8]], batch: int) -> None:
+def check_headroom(
+    program: ExportedProgram, images: Sequence[NDArray[np.uint8]], batch: int
+) -> None:
     """Raise `LoweringError` if a float16 value of *program* exceeds an eighth of the largest one.
 
-    *images* are uint8 (H, W, 3), and run in batches of at most *batch*. The message names the part.
+    *images* are uint8 (H, W, 3), and run in batches of at most *batch*. The message names the
+    part.
     """
     interpreter = _Headroom(program.module(check_guards=False))
     size = min(batch, HEADROOM_BATCH)
@@ -207,8 +229,8 @@ def convert_precision(
     """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *images* that calibrate. Nodes of the result lose their metadata; in fp32 and
-    int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not the requested
-    ones, or as `check_headroom` does.
+    int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not
+    the requested ones, or as `check_headroom` does.
     """
     source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
     if options.precision == "fp16":
@@ -224,27 +246,38 @@ def convert_precision(
         from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
         calibration, runtime = images.calibration, options.int8_for
-        quantizer = Int8Quantizer(source.model, calibration, float32_parts(source.network), runtime)
+        quantizer = Int8Quantizer(
+            source.model, calibration, float32_parts(source.network), runtime
+        )
         num_layers = len(quantizer.chosen)
-        quantization = Quantization(runtime=runtime, num_images=len(calibration), num_layers=num_layers)
+        quantization = Quantization(
+            runtime=runtime, num_images=len(calibration), num_layers=num_layers
+        )
         try:
             model = quantizer.quantize()
         except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
             problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
             raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
-        run, gate = unfused_runner(model), _gate_runner(model, source.network)  # no module computes in int8
+        run, gate = (
+            unfused_runner(model),
+            _gate_runner(model, source.network),
+        )  # no module computes in int8
     else:
         run = deployed = Deployed(source.network, preprocess).eval()
         gate = partial(gate_logits, deployed)
     parts = weight_types(model)
-    report = PrecisionReport(precision=options.precision, parts=parts, quantisation=quantization)
+    report = PrecisionReport(
+        precision=options.precision, parts=parts, quantisation=quantization
+    )
     return Converted(model=model, run=run, gate=gate, precision=report)
 
 
 def unfused_runner(model: onnx.ModelProto) -> BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
-    fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
+    fixed_batch = (
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    )  # 0 if the batch varies
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
         outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
@@ -260,7 +293,9 @@ def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
-        raise LoweringError(f"{len(readers)} nodes of the graph read the weights of {name}, expected one")
+        raise LoweringError(
+            f"{len(readers)} nodes of the graph read the weights of {name}, expected one"
+        )
     logits = readers[0].output[0]
     with_gate = onnx.ModelProto()
     with_gate.CopyFrom(model)

@@ -1,7 +1,7 @@
 """Convert a program to one ONNX file.
 
-Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
-the lowest that torch writes and the most widely supported.
+Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports
+it. Opset 18 is the lowest that torch writes and the most widely supported.
 """
 
 import ast
@@ -33,7 +33,12 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.capture.program import DATA_DEPENDENT, DEPENDS_ON_VALUES, NETWORK_PREFIX, garbage_kept
+from sopdeploy_export.capture.program import (
+    DATA_DEPENDENT,
+    DEPENDS_ON_VALUES,
+    NETWORK_PREFIX,
+    garbage_kept,
+)
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
@@ -43,11 +48,13 @@ OPSET = 18
 TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 PASSES = 2  # of the converter's optimizer: the second one simplifies what the first has made
-# The optimizer's rules that can change a result; `_simplify` leaves them out. The others are exact up to the
-# rounding of `fuse_batchnorm` (folded weights are rounded once more) and `cast_cast` (of 64-bit numbers).
+# The optimizer's rules that can change a result; `_simplify` leaves them out. The others are
+# exact up to the rounding of `fuse_batchnorm` (folded weights are rounded once more) and
+# `cast_cast` (of 64-bit numbers).
 INEXACT = {
     *_no_op.rules,  # x + c and x * c become x if c differs from 0 by 1e-8 or from 1 by 1e-5
-    *_fuse_relus_clips.rules,  # relu(clip(x, -2, -1)), which is 0, becomes clip(x, 0, -1), which is -1
+    # relu(clip(x, -2, -1)), which is 0, becomes clip(x, 0, -1), which is -1
+    *_fuse_relus_clips.rules,
     common_rules.no_op_static_scatter_nd_rule,  # a sum into all positions becomes a copy
     common_rules.slice_split_rule,  # of an odd number, the first half becomes the longer one
 }
@@ -58,13 +65,17 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
-    Weights have their names in the network. The metadata `part` of a node names the part of the network that
-    computes it; `convert_precision` removes it. Raises `LoweringError` if an operator has no ONNX form or the
-    weights exceed 2 GB.
+    Weights have their names in the network. The metadata `part` of a node names the part of the
+    network that computes it; `convert_precision` removes it. Raises `LoweringError` if an
+    operator has no ONNX form or the weights exceed 2 GB.
     """
     for node in program.graph.nodes:
-        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
-        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
+        values = (
+            value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)
+        )
+        if node.op == "call_function" and any(
+            value.dtype == torch.bfloat16 for value in values
+        ):
             raise LoweringError(  # CPUs have no kernels for it
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"
@@ -74,15 +85,25 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
-    for name, value in list(model.graph.initializers.items()):  # a list, because a new name changes the dict
+    for name, value in list(
+        model.graph.initializers.items()
+    ):  # a list, because a new name changes the dict
         name_in_network = name.removeprefix(NETWORK_PREFIX)
-        if name_in_network not in model.graph.initializers:  # as `normalise.scale` of this package may be
+        if (
+            name_in_network not in model.graph.initializers
+        ):  # as `normalise.scale` of this package may be
             value.name = name_in_network
     common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     model.graph.name = "sopdeploy"
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value
+    )
     if size > _MAX_BYTES:
-        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
+        raise LoweringError(
+            f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}"
+        )
     proto: onnx.ModelProto = ir.to_proto(model)
     check_onnx(proto)
     return proto
@@ -90,11 +111,18 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
 
 def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     """Remove shapes of inner values, and metadata, such as source lines; keep the part of each node."""
-    # The modules of a node from the outermost to the innermost, then its operation, as the text of a list.
-    scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
+    # The modules of a node from the outermost to the innermost, then its operation, as the text
+    # of a list.
+    scopes = {
+        node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph
+    }
     common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph
     model.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+    for value in (
+        *model.graph.inputs,
+        *model.graph.outputs,
+        *model.graph.initializers.values(),
+    ):
         value.metadata_props.clear()
     for node, scope in scopes.items():
         if scope is not None:
@@ -119,10 +147,13 @@ def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str
 
 
 @_flags.set_onnx_exporting_flag
-def _translate(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def _translate(
+    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> ir.Model:
     """Convert *program* as `torch.onnx.export` does, without its optimizer.
 
-    Types are promoted by the values of the capture; torch's own pass computes each of them again.
+    Types are promoted by the values of the capture; torch's own pass computes each of them
+    again.
     """
     registry = _converters()
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -132,7 +163,9 @@ def _translate(program: ExportedProgram, inputs: Sequence[str], outputs: Sequenc
             promotion.interpreter = _Promotion(module, type_promotion.TypePromotionTable())
             promotion.run()
         decomposed._graph_module = _fx_passes.remove_assertion_nodes(decomposed.graph_module)
-    model: ir.Model = _core._exported_program_to_onnx_program(decomposed, registry=registry).model
+    model: ir.Model = _core._exported_program_to_onnx_program(
+        decomposed, registry=registry
+    ).model
     convert_version(model, OPSET)  # also inlines functions, and removes what nothing reads
     _ir_passes.rename_inputs(model, list(inputs))
     _ir_passes.rename_outputs(model, list(outputs))
@@ -157,9 +190,12 @@ class _Promotion(type_promotion._TypePromotionInterpreter):
 def _converters() -> ONNXRegistry:
     """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again.
 
-    It also parses the source of each, for a domain that nothing reads: most of the time, which is left out.
+    It also parses the source of each, for a domain that nothing reads: most of the time, which
+    is left out.
     """
-    with patch.object(TracedOnnxFunction, "function_ir", SimpleNamespace(domain=""), create=True):
+    with patch.object(
+        TracedOnnxFunction, "function_ir", SimpleNamespace(domain=""), create=True
+    ):
         return ONNXRegistry.from_torchlib()
 
 
@@ -175,7 +211,9 @@ def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
     for problem in problems:
         if match := TRANSLATED.search(problem):
             name, operator = match.groups()
-            places = [f" in {module_of(node)}" for node in program.graph.nodes if node.name == name]
+            places = [
+                f" in {module_of(node)}" for node in program.graph.nodes if node.name == name
+            ]
             return f"{operator}{''.join(places)}; use other operators"
     first_problem = problems[-1]
     return DEPENDS_ON_VALUES if DATA_DEPENDENT.search(first_problem) else first_problem
@@ -211,8 +249,8 @@ def _bypass_constant_choices(model: ir.Model) -> None:
 def check_onnx(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no
-    `NonZero`.
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow
+    and no `NonZero`.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -221,9 +259,17 @@ def check_onnx(proto: onnx.ModelProto) -> None:
         raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": OPSET}:
-        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
+        raise LoweringError(
+            f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed"
+        )
     for node in proto.graph.node:
         if node.op_type in REJECTED:
-            part = next((item.value for item in node.metadata_props if item.key == "part"), "forward")
-            reason = DEPENDS_ON_VALUES if node.op_type == "NonZero" else "control flow is not allowed"
+            part = next(
+                (item.value for item in node.metadata_props if item.key == "part"), "forward"
+            )
+            reason = (
+                DEPENDS_ON_VALUES
+                if node.op_type == "NonZero"
+                else "control flow is not allowed"
+            )
             raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

@@ -37,8 +37,8 @@ from sopdeploy_export.subject import ExportSubject
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
 
-    Training-only parts may run in train mode only. If *network* fails in it, for example without targets, it
-    runs in eval mode.
+    Training-only parts may run in train mode only. If *network* fails in it, for example
+    without targets, it runs in eval mode.
     """
     copied = copy_network(network)  # because code can change what it holds in train mode
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
@@ -50,19 +50,28 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
         return trained.total(), tally(shipped, side).total()
 
 
-def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
+def as_probes(
+    images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport
+) -> Probes:
     """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
-    If drift was allowed, the tolerance of an output is at least twice the difference that was measured from
-    float64 and between batch sizes.
+    If drift was allowed, the tolerance of an output is at least twice the difference that was
+    measured from float64 and between batch sizes.
     """
     compared = compared_images(parity.routing, len(images))
     factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
     return Probes(
         images=images[compared],
-        expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
+        expected={
+            name: values[compared].astype(np.float32)
+            for name, values in expected.outputs.items()
+        },
         tolerance={
-            name: max(output.tolerance, factor * output.largest_drift, factor * output.batch_difference)
+            name: max(
+                output.tolerance,
+                factor * output.largest_drift,
+                factor * output.batch_difference,
+            )
             for name, output in parity.outputs.items()
         },
     )
@@ -111,7 +120,11 @@ def write_reports(
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    certificate, side, precision = results.certificate, subject.preprocess.crop, options.precision
+    certificate, side, precision = (
+        results.certificate,
+        subject.preprocess.crop,
+        options.precision,
+    )
     versions = {
         "sopdeploy": __version__,
         "python": platform.python_version(),
@@ -146,5 +159,7 @@ def write_reports(
         "int8_for": options.int8_for if precision == "int8" else None,
         "opset": opset,
     }
-    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
+    (folder / "README.md").write_text(
+        render_model_card(subject, results, fields), encoding="utf-8"
+    )
     return bundle.seal(folder, fields, certificate.model_dump(mode="json"))

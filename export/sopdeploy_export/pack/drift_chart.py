@@ -7,7 +7,12 @@ from html import escape
 from sopdeploy.html.report import Figure
 from sopdeploy_export.prove.file import OutputParity, ParityReport
 
-_NAMES, _BARS, _ROW, _TEXT = 130, 170, 22, 12  # pixels: names, the limit, the distance of rows, the font
+_NAMES, _BARS, _ROW, _TEXT = (
+    130,
+    170,
+    22,
+    12,
+)  # pixels: names, the limit, the distance of rows, the font
 
 
 def draw_drift(parity: ParityReport) -> Figure:
@@ -22,9 +27,7 @@ def draw_drift(parity: ParityReport) -> Figure:
     marks = ""
     for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
         x = _NAMES + _BARS * floors / limit
-        marks += (
-            f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}" stroke="#888" stroke-dasharray="3 3"/>'
-        )
+        marks += f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}" stroke="#888" stroke-dasharray="3 3"/>'
         marks += f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{label}</text>'
     bars = ""
     for number, (name, floors) in enumerate(rows):

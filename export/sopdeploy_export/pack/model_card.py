@@ -15,8 +15,11 @@ from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_export.subject import ExportSubject
 
 MAX_LABELS = 20
-# An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".
-MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
+# An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www."
+# and "://".
+MARKDOWN = re.compile(
+    r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE
+)
 STATEMENT_OF = {  # the statement of the certificate that proves a fact
     "removed": "Tensors",
     "kept": "Tensors",
@@ -43,14 +46,20 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     """
     manifest, facts, bundle = exported.manifest, exported.facts(), str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
-    equal = "answers as the trained one" if exported.parity.passed else "differs from the trained one"
+    equal = (
+        "answers as the trained one"
+        if exported.parity.passed
+        else "differs from the trained one"
+    )
     kept = labels[:MAX_LABELS]
     more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     content = HtmlReport(
         title=manifest.project,
         text=[
             f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
-            insert_names(f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept),
+            insert_names(
+                f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept
+            ),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
         tiles={
@@ -69,11 +78,19 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
                 title="Use",
                 text=[
                     insert_names(
-                        "Check it on this machine: {}", f"sopdeploy verify {quote(bundle)}", tag="code"
+                        "Check it on this machine: {}",
+                        f"sopdeploy verify {quote(bundle)}",
+                        tag="code",
                     ),
-                    insert_names("Classify: {}", f"sopdeploy predict {quote(bundle)} photo.jpg", tag="code"),
                     insert_names(
-                        "Serve, with a web page: {}", f"sopdeploy serve {quote(bundle)}", tag="code"
+                        "Classify: {}",
+                        f"sopdeploy predict {quote(bundle)} photo.jpg",
+                        tag="code",
+                    ),
+                    insert_names(
+                        "Serve, with a web page: {}",
+                        f"sopdeploy serve {quote(bundle)}",
+                        tag="code",
                     ),
                 ],
             ),
@@ -97,7 +114,10 @@ def _facts_table(facts: Mapping[str, str]) -> Table:
 
 def _statements_table() -> Table:
     """List what the statements of the certificate say."""
-    rows = [(f"{number}. {name}", one.STATEMENT) for number, (name, one) in enumerate(STATEMENTS.items(), 1)]
+    rows = [
+        (f"{number}. {name}", one.STATEMENT)
+        for number, (name, one) in enumerate(STATEMENTS.items(), 1)
+    ]
     return Table(
         caption="The export stops at the first statement that does not hold. None says how accurate it is.",
         columns=["statement", "what holds"],
@@ -110,10 +130,13 @@ def _anchor(name: str) -> str:
     return f"statement-{name.lower().replace(' ', '-')}"
 
 
-def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:
+def render_model_card(
+    subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]
+) -> str:
     """Render the model card as Markdown; *fields* are those of the manifest.
 
-    Names, classes, facts and training records, which a checkpoint contains, are text without markup.
+    Names, classes, facts and training records, which a checkpoint contains, are text without
+    markup.
     """
     preprocess, batch = subject.preprocess, fields["batch"]
     labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
@@ -124,8 +147,12 @@ def render_model_card(subject: ExportSubject, results: ExportResults, fields: Ma
         for output in fields["outputs"]
     )
     rows = training_rows(subject.training)
-    training = "\n".join(f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows)
-    facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in results.facts().items())
+    training = "\n".join(
+        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows
+    )
+    facts = "\n".join(
+        f"- {name}: {as_markdown(text)}" for name, text in results.facts().items()
+    )
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
         f"({preprocess.interpolation}), then crop the center;",
@@ -173,7 +200,9 @@ and hashes, `parity.json` the drift of every output.
 def as_markdown(text: str) -> str:
     """Write *text* on one line such that Markdown shows it as it is, without links, markup or HTML."""
     shown = sanitize(" ".join(text.split()))
-    return MARKDOWN.sub(r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    return MARKDOWN.sub(
+        r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
@@ -187,11 +216,16 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     if result is None or isinstance(result, LoopResult):
         return [*_scalars(training), *rows]
     if start := training.get("start"):
-        rows.insert(0, ("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
+        rows.insert(
+            0,
+            ("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"),
+        )
     return rows
 
 
 def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
     """List the numbers and texts in the record of a training, but no truth values, sorted by key."""
-    scalars = ((key, value) for key, value in sorted(training.items()) if not isinstance(value, bool))
+    scalars = (
+        (key, value) for key, value in sorted(training.items()) if not isinstance(value, bool)
+    )
     return [(key, value) for key, value in scalars if isinstance(value, int | float | str)]

@@ -50,7 +50,9 @@ class ExportResults:
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"
-        answers = f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
+        answers = (
+            f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
+        )
         if parity.num_agreeing < parity.num_images:
             flips = parity.flips
             answers += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
@@ -83,8 +85,12 @@ class Exported(ExportResults):
         """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
         facts, certificate = self.facts(), self.certificate
         compared = " = ".join(certificate.compared)
-        equal = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
-        proof = "; ".join(filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
+        equal = (
+            f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
+        )
+        proof = "; ".join(
+            filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"]))
+        )
         drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
         return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
@@ -103,7 +109,11 @@ class Exported(ExportResults):
             "num_tensors_unreached": len(self.certificate.unreached),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
-            **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
+            **(
+                {}
+                if self.decision is None
+                else {"decision": self.decision.model_dump(mode="json")}
+            ),
             "trained": self.trained.model_dump(),
             "shipped": self.shipped.model_dump(),
             "warnings": list(self.warnings),
@@ -113,18 +123,25 @@ class Exported(ExportResults):
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
     """Describe what was removed, kept and proved."""
     used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
-    integers = [tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")]
+    integers = [
+        tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")
+    ]
     # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
-    counters = {tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules}
+    counters = {
+        tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules
+    }
     unused = [tensor for tensor in certificate.unreached if tensor.name not in counters]
     if certificate.detached:
-        tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
+        tensors = (
+            f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
+        )
         removed = f"{', '.join(certificate.detached)} ({tensors})"
     elif unused:
-        names, size = shorten([tensor.name for tensor in unused]), sum(tensor.bytes for tensor in unused)
-        removed = (
-            f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
+        names, size = (
+            shorten([tensor.name for tensor in unused]),
+            sum(tensor.bytes for tensor in unused),
         )
+        removed = f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
     else:
         removed = "nothing: the network has no training-only parts"
     proof = {}
@@ -151,12 +168,18 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     if accuracy is not None:
         top1, images = "", accuracy.num_images
         if accuracy.before is not None and accuracy.after is not None:
-            before, after = (_share(round(top * images), images) for top in (accuracy.before, accuracy.after))
+            before, after = (
+                _share(round(top * images), images) for top in (accuracy.before, accuracy.after)
+            )
             top1 = f"top-1 {before} before, {after} after; "
-        facts["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        facts["images"] = (
+            f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        )
         facts["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
         if images < SHOWS_ONE_POINT:
-            facts["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
+            facts["images"] += (
+                f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
+            )
     if int8 is not None:
         layers = f"{int8.num_layers} layers {TARGETS[int8.runtime]}"
         facts["int8"] = f"{layers}, ranges of {int8.num_images} images"

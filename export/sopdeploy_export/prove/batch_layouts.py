@@ -1,7 +1,7 @@
 """Where the batch axis is in the results of an ONNX operator: one rule for each operator.
 
-A rule raises `MixesError` unless it shows that the operator keeps images apart. `images.py` follows the data
-flow of a graph with these rules.
+A rule raises `MixesError` unless it shows that the operator keeps images apart. `images.py`
+follows the data flow of a graph with these rules.
 """
 
 import math
@@ -15,16 +15,20 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-BATCHES = (2, 999_999, 1_000_000)  # the limits of `--max-batch` above 1, and the last size but one
+BATCHES = (
+    2,
+    999_999,
+    1_000_000,
+)  # the limits of `--max-batch` above 1, and the last size but one
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
 class BatchLayout(NamedTuple):
     """The batch axis of a value, and how many neighboring rows along it belong to one image.
 
-    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3: rows 0 to 2 belong to the first image. Both
-    are None for a value without the images; only `run_length` is None if all rows are equal and thus fit any
-    image.
+    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3: rows 0 to 2 belong to the first
+    image. Both are None for a value without the images; only `run_length` is None if all rows
+    are equal and thus fit any image.
     """
 
     axis: int | None = None
@@ -52,7 +56,8 @@ class TracedValue:
     shapes: Shapes = ()  # empty if they are unknown
     contents: Sequence[NDArray[Any]] = ()  # empty unless it is small and no image changes it
     layout: BatchLayout = NO_BATCH
-    # Which elements are the number of their image in the batch: none, all, or the first of the last axis.
+    # Which elements are the number of their image in the batch: none, all, or the first of the
+    # last axis.
     image_numbers: Literal["", "all", "first"] = ""
     mixed: tuple[str, ...] = ()  # the operators through which the value depends on other images
 
@@ -82,26 +87,38 @@ class TracedValue:
 
     def layout_shifted(self, axes: int) -> BatchLayout:
         """Return the layout with the batch axis, if any, moved by *axes* to the right."""
-        return NO_BATCH if self.batch_axis is None else self.layout._replace(axis=self.batch_axis + axes)
+        return (
+            NO_BATCH
+            if self.batch_axis is None
+            else self.layout._replace(axis=self.batch_axis + axes)
+        )
 
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
         require(len(self.contents) > 0 and not self.depends_on_batch_size)
-        return [int(number) for number in self.contents[0].reshape(-1)]  # equal for every batch size
+        return [
+            int(number) for number in self.contents[0].reshape(-1)
+        ]  # equal for every batch size
 
 
 class OperatorCall:
     """What a rule reads of an operator.
 
-    `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its inputs
-    without the optional ones that are absent.
+    `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its
+    inputs without the optional ones that are absent.
     """
 
-    def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
-        self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    def __init__(
+        self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes
+    ) -> None:
+        self.attributes = {
+            item.name: helper.get_attribute_value(item) for item in node.attribute
+        }
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
         self.present = [value for value in inputs if value is not None]
-        self.num_outputs = len([name for name in node.output if name])  # "" is one that nothing reads
+        self.num_outputs = len(
+            [name for name in node.output if name]
+        )  # "" is one that nothing reads
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
@@ -114,7 +131,9 @@ class OperatorCall:
     def axis_attribute(self, default: int, rank: int | None = None) -> int:
         """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
         rank = self.x.rank if rank is None else rank
-        return int(self.attributes.get("axis", default)) % max(rank, 1)  # a scalar has axis 0, as in torch
+        return int(self.attributes.get("axis", default)) % max(
+            rank, 1
+        )  # a scalar has axis 0, as in torch
 
     def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
         """List the axes of `x` that input *index* or the attribute names, counted from 0."""
@@ -125,8 +144,12 @@ class OperatorCall:
 
 def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
-    axes = {layout.axis for layout in layouts} - {None}  # an operand without images fits all others
-    lengths = {layout.run_length for layout in layouts} - {None}  # equal rows (None) fit any run length
+    axes = {layout.axis for layout in layouts} - {
+        None
+    }  # an operand without images fits all others
+    lengths = {layout.run_length for layout in layouts} - {
+        None
+    }  # equal rows (None) fit any run length
     require(len(axes) <= 1 and len(lengths) <= 1)
     return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
 
@@ -134,7 +157,8 @@ def common_layout(*layouts: BatchLayout) -> BatchLayout:
 def common_layout_of(values: Sequence[TracedValue | None]) -> BatchLayout:
     """Return the layout on which all *values* agree that are not None; raise `MixesError` if they do not.
 
-    Axes are counted from the first one, unlike in `layout_after_broadcast`, which aligns the last ones.
+    Axes are counted from the first one, unlike in `layout_after_broadcast`, which aligns the
+    last ones.
     """
     return common_layout(*(value.layout for value in values if value is not None))
 
@@ -153,10 +177,14 @@ def batch_axis_of(shapes: Shapes) -> int | None:
 
 def layout_after_broadcast(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that aligns its operands at their last axes, as broadcasting does."""
-    return common_layout(*(value.layout_shifted(call.rank - value.rank) for value in call.present))
+    return common_layout(
+        *(value.layout_shifted(call.rank - value.rank) for value in call.present)
+    )
 
 
-def layout_after_combining(call: OperatorCall, axes: Sequence[int], *, keeps: bool = True) -> BatchLayout:
+def layout_after_combining(
+    call: OperatorCall, axes: Sequence[int], *, keeps: bool = True
+) -> BatchLayout:
     """Rule of an operator that combines elements of `x` along *axes*, which must not be that of the batch.
 
     The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
@@ -166,13 +194,17 @@ def layout_after_combining(call: OperatorCall, axes: Sequence[int], *, keeps: bo
     require(common_layout_of(call.inputs[1:]) == NO_BATCH)
     if keeps or batch_axis is None:
         return call.x.layout
-    removed_before = {axis for axis in axes if axis < batch_axis}  # each moves the batch axis to the left
+    removed_before = {
+        axis for axis in axes if axis < batch_axis
+    }  # each moves the batch axis to the left
     return call.x.layout_shifted(-len(removed_before))
 
 
 def layout_after_reduction(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reduces the listed axes, by default all."""
-    axes = call.axes_operand(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
+    axes = call.axes_operand(
+        1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank)
+    )
     return layout_after_combining(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
@@ -184,10 +216,13 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     layout = common_layout_of(call.inputs[:operands])
     require(layout.axis in (None, 0))
     require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
-    require(call.num_outputs == 1)  # the second output of MaxPool numbers elements of the whole batch
+    require(
+        call.num_outputs == 1
+    )  # the second output of MaxPool numbers elements of the whole batch
     # In training mode, batch norm subtracts the mean of all images.
     require(not call.attributes.get("training_mode"))
-    # Resize can change the number of rows, or cut a region first, so that a row comes from other rows of `x`.
+    # Resize can change the number of rows, or cut a region first, so that a row comes from
+    # other rows of `x`.
     require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     require(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
     return layout
@@ -196,20 +231,28 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
 def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that keeps the order of all elements: those of an image become rows of the result.
 
-    For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows of 4.
+    For example, (batch, 3, 8) becomes (batch * 6, 4): the 24 elements of an image fill 6 rows
+    of 4.
     """
     axis, run_length = call.x.layout
     new_axis = batch_axis_of(call.shapes)
     if axis is None or new_axis is None:
         require(axis == new_axis)  # neither has the batch
         return NO_BATCH
-    shape, new_shape, batch = call.x.shapes[0], call.shapes[0], BATCHES[0]  # all for the smallest batch
+    shape, new_shape, batch = (
+        call.x.shapes[0],
+        call.shapes[0],
+        BATCHES[0],
+    )  # all for the smallest batch
     if run_length is None:  # of equal rows, any number is right
         run_length = shape[axis] // batch
     elements_of_run = run_length * math.prod(shape[axis + 1 :])
-    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
+    elements_of_row = (
+        math.prod(new_shape[new_axis + 1 :]) or 1
+    )  # 1 for a value without elements
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
-    # The neighboring elements of an image fill whole rows, and whole batches of these fill the axis.
+    # The neighboring elements of an image fill whole rows, and whole batches of these fill the
+    # axis.
     require(rest == 0 and new_run_length > 0)
     require(new_shape[new_axis] // batch % new_run_length == 0)
     return BatchLayout(axis=new_axis, run_length=new_run_length)
@@ -231,7 +274,9 @@ def layout_after_product(call: OperatorCall) -> BatchLayout:
         require(b.batch_axis is None)
         return a.layout  # the result (..., m) has the axes of *a* before k
     require(b.batch_axis != b.rank - 2)
-    return layout_after_broadcast(call)  # the axes before the last two are broadcast, m and n stay in place
+    return layout_after_broadcast(
+        call
+    )  # the axes before the last two are broadcast, m and n stay in place
 
 
 def layout_after_gemm(call: OperatorCall) -> BatchLayout:
@@ -269,8 +314,8 @@ def layout_after_concat(call: OperatorCall) -> BatchLayout:
 def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
     """Rule of an operator whose operands can have different numbers of rows along the batch axis.
 
-    Each must have whole batches of runs. The equal rows (None) of one operand can differ from those of
-    another, so a result with the batch axis has a run length.
+    Each must have whole batches of runs. The equal rows (None) of one operand can differ from
+    those of another, so a result with the batch axis has a run length.
     """
     layout = common_layout_of(call.inputs)
     if layout.axis is None:
@@ -284,49 +329,66 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
-    layout = layout_of_whole_batches(call)  # of data with more rows than indices, the first are accessed
+    layout = layout_of_whole_batches(
+        call
+    )  # of data with more rows than indices, the first are accessed
     require(layout.axis != call.axis_attribute(0))
     return layout
 
 
 def layout_after_slice(call: OperatorCall) -> BatchLayout:
     """Rule of a slice at constant positions; along the batch axis, of whole batches."""
-    # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a slice ends.
+    # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a
+    # slice ends.
     starts_by_batch = [start.reshape(-1).tolist() for start in call[1].contents]
     axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
     for i, axis in enumerate(axes):
-        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]  # a number for each batch size
+        starts = [
+            starts_of_batch[i] for starts_of_batch in starts_by_batch
+        ]  # a number for each batch size
         if axis != call.x.batch_axis:
             require(len(set(starts)) == 1)
             continue
         require(steps[i] == 1)
         slices_in_batches = set()
-        for batch, start, shape, result in zip(BATCHES, starts, call.x.shapes, call.shapes, strict=True):
-            rows_of_batch = batch * (call.x.layout.run_length or 1)  # equal rows (None) can be cut anywhere
+        for batch, start, shape, result in zip(
+            BATCHES, starts, call.x.shapes, call.shapes, strict=True
+        ):
+            rows_of_batch = batch * (
+                call.x.layout.run_length or 1
+            )  # equal rows (None) can be cut anywhere
             first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
             require(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
             slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
-        require(len(slices_in_batches) == 1)  # the same, such as the second batch, for each size
+        require(
+            len(slices_in_batches) == 1
+        )  # the same, such as the second batch, for each size
     return call.x.layout
 
 
 def layout_after_pad(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that pads other axes than the batch."""
     axes, sizes = call.axes_operand(3, range(call.x.rank)), call[1].numbers()
-    pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)  # in front of an axis, and behind it
-    padded = [axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after]
+    pairs = zip(
+        sizes[: len(axes)], sizes[len(axes) :], strict=True
+    )  # in front of an axis, and behind it
+    padded = [
+        axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after
+    ]
     return layout_after_combining(call, padded)
 
 
 def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayout:
     """Rule of an operator that repeats `x`; a constant can get a batch axis.
 
-    Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3, 4) becomes
-    (batch * 3, 4), where each image has a copy.
+    Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3,
+    4) becomes (batch * 3, 4), where each image has a copy.
     """
     axis = batch_axis_of(call.shapes)
-    if axis is None or call.x.batch_axis is not None:  # the result has the batch axis of `x`, or none
+    if (
+        axis is None or call.x.batch_axis is not None
+    ):  # the result has the batch axis of `x`, or none
         return layout_after_broadcast(call)
     run_length = call.shapes[0][axis] // BATCHES[0] if tile else None  # None: equal rows
     return BatchLayout(axis=axis, run_length=run_length)
@@ -351,7 +413,9 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
     require(not indices.image_numbers)  # they would select a row by the position in the batch
     if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
         return indices.layout_shifted(axis)
-    require(indices.layout == NO_BATCH)  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    require(
+        indices.layout == NO_BATCH
+    )  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
     is_behind = data.batch_axis is not None and data.batch_axis > axis
     return data.layout_shifted(indices.rank - 1 if is_behind else 0)
 
@@ -359,17 +423,26 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
 def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     """Rule of a selection by positions in several axes.
 
-    The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the result is
-    (*shared, *others, *kept). The n numbers of a position are for the n selected axes.
+    The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the
+    result is (*shared, *others, *kept). The n numbers of a position are for the n selected
+    axes.
     """
     data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
-    require(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)  # n is no batch axis
-    if selects_own_rows(data, indices, num_shared):  # data (batch, 7), pairs of image and column (batch, 2)
+    require(
+        indices.batch_axis is None or indices.batch_axis < indices.rank - 1
+    )  # n is no batch axis
+    if selects_own_rows(
+        data, indices, num_shared
+    ):  # data (batch, 7), pairs of image and column (batch, 2)
         return indices.layout
     require(not indices.image_numbers)
-    if data.batch_axis is None:  # all images select from the same data (5, 7), indices (batch, 2)
+    if (
+        data.batch_axis is None
+    ):  # all images select from the same data (5, 7), indices (batch, 2)
         return indices.layout
-    if data.batch_axis < num_shared:  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
+    if (
+        data.batch_axis < num_shared
+    ):  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
         require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
@@ -386,9 +459,12 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
         require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
         # Raises `MixesError` if the run lengths differ.
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
-    # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3, batch).
+    # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3,
+    # batch).
     first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
-    layout_of_updates = updates.layout_shifted(first_kept - first_kept_of_updates)  # in the axes of the data
+    layout_of_updates = updates.layout_shifted(
+        first_kept - first_kept_of_updates
+    )  # in the axes of the data
     require(data.batch_axis is None or data.batch_axis >= first_kept)
     require(data.batch_axis == layout_of_updates.axis)
     return common_layout(data.layout, layout_of_updates)
@@ -396,7 +472,10 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
 
 def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
-    is_moved = call.x.batch_axis is not None and call.axis_attribute(-1, rank=call.rank) <= call.x.batch_axis
+    is_moved = (
+        call.x.batch_axis is not None
+        and call.axis_attribute(-1, rank=call.rank) <= call.x.batch_axis
+    )
     return call.x.layout_shifted(1 if is_moved else 0)
 
 
@@ -446,7 +525,8 @@ _TABLE: dict[str, Callable[[OperatorCall], BatchLayout | list[BatchLayout]]] = {
     "Det": lambda call: layout_after_combining(call, range(call.x.rank)[-2:], keeps=False),
     "DFT": lambda call: layout_after_combining(call, [call.axis_attribute(1)]),
     "OneHot": layout_after_one_hot,
-    "Split": lambda call: layout_after_combining(call, []),  # `images.has_whole_images` checks every part
+    # `images.has_whole_images` checks every part
+    "Split": lambda call: layout_after_combining(call, []),
     "Expand ConstantOfShape": layout_after_repeat, "Tile": partial(layout_after_repeat, tile=True),
     "Concat": layout_after_concat, "EyeLike": lambda _: NO_BATCH,
     "GatherElements ScatterElements": layout_after_element_access,

@@ -1,6 +1,7 @@
 """Batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
 
-torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not compared.
+torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not
+compared.
 
 Refused: other operations for one image
 (`test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network`).
@@ -17,7 +18,10 @@ def prove_batch_sizes(captured: Programs) -> None:
     """Raise `CertificateError` if the program for any batch size, with one image, is another one."""
     if captured.batch_of_one is captured.any_batch:
         return
-    any_size, one_image = value_root(captured.any_batch, batch=1), value_root(captured.batch_of_one)
+    any_size, one_image = (
+        value_root(captured.any_batch, batch=1),
+        value_root(captured.batch_of_one),
+    )
     if any_size.sha256 != one_image.sha256:
         raise CertificateError(
             "the network for larger batches is not the network for a batch of one: "

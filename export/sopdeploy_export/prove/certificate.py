@@ -1,16 +1,16 @@
 """The certificate: proof that the detached network is the plain network.
 
-`STATEMENTS` lists what is checked. The export stops at the first statement that does not hold; `Certificate`
-is created when all of them do. `certify` checks those about networks, in this order, and returns a
-`NetworkProof`; `pipeline` checks those about the ONNX graph. `make docs` lists
-them in docs/concepts.md.
+`STATEMENTS` lists what is checked. The export stops at the first statement that does not hold;
+`Certificate` is created when all of them do. `certify` checks those about networks, in this
+order, and returns a `NetworkProof`; `pipeline` checks those about the ONNX graph. `make docs`
+lists them in docs/concepts.md.
 
-A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
-names the weights that the output still depends on.
+A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs
+does, and it names the weights that the output still depends on.
 
-A network of the user may have no plain network or no training-only parts; `Certificate.proof` says which
-networks were compared. Without a plain network, the proof cannot detect changes that both compared networks
-share: frozen buffers, constants and patched methods.
+A network of the user may have no plain network or no training-only parts; `Certificate.proof`
+says which networks were compared. Without a plain network, the proof cannot detect changes that
+both compared networks share: frozen buffers, constants and patched methods.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,12 @@ from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
 from sopdeploy_export.prove.repetition import prove_repetition
-from sopdeploy_export.prove.tensors import TensorEntry, needed_tensors, prove_tensors, prove_values_unread
+from sopdeploy_export.prove.tensors import (
+    TensorEntry,
+    needed_tensors,
+    prove_tensors,
+    prove_values_unread,
+)
 from sopdeploy_export.subject import Detachment
 
 STATEMENTS = {  # by title: the module beside this one with the sentence `STATEMENT`
@@ -67,11 +72,12 @@ class FileRoots(Roots):
 class NetworkProof(StrictModel):
     """The statements about networks that were proved.
 
-    `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
-    `trained-plain` (nothing to detach), `trained-only`, or with `rebuilt` in place of `plain` if the builder
-    of the trained network built the other one; `compared` lists the networks that were compared. Each tensor
-    of the trained network is in `removed`, which the user or the catalog declared as training-only; in
-    `kept`, which the outputs depend on; or in `unreached`, which was neither declared nor needed.
+    `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network
+    was given), `trained-plain` (nothing to detach), `trained-only`, or with `rebuilt` in place
+    of `plain` if the builder of the trained network built the other one; `compared` lists the
+    networks that were compared. Each tensor of the trained network is in `removed`, which the
+    user or the catalog declared as training-only; in `kept`, which the outputs depend on; or in
+    `unreached`, which was neither declared nor needed.
     """
 
     model: str
@@ -95,7 +101,8 @@ class NetworkProof(StrictModel):
 class Certificate(NetworkProof):
     """All statements that were proved, and the graph that ships in a precision.
 
-    `mixes_images` names the operators through which an output may depend on other images of the batch.
+    `mixes_images` names the operators through which an output may depend on other images of the
+    batch.
     """
 
     roots: FileRoots
@@ -104,11 +111,18 @@ class Certificate(NetworkProof):
 
     @classmethod
     def of(
-        cls, proof: NetworkProof, onnx: str, shipped: str, mixes_images: tuple[str, ...], precision: Precision
+        cls,
+        proof: NetworkProof,
+        onnx: str,
+        shipped: str,
+        mixes_images: tuple[str, ...],
+        precision: Precision,
     ) -> "Certificate":
         """Add to *proof* what was proved of the graph and of the file: roots, and images that mix."""
         roots = FileRoots(**dict(proof.roots), onnx=onnx, shipped=shipped)
-        return cls(**{**dict(proof), "roots": roots}, mixes_images=mixes_images, precision=precision)
+        return cls(
+            **{**dict(proof), "roots": roots}, mixes_images=mixes_images, precision=precision
+        )
 
 
 def certify(
@@ -123,9 +137,10 @@ def certify(
 ) -> tuple[NetworkProof, dict[str, Programs], ProbeOutputs]:
     """Prove the statements about networks: *detached* is the plain network with the weights of *trained*.
 
-    *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Returns the proof, the programs by network and their outputs; the trained network stands
-    for a detached one. Raises `CertificateError` with the violated statement; no network is changed.
+    *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no
+    *detachment*, because it declares its own. Returns the proof, the programs by network and
+    their outputs; the trained network stands for a detached one. Raises `CertificateError` with
+    the violated statement; no network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
@@ -138,7 +153,9 @@ def certify(
             compared["detached"] = Compared.of("detached", detached)
         shipped = [*compared.values()][-1]
         removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
-        if detachment.plain is not None:  # it comes first, because the others are compared with the first
+        if (
+            detachment.plain is not None
+        ):  # it comes first, because the others are compared with the first
             compared = {detachment.role: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()
@@ -149,10 +166,16 @@ def certify(
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
         on_step(announce("Batch sizes"))
         prove_batch_sizes(next(iter(programs.values())))
-    deployed = {role: Deployed(network, captures.preprocess) for role, network in networks.items()}
+    deployed = {
+        role: Deployed(network, captures.preprocess) for role, network in networks.items()
+    }
     outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
     prove_repetition(
-        shipped.network, captures.preprocess, probes, detachment.written, _details("Repetition", on_step)
+        shipped.network,
+        captures.preprocess,
+        probes,
+        detachment.written,
+        _details("Repetition", on_step),
     )
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})

@@ -1,8 +1,10 @@
 """Copy, for a network of the user: its exported copy computes what the given network computes.
 
-The network that the user gave is captured, not a copy, because its classes can define how they are copied.
+The network that the user gave is captured, not a copy, because its classes can define how they
+are copied.
 
-Refused: a class that copies itself as something else (`COPIES` in `tests/attacks/user_networks.py`).
+Refused: a class that copies itself as something else (`COPIES` in
+`tests/attacks/user_networks.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,10 +26,16 @@ from sopdeploy_export.program_hashes import are_equal, value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
 from sopdeploy_export.state import ObjectId, attributes_restored, held_tensors, read_state
 
-STATEMENT = "The exported copy of a network of your own computes what the given network computes."
+STATEMENT = (
+    "The exported copy of a network of your own computes what the given network computes."
+)
 CALLED = ("forward", "_call_impl", "_wrapped_call_impl")  # methods that a call of a module runs
-MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
-LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
+MAX_CONSTANT = (
+    16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
+)
+LAYOUT_TOLERANCE = (
+    1e-4  # of the largest logit, because rounding depends on the layout of weights
+)
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
@@ -38,12 +46,16 @@ OTHER_COPY = (
 def code_of_calls(network: nn.Module, removed: tuple[str, ...]) -> nn.Module:
     """Return a module that holds the hooks and replaced methods that calls of modules of *network* run.
 
-    Those of *removed* parts are left out. `read_state` reads what these reach, without what other attributes
-    of *network* reach.
+    Those of *removed* parts are left out. `read_state` reads what these reach, without what
+    other attributes of *network* reach.
     """
     found = nn.Module()
     vars(found)["code"] = [
-        (module._forward_hooks, module._forward_pre_hooks, [vars(module).get(name) for name in CALLED])
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            [vars(module).get(name) for name in CALLED],
+        )
         for name, module in modules(network)
         if not is_in(name, *removed)
     ]
@@ -62,19 +74,23 @@ def prove_copy(
 ) -> Programs:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
-    They can differ because a class can define how it is copied. Both networks run on probe images. Unless
-    *given* is on a GPU, their graphs are compared, too: here, or by `certify`, for which *captures* then has
-    the programs of *given* as those of *copied*. The graph of *given* must stay the same while its *parts*
-    have random values, which something that was not copied with them can read. *on_program* is told what is
-    captured. Raises `LoweringError` if the networks differ, and `CertificateError` if the graph depends on
-    the *parts*.
+    They can differ because a class can define how it is copied. Both networks run on probe
+    images. Unless *given* is on a GPU, their graphs are compared, too: here, or by `certify`,
+    for which *captures* then has the programs of *given* as those of *copied*. The graph of
+    *given* must stay the same while its *parts* have random values, which something that was
+    not copied with them can read. *on_program* is told what is captured. Raises `LoweringError`
+    if the networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     preprocess = captures.preprocess
     stored = list(tensors(given).values())
     devices = {tensor.device for tensor in stored} or {torch.device("cpu")}
-    device = next(iter(devices))  # of the images; the network itself moves values between several
+    device = next(
+        iter(devices)
+    )  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in stored)  # stored as in *copied*
+    is_exact = on_cpu and all(
+        tensor.is_contiguous() for tensor in stored
+    )  # stored as in *copied*
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(generated_images(preprocess.crop))
     deployed = Deployed(given, preprocess).eval()
@@ -83,7 +99,9 @@ def prove_copy(
         # Caches are empty again when the networks are captured.
         with attributes_restored(given), attributes_restored(copied):
             expected = run_and_check(deployed, batch.to(device), "given", classes).cpu()
-            logits = run_and_check(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+            logits = run_and_check(
+                Deployed(copied, preprocess).eval(), batch, "trained", classes
+            )
         check_finite(expected, "given")
         allowed = 0.0 if is_exact else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
@@ -92,7 +110,10 @@ def prove_copy(
     if is_odd:  # a hook of the copy can still be code of *given*
         originals = {id(module) for _, module in modules(given)}
         state = read_state(code_of_calls(copied, parts))
-        if any(isinstance(leaf, ObjectId) and id(leaf.value) in originals for leaf in state.values()):
+        if any(
+            isinstance(leaf, ObjectId) and id(leaf.value) in originals
+            for leaf in state.values()
+        ):
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
@@ -107,16 +128,23 @@ def prove_copy(
             captures.note_unread(copied, parts)
         return programs
     programs = captures.of(copied, on_program)
-    constants = [*programs.any_batch.constants.values(), *programs.batch_of_one.constants.values()]
+    constants = [
+        *programs.any_batch.constants.values(),
+        *programs.batch_of_one.constants.values(),
+    ]
     if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
-        tensor.untyped_storage().data_ptr() for tensor in constants if isinstance(tensor, Tensor)
+        tensor.untyped_storage().data_ptr()
+        for tensor in constants
+        if isinstance(tensor, Tensor)
     }:
         raise LoweringError(OTHER_COPY)  # code of the copy still uses tensors of *given*
     if on_cpu:  # the graph of a network on a GPU names it, so it cannot be compared
         with randomized(given, parts):
             program = capture_any_batch(given, preprocess, captures.batch)
         captures.note_unread(copied, parts)
-        if value_root(program).sha256 != value_root(programs.any_batch).sha256:  # these ignore the layout
+        if (
+            value_root(program).sha256 != value_root(programs.any_batch).sha256
+        ):  # these ignore the layout
             raise LoweringError(OTHER_COPY)
     return programs
 
@@ -126,15 +154,20 @@ def check_constants(
 ) -> None:
     """Raise `LoweringError` if a graph contains a large tensor that none of *networks* has registered.
 
-    *programs* are theirs: the network of the user and its copy. What *builder* builds for the comparison may
-    have the same tensor, in memory of its own, and code may make one in each capture: then equal graphs
-    decide. They prove nothing about what all networks hold, such as a global variable, nor about a layer or a
-    parameter in a list, which may have been trained and is in no weight file.
+    *programs* are theirs: the network of the user and its copy. What *builder* builds for the
+    comparison may have the same tensor, in memory of its own, and code may make one in each
+    capture: then equal graphs decide. They prove nothing about what all networks hold, such as
+    a global variable, nor about a layer or a parameter in a list, which may have been trained
+    and is in no weight file.
     """
-    any_batch, one = ([*_large_constants(program)] for program in (programs.any_batch, programs.batch_of_one))
+    any_batch, one = (
+        [*_large_constants(program)] for program in (programs.any_batch, programs.batch_of_one)
+    )
     if not any_batch and not one:
         return
-    registered = _addresses(tensor for network in networks for tensor in tensors(network).values())
+    registered = _addresses(
+        tensor for network in networks for tensor in tensors(network).values()
+    )
     leaves = [leaf for network in networks for leaf in read_state(network).values()]
     held = [leaf.value for leaf in leaves if isinstance(leaf, ObjectId)]
     learned = [value for value in held if isinstance(value, nn.Parameter)]
@@ -144,10 +177,16 @@ def check_constants(
     for constants, in_other_capture in ((any_batch, one), (one, any_batch)):
         for constant in constants:
             (address,) = _addresses([constant])
-            is_built = address not in refused and any(are_equal(constant, tensor) for tensor in of_built)
+            is_built = address not in refused and any(
+                are_equal(constant, tensor) for tensor in of_built
+            )
             is_made = builder is not None and address not in _addresses(in_other_capture)
             if address not in registered and not is_built and not is_made:
-                paths = (path for path, tensor in held_tensors(networks[0]).items() if tensor.equal(constant))
+                paths = (
+                    path
+                    for path, tensor in held_tensors(networks[0]).items()
+                    if tensor.equal(constant)
+                )
                 name = next(paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "

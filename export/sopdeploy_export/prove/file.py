@@ -1,17 +1,19 @@
 """File: the file, loaded from disk, differs from the network in float64 by rounding only.
 
-The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
-float64. The noise floor is the error of the network's own run in the exported precision. Every output must
-stay within its tolerance at every tested batch size, and must not depend on the other images of the batch. A
-changed top class is an error unless the network's margin is so small that rounding can change it.
+The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is
+the network in float64. The noise floor is the error of the network's own run in the exported
+precision. Every output must stay within its tolerance at every tested batch size, and must not
+depend on the other images of the batch. A changed top class is an error unless the network's
+margin is so small that rounding can change it.
 
-Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded batch norms cause
-1 to 4; 4 in a reduced precision, whose rounding the floor contains.
+Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded
+batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor contains.
 
-The gate of a mixture that is nearly undecided may choose other components after rounding, and every later
-number then changes although nothing is wrong. Images for which the margin between its K-th and next logit is
-within the measured noise of these logits are left out. If that is every image, those are compared for which
-the network's own run in the exported precision chooses the same components as in float64.
+The gate of a mixture that is nearly undecided may choose other components after rounding, and
+every later number then changes although nothing is wrong. Images for which the margin between
+its K-th and next logit is within the measured noise of these logits are left out. If that is
+every image, those are compared for which the network's own run in the exported precision
+chooses the same components as in float64.
 
 Images other than the probes are not compared.
 
@@ -55,10 +57,14 @@ STATEMENT = (
     "float32 (4 times for reduced precision), and no class flips without this error explaining it."
 )
 
-LARGEST_BATCH = 13  # an odd size above the 12 generated probes; larger ones take more time and memory
+LARGEST_BATCH = (
+    13  # an odd size above the 12 generated probes; larger ones take more time and memory
+)
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
-FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # four float32 rounding errors, relative to the value
+FOUR_ROUNDINGS = 4 * float(
+    np.finfo(np.float32).eps
+)  # four float32 rounding errors, relative to the value
 
 
 FlipCause = Literal["noise", "routing", "error"]
@@ -94,9 +100,9 @@ class OutputParity(StrictModel):
 class RoutingParity(StrictModel):
     """How clearly the gate of a mixture chooses the components of the probe images.
 
-    The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
-    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `left_out` lists the
-    images excluded from the drift and from the probes.
+    The gate is undecided on an image if the margin between its K-th and the next logit is at
+    most twice `tolerance`, the allowed drift of these logits; `num_undecided` counts these
+    images. `left_out` lists the images excluded from the drift and from the probes.
     """
 
     noise_floor: float
@@ -108,9 +114,9 @@ class RoutingParity(StrictModel):
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network, the content of `parity.json`.
 
-    `spread` is the largest range of a logit over the images. `flips` counts changed top classes by cause:
-    `routing` for images that are excluded for their route, `noise` if the network's margin between the two
-    classes is at most twice the tolerance, otherwise `error`.
+    `spread` is the largest range of a logit over the images. `flips` counts changed top classes
+    by cause: `routing` for images that are excluded for their route, `noise` if the network's
+    margin between the two classes is at most twice the tolerance, otherwise `error`.
     """
 
     precision: Precision = "fp32"
@@ -129,7 +135,8 @@ class ParityReport(StrictModel):
     @property
     def passed(self) -> bool:
         """Whether all outputs are within their limits."""
-        # It is set only if a limit was exceeded; where the user did not allow this, the export has failed.
+        # It is set only if a limit was exceeded; where the user did not allow this, the export
+        # has failed.
         return not self.drift_allowed
 
     @property
@@ -141,8 +148,9 @@ class ParityReport(StrictModel):
     def unverifiable(self) -> bool:
         """Whether a file that returns the same logits for every image could be within the tolerance.
 
-        A constant differs by at least half of a range from one of its ends. int8 is exempt: rounding may move
-        a single probe far, so agreement with float32 is measured on calibration or evaluation images instead.
+        A constant differs by at least half of a range from one of its ends. int8 is exempt:
+        rounding may move a single probe far, so agreement with float32 is measured on
+        calibration or evaluation images instead.
         """
         return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
 
@@ -160,13 +168,18 @@ class ParityReport(StrictModel):
         return self.outputs[LOGITS]
 
 
-def compare_routes(exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float) -> RoutingParity:
+def compare_routes(
+    exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
+) -> RoutingParity:
     """Find the images whose route to *chosen* components can be compared.
 
-    *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
-    is *floors* times their largest difference, or four roundings of the largest logit if these are more.
+    *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision;
+    the tolerance is *floors* times their largest difference, or four roundings of the largest
+    logit if these are more.
     """
-    noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
+    noise = max(
+        FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
+    )
     decided = mark_decided(exact, chosen, floors * noise)
     compared = decided
     if not decided.any():  # then, rather than no image, those with the same route
@@ -201,10 +214,10 @@ def compute_reference(
 ) -> ParityReference:
     """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise floor.
 
-    *rounded* are the outputs in *precision*, by default of *deployed* itself, and *gate* computes the gate
-    logits in it. The noise floor of an output is the largest of the errors of *rounded* and of four roundings
-    of its largest value to float32.
-    Raises `ParityError` if outputs are not finite or the route of no image can be compared.
+    *rounded* are the outputs in *precision*, by default of *deployed* itself, and *gate*
+    computes the gate logits in it. The noise floor of an output is the largest of the errors of
+    *rounded* and of four roundings of its largest value to float32. Raises `ParityError` if
+    outputs are not finite or the route of no image can be compared.
     """
     names, network64 = output_names(deployed.network), copy_network(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
@@ -229,13 +242,17 @@ def compute_reference(
     noise_floor = {}
     for name, *of_output in zip(names, rounded.batched, rounded.single, strict=True):
         values = exact[name]
-        rounded_values = [tensor.numpy() for tensor in of_output]  # of all images, and of the first ones
+        rounded_values = [
+            tensor.numpy() for tensor in of_output
+        ]  # of all images, and of the first ones
         _require_finite(name, values, rounded_values, precision)
         noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
         for found in rounded_values:
             errors = np.abs(found - values[: len(found)])[compared[: len(found)]]
             noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
-    return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
+    return ParityReference(
+        outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
+    )
 
 
 def _require_finite(
@@ -243,7 +260,9 @@ def _require_finite(
 ) -> None:
     """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
     if not np.isfinite(exact).all():
-        raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+        raise ParityError(
+            f"the network's own {name} are not finite on the probe images; train it again"
+        )
     if not all(np.isfinite(values).all() for values in rounded):
         if precision == "fp32":
             remedy = "train it again with weight decay or a lower learning rate"
@@ -274,10 +293,10 @@ def prove_file(
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
-    *model* is the content of the file; its operators and its size are reported.
-    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed despite a
-    clear margin. With *allow_drift*, the report records these errors instead; values that are not finite
-    always raise.
+    *model* is the content of the file; its operators and its size are reported. Raises
+    `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed
+    despite a clear margin. With *allow_drift*, the report records these errors instead; values
+    that are not finite always raise.
     """
     # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
     below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
@@ -292,8 +311,13 @@ def prove_file(
         outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
             tolerance=floors_allowed * expected.noise_floor[name],
-            drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
-            batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
+            drift={
+                str(size): max_drift(name, file[name], exact, compared)
+                for size, file in by_size.items()
+            },
+            batch_difference=max(
+                max_drift(name, file[name], single, compared) for file in by_size.values()
+            ),
         )
     logits = expected.outputs[LOGITS]
     report = ParityReport(
@@ -304,7 +328,9 @@ def prove_file(
         floors_allowed=floors_allowed,
         outputs=outputs,
         spread=logit_spread(logits[compared]),
-        flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared),
+        flips=count_flips(
+            by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared
+        ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         file_bytes=model.ByteSize(),
@@ -329,7 +355,9 @@ def count_flips(
     """
     top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
     images = np.arange(len(expected))
-    margins = expected[images, top_of_network] - expected[images, top_of_file]  # of the network (P,)
+    margins = (
+        expected[images, top_of_network] - expected[images, top_of_file]
+    )  # of the network (P,)
     is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
         "noise": is_small & ~rerouted,
@@ -343,19 +371,24 @@ def count_flips(
 def logit_spread(logits: NDArray[Any]) -> float:
     """Compute the range over images of each class's logit in *logits* (P, C), and return the largest.
 
-    A single image gives the range over its classes. The tolerance must be below half of the spread: a file
-    that returns the middle of each range for every image has an error of half of the largest range.
+    A single image gives the range over its classes. The tolerance must be below half of the
+    spread: a file that returns the middle of each range for every image has an error of half of
+    the largest range.
     """
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
-def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]) -> float:
+def max_drift(
+    name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]
+) -> float:
     """Compute the maximum absolute difference over the *compared* images (P,).
 
     Raises `ParityError` if the shapes differ or *values* are not finite.
     """
     if values.shape != expected.shape:
-        raise ParityError(f"the exported file gives {name} of shape {values.shape}, not {expected.shape}")
+        raise ParityError(
+            f"the exported file gives {name} of shape {values.shape}, not {expected.shape}"
+        )
     if not np.isfinite(values).all():
         raise ParityError(f"the exported file gives {name} that are not finite")
     return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
@@ -367,7 +400,11 @@ def _first_violation(report: ParityReport) -> str | None:
         if report.spread == 0:
             return "cannot be verified: the spread of the network's logits is 0; train longer"
         floor = report.logits.noise_floor
-        advice = "train longer" if report.precision == "fp32" else "train longer, or choose precision fp32"
+        advice = (
+            "train longer"
+            if report.precision == "fp32"
+            else "train longer, or choose precision fp32"
+        )
         too_large_share = report.smallest_unverifiable_share
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "

@@ -1,7 +1,7 @@
 """Graphs: the trained network's output, the detached and the plain network have one Merkle root.
 
-No operation of a removed part is behind an output. What all networks share, such as a frozen buffer, is not
-compared with anything.
+No operation of a removed part is behind an output. What all networks share, such as a frozen
+buffer, is not compared with anything.
 
 Refused: a branch times zero (`test_network_whose_output_depends_on_its_branches_is_rejected`).
 """
@@ -13,7 +13,13 @@ from torch import nn
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import ANY_BATCH, NETWORK_PREFIX, ONE_IMAGE, Captures, Programs
+from sopdeploy_export.capture.program import (
+    ANY_BATCH,
+    NETWORK_PREFIX,
+    ONE_IMAGE,
+    Captures,
+    Programs,
+)
 from sopdeploy_export.detach.stubs import removed_modules
 from sopdeploy_export.program_hashes import describe_difference
 
@@ -32,12 +38,15 @@ class Roots(StrictModel):
 
 
 def capture_networks(
-    networks: Mapping[str, nn.Module], captures: Captures, on_network: Callable[[str], None] = lambda _: None
+    networks: Mapping[str, nn.Module],
+    captures: Captures,
+    on_network: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Programs]:
     """Return the programs of *networks*, in the same order; call *on_network* as each begins.
 
-    The detached network, if there is one, is captured before the others: networks that share programs have
-    the names of the first one, and so has the exported file. Raises `CertificateError` with the role.
+    The detached network, if there is one, is captured before the others: networks that share
+    programs have the names of the first one, and so has the exported file. Raises
+    `CertificateError` with the role.
     """
     programs = {}
     for role in ("detached", "trained", *networks):
@@ -59,9 +68,9 @@ def prove_graphs(
 ) -> tuple[Roots, Set[str]]:
     """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
 
-    Returns the roots, and the names of the tensors that the outputs depend on. Raises `CertificateError` with
-    the removed weights or modules that an output depends on, or with the first operation that differs from
-    the first network.
+    Returns the roots, and the names of the tensors that the outputs depend on. Raises
+    `CertificateError` with the removed weights or modules that an output depends on, or with
+    the first operation that differs from the first network.
     """
     first_role, first = next(iter(captured.items()))
     expected = first.roots

@@ -45,9 +45,12 @@ class Compared:
     def check_unchanged(self, removed: Set[str]) -> None:
         """Raise `CertificateError` if a tensor that is not *removed* changed, also in the original network.
 
-        Code outside of the graph may have written to it in a way that its version does not show.
+        Code outside of the graph may have written to it in a way that its version does not
+        show.
         """
-        networks = [self.original] if self.network is self.original else [self.original, self.network]
+        networks = (
+            [self.original] if self.network is self.original else [self.original, self.network]
+        )
         for network in networks:
             current = tensors(network)
             for name in self.hashes.keys() - removed:
@@ -80,9 +83,10 @@ def rename_with_prefix(
 def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
     """Build the plain network of *detachment* and copy the weights of *source*, the detached one, into it.
 
-    `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers that checkpoints
-    do not store follow from the config, so they are compared instead of copied. Raises `CertificateError` if
-    such a buffer differs, or if the networks have tensors of other names or shapes.
+    `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers
+    that checkpoints do not store follow from the config, so they are compared instead of
+    copied. Raises `CertificateError` if such a buffer differs, or if the networks have tensors
+    of other names or shapes.
     """
     if detachment.plain is None:
         raise CertificateError("there is no builder of a plain network")
@@ -90,22 +94,30 @@ def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
     rename = rename_with_prefix(plain, detached, detachment.rename)
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
-        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
+        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(
+            ".weight"
+        )
     vars(plain)[IMAGES_FORMAT] = images_format(detached)
     plain_tensors = tensors(plain)
     renamed = {rename(name): tensor for name, tensor in source.tensors.items()}
     if len(renamed) != len(source.tensors):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     if missing := sorted(plain_tensors.keys() - renamed.keys()):
-        raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
+        raise CertificateError(
+            f"the plain network needs {missing[0]}, which the detached one lacks"
+        )
     if extra := sorted(renamed.keys() - plain_tensors.keys()):
-        raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
+        raise CertificateError(
+            f"the detached network still has {extra[0]}, which the plain one lacks"
+        )
     unstored = unstored_buffers(plain)
     with torch.no_grad():
         for name, tensor in plain_tensors.items():
             weight = renamed[name]
             if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
-                raise CertificateError(f"{name} has a different shape or dtype in the plain network")
+                raise CertificateError(
+                    f"{name} has a different shape or dtype in the plain network"
+                )
             if name not in unstored:
                 copy_hashed(weight, tensor)
             elif not are_equal(tensor, weight):

@@ -1,7 +1,7 @@
 """ONNX: the ONNX graphs of the compared networks have one Merkle root.
 
-Networks with equal programs can differ here only through the converter. It is not proved that the graph
-computes what the network computes: the statement "File" compares numbers.
+Networks with equal programs can differ here only through the converter. It is not proved that
+the graph computes what the network computes: the statement "File" compares numbers.
 
 Refused: a converter that gives two graphs for one program
 (`test_a_converter_that_gives_two_networks_with_one_program_two_graphs_is_rejected`).
@@ -25,5 +25,7 @@ def prove_onnx(model: onnx.ModelProto, others: Iterable[tuple[str, onnx.ModelPro
     root = onnx_root(model)
     for role, other in others:
         if onnx_root(other) != root:
-            raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
+            raise CertificateError(
+                f"the ONNX graph of the {role} network is not that of the detached one"
+            )
     return root

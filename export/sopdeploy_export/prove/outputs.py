@@ -2,7 +2,8 @@
 
 This says nothing of other images, of which only the graphs do.
 
-Refused: other numbers outside of the graph (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+Refused: other numbers outside of the graph
+(`test_network_whose_output_depends_on_its_branches_is_rejected`).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,9 @@ from torch import Tensor
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.program_hashes import are_equal
 
-STATEMENT = "These networks return bitwise equal outputs for probe images, alone and in batches."
+STATEMENT = (
+    "These networks return bitwise equal outputs for probe images, alone and in batches."
+)
 SINGLE_PROBES = 4  # that run alone, too
 MAX_BATCH = 16  # largest batch of probes
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -36,7 +39,9 @@ class ProbeOutputs:
         """Run uint8 *probes* (P, H, W, 3)."""
         single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
         batched = [run(probes[i : i + MAX_BATCH]) for i in range(0, len(probes), MAX_BATCH)]
-        return cls(*(tuple(map(torch.cat, zip(*runs, strict=True))) for runs in (single, batched)))
+        return cls(
+            *(tuple(map(torch.cat, zip(*runs, strict=True))) for runs in (single, batched))
+        )
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -45,12 +50,14 @@ class ProbeOutputs:
 
 
 def prove_outputs(
-    networks: Mapping[str, Run], probes: Tensor, on_network: Callable[[str], None] = lambda _: None
+    networks: Mapping[str, Run],
+    probes: Tensor,
+    on_network: Callable[[str], None] = lambda _: None,
 ) -> ProbeOutputs:
     """Return the outputs of *networks* for uint8 *probes* (P, H, W, 3).
 
-    Calls *on_network* as each network begins. Raises `CertificateError` unless all have those of the first
-    network, bit for bit.
+    Calls *on_network* as each network begins. Raises `CertificateError` unless all have those
+    of the first network, bit for bit.
     """
     outputs = {}
     for role, network in networks.items():

@@ -1,15 +1,17 @@
 """Repetition: outputs do not depend on how often the network ran, and nothing that it holds changes.
 
-The network runs on probe images, then `CALLS` times on another image, and on the probe images again: whatever
-holds the state, such as a context variable or a file, the outputs must be equal. State that changes outputs
-only after more calls is found by `state.read_state` in the objects that the network holds: once the network
-has run for both numbers of images, no call may change them.
+The network runs on probe images, then `CALLS` times on another image, and on the probe images
+again: whatever holds the state, such as a context variable or a file, the outputs must be
+equal. State that changes outputs only after more calls is found by `state.read_state` in the
+objects that the network holds: once the network has run for both numbers of images, no call may
+change them.
 
-The repeated calls cost the time of Python code only. What the first of them computed from the image is
-returned again in the others, and no kernel runs for it. What the network computes from anything else, such as
-a counter, is computed every time.
+The repeated calls cost the time of Python code only. What the first of them computed from the
+image is returned again in the others, and no kernel runs for it. What the network computes from
+anything else, such as a counter, is computed every time.
 
-A change that comes after more than `CALLS` calls, and that nothing the network holds shows, is not found.
+A change that comes after more than `CALLS` calls, and that nothing the network holds shows, is
+not found.
 
 Refused: a counter, in whatever holds it (`tests/export/prove/test_repetition.py`).
 """
@@ -61,13 +63,20 @@ class _ReplayedCalls(TorchDispatchMode):
     def begin_call(self) -> None:
         """Begin another call, for which the image alone is known, and nothing that an earlier call left."""
         self._position = 0  # among the operations on the image in this call
-        self._from_image = {id(self._image): self._image}  # kept, so that no other tensor gets such an id
+        self._from_image = {
+            id(self._image): self._image
+        }  # kept, so that no other tensor gets such an id
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Return the result of one operation on the image again; run any other one."""
         del types
         from_image = self._from_image
-        on_image = [id(operand) in from_image for operand in _tensors_in((*args, *(kwargs or {}).values()))]
+        on_image = [
+            id(operand) in from_image
+            for operand in _tensors_in((*args, *(kwargs or {}).values()))
+        ]
         is_mutable, returns_alias = _effects(func)
         writes_elsewhere = is_mutable and not all(on_image[:1])  # such as a counter
         if not any(on_image) or writes_elsewhere:
@@ -80,7 +89,8 @@ class _ReplayedCalls(TorchDispatchMode):
             return self._computed[position].result
         if is_known and is_mutable:
             return args[0]  # has its values from the first call
-        # A new operation, or a view, which torch does not allow to return twice; to make it takes no time.
+        # A new operation, or a view, which torch does not allow to return twice; to make it
+        # takes no time.
         result = func(*args, **(kwargs or {}))
         tensors = {id(tensor): tensor for tensor in _tensors_in([result])}
         from_image.update(tensors)
@@ -93,7 +103,9 @@ class _ReplayedCalls(TorchDispatchMode):
 def _effects(operation: Any) -> tuple[bool, bool]:
     """Return whether *operation* writes to an operand, and whether it returns an operand or a view of one."""
     schema = operation._schema
-    return schema.is_mutable, any(returned.alias_info is not None for returned in schema.returns)
+    return schema.is_mutable, any(
+        returned.alias_info is not None for returned in schema.returns
+    )
 
 
 def _tensors_in(operands: Iterable[Any]) -> Iterator[Tensor]:
@@ -115,10 +127,10 @@ def prove_repetition(
 ) -> None:
     """Run a copy of *network* on uint8 *probes* (P, H, W, 3), at least two, before and after `CALLS` calls.
 
-    The attributes *written* may change, because no run reads them (`check_unread`): only tensors in them may.
-    Calls *on_calls* with a text as each `CALLS_PER_STEP` calls begin.
-    Raises `CertificateError` if an output differs in any bit, if an object that the network holds changes, or
-    if a call fails.
+    The attributes *written* may change, because no run reads them (`check_unread`): only
+    tensors in them may. Calls *on_calls* with a text as each `CALLS_PER_STEP` calls begin.
+    Raises `CertificateError` if an output differs in any bit, if an object that the network
+    holds changes, or if a call fails.
     """
     copied = copy_network(network)
     pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
@@ -135,7 +147,9 @@ def prove_repetition(
                     held = read_state(copied)  # with the caches for both numbers of images
                     content = constant_content(copied, written) if written else []
                 if written and constant_content(copied, written) != content:
-                    raise CertificateError(f"{written[0]} changes while the network runs; {NOT_IN_EVAL}")
+                    raise CertificateError(
+                        f"{written[0]} changes while the network runs; {NOT_IN_EVAL}"
+                    )
         after = compute_outputs(copied, images.clone())
     except SopdeployError:
         raise
@@ -143,7 +157,9 @@ def prove_repetition(
         problem = f"the network fails when it runs {CALLS} times: {first_line(error)}"
         raise CertificateError(problem) from error
     if not all(map(are_equal, after, before)):
-        raise CertificateError(f"the network gives other outputs after {CALLS} calls; {STATELESS}")
+        raise CertificateError(
+            f"the network gives other outputs after {CALLS} calls; {STATELESS}"
+        )
     for changed in changes(held, read_state(copied)):
         if owning_attribute(changed, written) is None:
             raise CertificateError(f"{changed} changes while the network runs; {NOT_IN_EVAL}")

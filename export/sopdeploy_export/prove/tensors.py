@@ -1,10 +1,11 @@
 """Tensors: each tensor is removed, needed or neither.
 
-Removed tensors share no memory with the others, and the graph of the trained network stays the same while
-they have random values: neither an alias nor a number that code reads brings them back. It is not proved that
-the removed tensors are useless in training.
+Removed tensors share no memory with the others, and the graph of the trained network stays the
+same while they have random values: neither an alias nor a number that code reads brings them
+back. It is not proved that the removed tensors are useless in training.
 
-Refused: a weight that moved by one ulp, that a kept one overlaps in memory, or of which code reads a number
+Refused: a weight that moved by one ulp, that a kept one overlaps in memory, or of which code
+reads a number
 (`test_a_network_that_differs_from_the_plain_one_or_hides_what_is_kept_is_rejected`,
 `test_network_whose_code_reads_a_number_of_a_branch_is_rejected_although_no_graph_shows_it`).
 """
@@ -27,7 +28,12 @@ from sopdeploy_export.capture.program import (
     functionalize,
 )
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import describe_difference, fingerprint, hashing_again, program_root
+from sopdeploy_export.program_hashes import (
+    describe_difference,
+    fingerprint,
+    hashing_again,
+    program_root,
+)
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
@@ -55,11 +61,13 @@ def needed_tensors(network: nn.Module, reached: Set[str]) -> set[str]:
     return {name for name, tensor in named.items() if id(tensor) in reached_ids}
 
 
-def outermost_unneeded(network: nn.Module, needed: Set[str], parts: tuple[str, ...]) -> tuple[str, ...]:
+def outermost_unneeded(
+    network: nn.Module, needed: Set[str], parts: tuple[str, ...]
+) -> tuple[str, ...]:
     """Name the outermost modules of *network* with no *needed* tensors, then the other unneeded tensors.
 
-    What is in *parts* is left out. Counters of modules with needed tensors, such as `num_batches_tracked`,
-    count as needed.
+    What is in *parts* is left out. Counters of modules with needed tensors, such as
+    `num_batches_tracked`, count as needed.
     """
     owners = {name.rpartition(".")[0] for name in needed}
     unneeded = {
@@ -83,20 +91,29 @@ def prove_tensors(
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
-    Raises `CertificateError` if a tensor of *detached* is new, is changed, is in *training_only*, or shares
-    memory with a removed tensor, or if a removed tensor is not in *training_only*.
+    Raises `CertificateError` if a tensor of *detached* is new, is changed, is in
+    *training_only*, or shares memory with a removed tensor, or if a removed tensor is not in
+    *training_only*.
     """
     before, after = trained.tensors, detached.tensors
     if new := sorted(after.keys() - before.keys()):
-        raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
+        raise CertificateError(
+            f"the detached network has a tensor {new[0]} that was never trained"
+        )
     removed = [name for name in before if name not in after]
     for name in removed:
         if not is_in(name, *training_only):
-            raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
+            raise CertificateError(
+                f"{name} was removed, but is not training-only: {list(training_only)}"
+            )
     if still_held := [name for name in after if is_in(name, *training_only)]:
-        raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
+        raise CertificateError(
+            f"{still_held[0]} is training-only, but the detached network still has it"
+        )
     original = tensors(trained.original)  # contiguous copies share no memory
-    check_removed_memory({name: original[name] for name in removed}, {name: original[name] for name in after})
+    check_removed_memory(
+        {name: original[name] for name in removed}, {name: original[name] for name in after}
+    )
     for name in after:
         if detached.hashes[name] != trained.hashes[name]:
             raise CertificateError(f"{name} changed while the network was detached")
@@ -143,14 +160,22 @@ def prove_values_unread(
 ) -> None:
     """Check that the graph of *network* is still that of *programs* while its *parts* have random values.
 
-    Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be captured.
+    Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be
+    captured.
     """
     expected_root = programs.roots[ANY_BATCH]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
         program = export_program(network, captures.preprocess, captures.batch)
-        found, expected = fingerprint(program), programs.fingerprints[0]  # None: cannot be hashed
+        found, expected = (
+            fingerprint(program),
+            programs.fingerprints[0],
+        )  # None: cannot be hashed
         hidden = [NETWORK_PREFIX + name for name in removed]
-        if found is not None and expected is not None and found.without(hidden) == expected.without(hidden):
+        if (
+            found is not None
+            and expected is not None
+            and found.without(hidden) == expected.without(hidden)
+        ):
             return
         root = program_root(functionalize(program, captures.batch))
     if root.sha256 != expected_root.sha256:
@@ -178,5 +203,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel():
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)  # strides are never negative
+    elements = 1 + sum(
+        (size - 1) * stride for size, stride in steps
+    )  # strides are never negative
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

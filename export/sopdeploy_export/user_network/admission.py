@@ -1,7 +1,8 @@
 """The admission of a network of the user: what must hold before the proof, and what can be removed.
 
-`export_network` and `sopdeploy inspect` both call `admit`, so the command that `inspect` prints is refused
-for nothing that it could know. What the proof decides, such as whether a hook matters, is left to the proof.
+`export_network` and `sopdeploy inspect` both call `admit`, so the command that `inspect` prints
+is refused for nothing that it could know. What the proof decides, such as whether a hook
+matters, is left to the proof.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,11 @@ from sopdeploy.errors import CertificateError, ConfigError, LoweringError, short
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.names import label_problem
-from sopdeploy_export.admit.first_run import create_buffers, prepared_in_place, turn_into_attributes
+from sopdeploy_export.admit.first_run import (
+    create_buffers,
+    prepared_in_place,
+    turn_into_attributes,
+)
 from sopdeploy_export.admit.network import (
     check_exportable,
     checked_copy,
@@ -22,7 +27,11 @@ from sopdeploy_export.admit.network import (
     unwrap,
     unwrap_and_check,
 )
-from sopdeploy_export.admit.outputs import check_ends_in_logits, check_first_runs, check_unchanged_by_run
+from sopdeploy_export.admit.outputs import (
+    check_ends_in_logits,
+    check_first_runs,
+    check_unchanged_by_run,
+)
 from sopdeploy_export.admit.state import check_torch_state, find_oddity
 from sopdeploy_export.admit.written import check_unread
 from sopdeploy_export.capture.deployed import Deployed, probe_pixels
@@ -31,7 +40,11 @@ from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import copy_network, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.copy import check_constants, prove_copy
-from sopdeploy_export.prove.tensors import check_removed_memory, needed_tensors, outermost_unneeded
+from sopdeploy_export.prove.tensors import (
+    check_removed_memory,
+    needed_tensors,
+    outermost_unneeded,
+)
 from sopdeploy_export.state import NOT_IN_EVAL, attributes_restored
 from sopdeploy_export.user_network.parts import match_parts, removable_parts
 
@@ -77,9 +90,9 @@ def admit(
 ) -> Admitted:
     """Check everything about *network* that needs no proof, and find the parts that its output does not need.
 
-    Without *classes*, it may have any number of logits. The other arguments are those of `export_network`;
-    the caller preserves *network*. Raises `DetachError` for *training_only*, and `LoweringError` or
-    `CertificateError` for *network*.
+    Without *classes*, it may have any number of logits. The other arguments are those of
+    `export_network`; the caller preserves *network*. Raises `DetachError` for *training_only*,
+    and `LoweringError` or `CertificateError` for *network*.
     """
     options = ExportOptions() if options is None else options
     check_torch_state()
@@ -134,7 +147,9 @@ def admit(
     if parts:
         check_without(parts)
     undeclared = outermost_unneeded(copied, needed, parts)
-    logits, *_ = programs.any_batch.graph.output_node().args[0]  # the logits are the first output
+    logits, *_ = programs.any_batch.graph.output_node().args[
+        0
+    ]  # the logits are the first output
     return Admitted(
         given=given,
         network=copied,
@@ -156,9 +171,13 @@ def _check_without(
 ) -> None:
     """Check that *network* without *removed* parts runs, and changes no other attributes than *written*."""
     detached = detach(network, removed, probe_pixels(network, preprocess))
-    runs = check_first_runs(Deployed(detached, preprocess).eval(), preprocess, classes, "detached")
+    runs = check_first_runs(
+        Deployed(detached, preprocess).eval(), preprocess, classes, "detached"
+    )
     if other := [name for name in runs.written if name not in written]:
-        raise CertificateError(f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}")
+        raise CertificateError(
+            f"{other[0]} changes while the detached network runs; {NOT_IN_EVAL}"
+        )
 
 
 def check_labels(labels: Sequence[str]) -> None:
@@ -174,8 +193,8 @@ def check_labels(labels: Sequence[str]) -> None:
 def naming_oddity(network: nn.Module, training_only: Sequence[str]) -> Iterator[None]:
     """Restore *network* after the block, and say what is odd in its code if the block refuses it.
 
-    A hook, a replaced method or a part in train mode is no reason to refuse a network, but can be the cause
-    of one, such as another graph after the first run.
+    A hook, a replaced method or a part in train mode is no reason to refuse a network, but can
+    be the cause of one, such as another graph after the first run.
     """
     given: object = unwrap(network)
     if not isinstance(given, nn.Module):
@@ -196,8 +215,9 @@ def unused_modules(
 ) -> tuple[str, ...]:
     """Name the outermost modules of *network* that its output in eval mode does not depend on.
 
-    `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if the network
-    returns more than one tensor. Raises the errors of `export_network` before its proof begins.
+    `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if
+    the network returns more than one tensor. Raises the errors of `export_network` before its
+    proof begins.
     """
     with naming_oddity(network, ()):
         return admit(network, preprocess, logits_key=logits_key).removable

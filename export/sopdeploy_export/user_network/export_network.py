@@ -49,8 +49,8 @@ def export_network(
 ) -> Exported:
     """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
 
-    The network is copied and not changed. It receives float32 images (B, 3, H, W), normalized as *preprocess*
-    says, and returns (B, classes) logits.
+    The network is copied and not changed. It receives float32 images (B, 3, H, W), normalized
+    as *preprocess* says, and returns (B, classes) logits.
 
     Args:
         trained: The network as it was trained.
@@ -91,7 +91,9 @@ def export_network(
     training_only = [training_only] if isinstance(training_only, str) else training_only
     check_project_name(name)
     if not isinstance(preprocess, Preprocess):
-        raise ConfigError(f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess")
+        raise ConfigError(
+            f"is a {type(preprocess).__name__}, not a Preprocess", setting="preprocess"
+        )
     check_labels(labels)
     check_takes_output(Path(destination), "destination")
     on_step("checking the network")
@@ -108,18 +110,30 @@ def export_network(
         given, copied, parts = admitted.given, admitted.network, admitted.parts
         checked_builder = None
         if (builder := plain or rebuild) is not None:
-            removed = () if plain is not None else parts  # *rebuild* builds the training-only parts, too
+            removed = (
+                () if plain is not None else parts
+            )  # *rebuild* builds the training-only parts, too
 
             def check(built: nn.Module) -> None:
                 if not allow_constants:
                     admitted.check_constants(lambda: built)
 
-            checked_builder = _checked_builder(builder, given, logits_key, preprocess, removed, check)
+            checked_builder = _checked_builder(
+                builder, given, logits_key, preprocess, removed, check
+            )
         elif not allow_constants:
             admitted.check_constants()
         class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
-        description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
-        sigmoid = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels)) if several_classes else None
+        description = {
+            "network": class_name,
+            "logits": logits_key,
+            "training_only": list(training_only),
+        }
+        sigmoid = (
+            Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
+            if several_classes
+            else None
+        )
         subject = ExportSubject(
             name=name,
             project=options.name or name,
@@ -136,7 +150,11 @@ def export_network(
             config=description if config is None else config,
             sha256=_network_sha256(copied) if sha256 is None else sha256,
             decision=sigmoid,
-            warnings=(*warnings, *admitted.warnings, *_report_removable(admitted, proposes=options.detach)),
+            warnings=(
+                *warnings,
+                *admitted.warnings,
+                *_report_removable(admitted, proposes=options.detach),
+            ),
         )
         options = options.model_copy(update={"detach": bool(parts)})
         return export_subject(subject, Path(destination), options, on_step, admitted.captures)
@@ -145,17 +163,21 @@ def export_network(
 def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
     """Return a warning of the parts that could be removed, too, if there are any.
 
-    With *proposes* and no parts to remove, always raises `DetachError`, which names those to remove or says
-    that there are none.
+    With *proposes* and no parts to remove, always raises `DetachError`, which names those to
+    remove or says that there are none.
     """
     proposes = proposes and not admitted.parts
     if proposes and not admitted.removable:
-        raise DetachError("the output depends on every part of the network; omit it", setting="detach")
+        raise DetachError(
+            "the output depends on every part of the network; omit it", setting="detach"
+        )
     if not admitted.removable:
         return ()
     problem = f"the output does not depend on {', '.join(admitted.removable)}"
     if proposes:
-        remedy = join([word for name in admitted.removable for word in ("--training-only", name)])
+        remedy = join(
+            [word for name in admitted.removable for word in ("--training-only", name)]
+        )
         raise DetachError(f"{problem}; add {remedy}")
     return (f"{problem}; name it as training-only to prove its removal",)
 
@@ -170,7 +192,8 @@ def _checked_builder(
 ) -> Callable[[], nn.Module]:
     """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
-    The builder raises `CertificateError` if this network shares memory with *trained*, and as *check* does.
+    The builder raises `CertificateError` if this network shares memory with *trained*, and as
+    *check* does.
     """
 
     def addresses(network: nn.Module) -> set[int]:
@@ -195,5 +218,7 @@ def _checked_builder(
 
 def _network_sha256(network: nn.Module) -> str:
     """Hash the names and contents of all tensors."""
-    lines = [f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
+    lines = [
+        f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Build a network that the user names as `module:callable`, and read its weights without running their code.
 
-`network_builder` imports and runs the user's code. Only the command line calls it, and only for names that
-the user typed: never because of a checkpoint or a bundle.
+`network_builder` imports and runs the user's code. Only the command line calls it, and only for
+names that the user typed: never because of a checkpoint or a bundle.
 """
 
 import ast
@@ -39,13 +39,15 @@ NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
-def network_builder(setting: str, import_path: str, option_texts: Sequence[str]) -> Callable[[], nn.Module]:
+def network_builder(
+    setting: str, import_path: str, option_texts: Sequence[str]
+) -> Callable[[], nn.Module]:
     """Create a function that builds the network *import_path*, `package.module:callable`.
 
     *option_texts* are its options, as `parse_option` reads them.
 
-    Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot be imported;
-    the created function raises `ConfigError` if the network cannot be built.
+    Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot
+    be imported; the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
     if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
@@ -56,9 +58,13 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
         builder = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         reason = first_line(error)
-        raise invalid(f"cannot be imported ({reason}); {_advise_import(import_path, error)}") from error
+        raise invalid(
+            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
+        ) from error
     if not callable(builder):
-        raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
+        raise invalid(
+            f"is a {type(builder).__name__}, not a function or a class; name one of these"
+        )
     options = dict(map(parse_option, option_texts))
     _check_option_values(builder, options, import_path)
 
@@ -66,11 +72,15 @@ def network_builder(setting: str, import_path: str, option_texts: Sequence[str])
         try:
             network = builder(**options)
         except (Exception, SystemExit) as error:  # the user's code
-            raise invalid(f"cannot be built ({first_line(error)}); check its options") from error
+            raise invalid(
+                f"cannot be built ({first_line(error)}); check its options"
+            ) from error
         if not isinstance(network, nn.Module):
             raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
         if any(map(is_lazy, chain(network.parameters(), network.buffers()))):
-            raise invalid("returned lazy layers without weights; run them once on an image in the function")
+            raise invalid(
+                "returned lazy layers without weights; run them once on an image in the function"
+            )
         return network
 
     return build
@@ -84,11 +94,18 @@ def _advise_import(import_path: str, error: BaseException) -> str:
         if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
             return f"install {error.name}"
         wanted, parent = error.name, error.name.rpartition(".")[0]
-        folders = getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
-        known = [found.name for found in pkgutil.iter_modules(folders, f"{parent}." if parent else "")]
+        folders = (
+            getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
+        )
+        known = [
+            found.name
+            for found in pkgutil.iter_modules(folders, f"{parent}." if parent else "")
+        ]
     elif isinstance(error, AttributeError) and module_name in sys.modules:
         wanted = attribute
-        known = [name for name, value in vars(sys.modules[module_name]).items() if callable(value)]
+        known = [
+            name for name, value in vars(sys.modules[module_name]).items() if callable(value)
+        ]
     close = get_close_matches(wanted, known, n=1)
     return f"did you mean {close[0]}?" if close else "check its name"
 
@@ -96,8 +113,8 @@ def _advise_import(import_path: str, error: BaseException) -> str:
 def parse_option(text: str) -> tuple[str, Any]:
     """Split `key=value` into the key and the value, a Python literal such as False, None, 3 or (8, 16).
 
-    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for another form, or
-    for a value that is meant as a literal of another language.
+    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for
+    another form, or for a value that is meant as a literal of another language.
     """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key.isidentifier():
@@ -109,18 +126,24 @@ def parse_option(text: str) -> tuple[str, Any]:
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         if value.lower() in NO_LITERALS:
             quoted = f"{key}=\"'{value}'\""
-            raise ConfigError(f"{text}: write True, False or None, or {quoted} for a text") from error
+            raise ConfigError(
+                f"{text}: write True, False or None, or {quoted} for a text"
+            ) from error
     return key, value
 
 
-def _check_option_values(builder: Callable[..., Any], options: Mapping[str, Any], import_path: str) -> None:
+def _check_option_values(
+    builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
+) -> None:
     """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
     try:
         parameters = inspect.signature(builder).parameters.values()
     except (TypeError, ValueError):  # as of some functions that are written in C
         return
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds}
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds
+    }
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in options.items():
         if name not in defaults and not takes_any:
@@ -149,15 +172,17 @@ class LoadedWeights:
         """Say which tensors of the file the network has no place for."""
         if not self.ignored:
             return ()
-        return (f"ignored {len(self.ignored)} tensors of the weight file: {shorten(self.ignored)}",)
+        return (
+            f"ignored {len(self.ignored)} tensors of the weight file: {shorten(self.ignored)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _TableFit:
     """How the tensors of a table fit a network, if its names have *prefix* in the table.
 
-    *sources* maps names of the network to those in the table. *missing* are names of the network that the
-    table lacks, without counters.
+    *sources* maps names of the network to those in the table. *missing* are names of the
+    network that the table lacks, without counters.
     """
 
     table: str
@@ -187,15 +212,18 @@ def read_weights(path: Path) -> WeightContent:
     return WeightContent(path=path, content=content, sha256=digest, labels=find_labels(content))
 
 
-def load_weights(network: nn.Module, file: Path | WeightContent, key: str | None = None) -> LoadedWeights:
+def load_weights(
+    network: nn.Module, file: Path | WeightContent, key: str | None = None
+) -> LoadedWeights:
     """Load *file* into *network*; it must have all tensors of the network, in the same shapes.
 
-    The file may have several tables of tensors, and a table more tensors than the network. The table and the
-    prefix such as `model.` under which all names of the network are found are chosen; if there are several,
-    *key* names one, such as `model_ema` or `encoder_q`. Counters of batch norms may be missing. Tensors that
-    the network lacks are ignored, unless they show that it was built with other options. After loading, all
-    tensors are compared with those of the file, because a network can define how it is loaded. Raises
-    `WeightsError` for a file that cannot be read or does not fit.
+    The file may have several tables of tensors, and a table more tensors than the network. The
+    table and the prefix such as `model.` under which all names of the network are found are
+    chosen; if there are several, *key* names one, such as `model_ema` or `encoder_q`. Counters
+    of batch norms may be missing. Tensors that the network lacks are ignored, unless they show
+    that it was built with other options. After loading, all tensors are compared with those of
+    the file, because a network can define how it is loaded. Raises `WeightsError` for a file
+    that cannot be read or does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path, content = weights.path, weights.content
@@ -203,12 +231,19 @@ def load_weights(network: nn.Module, file: Path | WeightContent, key: str | None
     names = _short_names(expected)
     parts = {part for name in names for part in name.split(".")}
     wrappers = {part for part in WRAPPERS if part not in parts}
-    tables = {name: without_wrappers(path, table, wrappers) for name, table in find_tables(content).items()}
+    tables = {
+        name: without_wrappers(path, table, wrappers)
+        for name, table in find_tables(content).items()
+    }
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name, table in tables.items() for fit in _find_fits(name, table, names)]
-    if all(fit.missing for fit in fits) and len(tables) > 1:  # each may hold one part of the network
-        tables[""] = {f"{name}.{each}": table[each] for name, table in tables.items() for each in table}
+    if (
+        all(fit.missing for fit in fits) and len(tables) > 1
+    ):  # each may hold one part of the network
+        tables[""] = {
+            f"{name}.{each}": table[each] for name, table in tables.items() for each in table
+        }
         fits += [fit for fit in _find_fits("", tables[""], names) if not fit.missing]
     chosen = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if chosen.missing:
@@ -217,9 +252,13 @@ def load_weights(network: nn.Module, file: Path | WeightContent, key: str | None
             "check the network and its options, or choose another table of weights"
         )
     named = tables[chosen.table]
-    tensors = check_tensors(path, {name: named[source] for name, source in chosen.sources.items()})
+    tensors = check_tensors(
+        path, {name: named[source] for name, source in chosen.sources.items()}
+    )
     for name, tensor in tensors.items():
-        if name.endswith(COUNTERS) and tensor.numel() == 1:  # some files have counters of shape (1,)
+        if (
+            name.endswith(COUNTERS) and tensor.numel() == 1
+        ):  # some files have counters of shape (1,)
             tensors[name] = tensor.reshape(expected[name].shape)
         elif tensor.shape != expected[name].shape:
             shape, expected_shape = tuple(tensor.shape), tuple(expected[name].shape)
@@ -244,7 +283,9 @@ def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequenc
     chosen = chosen or [fit for fit in fits if key in (fit.table, fit.prefix.rstrip("."))]
     if not chosen:
         keys = dict.fromkeys(fit.key for fit in fits if fit.key != ".")
-        problem = f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
+        problem = (
+            f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
+        )
         raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
     return chosen
 
@@ -257,8 +298,8 @@ def _choose_fit(
 ) -> _TableFit:
     """Choose the fit without missing tensors, or if there is none, the closest one.
 
-    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if those that are left take
-    different tensors.
+    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if those that
+    are left take different tensors.
     """
     choices = [fit for fit in fits if not fit.missing]
     if not choices:
@@ -272,12 +313,17 @@ def _choose_fit(
             if not name.endswith(COUNTERS)
         )
     ]
-    # One choice of tensors can have several keys; the last one names the part of the network that has all.
-    different = {(fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or choices}
+    # One choice of tensors can have several keys; the last one names the part of the network
+    # that has all.
+    different = {
+        (fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or choices
+    }
     if len(different) == 1:
         return next(iter(different.values()))
     has_several_tables = len({fit.table for fit in different.values()}) > 1
-    problem = "several tables of tensors" if has_several_tables else "the network under several names"
+    problem = (
+        "several tables of tensors" if has_several_tables else "the network under several names"
+    )
     keys = ", ".join(fit.key for fit in different.values())
     raise WeightsError(f"{path}: holds {problem} ({keys})", remedies={"weights_key": None})
 
@@ -287,14 +333,19 @@ def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
     try:
         state = nn.Module.state_dict(network)
     except Exception as error:  # of a part that defines its state dict
-        raise WeightsError(f"{path}: the network has no state dict ({first_line(error)})") from error
+        raise WeightsError(
+            f"{path}: the network has no state dict ({first_line(error)})"
+        ) from error
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _short_names(names: Iterable[str]) -> dict[str, str]:
     """Map *names* without the parts that wrappers add to *names*; as they are if two become one."""
     full = {name: name for name in names}
-    short = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in full}
+    short = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): name
+        for name in full
+    }
     return short if len(short) == len(full) else full
 
 
@@ -303,12 +354,14 @@ def _check_ignored(
 ) -> None:
     """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
 
-    That is a tensor for which a module has an empty place, such as the bias of a convolution without one, an
-    unstored buffer with other values, and one more block of a list of blocks. *sources* maps names of the
-    network to those in the file.
+    That is a tensor for which a module has an empty place, such as the bias of a convolution
+    without one, an unstored buffer with other values, and one more block of a list of blocks.
+    *sources* maps names of the network to those in the file.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
-    owners: dict[str, str] = {}  # names of modules, by those in the file; the root of either is ""
+    owners: dict[
+        str, str
+    ] = {}  # names of modules, by those in the file; the root of either is ""
     for name, source in sources.items():
         of_network, of_file = name.split(".")[:-1], source.split(".")[:-1]
         while ".".join(of_network) in modules:
@@ -322,7 +375,11 @@ def _check_ignored(
                 break
     for name, tensor in ignored.items():
         parts = name.split(".")
-        known = (depth for depth in range(len(parts) - 1, -1, -1) if ".".join(parts[:depth]) in owners)
+        known = (
+            depth
+            for depth in range(len(parts) - 1, -1, -1)
+            if ".".join(parts[:depth]) in owners
+        )
         if name.endswith(COUNTERS) or (depth := next(known, None)) is None:
             continue
         owner, part = owners[".".join(parts[:depth])], parts[depth]
@@ -331,7 +388,9 @@ def _check_ignored(
         if depth < len(parts) - 1:
             is_empty = isinstance(module, nn.Sequential | nn.ModuleList) and part.isdecimal()
         else:
-            is_empty = own is None or (isinstance(module, nn.ParameterList) and part.isdecimal())
+            is_empty = own is None or (
+                isinstance(module, nn.ParameterList) and part.isdecimal()
+            )
         place = f"{owner}.{part}".lstrip(".")
         problem = f"the network is built without {place}" if is_empty else ""
         if isinstance(own, Tensor) and not (
@@ -346,11 +405,15 @@ def _check_ignored(
 def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load *tensors* into *network*, and check that it has them afterwards; raises `WeightsError`."""
     advice = "remove its load_state_dict, or let it load all tensors"
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # the network may keep or change them
+    copies = {
+        name: tensor.clone() for name, tensor in tensors.items()
+    }  # the network may keep or change them
     try:
         network.load_state_dict(copies)
     except Exception as error:  # the user's code
-        raise WeightsError(f"{path}: the network cannot load it ({first_line(error)}); {advice}") from error
+        raise WeightsError(
+            f"{path}: the network cannot load it ({first_line(error)}); {advice}"
+        ) from error
     for name, loaded in _own_tensors(network, path).items():
         expected = tensors.get(name)
         if expected is None or expected.shape != loaded.shape:
@@ -362,21 +425,32 @@ def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tens
             )
 
 
-def _find_fits(table: str, named: Mapping[str, Tensor], names: Mapping[str, str]) -> list[_TableFit]:
+def _find_fits(
+    table: str, named: Mapping[str, Tensor], names: Mapping[str, str]
+) -> list[_TableFit]:
     """List the ways in which the tensors *named* have all *names*; if there is none, the closest one.
 
-    *names* maps the names to find to those of the network. The file may have a prefix in front of them. Or
-    the network wraps another one, whose file it is: then the file may lack the parts with which all begin.
+    *names* maps the names to find to those of the network. The file may have a prefix in front
+    of them. Or the network wraps another one, whose file it is: then the file may lack the
+    parts with which all begin.
     """
-    required = [name for name in names if not name.endswith(COUNTERS)] or [""]  # "" is in no file
+    required = [name for name in names if not name.endswith(COUNTERS)] or [
+        ""
+    ]  # "" is in no file
     parts_by_depth = zip(*(name.split(".")[:-1] for name in required), strict=False)
-    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)]
+    shared = [
+        parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)
+    ]
     # How many of the required names the file has, by prefix and by first parts that it lacks.
     num_found: dict[tuple[str, str], int] = {}
-    for added in ("".join(f"{part}." for part in shared[:depth]) for depth in range(len(shared) + 1)):
+    for added in (
+        "".join(f"{part}." for part in shared[:depth]) for depth in range(len(shared) + 1)
+    ):
         suffixes = [name.removeprefix(added) for name in required]
         first = suffixes[0]
-        prefixes = (name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}"))
+        prefixes = (
+            name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")
+        )
         for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
             num_found[prefix, added] = sum(prefix + suffix in named for suffix in suffixes)
     complete = [way for way, count in num_found.items() if count == len(required)]
@@ -385,6 +459,8 @@ def _find_fits(table: str, named: Mapping[str, Tensor], names: Mapping[str, str]
     for prefix, added in complete or [closest]:
         sources = {own: prefix + name.removeprefix(added) for name, own in names.items()}
         found = {own: source for own, source in sources.items() if source in named}
-        missing = tuple(own for own in sources if own not in found and not own.endswith(COUNTERS))
+        missing = tuple(
+            own for own in sources if own not in found and not own.endswith(COUNTERS)
+        )
         fits.append(_TableFit(table=table, prefix=prefix, sources=found, missing=missing))
     return fits

@@ -21,19 +21,22 @@ def removable_parts(
 ) -> tuple[str, ...]:
     """Return those of *parts* of *network* without which, and without *removed*, *check* raises no error.
 
-    In place of a part that code reads, they are the parts inside it. Code reads a part if it asks for its
-    length, for example, or for another attribute.
+    In place of a part that code reads, they are the parts inside it. Code reads a part if it
+    asks for its length, for example, or for another attribute.
     """
     while parts:
         try:
             check((*removed, *parts))
         except ReadError as error:
-            read = next((name for name in parts if is_in(error.part, name)), None)  # or a part inside it
+            read = next(
+                (name for name in parts if is_in(error.part, name)), None
+            )  # or a part inside it
             if read is None:
                 return ()
             module = network.get_submodule(read)
             children = (
-                f"{read}.{name}" for name in {**module._modules, **module._parameters, **module._buffers}
+                f"{read}.{name}"
+                for name in {**module._modules, **module._parameters, **module._buffers}
             )
             stays = [name for name in parts if name != read]
             parts = (*stays, *(name for name in children if has_tensors(network, (name,))))

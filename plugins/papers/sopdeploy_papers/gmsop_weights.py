@@ -1,10 +1,12 @@
 """Importer of GM-SOP's networks for 64-pixel images: GAP, SR-SOP, GM-GAP and GM-SOP on ResNet and WRN.
 
-Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks (DagNN): `net.params` has the
-arrays by name, `net.layers` the settings of each layer, `net.meta` the color that is subtracted from images.
+Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks (DagNN):
+`net.params` has the arrays by name, `net.layers` the settings of each layer, `net.meta` the
+color that is subtracted from images.
 
-The released networks take pixels of 0 to 255 minus the mean. Here they are also divided by 60, so the weights
-of conv1 are multiplied by 60. Triangle vectors are stored column by column and are made row-wise.
+The released networks take pixels of 0 to 255 minus the mean. Here they are also divided by 60,
+so the weights of conv1 are multiplied by 60. Triangle vectors are stored column by column and
+are made row-wise.
 """
 
 import os
@@ -30,7 +32,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Importer, WeightFile
 from sopdeploy.models.registry import CATALOG
 
-# A layer of the released networks, our name of it, and that of its batch norm; our numbers are one lower.
+# A layer of the released networks, our name of it, and that of its batch norm; our numbers are
+# one lower.
 RENAMES = {
     r"conv1": ("conv1", "bn1"),
     r"conv(\d)_(\d+)a": ("layer{0}.{1}.conv1", "layer{0}.{1}.bn1"),
@@ -42,22 +45,38 @@ RENAMES = {
 }
 PARAMETERS = {"w": "weight", "b": "bias"}  # of a batch norm; a convolution has `f` and `b`
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
-MATLAB, HDF5 = b"MATLAB ", b"MATLAB 7.3"  # first bytes of MATLAB's files, and of those of version 7.3
+MATLAB, HDF5 = (
+    b"MATLAB ",
+    b"MATLAB 7.3",
+)  # first bytes of MATLAB's files, and of those of version 7.3
 VARIABLES = ("net", "params", "layers", "meta")
 # Of a MATLAB file: the size of its header, the tag and the type of a compressed element.
 HEADER_BYTES, TAG, COMPRESSED = 128, struct.Struct("<II"), 15
 MAX_EXPANSION, MIN_EXPANDED_BYTES = 20, 1 << 26  # of all compressed elements
 SIDE = 64
-PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
+PIXEL_DEVIATION = (
+    60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
+)
 EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
 PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}
 LAYER_KINDS = {
     *("Conv", "BatchNorm", "ReLU", "Sum", "Pooling", "DropOut", "Loss"),
     *("H_x", "gating", "CM_out", "Balance_loss"),
-    *(MATRIX_ROOT, *PRENORMS, "OBJ_ConvNet_COV_Pool", "OBJ_ConvNet_COV_ScaleTr", "OBJ_ConvNet_COV_ScaleFro"),
+    *(
+        MATRIX_ROOT,
+        *PRENORMS,
+        "OBJ_ConvNet_COV_Pool",
+        "OBJ_ConvNet_COV_ScaleTr",
+        "OBJ_ConvNet_COV_ScaleFro",
+    ),
 }
-_TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
+_TITLES = {
+    (True, "gap"): "GM-GAP",
+    (True, "sop"): "GM-SOP",
+    (False, "gap"): "GAP",
+    (False, "sop"): "SR-SOP",
+}
 NOTES = (
     "classes are numbered: downsampled ImageNet has a class order of its own; give --labels",
     "height and width of the training images may have been swapped: compare with the published error",
@@ -75,8 +94,8 @@ class Layer(NamedTuple):
 class DagNN(WeightFile):
     """A MatConvNet network; its tensors have MATLAB's axes.
 
-    `layers` are its layers by name, `normalization` the size of images and the color that is subtracted from
-    them.
+    `layers` are its layers by name, `normalization` the size of images and the color that is
+    subtracted from them.
     """
 
     layers: Mapping[str, Layer]
@@ -88,19 +107,30 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if not isinstance(file, DagNN):
         return None
     tensors = _rename_tensors(file)
-    blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
+    blocks = sum(
+        name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors
+    )
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
-    config = {**_read_pooling_options(file), "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config = {
+        **_read_pooling_options(file),
+        "blocks_per_stage": blocks,
+        "widen": widen,
+        "components": 1,
+    }
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
     component, is_gated = config["component"], "gating_w" in file.tensors
     if is_gated:
         config |= _read_gate_options(file, tensors)
         widths: list[int] = []
-        for letter in "abcdefgh":  # CM_2_a is the first convolution of component 2, CM_2_b the second one
+        for letter in (
+            "abcdefgh"
+        ):  # CM_2_a is the first convolution of component 2, CM_2_b the second one
             if f"CM_1_{letter}.weight" in tensors:
                 numbers = range(1, config["components"] + 1)
                 kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
-                weight = torch.stack(kernels).flatten(start_dim=2)  # (N, out, in), from (N, out, in, 1, 1)
+                weight = torch.stack(kernels).flatten(
+                    start_dim=2
+                )  # (N, out, in), from (N, out, in, 1, 1)
                 tensors[f"mixture.weights.{len(widths)}"] = weight
                 widths.append(weight.shape[1])
         config["component_widths"] = widths
@@ -109,7 +139,9 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
     triangles: dict[str, int] = {}
     if component == "sop":  # the head and the gate read triangle vectors
-        head_names = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        head_names = [
+            name for name in tensors if name.startswith("head.") and name != "head.fc.bias"
+        ]
         triangles = dict.fromkeys(head_names, pooled_channels)
         if is_gated:
             triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
@@ -138,16 +170,22 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
         norm = f"{layer}_bn"
         for pattern, our_names in RENAMES.items():
             if match := re.fullmatch(pattern, layer):
-                numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
+                numbers = [
+                    int(number) - 1 for number in match.groups()
+                ]  # conv2_1a is of layer1.0
                 layer, norm = (our_name.format(*numbers) for our_name in our_names)
                 break
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
             mean, deviation = values.unbind(dim=1)
-            variance = (deviation.square() - EPS).clamp_min(0.0)  # rounding may make it negative
+            variance = (deviation.square() - EPS).clamp_min(
+                0.0
+            )  # rounding may make it negative
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
-        elif kind == "f":  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+        elif (
+            kind == "f"
+        ):  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
             kernel = values[None, None] if values.dim() == 2 else values
             tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
         elif kind in PARAMETERS:  # of a batch norm, or the bias of a convolution
@@ -165,17 +203,25 @@ def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) 
     if is_gated:
         name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
     elif component == "gap":
-        name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"  # resnet18 is for 224 pixels
+        name = (
+            "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"
+        )  # resnet18 is for 224 pixels
     else:
         name = f"srsop-{backbone}"
-    return name if name in CATALOG else None  # no name with a backbone of None is in the catalog
+    return (
+        name if name in CATALOG else None
+    )  # no name with a backbone of None is in the catalog
 
 
 def _read_preprocess(file: DagNN) -> Preprocess:
     """Read the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
-    average = np.ravel(file.normalization.get("averageImage", ()))  # a color (3,), or an image (H, W, 3)
+    average = np.ravel(
+        file.normalization.get("averageImage", ())
+    )  # a color (3,), or an image (H, W, 3)
     if not average.size:
-        raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
+        raise WeightsError(
+            f"{file.path}: has no meta.normalization.averageImage; save the network with meta"
+        )
     side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
     mean, std = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
@@ -188,11 +234,14 @@ def _read_pooling_options(file: DagNN) -> FieldValues:
     """
     for name, layer in file.layers.items():
         if layer.kind not in LAYER_KINDS:
-            raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
+            raise WeightsError(
+                f"{file.path}: layer {name} has the type {layer.kind}, not supported"
+            )
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return {"component": "gap"}
-    # If the square roots differ, unpacking raises a ValueError, which the import converts to a WeightsError.
+    # If the square roots differ, unpacking raises a ValueError, which the import converts to a
+    # WeightsError.
     (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
     (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
@@ -201,7 +250,9 @@ def _read_pooling_options(file: DagNN) -> FieldValues:
 def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
     """Read the options of the gate and of the mixture; norms and noise are the same in all released files."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
-    gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
+    gates = sorted(
+        name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name)
+    )
     return {
         "components": len(tensors["gate.weight"]),  # which has a row for each
         "chosen": int(layer_number(file, "gating", "topk")),
@@ -217,10 +268,12 @@ def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
 def _check_expansion(path: Path) -> None:
     """Raise `ValueError` if the compressed elements of a MATLAB file expand to much more than its size.
 
-    Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy expands an element
-    at once.
+    Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy
+    expands an element at once.
     """
-    allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)  # bytes that may still follow
+    allowed = max(
+        MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size
+    )  # bytes that may still follow
     with path.open("rb") as file:
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
         while len(tag := file.read(TAG.size)) == TAG.size:
@@ -241,9 +294,9 @@ def _check_expansion(path: Path) -> None:
 def read_dagnn(path: Path, digest: str) -> DagNN:
     """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
 
-    The arrays of `net.params` become float64 tensors, the settings of `net.layers` a `Layer` each, by name.
-    scipy makes a struct a dict, a struct array a list of dicts, text a `str`, one number a Python number, and
-    an array a NumPy array; axes of length 1 are removed.
+    The arrays of `net.params` become float64 tensors, the settings of `net.layers` a `Layer`
+    each, by name. scipy makes a struct a dict, a struct array a list of dicts, text a `str`,
+    one number a Python number, and an array a NumPy array; axes of length 1 are removed.
     """
     with path.open("rb") as file:
         if file.read(len(HDF5)) == HDF5:
@@ -261,7 +314,9 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
     try:  # a field may be missing or have another type
         tensors = {}
         for record in net["params"]:
-            values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")  # TypeError for text
+            values = np.asarray(record["value"]).astype(
+                np.float64, casting="same_kind"
+            )  # TypeError for text
             tensors[record["name"]] = torch.from_numpy(values)
         layers = {
             record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
@@ -269,7 +324,13 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
         }
         checked = check_tensors(path, tensors)
         normalization = net.get("meta", {}).get("normalization", {})
-        return DagNN(path=path, sha256=digest, tensors=checked, layers=layers, normalization=normalization)
+        return DagNN(
+            path=path,
+            sha256=digest,
+            tensors=checked,
+            layers=layers,
+            normalization=normalization,
+        )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: holds no MatConvNet network (`net` with `params` and `layers`, on the CPU); save the "
@@ -283,4 +344,6 @@ def layer_number(file: DagNN, name: str, key: str) -> float:
     return float(value)
 
 
-IMPORTER = Importer(marks=("prediction_f",), convert=convert_gmsop, magic=MATLAB, read=read_dagnn)
+IMPORTER = Importer(
+    marks=("prediction_f",), convert=convert_gmsop, magic=MATLAB, read=read_dagnn
+)

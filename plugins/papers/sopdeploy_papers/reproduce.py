@@ -7,7 +7,12 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import TrainingError, shorten
-from sopdeploy_papers.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
+from sopdeploy_papers.reproduction.tables import (
+    PrintedTable,
+    ReproduceOptions,
+    find_table,
+    load_tables,
+)
 
 if TYPE_CHECKING:
     from sopdeploy_papers.reproduction.plan import Reproduction
@@ -24,7 +29,9 @@ def _show(result: "list[PrintedTable] | Reproduction") -> None:
 
 
 @command(
-    _show, summarize=lambda result: result if isinstance(result, list) else result.summary(), distributed=True
+    _show,
+    summarize=lambda result: result if isinstance(result, list) else result.summary(),
+    distributed=True,
 )
 @expand_options
 def reproduce(
@@ -86,7 +93,9 @@ def _print_tables(tables: list[PrintedTable]) -> None:
         names = (f"top-1 {table.metric}", f"top-5 {table.metric}")
         print_table(("row", "printed as", *names), rows)
         out.print()
-    out.print("errors and accuracies in percent; no table has been run at the scale of its paper")
+    out.print(
+        "errors and accuracies in percent; no table has been run at the scale of its paper"
+    )
     out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 

@@ -1,8 +1,8 @@
 """Admit a request, and read its body under limits of size, time, rate and memory.
 
-The model and the deadline are chosen before the body is read. The memory budget counts the bytes of a body
-from their arrival until the end of the request. It does not count announced bytes, because a client could
-then use up the budget with a header.
+The model and the deadline are chosen before the body is read. The memory budget counts the
+bytes of a body from their arrival until the end of the request. It does not count announced
+bytes, because a client could then use up the budget with a header.
 """
 
 import asyncio
@@ -34,14 +34,21 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
-BAD_TIMEOUT = HttpError("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
+BAD_TIMEOUT = HttpError(
+    "invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)"
+)
 
-SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
+# most images are smaller; the last eighth of the budget is reserved for such bodies
+SMALL_BODY = 1_000_000
 
-ENCODED = HttpError("unsupported_encoding", 415, "send the body itself, without a Content-Encoding")
+ENCODED = HttpError(
+    "unsupported_encoding", 415, "send the body itself, without a Content-Encoding"
+)
 SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
 LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
-UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
+UPLOADS_FULL = HttpError(
+    "uploads_full", 429, "too many bytes are being uploaded; retry later", 2
+)
 
 _NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
 STRIPPED = HttpError(
@@ -50,7 +57,9 @@ STRIPPED = HttpError(
     "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
 )
 CURL_REMOVES = re.compile(rb"[\0\r\n]")
-NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
+NOT_A_FORM = HttpError(
+    "unsupported_multipart", 415, "send the image itself or multipart/form-data"
+)
 
 _Value = TypeVar("_Value")
 _Values = TypeVarTuple("_Values")
@@ -70,7 +79,9 @@ def find_and_record_model(request: Request, name: str | None, version: str | Non
     return model
 
 
-def json_response(body: pydantic.BaseModel | Mapping[str, object], status: int = 200) -> Response:
+def json_response(
+    body: pydantic.BaseModel | Mapping[str, object], status: int = 200
+) -> Response:
     """Create a JSON response; fields of a pydantic model that are None are omitted."""
     value = body.model_dump(exclude_none=True) if isinstance(body, pydantic.BaseModel) else body
     return Response(orjson.dumps(value), status_code=status, media_type="application/json")
@@ -103,23 +114,34 @@ class AdmittedRequest:
         finally:
             self.service.admitted -= 1
 
-    async def parse(self, parse_body: Callable[[*_Values], _Value], *values: *_Values) -> _Value:
+    async def parse(
+        self, parse_body: Callable[[*_Values], _Value], *values: *_Values
+    ) -> _Value:
         """Call *parse_body* with *values* in one of the threads for JSON."""
         async with self.preparing():
-            return await asyncio.get_running_loop().run_in_executor(self.service.parsers, parse_body, *values)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.service.parsers, parse_body, *values
+            )
 
     async def infer(
-        self, images: Images, *, features: bool = False, may_keep: bool = False, explain: bool = False
+        self,
+        images: Images,
+        *,
+        features: bool = False,
+        may_keep: bool = False,
+        explain: bool = False,
     ) -> list[Outcome]:
         """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
 
-        A disconnect of the client cancels it. With *explain*, an image counts as `IMAGES_PER_MAP` images.
-        Raises `RejectedError` if these exceed `max_images`, the queue is full or the rate limit is exceeded,
-        and what `Service.infer` raises.
+        A disconnect of the client cancels it. With *explain*, an image counts as
+        `IMAGES_PER_MAP` images. Raises `RejectedError` if these exceed `max_images`, the queue
+        is full or the rate limit is exceeded, and what `Service.infer` raises.
         """
         context, service = self.context, self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
-        if explain and num_images > service.settings.max_images:  # the parser has checked len(images)
+        if (
+            explain and num_images > service.settings.max_images
+        ):  # the parser has checked len(images)
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
         service.check_queue(self.model, num_images)
@@ -127,7 +149,9 @@ class AdmittedRequest:
             context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)
         context.num_images += num_images
         stages = context.stage_seconds
-        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)  # all but the load
+        stages["receive"] = (
+            time.monotonic() - self.started - stages.get("load", 0.0)
+        )  # all but the load
         client = context.key_name or client_address(
             context.headers, context.peer, service.settings.trusted_proxies
         )
@@ -135,7 +159,12 @@ class AdmittedRequest:
             work = service.explain(self.model, images, self.deadline, client)
         else:
             work = service.infer(
-                self.model, images, self.deadline, client=client, features=features, may_keep=may_keep
+                self.model,
+                images,
+                self.deadline,
+                client=client,
+                features=features,
+                may_keep=may_keep,
             )
         outcomes = await cancel_on_disconnect(work, self.request.receive)
         for outcome in outcomes:  # the longest time of each stage counts
@@ -151,10 +180,11 @@ async def admit(
 ) -> AsyncIterator[AdmittedRequest]:
     """Admit *request* to the model with *name* and *version*.
 
-    With a memory budget, the request may wait until the model is loaded. Raises `RejectedError` if the
-    model does not exist, the deadline cannot be met, or the queue or the rate limit is full. After the model
-    is found, a refusal here or in the block costs the key one token, and another per `SMALL_BODY` bytes read,
-    unless the client should send the request again or the tokens of its images are spent already.
+    With a memory budget, the request may wait until the model is loaded. Raises `RejectedError`
+    if the model does not exist, the deadline cannot be met, or the queue or the rate limit is
+    full. After the model is found, a refusal here or in the block costs the key one token, and
+    another per `SMALL_BODY` bytes read, unless the client should send the request again or the
+    tokens of its images are spent already.
     """
     started = time.monotonic()
     service = service_of(request)
@@ -177,11 +207,15 @@ async def admit(
         result = "success"
     except RejectedError as error:
         is_own_fault = error.reason.retry_after is None  # else the client should send it again
-        if context.rate_limit is not None and is_own_fault and not context.num_images:  # these are paid
+        if (
+            context.rate_limit is not None and is_own_fault and not context.num_images
+        ):  # these are paid
             context.rate_limit.charge(1 + context.bytes // SMALL_BODY)
         raise
     finally:
-        service.metrics.count_inference(model.name, result, time.monotonic() - started, context.stage_seconds)
+        service.metrics.count_inference(
+            model.name, result, time.monotonic() - started, context.stage_seconds
+        )
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:
@@ -200,7 +234,8 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
 async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
     """Return the result of *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
 
-    The request body must have been read; a message of *receive* other than the disconnect is ignored.
+    The request body must have been read; a message of *receive* other than the disconnect is
+    ignored.
     """
     task = cast(asyncio.Task[Any], asyncio.current_task())
     is_client_gone = False
@@ -251,7 +286,8 @@ class Upload(NamedTuple):
 async def read_upload(admitted: AdmittedRequest) -> Upload:
     """Read the images of a request before its deadline: raw, as a form, or in JSON.
 
-    Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
+    Raises `RejectedError` for errors of the request as a whole; single images may still be
+    invalid.
     """
     settings = admitted.service.settings
     content_type = admitted.context.headers.get("content-type", "")
@@ -272,7 +308,8 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
             images = await admitted.parse(parse_form, body, content_type, settings.max_images)
         return Upload(images, is_list=len(images) > 1)
     body = await read_body(admitted, settings.max_body_bytes)
-    # curl's --data sends this type, and removes zero bytes and line ends, which every image file has.
+    # curl's --data sends this type, and removes zero bytes and line ends, which every image
+    # file has.
     may_be_curl_data = media_type == "application/x-www-form-urlencoded"
     if may_be_curl_data and body and CURL_REMOVES.search(body) is None:
         raise RejectedError(STRIPPED)
@@ -287,7 +324,9 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     if not body.images:
         raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:
-        raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
+        raise bad_request(
+            "too_many_images", f"images: more than {max_images}, the limit of this server"
+        )
     images = [decode_text(text, f"images[{i}]") for i, text in enumerate(body.images)]
     return Upload(images, is_list=True)
 
@@ -295,18 +334,22 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """Read at most *limit* bytes of the body before the deadline.
 
-    Counts the bytes in `service.upload_bytes`, from which the middleware takes them after the answer.
-    Delays beyond the minimum rate may add up to a grace period, which faster pieces restore. Raises
-    `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget full, 499 client disconnected.
+    Counts the bytes in `service.upload_bytes`, from which the middleware takes them after the
+    answer. Delays beyond the minimum rate may add up to a grace period, which faster pieces
+    restore. Raises `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget
+    full, 499 client disconnected.
     """
     service, context, settings = admitted.service, admitted.context, admitted.service.settings
     if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
-    grace = settings.body_grace_seconds  # seconds by which the body may still fall behind the minimum rate
+    grace = (
+        settings.body_grace_seconds
+    )  # seconds by which the body may still fall behind the minimum rate
     while True:
-        # Already before the first byte: a client that waits for `100 Continue` must not send a body in vain.
+        # Already before the first byte: a client that waits for `100 Continue` must not send a
+        # body in vain.
         _check_budget(service, received=context.bytes, more=max(0, announced - context.bytes))
         began = time.monotonic()
         try:
@@ -318,9 +361,12 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        delay = time.monotonic() - began - len(piece) / settings.min_body_rate  # negative: it came sooner
+        delay = (
+            time.monotonic() - began - len(piece) / settings.min_body_rate
+        )  # negative: it came sooner
         grace = min(settings.body_grace_seconds, grace - delay)
-        # Other bodies may have grown during the wait, and a chunked one does not announce its length.
+        # Other bodies may have grown during the wait, and a chunked one does not announce its
+        # length.
         _check_budget(service, received=context.bytes, more=len(piece))
         service.upload_bytes += len(piece)
         context.bytes += len(piece)

@@ -53,8 +53,8 @@ DISK_HANGS = "the disk of the bundles does not respond; they are served until th
 class Card(StrictModel):
     """The model card as Markdown, and the certificate in short.
 
-    The text is empty and the certificate null if the bundle has none that can be read. `labels` are the names
-    of the first 100 classes.
+    The text is empty and the certificate null if the bundle has none that can be read. `labels`
+    are the names of the first 100 classes.
     """
 
     bundle: str
@@ -77,8 +77,8 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
-    The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
-    folder was deleted or cannot be read: a restarted process cannot load it.
+    The probes of every bundle are replayed before the server starts to listen. `reason` names a
+    bundle whose folder was deleted or cannot be read: a restarted process cannot load it.
     """
     try:
         async with asyncio.timeout(DISK_SECONDS):
@@ -91,7 +91,9 @@ async def readyz(request: Request) -> Response:
 
 async def find_lost_bundle(registry: Registry) -> str | None:
     """Return the reason of `/readyz`: one of the bundles that *registry* serves was lost."""
-    return await asyncio.to_thread(find_lost, [model.bundle.path for model in registry.models()])
+    return await asyncio.to_thread(
+        find_lost, [model.bundle.path for model in registry.models()]
+    )
 
 
 def find_lost(paths: Sequence[Path]) -> str | None:
@@ -102,14 +104,18 @@ def find_lost(paths: Sequence[Path]) -> str | None:
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         if problem:
-            return as_utf8(f"{path}: the bundle {problem}; it is served until this process ends")
+            return as_utf8(
+                f"{path}: the bundle {problem}; it is served until this process ends"
+            )
     return None
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
-    return Response(await service_of(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)
+    return Response(
+        await service_of(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST
+    )
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)
@@ -135,7 +141,9 @@ async def info(request: Request) -> Response:
                 device=runtime.device,
                 largest_batch=runtime.largest_batch,
                 versions=manifest.versions,
-                thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
+                thresholds=None
+                if thresholds is None
+                else dict(zip(model.labels, thresholds, strict=True)),
                 embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
                 known_from=None if rejection is None else rejection.threshold,
                 loaded=model.is_loaded,

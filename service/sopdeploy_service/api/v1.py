@@ -10,7 +10,13 @@ from fastapi import APIRouter, Query, Request, Response
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
-from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
+from sopdeploy_service.api.admission import (
+    AdmittedRequest,
+    ClassifyRequest,
+    Upload,
+    admit,
+    read_upload,
+)
 from sopdeploy_service.http.problems import bad_request, describe_error, describe_statuses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
@@ -18,7 +24,11 @@ STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 router = APIRouter(tags=["Images"], responses=describe_statuses(*STATUSES))
 
 BINARY = {"type": "string", "format": "binary"}
-FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
+FORM = {
+    "type": "object",
+    "properties": {"image": {"type": "array", "items": BINARY}},
+    "required": ["image"],
+}
 BODY = {  # read by `read_upload`, within the limits of the settings
     "requestBody": {
         "required": True,
@@ -61,13 +71,14 @@ Fields: TypeAlias = dict[str, object]  # of a response model, which need no vali
 async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
 
-    One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
-    order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
-    deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
-    threshold, at most `top_k` if the request or the setting limits them. `warnings` next to the classes name
-    changes made while decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and
-    `score`. `explain=true` adds the `explanation` of the first class; an image then counts as 50. `reported`,
-    after a wrong answer, keeps the image for a label if the server keeps images.
+    One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with
+    status 200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the
+    whole request (queue full, deadline, malformed form) fail it as a whole. A multi-label
+    network lists all classes above their threshold, at most `top_k` if the request or the
+    setting limits them. `warnings` next to the classes name changes made while decoding, such
+    as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
+    `explain=true` adds the `explanation` of the first class; an image then counts as 50.
+    `reported`, after a wrong answer, keeps the image for a label if the server keeps images.
     """
     async with admit(request, query.model, query.version) as admitted:
         service, model = admitted.service, admitted.model
@@ -79,7 +90,9 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         upload = await read_upload(admitted)
         top_k = query.top_k or model.top_k
         is_report = query.reported is not None
-        outcomes = await admitted.infer(upload.images, may_keep=not is_report, explain=query.explain)
+        outcomes = await admitted.infer(
+            upload.images, may_keep=not is_report, explain=query.explain
+        )
         if is_report and service.keep is not None:
             for image, outcome in zip(upload.images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
@@ -99,11 +112,15 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
     model = admitted.model
     if admitted.service.keep is None:
-        raise bad_request("not_keeping", "this server keeps no images; start it with keep, or omit reported")
+        raise bad_request(
+            "not_keeping", "this server keeps no images; start it with keep, or omit reported"
+        )
     if query.explain:
         raise bad_request("malformed_request", "reported: is not explained; omit explain")
     if query.reported and query.reported not in model.labels:
-        message = f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
+        message = (
+            f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
+        )
         raise bad_request("malformed_request", message)
 
 
@@ -116,11 +133,13 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
     """Compute the embedding of the image in the body, or of 1..n images in a form or in JSON.
 
-    Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead of `classes`.
-    The bundle must have been exported with `--with-features`.
+    Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead
+    of `classes`. The bundle must have been exported with `--with-features`.
     """
     async with admit(request, query.model, query.version) as admitted:
-        if not any(output.name == EMBEDDING for output in admitted.model.bundle.manifest.outputs):
+        if not any(
+            output.name == EMBEDDING for output in admitted.model.bundle.manifest.outputs
+        ):
             message = f"{admitted.model.name}: has no features; export it with --with-features"
             raise bad_request("no_features", message)
         upload = await read_upload(admitted)

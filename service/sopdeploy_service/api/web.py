@@ -1,8 +1,9 @@
 """Browser pages: `/` classifies an image, `/docs` is the API in Swagger UI, `/errors` lists the error codes.
 
-No page loads anything from other hosts. The content security policy allows inline styles and scripts by hash;
-`/docs` also loads the files of `fastapi-offline` from this server. So the pages work offline, and text from
-elsewhere (a file name, a label, a model card) cannot become a script.
+No page loads anything from other hosts. The content security policy allows inline styles and
+scripts by hash; `/docs` also loads the files of `fastapi-offline` from this server. So the
+pages work offline, and text from elsewhere (a file name, a label, a model card) cannot become a
+script.
 """
 
 import asyncio
@@ -58,14 +59,21 @@ class Page:
     ) -> None:
         """Replace comments in *html* by head, logo, icon and styles; add the files *scripts* to its end.
 
-        The security policy allows these styles and scripts, those of the sources *assets*, and what the rules
-        *policy* say. Files that *folder* does not have are those of this package, or shared with reports.
+        The security policy allows these styles and scripts, those of the sources *assets*, and
+        what the rules *policy* say. Files that *folder* does not have are those of this
+        package, or shared with reports.
         """
         head = _read("head.html").rstrip()
-        html = re.sub("<!-- head: (.*) -->", lambda match: head.replace("<!-- title -->", match[1]), html)
+        html = re.sub(
+            "<!-- head: (.*) -->", lambda match: head.replace("<!-- title -->", match[1]), html
+        )
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
-        html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)
+        html = re.sub(
+            r"<!-- (\w+\.css) -->",
+            lambda match: f"<style>{_read(match[1], folder)}</style>",
+            html,
+        )
         inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
         inline = inline.replace("{suffixes}", "|".join(map(re.escape, SUFFIXES)))
         self.html = html.replace("</body>", f"{inline}</body>")
@@ -151,7 +159,9 @@ def list_examples(folder: Path | None) -> list[Path]:
 @router.get("/examples")
 async def examples(request: Request) -> Response:
     """Return the names of the examples that the page offers, those of the setting `examples`."""
-    return json_response(Examples(names=tuple(path.name for path in request.app.state.examples)))
+    return json_response(
+        Examples(names=tuple(path.name for path in request.app.state.examples))
+    )
 
 
 @router.get("/examples/{number}")
@@ -170,7 +180,16 @@ async def example(request: Request, number: int) -> Response:
 
 INDEX = Page(
     _read("index.html"),
-    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "sources.js", "index.js"],
+    [
+        "dom.js",
+        "key.js",
+        "markdown.js",
+        "snippets.js",
+        "answer.js",
+        "about.js",
+        "sources.js",
+        "index.js",
+    ],
     policy=TRUSTED_TYPES,
 )
 _SWAGGER = get_swagger_ui_html(
@@ -182,7 +201,8 @@ _SWAGGER = get_swagger_ui_html(
 )
 # With the field for the key.
 _SWAGGER_HTML = bytes(_SWAGGER.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
-# Without `TRUSTED_TYPES`: Swagger UI turns descriptions into markup itself, after it has removed scripts.
+# Without `TRUSTED_TYPES`: Swagger UI turns descriptions into markup itself, after it has
+# removed scripts.
 DOCS = Page(_SWAGGER_HTML, ["dom.js", "key.js", "docs.js"], assets=("'self'",))
 _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 

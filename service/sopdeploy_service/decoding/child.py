@@ -1,7 +1,8 @@
 """The program of decoder processes: a template, which never sees an image, forks children that decode.
 
-A child has no environment, files, sockets or keys, only its end of a socket pair, the pipe of standard error
-and as much memory as its options say. A fork shares the imported libraries and takes milliseconds.
+A child has no environment, files, sockets or keys, only its end of a socket pair, the pipe of
+standard error and as much memory as its options say. A fork shares the imported libraries and
+takes milliseconds.
 """
 
 import contextlib
@@ -30,10 +31,11 @@ from sopdeploy_service import templates
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
-# Number of the request; bytes of the rules (none: copy the image) and of the image; seconds of CPU time after
-# which the child ends (0: no limit).
+# Number of the request; bytes of the rules (none: copy the image) and of the image; seconds of
+# CPU time after which the child ends (0: no limit).
 REQUEST = struct.Struct("<QIId")
-# Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
+# Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or
+# message.
 REPLY = struct.Struct("<QBBI")
 UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
 READY, FAILED, PIXELS, COPY, FIRST_ERROR = range(5)
@@ -51,7 +53,9 @@ ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_E
     ("decoder_failed", 500),
 )
 WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
-PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
+PIXEL_BYTES = (
+    20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
+)
 
 
 class ChildOptions(NamedTuple):
@@ -90,14 +94,19 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         )
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-        return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]  # one part wakes the server once
+        return [
+            REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels
+        ]  # one part wakes the server once
     except ImageError as error:
         # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
         code, status, message = error.code, error.status, str(error)
-        # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is damaged.
+        # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is
+        # damaged.
         width, height = webp_size(image)
         is_large_webp = width * height * PIXEL_BYTES > options.memory
-        if isinstance(error.__cause__, MemoryError) or (code == "damaged_image" and is_large_webp):
+        if isinstance(error.__cause__, MemoryError) or (
+            code == "damaged_image" and is_large_webp
+        ):
             code, status = TOO_MUCH_MEMORY, 413
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             message = f"decoding needs more than {limit}; send it smaller"
@@ -115,7 +124,8 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
         part = end.recv(count, socket.MSG_WAITALL)
         if not part:
             raise BrokenPipeError
-        # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at a time.
+        # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at
+        # a time.
         if time.monotonic() > deadline:
             raise TimeoutError
         parts.append(part)
@@ -129,10 +139,13 @@ def restrict(options: ChildOptions) -> str:
     with contextlib.suppress(FileNotFoundError):  # only Linux has this file
         lines = Path("/proc/self/status").read_text().splitlines()
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)  # soft and hard limit
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (used + options.memory,) * 2
+        )  # soft and hard limit
     os.nice(options.niceness)
-    # Pillow keeps up to this number of freed blocks of pixels for the next image. A light child decodes all
-    # the time; one for large images is mostly idle, and would occupy memory for nothing.
+    # Pillow keeps up to this number of freed blocks of pixels for the next image. A light child
+    # decodes all the time; one for large images is mostly idle, and would occupy memory for
+    # nothing.
     Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 
@@ -145,7 +158,8 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         except OSError as error:
             kind, text = FAILED, str(error.strerror).encode()
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
-        # After FAILED, a server that requires a sandbox closes its end; others use this child without one.
+        # After FAILED, a server that requires a sandbox closes its end; others use this child
+        # without one.
         while True:
             number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
             rules, image = receive(end, rules_size), receive(end, size)
@@ -183,9 +197,14 @@ def run_template(control: socket.socket) -> None:
             ended.pop(process, None)  # of an earlier child with this id
         else:  # *request* is the id of a child to kill
             process = request
-            code = _kill(children, process) if process in children else ended.pop(process, UNKNOWN_CODE)
-        # Forget the children that ended by themselves. The system gives the id of a process to another one
-        # only after `waitpid` has returned it, so an id in *children* is always that of a child.
+            code = (
+                _kill(children, process)
+                if process in children
+                else ended.pop(process, UNKNOWN_CODE)
+            )
+        # Forget the children that ended by themselves. The system gives the id of a process to
+        # another one only after `waitpid` has returned it, so an id in *children* is always
+        # that of a child.
         for child in list(children):  # a copy, because the loop changes *children*
             waited, status = os.waitpid(child, os.WNOHANG)
             if waited == child:
@@ -222,5 +241,6 @@ def main() -> None:
     os.environ.clear()
     limit_heaps()
     sandbox.preload()  # before the forks, so that the children share these pages of memory
-    gc.freeze()  # the garbage collector of a child would write to the pages, and thereby copy them
+    # the garbage collector of a child would write to the pages, and thereby copy them
+    gc.freeze()
     run_template(socket.socket(fileno=int(sys.argv[1])))

@@ -29,9 +29,13 @@ from sopdeploy_service.templates import START_SECONDS, TemplateProcess
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-LOGGED_CHARACTERS, LOG_PAUSE_SECONDS = 500, 0.1  # of what children write to standard error at once
+LOGGED_CHARACTERS, LOG_PAUSE_SECONDS = (
+    500,
+    0.1,
+)  # of what children write to standard error at once
 
-# Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a signal.
+# Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a
+# signal.
 TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"
 
 log = logging.getLogger("sopdeploy.decoding")
@@ -55,9 +59,9 @@ class ChildEnded(NamedTuple):
 class Request:
     """An *image* to decode by *rules*, or to copy without them.
 
-    A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a `Reply`,
-    `ChildEnded`, or the reason why no child runs the request. While it waits, it counts as *pixels*; a child
-    ends if it takes more than *seconds* of CPU time (0: no limit).
+    A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a
+    `Reply`, `ChildEnded`, or the reason why no child runs the request. While it waits, it
+    counts as *pixels*; a child ends if it takes more than *seconds* of CPU time (0: no limit).
     """
 
     image: bytes = field(repr=False)
@@ -102,7 +106,9 @@ class DecoderTemplate(TemplateProcess):
         with theirs, ExitStack() as unless_forked:
             unless_forked.enter_context(ours)
             try:
-                process, code = self.ask(json.dumps(options._asdict()).encode(), theirs.fileno())
+                process, code = self.ask(
+                    json.dumps(options._asdict()).encode(), theirs.fileno()
+                )
             except BrokenPipeError as error:
                 raise RuntimeUnavailableError(f"{message}; see the message above") from error
             except OSError as error:
@@ -110,7 +116,9 @@ class DecoderTemplate(TemplateProcess):
                     f"{message} ({error.strerror}); check the limits of this system"
                 ) from error
             if process == 0:
-                raise RuntimeUnavailableError(f"{message} ({os.strerror(code)}); allow more processes")
+                raise RuntimeUnavailableError(
+                    f"{message} ({os.strerror(code)}); allow more processes"
+                )
             unless_forked.pop_all()
         return ours, process
 
@@ -125,16 +133,27 @@ class DecoderTemplate(TemplateProcess):
         path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
         code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", code, str(file)],  # -I: ignores the user's site-packages
+            [
+                sys.executable,
+                "-I",
+                "-c",
+                code,
+                str(file),
+            ],  # -I: ignores the user's site-packages
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={"OPENBLAS_NUM_THREADS": "1"},  # no secrets, and no threads: a fork would lose them
+            env={
+                "OPENBLAS_NUM_THREADS": "1"
+            },  # no secrets, and no threads: a fork would lose them
             pass_fds=[file],
             cwd="/",
-            start_new_session=True,  # Ctrl-C ends only the server, which decodes until it has drained
+            # Ctrl-C ends only the server, which decodes until it has drained
+            start_new_session=True,
         )
-        threading.Thread(target=_log_stderr, args=(process,), name="stderr", daemon=True).start()
+        threading.Thread(
+            target=_log_stderr, args=(process,), name="stderr", daemon=True
+        ).start()
         return process
 
 
@@ -142,7 +161,9 @@ def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
     """Log what *process* and its children write to standard error, until they have ended."""
     with cast(BinaryIO, process.stderr) as pipe:
         while text := os.read(pipe.fileno(), 1 << 16):
-            log.warning("decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:])
+            log.warning(
+                "decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:]
+            )
             time.sleep(LOG_PAUSE_SECONDS)
 
 
@@ -157,9 +178,9 @@ def shared_template() -> DecoderTemplate:
 class DecoderProcess(asyncio.BufferedProtocol):
     """One child, which is replaced when it fails; all methods are called on the event loop.
 
-    It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run the next one.
-    Replies are read into `_unfilled` memory, first that of the header, then that of the data; without a
-    request, nothing may come.
+    It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run
+    the next one. Replies are read into `_unfilled` memory, first that of the header, then that
+    of the data; without a request, nothing may come.
     """
 
     def __init__(
@@ -174,7 +195,9 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._template, self._options, self._seconds = template, options, seconds
         self._on_idle, self._on_end = on_idle, on_end
         self.process = self._number = 0  # id of the child; number of the last request
-        self._transport: asyncio.Transport | None = None  # None: there is no child, or it has to be replaced
+        self._transport: asyncio.Transport | None = (
+            None  # None: there is no child, or it has to be replaced
+        )
         self._reason = ""  # for which the child has to be replaced, if not for its exit code
         self._request: Request | None = None
         self._header = memoryview(bytearray(child.REPLY.size))
@@ -183,7 +206,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
     async def start(self) -> str:
         """Start a child; return its restrictions, or `no sandbox` and the reason.
 
-        Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required sandbox is missing.
+        Raises `RuntimeUnavailableError` if it does not start, `ConfigError` if a required
+        sandbox is missing.
         """
         self._end, restrictions = await asyncio.to_thread(self._fork_and_wait)
         self._loop = asyncio.get_running_loop()
@@ -243,7 +267,9 @@ class DecoderProcess(asyncio.BufferedProtocol):
         number, kind, bits, size = child.REPLY.unpack(self._header)
         if self._data is None:  # the header is complete
             is_known = kind == request.expected_kind or kind in ERROR_KINDS
-            sizes = request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
+            sizes = (
+                request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
+            )
             if number != self._number or not is_known or size not in sizes:
                 self._end_child(WRONG_REPLY)
                 return
@@ -309,8 +335,12 @@ class DecoderProcess(asyncio.BufferedProtocol):
             end.settimeout(START_SECONDS)
             try:
                 deadline = time.monotonic() + START_SECONDS
-                _, kind, _, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
-                text = child.receive(end, min(size, child.MAX_MESSAGE), deadline).decode(errors="replace")
+                _, kind, _, size = child.REPLY.unpack(
+                    child.receive(end, child.REPLY.size, deadline)
+                )
+                text = child.receive(end, min(size, child.MAX_MESSAGE), deadline).decode(
+                    errors="replace"
+                )
             except OSError as error:
                 message = "a decoder process does not start; see the message above"
                 raise RuntimeUnavailableError(message) from error

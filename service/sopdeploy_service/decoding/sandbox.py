@@ -1,11 +1,12 @@
 """Restrict a process to what image decoding needs: no files, new sockets, programs, processes or signals.
 
-Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no set-user-id program
-gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a seccomp filter, which allows a list
-of system calls and returns EPERM for all others, including those of later kernels. Open descriptors stay
-usable.
+Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no
+set-user-id program gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a
+seccomp filter, which allows a list of system calls and returns EPERM for all others, including
+those of later kernels. Open descriptors stay usable.
 
-Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and asm-generic/unistd.h.
+Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and
+asm-generic/unistd.h.
 """
 
 import contextlib
@@ -71,18 +72,29 @@ SET_NAME, SET_VMA = 15, 0x53564D41  # PR_SET_NAME and PR_SET_VMA: names of threa
 def argument_rules(process: int) -> tuple[AllowedValues, ...]:
     """List the system calls that *process* may use with certain arguments only."""
     return (
-        AllowedValues("mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)),  # no programs in memory
+        AllowedValues(
+            "mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)
+        ),  # no programs in memory
         AllowedValues("mprotect", (10, 226), argument=2, mask=EXECUTABLE, values=(0,)),
-        AllowedValues("clone", (56, 220), argument=0, mask=THREAD | NAMESPACES, values=(THREAD,)),  # no fork
-        AllowedValues("newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)),
+        AllowedValues(
+            "clone", (56, 220), argument=0, mask=THREAD | NAMESPACES, values=(THREAD,)
+        ),  # no fork
+        AllowedValues(
+            "newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)
+        ),
         AllowedValues("prctl", (157, 167), argument=0, mask=INT, values=(SET_NAME, SET_VMA)),
-        AllowedValues("prlimit64", (302, 261), argument=0, mask=INT, values=(0,)),  # 0: the calling process
+        AllowedValues(
+            "prlimit64", (302, 261), argument=0, mask=INT, values=(0,)
+        ),  # 0: the calling process
         AllowedValues("kill", (62, 129), argument=0, mask=INT, values=(process,)),
         AllowedValues("tgkill", (234, 131), argument=0, mask=INT, values=(process,)),
     )
 
 
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of numbers, AUDIT_ARCH_*
+ARCHITECTURES = {
+    "x86_64": (0, 0xC000003E),
+    "aarch64": (1, 0xC00000B7),
+}  # column of numbers, AUDIT_ARCH_*
 CLONE3 = 435
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF instructions on 32 bits
@@ -91,8 +103,16 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 NO_NEW_PRIVS, SET_FILTER, ALL_THREADS = 38, 1, 1
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 CREATE_RULESET, RESTRICT_SELF = 444, 446
-# Numbers of rights of files, of TCP and of scopes (abstract sockets, signals) in each version of Landlock.
-LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 2, 0), 6: (16, 2, 2)}
+# Numbers of rights of files, of TCP and of scopes (abstract sockets, signals) in each version
+# of Landlock.
+LANDLOCK = {
+    1: (13, 0, 0),
+    2: (14, 0, 0),
+    3: (15, 0, 0),
+    4: (15, 2, 0),
+    5: (16, 2, 0),
+    6: (16, 2, 2),
+}
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -115,7 +135,8 @@ def preload() -> None:
 def build_filter(machine: str, process: int) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
 
-    An instruction is (operation, instructions to skip if a comparison holds, to skip if not, operand).
+    An instruction is (operation, instructions to skip if a comparison holds, to skip if not,
+    operand).
     """
     column, architecture = ARCHITECTURES[machine]
     deny = FAIL | errno.EPERM
@@ -133,8 +154,14 @@ def build_filter(machine: str, process: int) -> bytes:
         for value in rule.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
         check.append((RETURN, 0, 0, deny))
-        code += [(EQUAL, 0, len(check), rule.numbers[column]), *check]  # other calls skip the check
-    code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
+        code += [
+            (EQUAL, 0, len(check), rule.numbers[column]),
+            *check,
+        ]  # other calls skip the check
+    code += [
+        (EQUAL, 0, 1, CLONE3),
+        (RETURN, 0, 0, FAIL | errno.ENOSYS),
+    ]  # the C library then calls clone
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
@@ -144,7 +171,8 @@ def enter() -> str:
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
         raise OSError(
-            errno.ENOSYS, f"{platform.system()} on {machine} is not supported by the seccomp filter"
+            errno.ENOSYS,
+            f"{platform.system()} on {machine} is not supported by the seccomp filter",
         )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -153,7 +181,9 @@ def enter() -> str:
     code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
     # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):  # > 0: a thread has another filter
+    if libc.syscall(
+        SECCOMP[machine], SET_FILTER, ALL_THREADS, program
+    ):  # > 0: a thread has another filter
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
     return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
 
@@ -161,13 +191,19 @@ def enter() -> str:
 def _enter_landlock(libc: ctypes.CDLL) -> int:
     """Deny files and TCP to this thread and those that it starts; return Landlock's version or 0.
 
-    Landlock denies every right of a rule set except those that a rule allows, and this set has no rules.
+    Landlock denies every right of a rule set except those that a rule allows, and this set has
+    no rules.
     """
-    version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)  # 1: asks for the version
+    version: int = libc.syscall(
+        CREATE_RULESET, None, ctypes.c_size_t(0), 1
+    )  # 1: asks for the version
     if version < 1:
         return 0
-    numbers = LANDLOCK[min(version, max(LANDLOCK))]  # a later version also has the rights of earlier ones
-    # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of the kind.
+    numbers = LANDLOCK[
+        min(version, max(LANDLOCK))
+    ]  # a later version also has the rights of earlier ones
+    # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of
+    # the kind.
     rights = struct.pack("QQQ", *((1 << number) - 1 for number in numbers))
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
     if ruleset < 0:

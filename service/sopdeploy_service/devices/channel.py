@@ -1,13 +1,14 @@
 """The channel between a front end and an engine: short records on a stream socket, pixels in shared memory.
 
-A front end sends records of one size, which say which slot of the memory has the pixels of an image for which
-model. The engine answers each image once; the outputs are in the same slot, which is then free. The engine
-opens a channel with a description of its models, which stay the same until the channel ends; after a reload,
-the front ends get new channels.
+A front end sends records of one size, which say which slot of the memory has the pixels of an
+image for which model. The engine answers each image once; the outputs are in the same slot,
+which is then free. The engine opens a channel with a description of its models, which stay the
+same until the channel ends; after a reload, the front ends get new channels.
 
-The engine creates the memory, whose size is sealed. Nothing that a front end sends has a length, and nothing
-that it writes into a slot is anything else than pixels. A front end checks what an engine sends, too: an
-invalid message ends the channel. A stream ends when the other process ends, however.
+The engine creates the memory, whose size is sealed. Nothing that a front end sends has a
+length, and nothing that it writes into a slot is anything else than pixels. A front end checks
+what an engine sends, too: an invalid message ends the channel. A stream ends when the other
+process ends, however.
 """
 
 import errno
@@ -36,9 +37,13 @@ from sopdeploy_service.inference.results import HttpError
 REQUEST = struct.Struct("=BBHId")  # kind, flags, number of the model, slot, deadline
 RUN, CANCEL = 1, 2  # kinds; the others are numbers of a slot in use
 FEATURES, FOR_DRIFT = 1, 2  # flags
-RESULT = struct.Struct("=IHdd")  # slot; images in the batch, or `FAILED`; seconds of queue and batch
+RESULT = struct.Struct(
+    "=IHdd"
+)  # slot; images in the batch, or `FAILED`; seconds of queue and batch
 FAILED = 0  # in place of the images in the batch: the slot has the error
-OPENING = struct.Struct("=IIII")  # slots, bytes of the outputs and of the pixels in each, bytes of the models
+OPENING = struct.Struct(
+    "=IIII"
+)  # slots, bytes of the outputs and of the pixels in each, bytes of the models
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
 MAX_SLOTS, MAX_MODELS_BYTES = 1 << 20, 1 << 28
@@ -84,7 +89,9 @@ class ModelFacts(NamedTuple):
             "path": str(bundle.path),
             "manifest": bundle.manifest.to_bytes().decode(),
             "labels": bundle.labels,
-            "contents": {name: data.decode("latin-1") for name, data in bundle.contents.items()},
+            "contents": {
+                name: data.decode("latin-1") for name, data in bundle.contents.items()
+            },
             "runtime": self.runtime,
             "timings": self.timings,
         }
@@ -102,9 +109,13 @@ class ModelFacts(NamedTuple):
 class Slots:
     """The slots of a channel: in each, the outputs of an image or an error, then its pixels."""
 
-    def __init__(self, memory: mmap.mmap, count: int, output_bytes: int, pixel_bytes: int) -> None:
+    def __init__(
+        self, memory: mmap.mmap, count: int, output_bytes: int, pixel_bytes: int
+    ) -> None:
         self.count, self._output_bytes = count, output_bytes
-        self._memory = np.frombuffer(memory, np.uint8).reshape(count, output_bytes + pixel_bytes)
+        self._memory = np.frombuffer(memory, np.uint8).reshape(
+            count, output_bytes + pixel_bytes
+        )
 
     def pixels(self, slot: int, shape: Sequence[int]) -> NDArray[np.uint8]:
         """Return the pixels in *slot* as an array of *shape*, which shares the memory."""
@@ -150,10 +161,14 @@ class Slots:
         return error
 
 
-def output_shapes(bundle: Bundle) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def output_shapes(
+    bundle: Bundle,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Return the shape of each output of an image by name, in order: without the embedding, and of all."""
     # Only the number of images is None in a manifest; 1 is for the type.
-    shapes = {one.name: tuple(side or 1 for side in one.shape[1:]) for one in bundle.manifest.outputs}
+    shapes = {
+        one.name: tuple(side or 1 for side in one.shape[1:]) for one in bundle.manifest.outputs
+    }
     return {name: shape for name, shape in shapes.items() if name != EMBEDDING}, shapes
 
 
@@ -169,20 +184,28 @@ def open_channel(
 ) -> tuple[Slots, bytes]:
     """Create *num_slots* slots, and send their memory on the new *connection*.
 
-    Each slot is large enough for an image of any of *models*. Returns the slots, and the description of
-    *models*, which the caller sends next.
+    Each slot is large enough for an image of any of *models*. Returns the slots, and the
+    description of *models*, which the caller sends next.
     """
-    output_bytes, pixel_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size, 0  # a slot has outputs or an error
+    output_bytes, pixel_bytes = (
+        MAX_ERROR_BYTES + ERROR_SIZE.size,
+        0,
+    )  # a slot has outputs or an error
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
-        output_bytes, pixel_bytes = max(output_bytes, needed_outputs), max(pixel_bytes, needed_pixels)
+        output_bytes, pixel_bytes = (
+            max(output_bytes, needed_outputs),
+            max(pixel_bytes, needed_pixels),
+        )
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
     described = json.dumps([model.to_fields() for model in models]).encode()
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
-        socket.send_fds(connection, [opening], [file])  # a few bytes, which a new connection takes at once
+        socket.send_fds(
+            connection, [opening], [file]
+        )  # a few bytes, which a new connection takes at once
     except OSError:
         os.close(file)
         raise
@@ -192,8 +215,8 @@ def open_channel(
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
     """Wait for what `open_channel` sends.
 
-    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`, and this or another error if
-    it sends anything else.
+    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`, and this or
+    another error if it sends anything else.
     """
     end = time.monotonic() + OPENING_SECONDS
     connection.settimeout(OPENING_SECONDS)
@@ -206,7 +229,9 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))
     if num_slots > MAX_SLOTS or size > MAX_MODELS_BYTES:
         raise ValueError(f"{num_slots} slots, and models of {size} bytes")
-    models = [ModelFacts.from_fields(fields) for fields in json.loads(receive(connection, size, end))]
+    models = [
+        ModelFacts.from_fields(fields) for fields in json.loads(receive(connection, size, end))
+    ]
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
         if needed_outputs > output_bytes or needed_pixels > pixel_bytes:

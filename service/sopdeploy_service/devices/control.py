@@ -1,16 +1,19 @@
 """The messages between the supervisor and the other processes of a server, and the memory that they share.
 
-Each process has a socket to the supervisor of its own: who sends a message is known by its socket, not by
-what it says. The supervisor trusts no other process. It takes the messages of `COSTS` only, each from the
-processes that have to send it, no files, and so many per second; a process that sends anything else is
-replaced. A message arrives as a whole (`SOCK_SEQPACKET`); it has a kind and, after a space, the rest. An
-empty one means that the other process has ended or left.
+Each process has a socket to the supervisor of its own: who sends a message is known by its
+socket, not by what it says. The supervisor trusts no other process. It takes the messages of
+`COSTS` only, each from the processes that have to send it, no files, and so many per second; a
+process that sends anything else is replaced. A message arrives as a whole (`SOCK_SEQPACKET`);
+it has a kind and, after a space, the rest. An empty one means that the other process has ended
+or left.
 
-The supervisor sends the connections of clients, and the ends of channels. Each process reports its status ten
-times per second. The supervisor asks for metrics, and sends processes that serve HTTP those of all.
+The supervisor sends the connections of clients, and the ends of channels. Each process reports
+its status ten times per second. The supervisor asks for metrics, and sends processes that serve
+HTTP those of all.
 
-The shared memory has the state of every bucket of a rate limit and the number of images that each process has
-admitted, without a lock: if two processes charge a key in the same microsecond, one of the charges is lost.
+The shared memory has the state of every bucket of a rate limit and the number of images that
+each process has admitted, without a lock: if two processes charge a key in the same
+microsecond, one of the charges is lost.
 """
 
 import asyncio
@@ -21,22 +24,36 @@ from typing import NamedTuple
 
 from sopdeploy_service.server.lifetime import BEAT_SECONDS
 
-# To a process, with a file; for channels, the name of the engine or front end at the other end follows.
+# To a process, with a file; for channels, the name of the engine or front end at the other end
+# follows.
 CLIENT, CHANNEL, PHOTOS = b"client", b"channel", b"photos"
-SEND_METRICS, PAGE = b"send-metrics", b"page"  # with a file: a socket for its metrics; those of all processes
+SEND_METRICS, PAGE = (
+    b"send-metrics",
+    b"page",
+)  # with a file: a socket for its metrics; those of all processes
 RELOAD = b"reload"  # the bundles
 # To the supervisor
 STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
-NEW_MODELS, BAD_FRONT_END = b"models", b"bad"  # of an engine: after a reload; with the name of a front end
+NEW_MODELS, BAD_FRONT_END = (
+    b"models",
+    b"bad",
+)  # of an engine: after a reload; with the name of a front end
 COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
 # Tokens of a process. It gets another one for each client, because it reports its arrival.
 TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
 MAX_MESSAGE = 1 << 14
-BUFFER_BYTES = 1 << 16  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
+BUFFER_BYTES = (
+    1 << 16
+)  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
 
 COUNTS = struct.Struct("=QI")
-ADMITTED_BYTES, LIMIT_BYTES = 4096, 16  # of the shared memory: for all processes, then for each key
-METRICS_SECONDS = 1.0  # a process that takes longer counts as down; the supervisor has twice the time
+ADMITTED_BYTES, LIMIT_BYTES = (
+    4096,
+    16,
+)  # of the shared memory: for all processes, then for each key
+METRICS_SECONDS = (
+    1.0  # a process that takes longer counts as down; the supervisor has twice the time
+)
 MAX_PAGE_BYTES = 1 << 20  # of the metrics of a process
 
 
@@ -65,7 +82,9 @@ class Status(NamedTuple):
         if len(data) < COUNTS.size:
             raise ValueError("a status without counts")
         bundles = data[COUNTS.size :].decode(errors="replace")
-        printable = "".join(character if character.isprintable() else "?" for character in bundles)
+        printable = "".join(
+            character if character.isprintable() else "?" for character in bundles
+        )
         received, num_open = COUNTS.unpack_from(data)
         return cls(received, num_open, printable)
 
@@ -81,7 +100,8 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 def receive_message(control: socket.socket, num_files: int = 2) -> Message:
     """Receive a waiting message, and up to *num_files* of its files; the kernel closes the others.
 
-    The kind is empty if the other end has ended or left. Raises `ValueError` if the message is too long.
+    The kind is empty if the other end has ended or left. Raises `ValueError` if the message is
+    too long.
     """
     try:
         data, files, flags, _ = socket.recv_fds(control, MAX_MESSAGE, num_files)
@@ -104,7 +124,10 @@ def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files:
 
 async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # no free file, or a TimeoutError
+    with (
+        contextlib.ExitStack() as stack,
+        contextlib.suppress(OSError),
+    ):  # no free file, or a TimeoutError
         ours, theirs = map(stack.enter_context, socket.socketpair())
         if control is None or not send_message(control, SEND_METRICS, b"", theirs.fileno()):
             return b""

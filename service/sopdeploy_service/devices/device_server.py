@@ -1,7 +1,7 @@
 """The process of a device, or a front end, which the template of this module forks for the supervisor.
 
-The process of a device loads the models. It then serves HTTP, with connections from the supervisor, or is the
-engine of front ends. A front end serves HTTP with the models of engines.
+The process of a device loads the models. It then serves HTTP, with connections from the
+supervisor, or is the engine of front ends. A front end serves HTTP with the models of engines.
 """
 
 import asyncio
@@ -58,7 +58,9 @@ class DeviceServer(DrainingServer):
         self._supervisor = supervisor
         self._received = 0  # connections
         self._keeper = app.state.keeper
-        self._page: asyncio.Future[bytes] | None = None  # of metrics, which the supervisor will send
+        self._page: asyncio.Future[bytes] | None = (
+            None  # of metrics, which the supervisor will send
+        )
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._attaching: set[asyncio.Task[None]] = set()
@@ -83,7 +85,9 @@ class DeviceServer(DrainingServer):
             self._supervisor_left.set()
         if message.kind == control.RELOAD:
             self.reload()
-        if message.kind == control.CLIENT:  # it comes without a file if this process can open no more
+        if (
+            message.kind == control.CLIENT
+        ):  # it comes without a file if this process can open no more
             self._received += 1
         for file in message.files:
             if message.kind == control.SEND_METRICS:
@@ -187,14 +191,19 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
             raise SystemExit(0)
         if message.kind == control.CHANNEL:
             with suppress(ChannelError):  # the engine has ended, too; another one follows
-                return EngineChannel(message.rest.decode(), socket.socket(fileno=message.files[0]))
+                return EngineChannel(
+                    message.rest.decode(), socket.socket(fileno=message.files[0])
+                )
             continue
         for file in message.files:  # of a request for metrics
             os.close(file)
 
 
 def serve_http(
-    config: LaunchConfig, registry: Registry, supervisor: socket.socket, links: Mapping[Path, Path]
+    config: LaunchConfig,
+    registry: Registry,
+    supervisor: socket.socket,
+    links: Mapping[Path, Path],
 ) -> int:
     """Serve *registry* on the supervisor's connections, in a share of the memory; return the exit code."""
     settings, count = config.settings, config.num_servers

@@ -1,11 +1,11 @@
 """The engine of a device: it runs the images of all front ends with the models of one registry.
 
-Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes nothing. Front ends
-read the bytes of untrusted clients, so everything that they send is checked; one that sends what no front end
-sends is cut off, and replaced by the supervisor.
+Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes
+nothing. Front ends read the bytes of untrusted clients, so everything that they send is
+checked; one that sends what no front end sends is cut off, and replaced by the supervisor.
 
-After a reload, the front ends get new channels with the new models. The models of a channel are in use until
-the front end closes it.
+After a reload, the front ends get new channels with the new models. The models of a channel are
+in use until the front end closes it.
 """
 
 import asyncio
@@ -44,20 +44,30 @@ log = logging.getLogger("sopdeploy.inference")
 class FrontEndChannel(asyncio.Protocol):
     """The engine's end of a channel to the front end *name*, with the *models* that this channel serves.
 
-    The front end gets *opening* first. `cancel_by_slot` has a function for each image, which cancels it and
-    returns whether its pixels are not read any more, so that the slot is free.
+    The front end gets *opening* first. `cancel_by_slot` has a function for each image, which
+    cancels it and returns whether its pixels are not read any more, so that the slot is free.
     """
 
     def __init__(
-        self, name: str, engine: "Engine", models: Sequence[LocalModel], slots: Slots, opening: bytes
+        self,
+        name: str,
+        engine: "Engine",
+        models: Sequence[LocalModel],
+        slots: Slots,
+        opening: bytes,
     ) -> None:
         self.name = name
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
         self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
         # For each model: the names of the outputs of an image, without and with features.
-        self._names = [[tuple(shapes) for shapes in channel.output_shapes(model.bundle)] for model in models]
+        self._names = [
+            [tuple(shapes) for shapes in channel.output_shapes(model.bundle)]
+            for model in models
+        ]
         self._rest = b""  # of an incomplete record
-        self._num_cancellable = 0  # images minus cancellations, of which there is at most one for each
+        self._num_cancellable = (
+            0  # images minus cancellations, of which there is at most one for each
+        )
         self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
         self._in_use = ExitStack()  # holds the models until the end of the channel
@@ -97,7 +107,9 @@ class FrontEndChannel(asyncio.Protocol):
             log.error("front end %s: %s; it is replaced", self.name, reason)
             self._engine.report_bad(self.name)
 
-    def _handle(self, kind: int, flags: int, model_number: int, slot: int, deadline: float) -> None:
+    def _handle(
+        self, kind: int, flags: int, model_number: int, slot: int, deadline: float
+    ) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
         cancel = self.cancel_by_slot.get(slot)
         self._num_cancellable += 1 if kind == channel.RUN else -1
@@ -106,7 +118,9 @@ class FrontEndChannel(asyncio.Protocol):
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
-                self._answer(slot, (), results.CLIENT_GONE)  # nobody reads it; the front end reuses the slot
+                self._answer(
+                    slot, (), results.CLIENT_GONE
+                )  # nobody reads it; the front end reuses the slot
             return
         is_slot_in_use = cancel is not None
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
@@ -117,7 +131,9 @@ class FrontEndChannel(asyncio.Protocol):
         names = self._names[model_number][features]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
-        image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features, for_drift)
+        image = QueuedImage(
+            pixels, deadline, partial(self._answer, slot, names), features, for_drift
+        )
         self.cancel_by_slot[slot] = partial(model.queue.remove, image)
         model.queue.put(image)
 
@@ -132,7 +148,9 @@ class FrontEndChannel(asyncio.Protocol):
         else:
             self._slots.write_outputs(slot, result.outputs, names)
             seconds = result.stage_seconds
-            answer = channel.RESULT.pack(slot, result.batch_size, seconds["queue"], seconds["infer"])
+            answer = channel.RESULT.pack(
+                slot, result.batch_size, seconds["queue"], seconds["infer"]
+            )
         if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
         self._answers += answer
@@ -149,8 +167,9 @@ class FrontEndChannel(asyncio.Protocol):
 class Engine:
     """Runs the images of front ends with *registry*, whose bundles are at *sources*, until it may end.
 
-    The *supervisor* sends the channels of front ends and gets status reports. A front end may have twice
-    `queue_size` images here: those admitted, and those cancelled while their batch runs.
+    The *supervisor* sends the channels of front ends and gets status reports. A front end may
+    have twice `queue_size` images here: those admitted, and those cancelled while their batch
+    runs.
     """
 
     def __init__(
@@ -170,8 +189,8 @@ class Engine:
     async def run(self) -> int:
         """Serve until the supervisor and the front ends have left; return the exit code.
 
-        This is 70 if a runtime is dead. SIGTERM has no effect: it may reach all processes of a server at
-        once, and front ends complete their requests.
+        This is 70 if a runtime is dead. SIGTERM has no effect: it may reach all processes of a
+        server at once, and front ends complete their requests.
         """
         loop = asyncio.get_running_loop()
         loop.set_default_executor(DaemonThreads())  # no work that hangs delays the exit
@@ -192,7 +211,9 @@ class Engine:
             await asyncio.sleep(BEAT_SECONDS)
         # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
-        self.registry.close(results.DRAINING)  # unless the death of the runtime has answered all images
+        self.registry.close(
+            results.DRAINING
+        )  # unless the death of the runtime has answered all images
         await asyncio.sleep(0)  # `FrontEndChannel._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:
@@ -224,18 +245,24 @@ class Engine:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
             else:
-                start_task(self._tasks, self.connect(message.rest.decode(), socket.socket(fileno=file)))
+                start_task(
+                    self._tasks, self.connect(message.rest.decode(), socket.socket(fileno=file))
+                )
 
     async def connect(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* at the other end of *connection* with the present models."""
         models = cast(Sequence[LocalModel], self.registry.models())
         facts = [ModelFacts.describe(model) for model in models]
         try:
-            slots, described = channel.open_channel(connection, facts, 2 * self._settings.queue_size)
+            slots, described = channel.open_channel(
+                connection, facts, 2 * self._settings.queue_size
+            )
         except OSError as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
-                log.error("front end %s: has no channel (%s); it is replaced", name, error.strerror)
+                log.error(
+                    "front end %s: has no channel (%s); it is replaced", name, error.strerror
+                )
                 self.report_bad(name)
             return
         front_end = FrontEndChannel(name, self, models, slots, described)

@@ -21,7 +21,10 @@ from sopdeploy_service.templates import run_states
 ANY_DEVICE = ""
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
-TRACED, BUSY = "t", {"R", "D"}  # states: stopped by a debugger; runs, or waits for a disk or memory
+TRACED, BUSY = (
+    "t",
+    {"R", "D"},
+)  # states: stopped by a debugger; runs, or waits for a disk or memory
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
@@ -29,13 +32,13 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 class LaunchConfig(pydantic.BaseModel):
     """What each process of a server gets: *name*, environment *variables*, *sources* of bundles, *settings*.
 
-    The files that come with it are its end of the socket *control* and, for a process that serves HTTP, the
-    memory *shared* of admitted images and rate limits, and the API *keys* as the supervisor has read them.
-    The first of these processes keeps the photographs of all.
+    The files that come with it are its end of the socket *control* and, for a process that
+    serves HTTP, the memory *shared* of admitted images and rate limits, and the API *keys* as
+    the supervisor has read them. The first of these processes keeps the photographs of all.
 
-    A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP. *position*
-    counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor* and *others* are process
-    ids.
+    A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
+    *position* counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor*
+    and *others* are process ids.
     """
 
     name: str
@@ -66,7 +69,8 @@ class Child:
     def poll(self) -> int | None:
         """Return the exit code, None while the process runs; forget all children and orphans that ended.
 
-        The code is `UNKNOWN_CODE` if the process ended, and was forgotten as an orphan, before it was known.
+        The code is `UNKNOWN_CODE` if the process ended, and was forgotten as an orphan, before
+        it was known.
         """
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -94,8 +98,9 @@ class Child:
 class Process:
     """The process of one device, or a front end; *name* is unique among them.
 
-    *variables* are its additional environment variables, *settings* those of this process, *position* is its
-    number among those of its kind. A front end has no *device*; that of "" may use every device.
+    *variables* are its additional environment variables, *settings* those of this process,
+    *position* is its number among those of its kind. A front end has no *device*; that of ""
+    may use every device.
     """
 
     name: str
@@ -116,7 +121,11 @@ class Process:
     @property
     def title(self) -> str:
         """What the log calls the process."""
-        return self.name if self.is_front_end or self.device == ANY_DEVICE else f"device {self.name}"
+        return (
+            self.name
+            if self.is_front_end or self.device == ANY_DEVICE
+            else f"device {self.name}"
+        )
 
     @property
     def is_front_end(self) -> bool:
@@ -136,7 +145,11 @@ class Process:
     @property
     def accepts(self) -> bool:
         """Whether the process gets more connections."""
-        return self.control is not None and self.is_ready and self.sent - self.received < MAX_ON_THE_WAY
+        return (
+            self.control is not None
+            and self.is_ready
+            and self.sent - self.received < MAX_ON_THE_WAY
+        )
 
     @property
     def load(self) -> int:
@@ -159,7 +172,8 @@ class Process:
     def count_silent_beat(self) -> bool:
         """Count a beat without report, unless a debugger stops the child; return whether it does nothing.
 
-        A child that loads, or waits for a CPU or memory, is silent, too, but it runs or is about to.
+        A child that loads, or waits for a CPU or memory, is silent, too, but it runs or is
+        about to.
         """
         self.silent_beats += 1
         if self.child is None or self.silent_beats < QUIET_BEATS:
@@ -188,14 +202,20 @@ def list_devices(settings: Settings) -> list[Process]:
         if devices.count(device) > 1:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
-        if device == "cpu" and settings.runtime == "auto":  # "auto" chooses CUDA wherever it is installed
+        if (
+            device == "cpu" and settings.runtime == "auto"
+        ):  # "auto" chooses CUDA wherever it is installed
             from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
 
             changed["runtime"] = cpu_runtime()
-        if device != "cpu" and settings.decoders == "auto":  # "auto" would take all cores for one GPU
+        if (
+            device != "cpu" and settings.decoders == "auto"
+        ):  # "auto" would take all cores for one GPU
             changed["decoders"] = decoders
         variables = visible_devices(device) if device != ANY_DEVICE else {}
-        processes.append(Process(name, variables, settings.model_copy(update=changed), device, position))
+        processes.append(
+            Process(name, variables, settings.model_copy(update=changed), device, position)
+        )
     return processes
 
 
@@ -206,20 +226,24 @@ def list_front_ends(settings: Settings) -> list[Process]:
     if count and settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
     own = settings.model_copy(update=changed)
-    return [Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)]
+    return [
+        Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)
+    ]
 
 
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Compute the CUDA variables of a process that may use *device* only.
 
-    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Without it, numbers are
-    those of nvidia-smi. Raises `ConfigError` for a GPU that is not in the list.
+    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Without
+    it, numbers are those of nvidia-smi. Raises `ConfigError` for a GPU that is not in the list.
     """
     if device == "cpu":
         return {VISIBLE: ""}
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
-        allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
+        allowed = list(
+            itertools.takewhile(lambda name: name and name != "-1", listed)
+        )  # as CUDA does
         is_position = device.isdecimal()  # in the list; anything else is the UUID of a GPU
         is_listed = int(device) < len(allowed) if is_position else device in allowed
         if not is_listed:

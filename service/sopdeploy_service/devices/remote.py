@@ -1,8 +1,8 @@
 """The models of a front end, which engines run.
 
-`RemoteModel` and `RemoteRegistry` take the place of `LocalModel` and `ModelRegistry`: admission, decoding,
-deadlines and answers are the same code with one process and with several. Each image goes to the engine with
-the shortest queue.
+`RemoteModel` and `RemoteRegistry` take the place of `LocalModel` and `ModelRegistry`:
+admission, decoding, deadlines and answers are the same code with one process and with several.
+Each image goes to the engine with the shortest queue.
 """
 
 import asyncio
@@ -46,7 +46,8 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
-        # For each model: the shapes of the outputs of an image by name, without and with features.
+        # For each model: the shapes of the outputs of an image by name, without and with
+        # features.
         self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
         # By slot: the future of the image that is there, and the shapes of its outputs.
         self._images: dict[
@@ -83,7 +84,13 @@ class EngineChannel(asyncio.Protocol):
         return len(self._images)
 
     async def run(
-        self, number: int, pixels: NDArray[np.uint8], deadline: float, *, features: bool, for_drift: bool
+        self,
+        number: int,
+        pixels: NDArray[np.uint8],
+        deadline: float,
+        *,
+        features: bool,
+        for_drift: bool,
     ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
         if not self._free_slots:
@@ -102,7 +109,9 @@ class EngineChannel(asyncio.Protocol):
             result = await future
         finally:
             timer.cancel()
-            if self._images.get(slot) is image:  # no answer yet; the one that comes frees the slot
+            if (
+                self._images.get(slot) is image
+            ):  # no answer yet; the one that comes frees the slot
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
         if isinstance(result, HttpError):
             raise RejectedError(result)
@@ -125,13 +134,18 @@ class EngineChannel(asyncio.Protocol):
         whole = len(data) - len(data) % channel.RESULT.size
         self._rest = data[whole:]
         try:
-            for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(memoryview(data)[:whole]):
+            for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(
+                memoryview(data)[:whole]
+            ):
                 future, shapes = self._images[slot]  # it stays there if an error follows
                 if batch_size == channel.FAILED:
                     settle(future, self._slots.read_error(slot))
                 else:
                     outputs = self._slots.read_outputs(slot, shapes)
-                    settle(future, ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size))
+                    settle(
+                        future,
+                        ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size),
+                    )
                 del self._images[slot]
                 self._free_slots.append(slot)
         except Exception as error:  # the engine is not trusted
@@ -161,7 +175,12 @@ class RemoteModel(Model):
         return max(1, sum(engine.is_open for engine, _ in self.routes))
 
     async def run(
-        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+        self,
+        pixels: NDArray[np.uint8],
+        deadline: float,
+        *,
+        features: bool = False,
+        for_drift: bool = True,
     ) -> ImageResult:
         """Let the engine with the shortest queue run the image; note the time of its batch."""
         routes = [route for route in self.routes if route[0].is_open]
@@ -193,7 +212,11 @@ class RemoteRegistry(Registry):
     @property
     def problem(self) -> State | None:
         """`engine_starting` while a model has no engine that runs."""
-        return "engine_starting" if any(model.is_down for model in self._by_name.values()) else None
+        return (
+            "engine_starting"
+            if any(model.is_down for model in self._by_name.values())
+            else None
+        )
 
     async def start(self) -> None:
         """Open the channels."""
@@ -251,10 +274,14 @@ class RemoteRegistry(Registry):
 
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
-        routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}  # by name and version
+        routes: dict[
+            tuple[str, str], list[tuple[EngineChannel, int]]
+        ] = {}  # by name and version
         versions: dict[str, str] = {}  # by name
         for to_engine in self._channels.values():
             for number, facts in enumerate(to_engine.models):
                 version = versions[facts.name] = facts.bundle.manifest.id
                 routes.setdefault((facts.name, version), []).append((to_engine, number))
-        self._by_name = {name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions}
+        self._by_name = {
+            name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions
+        }

@@ -1,12 +1,13 @@
 """Several processes behind one port, restarted when they die: one for each device, and front ends.
 
-A runtime belongs to one process, so several GPUs need several processes. The process of a device serves HTTP
-itself or is the engine of front ends, which serve HTTP. The supervisor accepts every connection and passes it
-to the process with the fewest open connections. Connections wait while all processes have enough of them on
-the way; if none is there, they get a 503 response at once. SIGHUP reloads the bundles of every device.
+A runtime belongs to one process, so several GPUs need several processes. The process of a
+device serves HTTP itself or is the engine of front ends, which serve HTTP. The supervisor
+accepts every connection and passes it to the process with the fewest open connections.
+Connections wait while all processes have enough of them on the way; if none is there, they get
+a 503 response at once. SIGHUP reloads the bundles of every device.
 
-When an engine or a front end starts, the supervisor creates the channels between it and the others. It trusts
-no other process (`devices.control`).
+When an engine or a front end starts, the supervisor creates the channels between it and the
+others. It trusts no other process (`devices.control`).
 """
 
 import asyncio
@@ -42,7 +43,12 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task, terminal_is_closed
+from sopdeploy_service.server.lifetime import (
+    BEAT_SECONDS,
+    USER_ERROR,
+    start_task,
+    terminal_is_closed,
+)
 from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
@@ -59,8 +65,8 @@ log = logging.getLogger("sopdeploy.supervisor")
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each device, and front ends, both of *settings*.
 
-    Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a key file that
-    it cannot use, and on other systems than Linux.
+    Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a
+    key file that it cannot use, and on other systems than Linux.
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("devices and front_ends: need Linux; remove these settings")
@@ -142,7 +148,9 @@ class Supervisor:
             num_bytes = control.ADMITTED_BYTES + control.LIMIT_BYTES * len(keys)
             self._shared = create_memory("sopdeploy-shared", num_bytes)
             # The same for every child, whenever it starts: the file may change.
-            self._keys = create_memory("sopdeploy-keys", [KeyFile(key=keys).model_dump_json().encode()])
+            self._keys = create_memory(
+                "sopdeploy-keys", [KeyFile(key=keys).model_dump_json().encode()]
+            )
             for file in (self._shared, self._keys):
                 stack.callback(os.close, file)
             stack.callback(self._template.close)
@@ -150,7 +158,9 @@ class Supervisor:
             self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
             start_task(self._tasks, self._kill_hanging())
             if count := len(self._front_ends):
-                log.info("front ends", extra={"front_ends": count, "engines": len(self._devices)})
+                log.info(
+                    "front ends", extra={"front_ends": count, "engines": len(self._devices)}
+                )
             async with asyncio.TaskGroup() as group:
                 for process in (*self._devices, *self._front_ends):
                     group.create_task(self._supervise(process))
@@ -207,8 +217,12 @@ class Supervisor:
                 self._code = USER_ERROR
                 self._stop()
                 break
-            early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
-            delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
+            early_deaths = (
+                early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
+            )
+            delay = min(
+                MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1
+            )  # 0, 0, 1, 3, 7 ...
             log.error("%s: %s; restart in %.0f s", process.title, end, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
@@ -216,7 +230,9 @@ class Supervisor:
 
     async def _start(self, process: Process) -> None:
         """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
-        others = [other for other in (*self._devices, *self._front_ends) if other is not process]
+        others = [
+            other for other in (*self._devices, *self._front_ends) if other is not process
+        ]
         ids_of_others = [other.child.pid for other in others if other.child is not None]
         config = LaunchConfig(
             name=process.name,
@@ -252,7 +268,9 @@ class Supervisor:
         except OSError as error:  # too many files
             self._replace(sender, f"has no channel ({error.strerror})")
             return
-        for end, process, other in zip(pair, (receiver, sender), (sender, receiver), strict=True):
+        for end, process, other in zip(
+            pair, (receiver, sender), (sender, receiver), strict=True
+        ):
             with end:
                 process.send(kind, other.name.encode(), end.fileno())
 
@@ -308,7 +326,8 @@ class Supervisor:
             case control.BAD_FRONT_END:
                 for front_end in self._front_ends:
                     if front_end.name.encode() == message.rest and front_end.child is not None:
-                        front_end.child.kill()  # it has sent nonsense; `_supervise` starts another one
+                        # it has sent nonsense; `_supervise` starts another one
+                        front_end.child.kill()
 
     def _connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""
@@ -345,13 +364,17 @@ class Supervisor:
 
     def _resume_accepting(self) -> None:
         """Let `_accept` look again, which removes this reader while all processes have enough connections."""
-        if self._announced and self._listener.fileno() != -1:  # -1: closed at the end of the drain
+        if (
+            self._announced and self._listener.fileno() != -1
+        ):  # -1: closed at the end of the drain
             self._loop.add_reader(self._listener, self._accept)
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one of a drain gets the pending connections first."""
         if process in self._servers:
-            is_last = all(other.control is None for other in self._servers if other is not process)
+            is_last = all(
+                other.control is None for other in self._servers if other is not process
+            )
             if is_last and self._stopping.is_set():
                 self._loop.remove_reader(self._listener)
                 for connection in accept_pending(self._listener):
@@ -362,23 +385,32 @@ class Supervisor:
 
     def _accept(self) -> None:
         """Pass a waiting connection to the least loaded process that takes it; refuse it if there is none."""
-        serving = [process for process in self._servers if process.is_ready and process.control is not None]
+        serving = [
+            process
+            for process in self._servers
+            if process.is_ready and process.control is not None
+        ]
         accepting = [process for process in serving if process.accepts]
-        if len(self._refusals) >= SPARE or (serving and not accepting):  # pause until there is room again
+        if len(self._refusals) >= SPARE or (
+            serving and not accepting
+        ):  # pause until there is room again
             self._loop.remove_reader(self._listener)
             return
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):  # the client has gone
             return
-        except OSError:  # no free file: the connection still waits, so pause until the next report
+        except (
+            OSError
+        ):  # no free file: the connection still waits, so pause until the next report
             self._loop.remove_reader(self._listener)
             return
         if not serving:
             start_task(self._refusals, self._refuse(connection))
             return
         with connection:
-            # Among processes with as many open connections, in turn: the one with the fewest so far.
+            # Among processes with as many open connections, in turn: the one with the fewest so
+            # far.
             for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
                 if process.send(control.CLIENT, b"", connection.fileno()):
                     process.sent += 1
@@ -401,7 +433,11 @@ class Supervisor:
                 is_idle = process.count_silent_beat()  # `Process.record_status` begins again
                 has_left = process.control is None
                 limit = LEAVE_SECONDS if has_left else IDLE_SECONDS if is_idle else HANG_SECONDS
-                if process.is_ready and process.is_running and process.silent_beats * BEAT_SECONDS > limit:
+                if (
+                    process.is_ready
+                    and process.is_running
+                    and process.silent_beats * BEAT_SECONDS > limit
+                ):
                     self._replace(process, "does not end" if has_left else "hangs")
 
     async def _end_drain(self) -> None:
@@ -426,4 +462,6 @@ class Supervisor:
         sockets = [one.control if one.is_ready else None for one in processes]
         replies = await asyncio.gather(*map(control.request_metrics, sockets))
         pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
-        return await asyncio.to_thread(lambda: merge_metrics(pages, generate_latest(self._metrics)))
+        return await asyncio.to_thread(
+            lambda: merge_metrics(pages, generate_latest(self._metrics))
+        )

@@ -1,7 +1,8 @@
 """The template of the processes of a server: it has imported what they need, which takes seconds.
 
-It handles no request, loads no runtime and starts no thread, so a fork is safe, also for CUDA. Each process
-becomes a child of the supervisor, whatever happens to the template, which is started when it is needed.
+It handles no request, loads no runtime and starts no thread, so a fork is safe, also for CUDA.
+Each process becomes a child of the supervisor, whatever happens to the template, which is
+started when it is needed.
 """
 
 import asyncio
@@ -50,17 +51,22 @@ class ServerTemplate(templates.TemplateProcess):
             stdout=STDERR,  # stdout has the `ready` line only
             start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
             pass_fds=[file],
-            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},  # no threads: a fork would lose them
+            env={
+                "OPENBLAS_NUM_THREADS": "1",
+                **os.environ,
+            },  # no threads: a fork would lose them
         )
 
 
 def wait_for_launch() -> LaunchConfig:
     """Fork a process for each message of the supervisor; return in each of them, with its config.
 
-    The socket to the supervisor is the argument of the command line. Exits when the supervisor ends.
+    The socket to the supervisor is the argument of the command line. Exits when the supervisor
+    ends.
     """
     LIBC.prctl(SET_NAME, b"template")
-    gc.freeze()  # the garbage collector of a process would write to the pages, and thereby copy them
+    # the garbage collector of a process would write to the pages, and thereby copy them
+    gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, files, _, _ = socket.recv_fds(requests, len(LAUNCH), NUM_FILES)
@@ -96,7 +102,9 @@ def _fork_orphan(requests: socket.socket) -> bool:
         return False
     while os.getppid() == between:
         time.sleep(0.001)
-    if os.getppid() != supervisor:  # it has ended, or the system gives orphans to another process
+    if (
+        os.getppid() != supervisor
+    ):  # it has ended, or the system gives orphans to another process
         requests.send(templates.REPLY.pack(0, errno.ENOSYS))
         os._exit(1)
     requests.send(templates.REPLY.pack(os.getpid(), 0))

@@ -1,7 +1,7 @@
 """API keys: a file with names, hashes and rate limits; a token bucket per key.
 
-A key has 256 random bits, so the file stores its plain SHA-256: a slow hash protects only secrets that can be
-guessed. `sopdeploy key` creates keys and prints each one once.
+A key has 256 random bits, so the file stores its plain SHA-256: a slow hash protects only
+secrets that can be guessed. `sopdeploy key` creates keys and prints each one once.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
 _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 
-# The tokens, and the time of the last fill, 0 before the first one. Processes may share this memory, without
-# a lock: if two of them change it at once, a few requests more may pass.
+# The tokens, and the time of the last fill, 0 before the first one. Processes may share this
+# memory, without a lock: if two of them change it at once, a few requests more may pass.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
 _TOKENS, _FILLED = 0, 1
 RATE_HEADERS = "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
@@ -82,19 +82,30 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
-    The write is atomic and waits for other processes that add a key; the owner of the file stays. Raises
-    `ConfigError` for an invalid or used name, and `StorageError` if the file cannot be written.
+    The write is atomic and waits for other processes that add a key; the owner of the file
+    stays. Raises `ConfigError` for an invalid or used name, and `StorageError` if the file
+    cannot be written.
     """
     with writing(path), locked_folder(path.parent):
         if path.exists() and any(key.name == name for key in read_keys(path)):
-            raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
+            raise ConfigError(
+                f"{path}: key {name} exists; choose another name or remove its entry first"
+            )
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
-        fields = {"name": name, "sha256": hashlib.sha256(secret.encode()).hexdigest(), "rate": rate}
+        fields = {
+            "name": name,
+            "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+            "rate": rate,
+        }
         try:
             key = Key.model_validate(fields)
         except pydantic.ValidationError as problem:
             raise ConfigError(f"key: {first_problem(problem)}") from problem
-        limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
+        limit = (
+            "# no rate: unlimited"
+            if key.rate is None
+            else f"rate = {key.rate!r}\nburst = {key.burst}"
+        )
         table = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
             set_mode(partial, 0o600)
@@ -116,21 +127,21 @@ class TokenBucket:
     def spend(self, num_images: int, *, check_only: bool = False, work: int = 0) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError` if they exceed the *burst* or the tokens that are there now; in the latter case
-        it takes *work* instead, the tokens of what was done for the request.
+        Raises `RejectedError` if they exceed the *burst* or the tokens that are there now; in
+        the latter case it takes *work* instead, the tokens of what was done for the request.
         """
         tokens = self._fill()
         if num_images > self.burst:
-            message = (
-                f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
-            )
+            message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
             wait = math.ceil((num_images - self.charge(work)) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[_TOKENS] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
+            self._state[_TOKENS] = max(
+                0.0, tokens - num_images
+            )  # up to `_ROUNDING` may be missing
 
     def charge(self, num_tokens: int) -> float:
         """Take *num_tokens*, up to *burst* of them before they are there; return how many are left."""
@@ -147,7 +158,9 @@ class TokenBucket:
         """Add the tokens gained since the last call; return how many there are now."""
         now, burst = time.monotonic(), float(self.burst)
         tokens, filled = self._state[_TOKENS], self._state[_FILLED]
-        if not (-burst <= tokens <= burst and filled <= now):  # of a process that writes nonsense
+        if not (
+            -burst <= tokens <= burst and filled <= now
+        ):  # of a process that writes nonsense
             tokens, filled = burst, now
         tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now

@@ -14,16 +14,21 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 FIELDS = {"image", "images", "file", "files"}
 MAX_TYPE_CHARS = 1000  # of the content type, whose parser takes quadratic time
 
-_MALFORMED = HttpError("malformed_multipart", 400, "the multipart body is malformed or truncated")
-NO_BOUNDARY = HttpError("malformed_multipart", 400, "the content type has no valid multipart boundary")
+_MALFORMED = HttpError(
+    "malformed_multipart", 400, "the multipart body is malformed or truncated"
+)
+NO_BOUNDARY = HttpError(
+    "malformed_multipart", 400, "the content type has no valid multipart boundary"
+)
 _NO_IMAGE = HttpError("no_image", 422, "the form has no image; add it as a field named `image`")
 
 
 def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
     """Read the images of the form *body*, whose boundary is in *content_type*.
 
-    Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1). Raises
-    `RejectedError` for a form that is malformed, truncated or empty, or has other fields or more images.
+    Bytes before the first delimiter and after the last one are skipped (RFC 2046, section
+    5.1.1). Raises `RejectedError` for a form that is malformed, truncated or empty, or has
+    other fields or more images.
     """
     is_short = len(content_type) <= MAX_TYPE_CHARS
     boundary = parse_options_header(content_type)[1].get(b"boundary") if is_short else None
@@ -34,11 +39,15 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         parser = MultipartParser(
             boundary,
             {
-                "on_header_field": lambda data, start, end: parts.header.extend(data[start:end]),
+                "on_header_field": lambda data, start, end: parts.header.extend(
+                    data[start:end]
+                ),
                 "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
                 "on_header_end": parts.end_header,
                 "on_headers_finished": parts.begin_image,
-                "on_part_data": lambda data, start, end: parts.images[-1].extend(data[start:end]),
+                "on_part_data": lambda data, start, end: parts.images[-1].extend(
+                    data[start:end]
+                ),
             },
         )
     except FormParserError as problem:
@@ -84,7 +93,9 @@ class _Parts:
             message = f"field {str(self.name)[:80]!r}: images must be in fields named `image`"
             raise RejectedError(HttpError("unexpected_field", 422, message))
         if len(self.images) == self.max_images:
-            message = f"the form has more than {self.max_images} images, the limit of this server"
+            message = (
+                f"the form has more than {self.max_images} images, the limit of this server"
+            )
             raise RejectedError(HttpError("too_many_images", 400, message))
         self.images.append(bytearray())
         self.name = None

@@ -1,7 +1,7 @@
 """The middleware around every request: context, guard, metrics and access log.
 
-A guard refuses foreign pages, or requests without a key, before the body is read. Plain ASGI middleware:
-Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
+A guard refuses foreign pages, or requests without a key, before the body is read. Plain ASGI
+middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
 import logging
@@ -33,18 +33,27 @@ from sopdeploy_service.settings import Settings
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-PAGE_FILES = {"/docs/swagger-ui-bundle.js": "text/javascript", "/docs/swagger-ui.css": "text/css"}
+PAGE_FILES = {
+    "/docs/swagger-ui-bundle.js": "text/javascript",
+    "/docs/swagger-ui.css": "text/css",
+}
 PAGES = {"/", "/docs", "/errors"}  # the form for the key and error pages, without model data
 METRICS_PATH = "/metrics"
 OPEN = PROBES | PAGES | PAGE_FILES.keys()  # without a key
 MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug level
 
 NO_KEY = HttpError(
-    "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+    "unauthenticated",
+    401,
+    "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`",
 )
-OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the server has too little memory for this; retry later", 2)
+OUT_OF_MEMORY = HttpError(
+    "out_of_memory", 503, "the server has too little memory for this; retry later", 2
+)
 ALLOW_HOST = "list the name that clients use in the setting allowed_hosts"
-ALLOW_PAGE = "list the address of the page, such as https://shop.example, in the setting allowed_origins"
+ALLOW_PAGE = (
+    "list the address of the page, such as https://shop.example, in the setting allowed_origins"
+)
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -54,8 +63,9 @@ access_log = logging.getLogger("sopdeploy.access")
 class RequestContext:
     """The state of one request: `scope["state"]["context"]`, written to metrics and access log at its end.
 
-    `headers` are those of `join_headers`, `path` is below `root_path`, `peer` is the address of the client or
-    of the proxy. `stage_seconds` maps each stage to the time of the slowest image.
+    `headers` are those of `join_headers`, `path` is below `root_path`, `peer` is the address of
+    the client or of the proxy. `stage_seconds` maps each stage to the time of the slowest
+    image.
     """
 
     request_id: str
@@ -73,7 +83,9 @@ class RequestContext:
 
     def server_timing(self) -> str:
         """Format the value of the `Server-Timing` header; durations are in milliseconds."""
-        return ", ".join([f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()])
+        return ", ".join(
+            [f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()]
+        )
 
 
 Guard: TypeAlias = Callable[[RequestContext], None]
@@ -94,7 +106,8 @@ class RequestContextMiddleware:
             return
         started = time.monotonic()
         context = self._add_context(scope)
-        # A copy: the server, which omits the body after HEAD, reads the method from its own scope.
+        # A copy: the server, which omits the body after HEAD, reads the method from its own
+        # scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0  # until the response starts
 
@@ -109,7 +122,9 @@ class RequestContextMiddleware:
                     headers.append((b"x-model-digest", context.model_digest.encode()))
                 if context.rate_limit is not None:
                     limits = context.rate_limit.headers().items()
-                    headers += [(name.lower().encode(), value.encode()) for name, value in limits]
+                    headers += [
+                        (name.lower().encode(), value.encode()) for name, value in limits
+                    ]
             await send(message)
 
         self.service.active_requests += 1
@@ -130,7 +145,9 @@ class RequestContextMiddleware:
             self.service.active_requests -= 1
             self.service.upload_bytes -= context.bytes  # counted by `read_body`
             seconds = time.monotonic() - started
-            route = inner.get("route")  # the router adds it to the scope that the app was called with
+            route = inner.get(
+                "route"
+            )  # the router adds it to the scope that the app was called with
             self._record(context, scope["method"], route, status, seconds)
 
     def _add_context(self, scope: Scope) -> RequestContext:
@@ -138,7 +155,9 @@ class RequestContextMiddleware:
         headers = join_headers(scope["headers"])
         if len(headers) < len(scope["headers"]):  # so that the routes read the same
             pairs = headers.items()
-            scope["headers"] = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
+            scope["headers"] = [
+                (name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs
+            ]
         root = self.service.settings.root_path
         path = without_prefix(scope["path"], root)
         scope["root_path"], scope["path"] = root, root + path  # also if a proxy has removed it
@@ -165,7 +184,9 @@ class RequestContextMiddleware:
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
         """Record a request in metrics and access log; *status* is 0 if no response was sent."""
-        path = getattr(route, "path", "other")  # the template: few values, whatever clients send
+        path = getattr(
+            route, "path", "other"
+        )  # the template: few values, whatever clients send
         self.service.metrics.count_request(path, status, seconds, context.model_name)
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
@@ -182,7 +203,9 @@ class RequestContextMiddleware:
             "num_images": context.num_images,
             "bytes": context.bytes,
             "ms": round(seconds * 1000, 2),
-            "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
+            "stages_ms": {
+                name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()
+            },
         }
         extra = {name: value for name, value in fields.items() if value is not None}
         access_log.log(level, "request", extra=extra)
@@ -221,8 +244,8 @@ class OriginGuard:
 class AllowedOrigins(CORSMiddleware):
     """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send all headers.
 
-    It answers the requests by which browsers ask before (`OPTIONS`), before any guard, because they carry no
-    key. Responses vary with `Origin`, also errors.
+    It answers the requests by which browsers ask before (`OPTIONS`), before any guard, because
+    they carry no key. Responses vary with `Origin`, also errors.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
@@ -244,10 +267,15 @@ class KeyGuard:
     """Refuses requests without one of *keys* with 401, except those for *open_paths*."""
 
     def __init__(
-        self, keys: Sequence[Key], open_paths: Collection[str], limits: "memoryview[float] | None"
+        self,
+        keys: Sequence[Key],
+        open_paths: Collection[str],
+        limits: "memoryview[float] | None",
     ) -> None:
         """Keep two numbers per key in *limits*, by default in memory of this process."""
-        states = memoryview(bytearray(2 * 8 * len(keys))).cast("d") if limits is None else limits
+        states = (
+            memoryview(bytearray(2 * 8 * len(keys))).cast("d") if limits is None else limits
+        )
         self._keys, self._open_paths = keys, open_paths
         self._buckets = {
             key.name: TokenBucket(key.rate, key.burst, states[2 * number : 2 * number + 2])
@@ -260,7 +288,11 @@ class KeyGuard:
         if context.path in self._open_paths:
             return
         scheme, _, token = context.headers.get("authorization", "").partition(" ")
-        secret = token.strip() if scheme.lower() == "bearer" else context.headers.get("x-api-key", "")
+        secret = (
+            token.strip()
+            if scheme.lower() == "bearer"
+            else context.headers.get("x-api-key", "")
+        )
         key = find_key(self._keys, secret.encode("latin-1"))
         if key is None:
             raise RejectedError(NO_KEY)

@@ -17,7 +17,8 @@ from sopdeploy.http_api import Problem
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
-# Parts of the paths at which servers of MLflow, SageMaker, TorchServe, TensorFlow and others classify.
+# Parts of the paths at which servers of MLflow, SageMaker, TorchServe, TensorFlow and others
+# classify.
 PATHS_OF_OTHERS = {"predict", "predictions", "invocations", "infer", "inference"}
 INTERNAL = HttpError("internal_error", 500, "internal error; the server log has the details")
 
@@ -31,7 +32,9 @@ def describe_error(error: HttpError, root_path: str = "") -> Problem:
     """Create the response body of *error*; the page about its code is below *root_path*."""
     title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase
     page = f"{root_path}/errors#{error.code}"
-    return Problem(type=page, title=title, status=error.status, code=error.code, detail=error.message)
+    return Problem(
+        type=page, title=title, status=error.status, code=error.code, detail=error.message
+    )
 
 
 def problem_response(
@@ -39,13 +42,17 @@ def problem_response(
 ) -> Response:
     """Create the response of *reason* to a request for *path* below *root_path*, with *given_headers*.
 
-    Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the code is in the
-    header `X-Error-Code`.
+    Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the
+    code is in the header `X-Error-Code`.
     """
     headers = dict(given_headers)
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
-    if reason.status in {408, 413, 503}:  # the body may be unread, or another server should be asked
+    if reason.status in {
+        408,
+        413,
+        503,
+    }:  # the body may be unread, or another server should be asked
         headers["Connection"] = "close"
     if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
@@ -53,11 +60,16 @@ def problem_response(
         headers["X-Error-Code"] = reason.code
         body, media_type = orjson.dumps({"error": reason.message}), "application/json"
     else:
-        body, media_type = orjson.dumps(describe_error(reason, root_path).model_dump()), PROBLEM_JSON
+        body, media_type = (
+            orjson.dumps(describe_error(reason, root_path).model_dump()),
+            PROBLEM_JSON,
+        )
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
-def respond_with_error(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+def respond_with_error(
+    scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None
+) -> Response:
     """Create the response of *reason* and record its code for the access log."""
     context = scope["state"]["context"]
     context.code = reason.code
@@ -86,14 +98,18 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         path, root = request.scope["state"]["context"].path, request.scope["root_path"]
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
-            if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(re.split("[/:]", path[:100])):
+            if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(
+                re.split("[/:]", path[:100])
+            ):
                 near = ["/v1/classify"]
             hint = f" did you mean {root}{near[0]}?" if near else ""
             detail = f"no such path;{hint} {root}/docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             use = f"use {headers['Allow']} ({root}/docs has examples)"
             detail = f"{root}{path} does not accept {request.method}; {use}"
-        return respond_with_error(request.scope, HttpError(status.name.lower(), status, detail), headers)
+        return respond_with_error(
+            request.scope, HttpError(status.name.lower(), status, detail), headers
+        )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -101,9 +117,13 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         if first["type"] == "extra_forbidden" and first["loc"][0] == "query":
             operations = request.app.openapi()["paths"][request.scope["route"].path]
             parameters = operations[request.method.lower()]["parameters"]
-            known = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+            known = [
+                parameter["name"] for parameter in parameters if parameter["in"] == "query"
+            ]
             unknown = str(first["loc"][-1])[:100]
             message = f"{unknown!r}: unknown parameter; known are {', '.join(known)}"
-            return respond_with_error(request.scope, HttpError("unknown_parameter", 400, message))
+            return respond_with_error(
+                request.scope, HttpError("unknown_parameter", 400, message)
+            )
         message = describe_problem(first)
         return respond_with_error(request.scope, HttpError("invalid_parameter", 422, message))

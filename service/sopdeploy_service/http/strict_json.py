@@ -1,8 +1,9 @@
 """Strict parsing of untrusted JSON and base64.
 
-orjson rejects NaN, Infinity and numbers beyond float64. It keeps the last of several equal keys; two parsers
-that keep different ones see different requests, so duplicate keys are rejected here. orjson holds the GIL,
-also in a thread: limits on the size and on the number of values, which are counted first, keep that short.
+orjson rejects NaN, Infinity and numbers beyond float64. It keeps the last of several equal
+keys; two parsers that keep different ones see different requests, so duplicate keys are
+rejected here. orjson holds the GIL, also in a thread: limits on the size and on the number of
+values, which are counted first, keep that short.
 """
 
 import binascii
@@ -27,21 +28,28 @@ WHITESPACE = b" \t\r\n\f\v"
 TOO_COMPLEX = HttpError(  # more than any valid request has
     "json_too_complex", 400, "the JSON has too many strings, numbers, lists or objects"
 )
-TOO_DEEP = HttpError("malformed_json", 400, "malformed JSON: lists and objects are nested too deeply")
+TOO_DEEP = HttpError(
+    "malformed_json", 400, "malformed JSON: lists and objects are nested too deeply"
+)
 
 
-def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int, max_elements: int = 0) -> ParsedBody:
+def parse_json(
+    body_type: type[ParsedBody], raw: bytes, limit: int, max_elements: int = 0
+) -> ParsedBody:
     """Parse the JSON document *raw* of at most *limit* bytes as *body_type*; call it in a thread.
 
-    *max_elements* is the number of elements of its largest tensor. Every other list of *body_type* has a
-    maximum length, so that a long list is one error, not one per element. Raises `RejectedError` if the
-    document is too large, malformed or invalid, has duplicate keys, too many values, or more levels than can
-    be written back.
+    *max_elements* is the number of elements of its largest tensor. Every other list of
+    *body_type* has a maximum length, so that a long list is one error, not one per element.
+    Raises `RejectedError` if the document is too large, malformed or invalid, has duplicate
+    keys, too many values, or more levels than can be written back.
     """
     if len(raw) > limit:
-        message = f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
+        message = (
+            f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
+        )
         raise RejectedError(HttpError("json_too_large", 413, message))
-    # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice its elements.
+    # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice
+    # its elements.
     max_brackets = min(MAX_BRACKETS, MAX_LISTS + 2 * max_elements)
     if (
         raw.count(b'"') > MAX_QUOTES
@@ -68,7 +76,8 @@ def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int, max_elements
 def count_keys(text: bytes) -> int:
     """Count the keys of all objects in the valid JSON *text*: its strings before a colon."""
     masked = text.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in text else text
-    # Now every quote begins or ends a string: parts 1, 3 ... are inside of strings, parts 2, 4 ... after one.
+    # Now every quote begins or ends a string: parts 1, 3 ... are inside of strings, parts 2, 4
+    # ... after one.
     after_strings = masked.split(b'"')[2::2]
     return sum(part.lstrip().startswith(b":") for part in after_strings)
 
@@ -80,9 +89,13 @@ def decode_text(text: object, where: str) -> bytes:
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise bad_request("bad_base64", f"{where}: not base64: a data URI must contain `;base64,`")
+            raise bad_request(
+                "bad_base64", f"{where}: not base64: a data URI must contain `;base64,`"
+            )
     if not text.isascii():
-        raise bad_request("bad_base64", f"{where}: not base64: characters outside of the alphabet")
+        raise bad_request(
+            "bad_base64", f"{where}: not base64: characters outside of the alphabet"
+        )
     plain = text.encode("ascii").translate(URL_SAFE, WHITESPACE)
     if not plain.endswith(b"="):
         plain += b"=" * (-len(plain) % 4)  # to a multiple of 4

@@ -1,7 +1,7 @@
 """The bundles that a server serves.
 
-A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which of them are served), or
-`NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
+A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which of them are
+served), or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
 """
 
 import asyncio
@@ -11,13 +11,21 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from sopdeploy.bundle.folder import Bundle, describe_projects, follow_link, list_bundles, read_manifest
+from sopdeploy.bundle.folder import (
+    Bundle,
+    describe_projects,
+    follow_link,
+    list_bundles,
+    read_manifest,
+)
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
 
 FOLLOW_SECONDS = 1.0
-ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]  # name in the server, folder, its manifest
+ReadNamed: TypeAlias = Callable[
+    [str, Path, Manifest], Bundle
+]  # name in the server, folder, its manifest
 
 log = logging.getLogger("sopdeploy.models")
 
@@ -28,15 +36,21 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
     if not equals or Path(source).exists():  # a path may contain `=`
         return "", Path(source)
     if re.fullmatch(r"[\w.-]+", name) is None:
-        raise ConfigError(f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`")
+        raise ConfigError(
+            f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
+        )
     return name, Path(text)
 
 
 def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     """Return where the links among *sources* lead now; raises `ConfigError` if there are none."""
-    target_of_link = _read_links(path for _, path in map(_parse_source, sources) if path.is_symlink())
+    target_of_link = _read_links(
+        path for _, path in map(_parse_source, sources) if path.is_symlink()
+    )
     if not target_of_link:
-        raise ConfigError("no BUNDLE is a link; name one, such as bundles/live", setting="follow")
+        raise ConfigError(
+            "no BUNDLE is a link; name one, such as bundles/live", setting="follow"
+        )
     return target_of_link
 
 
@@ -44,7 +58,9 @@ def _read_links(links: Iterable[Path]) -> dict[Path, Path]:
     return {link: follow_link(link) for link in links}
 
 
-async def follow_links(target_of_link: Mapping[Path, Path], reload: Callable[[], object]) -> None:
+async def follow_links(
+    target_of_link: Mapping[Path, Path], reload: Callable[[], object]
+) -> None:
     """Call *reload* whenever a link, a key of *target_of_link*, leads elsewhere; check each second."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
@@ -60,20 +76,27 @@ async def follow_links(target_of_link: Mapping[Path, Path], reload: Callable[[],
 def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bundle]:
     """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name; *read* reads each, once.
 
-    For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
-    Raises `BundleError` for a path without a bundle and `ConfigError` for different bundles with one name.
+    For a folder, the log gets a line about each project, a warning if a bundle cannot be
+    served. Raises `BundleError` for a path without a bundle and `ConfigError` for different
+    bundles with one name.
     """
     bundles: dict[str, Bundle] = {}
     for given_name, source in map(_parse_source, sources):
-        path = follow_link(source)  # every process then serves the same bundle, even if the link changes
+        path = follow_link(
+            source
+        )  # every process then serves the same bundle, even if the link changes
         is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
         if is_folder_of_bundles:
-            listed = list_bundles(path, lambda folder, manifest: read(manifest.project, folder, manifest))
-            if all(bundle.why_not_served for bundle in listed):  # none is served, or none is here
-                none_here = (
-                    "no bundle here or in a folder directly below; give the folder with a manifest.json"
+            listed = list_bundles(
+                path, lambda folder, manifest: read(manifest.project, folder, manifest)
+            )
+            if all(
+                bundle.why_not_served for bundle in listed
+            ):  # none is served, or none is here
+                none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
+                raise BundleError(
+                    f"{path}: {listed[0].why_not_served if listed else none_here}"
                 )
-                raise BundleError(f"{path}: {listed[0].why_not_served if listed else none_here}")
             for line, failed in describe_projects(listed):
                 log.log(logging.WARNING if failed else logging.INFO, line)
             served = [bundle.bundle for bundle in listed if bundle.bundle is not None]
@@ -88,5 +111,7 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
             other = bundles.setdefault(name, bundle)
             if not other.manifest.has_content_of(bundle.manifest):
                 reason = f"the name {name} is already used by {other.path}"
-                raise ConfigError(f"{bundle.path}: {reason}; choose another one: NAME={bundle.path}")
+                raise ConfigError(
+                    f"{bundle.path}: {reason}; choose another one: NAME={bundle.path}"
+                )
     return bundles

@@ -1,6 +1,7 @@
 """Threads for work that may never end, such as a load on a device that hangs; they do not delay an exit.
 
-Python waits at its exit for the threads of `ThreadPoolExecutor`, also for those of `asyncio.to_thread`.
+Python waits at its exit for the threads of `ThreadPoolExecutor`, also for those of
+`asyncio.to_thread`.
 """
 
 import asyncio

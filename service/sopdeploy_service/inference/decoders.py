@@ -1,16 +1,18 @@
 """Decode images in child processes: children for light images, and others for large ones.
 
-Light children have little memory and normal priority. The header of an image tells how many pixels its
-decoder holds (`sopdeploy.images.cost`): a JPEG of 12 megapixels that is decoded at a quarter of its sides is
-light. Children for large images have more memory and low priority; they also get what a light child fails on
-for time or memory. So light images pass large ones, and the memory of all children is limited.
+Light children have little memory and normal priority. The header of an image tells how many
+pixels its decoder holds (`sopdeploy.images.cost`): a JPEG of 12 megapixels that is decoded at a
+quarter of its sides is light. Children for large images have more memory and low priority; they
+also get what a light child fails on for time or memory. So light images pass large ones, and
+the memory of all children is limited.
 
-A child can also end without any fault of its image, as when the system runs out of memory. An image whose
-child ends by another cause than its own limits is therefore decoded once more, by a child for large images.
+A child can also end without any fault of its image, as when the system runs out of memory. An
+image whose child ends by another cause than its own limits is therefore decoded once more, by a
+child for large images.
 
-Clients share the children for large images. Each has two groups of images there: slow ones, which are small
-but took too long for a light child, and large ones. The groups take turns, and if too many images wait, the
-group with most pixels loses its last one.
+Clients share the children for large images. Each has two groups of images there: slow ones,
+which are small but took too long for a light child, and large ones. The groups take turns, and
+if too many images wait, the group with most pixels loses its last one.
 """
 
 import asyncio
@@ -32,7 +34,13 @@ from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import child, pool
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
-from sopdeploy_service.decoding.pool import ChildEnded, DecoderProcess, Reply, Request, shared_template
+from sopdeploy_service.decoding.pool import (
+    ChildEnded,
+    DecoderProcess,
+    Reply,
+    Request,
+    shared_template,
+)
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -42,14 +50,16 @@ from sopdeploy_service.templates import STOPPED, run_states
 
 _MIB = 1 << 20
 LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
-# CPU time of a light child: twice that of ordinary files, which other load slows down. A WebP takes up to
-# 24 ns per pixel, a PNG 15, a JPEG with one scan less, and 13 to 20 ns per byte.
+# CPU time of a light child: twice that of ordinary files, which other load slows down. A WebP
+# takes up to 24 ns per pixel, a PNG 15, a JPEG with one scan less, and 13 to 20 ns per byte.
 LIGHT_SECONDS, SECONDS_PER_PIXEL, SECONDS_PER_BYTE = 0.03, 40e-9, 20e-9
 PROPORTIONAL_BODY, PROPORTIONAL_PIXELS = 6_000_000, 25_000_000  # of a JPEG with one scan
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
 NICENESS = 10  # of children for large images
-USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
+USED_SHARE = (
+    3 / 4
+)  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_COPY_BYTES = 1 << 26
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
@@ -70,8 +80,12 @@ class Plan(NamedTuple):
 
 def upload_budget(settings: Settings, processes: int = 1) -> int:
     """Return how many bytes of request bodies one of *processes* may hold."""
-    least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)  # admits one body of the largest size
-    return min(settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes)))
+    least = math.ceil(
+        settings.max_body_bytes / LARGE_BODY_SHARE
+    )  # admits one body of the largest size
+    return min(
+        settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes))
+    )
 
 
 def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
@@ -83,17 +97,22 @@ def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
 def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
 
-    Each light child gets `LIGHT_MEMORY`; the others share the rest, up to the need of *max_pixels*.
-    Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640, each beside 8 MiB of its own.
+    Each light child gets `LIGHT_MEMORY`; the others share the rest, up to the need of
+    *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640,
+    each beside 8 MiB of its own.
     """
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
-    light = max(1, min(decoders, budget // light_bytes - 1))  # - 1: for a child for large images
+    light = max(
+        1, min(decoders, budget // light_bytes - 1)
+    )  # - 1: for a child for large images
     rest = budget - light * light_bytes
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     largest_need = max_pixels * PIXEL_BYTES  # of any image
     # At least `LIGHT_MEMORY`: even if *max_pixels* is small, the file of an image can be large.
     large_memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, largest_need))
-    usual_need = min(LARGE_MEMORY // 2, largest_need)  # of 10 megapixels, such as a photo of a phone
+    usual_need = min(
+        LARGE_MEMORY // 2, largest_need
+    )  # of 10 megapixels, such as a photo of a phone
     if light < decoders or large_memory < usual_need:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
@@ -117,8 +136,9 @@ def light_seconds(length: int, cost: Cost | None) -> float:
 class SharedChildren:
     """Children of a kind, which clients share: those that are idle, or the requests that wait for one.
 
-    Requests run in the order of arrival within each group; the groups take turns. A group is a client, and
-    whether its images are slow ones; that of light images and of the server's own requests is None.
+    Requests run in the order of arrival within each group; the groups take turns. A group is a
+    client, and whether its images are slow ones; that of light images and of the server's own
+    requests is None.
     """
 
     def __init__(self, metrics: Metrics, max_pixels: int = MAX_PIXELS) -> None:
@@ -126,14 +146,17 @@ class SharedChildren:
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
         # By group: the requests that wait, in order.
-        self._groups: OrderedDict[tuple[str, bool] | None, OrderedDict[Request, None]] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, bool] | None, OrderedDict[Request, None]] = (
+            OrderedDict()
+        )
 
     def put(self, request: Request, group: tuple[str, bool] | None) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        While the images that wait have too many pixels, the last one of the group with most pixels is
-        refused. This is *request* unless another group has more than its own, in which it is counted. Those
-        of the group None are refused only after `close`, as every request is then.
+        While the images that wait have too many pixels, the last one of the group with most
+        pixels is refused. This is *request* unless another group has more than its own, in
+        which it is counted. Those of the group None are refused only after `close`, as every
+        request is then.
         """
         if self._is_closed:
             request.settle(results.DRAINING)
@@ -149,10 +172,15 @@ class SharedChildren:
 
     def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
         """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
-        pixels = Counter({other: sum(one.pixels for one in self._groups[other]) for other in self._groups})
+        pixels = Counter(
+            {other: sum(one.pixels for one in self._groups[other]) for other in self._groups}
+        )
         pixels[group] += request.pixels
         while pixels.total() > self._max_waiting_pixels:
-            largest = max((other for other in pixels if other is not None), key=lambda other: pixels[other])
+            largest = max(
+                (other for other in pixels if other is not None),
+                key=lambda other: pixels[other],
+            )
             if pixels[group] == pixels[largest]:
                 return False
             refused, _ = self._groups[largest].popitem()
@@ -198,7 +226,9 @@ class Decoders:
         self._max_children, self._settings, self._metrics = max_children, settings, metrics
         self.light = SharedChildren(metrics)
         self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
-        self.budget: int | None = None  # bytes of memory of the children; None: what this process may use
+        self.budget: int | None = (
+            None  # bytes of memory of the children; None: what this process may use
+        )
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
         self._children: list[DecoderProcess] = []
         self._watching: asyncio.Task[None] | None = None
@@ -253,17 +283,26 @@ class Decoders:
                 await self._watching
 
     async def decode(
-        self, image: bytes, preprocess: Preprocess, deadline: float = math.inf, client: str | None = None
+        self,
+        image: bytes,
+        preprocess: Preprocess,
+        deadline: float = math.inf,
+        client: str | None = None,
     ) -> Decoded:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
-        Raises `ImageError`, and `RejectedError` if its children end, if none is free before *deadline*, or if
-        too many large images wait; those without a client, of the server itself, are never refused.
+        Raises `ImageError`, and `RejectedError` if its children end, if none is free before
+        *deadline*, or if too many large images wait; those without a client, of the server
+        itself, are never refused.
         """
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
-        reply = await self._run_with_retries(image, preprocess, child.PIXELS, sizes, deadline, client)
-        warnings = tuple(name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index))
+        reply = await self._run_with_retries(
+            image, preprocess, child.PIXELS, sizes, deadline, client
+        )
+        warnings = tuple(
+            name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index)
+        )
         return Decoded(reply.data.reshape(shape), warnings)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
@@ -288,20 +327,30 @@ class Decoders:
     ) -> Reply:
         """Run a request in a light child or, if *image* is too much for one, in one for large images.
 
-        If a child for large images ends without the fault of the image, the request runs again, unless a
-        child of either kind has ended so before. Raises as `decode` does.
+        If a child for large images ends without the fault of the image, the request runs again,
+        unless a child of either kind has ended so before. Raises as `decode` does.
         """
         rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
         seconds = light_seconds(len(image), cost)
         num_crashes = 0  # of children, without the fault of the image
         # A slow one, or one whose pixels are not known, counts as one of the largest.
-        pixels = self._settings.max_pixels if cost is None else min(cost.pixels, self._settings.max_pixels)
+        pixels = (
+            self._settings.max_pixels
+            if cost is None
+            else min(cost.pixels, self._settings.max_pixels)
+        )
         is_light, is_slow = seconds > 0, False
         while True:
-            request = Request(image, rules, kind, sizes, self._loop.create_future(), pixels, seconds)
+            request = Request(
+                image, rules, kind, sizes, self._loop.create_future(), pixels, seconds
+            )
             late = results.DEADLINE if is_light else results.DECODERS_BUSY
-            timer = self._loop.call_at(deadline, request.settle, late) if deadline < math.inf else None
+            timer = (
+                self._loop.call_at(deadline, request.settle, late)
+                if deadline < math.inf
+                else None
+            )
             if is_light:
                 self.light.put(request, None)
             else:
@@ -319,15 +368,24 @@ class Decoders:
                 if not is_light and is_fault_of_image:
                     raise RejectedError(results.DAMAGED)
                 if not is_light and num_crashes > 1:
-                    is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}  # by the system or a user
-                    raise RejectedError(results.DECODER_KILLED if is_kill else results.DECODER_CRASHED)
-                is_slow = is_light and is_fault_of_image  # then waits among slow images of its client
+                    is_kill = reply.reason in {
+                        signal.SIGKILL.name,
+                        pool.UNKNOWN,
+                    }  # by the system or a user
+                    raise RejectedError(
+                        results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
+                    )
+                is_slow = (
+                    is_light and is_fault_of_image
+                )  # then waits among slow images of its client
                 pixels = self._settings.max_pixels if is_slow else pixels
             elif reply.kind == kind:
                 return reply
             else:
                 code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
-                if not (is_light and code == child.TOO_MUCH_MEMORY):  # which a child for large images has
+                if not (
+                    is_light and code == child.TOO_MUCH_MEMORY
+                ):  # which a child for large images has
                     message = reply.data.tobytes().decode(errors="replace")
                     raise ImageError(message, code=code, status=status)
             is_light, seconds = False, 0.0
@@ -339,12 +397,18 @@ class Decoders:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             processes = [template.process, *(decoder.process for decoder in self._children)]
-            stopped = {process for process in processes if process and STOPPED in run_states(process)[0]}
+            stopped = {
+                process
+                for process in processes
+                if process and STOPPED in run_states(process)[0]
+            }
             self.are_stopped = bool(stopped)
             for process in stopped & suspects:
                 log.warning("the decoder process %d is stopped; it is ended", process)
                 with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)  # not by the template, which may be the one
+                    os.kill(
+                        process, signal.SIGKILL
+                    )  # not by the template, which may be the one
             suspects = stopped
 
 

@@ -1,8 +1,9 @@
 """Load a bundle: check its files, choose a runtime, and replay the probes through it.
 
-`verify`, `predict` and the server all load bundles here, so none of them uses a network that this machine
-computes wrongly. The runtime `auto` is the first one that is set up here, and only that one: if the GPU was
-meant and does not work, the server ends with an error instead of silently using the CPU.
+`verify`, `predict` and the server all load bundles here, so none of them uses a network that
+this machine computes wrongly. The runtime `auto` is the first one that is set up here, and only
+that one: if the GPU was meant and does not work, the server ends with an error instead of
+silently using the CPU.
 """
 
 import asyncio
@@ -21,7 +22,14 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_graph_and_certificate
-from sopdeploy.bundle.probes import Outputs, Probes, Replay, compare_outputs, read_probes, replay
+from sopdeploy.bundle.probes import (
+    Outputs,
+    Probes,
+    Replay,
+    compare_outputs,
+    read_probes,
+    replay,
+)
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
@@ -41,7 +49,9 @@ from sopdeploy_service.settings import Settings
 
 LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
 LOAD_TIMEOUT = "load_timeout"  # code of the error
-LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
+LARGEST_ON_CPU = (
+    4  # larger batches gain nothing on a CPU and delay the first image of the batch
+)
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -52,8 +62,8 @@ Result = TypeVar("Result")
 class LoadedModel:
     """A verified bundle and its runtime; after a thorough load with all contents, otherwise `reduced`.
 
-    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `onnx_root` is the root of the graph, if it was recomputed.
+    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each
+    run. `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
@@ -66,12 +76,13 @@ class LoadedModel:
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes, in the time that *settings* allow.
 
-    One of the probes runs alone, the others in batches of the largest size. With *thorough*, all of them run
-    in both ways, and the root of the graph is compared with the certificate; if `onnx` is installed, it is
-    recomputed first. On a CPU, this would be most of the start time of a server.
+    One of the probes runs alone, the others in batches of the largest size. With *thorough*,
+    all of them run in both ways, and the root of the graph is compared with the certificate; if
+    `onnx` is installed, it is recomputed first. On a CPU, this would be most of the start time
+    of a server.
 
-    Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long, `ConfigError` for an
-    invalid key file, and `ParityError`.
+    Raises `BundleError`, `RuntimeUnavailableError`, also for a load that takes too long,
+    `ConfigError` for an invalid key file, and `ParityError`.
     """
     reading = daemon_threads.start(partial(open_bundle, path))
     return load_bundle(wait_in_time(reading, path, settings), settings, thorough=thorough)
@@ -102,7 +113,9 @@ async def finish_in_time(work: Future[Result], what: object, settings: Settings)
     """Wait for *work* on *what*, at most as long as a load may take; raises `RuntimeUnavailableError`."""
     result, seconds = asyncio.wrap_future(work), load_seconds(settings)
     try:
-        async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 may swallow a cancellation
+        async with asyncio.timeout(
+            seconds
+        ):  # `wait_for` of Python 3.11 may swallow a cancellation
             return await result
     except TimeoutError as error:
         if not result.cancelled():  # the work itself raised this error
@@ -117,7 +130,9 @@ def load_seconds(settings: Settings) -> float:
     return LOAD_SECONDS_ON_GPU if may_use_gpu(settings) else LOAD_SECONDS_ON_CPU
 
 
-def _begin_load(bundle: Bundle, settings: Settings, *, thorough: bool = False) -> Future[LoadedModel]:
+def _begin_load(
+    bundle: Bundle, settings: Settings, *, thorough: bool = False
+) -> Future[LoadedModel]:
     """Load *bundle* in a daemon thread; close its runtime if nobody waits for it any more."""
     load = partial(_load, bundle, settings, thorough=thorough)
     return daemon_threads.start(load, discard=lambda loaded: loaded.runtime.close())
@@ -161,7 +176,9 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     name: str = settings.runtime
     if name == "auto":
         own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
-        reasons = ((other, own[other].reason_for_auto(bundle, settings)) for other in reversed(own))
+        reasons = (
+            (other, own[other].reason_for_auto(bundle, settings)) for other in reversed(own)
+        )
         name, reason = next((other, found) for other, found in reasons if found is not None)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
     try:
@@ -179,25 +196,30 @@ def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime *name*, of this project or of another package."""
     open_registered: OpenRuntime | None = RUNTIMES.find(name)
     if open_registered is None:
-        raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")
+        raise RuntimeUnavailableError(
+            f"runtime {name!r}: no installed package has it; choose another one"
+        )
     try:
         return open_registered(bundle, settings)
     except SopdeployError:
         raise
     except Exception as error:  # code of others
-        reason = f"{name} cannot open {bundle.path} ({first_line(error)}); choose another runtime"
+        reason = (
+            f"{name} cannot open {bundle.path} ({first_line(error)}); choose another runtime"
+        )
         raise RuntimeUnavailableError(reason) from error
 
 
 def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int, float]]:
     """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU, and check their outputs.
 
-    Returns (images, seconds) of each run. The first batch of a size takes many times as long as the others:
-    libraries choose kernels and allocate memory. Without this, it would be a client's batch. Every row of
-    every batch is compared with the output of its image, because kernels for other sizes are other kernels;
-    small and large batches alternate the second time, because an engine then changes its profile. Raises
-    `ParityError`. A CPU has no such cost; it runs *max_batch* images once if there are fewer probes, because
-    `_replay_all` then runs smaller batches.
+    Returns (images, seconds) of each run. The first batch of a size takes many times as long as
+    the others: libraries choose kernels and allocate memory. Without this, it would be a
+    client's batch. Every row of every batch is compared with the output of its image, because
+    kernels for other sizes are other kernels; small and large batches alternate the second
+    time, because an engine then changes its profile. Raises `ParityError`. A CPU has no such
+    cost; it runs *max_batch* images once if there are fewer probes, because `_replay_all` then
+    runs smaller batches.
     """
     timings: list[tuple[int, float]] = []
     if runtime.device == "cpu":
@@ -205,7 +227,9 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     else:
         ascending = padded_sizes(max_batch)
         # The smallest, the largest, the second smallest, the second largest and so on.
-        alternating = itertools.chain.from_iterable(zip(ascending, reversed(ascending), strict=True))
+        alternating = itertools.chain.from_iterable(
+            zip(ascending, reversed(ascending), strict=True)
+        )
         sizes = [*ascending, *itertools.islice(alternating, len(ascending))]
     largest_to_try = max_batch
     for size in sizes:
@@ -219,7 +243,9 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
         except Exception as error:  # libraries raise types of their own if memory is missing
             if size == 1 or not is_out_of_memory(error):
                 raise
-            log.warning("out of memory for a batch of %d; the server will halve such batches", size)
+            log.warning(
+                "out of memory for a batch of %d; the server will halve such batches", size
+            )
             largest_to_try = size - 1
         else:
             compare_outputs(batch, outputs, size)
@@ -227,7 +253,12 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
 
 
 def _replay_all(
-    probes: Probes, runtime: Runtime, max_batch: int, timings: list[tuple[int, float]], *, thorough: bool
+    probes: Probes,
+    runtime: Runtime,
+    max_batch: int,
+    timings: list[tuple[int, float]],
+    *,
+    thorough: bool,
 ) -> dict[int, Replay]:
     """Replay *probes* alone and in batches, as `load_model` says; add (images, seconds) to *timings*."""
 
@@ -239,10 +270,15 @@ def _replay_all(
 
     size = min(max_batch, len(probes.images))
     if thorough or size == 1:
-        probes_by_size = {1: probes, size: probes}  # all of them alone and, unless *size* is 1, in batches
+        probes_by_size = {
+            1: probes,
+            size: probes,
+        }  # all of them alone and, unless *size* is 1, in batches
     else:  # the first one alone, the others in batches
         probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
-    replays = {batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()}
+    replays = {
+        batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()
+    }
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
     return replays
@@ -251,7 +287,8 @@ def _replay_all(
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
     """Replay *probes* beside another batch in flight that began before them, then beside a later one.
 
-    This detects, before the first request, batches that overwrite each other's memory. Raises `ParityError`.
+    This detects, before the first request, batches that overwrite each other's memory. Raises
+    `ParityError`.
     """
 
     # The other batch has inverted images, so that the outputs differ.

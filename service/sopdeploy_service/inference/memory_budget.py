@@ -1,7 +1,8 @@
 """More models than fit into memory: loaded at the first request, released when others need their memory.
 
-Every bundle is checked at the start, and none is loaded. A request waits until its model is loaded; first,
-the models that were used longest ago are released until it fits. Models in use are never released.
+Every bundle is checked at the start, and none is loaded. A request waits until its model is
+loaded; first, the models that were used longest ago are released until it fits. Models in use
+are never released.
 """
 
 import asyncio
@@ -20,15 +21,21 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference import daemon_threads
-from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
+from sopdeploy_service.inference.loader import (
+    LoadedModel,
+    check_trust,
+    finish_in_time,
+    load_in_background,
+)
 from sopdeploy_service.inference.model import NOT_LOADED, Model
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.settings import Settings
 
-# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB, and once more the
-# file, which is sealed in memory meanwhile. Afterwards, at most 1.25 times the file and 55 MB remain.
+# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB, and
+# once more the file, which is sealed in memory meanwhile. Afterwards, at most 1.25 times the
+# file and 55 MB remain.
 FILE_FACTOR, ACTIVATION_BYTES = 3, 64_000_000
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 _POLL_SECONDS = 0.01
@@ -56,8 +63,8 @@ class NoRuntime:
 class LazyModel:
     """A bundle whose model is assumed to need *bytes*; *placeholder* takes its place while it is not loaded.
 
-    *placeholder* is in use by every request that uses the model or waits for it. After a failed load,
-    requests get *load_error*, and no other load is tried before the time *retry_at*.
+    *placeholder* is in use by every request that uses the model or waits for it. After a failed
+    load, requests get *load_error*, and no other load is tried before the time *retry_at*.
     """
 
     placeholder: LocalModel
@@ -84,7 +91,9 @@ class BudgetedRegistry(ModelRegistry):
                 raise ConfigError(f"memory_budget: {sizes}; raise it")
             # Requests find the model under its name, not loaded.
             not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
-            placeholder = self._by_name[name] = LocalModel(name, not_loaded, settings, self.metrics)
+            placeholder = self._by_name[name] = LocalModel(
+                name, not_loaded, settings, self.metrics
+            )
             self.metrics.model_memory.labels(name).set(0)
             self._lazy_models[name] = LazyModel(placeholder, size)
 
@@ -117,15 +126,17 @@ class BudgetedRegistry(ModelRegistry):
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for lazy in self._lazy_models.values():
             if lazy.loading is not None:
-                # Not at once: a task that has not begun would end without the `DRAINING` of `_load`.
+                # Not at once: a task that has not begun would end without the `DRAINING` of
+                # `_load`.
                 asyncio.get_running_loop().call_soon(lazy.loading.cancel)
         super().close(reason)
 
     async def _load(self, lazy: LazyModel) -> HttpError | None:
         """Load *lazy* when earlier loads have ended; return the error for waiting requests if it fails.
 
-        Models that nobody uses are released to make room. For `RETRY_SECONDS` after a failed load, the bundle
-        is not loaded, and the error is the same. After `MEMORY_FULL`, the next request tries again.
+        Models that nobody uses are released to make room. For `RETRY_SECONDS` after a failed
+        load, the bundle is not loaded, and the error is the same. After `MEMORY_FULL`, the next
+        request tries again.
         """
         name = lazy.placeholder.name
         try:
@@ -134,11 +145,15 @@ class BudgetedRegistry(ModelRegistry):
                     return lazy.load_error
                 await self._make_room(lazy.bytes)
                 reduced = lazy.placeholder.bundle  # without the graph
-                reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
+                reading = daemon_threads.start(
+                    partial(read_files, reduced.path, reduced.manifest)
+                )
                 bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
                 model = self._by_name[name] = self._start_model(name, loaded)
-                model.drift = lazy.placeholder.drift  # it has counted since the start of the server
+                model.drift = (
+                    lazy.placeholder.drift
+                )  # it has counted since the start of the server
                 self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)
@@ -162,11 +177,18 @@ class BudgetedRegistry(ModelRegistry):
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
         while True:
-            loaded = [lazy for name, lazy in self._lazy_models.items() if self._by_name[name].is_loaded]
+            loaded = [
+                lazy
+                for name, lazy in self._lazy_models.items()
+                if self._by_name[name].is_loaded
+            ]
             if sum(lazy.bytes for lazy in loaded) + needed <= self._budget:
                 return
-            # `use` counts users of placeholders and moves the model last, so the first is the longest unused.
-            if unused := [lazy.placeholder for lazy in loaded if lazy.placeholder.unused.is_set()]:
+            # `use` counts users of placeholders and moves the model last, so the first is the
+            # longest unused.
+            if unused := [
+                lazy.placeholder for lazy in loaded if lazy.placeholder.unused.is_set()
+            ]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:
                 raise RejectedError(MEMORY_FULL)

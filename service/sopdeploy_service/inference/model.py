@@ -16,7 +16,9 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
-State: TypeAlias = Literal["ok", "draining", "decoders_stopped", "engine_starting", "runtime_dead"]
+State: TypeAlias = Literal[
+    "ok", "draining", "decoders_stopped", "engine_starting", "runtime_dead"
+]
 
 NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
@@ -46,7 +48,9 @@ class ImageResult(NamedTuple):
     batch_size: int
 
 
-def settle(future: "asyncio.Future[ImageResult | HttpError]", result: ImageResult | HttpError) -> None:
+def settle(
+    future: "asyncio.Future[ImageResult | HttpError]", result: ImageResult | HttpError
+) -> None:
     """Set *result* unless the future has one or was cancelled."""
     if not future.done():
         future.set_result(result)
@@ -69,7 +73,8 @@ class LatencyTable:
     def batch_seconds(self, num_images: int) -> float:
         """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
 
-        A size without measurement takes the value of the next larger size, or scales the largest one.
+        A size without measurement takes the value of the next larger size, or scales the
+        largest one.
         """
         if not self._seconds:
             return 0.0
@@ -85,7 +90,9 @@ class LatencyTable:
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
         full, rest = divmod(num_images, max_batch)
-        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
+        return full * self.batch_seconds(max_batch) + (
+            self.batch_seconds(rest) if rest else 0.0
+        )
 
 
 class Model(ABC):
@@ -106,7 +113,11 @@ class Model(ABC):
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version, self.logits_name = manifest.id, manifest.outputs[0].name
         self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
-        self.runtime, self.is_loaded, self.largest_batch = runtime, runtime.is_loaded, runtime.largest_batch
+        self.runtime, self.is_loaded, self.largest_batch = (
+            runtime,
+            runtime.is_loaded,
+            runtime.largest_batch,
+        )
         self.latency = LatencyTable(timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()
@@ -124,13 +135,18 @@ class Model(ABC):
 
     @abstractmethod
     async def run(
-        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+        self,
+        pixels: NDArray[np.uint8],
+        deadline: float,
+        *,
+        features: bool = False,
+        for_drift: bool = True,
     ) -> ImageResult:
         """Run one image (H, W, 3) in a batch with others; its embedding is in the outputs with *features*.
 
-        *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not count for the
-        drift. Raises `RejectedError` for an image that fails, is late or cannot run any more. Cancelling the
-        call removes the image from the queue.
+        *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not
+        count for the drift. Raises `RejectedError` for an image that fails, is late or cannot
+        run any more. Cancelling the call removes the image from the queue.
         """
 
 
@@ -157,7 +173,9 @@ class Registry(ABC):
             raise RejectedError(HttpError("unknown_model", 404, message))
         model = self._by_name[name]
         if version not in {None, model.version}:
-            message = f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
+            message = (
+                f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
+            )
             raise RejectedError(HttpError("unknown_version", 404, message))
         return model
 

@@ -1,16 +1,18 @@
 """A model that is served: its queue, and the thread that owns its runtime, forms batches and runs them.
 
-The queue is work-conserving: an idle worker takes the images that are queued, and waits for more images only
-up to `max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the
-next batch. Images whose request has ended or whose deadline has passed are removed and do not run.
+The queue is work-conserving: an idle worker takes the images that are queued, and waits for
+more images only up to `max_delay` seconds after the arrival of the oldest one. Images that
+arrive while a batch runs join the next batch. Images whose request has ended or whose deadline
+has passed are removed and do not run.
 
-Some runtimes can have two batches in flight. If a full batch is queued, the worker then begins it before the
-previous one has ended: the device does not wait for Python. A batch that is not full stays in the
-queue, where it can still grow until the device is free.
+Some runtimes can have two batches in flight. If a full batch is queued, the worker then begins
+it before the previous one has ended: the device does not wait for Python. A batch that is not
+full stays in the queue, where it can still grow until the device is free.
 
-A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
-only the image it belongs to. A watchdog notices when the thread dies or hangs. Then every queued image is
-rejected at once and `dead` stays true: a server that cannot predict must not look healthy.
+A batch that raises is halved until the image that causes it fails alone. An output that is not
+finite fails only the image it belongs to. A watchdog notices when the thread dies or hangs.
+Then every queued image is rejected at once and `dead` stays true: a server that cannot predict
+must not look healthy.
 """
 
 import asyncio
@@ -35,14 +37,21 @@ from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model import ImageResult, Model, RuntimeFacts, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
-from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, Runtime, is_out_of_memory
+from sopdeploy_service.runtime.base import (
+    DeviceLostError,
+    OverlappingRuntime,
+    Runtime,
+    is_out_of_memory,
+)
 from sopdeploy_service.settings import Settings
 
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
-PAUSE_SECONDS = 1.0  # a check that is later than this comes after a pause of the process, as by Ctrl-Z
+PAUSE_SECONDS = (
+    1.0  # a check that is later than this comes after a pause of the process, as by Ctrl-Z
+)
 
 _Pixels: TypeAlias = Sequence[NDArray[np.uint8]]
 ImageOutputs: TypeAlias = dict[str, NDArray[np.float32]] | HttpError
@@ -54,9 +63,9 @@ log = logging.getLogger("sopdeploy.inference")
 class QueuedImage:
     """One image (H, W, 3) uint8 and *deliver*, which gets its result on the event loop, at most once.
 
-    Times are those of `time.monotonic`. *features* requests the embedding. An image that is not *for_drift*
-    does not count for the drift. It *is_over* when it has its result, or when nobody waits for one.
-    *in_batch* says that the pixels are read until it is settled.
+    Times are those of `time.monotonic`. *features* requests the embedding. An image that is not
+    *for_drift* does not count for the drift. It *is_over* when it has its result, or when
+    nobody waits for one. *in_batch* says that the pixels are read until it is settled.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False)
@@ -106,14 +115,18 @@ class RequestQueue:
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
         """Wait for *max_size* images, or until the oldest has waited for `max_delay`; return them.
 
-        The result is empty if the queue is closed. With *only_full*, never wait: take exactly *max_size*
-        images, or none if fewer are queued. Images that are over or late are removed, and never returned.
+        The result is empty if the queue is closed. With *only_full*, never wait: take exactly
+        *max_size* images, or none if fewer are queued. Images that are over or late are
+        removed, and never returned.
         """
         with self._changed:
             while True:
                 now = time.monotonic()
-                # A loop here would leave its last image in a variable, and so alive, during the wait below.
-                self._images = deque(one for one in self._images if not one.is_over and one.deadline > now)
+                # A loop here would leave its last image in a variable, and so alive, during the
+                # wait below.
+                self._images = deque(
+                    one for one in self._images if not one.is_over and one.deadline > now
+                )
                 if len(self._images) >= max_size:
                     return self._pop(max_size)
                 if only_full or self.closed_with is not None:  # a closed queue is empty
@@ -142,7 +155,9 @@ class RequestQueue:
             return remaining
 
 
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
+def call_soon(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object
+) -> None:
     """Run *function* on *loop* from another thread; do nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *values)
@@ -161,7 +176,9 @@ class _Batch:
 class LocalModel(Model):
     """A bundle whose runtime is in this process; public methods are called on the event loop."""
 
-    def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics
+    ) -> None:
         runtime, manifest = loaded.runtime, loaded.bundle.manifest
         facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
         super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
@@ -173,15 +190,20 @@ class LocalModel(Model):
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
-        # Used by the thread, except that the watchdog and `close` read `_in_flight` and `_batch_started`.
+        # Used by the thread, except that the watchdog and `close` read `_in_flight` and
+        # `_batch_started`.
         self._runtime = runtime
         # The same runtime if it can have two batches in flight.
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
-        self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
+        self._outputs_without_features = tuple(
+            name for name in self._outputs if name != EMBEDDING
+        )
         self._must_check_device = False  # because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
-        self._batch_started: float | None = None  # when the oldest batch got the device to itself
+        self._batch_started: float | None = (
+            None  # when the oldest batch got the device to itself
+        )
 
     @property
     def is_down(self) -> bool:
@@ -189,7 +211,12 @@ class LocalModel(Model):
         return self._is_dead
 
     async def run(
-        self, pixels: NDArray[np.uint8], deadline: float, *, features: bool = False, for_drift: bool = True
+        self,
+        pixels: NDArray[np.uint8],
+        deadline: float,
+        *,
+        features: bool = False,
+        for_drift: bool = True,
     ) -> ImageResult:
         """Queue the image, and wait until its batch has run."""
         loop = asyncio.get_running_loop()
@@ -217,7 +244,8 @@ class LocalModel(Model):
     def close(self, reason: HttpError) -> None:
         """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
-            # The queue first: the thread begins no other batch. Outcomes of those in flight come too late.
+            # The queue first: the thread begins no other batch. Outcomes of those in flight
+            # come too late.
             images = self.queue.close(reason)
             for batch in tuple(self._in_flight):
                 images += batch.images
@@ -233,7 +261,8 @@ class LocalModel(Model):
                 await self._watchdog
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self._is_dead else _JOIN_SECONDS)
-            # A batch that has not ended still uses the memory; after a hang, `close` may hang, too.
+            # A batch that has not ended still uses the memory; after a hang, `close` may hang,
+            # too.
             if not self._is_dead and not self._thread.is_alive():
                 await asyncio.to_thread(self._runtime.close)
 
@@ -246,11 +275,14 @@ class LocalModel(Model):
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         resumed = 0.0  # time of the end of the last pause; the seconds before do not count
         while not self._is_dead:
-            # The thread sets the start of a batch before the batch becomes the oldest. So the batch is read
-            # first: the start that is read next is not that of an earlier batch, which would seem to hang.
+            # The thread sets the start of a batch before the batch becomes the oldest. So the
+            # batch is read first: the start that is read next is not that of an earlier batch,
+            # which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
-            num_images = len(batches[0].images) if batches else 0  # without a batch, `check_device` may run
+            num_images = (
+                len(batches[0].images) if batches else 0
+            )  # without a batch, `check_device` may run
             seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)
             if seconds > limit:
@@ -279,23 +311,34 @@ class LocalModel(Model):
                         self._batch_started, self._must_check_device = None, False
                     if not self._begin_batch():  # the queue is closed
                         break
-                # Begin a second batch, but none after one that failed: first, the device is checked.
+                # Begin a second batch, but none after one that failed: first, the device is
+                # checked.
                 if self._overlapping is not None and not self._must_check_device:
                     self._begin_batch(only_full=True)
                 # Complete the oldest batch.
                 batch = self._in_flight[0]
-                pixels, names = [image.pixels for image in batch.images], self._names_of(batch.images)
+                pixels, names = (
+                    [image.pixels for image in batch.images],
+                    self._names_of(batch.images),
+                )
                 rows = run_bisected(partial(self._run_images, batch, names), pixels, names)
                 started, ended = cast(float, self._batch_started), time.monotonic()
                 self._must_check_device = all(
                     row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
                 )
-                # Set before the batch is removed, see `_watch`: the next one now has the device to itself.
+                # Set before the batch is removed, see `_watch`: the next one now has the device
+                # to itself.
                 self._batch_started = ended if len(self._in_flight) > 1 else None
                 del self._in_flight[0]
                 call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
-                del batch, pixels, rows  # the wait for the next batch must not keep their memory
-        except BaseException:  # logged here because nothing else sees it; the service then ends the process
+                del (
+                    batch,
+                    pixels,
+                    rows,
+                )  # the wait for the next batch must not keep their memory
+        except (
+            BaseException
+        ):  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
@@ -308,21 +351,30 @@ class LocalModel(Model):
         batch = _Batch(images)
         if self._batch_started is None:
             self._batch_started = time.monotonic()
-        self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
+        self._in_flight.append(
+            batch
+        )  # before it begins: the watchdog must see a call that hangs
         if self._overlapping is not None:
-            with contextlib.suppress(Exception):  # `_run_images` tries again, and handles errors
+            with contextlib.suppress(
+                Exception
+            ):  # `_run_images` tries again, and handles errors
                 pixels = [image.pixels for image in images]
                 batch.wait = self._overlapping.begin(pixels, self._names_of(images))
         return True
 
     def _names_of(self, images: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the names of the outputs that *images* need."""
-        return self._outputs if any(image.features for image in images) else self._outputs_without_features
+        return (
+            self._outputs
+            if any(image.features for image in images)
+            else self._outputs_without_features
+        )
 
     def _run_images(self, batch: _Batch, names: Sequence[str], images: _Pixels) -> Outputs:
         """Return the outputs *names* of *images*, perhaps with others.
 
-        The first call is for all images of *batch*, which may have begun already; later ones are for parts.
+        The first call is for all images of *batch*, which may have begun already; later ones
+        are for parts.
         """
         if batch.wait is not None:
             wait, batch.wait = batch.wait, None
@@ -332,7 +384,11 @@ class LocalModel(Model):
         return self._runtime.run(np.stack(images))
 
     def _settle_and_count(
-        self, images: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
+        self,
+        images: Sequence[QueuedImage],
+        rows: Sequence[ImageOutputs],
+        started: float,
+        ended: float,
     ) -> None:
         """Settle *images*, a batch, and count it, on the event loop while the thread runs the next batch."""
         waited = [started - image.arrived for image in images]
@@ -341,7 +397,9 @@ class LocalModel(Model):
             if isinstance(row, HttpError):
                 image.settle(row)
                 continue
-            image.settle(ImageResult(row, {"queue": seconds, "infer": ended - started}, len(images)))
+            image.settle(
+                ImageResult(row, {"queue": seconds, "infer": ended - started}, len(images))
+            )
             if image.for_drift:
                 logits.append(row[self.logits_name])
         if self.drift is not None:
@@ -355,7 +413,8 @@ class LocalModel(Model):
 def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:
     """Run a blank image after a batch that failed; raise `DeviceLostError` if this fails, too.
 
-    If the images caused the errors of the batch, a blank one can run. The text of an error does not tell.
+    If the images caused the errors of the batch, a blank one can run. The text of an error does
+    not tell.
     """
     try:
         runtime.run(np.zeros((1, *image_shape), np.uint8))
@@ -368,7 +427,8 @@ def run_bisected(
 ) -> list[ImageOutputs]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    Returns each image's row of the outputs *names*, or an `HttpError`. Raises `DeviceLostError` at once.
+    Returns each image's row of the outputs *names*, or an `HttpError`. Raises `DeviceLostError`
+    at once.
     """
     try:
         return _split_rows(run(images), names, len(images))

@@ -1,7 +1,8 @@
 """Outcomes of one image: a `Prediction` or an `HttpError`. `RejectedError` refuses a whole request.
 
-An `HttpError` has a stable `code` and an HTTP status: 4xx is an error of the request, 429 and 503 may be sent
-again after `retry_after` seconds, 504 missed the deadline, 500 is an error of the server.
+An `HttpError` has a stable `code` and an HTTP status: 4xx is an error of the request, 429 and
+503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an error of
+the server.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,10 @@ if TYPE_CHECKING:  # a supervisor does not import it
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
-    *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`, `explain`. *pixels* are the
-    network's input. *warnings* name what decoding changed in the image. *occluded* has the logits (n, C) of
-    its copies with a gray part, if an explanation was requested.
+    *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`, `explain`.
+    *pixels* are the network's input. *warnings* name what decoding changed in the image.
+    *occluded* has the logits (n, C) of its copies with a gray part, if an explanation was
+    requested.
     """
 
     outputs: "Mapping[str, NDArray[np.float32]]"
@@ -56,15 +58,29 @@ class RejectedError(Exception):
 Outcome: TypeAlias = Prediction | HttpError
 
 DRAINING = HttpError("draining", 503, "the server is shutting down; retry on another one", 1)
-RUNTIME_DEAD = HttpError("runtime_dead", 503, "the model worker has stopped; the server is restarting", 5)
-DEADLINE = HttpError("deadline", 504, "no prediction before the deadline; the server is overloaded")
+RUNTIME_DEAD = HttpError(
+    "runtime_dead", 503, "the model worker has stopped; the server is restarting", 5
+)
+DEADLINE = HttpError(
+    "deadline", 504, "no prediction before the deadline; the server is overloaded"
+)
 INFERENCE_FAILED = HttpError("inference_failed", 500, "inference failed on this image")
-DECODERS_BUSY = HttpError("decoders_busy", 503, "too many large images wait to be decoded; retry later", 5)
-DECODER_KILLED = HttpError("decoder_killed", 503, "the image's decoder was killed twice; retry later", 5)
+DECODERS_BUSY = HttpError(
+    "decoders_busy", 503, "too many large images wait to be decoded; retry later", 5
+)
+DECODER_KILLED = HttpError(
+    "decoder_killed", 503, "the image's decoder was killed twice; retry later", 5
+)
 DECODER_CRASHED = HttpError("decoder_crashed", 422, "the decoder crashed twice on this image")
 DAMAGED = HttpError("damaged_image", 422, "the image is damaged, or its decoder took too long")
-NONFINITE = HttpError("nonfinite_output", 500, "the network's output for this image is not finite")
+NONFINITE = HttpError(
+    "nonfinite_output", 500, "the network's output for this image is not finite"
+)
 SLOTS_FULL = HttpError("queue_full", 429, "the queue is full; retry later", 1)
-TOO_LATE = HttpError("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)
-OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the device is out of memory for this image; retry", 2)
+TOO_LATE = HttpError(
+    "deadline_unreachable", 503, "the queue is too long to meet the deadline", 1
+)
+OUT_OF_MEMORY = HttpError(
+    "out_of_memory", 503, "the device is out of memory for this image; retry", 2
+)
 CLIENT_GONE = HttpError("client_gone", 499, "the client closed the connection")

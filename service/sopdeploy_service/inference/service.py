@@ -1,7 +1,8 @@
 """Everything behind the HTTP layer: the models and their replacement, admission, decoders.
 
-An image is admitted or rejected, decoded in a child process, and run by its model in a batch with others
-(`Service._predict`). An invalid image never shares a batch with the images of other requests.
+An image is admitted or rejected, decoded in a child process, and run by its model in a batch
+with others (`Service._predict`). An invalid image never shares a batch with the images of other
+requests.
 """
 
 import asyncio
@@ -27,13 +28,22 @@ from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel, check_trust, finish_in_time, load_in_background
+from sopdeploy_service.inference.loader import (
+    LoadedModel,
+    check_trust,
+    finish_in_time,
+    load_in_background,
+)
 from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import Shared
-from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
+from sopdeploy_service.settings import (
+    DECODERS_BESIDE_CPU_INFERENCE,
+    Settings,
+    decoders_per_process,
+)
 
 MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
@@ -46,8 +56,9 @@ models_log = logging.getLogger("sopdeploy.models")
 class ModelRegistry(Registry):
     """The loaded models by name.
 
-    A new bundle is loaded, verified and started beside the one that is served; then the name points to the
-    new one, in one step. The replaced one is stopped when its last request has its response.
+    A new bundle is loaded, verified and started beside the one that is served; then the name
+    points to the new one, in one step. The replaced one is stopped when its last request has
+    its response.
     """
 
     def __init__(self, loaded: Mapping[str, LoadedModel], settings: Settings) -> None:
@@ -70,13 +81,15 @@ class ModelRegistry(Registry):
     @property
     def problem(self) -> State | None:
         """`runtime_dead` if a model cannot run any more, so that the process must be restarted."""
-        return "runtime_dead" if any(model.is_down for model in self._by_name.values()) else None
+        return (
+            "runtime_dead" if any(model.is_down for model in self._by_name.values()) else None
+        )
 
     async def replace(self, bundles: Mapping[str, Bundle]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
-        The caller holds `changing`. All new bundles are loaded before any is served: an error, such as of
-        `load_model`, changes nothing.
+        The caller holds `changing`. All new bundles are loaded before any is served: an error,
+        such as of `load_model`, changes nothing.
         """
         loaded: dict[str, LoadedModel] = {}
         with ExitStack() as stack:
@@ -85,7 +98,9 @@ class ModelRegistry(Registry):
                     check_trust(bundle, self._settings)
                 else:
                     loaded[name] = await load_in_background(bundle, self._settings)
-                    stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
+                    stack.callback(
+                        loaded[name].runtime.close
+                    )  # unless all of them can be loaded
             stack.pop_all()
         for name in set(self._by_name) - set(bundles):
             self._retire(self._by_name.pop(name))
@@ -101,16 +116,22 @@ class ModelRegistry(Registry):
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
         try:
             async with self.changing:
-                # Reads those that are served, too: a folder may have other files under the same manifest.
+                # Reads those that are served, too: a folder may have other files under the same
+                # manifest.
                 finding = daemon_threads.start(partial(find_bundles, sources, self._read))
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
                 await self.replace(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.count_load_failure(error)
-            models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
+            models_log.error(
+                "not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug
+            )
             return
-        models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
+        models_log.info(
+            "reloaded",
+            extra={"bundles": " ".join(model.bundle.name for model in self.models())},
+        )
 
     def _serves(self, name: str, manifest: Manifest) -> bool:
         """Tell whether the model *name* is that of a bundle with this content."""
@@ -177,12 +198,17 @@ class Service:
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        self.metrics_page = Shared(self.make_metrics)  # of all processes if the server has several
+        self.metrics_page = Shared(
+            self.make_metrics
+        )  # of all processes if the server has several
         self.num_front_ends = 0  # set if the server has several processes
-        self.keep: KeepImage | None = None  # set by the app if it keeps results; the text is a report
+        self.keep: KeepImage | None = (
+            None  # set by the app if it keeps results; the text is a report
+        )
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
-        # The number of images without an outcome. A request that is not parsed yet counts as one image.
-        # Processes tell each other in cells of shared memory, which `share_admitted` gives.
+        # The number of images without an outcome. A request that is not parsed yet counts as
+        # one image. Processes tell each other in cells of shared memory, which `share_admitted`
+        # gives.
         self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
@@ -190,7 +216,10 @@ class Service:
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
-        self._draining, self._was_drained = True, False  # draining until `start`, unless `drain` was called
+        self._draining, self._was_drained = (
+            True,
+            False,
+        )  # draining until `start`, unless `drain` was called
 
     async def make_metrics(self) -> bytes:
         """Return the page with the metrics of this process, which a thread makes."""
@@ -215,7 +244,9 @@ class Service:
         queue_size, num_processes = self.settings.queue_size, len(self._cells)
         others = [min(max(0, count), queue_size) for count in self._cells]
         others[self._position] = 0
-        return self._admitted + min(sum(others), queue_size - math.ceil(queue_size / num_processes))
+        return self._admitted + min(
+            sum(others), queue_size - math.ceil(queue_size / num_processes)
+        )
 
     def _choose_num_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""
@@ -261,8 +292,8 @@ class Service:
         if self._draining:
             raise RejectedError(results.DRAINING)
         self.check_queue(model, 1)
-        # A request that is alone is always admitted. Otherwise, an estimate that is too high would reject
-        # every request, and no batch would correct it.
+        # A request that is alone is always admitted. Otherwise, an estimate that is too high
+        # would reject every request, and no batch would correct it.
         if num_earlier := self._count_earlier(model):
             seconds = model.latency.total_seconds(num_earlier + 1, model.largest_batch)
             if time.monotonic() + seconds > deadline:
@@ -271,13 +302,19 @@ class Service:
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
         if self._count_admitted() + num_images > self.settings.queue_size:
-            seconds = math.ceil(model.latency.total_seconds(self._count_earlier(model), model.largest_batch))
+            seconds = math.ceil(
+                model.latency.total_seconds(self._count_earlier(model), model.largest_batch)
+            )
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
-            raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
+            raise RejectedError(
+                HttpError("queue_full", 429, "the queue is full; retry later", retry_after)
+            )
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        if self.num_front_ends:  # engines share the images of all front ends, which have about as many each
+        if (
+            self.num_front_ends
+        ):  # engines share the images of all front ends, which have about as many each
             about = self.admitted * len(self._cells)
             return min(about, self._count_admitted()) // model.num_engines
         return self.admitted  # each process has a device of its own
@@ -295,14 +332,20 @@ class Service:
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
-        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`, *client* the
-        key or address that shares the decoders for large images; *features* requests the embedding,
-        *may_keep* allows to keep the images, and those that are not *for_drift* do not count for the drift.
-        Cancelling the call removes its images from the queue; call `check_queue` before. Raises
-        `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
+        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
+        *client* the key or address that shares the decoders for large images; *features*
+        requests the embedding, *may_keep* allows to keep the images, and those that are not
+        *for_drift* do not count for the drift. Cancelling the call removes its images from the
+        queue; call `check_queue` before. Raises `RejectedError` if the deadline has passed, or
+        if too many large images wait for a decoder.
         """
         predict = partial(
-            self._predict, model, deadline, client=client, features=features, for_drift=for_drift
+            self._predict,
+            model,
+            deadline,
+            client=client,
+            features=features,
+            for_drift=for_drift,
         )
         self.admitted += len(images)
         try:
@@ -313,7 +356,10 @@ class Service:
         finally:
             self.admitted -= len(images)
         for outcome in outcomes:  # an image that is late or gets no decoder ends the request
-            if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
+            if isinstance(outcome, HttpError) and outcome in {
+                results.DEADLINE,
+                results.DECODERS_BUSY,
+            }:
                 raise RejectedError(outcome)
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
@@ -341,7 +387,9 @@ class Service:
                 self.metrics.observe_stage("decode", stages["decode"])
             else:
                 decoded = Decoded(image, ())
-            ran = await model.run(decoded.pixels, deadline, features=features, for_drift=for_drift)
+            ran = await model.run(
+                decoded.pixels, deadline, features=features, for_drift=for_drift
+            )
             stages |= ran.stage_seconds
             return Prediction(ran.outputs, stages, decoded.pixels, decoded.warnings)
         except ImageError as error:
@@ -349,11 +397,14 @@ class Service:
         except RejectedError as error:
             return error.reason
 
-    async def explain(self, model: Model, images: Images, deadline: float, client: str = "") -> list[Outcome]:
+    async def explain(
+        self, model: Model, images: Images, deadline: float, client: str = ""
+    ) -> list[Outcome]:
         """Run `infer`, then run it on occluded copies of each image; add their logits to its `Prediction`.
 
-        An image gets the error of its first copy that fails. The images may be kept, their copies not. The
-        copies count as admitted from the start, so that they find room in the queue.
+        An image gets the error of its first copy that fails. The images may be kept, their
+        copies not. The copies count as admitted from the start, so that they find room in the
+        queue.
         """
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
@@ -365,7 +416,9 @@ class Service:
         if not predictions:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
-        copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
+        copies = np.concatenate(
+            [occlude(prediction.pixels, rules) for prediction in predictions]
+        )
         outcomes_of_copies = await self.infer(model, copies, deadline, for_drift=False)
         seconds = time.monotonic() - started
         first_copy = 0  # of the next image with a prediction
@@ -378,7 +431,11 @@ class Service:
             if error is not None:
                 outcomes[number] = error
                 continue
-            logits = [one.outputs[model.logits_name] for one in of_copies if isinstance(one, Prediction)]
+            logits = [
+                one.outputs[model.logits_name]
+                for one in of_copies
+                if isinstance(one, Prediction)
+            ]
             stages = {**outcome.stage_seconds, "explain": seconds}
             outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
         return outcomes

@@ -1,11 +1,13 @@
 """Photographs that a server keeps because a label for them would help.
 
-In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
-and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a
-photograph without a record is not complete. A server with several devices has a subfolder for each.
+In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except
+its orientation, and `ID.json` its `KeptRecord`. The photograph is written first, so a record
+always has its photograph; a photograph without a record is not complete. A server with several
+devices has a subfolder for each.
 
-`label` moves photographs without changing their names. Those outside of the uniform sample are atypical: they
-were kept because the network was not sure of them. Figures about new photographs must not count them.
+`label` moves photographs without changing their names. Those outside of the uniform sample are
+atypical: they were kept because the network was not sure of them. Figures about new photographs
+must not count them.
 """
 
 import logging
@@ -18,13 +20,21 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import OtherVersionError, StrictModel, Text, matching, parse_json, validate_format
+from sopdeploy.config import (
+    OtherVersionError,
+    StrictModel,
+    Text,
+    matching,
+    parse_json,
+    validate_format,
+)
 from sopdeploy.files import LOCK, MAX_TEXT_BYTES, read_file
 from sopdeploy.names import DISTINCT_NAMES
 from sopdeploy.photos.files import KEPT_NAME
 
 Reason = Literal["unknown", "low_margin", "sample", "reported"]
-NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
+# of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
+NEAR_BITS = 4
 MAX_KEPT_LABELS = 100  # classes of a record
 
 log = logging.getLogger("sopdeploy_service.labelling.kept")
@@ -59,13 +69,17 @@ class KeptRecord(StrictModel):
     time: pydantic.AwareDatetime
     reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1, max_length=4)]
     labels: Annotated[
-        tuple[str, ...], pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS), DISTINCT_NAMES
+        tuple[str, ...],
+        pydantic.Field(min_length=1, max_length=MAX_KEPT_LABELS),
+        DISTINCT_NAMES,
     ]
     logits: Annotated[tuple[float, ...], pydantic.Field(max_length=MAX_KEPT_LABELS)]
     known: bool | None = None
     score: float | None = None
     near_hash: Annotated[str, matching(r"[0-9a-f]{16}", "hash of 16 hexadecimal digits")]
-    suggested: Annotated[str | None, pydantic.Field(exclude_if=lambda name: name is None)] = None
+    suggested: Annotated[str | None, pydantic.Field(exclude_if=lambda name: name is None)] = (
+        None
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_lengths(self) -> "KeptRecord":
@@ -84,13 +98,17 @@ class Kept(NamedTuple):
 def read_kept(folder: Path) -> list[Kept]:
     """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
 
-    Records that are damaged or of a later version, or whose photograph is missing, are skipped; warnings tell
-    how many, and which version reads them. Raises `OSError` if *folder* cannot be read.
+    Records that are damaged or of a later version, or whose photograph is missing, are skipped;
+    warnings tell how many, and which version reads them. Raises `OSError` if *folder* cannot be
+    read.
     """
     kept, others = list[Kept](), list[str]()
-    # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error there.
+    # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error
+    # there.
     device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
-    files = [file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))]
+    files = [
+        file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))
+    ]
     for path in files:
         try:
             record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
@@ -103,7 +121,11 @@ def read_kept(folder: Path) -> list[Kept]:
         except (OSError, ValueError):
             continue  # it is damaged
     if damaged := len(files) - len(kept) - len(others):
-        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, damaged)
+        log.warning(
+            "%s: %d records are damaged or have no photograph; they are skipped",
+            folder,
+            damaged,
+        )
     if others:
         log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
     return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
@@ -112,8 +134,8 @@ def read_kept(folder: Path) -> list[Kept]:
 def near_hash(pixels: NDArray[np.uint8]) -> str:
     """Compute a hash of *pixels* (H, W, 3) as 16 hexadecimal digits, which copies share up to `NEAR_BITS`.
 
-    Each of its 64 bits tells whether a cell of the gray image is brighter than the cell to its left, in 8
-    rows of 9 cells (dHash; Krawetz, "Kind of Like That", hackerfactor.com, 2013).
+    Each of its 64 bits tells whether a cell of the gray image is brighter than the cell to its
+    left, in 8 rows of 9 cells (dHash; Krawetz, "Kind of Like That", hackerfactor.com, 2013).
     """
     gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
     cells = np.asarray(gray, np.int16)

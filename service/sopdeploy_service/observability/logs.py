@@ -1,10 +1,11 @@
 """Logging: JSON lines or readable lines.
 
-Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
-never starts a new line: JSON escapes it, and console output replaces unprintable characters.
+Modules log with the standard library; the fields of `extra` become fields of the line. Text
+from clients never starts a new line: JSON escapes it, and console output replaces unprintable
+characters.
 
-A thread writes the lines, so that no reader of the log can stop the server. If the reader stops or the disk
-is full, at most `MAX_WAITING_LINES` lines wait; more are dropped and counted.
+A thread writes the lines, so that no reader of the log can stop the server. If the reader stops
+or the disk is full, at most `MAX_WAITING_LINES` lines wait; more are dropped and counted.
 """
 
 import logging
@@ -27,7 +28,9 @@ ROOT = "sopdeploy"
 MAX_WAITING_LINES = 10_000
 CLOSE_SECONDS = 1.0  # for writing the last lines
 
-DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
+DROPPED = Counter(
+    "sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None
+)
 
 
 class LineQueue(logging.Handler):
@@ -61,7 +64,9 @@ class LineQueue(logging.Handler):
             data = f"{line}\n".encode(errors="backslashreplace")
             try:
                 while data:
-                    data = data[os.write(self._file, data) :]  # the rest, if only a part was written
+                    data = data[
+                        os.write(self._file, data) :
+                    ]  # the rest, if only a part was written
             except OSError:  # the disk is full, or nobody has the pipe open
                 DROPPED.inc()
 
@@ -70,8 +75,8 @@ class LineQueue(logging.Handler):
 def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     """Write the log of this process to the descriptor *file* (default: stderr) as *settings* say.
 
-    Without the setting `log`, a terminal gets readable lines; anything else gets JSON of warnings and errors
-    only. A process without stderr writes no log.
+    Without the setting `log`, a terminal gets readable lines; anything else gets JSON of
+    warnings and errors only. A process without stderr writes no log.
     """
     if sys.stderr is None:  # the descriptor may be that of another file
         yield
@@ -91,15 +96,28 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
                 name: value if name == "exc_info" else _printable(value)
                 for name, value in event.items()
             },
-            structlog.dev.ConsoleRenderer(colors=os.isatty(file), exception_formatter=_write_traceback),
+            structlog.dev.ConsoleRenderer(
+                colors=os.isatty(file), exception_formatter=_write_traceback
+            ),
         ]
     else:
-        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+        processors += [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ]
     handler = LineQueue(file)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
-    logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
+    )
+    logging.getLogger().addHandler(
+        handler
+    )  # also for other libraries, whose level stays at warning
     is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
-    level = "warning" if is_quiet and settings.log_level in {"debug", "info"} else settings.log_level
+    level = (
+        "warning"
+        if is_quiet and settings.log_level in {"debug", "info"}
+        else settings.log_level
+    )
     logging.getLogger(ROOT).setLevel(level.upper())
     try:
         yield

@@ -52,17 +52,29 @@ class Metrics:
             registry=registry,
         )
         self.last_inference = gauge(
-            "last_inference_timestamp_seconds", "End of the last request with images", ("model",)
+            "last_inference_timestamp_seconds",
+            "End of the last request with images",
+            ("model",),
         )
         self._stage_seconds = seconds_of(
-            "stage_duration_seconds", "Load (wait for the model), receive, decode, queue, infer", ("stage",)
+            "stage_duration_seconds",
+            "Load (wait for the model), receive, decode, queue, infer",
+            ("stage",),
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
-        self.decoders = gauge("decoders", "Child processes that decode images of up to 3 megapixels")
-        self.max_decode_bytes = gauge("max_decode_bytes", "Memory of a process that decodes large images")
-        self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
+        self.decoders = gauge(
+            "decoders", "Child processes that decode images of up to 3 megapixels"
+        )
+        self.max_decode_bytes = gauge(
+            "max_decode_bytes", "Memory of a process that decodes large images"
+        )
+        self.batch_size = histogram(
+            "batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS
+        )
         self.batch_close = counter(
-            "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
+            "batch_close",
+            "Why a batch closed: full, or the worker was idle",
+            ("model", "reason"),
         )
         self.decoder_ended = counter(
             "decoder_ended",
@@ -71,7 +83,9 @@ class Metrics:
         )
         self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
-        self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", ("model",))
+        self.nonfinite_outputs = counter(
+            "nonfinite_outputs", "Images whose output is not finite", ("model",)
+        )
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
@@ -81,23 +95,37 @@ class Metrics:
             ("result",),
         )
         self.kept_deleted = counter(
-            "kept_deleted", "Kept photographs that were deleted: expired, no_room, incomplete", ("reason",)
+            "kept_deleted",
+            "Kept photographs that were deleted: expired, no_room, incomplete",
+            ("reason",),
         )
-        self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
+        self.model_memory = gauge(
+            "model_memory_bytes", "With a memory budget; 0: not loaded", ("model",)
+        )
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.load_failures = counter(
             "load_failures",
             "Reloads, and loads with a memory budget, that failed: code of the error",
             ("code",),
         )
-        codes = ["internal", SopdeployError.code, *(kind.code for kind in SopdeployError.__subclasses__())]
-        for code in codes:  # from 0 on: Prometheus sees no increase in a series that begins at 1
+        codes = [
+            "internal",
+            SopdeployError.code,
+            *(kind.code for kind in SopdeployError.__subclasses__()),
+        ]
+        for (
+            code
+        ) in codes:  # from 0 on: Prometheus sees no increase in a series that begins at 1
             self.load_failures.labels(code)
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
-        self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
+        self.runtime_seconds = counter(
+            "runtime_seconds", "Busy time of the runtime", ("model",)
+        )
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self.dropped_log_lines = DROPPED  # global; an attribute because the documentation lists attributes
+        self.dropped_log_lines = (
+            DROPPED  # global; an attribute because the documentation lists attributes
+        )
         registry.register(DROPPED)
         ProcessCollector(registry=registry)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
@@ -118,12 +146,19 @@ class Metrics:
         )
         # Looking up a child by its labels takes longer than counting.
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
-        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
+        self._info = gauge(
+            "bundle_info", "Always 1", ("digest", "model", "precision", "runtime")
+        )
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
     def create_series(self, model_name: str, *, rejects: bool) -> None:
         """Create the series of a model, at 0; *rejects* tells whether it may find an image unknown."""
-        for metric in (self.batch_size, self.nonfinite_outputs, self.runtime_seconds, self.last_inference):
+        for metric in (
+            self.batch_size,
+            self.nonfinite_outputs,
+            self.runtime_seconds,
+            self.last_inference,
+        ):
             metric.labels(model_name)
         for part in REQUEST_RESULTS + REQUEST_STAGES:
             self.inference_seconds.labels(model_name, part)
@@ -133,8 +168,8 @@ class Metrics:
     def count_bundle(self, name: str, bundle: Bundle, runtime: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
-        A bundle may be loaded again before the last request of its previous load has a response. The
-        metrics therefore contain it while its count is positive.
+        A bundle may be loaded again before the last request of its previous load has a
+        response. The metrics therefore contain it while its count is positive.
         """
         labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime)
         self._loaded[labels] += change
@@ -146,9 +181,13 @@ class Metrics:
 
     def count_load_failure(self, error: Exception) -> None:
         """Count a load or reload that ended with *error*."""
-        self.load_failures.labels(error.code if isinstance(error, SopdeployError) else "internal").inc()
+        self.load_failures.labels(
+            error.code if isinstance(error, SopdeployError) else "internal"
+        ).inc()
 
-    def count_request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
+    def count_request(
+        self, route: str, code: int, seconds: float, model_name: str = ""
+    ) -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one."""
         self._child(self._requests, route, str(code), model_name).inc()
         self._child(self._request_seconds, route, model_name).observe(seconds)
@@ -158,23 +197,39 @@ class Metrics:
         self._child(self._stage_seconds, stage).observe(seconds)
 
     def count_inference(
-        self, model_name: str, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
+        self,
+        model_name: str,
+        result: Literal["success", "fail"],
+        seconds: float,
+        stages: Mapping[str, float],
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
-        for stage in stages.keys() & {"load", "receive"}:  # the others are counted per image and batch
+        for stage in stages.keys() & {
+            "load",
+            "receive",
+        }:  # the others are counted per image and batch
             self.observe_stage(stage, stages[stage])
         self._child(self.last_inference, model_name).set_to_current_time()
         self._child(self.inference_seconds, model_name, result).observe(seconds)
         if result == "success":
             for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
-                self._child(self.inference_seconds, model_name, stage).observe(stages.get(stage, 0.0))
+                self._child(self.inference_seconds, model_name, stage).observe(
+                    stages.get(stage, 0.0)
+                )
 
     def count_batch(
-        self, model_name: str, waited: Sequence[float], max_batch: int, started: float, ended: float
+        self,
+        model_name: str,
+        waited: Sequence[float],
+        max_batch: int,
+        started: float,
+        ended: float,
     ) -> None:
         """Count a batch of *model_name* from *started* to *ended*; its images *waited* so many seconds."""
         self._child(self.batch_size, model_name).observe(len(waited))
-        self._child(self.batch_close, model_name, "full" if len(waited) == max_batch else "idle").inc()
+        self._child(
+            self.batch_close, model_name, "full" if len(waited) == max_batch else "idle"
+        ).inc()
         self._child(self.runtime_seconds, model_name).inc(ended - started)
         self.observe_stage("infer", ended - started)
         queue = self._child(self._stage_seconds, "queue")
@@ -185,8 +240,9 @@ class Metrics:
 class DriftWindow:
     """Counts predictions, and compares every full window with the held-out ones. Not thread-safe.
 
-    Each window of `WINDOW_IMAGES` is tested once, so the false-alarm rate of `sopdeploy.evaluation.drift`
-    holds per window. Testing all predictions again at every scrape would raise more and more false alarms.
+    Each window of `WINDOW_IMAGES` is tested once, so the false-alarm rate of
+    `sopdeploy.evaluation.drift` holds per window. Testing all predictions again at every scrape
+    would raise more and more false alarms.
     """
 
     def __init__(self, reference: Reference, metrics: Metrics, model_name: str) -> None:

@@ -8,13 +8,19 @@ from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
 
-# A page of metrics, as prometheus_client writes it; the label `process` is not for a process to write.
+# A page of metrics, as prometheus_client writes it; the label `process` is not for a process to
+# write.
 _NAME = rb"[A-Za-z_:][A-Za-z0-9_:]*"
 _LABEL = rb'(?!process=)[A-Za-z_]\w*="(?:[^"\\\n]|\\[\\"n])*"'
 _VALUE = rb"(?:[+-]?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|Inf)|NaN)"
 _SAMPLE = rb"%b(?:\{%b(?:,%b)*\})? %b\n" % (_NAME, _LABEL, _LABEL, _VALUE)
-_PAGE = re.compile(rb"(?:# HELP %b [^\n]*\n# TYPE %b [a-z]+\n(?:%b)*)*" % (_NAME, _NAME, _SAMPLE))
-_UP = b"# HELP sopdeploy_worker_up Whether a process answers", b"# TYPE sopdeploy_worker_up gauge"
+_PAGE = re.compile(
+    rb"(?:# HELP %b [^\n]*\n# TYPE %b [a-z]+\n(?:%b)*)*" % (_NAME, _NAME, _SAMPLE)
+)
+_UP = (
+    b"# HELP sopdeploy_worker_up Whether a process answers",
+    b"# TYPE sopdeploy_worker_up gauge",
+)
 
 _Value = TypeVar("_Value")
 
@@ -36,17 +42,22 @@ class Shared(Generic[_Value]):
         if self._made is None or (self._made.done() and now >= self._next):
             self._made = asyncio.ensure_future(self._make())
             self._next = now + SHARED_SECONDS
-        return await asyncio.shield(self._made)  # one who leaves does not cancel it for the others
+        return await asyncio.shield(
+            self._made
+        )  # one who leaves does not cancel it for the others
 
 
 def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
     """Merge the metrics *pages* of processes by name, and that of the *supervisor*.
 
-    Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that is empty or no
-    page of metrics.
+    Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that
+    is empty or no page of metrics.
     """
     valid = {process: page for process, page in pages.items() if _is_page(page)}
-    up = [b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid) for name in pages]
+    up = [
+        b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid)
+        for name in pages
+    ]
     merged, help_line, samples = {_UP[1].split()[2]: (_UP, up)}, b"", up
     for process, page in {**valid, "supervisor": supervisor}.items():
         label = b'process="%b"' % process.encode()
@@ -55,12 +66,18 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
                 help_line = line
             elif line.startswith(b"# TYPE"):
                 # A metric has one type, that of the first process.
-                _, samples = merged.setdefault(line.split()[2], ((help_line, line), list[bytes]()))
+                _, samples = merged.setdefault(
+                    line.split()[2], ((help_line, line), list[bytes]())
+                )
             else:
                 first = b"{" if b"{" in line else b" "  # after the name
                 name, _, rest = line.partition(first)
-                samples.append(b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest))
-    return b"\n".join(line for head, lines in merged.values() for line in (*head, *lines)) + b"\n"
+                samples.append(
+                    b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest)
+                )
+    return (
+        b"\n".join(line for head, lines in merged.values() for line in (*head, *lines)) + b"\n"
+    )
 
 
 def _is_page(page: bytes) -> bool:

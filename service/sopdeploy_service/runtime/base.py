@@ -39,8 +39,9 @@ class Runtime(Protocol):
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
         The outputs must not share memory with *images*, which the next batch overwrites. Raises
-        `DeviceLostError` if no other batch can run. After any other exception, the caller runs each half of
-        the batch, down to single images; if all fail, it runs a blank one to see whether the device is lost.
+        `DeviceLostError` if no other batch can run. After any other exception, the caller runs
+        each half of the batch, down to single images; if all fail, it runs a blank one to see
+        whether the device is lost.
         """
         ...
 
@@ -49,9 +50,9 @@ class Runtime(Protocol):
         ...
 
 
-# Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here. The graph is
-# `bundle.onnx`, a file in memory for `open` and `os.fspath`; the folder of the bundle may have changed
-# meanwhile. A class may state `needs_gpu`, as `OwnRuntime` does.
+# Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here. The
+# graph is `bundle.onnx`, a file in memory for `open` and `os.fspath`; the folder of the bundle
+# may have changed meanwhile. A class may state `needs_gpu`, as `OwnRuntime` does.
 OpenRuntime: TypeAlias = Callable[[Bundle, Settings], Runtime]
 
 
@@ -80,7 +81,8 @@ class OwnRuntime(Runtime, Protocol):
     def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:
         """Return why `auto` chooses it for *bundle*, or None.
 
-        Raises `RuntimeUnavailableError` if it is set up and cannot compute *bundle*: `auto` then fails.
+        Raises `RuntimeUnavailableError` if it is set up and cannot compute *bundle*: `auto`
+        then fails.
         """
 
 
@@ -88,7 +90,11 @@ def may_use_gpu(settings: Settings) -> bool:
     """Tell whether the runtime of *settings* uses a GPU, or may use one that is set up."""
     needed = settings.runtime_needs_gpu()
     own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
-    return any(one.needs_gpu and one.is_set_up() for one in own.values()) if needed is None else needed
+    return (
+        any(one.needs_gpu and one.is_set_up() for one in own.values())
+        if needed is None
+        else needed
+    )
 
 
 def cpu_runtime() -> str:
@@ -103,7 +109,9 @@ def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
     Raises `ConfigError` if *open_runtime* cannot be called, or *name* is invalid or in use.
     """
     if not callable(open_runtime):
-        raise ConfigError(f"register_runtime: {open_runtime!r} cannot be called with a bundle and settings")
+        raise ConfigError(
+            f"register_runtime: {open_runtime!r} cannot be called with a bundle and settings"
+        )
     RUNTIMES.register(name, open_runtime, open_runtime.__module__)
 
 
@@ -117,16 +125,17 @@ class OverlappingRuntime(Runtime, Protocol):
         """Begin a batch of *images* (H, W, 3); return a function that waits for its outputs *names*, or all.
 
         At most two batches are in flight. Their functions may be called in either order.
-        *images* may be overwritten after this returns. Raises as `run` does, or the returned function does.
+        *images* may be overwritten after this returns. Raises as `run` does, or the returned
+        function does.
         """
         ...
 
 
 # What matters in messages that contain several lines of C++ signatures.
-REASON = re.compile(r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*")
-OTHER_GPU = (
-    "ONNX Runtime has kernels for compute capability 7.5, 8.x, 9.0 and 12.x; build an engine for other GPUs"
+REASON = re.compile(
+    r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*"
 )
+OTHER_GPU = "ONNX Runtime has kernels for compute capability 7.5, 8.x, 9.0 and 12.x; build an engine for other GPUs"
 MEMORY_TEXTS = (
     "cudaerrormemoryallocation",
     "cuda_error_out_of_memory",
@@ -163,4 +172,6 @@ def readable_reason(error: Exception) -> str:
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether *error*, of any library, says that the device or process has no memory for the batch."""
     text = str(error).lower()
-    return isinstance(error, OutOfMemoryError | MemoryError) or any(words in text for words in MEMORY_TEXTS)
+    return isinstance(error, OutOfMemoryError | MemoryError) or any(
+        words in text for words in MEMORY_TEXTS
+    )

@@ -1,6 +1,7 @@
 """Load CUDA and cuDNN for ONNX Runtime, and name the library that is missing.
 
-ONNX Runtime searches NVIDIA's pip packages only beside its own, and its message about a missing one is long.
+ONNX Runtime searches NVIDIA's pip packages only beside its own, and its message about a missing
+one is long.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ NO_DRIVER = (
 def package_folders() -> list[Path]:
     """Return the library folders of NVIDIA's pip packages, in the order of Python's path.
 
-    Several environments on the path can have a folder of one name with different libraries in it, such as
-    `cu13`. A folder is left out if earlier ones have all of its libraries.
+    Several environments on the path can have a folder of one name with different libraries in
+    it, such as `cu13`. A folder is left out if earlier ones have all of its libraries.
     """
     folders: list[Path] = []
     found: set[str] = set()
@@ -55,11 +56,15 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
         raise RuntimeUnavailableError(NO_DRIVER) from error
     capi = Path(onnxruntime.__file__).parent / "capi"
     try:
-        ctypes.CDLL(str(capi / SHARED), mode=ctypes.RTLD_GLOBAL)  # has symbols that the provider needs
+        ctypes.CDLL(
+            str(capi / SHARED), mode=ctypes.RTLD_GLOBAL
+        )  # has symbols that the provider needs
         for library in (str(capi / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)
     except OSError as error:
-        name, _, reason = str(error).partition(": ")  # the message of the loader begins with the library
+        name, _, reason = str(error).partition(
+            ": "
+        )  # the message of the loader begins with the library
         raise RuntimeUnavailableError(
             f"onnxruntime {onnxruntime.__version__} needs {Path(name).name} for CUDA ({reason}); "
             'run: pip install "sopdeploy[gpu]"'

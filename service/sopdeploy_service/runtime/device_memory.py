@@ -9,12 +9,13 @@ from sopdeploy.environment import control_groups
 
 MEMINFO = Path("/proc/meminfo")
 
-# glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
-# keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
-# settings, the memory of a server would be the sum of the peaks of all threads and look like a leak.
+# glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is
+# enough), it keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end
+# of each. Without these settings, the memory of a server would be the sum of the peaks of all
+# threads and look like a leak.
 _MIB = 1 << 20
-# (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A lower mmap
-# threshold would cost 5 to 8 % of the CPU time of an image.
+# (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A
+# lower mmap threshold would cost 5 to 8 % of the CPU time of an image.
 MALLOPT = (
     ("MALLOC_ARENA_MAX", -8, 2),  # heaps
     ("MALLOC_MMAP_THRESHOLD_", -3, _MIB),  # bytes from which a block is mapped on its own

@@ -15,9 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import GRAPH, Bundle
-from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
+from sopdeploy.environment import (
+    EXACT_INT8,
+    SLOW_INT8,
+    import_optional,
+    lacks_vnni,
+    usable_cores,
+)
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import OwnRuntime, is_out_of_memory, padded_sizes, readable_reason
+from sopdeploy_service.runtime.base import (
+    OwnRuntime,
+    is_out_of_memory,
+    padded_sizes,
+    readable_reason,
+)
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 from sopdeploy_service.settings import Settings
 
@@ -27,14 +38,28 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 in the graph stays fp32
-    "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm whenever the size changes
+    # the default measures every algorithm whenever the size changes
+    "cudnn_conv_algo_search": "HEURISTIC",
 }
-# onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA kernels.
-SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
+# onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA
+# kernels.
+SHAPE_OPERATORS = {
+    "Shape",
+    "Gather",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Concat",
+    "Cast",
+    "Add",
+    "Mul",
+}
 PREFER_NHWC = {"prefer_nhwc": "1"}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 FATAL = 4  # severity of log lines; errors are raised as exceptions and need no line
-_Job: TypeAlias = tuple[Callable[[], list[NDArray[np.float32]]], Future[list[NDArray[np.float32]]]]
+_Job: TypeAlias = tuple[
+    Callable[[], list[NDArray[np.float32]]], Future[list[NDArray[np.float32]]]
+]
 
 
 class OnnxRuntime(OwnRuntime):
@@ -49,7 +74,9 @@ class OnnxRuntime(OwnRuntime):
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            onnxruntime.set_default_logger_severity(FATAL)  # of the CUDA provider; sessions have their own
+            onnxruntime.set_default_logger_severity(
+                FATAL
+            )  # of the CUDA provider; sessions have their own
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
@@ -83,10 +110,11 @@ class OnnxRuntime(OwnRuntime):
 class CudaOnnxRuntime(OnnxRuntime):
     """Sessions on a GPU, an `OverlappingRuntime`.
 
-    A thread runs the batches, because `InferenceSession.run` waits for the GPU; meanwhile the next one is
-    prepared. A session plans its convolutions anew whenever the batch size changes, which takes up to
-    hundreds of times as long as the batch (docs/benchmarks/gpu.md). Batches are therefore padded to
-    `padded_sizes`, and a graph with convolutions gets a session for each of these sizes when it first occurs.
+    A thread runs the batches, because `InferenceSession.run` waits for the GPU; meanwhile the
+    next one is prepared. A session plans its convolutions anew whenever the batch size changes,
+    which takes up to hundreds of times as long as the batch (docs/benchmarks/gpu.md). Batches
+    are therefore padded to `padded_sizes`, and a graph with convolutions gets a session for
+    each of these sizes when it first occurs.
     """
 
     setting, title, extra, needs_gpu = "onnxruntime-cuda", "ONNX Runtime with CUDA", "gpu", True
@@ -95,17 +123,30 @@ class CudaOnnxRuntime(OnnxRuntime):
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         super().__init__(bundle, settings)
         self._bundle_name = bundle.name
-        self._open_another = partial(  # keeps the graph in memory, for the sessions of other sizes
-            _open_session, import_onnxruntime(), bundle, settings.threads or usable_cores(), self._provider
+        self._open_another = (
+            partial(  # keeps the graph in memory, for the sessions of other sizes
+                _open_session,
+                import_onnxruntime(),
+                bundle,
+                settings.threads or usable_cores(),
+                self._provider,
+            )
         )
         # A session makes plans for the size of its batches if it has convolutions.
-        self._needs_session_per_size = any("Conv" in operator for operator in _count_operators(self._session))
-        self._sessions = {1: self._session}  # by batch size; the first session takes batches of one
+        self._needs_session_per_size = any(
+            "Conv" in operator for operator in _count_operators(self._session)
+        )
+        self._sessions = {
+            1: self._session
+        }  # by batch size; the first session takes batches of one
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
-        # A daemon, unlike the threads of an executor: a device that hangs must not delay the exit.
-        self._thread = Thread(target=_run_jobs, args=(self._jobs,), name="onnxruntime", daemon=True)
+        # A daemon, unlike the threads of an executor: a device that hangs must not delay the
+        # exit.
+        self._thread = Thread(
+            target=_run_jobs, args=(self._jobs,), name="onnxruntime", daemon=True
+        )
         self._thread.start()
 
     @staticmethod
@@ -145,8 +186,11 @@ class CudaOnnxRuntime(OnnxRuntime):
         names = self._outputs if names is None else list(names)
         count = len(images)
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
-        size = min(large_enough, default=count)  # a batch that is too large is not padded, and may fail
-        # Memory that the system gives for each batch anew would cost more time than the copy of the images.
+        size = min(
+            large_enough, default=count
+        )  # a batch that is too large is not padded, and may fail
+        # Memory that the system gives for each batch anew would cost more time than the copy of
+        # the images.
         if self._buffers and size <= len(self._buffers[-1]):
             buffer = self._buffers.pop()
         else:
@@ -184,7 +228,9 @@ class CudaOnnxRuntime(OnnxRuntime):
             except RuntimeUnavailableError as error:
                 if not is_out_of_memory(error):
                     raise
-                log.warning("%s: no memory to keep the plans for batches of %d", self._bundle_name, size)
+                log.warning(
+                    "%s: no memory to keep the plans for batches of %d", self._bundle_name, size
+                )
                 self._sessions[size] = self._session
         return self._sessions[size]
 
@@ -197,12 +243,18 @@ def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
             future.set_result(run())
         except Exception as error:  # raised where the outputs are due
             future.set_exception(error)
-        del job, run, future  # the idle thread must not keep a session or the memory of a batch alive
+        del (
+            job,
+            run,
+            future,
+        )  # the idle thread must not keep a session or the memory of a batch alive
 
 
 def import_onnxruntime() -> Any:
     """Import onnxruntime; raise `RuntimeUnavailableError` if it is not installed."""
-    return import_optional("onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError)
+    return import_optional(
+        "onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError
+    )
 
 
 def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
@@ -218,7 +270,8 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
         options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA kernel.
+        # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA
+        # kernel.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
@@ -228,18 +281,21 @@ def open_graph(
 ) -> Any:
     """Open the graph at *path*, in *precision*, on *provider*; *options* are `session_options`.
 
-    On a GPU, a graph in fp16 gets the layout of tensor cores, NHWC, because cuDNN would otherwise transpose
-    around convolutions. With this layout, onnxruntime also moves the operators that compute shapes to the
-    GPU, and copies shapes between GPU and CPU in every run. A graph with more operators Shape than Conv, such
-    as that of a transformer, therefore keeps the usual layout. With *like*, an earlier session of this graph,
-    the layout is that of this session.
+    On a GPU, a graph in fp16 gets the layout of tensor cores, NHWC, because cuDNN would
+    otherwise transpose around convolutions. With this layout, onnxruntime also moves the
+    operators that compute shapes to the GPU, and copies shapes between GPU and CPU in every
+    run. A graph with more operators Shape than Conv, such as that of a transformer, therefore
+    keeps the usual layout. With *like*, an earlier session of this graph, the layout is that of
+    this session.
     """
     # With `enable_fallback`, onnxruntime runs on the CPU after errors.
     open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
     if like is None:
         may_prefer_nhwc = provider == CUDA and precision == "fp16"
     else:
-        may_prefer_nhwc = PREFER_NHWC.items() <= like.get_provider_options().get(CUDA, {}).items()
+        may_prefer_nhwc = (
+            PREFER_NHWC.items() <= like.get_provider_options().get(CUDA, {}).items()
+        )
     if may_prefer_nhwc:
         session = open_session(providers=[(CUDA, CUDA_OPTIONS | PREFER_NHWC)])
         operators = _count_operators(session)
@@ -259,15 +315,19 @@ def _count_operators(session: Any, provider: str | None = None) -> Counter[str]:
 def operators_on_cpu(session: Any) -> list[str]:
     """Return the operators of a GPU's *session* that run on the CPU, except those that compute shapes.
 
-    *session* was opened with `session_options`. Copying activations to the CPU is slower than a CPU alone.
+    *session* was opened with `session_options`. Copying activations to the CPU is slower than a
+    CPU alone.
     """
     return sorted(_count_operators(session, CPU).keys() - SHAPE_OPERATORS)
 
 
-def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str, like: Any = None) -> Any:
+def _open_session(
+    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, like: Any = None
+) -> Any:
     """Return a session on *provider* with the tensors of the manifest, or raise `RuntimeUnavailableError`.
 
-    onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run there.
+    onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run
+    there.
     """
     version = onnxruntime.__version__
     if provider not in onnxruntime.get_available_providers():
@@ -282,7 +342,9 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str,
         )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {readable_reason(error)}"
-        raise RuntimeUnavailableError(f"{bundle.path / GRAPH}: onnxruntime {version} {reason}") from error
+        raise RuntimeUnavailableError(
+            f"{bundle.path / GRAPH}: onnxruntime {version} {reason}"
+        ) from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: asked for {provider}, onnxruntime chose {session.get_providers()}"

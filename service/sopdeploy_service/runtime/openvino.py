@@ -22,17 +22,20 @@ TELEMETRY = "openvino_telemetry"
 def openvino_core() -> Any:
     """Return the one `openvino.Core` of this process, which is never released.
 
-    Its CPU plugin replaces the signal stack of the thread that loads it, and unmaps the new one when it is
-    released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
-    `RuntimeUnavailableError` if OpenVINO is not installed.
+    Its CPU plugin replaces the signal stack of the thread that loads it, and unmaps the new one
+    when it is released, in whichever thread. The next signal would end the process with a
+    segmentation fault. Raises `RuntimeUnavailableError` if OpenVINO is not installed.
     """
-    # The package with which OpenVINO reports its import writes an ID into the home folder, and sends events.
-    # Its own switch, `opt_in_out --opt_out`, is a file there. Without it, OpenVINO uses its `telemetry_stub`.
+    # The package with which OpenVINO reports its import writes an ID into the home folder, and
+    # sends events. Its own switch, `opt_in_out --opt_out`, is a file there. Without it,
+    # OpenVINO uses its `telemetry_stub`.
     hides_telemetry = TELEMETRY not in sys.modules
     if hides_telemetry:
         sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it now raises `ImportError`
     try:
-        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
+        openvino = import_optional(
+            "openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError
+        )
     finally:
         if hides_telemetry:
             del sys.modules[TELEMETRY]
@@ -52,7 +55,8 @@ class OpenVINORuntime(OwnRuntime):
         self.name = f"openvino {version}"
         self.largest_batch = bundle.manifest.batch.maximum
         options = {
-            # float32 in the graph stays float32, such as a matrix square root; OpenVINO would use bfloat16.
+            # float32 in the graph stays float32, such as a matrix square root; OpenVINO would
+            # use bfloat16.
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": settings.threads or usable_cores(),
@@ -65,7 +69,9 @@ class OpenVINORuntime(OwnRuntime):
             raise RuntimeUnavailableError(
                 f"{bundle.path / GRAPH}: openvino {version} cannot compile the graph: {reason}"
             ) from error
-        declared = {tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)}
+        declared = {
+            tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)
+        }
         if any(not port.names & declared for port in (*model.inputs, *model.outputs)):
             raise RuntimeUnavailableError(
                 f"{bundle.path / GRAPH}: has other tensors than the manifest; export it again"

@@ -41,7 +41,9 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
                 return
             reasons.append(found)
         reason = reasons[0] if reasons else EMPTY
-        raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {quote(str(bundle.path))}")
+        raise RuntimeUnavailableError(
+            f"{reason}; run: sopdeploy engine {quote(str(bundle.path))}"
+        )
 
     @staticmethod
     def is_set_up() -> bool:

@@ -1,13 +1,13 @@
 """The engine cache: a plan and a JSON record per key, in `engines/<bundle>/` beside the bundle.
 
-A plan is native code for one GPU model and one TensorRT version. The key contains everything that decides
-whether it can be used; keys are compared field by field, so that a cache miss states its reason. A plan is
-loaded only if the key and the sha256 in its record match. The hash detects damage, not an attacker: everyone
-who can write to the folder can run code.
+A plan is native code for one GPU model and one TensorRT version. The key contains everything
+that decides whether it can be used; keys are compared field by field, so that a cache miss
+states its reason. A plan is loaded only if the key and the sha256 in its record match. The hash
+detects damage, not an attacker: everyone who can write to the folder can run code.
 
-The profiles of an engine are the batch sizes that it is built and tuned for. `1,8,32` gives three disjoint
-profiles: 1, 2 to 8, and 9 to 32. Each is tuned for its largest batch. Every batch size has exactly one
-profile, and single images run without a dynamic dimension.
+The profiles of an engine are the batch sizes that it is built and tuned for. `1,8,32` gives
+three disjoint profiles: 1, 2 to 8, and 9 to 32. Each is tuned for its largest batch. Every
+batch size has exactly one profile, and single images run without a dynamic dimension.
 """
 
 import hashlib
@@ -47,20 +47,29 @@ class Profile(StrictModel):
     maximum: Count
 
     def __str__(self) -> str:
-        return f"{self.minimum}" if self.minimum == self.maximum else f"{self.minimum}-{self.maximum}"
+        return (
+            f"{self.minimum}"
+            if self.minimum == self.maximum
+            else f"{self.minimum}-{self.maximum}"
+        )
 
 
 def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     """Parse `1,8,32` to one profile per size; without *text*, use the sizes of *batch*.
 
-    Each profile covers the batches from the previous size plus one up to its size. Raises `ConfigError` if a
-    size is not a number or outside the range that the bundle was verified for.
+    Each profile covers the batches from the previous size plus one up to its size. Raises
+    `ConfigError` if a size is not a number or outside the range that the bundle was verified
+    for.
     """
     try:
-        unsorted = (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
+        unsorted = (
+            (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
+        )
         sizes = sorted(set(map(int, unsorted)))
     except ValueError as error:
-        raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
+        raise ConfigError(
+            "write batch sizes such as 1,8,32", setting="profiles", value=text
+        ) from error
     if sizes[0] < batch.minimum or sizes[-1] > batch.maximum:
         raise ConfigError(
             f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
@@ -68,7 +77,9 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
             value=text,
         )
     starts = [batch.minimum, *(size + 1 for size in sizes[:-1])]
-    return tuple(Profile(minimum=start, maximum=size) for start, size in zip(starts, sizes, strict=True))
+    return tuple(
+        Profile(minimum=start, maximum=size) for start, size in zip(starts, sizes, strict=True)
+    )
 
 
 def profile_index(profiles: Sequence[Profile], batch: int) -> int:
@@ -91,7 +102,9 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
-    builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
+    builder: Literal[1] = (
+        1  # increased when the lint or the builder flags change what a plan computes
+    )
 
     @property
     def name(self) -> str:
@@ -144,7 +157,8 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
 def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     """Write *plan* and then its *record* atomically; return the path of the plan.
 
-    Several processes may write the same engine. Raises `StorageError` if *folder* cannot be written.
+    Several processes may write the same engine. Raises `StorageError` if *folder* cannot be
+    written.
     """
     path = folder / f"{record.key.name}.plan"
     contents = {path: plan, path.with_suffix(".json"): to_json(record.model_dump(mode="json"))}
@@ -165,7 +179,11 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
     if not records:
         return EMPTY
     all_differences = [_describe_differences(record.key, fields) for record in records]
-    usable = [record for record, differences in zip(records, all_differences, strict=True) if not differences]
+    usable = [
+        record
+        for record, differences in zip(records, all_differences, strict=True)
+        if not differences
+    ]
     if not usable:
         nearest = min(all_differences, key=len)
         return f"the nearest engine here was built for {'; '.join(nearest)}"
@@ -192,7 +210,9 @@ def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str
         if field == "profiles":  # as 1,2-8
             actual, expected = (",".join(map(str, profiles)) for profiles in (actual, expected))
         end = NAME_LENGTH if field == "bundle_onnx" else None  # only this hash is shown in part
-        texts.append(f"{field.replace('_', ' ')} {str(actual)[:end]}, not {str(expected)[:end]}")
+        texts.append(
+            f"{field.replace('_', ' ')} {str(actual)[:end]}, not {str(expected)[:end]}"
+        )
     return texts
 
 

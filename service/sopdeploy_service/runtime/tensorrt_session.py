@@ -1,8 +1,9 @@
 """Run a TensorRT engine through named tensors and `execute_async_v3`.
 
-Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
-the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
-Kernels run in order on one stream, so both buffers share a context. CUDA is called through `cuda-python`.
+Two batches can be in flight: while one is computed, the next is copied to the GPU on a second
+stream, into the other of two buffers. Each profile has its own execution context, because
+switching profiles takes time. Kernels run in order on one stream, so both buffers share a
+context. CUDA is called through `cuda-python`.
 """
 
 import ctypes
@@ -28,16 +29,21 @@ BUFFERS = 2  # batches in flight
 
 def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
-    trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    trt = import_optional(
+        "tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError
+    )
     if int(trt.__version__.split(".")[0]) < OLDEST:
-        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install {OLDEST} or later")
+        raise RuntimeUnavailableError(
+            f"TensorRT {trt.__version__} is too old; install {OLDEST} or later"
+        )
     return trt
 
 
 def reset_logger(trt: Any) -> Any:
     """Empty and return the logger of this process, which collects TensorRT's errors.
 
-    TensorRT registers the logger of the first builder or runtime and ignores others while that one exists.
+    TensorRT registers the logger of the first builder or runtime and ignores others while that
+    one exists.
     """
     logger = _process_logger(trt)
     logger.errors.clear()
@@ -67,8 +73,8 @@ def last_error(logger: Any) -> str:
 def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
     """Create a TensorRT builder or runtime.
 
-    Raises `RuntimeUnavailableError` with TensorRT's message if there is no GPU or the driver is unsuitable;
-    TensorRT itself raises `TypeError`.
+    Raises `RuntimeUnavailableError` with TensorRT's message if there is no GPU or the driver is
+    unsuitable; TensorRT itself raises `TypeError`.
     """
     try:
         return getattr(trt, kind)(logger)
@@ -82,8 +88,8 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
 def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
     """Deserialize *plan*; return [TensorRT runtime, engine], to be released from the end.
 
-    The caller must have verified *plan*. Host code in plans stays disabled. Raises `RuntimeUnavailableError`
-    if TensorRT cannot start or cannot load *plan*.
+    The caller must have verified *plan*. Host code in plans stays disabled. Raises
+    `RuntimeUnavailableError` if TensorRT cannot start or cannot load *plan*.
     """
     runtime = create(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -115,7 +121,11 @@ class Cuda:
     def gpu(self) -> Gpu:
         """Query the first GPU."""
         properties = self.call("cudaGetDeviceProperties", 0)
-        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+        name = (
+            properties.name.decode()
+            if isinstance(properties.name, bytes)
+            else str(properties.name)
+        )
         return Gpu(
             name=name.rstrip("\0"),
             architecture=f"sm_{properties.major}{properties.minor}",
@@ -126,9 +136,19 @@ class Cuda:
         """Copy *pinned* to the device *address*, or back if *upload* is false, without waiting."""
         kinds = self.runtime.cudaMemcpyKind
         if upload:
-            arguments = (address, pinned.ctypes.data, pinned.nbytes, kinds.cudaMemcpyHostToDevice)
+            arguments = (
+                address,
+                pinned.ctypes.data,
+                pinned.nbytes,
+                kinds.cudaMemcpyHostToDevice,
+            )
         else:
-            arguments = (pinned.ctypes.data, address, pinned.nbytes, kinds.cudaMemcpyDeviceToHost)
+            arguments = (
+                pinned.ctypes.data,
+                address,
+                pinned.nbytes,
+                kinds.cudaMemcpyDeviceToHost,
+            )
         self.call("cudaMemcpyAsync", *arguments, stream)
 
 
@@ -164,8 +184,12 @@ class CudaResources:
 
     def create_event(self) -> Any:
         """Create an event for which a thread waits without using CPU time, which the decoders need."""
-        flags = self._cuda.runtime.cudaEventBlockingSync | self._cuda.runtime.cudaEventDisableTiming
-        return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
+        flags = (
+            self._cuda.runtime.cudaEventBlockingSync | self._cuda.runtime.cudaEventDisableTiming
+        )
+        return self._keep(
+            "cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags)
+        )
 
     def synchronize(self) -> None:
         """Wait for the work on all streams, unless the device is lost."""
@@ -200,35 +224,47 @@ def open_cuda() -> Cuda:
 class BatchBuffer:
     """Pinned host memory and device memory for *largest* images and their outputs, with two events."""
 
-    def __init__(self, resources: CudaResources, tensors: tuple[TensorRecord, ...], largest: int) -> None:
+    def __init__(
+        self, resources: CudaResources, tensors: tuple[TensorRecord, ...], largest: int
+    ) -> None:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            sizes = [size for size in tensor.shape[1:] if size is not None]  # only the first size is None
+            sizes = [
+                size for size in tensor.shape[1:] if size is not None
+            ]  # only the first size is None
             shape = (largest, *sizes)
-            self.host[tensor.name] = resources.allocate_pinned_array(shape, np.dtype(tensor.dtype))
-            self.device[tensor.name] = resources.allocate_device_memory(self.host[tensor.name].nbytes)
+            self.host[tensor.name] = resources.allocate_pinned_array(
+                shape, np.dtype(tensor.dtype)
+            )
+            self.device[tensor.name] = resources.allocate_device_memory(
+                self.host[tensor.name].nbytes
+            )
         self.uploaded, self.done = resources.create_event(), resources.create_event()
 
 
 class EngineSession:
     """A loaded engine with buffers and streams. Not thread-safe.
 
-    `close` and the garbage collector release everything. At process exit only the driver releases it, because
-    a device that hangs must not delay the exit.
+    `close` and the garbage collector release everything. At process exit only the driver
+    releases it, because a device that hangs must not delay the exit.
     """
 
-    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, key: EngineKey) -> None:
+    def __init__(
+        self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, key: EngineKey
+    ) -> None:
         """Load a verified *plan* of *key*.
 
-        Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little memory. On
-        error, nothing stays allocated.
+        Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little
+        memory. On error, nothing stays allocated.
         """
         self._cuda, self._profiles, self._logger = cuda, key.profiles, reset_logger(trt)
         self._loaded = deserialize(trt, plan, self._logger)  # runtime and engine
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
-        self._finalizer = weakref.finalize(self, _release, self._resources, self._contexts, self._loaded)
+        self._finalizer = weakref.finalize(
+            self, _release, self._resources, self._contexts, self._loaded
+        )
         self._finalizer.atexit = False  # at process exit the driver releases everything
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
@@ -237,7 +273,10 @@ class EngineSession:
             self._stream = self._resources.create_stream()
             self._upload_stream = self._resources.create_stream()
             tensors = (*manifest.inputs, *manifest.outputs)
-            self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
+            self._free = [
+                BatchBuffer(self._resources, tensors, self.largest_batch)
+                for _ in range(BUFFERS)
+            ]
             self._add_contexts(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         except BaseException:  # also Ctrl-C: device memory is not freed by itself
             self.close()  # does not use the attributes that may be missing yet
@@ -250,11 +289,13 @@ class EngineSession:
     def _add_contexts(self, strategy: Any) -> None:
         """Create a context per profile; raise `RuntimeUnavailableError` if TensorRT cannot run one.
 
-        The contexts share one block of device memory of the size that the largest profile needs, because
-        their kernels never run at the same time.
+        The contexts share one block of device memory of the size that the largest profile
+        needs, because their kernels never run at the same time.
         """
         size = int(self._engine.device_memory_size_v2)
-        shared = self._resources.allocate_device_memory(max(1, size))  # 0 bytes would have no address
+        shared = self._resources.allocate_device_memory(
+            max(1, size)
+        )  # 0 bytes would have no address
         # The engine and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:
@@ -262,12 +303,16 @@ class EngineSession:
                 if self._contexts[index] is None:
                     raise RuntimeError("TensorRT gave no reason")
                 self._contexts[index].set_device_memory(shared, size)
-                if not self._contexts[index].set_optimization_profile_async(index, int(self._stream)):
+                if not self._contexts[index].set_optimization_profile_async(
+                    index, int(self._stream)
+                ):
                     raise RuntimeError("TensorRT gave no reason")
                 self._cuda.call("cudaStreamSynchronize", self._stream)
             except RuntimeError as error:  # its text is the reason only if TensorRT logged none
                 reason = self._logger.errors[-1] if self._logger.errors else error
-                raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
+                raise RuntimeUnavailableError(
+                    f"TensorRT cannot run profile {profile}: {reason}"
+                ) from error
 
     def close(self) -> None:
         """Destroy contexts and engine, and free all memory; later calls do nothing."""
@@ -282,10 +327,11 @@ class EngineSession:
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Start a batch of n *images* (H, W, 3) uint8; return a function to call once, which waits for it.
 
-        That function returns the outputs *names* by name, by default all, (n, ...) float32. Others are not
-        copied from the GPU. The images are copied before `begin` returns. Raises `RuntimeError` if two
-        batches are in flight or TensorRT rejects the batch, `ConfigError` if no profile accepts that many
-        images. Both functions raise `RuntimeUnavailableError` if CUDA fails.
+        That function returns the outputs *names* by name, by default all, (n, ...) float32.
+        Others are not copied from the GPU. The images are copied before `begin` returns. Raises
+        `RuntimeError` if two batches are in flight or TensorRT rejects the batch, `ConfigError`
+        if no profile accepts that many images. Both functions raise `RuntimeUnavailableError`
+        if CUDA fails.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
@@ -296,12 +342,18 @@ class EngineSession:
         try:
             pinned = buffer.host[self._input][:count]
             np.stack(images, out=pinned)
-            self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
+            self._cuda.copy(
+                pinned, buffer.device[self._input], self._upload_stream, upload=True
+            )
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
-            call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)  # kernels start after the upload
+            call(
+                "cudaStreamWaitEvent", self._stream, buffer.uploaded, 0
+            )  # kernels start after the upload
             self._enqueue_kernels(index, buffer, count)
             for name in names:
-                self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
+                self._cuda.copy(
+                    buffer.host[name][:count], buffer.device[name], self._stream, upload=False
+                )
             call("cudaEventRecord", buffer.done, self._stream)
         except BaseException:  # also Ctrl-C: the buffer must be free again
             with suppress(RuntimeUnavailableError):  # wait: a copy may still use the buffer
@@ -316,11 +368,17 @@ class EngineSession:
         context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
-                raise RuntimeError(f"TensorRT rejects the memory of {name}: {last_error(self._logger)}")
+                raise RuntimeError(
+                    f"TensorRT rejects the memory of {name}: {last_error(self._logger)}"
+                )
         if not context.set_input_shape(self._input, shape):
-            raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}")
+            raise RuntimeError(
+                f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}"
+            )
         if not context.execute_async_v3(int(self._stream)):
-            self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
+            self._cuda.call(
+                "cudaStreamSynchronize", self._stream
+            )  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
 
     def _wait_for_outputs(

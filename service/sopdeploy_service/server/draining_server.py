@@ -21,7 +21,11 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy_service.inference.bundle_store import follow_links
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
+from sopdeploy_service.server.http_protocol import (
+    Connections,
+    LimitedHttpProtocol,
+    limited_config,
+)
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
@@ -30,7 +34,9 @@ LAST_SECONDS = 1.0  # for connections that are open without a request when the p
 _POLL_SECONDS = 0.02
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 BEATS = 100  # the last ten seconds
-_YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
+_YOUNG_OBJECTS = (
+    10_000  # threshold of the youngest garbage collector generation; Python's default is 700
+)
 
 log = logging.getLogger("sopdeploy.server")
 
@@ -38,7 +44,8 @@ log = logging.getLogger("sopdeploy.server")
 def freeze_objects() -> None:
     """Make garbage collections rare and exclude the objects that exist; call it after the imports.
 
-    A collection stops all threads; scanning imported objects takes 45 ms, and a request leaves no garbage.
+    A collection stops all threads; scanning imported objects takes 45 ms, and a request leaves
+    no garbage.
     """
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
@@ -76,10 +83,11 @@ class AppLifespan:
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that responds while it drains, and exits when a runtime is dead.
 
-    The first signal makes the server not ready: new requests get 503, admitted ones are completed within
-    `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
-    which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles of
-    *sources*, and so does a move of one of *links*, which maps them to where they lead now.
+    The first signal makes the server not ready: new requests get 503, admitted ones are
+    completed within `drain_seconds`, then the port is closed. Connections that are open by then
+    may send one more request, which gets 503. A second signal ends the drain: unfinished
+    requests get 503. SIGHUP reloads the bundles of *sources*, and so does a move of one of
+    *links*, which maps them to where they lead now.
     """
 
     def __init__(
@@ -93,11 +101,15 @@ class DrainingServer(uvicorn.Server):
         self._app, self._service = app, cast(Service, app.state.service)
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources, self._links = sources, links or {}
-        self._reloads: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
+        self._reloads: set[asyncio.Task[None]] = (
+            set()
+        )  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
         self._last_beat = time.monotonic()
-        self._lags: deque[float] = deque([0.0], maxlen=BEATS)  # seconds by which ticks of uvicorn were late
+        self._lags: deque[float] = deque(
+            [0.0], maxlen=BEATS
+        )  # seconds by which ticks of uvicorn were late
         self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
 
     def serve_until_end(self, *listeners: socket.socket) -> int:
@@ -117,7 +129,9 @@ class DrainingServer(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as problem:
-            raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
+            raise ConfigError(
+                f"cannot listen ({problem.strerror}); choose another port"
+            ) from problem
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links:
@@ -139,7 +153,9 @@ class DrainingServer(uvicorn.Server):
             app_state=self.lifespan.state,
         )
         for connection in connections:
-            await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
+            await asyncio.get_running_loop().connect_accepted_socket(
+                create_protocol, connection
+            )
 
     def on_hangup(self) -> None:
         """Drain if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
@@ -156,7 +172,9 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
         again = self._drain_until is not None
-        self._drain_until = time.monotonic() + (0.0 if again else self._service.settings.drain_seconds)
+        self._drain_until = time.monotonic() + (
+            0.0 if again else self._service.settings.drain_seconds
+        )
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
@@ -168,9 +186,14 @@ class DrainingServer(uvicorn.Server):
             return True
         if self._drain_until is not None:
             if not self._is_draining:
-                self._is_draining = True  # logged here: a signal handler may interrupt another log line
+                self._is_draining = (
+                    True  # logged here: a signal handler may interrupt another log line
+                )
                 seconds = self._service.settings.drain_seconds
-                log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
+                log.info(
+                    "draining",
+                    extra={"requests": self._service.active_requests, "seconds": seconds},
+                )
             if now >= self._drain_until:
                 self._service.drain(abort=True)
                 return True
@@ -193,5 +216,7 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
                 connections = cast(set[LimitedHttpProtocol], self.server_state.connections)
                 # uvicorn runs this timer while a connection waits for its next request.
-                all_answered = all(one.timeout_keep_alive_task is not None for one in connections)
+                all_answered = all(
+                    one.timeout_keep_alive_task is not None for one in connections
+                )
         await super().shutdown(sockets)

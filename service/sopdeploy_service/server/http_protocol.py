@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 protocol with time and size limits, and limits on the number of connections.
 
-uvicorn waits without limit for request headers of any size, and for clients that do not read their response.
-This protocol rejects such requests and closes such connections. `http.middleware` limits the bodies.
+uvicorn waits without limit for request headers of any size, and for clients that do not read
+their response. This protocol rejects such requests and closes such connections.
+`http.middleware` limits the bodies.
 """
 
 import asyncio
@@ -28,17 +29,25 @@ from sopdeploy_service.settings import Settings
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
-LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
-GRACE = 1.0  # seconds for headers, a body or reading; who takes longer may have to make room for another one
+# a connection closed with unread input is reset: the client could not read the response
+LINGER_SECONDS = 2.0
+# seconds for headers, a body or reading; who takes longer may have to make room for another one
+GRACE = 1.0
 MIN_SECONDS = 0.001  # of a body, for its rate
-MIN_SHARE = 64  # connections of an address, or a quarter of `max_connections`; more make room at once
+MIN_SHARE = (
+    64  # connections of an address, or a quarter of `max_connections`; more make room at once
+)
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-CALLBACK_BYTES = 64  # of content pay for a chunk or a read, each of which the parser calls back for
+CALLBACK_BYTES = (
+    64  # of content pay for a chunk or a read, each of which the parser calls back for
+)
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
 EVICTED = HttpError(
-    "slow_body", 408, "the body arrives more slowly than others, and this server needs the connection"
+    "slow_body",
+    408,
+    "the body arrives more slowly than others, and this server needs the connection",
 )
 SLOW_HEADERS = HttpError("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = HttpError("url_too_long", 414, "the URL is longer than the limit of this server")
@@ -49,7 +58,9 @@ LARGE_HEADERS = HttpError(
     "server accepts",
 )
 UNKNOWN_CODING = HttpError(
-    "unknown_transfer_coding", 501, "the only transfer coding here is `chunked`; send the body without others"
+    "unknown_transfer_coding",
+    501,
+    "the only transfer coding here is `chunked`; send the body without others",
 )
 
 
@@ -57,20 +68,29 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those without complete headers, `bodies` those without a complete body, `unread` those whose
-    client does not read; each with the time at which this began. `closing` has those that have their last
-    response and do not count any more. They stay open until the client has read it, or `SPARE` others follow.
+    `waiting` has those without complete headers, `bodies` those without a complete body,
+    `unread` those whose client does not read; each with the time at which this began. `closing`
+    has those that have their last response and do not count any more. They stay open until the
+    client has read it, or `SPARE` others follow.
     """
 
     settings: Settings
     metrics: Metrics
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
-    idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
-    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by this time
+    idle: "dict[LimitedHttpProtocol, None]" = field(
+        default_factory=dict
+    )  # ordered by start of idle time
+    waiting: "dict[LimitedHttpProtocol, float]" = field(
+        default_factory=dict
+    )  # ordered by this time
     bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by time of closing
-    num_by_address: Counter[str] = field(default_factory=Counter)  # without those of trusted proxies
+    closing: "dict[LimitedHttpProtocol, None]" = field(
+        default_factory=dict
+    )  # ordered by time of closing
+    num_by_address: Counter[str] = field(
+        default_factory=Counter
+    )  # without those of trusted proxies
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
         """Admit *connection*; if there are too many, close another one, or return the error for this one.
@@ -104,13 +124,19 @@ class Connections:
     def _find_evictable(self, now: float) -> "LimitedHttpProtocol | None":
         """Find the connection to close for another one, or None: all are new or being answered.
 
-        If an address has more than its share, it is one of its connections, even a new one. Otherwise it is
-        one of any address, for longer than `GRACE` in its state.
+        If an address has more than its share, it is one of its connections, even a new one.
+        Otherwise it is one of any address, for longer than `GRACE` in its state.
         """
-        busiest, count = max(self.num_by_address.items(), key=lambda item: item[1], default=("", 0))
+        busiest, count = max(
+            self.num_by_address.items(), key=lambda item: item[1], default=("", 0)
+        )
         if count > max(MIN_SHARE, self.settings.max_connections // 4):
-            of_busiest = [connection for connection in self.open if connection.address == busiest]
-            evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(of_busiest, now)
+            of_busiest = [
+                connection for connection in self.open if connection.address == busiest
+            ]
+            evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(
+                of_busiest, now
+            )
             if evictable is not None:
                 return evictable
         return self._find_slowest(self.open, now - GRACE)
@@ -120,9 +146,10 @@ class Connections:
     ) -> "LimitedHttpProtocol | None":
         """Find the first connection to close *among* these, or None.
 
-        The order is: the one that is longest in its headers; the longest idle one; of the address with most
-        connections, one that does not read; of this address, the one with the slowest body. One that is not
-        idle counts only if its state began at the time *before*, or earlier.
+        The order is: the one that is longest in its headers; the longest idle one; of the
+        address with most connections, one that does not read; of this address, the one with the
+        slowest body. One that is not idle counts only if its state began at the time *before*,
+        or earlier.
         """
         candidates = set(among)
         longest_in_headers = next((one for one in self.waiting if one in candidates), None)
@@ -131,7 +158,9 @@ class Connections:
         longest_idle = next((one for one in self.idle if one in candidates), None)
         if longest_idle is not None:
             return longest_idle
-        rates: dict[LimitedHttpProtocol, float] = {}  # bytes per second; 0 if the client does not read
+        rates: dict[
+            LimitedHttpProtocol, float
+        ] = {}  # bytes per second; 0 if the client does not read
         for connection, since in self.unread.items():
             if connection in candidates and since <= before:
                 rates[connection] = 0.0
@@ -139,11 +168,20 @@ class Connections:
             if connection in candidates and since <= before:
                 seconds = max(connection.loop.time() - since, MIN_SECONDS)
                 rates[connection] = connection.body_bytes / seconds
-        return min(rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None)
+        return min(
+            rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None
+        )
 
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
-        for state in (self.open, self.waiting, self.idle, self.bodies, self.unread, self.closing):
+        for state in (
+            self.open,
+            self.waiting,
+            self.idle,
+            self.bodies,
+            self.unread,
+            self.closing,
+        ):
             state.pop(connection, None)
         if not connection.is_trusted:
             self.num_by_address[connection.address] -= 1
@@ -179,21 +217,26 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.address, self.is_trusted = "", False  # of the client or proxy
         self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
-        # Whether the headers or the body of a request are arriving now; neither between two requests.
+        # Whether the headers or the body of a request are arriving now; neither between two
+        # requests.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
-        # What has arrived of the headers or, besides its content, of the body, and `CALLBACK_BYTES` for each
-        # read and chunk. Content pays for as many bytes of it. `_read_bytes` are those of the present read.
+        # What has arrived of the headers or, besides its content, of the body, and
+        # `CALLBACK_BYTES` for each read and chunk. Content pays for as many bytes of it.
+        # `_read_bytes` are those of the present read.
         self._overhead_bytes = self._read_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
-        self._timer: asyncio.TimerHandle | None = None  # limits the wait for headers, a body or the end
+        self._timer: asyncio.TimerHandle | None = (
+            None  # limits the wait for headers, a body or the end
+        )
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
-        # uvicorn's response cycle calls `is_closing` and `write` of this object, see `on_headers_complete`.
+        # uvicorn's response cycle calls `is_closing` and `write` of this object, see
+        # `on_headers_complete`.
         self.is_closing = self.transport.is_closing
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
@@ -213,7 +256,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.resume_writing()  # stops the write timeout
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # not this object, which also refers to the cycle
+            self.cycle.transport = (
+                self.transport
+            )  # not this object, which also refers to the cycle
 
     def data_received(self, data: bytes) -> None:
         """Parse *data* unless the last request has arrived."""
@@ -231,7 +276,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             self._error = self._error or _MALFORMED
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
-        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
+        limit = (
+            MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
+        )  # with the URL
         if self._error is None and self._overhead_bytes > limit:
             self._error = LARGE_HEADERS
         is_responding = self.cycle is not None and not self.cycle.response_complete
@@ -240,13 +287,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reject(self._error)
         elif expects_headers and self._timer is None:
             self._start_header_timeout()
-        elif self._in_body and not self._ignores_input:  # a body that has arrived as a whole never gets here
+        elif (
+            self._in_body and not self._ignores_input
+        ):  # a body that has arrived as a whole never gets here
             self._shared.bodies.setdefault(self, self.loop.time())
 
     def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
 
-        Java asks for one by default. httptools does not read the body of such a request; a new parser does.
+        Java asks for one by default. httptools does not read the body of such a request; a new
+        parser does.
         """
         try:
             self.parser.feed_data(data)
@@ -255,9 +305,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             self.cycle.keep_alive = False  # closes after the response
             # The new parser gets headers that say only how long the body is, then the body.
-            lengths = [name + b": " + value for name, value in self.headers if name in BODY_LENGTH]
+            lengths = [
+                name + b": " + value for name, value in self.headers if name in BODY_LENGTH
+            ]
             head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
-            body_start = upgrade.args[0]  # httptools's offset, in *data*, of the first byte after the headers
+            body_start = upgrade.args[
+                0
+            ]  # httptools's offset, in *data*, of the first byte after the headers
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
                 on_chunk_header=self.on_chunk_header,
@@ -280,8 +334,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request: end the idle time before it, and count its headers from zero.
 
-        One that does not wait for the response before it (pipelining) is ignored: that response closes the
-        connection, and the client sends the request again (RFC 9112, section 9.3.2).
+        One that does not wait for the response before it (pipelining) is ignored: that response
+        closes the connection, and the client sends the request again (RFC 9112, section 9.3.2).
         """
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive, self._ignores_input = False, True
@@ -308,7 +362,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the ASGI task unless the request is rejected.
 
-        RFC 9112, section 3.2: an HTTP/1.1 request has one `Host`. Of several, a proxy could use another one.
+        RFC 9112, section 3.2: an HTTP/1.1 request has one `Host`. Of several, a proxy could use
+        another one.
         """
         self._in_headers = False
         self._overhead_bytes = self._read_bytes = 0
@@ -320,21 +375,28 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             is_valid = num_hosts == 1
         else:  # HTTP/1.0 has neither transfer codings nor interim responses
             self.expect_100_continue = False
-            is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
+            is_valid = (
+                self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
+            )
         if not is_valid:
             self._refuse(_MALFORMED)
         if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
         super().on_headers_complete()
-        # The request has the present list. Trailers, which it must not use, are appended to a copy.
+        # The request has the present list. Trailers, which it must not use, are appended to a
+        # copy.
         self.headers = list(self.headers)
         self._in_body, self.body_bytes = True, 0
-        self.cycle.transport = cast(asyncio.Transport, self)  # so that it calls `write` and `close` here
+        self.cycle.transport = cast(
+            asyncio.Transport, self
+        )  # so that it calls `write` and `close` here
 
     def on_chunk_header(self) -> None:
         """Limit the number of chunks whose content does not pay for them."""
         self._overhead_bytes += CALLBACK_BYTES
-        if self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes:  # what the read has added, too
+        if (
+            self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes
+        ):  # what the read has added, too
             self._refuse(LARGE_HEADERS)
 
     def on_body(self, body: bytes) -> None:
@@ -346,13 +408,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request` after it.
+        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request`
+        # after it.
         if self.parser.should_upgrade():
             return
         self._in_body = False
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
-        if self.cycle.response_complete:  # before the end of the body: the idle time begins only now
+        if (
+            self.cycle.response_complete
+        ):  # before the end of the body: the idle time begins only now
             self._stop_timer()  # stops the timer of the rest of the body
             self._begin_idle_time()
 
@@ -410,9 +475,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._start_timer(LINGER_SECONDS, self.abort)
             self._shared.note_last_response(self)
         else:
-            self.transport.close()  # after the pending output, for which the client has limited time
+            # after the pending output, for which the client has limited time
+            self.transport.close()
             self._start_timer(self._limits.write_timeout, self.abort)
-            # Until the output is sent, it counts as unread, but a grace later than one that began now.
+            # Until the output is sent, it counts as unread, but a grace later than one that
+            # began now.
             self._shared.unread.setdefault(self, self.loop.time() + GRACE)
 
     timeout_keep_alive_handler = close
@@ -451,7 +518,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # the app, which reads the invalid body, sees this
             self.cycle.message_event.set()
             self._write_error(reason)
-        elif not self._in_body:  # invalid headers; a request whose body is invalid has its response already
+        elif (
+            not self._in_body
+        ):  # invalid headers; a request whose body is invalid has its response already
             self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
         self.close(is_input_in_transit=True)

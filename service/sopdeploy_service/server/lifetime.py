@@ -15,7 +15,9 @@ def terminal_is_closed() -> bool:
     return HAS_TERMINAL and not os.isatty(STDERR)
 
 
-def start_task(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def start_task(
+    tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]
+) -> asyncio.Task[None]:
     """Start *work* on the running event loop; *tasks* keeps it until it ends, as the loop alone does not."""
     task = asyncio.get_running_loop().create_task(work)
     tasks.add(task)

@@ -29,15 +29,20 @@ MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
-    A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
-    when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, and the errors of `find_bundles` and `load_bundle`.
+    A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL
+    BUNDLE ...`, when the probes are verified and the port is open. Returns the exit code: 0
+    after a drain, 70 if a runtime died. Raises `ConfigError` if it cannot listen, and the
+    errors of `find_bundles` and `load_bundle`.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
+        for number in (
+            signal.SIGHUP,
+            signal.SIGUSR1,
+        ):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    # Read before the bundles: a link that moves while they are loaded then counts as moved. With several
-    # devices, this only checks that there are links; each process reads them on its own.
+    # Read before the bundles: a link that moves while they are loaded then counts as moved.
+    # With several devices, this only checks that there are links; each process reads them on
+    # its own.
     links = find_links(sources, settings)
     front_ends = choose_front_ends(settings)
     if settings.devices or front_ends:
@@ -77,7 +82,9 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
     """Return where the links to follow lead now; raises `ConfigError`, and an error if the disk hangs."""
     if not settings.follow:
         return {}
-    return wait_in_time(daemon_threads.start(partial(links_among, sources)), "the links", settings)
+    return wait_in_time(
+        daemon_threads.start(partial(links_among, sources)), "the links", settings
+    )
 
 
 def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRegistry":
@@ -87,11 +94,15 @@ def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRe
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.
         return read_files(path, manifest, with_graph=settings.memory_budget is None)
 
-    finding = daemon_threads.start(partial(find_bundles, sources, read))  # before the slow imports
+    finding = daemon_threads.start(
+        partial(find_bundles, sources, read)
+    )  # before the slow imports
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
 
     if settings.memory_budget is not None:
         return BudgetedRegistry(bundles, settings)
-    return ModelRegistry({name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}, settings)
+    return ModelRegistry(
+        {name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}, settings
+    )

@@ -9,7 +9,9 @@ from sopdeploy.errors import ConfigError
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 64  # bundles, libraries
-UNSENT_BYTES = 131_072  # of a connection in the kernel, beside those on the way; its default is megabytes
+UNSENT_BYTES = (
+    131_072  # of a connection in the kernel, beside those on the way; its default is megabytes
+)
 
 
 def raise_file_limit(num_connections: int) -> None:
@@ -32,7 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Connections inherit this. A response that nobody reads then costs no memory and no copy.
+            # Connections inherit this. A response that nobody reads then costs no memory and no
+            # copy.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             listener.bind(address)
         except OSError:
@@ -49,7 +52,8 @@ def bind(host: str, port: int) -> socket.socket:
 def accept_pending(listener: socket.socket) -> list[socket.socket]:
     """Accept all pending connections of the non-blocking *listener*.
 
-    Call it before closing the listener: the kernel resets the connections that are not accepted by then.
+    Call it before closing the listener: the kernel resets the connections that are not accepted
+    by then.
     """
     accepted: list[socket.socket] = []
     with contextlib.suppress(OSError):  # no pending connection is left, or no file descriptor

@@ -26,7 +26,8 @@ class GlobalPooling(nn.Module, ExportHints):
     """Base class of layers that map features (B, C, H, W) to vectors (B, `out_features`).
 
     A subclass defines `pool`, or `forward` if it computes in the type of the map. The children
-    `layer_reduce`, `layer_reduce_bn` and `relu` of a subclass run first; the names are fast-MPN-COV's.
+    `layer_reduce`, `layer_reduce_bn` and `relu` of a subclass run first; the names are
+    fast-MPN-COV's.
     """
 
     keep_float32 = True
@@ -55,24 +56,29 @@ class GlobalPooling(nn.Module, ExportHints):
 class ReducedPooling(GlobalPooling):
     """A pooling that first reduces the channels to `width` where there are more of them.
 
-    The reduction is a 1x1 convolution, batch norm and ReLU; with *linear* only the convolution. A covariance
-    does not depend on a bias.
+    The reduction is a 1x1 convolution, batch norm and ReLU; with *linear* only the convolution.
+    A covariance does not depend on a bias.
     """
 
     def __init__(self, channels: int, width: int, *, linear: bool = False) -> None:
         super().__init__()
         self.channels = min(channels, width)
-        self.layer_reduce: nn.Module  # missing if nothing is reduced: `reduce` runs the children that exist
+        self.layer_reduce: (
+            nn.Module
+        )  # missing if nothing is reduced: `reduce` runs the children that exist
         if self.channels < channels and linear:
             self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)
         elif self.channels < channels:
-            self.layer_reduce, self.layer_reduce_bn, self.relu = dimension_reduction(channels, self.channels)
+            self.layer_reduce, self.layer_reduce_bn, self.relu = dimension_reduction(
+                channels, self.channels
+            )
 
 
 class PoolingConfig(StrictModel):
     """Base class of the options of a pooling; the field `kind` is the pooling's name.
 
-    `layer` is the pooling's class, called with the config and the number of channels of the map.
+    `layer` is the pooling's class, called with the config and the number of channels of the
+    map.
     """
 
     layer: ClassVar[Any]
@@ -85,12 +91,14 @@ class PoolingConfig(StrictModel):
 def unit_length(values: Tensor, dim: int) -> Tensor:
     """Divide *values* by their Euclidean length along *dim*; zeros stay zeros.
 
-    The result is bitwise equal to that of `torch.nn.functional.normalize`. That function also expands the
-    lengths to the shape of *values*. In ONNX the expansion computes a shape, which ONNX Runtime does on the
-    CPU.
+    The result is bitwise equal to that of `torch.nn.functional.normalize`. That function also
+    expands the lengths to the shape of *values*. In ONNX the expansion computes a shape, which
+    ONNX Runtime does on the CPU.
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-    smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)  # 1e-12 would be 0 in float16
+    smallest = max(
+        SMALLEST_LENGTH, torch.finfo(values.dtype).tiny
+    )  # 1e-12 would be 0 in float16
     return values / length.clamp_min(smallest)
 
 
@@ -125,7 +133,9 @@ def _require_average(value: Any) -> Any:
     """Return the config of the average; raise `ValueError` for that of another pooling."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
     if kind != "gap":
-        raise ValueError("this network has its own pooling, so `pooling` can only be gap; leave it out")
+        raise ValueError(
+            "this network has its own pooling, so `pooling` can only be gap; leave it out"
+        )
     return {"kind": kind}
 
 
@@ -135,8 +145,8 @@ FixedAverage = Annotated[GapConfig, pydantic.BeforeValidator(_require_average)]
 class FlattenedMap(GlobalPooling):
     """Flatten (B, C, H, W) maps to (B, C side^2) after max pooling, as AlexNet and VGG-16 do.
 
-    The max pooling has a stride of 2. If its result is not side x side, it is averaged to this size, as in
-    torchvision. The vector is computed in the type of the map, also under autocast.
+    The max pooling has a stride of 2. If its result is not side x side, it is averaged to this
+    size, as in torchvision. The vector is computed in the type of the map, also under autocast.
     """
 
     def __init__(self, config: "FlattenConfig", channels: int) -> None:

@@ -1,8 +1,9 @@
 """Bilinear poolings: B-CNN, improved B-CNN and the Gaussian embedding of G2DeNet.
 
-Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (ICCV 2015); Lin and Maji,
-"Improved Bilinear Pooling with CNNs" (BMVC 2017); Wang et al., "G2DeNet: Global Gaussian Distribution
-Embedding Network" (CVPR 2017). Letters: B images, C channels, M positions.
+Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (ICCV 2015); Lin
+and Maji, "Improved Bilinear Pooling with CNNs" (BMVC 2017); Wang et al., "G2DeNet: Global
+Gaussian Distribution Embedding Network" (CVPR 2017). Letters: B images, C channels, M
+positions.
 """
 
 import math

@@ -1,15 +1,17 @@
 """Poolings of the covariance: iSQRT-COV, MPN-COV and the log-Euclidean one of DeepO2P; functions of matrices.
 
-Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's ResNets and VGG-D use it
-with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is Second-order Information
-Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017), section 3, Eqs. (3) to (5); Ionescu et al.,
-"Matrix Backpropagation for Deep Networks with Structured Layers" (DeepO2P, ICCV 2015).
-Letters: B images or matrices, d channels, H height, W width; Sigma = U diag(l) U^T; functions are of matrices
-A = U diag(l) U^T of C rows: f(A) = U diag(f(l)) U^T.
+Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's ResNets and
+VGG-D use it with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is
+Second-order Information Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017),
+section 3, Eqs. (3) to (5); Ionescu et al., "Matrix Backpropagation for Deep Networks with
+Structured Layers" (DeepO2P, ICCV 2015). Letters: B images or matrices, d channels, H height, W
+width; Sigma = U diag(l) U^T; functions are of matrices A = U diag(l) U^T of C rows: f(A) = U
+diag(f(l)) U^T.
 
-The papers' gradient divides by l_i - l_j and is not finite where eigenvalues repeat, as they do for
-dead channels and for fewer positions than channels. This module computes the same gradient as
-U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
+The papers' gradient divides by l_i - l_j and is not finite where eigenvalues repeat, as they do
+for dead channels and for fewer positions than channels. This module computes the same gradient
+as U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too
+close to divide.
 """
 
 from collections.abc import Callable
@@ -40,10 +42,13 @@ NO_SECOND_GRADIENT = (
 def root_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
     """Compute f = l^0.5 of ascending eigenvalues (B, C) and f'; both are 0 where l is 0 up to rounding."""
     rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
-    # Eigenvalues up to this limit count as 0; for a matrix of zeros it is the smallest normal float32.
+    # Eigenvalues up to this limit count as 0; for a matrix of zeros it is the smallest normal
+    # float32.
     smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
     positive_BC = lambda_BC > smallest_B1
-    base_BC = lambda_BC.where(positive_BC, 1.0)  # 1 avoids a division by 0; its results are replaced below
+    base_BC = lambda_BC.where(
+        positive_BC, 1.0
+    )  # 1 avoids a division by 0; its results are replaced below
     slope_BC = 0.5 * base_BC.pow(-0.5)
     return base_BC.pow(0.5).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
 
@@ -85,14 +90,19 @@ class SpectralFunction(torch.autograd.Function):
 def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Tensor:
     """Compute K (B, C, C): the slope of f between each two of the ascending eigenvalues (B, C).
 
-    K_ij is (f(l_i) - f(l_j)) / (l_i - l_j), or the mean of f'(l_i) and f'(l_j) if l_i and l_j are too close.
+    K_ij is (f(l_i) - f(l_j)) / (l_i - l_j), or the mean of f'(l_i) and f'(l_j) if l_i and l_j
+    are too close.
     """
     value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
-    close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]  # the last one is the largest
-    divisor_BCC = gap_BCC.masked_fill(close_BCC, 1.0)  # 1 avoids a division by 0; its results are not used
+    close_BCC = (
+        gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
+    )  # the last one is the largest
+    divisor_BCC = gap_BCC.masked_fill(
+        close_BCC, 1.0
+    )  # 1 avoids a division by 0; its results are not used
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / divisor_BCC)
 
 
@@ -121,9 +131,10 @@ class ISqrtPooling(ReducedPooling):
 class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     """`width` is d; `compensation` reverts the prenormalization.
 
-    It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
-    worse in the paper), or does nothing ("none", which the paper could not train). `reduction` to d channels
-    is the papers' convolution with batch norm and ReLU ("normalized"), or the convolution alone ("linear").
+    It multiplies by the root of the norm ("norm"), applies batch norm to the vector
+    ("batch_norm", a percent worse in the paper), or does nothing ("none", which the paper could
+    not train). `reduction` to d channels is the papers' convolution with batch norm and ReLU
+    ("normalized"), or the convolution alone ("linear").
     """
 
     layer = ISqrtPooling
@@ -141,9 +152,13 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
-        self.function = root_of_eigenvalues if config.kind == "mpncov" else logarithm_of_eigenvalues
+        self.function = (
+            root_of_eigenvalues if config.kind == "mpncov" else logarithm_of_eigenvalues
+        )
         self.out_features = self.channels * (self.channels + 1) // 2
-        self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
+        self.register_buffer(
+            "triangle", upper_triangle_indices(self.channels), persistent=False
+        )
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
@@ -162,8 +177,8 @@ class MpnCovConfig(PoolingConfig):
 class LogEuclideanConfig(PoolingConfig):
     """DeepO2P: the logarithm of the covariance plus a small constant, because it requires positive values.
 
-    DeepO2P neither centers nor reduces channels. Here the covariance is that of all other poolings, as in the
-    MPN-COV paper's comparison with the log-Euclidean metric.
+    DeepO2P neither centers nor reduces channels. Here the covariance is that of all other
+    poolings, as in the MPN-COV paper's comparison with the log-Euclidean metric.
     """
 
     layer = EigenPooling

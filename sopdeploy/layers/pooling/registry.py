@@ -1,6 +1,7 @@
 """All global poolings, as the type of a config field.
 
-The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt", "iterations": 3}`.
+The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt",
+"iterations": 3}`.
 """
 
 from typing import Annotated
@@ -9,8 +10,16 @@ import pydantic
 
 from sopdeploy.config import with_registered
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
-from sopdeploy.layers.pooling.bilinear import BilinearConfig, GaussianConfig, ImprovedBilinearConfig
-from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig, LogEuclideanConfig, MpnCovConfig
+from sopdeploy.layers.pooling.bilinear import (
+    BilinearConfig,
+    GaussianConfig,
+    ImprovedBilinearConfig,
+)
+from sopdeploy.layers.pooling.covariance import (
+    ISqrtPoolingConfig,
+    LogEuclideanConfig,
+    MpnCovConfig,
+)
 from sopdeploy.plugins import POOLINGS
 
 AnyPoolingConfig = (
@@ -29,13 +38,16 @@ Pooling = Annotated[
     pydantic.Field(discriminator="kind"),
     with_registered(POOLINGS, PoolingConfig),
     pydantic.SerializeAsAny(),
-    pydantic.BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+    pydantic.BeforeValidator(
+        lambda value: {"kind": value} if isinstance(value, str) else value
+    ),
 ]
 
 
 def register_pooling(config: type[PoolingConfig]) -> None:
     """Let networks name the pooling *config*, by the value of its field `kind`.
 
-    Raises `ConfigError` if *config* is no subclass of `PoolingConfig`, or its name is invalid or in use.
+    Raises `ConfigError` if *config* is no subclass of `PoolingConfig`, or its name is invalid
+    or in use.
     """
     POOLINGS.register_config(config, PoolingConfig)

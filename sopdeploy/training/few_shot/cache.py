@@ -1,8 +1,8 @@
 """Features of photographs, kept between runs in the user's cache folder.
 
-An entry is a checksum and a safetensors file. Its name is a hash of the `file_hash` of the photograph and of
-everything else that determines its features. A damaged entry is computed again. An unusable folder turns the
-cache off.
+An entry is a checksum and a safetensors file. Its name is a hash of the `file_hash` of the
+photograph and of everything else that determines its features. A damaged entry is computed
+again. An unusable folder turns the cache off.
 """
 
 import hashlib
@@ -28,22 +28,27 @@ from sopdeploy.training.recipe import Recipe
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
-ENTRY = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"  # what an entry contains
+# what an entry contains
+ENTRY = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"
 _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 
 
 class FeatureCache:
     """Entries by photograph for one network, in `sopdeploy/features` below XDG_CACHE_HOME or `~/.cache`.
 
-    The entries that this run did not use for the longest time are deleted when all exceed *limit* bytes.
+    The entries that this run did not use for the longest time are deleted when all exceed
+    *limit* bytes.
     """
 
-    def __init__(self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES) -> None:
+    def __init__(
+        self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES
+    ) -> None:
         root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         self.folder = root / "sopdeploy" / "features"
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Modules of other packages have no version in `identity`: entries are neither read nor written.
+        # Modules of other packages have no version in `identity`: entries are neither read nor
+        # written.
         classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}
@@ -86,14 +91,18 @@ class FeatureCache:
         """Write an entry; stop writing any if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            self._delete_oldest(self.limit * 9 // 10 - size)  # so that many more fit before the next time
+            self._delete_oldest(
+                self.limit * 9 // 10 - size
+            )  # so that many more fit before the next time
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.
-            content = save({str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)})
+            content = save(
+                {str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)}
+            )
             with atomic_write(path) as partial:
                 partial.write_bytes(crc32(content).to_bytes(CHECKSUM_BYTES) + content)
             self.bytes += path.stat().st_size
@@ -131,7 +140,12 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    facts = [ENTRY, recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
+    facts = [
+        ENTRY,
+        recipe.model.model_dump_json(),
+        recipe.preprocess.model_dump_json(),
+        processor,
+    ]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
     for file in sorted(files("sopdeploy.images").iterdir(), key=lambda file: file.name):
@@ -139,7 +153,9 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
             digest.update(file.read_bytes())
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
-            digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+            digest.update(
+                f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode()
+            )
     for name, tensor in network.state_dict().items():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,13 +1,15 @@
 """Linear discriminants: targets, folds, cross-validation, calibration, and the score.
 
-A head classifies normally distributed classes with a common covariance (Hastie, Tibshirani and Friedman, "The
-Elements of Statistical Learning", 2009, section 4.3). There are more features than images, so the covariance
-is shrunk towards a multiple of the identity (Friedman, "Regularized Discriminant Analysis", JASA 1989). The
-weights lie in the span of the inputs, so they are computed in an orthonormal basis of this span, with at most
-as many dimensions as there are images. Of more than `MAX_RANK` images, a random choice of that many spans the
-space: memory and time grow with the images, and not with their product with the features.
+A head classifies normally distributed classes with a common covariance (Hastie, Tibshirani and
+Friedman, "The Elements of Statistical Learning", 2009, section 4.3). There are more features
+than images, so the covariance is shrunk towards a multiple of the identity (Friedman,
+"Regularized Discriminant Analysis", JASA 1989). The weights lie in the span of the inputs, so
+they are computed in an orthonormal basis of this span, with at most as many dimensions as there
+are images. Of more than `MAX_RANK` images, a random choice of that many spans the space: memory
+and time grow with the images, and not with their product with the features.
 
-Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K classes.
+Letters: N images, D features, D_0 of the network's own vector, R dimensions of the basis, K
+classes.
 """
 
 from collections.abc import Sequence
@@ -35,10 +37,14 @@ MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
 MIN_FOLDS = 5
 DIFFUSE = 0.53
-# Errors fall with the number of objects to the power of 0.7 to 1.7 (docs/benchmarks/copied_photos.md).
+# Errors fall with the number of objects to the power of 0.7 to 1.7
+# (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
-ENOUGH = 5  # photographs of a class, from which on it is learned about as well as classes of ten
-TAKEN = 0.01  # share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
+ENOUGH = (
+    5  # photographs of a class, from which on it is learned about as well as classes of ten
+)
+# share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
+TAKEN = 0.01
 ROWS = 4096  # images whose sums are computed at once
 
 
@@ -54,12 +60,14 @@ class Targets:
     def of(cls, images: LabeledImages) -> "Targets":
         """Build the targets from class indices (N,) or, with several classes per image, (N, K).
 
-        With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
+        With several classes per image, the stratum of an image is its rarest class, or -1
+        without a class.
         """
         targets = images.targets.astype(np.int64)
         if images.is_multi_label:
             is_shown_NK = targets > 0
-            # The number of images of each class that an image shows; infinite for the other classes.
+            # The number of images of each class that an image shows; infinite for the other
+            # classes.
             counts_NK = np.where(is_shown_NK, targets.sum(axis=0), np.inf)
             rarest_N = np.where(is_shown_NK.any(axis=1), counts_NK.argmin(axis=1), -1)
             return cls(is_shown_NK.astype(np.float64), rarest_N, activation="sigmoid")
@@ -81,9 +89,10 @@ class Targets:
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to a fold (N,); the folds have equal shares of each class.
 
-        Images with equal *keys* are a group and share a fold. There are *at_most* folds, and no more than
-        groups, or than groups of any class that has at least `MIN_FOLDS`: with more, some heads would lack
-        images of the class and be biased against it. Raises `DataError` if all keys are equal.
+        Images with equal *keys* are a group and share a fold. There are *at_most* folds, and no
+        more than groups, or than groups of any class that has at least `MIN_FOLDS`: with more,
+        some heads would lack images of the class and be biased against it. Raises `DataError`
+        if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -91,26 +100,36 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)  # each pair once
+        groups_of_strata = np.unique(
+            np.stack([self.strata, groups_N]), axis=1
+        )  # each pair once
         _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
-        num_folds = min(at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist())
-        # If no stratum has an image for every fold, only the sizes of the folds are balanced: one stratum.
+        num_folds = min(
+            at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist()
+        )
+        # If no stratum has an image for every fold, only the sizes of the folds are balanced:
+        # one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
         folds_N = spread_groups(groups_N, strata, num_folds, seed)
         return np.unique(folds_N, return_inverse=True)[1]  # renumbered, without empty folds
 
 
-def spread_groups(groups_N: Indices, strata_N: NDArray[np.int64], num_folds: int, seed: int) -> Indices:
+def spread_groups(
+    groups_N: Indices, strata_N: NDArray[np.int64], num_folds: int, seed: int
+) -> Indices:
     """Assign each group of images to one of *num_folds* folds (N,), so that each has its share of all strata.
 
-    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes two seconds: groups in
-    random order, the most uneven ones first, each into the fold that spreads the strata best.
+    This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes two
+    seconds: groups in random order, the most uneven ones first, each into the fold that spreads
+    the strata best.
     """
     num_groups = int(groups_N.max()) + 1
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
     images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
     np.add.at(images_GS, (groups_N, stratum_N), 1)
-    shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)  # NumPy's limit for seeds
+    shuffled_G = np.random.RandomState(seed % 2**32).permutation(
+        num_groups
+    )  # NumPy's limit for seeds
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
     for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
@@ -159,20 +178,24 @@ class Discriminant(NamedTuple):
     def bias(self, excess: float) -> Array:
         """Compute the bias (K,), from squared norms of class means that are as for many photographs.
 
-        The squared norm of an estimated mean is larger than that of the true one by *excess* / n on average,
-        so that a class of few photographs would be chosen too rarely. As the corrected norm is uncertain for
-        few, with one class per image that of all classes counts as `COMMON` photographs of each class.
+        The squared norm of an estimated mean is larger than that of the true one by *excess* /
+        n on average, so that a class of few photographs would be chosen too rarely. As the
+        corrected norm is uncertain for few, with one class per image that of all classes counts
+        as `COMMON` photographs of each class.
         """
         present_K, counted_K = self.numbers > 0, np.maximum(self.numbers, 1e-12)
         norms_K = (
-            self.own - self.others - excess * (1 / counted_K - 1 / np.maximum(self.other_numbers, 1e-12))
+            self.own
+            - self.others
+            - excess * (1 / counted_K - 1 / np.maximum(self.other_numbers, 1e-12))
         )
         if np.isinf(self.other_numbers).all():
             shares_K = present_K * counted_K / (counted_K + COMMON)
             common = (shares_K * norms_K).sum() / max(shares_K.sum(), 1e-12)
             norms_K = shares_K * norms_K + (1 - shares_K) * common
         bias_K = -self.others - norms_K / 2
-        # A class without images is never the largest: the mean of the others is at least their lowest bias.
+        # A class without images is never the largest: the mean of the others is at least their
+        # lowest bias.
         bias_K[~present_K] = bias_K[present_K].min(initial=0.0) - np.log1p(self.numbers.sum())
         return bias_K
 
@@ -190,8 +213,9 @@ class Moments(NamedTuple):
     def discriminate(self, activation: Activation) -> Discriminant:
         """Fit a discriminant with a shrunk covariance.
 
-        With "softmax", the covariance is that within the classes, and a class is compared with the mean of
-        all class means. With "sigmoid", each class is compared with the images that do not show it.
+        With "softmax", the covariance is that within the classes, and a class is compared with
+        the mean of all class means. With "sigmoid", each class is compared with the images that
+        do not show it.
         """
         sums_KR, counts_K1, counts_K = self.sums[:, :-1], self.sums[:, -1:], self.sums[:, -1]
         total_R, count = self.products[-1, :-1], self.products[-1, -1]
@@ -199,7 +223,9 @@ class Moments(NamedTuple):
         total_RR = self.products[:-1, :-1] - count * np.outer(mean_R, mean_R)
         if activation == "softmax":
             present = counts_K > 0
-            others_KR = np.broadcast_to(means_KR.sum(axis=0) / max(1, present.sum()), means_KR.shape)
+            others_KR = np.broadcast_to(
+                means_KR.sum(axis=0) / max(1, present.sum()), means_KR.shape
+            )
             scatter_RR = self.products[:-1, :-1] - sums_KR.T @ means_KR
         else:
             present = (counts_K > 0) & (counts_K < count)
@@ -207,17 +233,26 @@ class Moments(NamedTuple):
             scatter_RR = total_RR
         # With one image per class, nothing is known of the scatter within classes.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
-        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(len(mean_R))
+        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(
+            len(mean_R)
+        )
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
-        if activation == "sigmoid":  # without the scatter between presence and absence (Sherman, Morrison)
+        if (
+            activation == "sigmoid"
+        ):  # without the scatter between presence and absence (Sherman, Morrison)
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
-        # Heads of more images have shorter weights, so that those of the folds and the network would differ.
-        weight /= np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
+        # Heads of more images have shorter weights, so that those of the folds and the network
+        # would differ.
+        weight /= (
+            np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
+        )
         numbers_K = present * counts_K**2 / np.maximum(self.squares, 1)
-        other_numbers_K = count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
+        other_numbers_K = (
+            count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
+        )
         own_K, others_K = (weight * means_KR).sum(axis=1), (weight * others_KR).sum(axis=1)
         return Discriminant(weight, own_K, others_K, numbers_K, other_numbers_K)
 
@@ -244,8 +279,8 @@ class OutOfFold(NamedTuple):
 class Scaling(NamedTuple):
     """What makes logits of the scores of a head: `excess` and `margins` correct its biases.
 
-    By the `margins` (K,), 0 for most classes, a class of few photographs must exceed the others. The
-    `temperature` divides.
+    By the `margins` (K,), 0 for most classes, a class of few photographs must exceed the
+    others. The `temperature` divides.
     """
 
     temperature: float
@@ -258,9 +293,9 @@ class Scaling(NamedTuple):
     ) -> "Scaling":
         """Fit the logits of V cross-validations; with "softmax", all classes have equal weights in the loss.
 
-        Images whose class is absent from their head tell nothing. The targets are smoothed by 1 / (N + 2),
-        the rule of succession: without errors, the temperature would otherwise be 0. The margins are 0 unless
-        *has_margins*.
+        Images whose class is absent from their head tell nothing. The targets are smoothed by 1
+        / (N + 2), the rule of succession: without errors, the temperature would otherwise be 0.
+        The margins are 0 unless *has_margins*.
         """
         classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
@@ -268,7 +303,9 @@ class Scaling(NamedTuple):
         margins: Array | float = 0.0  # with them, the temperature would be too high
         weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
-            smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(1, classes_NK.shape[1] - 1)
+            smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(
+                1, classes_NK.shape[1] - 1
+            )
             present_VNK = np.stack([one.has_class() for one in validations])
             of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
             weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)
@@ -285,40 +322,53 @@ class Scaling(NamedTuple):
                 return -float((weights_VNK * smooth_NK * log_softmax(logits, axis=-1)).sum())
             return float((np.logaddexp(0.0, logits) - smooth_NK * logits).sum())
 
-        log_scale = minimize_scalar(loss, bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-4}).x
+        log_scale = minimize_scalar(
+            loss, bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-4}
+        ).x
         return cls(unit / float(np.exp(log_scale)), excess, margins)
 
 
 def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bool_]) -> float:
     """Estimate what the noise of one photograph adds to the squared norm of the mean of its class.
 
-    It is how much closer the mean of a class is to itself than held-out images of the class are, by its own
-    weights, times the photographs in the mean; 1 / K of it is also in the mean of all class means. With
-    several classes per image, the images that do not show a class have a mean, too.
+    It is how much closer the mean of a class is to itself than held-out images of the class
+    are, by its own weights, times the photographs in the mean; 1 / K of it is also in the mean
+    of all class means. With several classes per image, the images that do not show a class have
+    a mean, too.
     """
     surplus = expected = 0.0
     for one in validations:
         for fold, head in enumerate(one.heads):
-            products_nK, shown_nK = one.products[one.folds == fold], is_shown_NK[one.folds == fold]
-            present_K, is_single_K = head.numbers > 0, np.isinf(head.other_numbers)  # one class per image
+            products_nK, shown_nK = (
+                one.products[one.folds == fold],
+                is_shown_NK[one.folds == fold],
+            )
+            present_K, is_single_K = (
+                head.numbers > 0,
+                np.isinf(head.other_numbers),
+            )  # one class per image
             of_class_K = present_K * shown_nK.sum(axis=0)
             surplus += (present_K * shown_nK * (head.own - products_nK)).sum()
             in_common_K = is_single_K / max(1, present_K.sum())
             expected += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
             without_K = present_K & ~is_single_K
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
-            expected += (without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)).sum()
+            expected += (
+                without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)
+            ).sum()
     return max(0.0, float(surplus / expected)) if expected else 0.0
 
 
-def estimate_margins(validations: Sequence[OutOfFold], scores_VNK: Array, targets: Targets) -> Array:
+def estimate_margins(
+    validations: Sequence[OutOfFold], scores_VNK: Array, targets: Targets
+) -> Array:
     """Estimate by how much classes of fewer than `ENOUGH` photographs must exceed the others, (K,).
 
-    The mean of two photographs is uncertain, and would win against photographs of classes that are learned.
-    A margin is what `TAKEN` of these exceed, if the surplus of the class over the right one is normally
-    distributed as that of held-out photographs: the upper end of a prediction interval, which is wide if it
-    is known of few. So a new class costs the known ones little until it has enough photographs. Where no
-    class has enough, all margins are 0.
+    The mean of two photographs is uncertain, and would win against photographs of classes that
+    are learned. A margin is what `TAKEN` of these exceed, if the surplus of the class over the
+    right one is normally distributed as that of held-out photographs: the upper end of a
+    prediction interval, which is wide if it is known of few. So a new class costs the known
+    ones little until it has enough photographs. Where no class has enough, all margins are 0.
     """
     heads = validations[0].heads  # each photograph is in all of them but one
     numbers_K = np.sum([head.numbers for head in heads], axis=0) / max(1, len(heads) - 1)
@@ -351,14 +401,16 @@ class Space(NamedTuple):
     def of(cls, parts: Sequence[NDArray[np.floating]]) -> "Space":
         """Build the space of the vectors whose *parts* are (M, D_i).
 
-        Each part is divided by the root of its mean squared norm, so that statistics of different lengths and
-        units have equal weights. No target is used for this.
+        Each part is divided by the root of its mean squared norm, so that statistics of
+        different lengths and units have equal weights. No target is used for this.
         """
         centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
         scales, inputs = [], []
         for part, center in zip(parts, centers, strict=True):
             centered = part - center
-            norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0  # 0 without differences
+            norm = (
+                np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
+            )  # 0 without differences
             scales.append(np.full(part.shape[1], 1 / norm))
             inputs.append(centered / norm)
         basis = np.linalg.qr(np.concatenate(inputs, axis=1).T)[0]
@@ -373,9 +425,9 @@ class Space(NamedTuple):
 class LinearProblem:
     """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
 
-    The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the class means.
-    Images of one of the `groups` (N,) count as one photograph; by default, all are different. Folds (N,) are
-    numbered from 0.
+    The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the
+    class means. Images of one of the `groups` (N,) count as one photograph; by default, all are
+    different. Folds (N,) are numbered from 0.
     """
 
     space: Space
@@ -385,14 +437,20 @@ class LinearProblem:
     weights: Array | float = 1.0
     groups: Indices | None = None
 
-    def cross_validate(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> OutOfFold:
+    def cross_validate(
+        self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True
+    ) -> OutOfFold:
         """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images."""
         products_NK = np.zeros(self.targets.classes.shape)
-        moments = [self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)]
+        moments = [
+            self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)
+        ]
         totals = [np.sum(of_folds, axis=0) for of_folds in zip(*moments, strict=True)]
         heads = []
         for fold, of_fold in enumerate(moments):
-            others = Moments(*(total - part for total, part in zip(totals, of_fold, strict=True)))
+            others = Moments(
+                *(total - part for total, part in zip(totals, of_fold, strict=True))
+            )
             heads.append(others.discriminate(self.targets.activation))
             tested = folds_N == fold
             products_NK[tested] = self.reduced[tested] @ heads[-1].weight.T
@@ -404,7 +462,9 @@ class LinearProblem:
         chosen = np.flatnonzero(images)
         products, sums = np.zeros((rank + 1, rank + 1)), np.zeros((num_classes, rank + 1))
         for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
-            inputs = np.pad(self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+            inputs = np.pad(
+                self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0
+            )
             products += inputs.T @ inputs
             sums += self.targets.classes[block].T @ inputs
         return Moments(products, sums, self._squared_groups(chosen))
@@ -422,15 +482,19 @@ class LinearProblem:
         scores_NK = validation.scores(scaling.excess) - scaling.margins
         return scores_NK / scaling.temperature + self.targets.log_frequencies()
 
-    def logits_without_doubted(self, logits_NK: Array, folds_N: Indices, scaling: Scaling) -> Array:
+    def logits_without_doubted(
+        self, logits_NK: Array, folds_N: Indices, scaling: Scaling
+    ) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        These contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section
-        3). A label is doubtful if by *logits_NK* it is less probable than another class and than
-        `IMPLAUSIBLE`.
+        These contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
+        2021, section 3). A label is doubtful if by *logits_NK* it is less probable than another
+        class and than `IMPLAUSIBLE`.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        is_label_NK = self.targets.classes > 0  # true once in each row, so that it selects N values
+        is_label_NK = (
+            self.targets.classes > 0
+        )  # true once in each row, so that it selects N values
         of_label_N = log_probabilities_NK[is_label_NK]
         another_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = another_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
@@ -440,8 +504,11 @@ class LinearProblem:
 
     def fit_all(self, scaling: Scaling) -> LinearHead:
         """Fit a head to all images; it reads the vectors of the network, not `reduced`, and gives logits."""
-        head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(self.targets.activation)
-        # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @ (vector - center).
+        head = self.moments(np.ones(len(self.reduced), np.bool_)).discriminate(
+            self.targets.activation
+        )
+        # For reduced = ((vector - center) * scale) @ basis, weight @ reduced = weight_KD @
+        # (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
         bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
         bias_K += self.targets.log_frequencies()
@@ -454,20 +521,25 @@ class LinearProblem:
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
             present_K = classes_NK[~tested].sum(axis=0) > 0
-            means_KD = unit_length((total_KD - class_sums(self.own, classes_NK, tested))[present_K])
+            means_KD = unit_length(
+                (total_KD - class_sums(self.own, classes_NK, tested))[present_K]
+            )
             cosines_N[tested] = (self.own[tested] @ means_KD.T).max(axis=1)
         return cosines_N
 
     def diffuse_classes(self) -> Indices:
         """Find the classes whose images resemble each other far less than those of the other classes.
 
-        Their mean cosine of two images is below `DIFFUSE` of the median class: a class of anything else has
-        0.3 to 0.47 of it, others have 0.6 or more. None is found among fewer than three large enough ones.
+        Their mean cosine of two images is below `DIFFUSE` of the median class: a class of
+        anything else has 0.3 to 0.47 of it, others have 0.6 or more. None is found among fewer
+        than three large enough ones.
         """
         classes_NK = self.targets.classes
         counts_K = classes_NK.sum(axis=0)
         pairs_K = np.maximum(counts_K * (counts_K - 1), 1)
-        cosines_K = (np.square(class_sums(self.own, classes_NK)).sum(axis=1) - counts_K) / pairs_K
+        cosines_K = (
+            np.square(class_sums(self.own, classes_NK)).sum(axis=1) - counts_K
+        ) / pairs_K
         judged_K = counts_K >= MIN_FOLDS  # of fewer images, the mean is not certain
         if judged_K.sum() < 3:
             return np.zeros(0, np.intp)
@@ -488,7 +560,9 @@ class LinearProblem:
 
 
 def class_sums(
-    own_ND: NDArray[np.float32], classes_NK: Array, images: NDArray[np.bool_] | slice = slice(None)
+    own_ND: NDArray[np.float32],
+    classes_NK: Array,
+    images: NDArray[np.bool_] | slice = slice(None),
 ) -> Array:
     """Compute the sum (K, D_0) of the own vectors of each class over *images*, in blocks to save memory."""
     chosen = np.arange(len(own_ND))[images]
@@ -515,27 +589,36 @@ def unit_length(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def estimate_score(
-    classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
+    classes_NK: Array,
+    activation: Activation,
+    logits_NK: Array,
+    seed: int,
+    groups_N: Indices,
+    folds: int = 0,
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
 
-    *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of a
-    cross-validation share most of their training images, so the interval of top-1 is widened: Nadeau and
-    Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class with fewer groups than
-    `MIN_FOLDS`, each head lacks one of few; the network, fitted to all, errs less than these heads. The upper
-    end allows for this.
+    *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of
+    a cross-validation share most of their training images, so the interval of top-1 is widened:
+    Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class
+    with fewer groups than `MIN_FOLDS`, each head lacks one of few; the network, fitted to all,
+    errs less than these heads. The upper end allows for this.
     """
     if activation == "sigmoid":
         return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
     right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-    # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is the ratio of
-    # test images to training images of a fold. So the factor is 1 + r J.
+    # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is
+    # the ratio of test images to training images of a fold. So the factor is 1 + r J.
     variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
     units = effective_count(groups_N) / variance_factor
     rate = Rate.of(int(right.sum()), len(right), units)
     highest_share = rate.share
-    if folds > 0:  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
-        num_groups_K = np.asarray([len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T])
+    if (
+        folds > 0
+    ):  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+        num_groups_K = np.asarray(
+            [len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T]
+        )
         few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
         factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
         remaining_errors = float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))

@@ -39,7 +39,9 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
     network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]
-        names = np.asarray([os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_)
+        names = np.asarray(
+            [os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_
+        )
         images = ImageFiles(Path("/"), ("one", "other"), names, np.zeros(len(part), np.int64))
         readable = []
         for index in range(len(part)):
@@ -60,5 +62,7 @@ def _open_default_network() -> CachedNetwork:
     """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
-    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)  # its classes are not used
+    model, recipe, _ = create_initial_model(
+        recipe, ("one", "other"), strategy
+    )  # its classes are not used
     return CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)

@@ -22,11 +22,20 @@ from sopdeploy.photos.copies import SMALL, shrink
 from sopdeploy.photos.photo import Dataset, LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
-from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearHead, LinearProblem, Space, unit_length
+from sopdeploy.training.few_shot.classifier import (
+    MAX_RANK,
+    LinearHead,
+    LinearProblem,
+    Space,
+    unit_length,
+)
 from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
-BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
+BATCHES = {
+    "cpu": 4,
+    "cuda": 64,
+}  # images; the maps of four stay in a CPU's cache, which halves the time
 CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
 MAX_WAITING = 16  # batches that wait for others with photographs to compute
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
@@ -60,14 +69,22 @@ class Features:
 
 @torch.no_grad()
 def compute_features(
-    outputs: "CachedNetwork", kind: HeadKind, images: LabeledImages, on_image: Callable[[int, int], None]
+    outputs: "CachedNetwork",
+    kind: HeadKind,
+    images: LabeledImages,
+    on_image: Callable[[int, int], None],
 ) -> Features:
     """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
-    The images are shuffled, because the first ones determine the projections and the space. *kind* is that of
-    the head to fit. *on_image* receives the numbers of images done and in total.
+    The images are shuffled, because the first ones determine the projections and the space.
+    *kind* is that of the head to fit. *on_image* receives the numbers of images done and in
+    total.
     """
-    count, pooled, head = len(images), outputs.network.pooled_head, head_to_fit(outputs.network, kind)
+    count, pooled, head = (
+        len(images),
+        outputs.network.pooled_head,
+        head_to_fit(outputs.network, kind),
+    )
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     pooled.fit_projection([batch.maps for batch in first])
@@ -123,7 +140,10 @@ class _Projection:
         if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
             return
         waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
-        parts = [np.concatenate([vectors[:, part] for _, vectors in self.waiting]) for part in self.columns]
+        parts = [
+            np.concatenate([vectors[:, part] for _, vectors in self.waiting])
+            for part in self.columns
+        ]
         self.waiting = []
         if self.space is None:
             self.space = Space.of([part[:MAX_RANK] for part in parts])
@@ -133,13 +153,19 @@ class _Projection:
 
 @torch.no_grad()
 def build_fitted(
-    network: SecondOrderHead, head: HeadConfig, problem: LinearProblem, fitted: LinearHead, recipe: Recipe
+    network: SecondOrderHead,
+    head: HeadConfig,
+    problem: LinearProblem,
+    fitted: LinearHead,
+    recipe: Recipe,
 ) -> SecondOrderHead:
     """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
-    if pooled.poolings:  # the head reads roots of covariances, after the projections of *network*
+    if (
+        pooled.poolings
+    ):  # the head reads roots of covariances, after the projections of *network*
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
     if has_energy:
         pooled.means.copy_(torch.from_numpy(problem.class_means()))
@@ -209,27 +235,37 @@ class CachedNetwork:
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
         for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
-            outputs = zip(*entries, strict=True)  # all hashes, all own vectors, all maps of each tap
+            outputs = zip(
+                *entries, strict=True
+            )  # all hashes, all own vectors, all maps of each tap
             digests, small, own_vectors, *maps = (
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
             )
             hashes = [digest.tobytes().hex() for digest in digests]
             maps_by_tap = {
-                tap: torch.from_numpy(features).to(self.device, memory_format=torch.channels_last)
+                tap: torch.from_numpy(features).to(
+                    self.device, memory_format=torch.channels_last
+                )
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
-            yield FeatureBatch(chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap)
+            yield FeatureBatch(
+                chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap
+            )
 
-    def _load(self, images: LabeledImages, batches: list[list[int]]) -> Iterator[tuple[_Loaded, list[Entry]]]:
+    def _load(
+        self, images: LabeledImages, batches: list[list[int]]
+    ) -> Iterator[tuple[_Loaded, list[Entry]]]:
         """Yield each batch of images, and the entries of all of them; new ones are written to the cache.
 
-        The first photograph is computed in any case: if its entry differs, something that the name of the
-        entry does not contain has changed, and the cache is not read.
+        The first photograph is computed in any case: if its entry differs, something that the
+        name of the entry does not contain has changed, and the cache is not read.
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
-        waiting: list[_Loaded] = []  # until a full batch of photographs without an entry is there
+        waiting: list[
+            _Loaded
+        ] = []  # until a full batch of photographs without an entry is there
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.mark_used(file_hash) for file_hash in hashes.tolist()]
@@ -241,7 +277,9 @@ class CachedNetwork:
                     yield from self._load(images, batches)  # again, without the cache
                     return
             for position, entry in enumerate(entries):
-                if entry is None and not are_decoded[position]:  # the cache has an entry, but it is damaged
+                if (
+                    entry is None and not are_decoded[position]
+                ):  # the cache has an entry, but it is damaged
                     decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
@@ -255,10 +293,16 @@ class CachedNetwork:
         """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
         missing: list[tuple[_Loaded, int]] = []
         for loaded in waiting:
-            missing += [(loaded, position) for position, entry in enumerate(loaded.entries) if entry is None]
+            missing += [
+                (loaded, position)
+                for position, entry in enumerate(loaded.entries)
+                if entry is None
+            ]
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
-            computed = self._compute(torch.stack([loaded.pixels[position] for loaded, position in part]))
+            computed = self._compute(
+                torch.stack([loaded.pixels[position] for loaded, position in part])
+            )
             for (loaded, position), entry in zip(part, computed, strict=True):
                 loaded.entries[position] = entry
                 self.cache.write(loaded.paths[position], entry)
@@ -267,14 +311,20 @@ class CachedNetwork:
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
         """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
-        positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)  # 0, 1, ... and the last one
+        positions = torch.arange(self.batch_size).clamp(
+            max=len(pixels) - 1
+        )  # 0, 1, ... and the last one
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
         entries = []
         for position, image in enumerate(pixels.numpy()):
             pixel_hash = np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8)
             entries.append(
-                [pixel_hash, shrink(Image.fromarray(image)), *(output[position] for output in outputs)]
+                [
+                    pixel_hash,
+                    shrink(Image.fromarray(image)),
+                    *(output[position] for output in outputs),
+                ]
             )
         return entries
 
@@ -308,7 +358,11 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
 def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
     """Configure the head of *kind* on the taps of *full*; without feature maps, "gap" is the only one."""
     taps = tuple(full.pooled_head.channels)
-    return HeadConfig(kind=kind, taps=taps, width=WIDTH) if taps and kind != "gap" else HeadConfig(kind="gap")
+    return (
+        HeadConfig(kind=kind, taps=taps, width=WIDTH)
+        if taps and kind != "gap"
+        else HeadConfig(kind="gap")
+    )
 
 
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:

@@ -3,13 +3,22 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.training.few_shot.classifier import ENOUGH, MAX_RANK, Indices, LinearProblem, Scaling
+from sopdeploy.training.few_shot.classifier import (
+    ENOUGH,
+    MAX_RANK,
+    Indices,
+    LinearProblem,
+    Scaling,
+)
 from sopdeploy.training.results import Gain
 
 MIN_JUDGED = 20  # photographs; a share of fewer says little
 MAX_REDUCED = 20  # classes, by lot
 PRIOR = 4  # photographs of average classes that judge a class, too
-CLEAR, MAX_GAINS = 0.03, 3  # smallest gain of a class of `ENOUGH` photographs, and number of them
+CLEAR, MAX_GAINS = (
+    0.03,
+    3,
+)  # smallest gain of a class of `ENOUGH` photographs, and number of them
 
 
 def found_when_reduced(
@@ -17,7 +26,8 @@ def found_when_reduced(
 ) -> NDArray[np.bool_]:
     """Tell which photographs are found if their class has only *number* others, and all classes keep theirs.
 
-    Each class is reduced in turn, to one with this *margin*; one photograph of each group is judged.
+    Each class is reduced in turn, to one with this *margin*; one photograph of each group is
+    judged.
     """
     random, labels_N = np.random.default_rng(number), problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
@@ -45,15 +55,18 @@ def estimate_gains(
 ) -> tuple[Gain, ...]:
     """Estimate what more photographs of a class would give: of those with few, and of those that gain most.
 
-    *right* tells which of the *judged* images are classified correctly by a head without them. A class with
-    fewer than `ENOUGH` photographs is found as the others are with as few. The errors of another one fall
-    with twice as many as they fall on average between half of the photographs and all. Nothing is estimated
-    of more than `MAX_RANK` images, or with several classes per image.
+    *right* tells which of the *judged* images are classified correctly by a head without them.
+    A class with fewer than `ENOUGH` photographs is found as the others are with as few. The
+    errors of another one fall with twice as many as they fall on average between half of the
+    photographs and all. Nothing is estimated of more than `MAX_RANK` images, or with several
+    classes per image.
     """
     classes_NK = problem.targets.classes
     if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):
         return ()
-    numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).discriminate("softmax").numbers
+    numbers_K = (
+        problem.moments(np.ones(len(classes_NK), np.bool_)).discriminate("softmax").numbers
+    )
     numbers_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(int)
     margins_K = np.broadcast_to(scaling.margins, numbers_K.shape)
     judged_K, error_K = classes_NK[judged].sum(axis=0), classes_NK[judged][~right].sum(axis=0)
@@ -67,13 +80,25 @@ def estimate_gains(
     mean_error = float((~right).mean())
     remaining = min(1.0, mean_error / max(1e-9, 1 - found.get(half, 1.0)))
     few, others = [], []
-    for label, number, judged_of, errors in zip(labels, numbers_K.tolist(), judged_K, error_K, strict=True):
+    for label, number, judged_of, errors in zip(
+        labels, numbers_K.tolist(), judged_K, error_K, strict=True
+    ):
         if 0 < number < ENOUGH and number in found and found[number] < found.get(ENOUGH, 0.0):
-            few.append(Gain(label=label, count=number, found=found[number], more=ENOUGH, then=found[ENOUGH]))
+            few.append(
+                Gain(
+                    label=label,
+                    count=number,
+                    found=found[number],
+                    more=ENOUGH,
+                    then=found[ENOUGH],
+                )
+            )
         elif number >= ENOUGH:
             error = (errors + PRIOR * mean_error) / (judged_of + PRIOR)
             then = 1 - error * remaining
-            others.append(Gain(label=label, count=number, found=1 - error, more=2 * number, then=then))
+            others.append(
+                Gain(label=label, count=number, found=1 - error, more=2 * number, then=then)
+            )
     others = [gain for gain in others if gain.then - gain.found >= CLEAR]
     others.sort(key=lambda gain: gain.found - gain.then)
     return (*few, *others[:MAX_GAINS])

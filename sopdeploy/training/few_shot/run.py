@@ -20,15 +20,31 @@ from scipy.special import log_softmax
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.decision_fit import MIN_COSINES, fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.decision_fit import (
+    MIN_COSINES,
+    fit_decision,
+    fit_thresholds,
+    missing_threshold,
+)
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
+from sopdeploy.evaluation.prediction import (
+    HeldOutMetrics,
+    held_out_metrics,
+    predict_logits,
+    predict_unknown,
+)
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.clips import Clips, find_clips
-from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates, number_classes
+from sopdeploy.photos.copies import (
+    NO_PAIRS,
+    NearDuplicates,
+    connect,
+    find_near_duplicates,
+    number_classes,
+)
 from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
@@ -52,21 +68,29 @@ from sopdeploy.training.few_shot.features import (
     full_head,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record, read_few_shot_fit
+from sopdeploy.training.few_shot.state import (
+    FewShotFit,
+    last_few_shot_record,
+    read_few_shot_fit,
+)
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.setup import LOOP_INSTEAD, warn_of_equal_files
 
-# Below this number of groups, temperature and cosines come from three cross-validations: the threshold is one
-# of the lowest cosines, which other folds change.
+# Below this number of groups, temperature and cosines come from three cross-validations: the
+# threshold is one of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
-# Weight in the class means of photographs that a server kept. With 1, these atypical ones and their wrong
-# labels move the means: of one set, 83 instead of 93 % of the foreign photographs were rejected, with 1/8
-# 93 % (docs/benchmarks/copied_photos.md).
+# Weight in the class means of photographs that a server kept. With 1, these atypical ones and
+# their wrong labels move the means: of one set, 83 instead of 93 % of the foreign photographs
+# were rejected, with 1/8 93 % (docs/benchmarks/copied_photos.md).
 KEPT_WEIGHT = 0.125
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
-CHANCE, MIN_CONFUSED = 0.4, 3  # share and number of the images of a class that chance takes for another one
-UNEVEN = 1.5  # ratio of the largest class to the smallest from which on the result says how it is corrected
+CHANCE, MIN_CONFUSED = (
+    0.4,
+    3,
+)  # share and number of the images of a class that chance takes for another one
+# ratio of the largest class to the smallest from which on the result says how it is corrected
+UNEVEN = 1.5
 
 
 def fit_few_shot(
@@ -74,10 +98,10 @@ def fit_few_shot(
 ) -> tuple[FewShotFit, Mapping[str, Any]]:
     """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
 
-    The run of *last* is finished and not trained again. The decision is fitted to the out-of-fold
-    predictions. Held-out images, if there are any, are used only for the score. Returns the fit and the
-    entry `training` of `best.pt`. Raises `TrainingStoppedError` after a stop signal, and `DataError` for
-    images that cannot be used.
+    The run of *last* is finished and not trained again. The decision is fitted to the
+    out-of-fold predictions. Held-out images, if there are any, are used only for the score.
+    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
+    stop signal, and `DataError` for images that cannot be used.
     """
     if last is None:
         fit = fit_new(setup, callback)
@@ -96,7 +120,8 @@ def fit_few_shot(
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     """Fit and evaluate the network of a new run; writes no file.
 
-    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
+    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be
+    used.
     """
     since, recipe, images = time.monotonic(), setup.recipe, setup.data.train
     with handle_signals(setup.strategy) as signals:
@@ -104,15 +129,23 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
-            expected.update(min(done, len(images)), len(images))  # the features take most of the time
+            expected.update(
+                min(done, len(images)), len(images)
+            )  # the features take most of the time
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
             found = cross_validate(recipe, setup.model, images, on_progress)
-            if not len(setup.file_hashes):  # otherwise, `set_up_run` has read the files and warned
-                warn_of_equal_files(images, setup.data.held_out, found.features.file_hashes, callback)
+            if not len(
+                setup.file_hashes
+            ):  # otherwise, `set_up_run` has read the files and warned
+                warn_of_equal_files(
+                    images, setup.data.held_out, found.features.file_hashes, callback
+                )
             problem, head = found.problem, found.features.head
-            network = build_fitted(found.network, head, problem, problem.fit_all(found.scaling), recipe)
+            network = build_fitted(
+                found.network, head, problem, problem.fit_all(found.scaling), recipe
+            )
             score, metrics = _evaluate(setup, network, found)
             label_logits, num_doubted = None, 0  # with several classes per image
             if problem.targets.activation == "softmax":
@@ -184,15 +217,21 @@ class CrossValidation:
             return None
         classes, num_folds = targets.classes[self.judged], int(self.folds.max()) + 1
         logits, groups = self.logits[self.judged], self.groups[self.judged]
-        return estimate_score(classes, targets.activation, logits, self.recipe.seed, groups, num_folds)
+        return estimate_score(
+            classes, targets.activation, logits, self.recipe.seed, groups, num_folds
+        )
 
 
 def cross_validate(
-    recipe: Recipe, model: Classifier, images: LabeledImages, on_progress: Callable[[str, int, int], None]
+    recipe: Recipe,
+    model: Classifier,
+    images: LabeledImages,
+    on_progress: Callable[[str, int, int], None],
 ) -> CrossValidation:
     """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
 
-    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group of copies.
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group
+    of copies.
     """
     config: Any = recipe.procedure
     name, count, targets = recipe.model.name, len(images), Targets.of(images)
@@ -202,35 +241,49 @@ def cross_validate(
         outputs,
         config.head,
         images,
-        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
+        lambda done, _total: on_progress(
+            f"features of {name}", done, 2 * count
+        ),  # half of the work
     )
     if config.group_copies:
-        near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
+        near = find_near_duplicates(
+            features.views, features.small, images.targets, features.hashes
+        )
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
     pairs = near.pairs
     if len(near.vectors) and not recipe.groups_by_name:
         names = [images.identity(index) for index in range(count)]
-        clips = find_clips(names, features.times, number_classes(images.targets), near.vectors, clips.groups)
+        clips = find_clips(
+            names, features.times, number_classes(images.targets), near.vectors, clips.groups
+        )
         pairs = clips.select_pairs(pairs)
-    copies_N = connect(count, pairs, features.hashes)  # groups of copies, without the given groups
+    copies_N = connect(
+        count, pairs, features.hashes
+    )  # groups of copies, without the given groups
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    _, first_image_G = np.unique(groups_N, return_index=True)  # its hash is the key of the whole group
+    _, first_image_G = np.unique(
+        groups_N, return_index=True
+    )  # its hash is the key of the whole group
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
     weights_N = weights_in_means(images)
-    problem = LinearProblem(features.space, features.reduced, features.own, targets, weights_N, groups_N)
+    problem = LinearProblem(
+        features.space, features.reduced, features.own, targets, weights_N, groups_N
+    )
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
     logits_NK = problem.logits(validations[0], scaling)
     shifted_NK, left_out_N = logits_NK, None
     if targets.activation == "softmax":
-        cosines_N = np.mean([problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0)
+        cosines_N = np.mean(
+            [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
+        )
         shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
         left_out_N = problem.cosines_without_class()
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
@@ -241,7 +294,9 @@ def cross_validate(
         problem=problem,
         copies=copies_N,
         groups=groups_N,
-        alike=tuple(np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()),
+        alike=tuple(
+            np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()
+        ),
         clips=clips,
         judged=judged,
         folds=first_folds_N,
@@ -261,20 +316,29 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
     return [targets.folds(keys_N, at_most, fold_seed) for fold_seed in seeds]
 
 
-def _choose_judged(images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices) -> Indices:
+def _choose_judged(
+    images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices
+) -> Indices:
     """Choose the images that the score counts: of the typical photographs, the copy with the most pixels.
 
-    Those of a class that is one group do not count, because no classifier is fitted to others of it.
+    Those of a class that is one group do not count, because no classifier is fitted to others
+    of it.
     """
-    _, largest_G = np.unique(copies_N, return_index=True)  # the first image of each group, often its only one
-    for group in np.flatnonzero(np.bincount(copies_N) > 1):  # only the images of these groups are opened
+    _, largest_G = np.unique(
+        copies_N, return_index=True
+    )  # the first image of each group, often its only one
+    for group in np.flatnonzero(
+        np.bincount(copies_N) > 1
+    ):  # only the images of these groups are opened
         members = np.flatnonzero(copies_N == group)
         num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
         return judged
-    is_one_group_K = np.array([len(groups) == 1 for groups in _groups_of_classes(targets, groups_N)])
+    is_one_group_K = np.array(
+        [len(groups) == 1 for groups in _groups_of_classes(targets, groups_N)]
+    )
     return judged[~is_one_group_K[images.targets[judged].astype(np.int64)]]
 
 
@@ -286,8 +350,9 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select images (N,) that are like new photographs: those that no server kept.
 
-    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class without others are
-    selected, and all if too few are not kept for a threshold, or if images have several classes.
+    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class
+    without others are selected, and all if too few are not kept for a threshold, or if images
+    have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
     is_kept_N = np.asarray([KEPT_NAME.fullmatch(name) is not None for name in names], np.bool_)
@@ -309,14 +374,22 @@ def _evaluate(
     recipe, held_out, images = setup.recipe, setup.data.held_out, setup.data.train
     if len(held_out):
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        logits, targets = predict_logits(network, dataset, recipe.preprocess, workers=recipe.workers)
+        logits, targets = predict_logits(
+            network, dataset, recipe.preprocess, workers=recipe.workers
+        )
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         expected = Targets.of(held_out)
         metrics = held_out_metrics(setup.labels, logits, targets)
-        return estimate_score(expected.classes, expected.activation, logits, recipe.seed, groups), metrics
+        return estimate_score(
+            expected.classes, expected.activation, logits, recipe.seed, groups
+        ), metrics
     score = found.score()
-    counted = np.arange(len(images)) if score is None else found.judged  # of copies of a photograph, one
-    metrics = held_out_metrics(setup.labels, found.shifted_logits[counted], images.targets[counted])
+    counted = (
+        np.arange(len(images)) if score is None else found.judged
+    )  # of copies of a photograph, one
+    metrics = held_out_metrics(
+        setup.labels, found.shifted_logits[counted], images.targets[counted]
+    )
     return score, metrics
 
 
@@ -331,13 +404,17 @@ def _describe(
     if len(setup.data.held_out):
         judged_K = setup.data.held_out.class_counts()
     groups = _groups_of_classes(targets, found.groups)
-    num_groups = {label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)}
+    num_groups = {
+        label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
+    }
     contradictions, labels_N = [], number_classes(images.targets)
     for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
         indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
-            if len(indices) > MAX_COPIES:  # such as the frames of a clip: one image of each class
+            if (
+                len(indices) > MAX_COPIES
+            ):  # such as the frames of a clip: one image of each class
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
@@ -351,7 +428,8 @@ def _describe(
         estimated_on="held-out" if len(setup.data.held_out) else "cross-validation",
         class_counts=counts,
         judged_counts=dict(zip(images.labels, judged_K.tolist(), strict=True)),
-        is_uneven=has_one_class and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
+        is_uneven=has_one_class
+        and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         left_out=tuple(map(str, setup.data.left_out)),
         num_selected=int((~select_typical(images)).sum()),  # by a server
@@ -361,7 +439,9 @@ def _describe(
         num_groups=int(found.groups.max()) + 1,
         num_photographs=int(found.copies.max()) + 1,
         one_group=tuple(label for label, number in num_groups.items() if number == 1),
-        two_groups=tuple(label for label, number in num_groups.items() if number == 2 and counts[label] > 2),
+        two_groups=tuple(
+            label for label, number in num_groups.items() if number == 2 and counts[label] > 2
+        ),
         contradictions=tuple(contradictions),
         alike=found.alike,
         confused=_find_confused(found, images.labels) if has_one_class else (),
@@ -376,21 +456,29 @@ def _describe(
     )
 
 
-def _find_confused(found: CrossValidation, labels: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _find_confused(
+    found: CrossValidation, labels: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
     """Find pairs of classes of whose images at least `CHANCE` are predicted as the other one."""
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
     counts_KK = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(counts_KK, (classes, predicted), 1)
     right_K = np.diagonal(counts_KK)
-    is_by_chance_KK = counts_KK >= np.maximum(CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED)
+    is_by_chance_KK = counts_KK >= np.maximum(
+        CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED
+    )
     pairs = np.argwhere(np.triu(is_by_chance_KK & is_by_chance_KK.T, 1))
     return tuple((labels[one], labels[other]) for one, other in pairs.tolist())
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
     """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
-    recipe, targets, accepts = setup.recipe, setup.data.train.targets, setup.recipe.rejection.accepts
+    recipe, targets, accepts = (
+        setup.recipe,
+        setup.data.train.targets,
+        setup.recipe.rejection.accepts,
+    )
     if setup.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
@@ -402,13 +490,17 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         accepts=accepts,
         scalable=False,  # the network contains the temperature
         groups=fit.groups[typical_N],
-        unknown=predict_unknown(fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+        unknown=predict_unknown(
+            fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers
+        ),
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         min_images=MIN_COSINES,
     )
     is_nothing_fitted = decision == Decision()
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
-    why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts, MIN_COSINES)
+    why_no_threshold = missing_threshold(
+        num_typical_groups, fit.logits.shape[1], accepts, MIN_COSINES
+    )
     result: Any = fit.result
     return replace(
         fit,

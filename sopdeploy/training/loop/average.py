@@ -1,6 +1,7 @@
 """The average of the weights that is evaluated and exported in place of the weights that learn.
 
-Source: Polyak and Juditsky (1992); the decay is warmed up as in TensorFlow's `ExponentialMovingAverage`.
+Source: Polyak and Juditsky (1992); the decay is warmed up as in TensorFlow's
+`ExponentialMovingAverage`.
 """
 
 import copy
@@ -15,9 +16,9 @@ from sopdeploy.models.base import Classifier
 class ExponentialMovingAverage:
     """A copy of *model* whose floating-point tensors are exponential moving averages over all steps.
 
-    torch's `AveragedModel` would start from the weights after the first step, and read its number of updates
-    from the device in every step, which waits for the GPU. `count` is the number of updates; with 0, the
-    weights that learn are exported.
+    torch's `AveragedModel` would start from the weights after the first step, and read its
+    number of updates from the device in every step, which waits for the GPU. `count` is the
+    number of updates; with 0, the weights that learn are exported.
     """
 
     def __init__(self, decay: float, model: Classifier) -> None:
@@ -34,7 +35,9 @@ class ExponentialMovingAverage:
         for name in averages.keys() - set(floating):
             averages[name].copy_(values[name])
         torch._foreach_lerp_(
-            [averages[name] for name in floating], [values[name] for name in floating], 1 - decay
+            [averages[name] for name in floating],
+            [values[name] for name in floating],
+            1 - decay,
         )
 
     def state_dict(self) -> dict[str, Any]:

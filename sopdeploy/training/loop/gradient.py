@@ -15,23 +15,32 @@ from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Waits for no result of the device. `LoopState.read_steps` finds what is not finite before it is written.
+    Waits for no result of the device. `LoopState.read_steps` finds what is not finite before it
+    is written.
     """
     recipe, position = run.recipe, run.position
-    # Each process draws other random numbers; process 0 draws those of a run of a single process.
+    # Each process draws other random numbers; process 0 draws those of a run of a single
+    # process.
     rank_key = [run.strategy.rank] if run.strategy.rank > 0 else []
-    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key))
+    torch.manual_seed(
+        derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key)
+    )
     time = position.epoch + position.step / steps
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
     run.optimizer.zero_grad()
     pixels, targets = batch
     loss = compute_gradient(run, (run.normalize(pixels), targets), num_samples)
-    norm = get_total_norm([parameter.grad for parameter in run.parameters if parameter.grad is not None])
-    # Counts the processes in which gradient, loss and all buffers are finite, before weights change. The
-    # buffers are batch norm's running statistics, which include this batch; their norm is the largest value.
+    norm = get_total_norm(
+        [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+    )
+    # Counts the processes in which gradient, loss and all buffers are finite, before weights
+    # change. The buffers are batch norm's running statistics, which include this batch; their
+    # norm is the largest value.
     largest = [get_total_norm(run.float_buffers, math.inf)] if run.float_buffers else []
-    is_finite = torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
+    is_finite = (
+        torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
+    )
     finite_count = run.strategy.all_reduce(is_finite.double())
     if recipe.optimizer.clip_norm:  # 0 disables clipping
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
@@ -51,7 +60,9 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     bf16 = recipe.precision == "bf16"  # second-order layers disable autocast themselves
     with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
         output, weights = run.model(images), run.model.loss_weights()
-        loss = training_loss(output, targets, weights, recipe.loss.label_smoothing, run.activation)
+        loss = training_loss(
+            output, targets, weights, recipe.loss.label_smoothing, run.activation
+        )
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
     share = len(targets) / num_samples
@@ -61,7 +72,13 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
         run.optimizer.all_reduce(run.strategy.sum_by_parameter)
     else:
         run.strategy.backward(loss.total * share, run.trained())
-    weighted = [(value * share).double() for value in (loss.total.detach(), *loss.parts.values())]
+    weighted = [
+        (value * share).double() for value in (loss.total.detach(), *loss.parts.values())
+    ]
     total, *parts = run.strategy.all_reduce(torch.stack(weighted))
-    counts = None if loss.component_counts is None else run.strategy.all_reduce(loss.component_counts)
+    counts = (
+        None
+        if loss.component_counts is None
+        else run.strategy.all_reduce(loss.component_counts)
+    )
     return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)

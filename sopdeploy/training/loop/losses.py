@@ -1,8 +1,8 @@
 """The training loss: weighted heads and penalties of the model, and knowledge distillation.
 
-A teacher is trained before, or jointly with its student. Sources: Hinton et al., "Distilling the Knowledge in
-a Neural Network" (2015); Mishra and Marr, "Apprentice" (ICLR 2018), schemes A (joint) and B (teacher first).
-DSoP's Table II trains both jointly.
+A teacher is trained before, or jointly with its student. Sources: Hinton et al., "Distilling
+the Knowledge in a Neural Network" (2015); Mishra and Marr, "Apprentice" (ICLR 2018), schemes A
+(joint) and B (teacher first). DSoP's Table II trains both jointly.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,8 @@ def training_loss(
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
-    Raises `ConfigError` for one that does not fit the classes, the colors or the joint training.
+    Raises `ConfigError` for one that does not fit the classes, the colors or the joint
+    training.
     """
 
     def __init__(
@@ -82,7 +83,10 @@ class Teacher:
                     f"teacher.weights: {path} has other classes than the data; train the teacher on the same "
                     "classes"
                 )
-            if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
+            if (stored.preprocess.mean, stored.preprocess.std) != (
+                preprocess.mean,
+                preprocess.std,
+            ):
                 raise ConfigError(
                     f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean "
                     "and std"
@@ -90,12 +94,16 @@ class Teacher:
             self.model = build_classifier(stored, path).eval().requires_grad_(False)
         elif config.model is not None:
             torch.manual_seed(derive_seed(seed, "teacher weights"))
-            self.model = create_model(config.model.name, num_classes=len(labels), **config.model.config)
+            self.model = create_model(
+                config.model.name, num_classes=len(labels), **config.model.config
+            )
         else:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
-        if self.learns and hasattr(self.model.config, "balance_weight"):  # of networks with a gate
+        if self.learns and hasattr(
+            self.model.config, "balance_weight"
+        ):  # of networks with a gate
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
                 "teacher.weights"
@@ -106,22 +114,31 @@ class Teacher:
     ) -> Loss:
         """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
 
-        The squared temperature keeps the scale of its gradient (Hinton et al., section 2), which does not
-        reach the teacher. A teacher that learns adds its own loss.
+        The squared temperature keeps the scale of its gradient (Hinton et al., section 2),
+        which does not reach the teacher. A teacher that learns adds its own loss.
         """
         logits = output if isinstance(output, Tensor) else output.logits
         temperature, share = self.config.temperature, self.config.share
         with torch.set_grad_enabled(self.learns):
-            teacher_output = self.model(images.contiguous(memory_format=images_format(self.model)))
-        teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
+            teacher_output = self.model(
+                images.contiguous(memory_format=images_format(self.model))
+            )
+        teacher_logits = (
+            teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
+        )
         log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
         log_student = log_softmax(logits.float() / temperature, dim=1)
-        divergence = kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+        divergence = (
+            kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+            * temperature**2
+        )
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
         if self.learns:
             weights = self.model.loss_weights()
-            teacher_loss = training_loss(teacher_output, labels, weights, self.label_smoothing).total
+            teacher_loss = training_loss(
+                teacher_output, labels, weights, self.label_smoothing
+            ).total
             total = total + teacher_loss
             parts["teacher_loss"] = teacher_loss.detach()
         return Loss(total, parts, loss.component_counts)

@@ -18,17 +18,24 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parame
 def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
     """Create the optimizer of *config* for *parameters* or their groups.
 
-    "foreach" updates all parameters in a few calls, with the bits of a loop over them; RAdam has other bits.
+    "foreach" updates all parameters in a few calls, with the bits of a loop over them; RAdam
+    has other bits.
     """
     options: dict[str, Any] = config.model_dump(exclude={"kind", "clip_norm", "tensorflow"})
     if isinstance(config, AdaHessianConfig):
         return AdaHessian(parameters, **options)
     if isinstance(config, RAdam):
         return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **options)
-    form: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    form: Any = {
+        "sgd": torch.optim.SGD,
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+    }
     chosen = form[config.kind]
     if isinstance(config, RMSProp) and config.tensorflow:
-        timm_optim = import_optional("timm.optim", "timm", "sopdeploy[train]", MissingPackageError)
+        timm_optim = import_optional(
+            "timm.optim", "timm", "sopdeploy[train]", MissingPackageError
+        )
         chosen = timm_optim.RMSpropTF
     created: Optimizer = chosen(parameters, foreach=True, **options)
     return created
@@ -37,9 +44,10 @@ def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimiz
 class AdaHessian(Optimizer):
     """Adam with the diagonal of the Hessian in its second moment.
 
-    Call `backward` instead of that of the loss, then `step`. *betas* are the decay rates of the two running
-    means, *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay is decoupled as in AdamW.
-    Source: Yao et al., "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning" (AAAI 2021).
+    Call `backward` instead of that of the loss, then `step`. *betas* are the decay rates of the
+    two running means, *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay
+    is decoupled as in AdamW. Source: Yao et al., "AdaHessian: An Adaptive Second Order
+    Optimizer for Machine Learning" (AAAI 2021).
     """
 
     def __init__(
@@ -52,53 +60,81 @@ class AdaHessian(Optimizer):
         weight_decay: float = 0.0,
         power: float = 1.0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "power": power}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "power": power,
+        }
         super().__init__(params, defaults)
-        self.trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self.trainable = [
+            p for group in self.param_groups for p in group["params"] if p.requires_grad
+        ]
         self.curvatures: dict[Tensor, Tensor] = {}
 
     def backward(self, loss: Tensor, seed: int) -> None:
         """Set `grad` to the gradient of *loss*, and `curvatures` to the Hessian-vector product H z.
 
-        z is a vector of random signs that depends on *seed*, so |H z| estimates the diagonal of H. With the
-        same seed in all processes of a step, the sum of their products is that of the whole batch. The
-        network must be twice differentiable. H z is the gradient of the product of the gradient and z.
+        z is a vector of random signs that depends on *seed*, so |H z| estimates the diagonal of
+        H. With the same seed in all processes of a step, the sum of their products is that of
+        the whole batch. The network must be twice differentiable. H z is the gradient of the
+        product of the gradient and z.
         """
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             loss, self.trainable, create_graph=True, allow_unused=True
         )
-        curved: dict[Tensor, Tensor] = {}  # gradients that depend on parameters; the others are constant
+        curved: dict[
+            Tensor, Tensor
+        ] = {}  # gradients that depend on parameters; the others are constant
         for parameter, gradient in zip(self.trainable, gradients, strict=True):
             if gradient is None:  # the loss does not depend on the parameter
                 continue
             parameter.grad = gradient.detach().clone()
             if gradient.requires_grad:
                 curved[parameter] = gradient
-        signs = [random_signs(seed, number, parameter) for number, parameter in enumerate(curved)]
-        products = torch.autograd.grad(list(curved.values()), list(curved), signs, allow_unused=True)
+        signs = [
+            random_signs(seed, number, parameter) for number, parameter in enumerate(curved)
+        ]
+        products = torch.autograd.grad(
+            list(curved.values()), list(curved), signs, allow_unused=True
+        )
         # `step` takes 0 for parameters without a product: no gradient depends on them.
         pairs = zip(curved, products, strict=True)
-        self.curvatures = {parameter: product for parameter, product in pairs if product is not None}
+        self.curvatures = {
+            parameter: product for parameter, product in pairs if product is not None
+        }
 
-    def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
+    def all_reduce(
+        self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]
+    ) -> None:
         """Replace gradients and curvatures by their sums over processes; *add* is `sum_by_parameter`."""
         parameters = self.trainable
         gradients = add([parameter.grad for parameter in parameters], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        curvatures = add([self.curvatures.get(parameter) for parameter in parameters], parameters)
+        curvatures = add(
+            [self.curvatures.get(parameter) for parameter in parameters], parameters
+        )
         pairs = zip(parameters, curvatures, strict=True)
-        self.curvatures = {parameter: curvature for parameter, curvature in pairs if curvature is not None}
+        self.curvatures = {
+            parameter: curvature for parameter, curvature in pairs if curvature is not None
+        }
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
         """Update the parameters w that have a gradient by Eqs. (11) and (12) of the paper of the class.
 
-        With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is multiplied by
-        1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The Hessian diagonal of 4-D weights
-        is averaged over the kernel.
+        With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is
+        multiplied by 1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The
+        Hessian diagonal of 4-D weights is averaged over the kernel.
         """
-        updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        updates = [
+            (p, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         for parameter, group in updates:
             state = self.state[parameter]
             if not state:

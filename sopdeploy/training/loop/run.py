@@ -13,19 +13,31 @@ from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
-from sopdeploy.evaluation.prediction import as_evaluated, evaluate_network, predict_logits, predict_unknown
+from sopdeploy.evaluation.prediction import (
+    as_evaluated,
+    evaluate_network,
+    predict_logits,
+    predict_unknown,
+)
 from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.state import STEPS_PER_READ, LoopState, last_loop_record, set_train_mode
+from sopdeploy.training.loop.state import (
+    STEPS_PER_READ,
+    LoopState,
+    last_loop_record,
+    set_train_mode,
+)
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 
 _RESAMPLES = 1000
-Finish = Callable[[LoopState, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]]
+Finish = Callable[
+    [LoopState, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]
+]
 
 
 def fit_loop(
@@ -33,9 +45,10 @@ def fit_loop(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does, by default
-    `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
-    Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
+    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does,
+    by default `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all
+    but the first process. Raises `TrainingStoppedError` after a stop signal, and `DataError`
+    for images that cannot be used.
     """
     recipe = run.recipe
     augment = recipe.augment
@@ -78,7 +91,9 @@ def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> Augme
     augment = recipe.augment
     preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
     fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
-    return AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted)
+    return AugmentedDataset(
+        images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted
+    )
 
 
 def epoch_batches(recipe: Recipe, count: int, epoch: int) -> list[list[int]]:
@@ -99,15 +114,17 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time. Raises
-    `TrainingStoppedError` then if a process was stopped.
+    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
+    Raises `TrainingStoppedError` then if a process was stopped.
     """
     recipe, epoch, position = run.recipe, run.position.epoch, run.position
     batches = epoch_batches(recipe, len(training), epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
     since = time.monotonic()
-    for batch in load_batches(replace(training, epoch=epoch), shards, loader, run.strategy.device):
+    for batch in load_batches(
+        replace(training, epoch=epoch), shards, loader, run.strategy.device
+    ):
         size = len(batches[position.step])  # samples of all processes
         run.unread.append(train_step(run, batch, num_samples=size, steps=len(batches)))
         position.step += 1
@@ -121,14 +138,20 @@ def train_epoch(
         position.seconds += now - since  # to which `begin_next_epoch` adds the evaluation
         since = now
         for step, loss in enumerate(losses, first):
-            callback.on_step_end(epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss)
+            callback.on_step_end(
+                epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss
+            )
         expected.update(epoch * len(batches) + position.step, recipe.epochs * len(batches))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
 
 
 def evaluate_epoch(
-    run: LoopState, held_out: PreprocessedDataset, loader: Loader, signals: SignalState, callback: Callback
+    run: LoopState,
+    held_out: PreprocessedDataset,
+    loader: Loader,
+    signals: SignalState,
+    callback: Callback,
 ) -> None:
     """Evaluate the exported weights on held-out images, and begin the next epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
@@ -148,8 +171,11 @@ def evaluate_epoch(
         processes=run.strategy,
         on_batch=on_batch,
     )
-    # Every process computes these for the same few images itself, so its batches are whole ones.
-    diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror)
+    # Every process computes these for the same few images itself, so its batches are whole
+    # ones.
+    diagnostics = diagnose(
+        run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror
+    )
     run.begin_next_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
@@ -159,8 +185,12 @@ def save_derived_files(run: LoopState, folder: RunFolder) -> None:
     if not history:
         return
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
-    if has_best_weights and run.frozen is None:  # otherwise `best.pt` has the frozen network until the end
+    has_best_weights = (
+        position.step == 0 and best.epoch == position.epoch
+    )  # no step since the best epoch
+    if (
+        has_best_weights and run.frozen is None
+    ):  # otherwise `best.pt` has the frozen network until the end
         # in all processes, which together average the running statistics
         folder.save_best(run_record(run.setup, run.synchronized_fit()))
     folder.save_history(history)
@@ -171,8 +201,9 @@ def fit_best(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    The decision is fitted without mirror images, because a server computes none. With few images, or several
-    classes per image, that of `best.pt` remains. The other processes only estimate the score.
+    The decision is fitted without mirror images, because a server computes none. With few
+    images, or several classes per image, that of `best.pt` remains. The other processes only
+    estimate the score.
     """
     recipe = run.recipe
     result = estimate_best(
@@ -186,7 +217,10 @@ def fit_best(
     if run.strategy.rank != 0:
         return fit, {}
     checkpoint = read_checkpoint(folder.best)
-    model, decision = build_classifier(checkpoint, folder.best).to(run.strategy.device), checkpoint.decision
+    model, decision = (
+        build_classifier(checkpoint, folder.best).to(run.strategy.device),
+        checkpoint.decision,
+    )
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
         epochs = recipe.epochs  # the progress is that of the last one
         logits, targets = predict_logits(
@@ -195,7 +229,9 @@ def fit_best(
             recipe.preprocess,
             batch_size=recipe.batch_size,
             workers=recipe.workers,
-            on_batch=lambda done: callback.on_evaluation_batch(epoch=epochs - 1, epochs=epochs, done=done),
+            on_batch=lambda done: callback.on_evaluation_batch(
+                epoch=epochs - 1, epochs=epochs, done=done
+            ),
         )
         decision = fit_decision(
             logits,
@@ -204,7 +240,9 @@ def fit_best(
             accepts=recipe.rejection.accepts,
             scalable=model.has_scalable_logits(),
             groups=held_out.images.groups,
-            unknown=predict_unknown(model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
+            unknown=predict_unknown(
+                model, recipe.rejection.unknown, recipe.preprocess, recipe.workers
+            ),
         )
     best = with_result(checkpoint, result, decision)
     folder.save_best(best)
@@ -220,14 +258,20 @@ def estimate_best(
 ) -> LoopResult:
     """Estimate the score of the best epoch of *history*, which is too high on the images that select it.
 
-    An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects an epoch,
-    which the images outside of it measure (bootstrap bias corrected cross-validation: Tsamardinos et al.,
-    Machine Learning 107, 2018). This needs the predictions of all epochs for all images.
+    An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects
+    an epoch, which the images outside of it measure (bootstrap bias corrected cross-validation:
+    Tsamardinos et al., Machine Learning 107, 2018). This needs the predictions of all epochs
+    for all images.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
-    count, score, is_map = best.metrics.count, best.metrics.score, best.metrics.score_name == "mAP"
+    count, score, is_map = (
+        best.metrics.count,
+        best.metrics.score,
+        best.metrics.score_name == "mAP",
+    )
     group_N = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
-    # For each epoch, a text with a character per image: "1" if its predicted class is right, else "0".
+    # For each epoch, a text with a character per image: "1" if its predicted class is right,
+    # else "0".
     texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
     are_complete = not is_map and all(len(text) == count == len(group_N) for text in texts)
     selected_by: SelectedBy = "nothing"

@@ -21,7 +21,14 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.second_order_head import tuned_name
-from sopdeploy.training.checkpoints import Fit, Position, Setup, resume_of, run_record, state_errors
+from sopdeploy.training.checkpoints import (
+    Fit,
+    Position,
+    Setup,
+    resume_of,
+    run_record,
+    state_errors,
+)
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.average import ExponentialMovingAverage
@@ -31,7 +38,8 @@ from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
-# Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
+# Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain
+# it.
 LR_FACTOR = "times"
 
 # Steps after which their values are read, by device. Reading waits for all of its work.
@@ -49,8 +57,16 @@ class FinishedStep:
 
     def values(self) -> Tensor:
         """Join all values: total and parts of the loss, norm, count of processes, counts of components."""
-        counts = [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
-        values = [self.loss.total, *self.loss.parts.values(), self.norm, self.finite_count, *counts]
+        counts = (
+            [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
+        )
+        values = [
+            self.loss.total,
+            *self.loss.parts.values(),
+            self.norm,
+            self.finite_count,
+            *counts,
+        ]
         return torch.stack([value.detach().double() for value in values])
 
 
@@ -70,19 +86,29 @@ class LoopState:
     def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
         self.setup, self.recipe, self.strategy = setup, setup.recipe, setup.strategy
         self.frozen = frozen
-        self.name = setup.recipe.model.name if frozen is None else tuned_name(setup.recipe.model.name)
+        self.name = (
+            setup.recipe.model.name if frozen is None else tuned_name(setup.recipe.model.name)
+        )
         self.activation: Activation = setup.activation
         self.model, self.position = setup.model, setup.position
         self.unread: list[FinishedStep] = []
-        self.trainable = {name for name, value in setup.model.named_parameters() if value.requires_grad}
+        self.trainable = {
+            name for name, value in setup.model.named_parameters() if value.requires_grad
+        }
         recipe: Recipe = setup.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
-            raise ConfigError("teacher: distillation needs one class per image; remove the table")
-        self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(self.strategy.device)
+            raise ConfigError(
+                "teacher: distillation needs one class per image; remove the table"
+            )
+        self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(
+            self.strategy.device
+        )
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
-            self.teacher = Teacher(recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed)
+            self.teacher = Teacher(
+                recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed
+            )
         self._prepare_training()
         if self.teacher is not None:  # it sees training images only
             teacher, sides = self.teacher.model, {recipe.training_crop}
@@ -100,7 +126,9 @@ class LoopState:
     @property
     def exported(self) -> Classifier:
         """The model with the weights that are evaluated and exported: their average, if there is one."""
-        return self.model if self.average is None or not self.average.count else self.average.model
+        return (
+            self.model if self.average is None or not self.average.count else self.average.model
+        )
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -127,7 +155,9 @@ class LoopState:
         if not steps:
             return []
         self.unread = []
-        values = [step.values() for step in steps]  # a network may have penalties in some steps only
+        values = [
+            step.values() for step in steps
+        ]  # a network may have penalties in some steps only
         numbers = iter(torch.cat(values).tolist())
         rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
         losses = []
@@ -137,7 +167,9 @@ class LoopState:
             norm, finite_count, *counts = row[1 + len(parts) :]
             part_of_name = dict(zip(step.loss.parts, parts, strict=True))
             if finite_count != self.strategy.world:
-                damaged = (name for name, part in part_of_name.items() if not math.isfinite(part))
+                damaged = (
+                    name for name, part in part_of_name.items() if not math.isfinite(part)
+                )
                 raise TrainingError(
                     f"epoch {position.epoch + 1}, step {number}: "
                     f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower "
@@ -146,33 +178,43 @@ class LoopState:
             for name, part in {"loss": total, **part_of_name}.items():
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
             if counts:
-                before = position.component_counts or (0,) * len(counts)  # empty before the first step
+                before = position.component_counts or (0,) * len(
+                    counts
+                )  # empty before the first step
                 position.component_counts = tuple(map(operator.add, before, map(int, counts)))
             position.seen += step.num_samples
             position.gradient += norm * step.num_samples
             losses.append(total)
         return losses
 
-    def begin_next_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
+    def begin_next_epoch(
+        self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float
+    ) -> None:
         """Begin the next epoch with a row about this one, whose evaluation took *seconds*, in the history."""
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; the `LR_FACTOR` of this group is 1
+            lr=self.optimizer.param_groups[0][
+                "lr"
+            ],  # of the last step; the `LR_FACTOR` of this group is 1
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
             component_counts=position.component_counts,
-            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # a coarse clock gives 0 s
+            images_per_second=position.seen
+            / max(position.train_seconds, 1e-9),  # a coarse clock gives 0 s
             diagnostics=diagnostics,
             seconds=position.seconds + seconds,
         )
-        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*position.history, row))
+        self.position = Position(
+            epoch=row.epoch, seconds=row.seconds, history=(*position.history, row)
+        )
 
     def synchronize_buffers(self) -> None:
         """Average the running statistics of batch norms over processes.
 
-        They are linear in those of the batches, so averaging once equals averaging in every step.
+        They are linear in those of the batches, so averaging once equals averaging in every
+        step.
         """
         if self.strategy.world == 1:
             return
@@ -209,10 +251,15 @@ class LoopState:
 
     def start_epoch(self) -> None:
         """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
-        epoch, removal, model = self.position.epoch, self.recipe.model.remove_branches_at, self.model
+        epoch, removal, model = (
+            self.position.epoch,
+            self.recipe.model.remove_branches_at,
+            self.model,
+        )
         if removal is not None and epoch >= removal:
             model = model.without_branches()
-        # A run that resumes after a step of the epoch has begun it with the rate of its last step.
+        # A run that resumes after a step of the epoch has begun it with the rate of its last
+        # step.
         begins = self.position.step == 0
         is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
         if model is self.model and not is_second_phase:
@@ -232,7 +279,9 @@ class LoopState:
         if self.average is not None:
             averages = self.average.model.state_dict()
             self.average.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.average.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
+            self.average.model.load_state_dict(
+                {key: averages[key] for key in self.model.state_dict()}
+            )
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -244,8 +293,12 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, module in model.named_modules():
-            keeps_statistics = isinstance(module, _BatchNorm) and not is_in(name, *model.training_only)
-            if name and (name in frozen or keeps_statistics):  # the mode of the root is that of its branches
+            keeps_statistics = isinstance(module, _BatchNorm) and not is_in(
+                name, *model.training_only
+            )
+            if name and (
+                name in frozen or keeps_statistics
+            ):  # the mode of the root is that of its branches
                 module.training = False
         return
     parts = learning_parts(model, learn)
@@ -257,15 +310,19 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
 
 def learning_parts(model: Classifier, learn: str) -> tuple[str, ...]:
     """Return the dotted names of the parts that "branches" or "classifier" train."""
-    return model.training_only if learn == "branches" else (classifier_name(model), *model.training_only)
+    return (
+        model.training_only
+        if learn == "branches"
+        else (classifier_name(model), *model.training_only)
+    )
 
 
 def first_stages(model: Classifier) -> set[str]:
     """Return the names of the modules up to the end of the first half of the stages; "" is the root.
 
-    A stage is the module that contains several taps, such as `layer1` of `layer1.0` and `layer1.1`, or each
-    tap if one module contains all. "Up to" is by the order of `named_modules`, in which a network creates its
-    modules. Empty with fewer than two stages.
+    A stage is the module that contains several taps, such as `layer1` of `layer1.0` and
+    `layer1.1`, or each tap if one module contains all. "Up to" is by the order of
+    `named_modules`, in which a network creates its modules. Empty with fewer than two stages.
     """
     taps = list(model.tap_channels)
     stages = {tap: tap.rpartition(".")[0] for tap in taps}
@@ -281,7 +338,9 @@ def first_stages(model: Classifier) -> set[str]:
 def freeze(model: Classifier, start: StartConfig | None) -> None:
     """Freeze the parameters that `start.learn` excludes; raises `ConfigError` without branches to train."""
     learn = "all" if start is None else start.learn
-    if learn == "branches" and not any(is_in(name, *model.training_only) for name in model.state_dict()):
+    if learn == "branches" and not any(
+        is_in(name, *model.training_only) for name in model.state_dict()
+    ):
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
     if learn == "last_stages":
         frozen = first_stages(model)
@@ -301,7 +360,10 @@ def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[
     named = list(model.named_parameters())
     classifier = [parameter for name, parameter in named if is_in(name, head)]
     others = [parameter for name, parameter in named if not is_in(name, head)]
-    return [{"params": others, LR_FACTOR: 1.0}, {"params": classifier, LR_FACTOR: start.head_factor}]
+    return [
+        {"params": others, LR_FACTOR: 1.0},
+        {"params": classifier, LR_FACTOR: start.head_factor},
+    ]
 
 
 def last_loop_record(run: LoopState) -> Checkpoint:

@@ -33,7 +33,9 @@ def classify(
 def write_photos(folder: Path, count: int = COUNT) -> Path:
     folder.mkdir()
     for number in range(count):
-        body = picture_bytes((2 * number % 256, 250 - 2 * number % 250, 30), size=(40 + number % 7, 38))
+        body = picture_bytes(
+            (2 * number % 256, 250 - 2 * number % 250, 30), size=(40 + number % 7, 38)
+        )
         (folder / f"{number:03d}.jpg").write_bytes(BAD.get(number, body))
     (folder / "notes.md").write_text("not an image")
     return folder

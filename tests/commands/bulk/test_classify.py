@@ -59,7 +59,9 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
     assert pq.read_table(complete).to_pylist() == rows  # of the whole folder
 
 
-def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path, photos, tmp_path):
+def test_an_interrupted_run_continues_with_the_same_bytes(
+    complete, bundle_path, photos, tmp_path
+):
     for done in (33, 100):
         with pytest.raises(StopError):
             classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(done))
@@ -72,7 +74,9 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
         shown.append(numbers)
         (tmp_path / "rows" / f"part-00009.parquet.host.{len(shown)}.partial").touch()
 
-    lose_a_machine(0, 0)  # incomplete files of killed processes are removed before and after the rows
+    lose_a_machine(
+        0, 0
+    )  # incomplete files of killed processes are removed before and after the rows
     found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
     assert all(path.exists() for path in of_others)
     of_others[1].unlink()
@@ -81,18 +85,30 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
     assert (found.num_images, found.num_errors) == (COUNT, len(BAD))
 
 
-def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_path, photos, tmp_path):
+def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(
+    complete, bundle_path, photos, tmp_path
+):
     out = shutil.copytree(complete, tmp_path / "out")
     part = out / "rows" / "part-00001.parquet"
-    for content, done_before in ((part.read_bytes(), COUNT), (part.read_bytes()[:-9], COUNT - 32)):
+    for content, done_before in (
+        (part.read_bytes(), COUNT),
+        (part.read_bytes()[:-9], COUNT - 32),
+    ):
         part.write_bytes(content)
         shown: list[int] = []
-        classify(bundle_path, [str(photos)], out, on_image=lambda done, _, shown=shown: shown.append(done))
+        classify(
+            bundle_path,
+            [str(photos)],
+            out,
+            on_image=lambda done, _, shown=shown: shown.append(done),
+        )
         assert (shown[0], shown[-1]) == (done_before, COUNT)
     assert part_bytes(out) == part_bytes(complete)
 
 
-def test_a_folder_of_a_run_with_another_state_is_rejected(complete, bundle_path, photos, tmp_path):
+def test_a_folder_of_a_run_with_another_state_is_rejected(
+    complete, bundle_path, photos, tmp_path
+):
     for settings, logits, message in (
         (Settings(threads=1, top_k=2), False, r"was begun with top_k 5, not 2; continue with"),
         (SETTINGS, True, r"was begun with columns \[\], not \['logits'\]"),
@@ -104,15 +120,22 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(complete, bundle_path,
     other = write_bundle(tmp_path, seed=1)
     with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
-    with pytest.raises(ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue"):
+    with pytest.raises(
+        ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue"
+    ):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
-    with pytest.raises(ConfigError, match="another run is writing"), OutputFolder(complete).locked():
+    with (
+        pytest.raises(ConfigError, match="another run is writing"),
+        OutputFolder(complete).locked(),
+    ):
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "x.parquet").touch()
     for state in ("", "{", "5"):  # none, or a damaged one
         (tmp_path / "_run.json").write_text(state)
-        with pytest.raises(ConfigError, match=r"was begun with batch None, not 4; .* choose another folder"):
+        with pytest.raises(
+            ConfigError, match=r"was begun with batch None, not 4; .* choose another folder"
+        ):
             classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
@@ -136,7 +159,11 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     bundle_path, tmp_path, monkeypatch
 ):
     """One image ends every child that gets it, one is too large for a light child."""
-    bodies = {"bad": b"die", "large": picture_bytes(size=(2000, 1600)), **dict.fromkeys("abcdefgh", BODY)}
+    bodies = {
+        "bad": b"die",
+        "large": picture_bytes(size=(2000, 1600)),
+        **dict.fromkeys("abcdefgh", BODY),
+    }
     for name, body in bodies.items():
         (tmp_path / f"{name}.jpg").write_bytes(body)
     template = pool.DecoderTemplate("tests.service.decoding.misbehaving")
@@ -145,7 +172,9 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     template.close()
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
     assert errors == dict.fromkeys(bodies) | {"bad": "decoder_crashed"}
-    monkeypatch.setattr(decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent"))
+    monkeypatch.setattr(
+        decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent")
+    )
     with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
         classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)
 
@@ -162,7 +191,9 @@ DECISIONS = {  # decision, setting, classes of two images, known
 @pytest.mark.parametrize("case", DECISIONS)
 def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, monkeypatch):
     decision, given, classes, known = DECISIONS[case]
-    logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0], [np.nan] * 7], np.float32)
+    logits = np.array(
+        [[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0], [np.nan] * 7], np.float32
+    )
     runtime = FakeRuntime(num_classes=7, largest_batch=3)
     monkeypatch.setattr(runtime, "run", lambda _images: {"logits": logits})
     loaded = LoadedModel(bundle=deciding(bundle, decision), runtime=runtime, replays={})
@@ -180,7 +211,9 @@ def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
     script = tmp_path / "script.py"
     call = f"sopdeploy.classify({str(bundle_path)!r}, {str(photos)!r}, 'out', workers=2)"
     script.write_text(f"import sopdeploy\nprint({call}.num_images)")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{COUNT}\n", "")
 
 
@@ -203,20 +236,29 @@ maps (uint8[n, 32, 32, 3] images)
 def write_bundle_with_outputs(folder: Path) -> Path:
     """Write it into *folder*."""
     rng = np.random.default_rng(3)
-    weight, bias, mixing = (rng.normal(size=size).astype(np.float32) for size in ((7, 3), 7, (7, 4)))
+    weight, bias, mixing = (
+        rng.normal(size=size).astype(np.float32) for size in ((7, 3), 7, (7, 4))
+    )
     model = graph(GRAPH, weight=(weight / np.float32(40)).T.copy(), bias=bias, mixing=mixing)
     images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     return write_computed(folder, model, images, 1e-2, preprocess=RULES, labels=LABELS)
 
 
-def test_a_csv_file_has_the_predictions_and_needs_no_extra(bundle_path, photos, tmp_path, monkeypatch):
+def test_a_csv_file_has_the_predictions_and_needs_no_extra(
+    bundle_path, photos, tmp_path, monkeypatch
+):
     for module in ("pyarrow", "fsspec"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in ("bulk.output", "bulk.sources", "bulk.classifier", "tables"):
         monkeypatch.delitem(sys.modules, f"sopdeploy_commands.{name}", raising=False)
     out, shown = tmp_path / "new" / "results.CSV", []
     found = run.classify(
-        bundle_path, photos, out, on_image=lambda *numbers: shown.append(numbers), threads=1, top_k=2
+        bundle_path,
+        photos,
+        out,
+        on_image=lambda *numbers: shown.append(numbers),
+        threads=1,
+        top_k=2,
     )
     assert (found.rows, found.num_images, found.num_errors) == (out, COUNT, len(BAD))
     assert shown[-1] == (COUNT, COUNT)
@@ -228,7 +270,10 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(bundle_path, photos, 
         assert row["image"] == one.image
         if one.error is None:
             first = one.classes[0]
-            assert (row["class"], row["probability"]) == (first.label, f"{first.probability:.4f}")
+            assert (row["class"], row["probability"]) == (
+                first.label,
+                f"{first.probability:.4f}",
+            )
         assert row["error"] == ("" if one.error is None else one.error.detail)
     assert list(out.parent.iterdir()) == [out]
 

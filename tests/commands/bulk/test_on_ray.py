@@ -50,9 +50,13 @@ def cluster() -> Iterator[Any]:
         tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_TMPDIR", folder)  # `Cluster` writes its address to a folder `ray` there
+        patch.setenv(
+            "RAY_TMPDIR", folder
+        )  # `Cluster` writes its address to a folder `ray` there
         (Path(folder) / "ray").mkdir()
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray writes a token to the home directory
+        patch.setenv(
+            "RAY_AUTH_MODE", "disabled"
+        )  # otherwise Ray writes a token to the home directory
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
         started = Cluster(initialize_head=True, head_node_args=head)
@@ -71,7 +75,10 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
         archive.add(photos, "photos")
     sources = [str(photos), str(shard)]
     classify(bundle_path, sources, tmp_path / "here", options=SMALL_PARTS)
-    out, options = tmp_path / "out", SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2})
+    out, options = (
+        tmp_path / "out",
+        SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2}),
+    )
     with pytest.raises(StopError):
         classify(bundle_path, sources, out, options=SMALL_PARTS, on_image=stop_at(8))
     written = set(part_bytes(out))
@@ -103,7 +110,9 @@ def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path,
         command = [sys.executable, "-m", "sopdeploy", "classify", str(bundle_path), str(photos)]
         command += ["--out", str(tmp_path / "out"), "--ray", "local", "--part-images", "4"]
         addresses: set[str] = set()
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as child:
             ended = threading.Event()
             while not ended.wait(0.2) and child.poll() is None:
                 for process in (child.pid, *below(child.pid)):
@@ -114,12 +123,18 @@ def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path,
     assert len(rows_of(tmp_path / "out")) == 2000
 
 
-def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(bundle_path, complete, tmp_path):
+def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(
+    bundle_path, complete, tmp_path
+):
     out = shutil.copytree(complete, tmp_path / "out")
     (out / "rows" / "part-00001.parquet").unlink()
     (out / "rows" / "part-00003.parquet").unlink()
     actor = on_ray.PartActor(
-        bundle_path, SETTINGS, OPTIONS, out, BatchClassifier(bundle_path, SETTINGS, OPTIONS).state
+        bundle_path,
+        SETTINGS,
+        OPTIONS,
+        out,
+        BatchClassifier(bundle_path, SETTINGS, OPTIONS).state,
     )
     before = (out / "rows" / "part-00000.parquet").stat().st_mtime_ns
     assert actor({"part": np.arange(4)}) == {"images": [32, 32, 32, 4]}
@@ -128,18 +143,32 @@ def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(bundle_pat
 
     state = BatchClassifier(bundle_path, SETTINGS, OPTIONS).state  # of another machine
     for change in {"runtime": "onnxruntime-cuda 1.31 on cuda:0"}, {"batch": 7}:
-        with pytest.raises(ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"):
-            on_ray.PartActor(bundle_path, SETTINGS, OPTIONS, complete, state.model_copy(update=change))
+        with pytest.raises(
+            ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"
+        ):
+            on_ray.PartActor(
+                bundle_path, SETTINGS, OPTIONS, complete, state.model_copy(update=change)
+            )
 
 
 def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
     for address in ("127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "[::1]:x"):
-        with pytest.raises(ConfigError, match=r"ray: no Ray cluster at .*; `local` starts one here"):
-            classify(bundle_path, [str(photos)], tmp_path / "out", options=ClassifyOptions(ray=address))
+        with pytest.raises(
+            ConfigError, match=r"ray: no Ray cluster at .*; `local` starts one here"
+        ):
+            classify(
+                bundle_path,
+                [str(photos)],
+                tmp_path / "out",
+                options=ClassifyOptions(ray=address),
+            )
     assert not (tmp_path / "out").exists()
     for text, kind, message in (
         ("Traceback\n  x\nsopdeploy.errors.ConfigError: a is b\n", ConfigError, "a is b"),
         ("The actor died\nOOM", RuntimeUnavailableError, "OOM"),
     ):
-        with pytest.raises(kind, match=f"^on the Ray cluster: {message}$"), on_ray.errors_of_actors():
+        with (
+            pytest.raises(kind, match=f"^on the Ray cluster: {message}$"),
+            on_ray.errors_of_actors(),
+        ):
             raise RuntimeError(text)

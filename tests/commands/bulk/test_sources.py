@@ -83,7 +83,9 @@ def body_of(prefix: str, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("source", LISTS)
-def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources, tmp_path, monkeypatch):
+def test_a_source_lists_its_images_in_order_and_they_can_be_read(
+    source, sources, tmp_path, monkeypatch
+):
     monkeypatch.chdir(sources)
     prefix, names = LISTS[source]
     images = list(list_sources([source]))
@@ -125,22 +127,32 @@ def test_a_source_without_images_is_a_one_line_error(tmp_path, monkeypatch):
     for source, message in BAD_SOURCES.items():
         with pytest.raises(DataError, match=message):
             list(list_sources([source]))
-    with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\)") as raised:
+    with pytest.raises(
+        ImageError, match=r"cannot be read \(No such file or directory\)"
+    ) as raised:
         read_listed(ListedImage("x", "/nowhere/x.jpg"), 9)
     assert raised.value.code == "unusable_data"
 
 
 BODY = picture_bytes()
 MISSING = "cannot be read (No such file or directory)"
-IN_FOLDER = {"broken.jpg": MISSING, "escape\x1b[31m.jpg": None, "new\nline.jpg": None}  # name: error
+IN_FOLDER = {
+    "broken.jpg": MISSING,
+    "escape\x1b[31m.jpg": None,
+    "new\nline.jpg": None,
+}  # name: error
 
 
 def errors_of(out: Path) -> list[tuple[str, str | None]]:
     """List the name and the error of every row."""
-    return [(row["path"].rpartition("hostile/")[2], row["error_message"]) for row in rows_of(out)]
+    return [
+        (row["path"].rpartition("hostile/")[2], row["error_message"]) for row in rows_of(out)
+    ]
 
 
-def test_hostile_names_and_lines_have_rows_and_links_in_a_circle_are_not_followed(bundle_path, tmp_path):
+def test_hostile_names_and_lines_have_rows_and_links_in_a_circle_are_not_followed(
+    bundle_path, tmp_path
+):
     folder, listing = tmp_path / "hostile", tmp_path / "hostile" / "list.txt"
     folder.mkdir()
     for name, error in IN_FOLDER.items():
@@ -150,17 +162,29 @@ def test_hostile_names_and_lines_have_rows_and_links_in_a_circle_are_not_followe
     (folder / "again.jpg").symlink_to(folder)
     (folder / "folder.jpg").mkdir()
     listing.write_bytes(b"\r\nnew.jpg\r\n/etc/passwd\n.\nnull\0.jpg\n/dev/zero")
-    found = classify(bundle_path, [str(folder), str(listing)], tmp_path / "out", SETTINGS, OPTIONS)
+    found = classify(
+        bundle_path, [str(folder), str(listing)], tmp_path / "out", SETTINGS, OPTIONS
+    )
     in_folder, in_list = errors_of(tmp_path / "out")[:3], errors_of(tmp_path / "out")[3:]
     assert in_folder == list(IN_FOLDER.items())
     assert (found.num_images, found.num_errors) == (8, 6)
     assert [error for _, error in in_list[:4:2]] == [MISSING, "cannot be read (Is a directory)"]
-    assert re.fullmatch(r"cannot be read \(.*embedded null .*\)", in_list[3][1])  # in the words of Python
+    assert re.fullmatch(
+        r"cannot be read \(.*embedded null .*\)", in_list[3][1]
+    )  # in the words of Python
 
 
 def test_members_of_an_archive_stay_below_its_name(tmp_path):
     archive = tmp_path / "x.tar"
-    names = ("/abs.jpg", "../up.jpg", "x/../../y.jpg", "a.jpg", "a.jpg", "./b.jpg", ".hidden.jpg")
+    names = (
+        "/abs.jpg",
+        "../up.jpg",
+        "x/../../y.jpg",
+        "a.jpg",
+        "a.jpg",
+        "./b.jpg",
+        ".hidden.jpg",
+    )
     names += ("c\udce9.jpg",)
     with tarfile.open(archive, "w") as tar:
         for number, name in enumerate(names):
@@ -178,7 +202,9 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
         link = tarfile.TarInfo("twin.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
         tar.addfile(link)
-    with pytest.raises(DataError, match=r"twin\.jpg is a hard link; pack with `tar --hard-dereference`"):
+    with pytest.raises(
+        DataError, match=r"twin\.jpg is a hard link; pack with `tar --hard-dereference`"
+    ):
         list(list_sources([str(archive)]))
 
 
@@ -187,8 +213,13 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(classifier.BatchClassifier, "classify_parts", interrupted)
-    found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
-    assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
+    found = CliRunner().invoke(
+        app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)]
+    )
+    assert (found.exit_code, found.stderr) == (
+        130,
+        "stopped; run the same command again to continue\n",
+    )
     assert found.stdout == ""
 
 
@@ -213,7 +244,8 @@ def test_a_header_that_says_it_has_gigabytes_is_not_read(kind: bytes, tmp_path: 
 
 def test_an_entry_with_a_negative_size_does_not_repeat_those_before_it(tmp_path: Path) -> None:
     first, second = (
-        bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT)) for name in ("a.jpg", "b.jpg")
+        bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+        for name in ("a.jpg", "b.jpg")
     )
     second[124:136] = b"\xff" + (-tarfile.BLOCKSIZE).to_bytes(11, "big", signed=True)
     second[148:156] = b" " * 8
@@ -228,7 +260,9 @@ def test_an_entry_with_a_negative_size_does_not_repeat_those_before_it(tmp_path:
 def test_a_line_that_never_ends_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "list.txt").open("wb") as file:
         file.truncate(3 << 30)
-    with pytest.raises(DataError, match=r"list\.txt: cannot be listed \(a line of 65536 characters or more"):
+    with pytest.raises(
+        DataError, match=r"list\.txt: cannot be listed \(a line of 65536 characters or more"
+    ):
         list(list_sources([str(tmp_path / "list.txt")]))
 
 
@@ -260,7 +294,10 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "an empty folder": (lambda folder: [no_image(folder)], "empty: has no images"),
     "no archive": (lambda folder: [no_archive(folder)], r"a\.tar: cannot be listed"),
-    "a list of a missing archive": (lambda folder: [no_member(folder)], r"missing\.tar: cannot be listed"),
+    "a list of a missing archive": (
+        lambda folder: [no_member(folder)],
+        r"missing\.tar: cannot be listed",
+    ),
     "an empty name": (lambda folder: [""], "no source, or an empty one"),
     "no source": (lambda folder: [], "no source, or an empty one"),
     "an unknown store": (lambda folder: ["nowhere://x"], "nowhere://x: cannot be listed"),
@@ -270,7 +307,11 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 @pytest.mark.parametrize(("sources", "message"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("new", ["out", "new/deep/out"])
 def test_a_run_that_cannot_begin_leaves_no_folder(
-    bundle_path: Path, tmp_path: Path, sources: Callable[[Path], list[str]], message: str, new: str
+    bundle_path: Path,
+    tmp_path: Path,
+    sources: Callable[[Path], list[str]],
+    message: str,
+    new: str,
 ) -> None:
     given = sources(tmp_path)
     before = set(tmp_path.rglob("*"))

@@ -22,7 +22,13 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import write_signature
 from sopdeploy.decision import Decision
-from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    ParityError,
+    RuntimeUnavailableError,
+)
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.http_api import ClassProbability
 from sopdeploy.images.decode import decode
@@ -85,7 +91,9 @@ def replace_weight(folder: Path) -> None:
     graph = onnx.load(folder / "model.onnx")
     weights = numpy_helper.to_array(graph.graph.initializer[1]).copy()
     weights.flat[0] = np.nextafter(weights.flat[0], np.float32(1))
-    graph.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights, graph.graph.initializer[1].name))
+    graph.graph.initializer[1].CopyFrom(
+        numpy_helper.from_array(weights, graph.graph.initializer[1].name)
+    )
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
 
 
@@ -102,8 +110,14 @@ def certify(any_batch: str, root: str) -> Callable[[Path], object]:
 
 REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
-    "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
-    "another certified program": (certify("9", "9"), r"certificate\.json: belongs to another network"),
+    "another certified graph": (
+        certify("1", "9"),
+        r"certificate\.json: certifies another graph",
+    ),
+    "another certified program": (
+        certify("9", "9"),
+        r"certificate\.json: belongs to another network",
+    ),
 }
 
 
@@ -118,9 +132,16 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
 
 def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    assert verify(str(bundle_path), runtime="onnxruntime-cpu") == verify(bundle_path, ONE_THREAD)
-    assert predict(str(bundle_path), str(tmp_path / "a.png"), runtime="onnxruntime-cpu")[0].classes
-    for words in (["verify", str(bundle_path)], ["predict", str(bundle_path), str(tmp_path / "a.png")]):
+    assert verify(str(bundle_path), runtime="onnxruntime-cpu") == verify(
+        bundle_path, ONE_THREAD
+    )
+    assert predict(str(bundle_path), str(tmp_path / "a.png"), runtime="onnxruntime-cpu")[
+        0
+    ].classes
+    for words in (
+        ["verify", str(bundle_path)],
+        ["predict", str(bundle_path), str(tmp_path / "a.png")],
+    ):
         assert CliRunner().invoke(app, [*words, "--runtime", "onnxruntime-cpu"]).exit_code == 0
         assert "runtime" in CliRunner().invoke(app, [*words, "--runtime", "none"]).stderr
 
@@ -132,7 +153,9 @@ def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_re
     result = CliRunner().invoke(app, ["verify", str(bundle_path)])
     assert result.exit_code == 0, result.output
     assert "sha256 equal" in result.stdout
-    assert "root was not recomputed, because onnx is not installed" in " ".join(result.stdout.split())
+    assert "root was not recomputed, because onnx is not installed" in " ".join(
+        result.stdout.split()
+    )
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     replace_weight(copy)
     with pytest.raises(BundleError, match=r"model\.onnx"):
@@ -167,7 +190,12 @@ def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
         load_model(bundle, settings)
 
 
-COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
+COLORS = {
+    "ant": (200, 30, 60),
+    "bee": (90, 160, 30),
+    "cat": (10, 90, 220),
+    "dog": (200, 200, 20),
+}
 REST = ("eel", "fox", "gnu")
 
 
@@ -195,10 +223,14 @@ def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
     predictions = predict(bundle_path, paths, threads=1, top_k=7)
     for one, prediction in zip(scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
-        assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]
+        assert [labels[index] for index in one.top5] == [
+            c.label for c in prediction.classes[:5]
+        ]
 
 
-def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(bundle_path, folder, monkeypatch) -> None:
+def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(
+    bundle_path, folder, monkeypatch
+) -> None:
     random = np.random.default_rng(0)
     for path in folder.glob("*/*.png"):
         Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
@@ -218,7 +250,9 @@ def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(bundle_path, f
         assert score.confidence == pytest.approx(probability, abs=1e-6)
 
 
-def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(bundle_path, folder) -> None:
+def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(
+    bundle_path, folder
+) -> None:
     notes: list[str] = []
 
     def score() -> Any:
@@ -230,7 +264,11 @@ def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(bund
     shutil.rmtree(folder / "gnu")
     labels, scores, _ = score()
     assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"]
-    counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
+    counts = {
+        one.label: one.count
+        for one in classification_report(labels, scores).classes
+        if one.count
+    }
     assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
     (folder / "eel" / "0.jpeg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"eel/0\.jpeg: this is not an image"):
@@ -240,7 +278,9 @@ def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(bund
         score()
 
 
-def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_timed_at_every_batch_size(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
     found = timing.bench(bundle_path, batch="1,2", settings=load_settings(threads=1))
     assert [row.batch for row in found.latencies] == [1, 2]
@@ -256,11 +296,15 @@ def test_a_runtime_that_fails_is_one_line(bundle_path, folder, monkeypatch, modu
     loaded = replace(load_model(bundle_path, ONE_THREAD), runtime=Failing({1: "oom"}))
     monkeypatch.setattr(module, "load_model", lambda *_: loaded)
     words = (
-        ["bench", str(bundle_path)] if module is timing else ["eval", str(bundle_path), "--data", str(folder)]
+        ["bench", str(bundle_path)]
+        if module is timing
+        else ["eval", str(bundle_path), "--data", str(folder)]
     )
     result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "error: fake cannot run a batch on fake: OutOfMemoryError: no memory" in result.stderr
+    assert (
+        "error: fake cannot run a batch on fake: OutOfMemoryError: no memory" in result.stderr
+    )
 
 
 def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:
@@ -338,14 +382,20 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
         (False, "looks unlike the training photographs; closest: ant 0.9000"),
     ],
 )
-def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(known, end, capsys) -> None:
+def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(
+    known, end, capsys
+) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)
     score = None if known is None else 0.2367
-    print_prediction(FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score))
+    print_prediction(
+        FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score)
+    )
     assert capsys.readouterr().out == f"a.jpg: {end}\n"
 
 
 def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
     assert done.exit_code == 2
-    assert "a bundle, not a weight file; its README.md describes it" in " ".join(done.stderr.split())
+    assert "a bundle, not a weight file; its README.md describes it" in " ".join(
+        done.stderr.split()
+    )

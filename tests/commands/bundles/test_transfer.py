@@ -20,7 +20,12 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import download
 from sopdeploy.bundle.folder import open_bundle, staging
-from sopdeploy.bundle.signing import check_signature, read_signature, signature_path, write_signature
+from sopdeploy.bundle.signing import (
+    check_signature,
+    read_signature,
+    signature_path,
+    write_signature,
+)
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
 from sopdeploy.files import writing
 from sopdeploy_commands.app import app
@@ -89,7 +94,9 @@ def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path
     assert contents(pulled.path) == contents(bundle)
     assert pull(pushed.url, tmp_path / "here").path == pulled.path  # keeps the existing bundle
     assert {path.name for path in (tmp_path / "here").iterdir()} == {bundle.name, "latest"}
-    assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
+    assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [
+        f"{bundle.name}.tar"
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 224 * 224 * 3], ids=str)
@@ -102,7 +109,9 @@ def test_a_file_of_any_size_is_pulled_unchanged(size: int, tmp_path: Path) -> No
     assert contents(pulled.path) == contents(bundle)
 
 
-def test_archives_are_reproducible_standard_tar_files_without_owners(bundle: Path, tmp_path: Path) -> None:
+def test_archives_are_reproducible_standard_tar_files_without_owners(
+    bundle: Path, tmp_path: Path
+) -> None:
     first = push(bundle, str(tmp_path / "a"))
     copied = Path(shutil.copytree(bundle, tmp_path / "another name"))
     for path in copied.iterdir():
@@ -169,8 +178,13 @@ def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
         (OSError("the connection is closed\nand more"), "the connection is closed"),
     ],
 )
-def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(error: OSError, reason: str) -> None:
-    with pytest.raises(StorageError, match=rf"rows: cannot be written \({reason}\); "), writing("rows"):
+def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
+    error: OSError, reason: str
+) -> None:
+    with (
+        pytest.raises(StorageError, match=rf"rows: cannot be written \({reason}\); "),
+        writing("rows"),
+    ):
         raise error
 
 
@@ -193,7 +207,9 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
 @pytest.mark.parametrize(
     "text", ["", "no key", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
 )
-def test_invalid_key_files_are_rejected(text: str, bundle: Path, key: Path, tmp_path: Path) -> None:
+def test_invalid_key_files_are_rejected(
+    text: str, bundle: Path, key: Path, tmp_path: Path
+) -> None:
     signature, file = write_signature(bundle, key), tmp_path / "other"
     file.write_text(text)
     with pytest.raises(ConfigError, match="not a PEM file with a private"):
@@ -238,7 +254,9 @@ def another_time(bundle: Path, folder: Path, time: str) -> Path:
     return forge(Path(shutil.copytree(bundle, folder / bundle.name)), exported_at=time)
 
 
-@pytest.mark.parametrize("time", [FIELDS["exported_at"], EARLIER, LATER], ids=["same", "earlier", "later"])
+@pytest.mark.parametrize(
+    "time", [FIELDS["exported_at"], EARLIER, LATER], ids=["same", "earlier", "later"]
+)
 def test_a_pull_never_changes_a_bundle_that_is_there(
     time: str, bundle: Path, key: Path, tmp_path: Path
 ) -> None:
@@ -253,16 +271,22 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
     if time != FIELDS["exported_at"]:
         write_signature(copy, key)
         other = push(copy, str(tmp_path / "copies")).url
-        with pytest.raises(BundleError, match=r"exported at .*, but the signed copy at .*; move this folder"):
+        with pytest.raises(
+            BundleError, match=r"exported at .*, but the signed copy at .*; move this folder"
+        ):
             pull(other, here, require_signature=public)
         assert contents(path) == before
         check(path, signature_path(path), public)
 
 
-def test_an_export_does_not_invalidate_a_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
+def test_an_export_does_not_invalidate_a_signature(
+    bundle: Path, key: Path, tmp_path: Path
+) -> None:
     write_signature(bundle, key)
     assert write_hollow(bundle.parent) == bundle  # the same content and time
-    with pytest.raises(BundleError, match=r"exists, signed with the time of its export; move .*\.sig"):
+    with pytest.raises(
+        BundleError, match=r"exists, signed with the time of its export; move .*\.sig"
+    ):
         write_hollow(bundle.parent, exported_at=LATER)
     check(bundle, signature_path(bundle), key.with_name("release.key.pub"))
 
@@ -287,17 +311,24 @@ def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
             for suffix in ("", ".sig"):
                 shutil.copyfile(f"{archive}{suffix}", f"{replaced}{suffix}")
             with pytest.raises(
-                BundleError, match=f"contains {other.name}, not {replaced.stem}; check the address; try"
+                BundleError,
+                match=f"contains {other.name}, not {replaced.stem}; check the address; try",
             ):
                 pull(str(replaced), here, require_signature=public)
             assert not here.exists()
     for name, project in (("cats.tar", None), ("latest.tar", "cats")):
         for suffix in ("", ".sig"):
-            shutil.copyfile(f"{tmp_path / cats.name / cats.name}.tar{suffix}", f"{tmp_path / name}{suffix}")
-        pull(str(tmp_path / name), tmp_path / name[:4], project=project, require_signature=public)
+            shutil.copyfile(
+                f"{tmp_path / cats.name / cats.name}.tar{suffix}", f"{tmp_path / name}{suffix}"
+            )
+        pull(
+            str(tmp_path / name), tmp_path / name[:4], project=project, require_signature=public
+        )
 
 
-def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(
+    bundle: Path, tmp_path: Path
+) -> None:
     old = write_hollow(tmp_path / "bundles", config={"width": 5}, exported_at=EARLIER)
     cats = write_hollow(tmp_path / "bundles", project="cats", exported_at=EARLIER)
     here, store = tmp_path / "here", str(tmp_path / "store")
@@ -305,18 +336,29 @@ def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(bundle: Path
     pull(push(cats, store).url, here)  # of another project
     archive = push(old, store).url
     error = cli_error("pull", archive, here)
-    for part in (archive, old.name, EARLIER, bundle.name, FIELDS["exported_at"], "try --allow-older"):
+    for part in (
+        archive,
+        old.name,
+        EARLIER,
+        bundle.name,
+        FIELDS["exported_at"],
+        "try --allow-older",
+    ):
         assert part in error
     assert not (here / old.name).exists()
     assert pull(archive, here, allow_older=True).path.name == old.name
     with pytest.raises(BundleError, match="try allow_older=True"):
         pull(archive, here)
     later = push(another_time(old, tmp_path / "later", LATER), str(tmp_path / "replayed")).url
-    with pytest.raises(BundleError, match="try allow_older=True"):  # the bundle that is there keeps its time
+    with pytest.raises(
+        BundleError, match="try allow_older=True"
+    ):  # the bundle that is there keeps its time
         pull(later, here)
 
 
-def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
+def test_an_unusable_store_or_destination_is_one_error_line(
+    bundle: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in cli_error("push", bundle, tmp_path / "file")
     assert bundle.name in cli_error("pull", bundle, tmp_path / "x")
@@ -371,12 +413,18 @@ def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_s
     with staging(here) as in_use:
         (in_use / "file").write_text("content")
         pull(url, here)
-        assert {path.name for path in here.iterdir()} == {bundle.name, "latest", in_use.parent.name}
+        assert {path.name for path in here.iterdir()} == {
+            bundle.name,
+            "latest",
+            in_use.parent.name,
+        }
         assert (in_use / "file").read_text() == "content"
     assert {path.name for path in here.iterdir()} == {bundle.name, "latest"}
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EBADF])
+@pytest.mark.parametrize(
+    "code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EBADF]
+)
 def test_without_locks_a_pull_works_and_deletes_nothing_of_others(
     code: int, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +435,11 @@ def test_without_locks_a_pull_works_and_deletes_nothing_of_others(
     other = tmp_path / "here" / ".bundle-other.partial"
     other.mkdir(parents=True)
     pull(push(bundle, str(tmp_path / "store")).url, tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {bundle.name, "latest", other.name}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {
+        bundle.name,
+        "latest",
+        other.name,
+    }
 
 
 IN_THE_WAY: dict[str, Callable[[Path], object]] = {
@@ -398,7 +450,9 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "an empty folder": lambda path: path.mkdir(),
     "a folder with a file": lambda path: (path / "deeper").mkdir(parents=True),
     "a FIFO": os.mkfifo,
-    "a folder as signature": lambda path: (path.parent / f"{path.name}.sig" / "deeper").mkdir(parents=True),
+    "a folder as signature": lambda path: (path.parent / f"{path.name}.sig" / "deeper").mkdir(
+        parents=True
+    ),
 }
 
 
@@ -421,7 +475,12 @@ def test_what_has_the_name_of_the_bundle_stays_and_is_one_error_line(
 )
 @pytest.mark.parametrize("operation", ["replace", "rename", "chmod", "write_bytes"])
 def test_a_pull_that_fails_leaves_neither_an_unsigned_bundle_nor_a_traceback(
-    operation: str, code: int, bundle: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    operation: str,
+    code: int,
+    bundle: Path,
+    key: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_signature(bundle, key)
     url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
@@ -437,7 +496,11 @@ def test_a_pull_that_fails_leaves_neither_an_unsigned_bundle_nor_a_traceback(
 
 MISSING_CLIENTS = [
     ("s3://bucket/a-0.tar", "s3fs", 's3fs is not installed; run: pip install "sopdeploy[s3]"'),
-    ("https://example.org/a-0.tar", "aiohttp", 'aiohttp is not installed; run: pip install "sopdeploy[s3]"'),
+    (
+        "https://example.org/a-0.tar",
+        "aiohttp",
+        'aiohttp is not installed; run: pip install "sopdeploy[s3]"',
+    ),
     ("gs://bucket/a-0.tar", "gcsfs", "gcsfs"),
 ]
 
@@ -445,7 +508,13 @@ MISSING_CLIENTS = [
 @pytest.mark.parametrize("command", ["push", "pull"])
 @pytest.mark.parametrize(("address", "module", "message"), MISSING_CLIENTS)
 def test_a_client_of_a_store_that_is_not_installed_is_named_with_its_extra(
-    command: str, address: str, module: str, message: str, bundle: Path, tmp_path: Path, monkeypatch: Any
+    command: str,
+    address: str,
+    module: str,
+    message: str,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
@@ -466,7 +535,9 @@ IN_PHOTOGRAPHS = {
 
 
 @pytest.mark.parametrize("case", IN_PHOTOGRAPHS)
-def test_a_bundle_is_not_pulled_into_photographs(case: str, bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_not_pulled_into_photographs(
+    case: str, bundle: Path, tmp_path: Path
+) -> None:
     image, destination = IN_PHOTOGRAPHS[case]
     photos = tmp_path / "photos"
     (photos / image).parent.mkdir(parents=True)

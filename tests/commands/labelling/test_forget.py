@@ -47,7 +47,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def remaining() -> set[str]:
-    return {str(path) for folder in ("kept", "photos") for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path)
+        for folder in ("kept", "photos")
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 CASES = {
@@ -59,7 +64,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_copy_and_record_is_deleted_and_no_other_file(case: str, folders: list[Path]) -> None:
+def test_every_copy_and_record_is_deleted_and_no_other_file(
+    case: str, folders: list[Path]
+) -> None:
     photograph, deleted = CASES[case]
     assert {str(path) for path in forget(photograph, folders)} == deleted
     assert remaining() == FILES.keys() - deleted
@@ -68,14 +75,18 @@ def test_every_copy_and_record_is_deleted_and_no_other_file(case: str, folders: 
 
 def test_tables_of_other_programs_stay_as_they_are(folders: list[Path]) -> None:
     table = Path("photos/annotations.parquet")
-    pq.write_table(pa.table({"path": ["photos/hat/mine.jpg"], "number": [7], "label": ["hat"]}), table)
+    pq.write_table(
+        pa.table({"path": ["photos/hat/mine.jpg"], "number": [7], "label": ["hat"]}), table
+    )
     before = table.read_bytes()
     assert table not in forget("mine.jpg", folders)
     assert table.read_bytes() == before
 
 
 def test_a_table_that_was_made_of_rows_of_classify_needs_no_paths(folders: list[Path]) -> None:
-    pq.write_table(pa.table({"known": [True]}, metadata=LIST_SCHEMA.metadata), "photos/known.parquet")
+    pq.write_table(
+        pa.table({"known": [True]}, metadata=LIST_SCHEMA.metadata), "photos/known.parquet"
+    )
     assert forget("mine.jpg", folders) == [Path("photos/hat/mine.jpg")]
 
 
@@ -88,23 +99,28 @@ def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
     forget("sent.jpg", [*folders, tmp_path / "out"])
     tables = [pq.read_table(path) for path in sorted((tmp_path / "out").rglob("*.parquet"))]
     assert all(
-        ID not in str(table.to_pylist()) and "mine.jpg" not in str(table.to_pylist()) for table in tables
+        ID not in str(table.to_pylist()) and "mine.jpg" not in str(table.to_pylist())
+        for table in tables
     )
     assert all("sent.JPG" in str(table.to_pylist()) for table in tables)
     assert out.sizes() == before
-    assert [out.num_errors(part, size) is not None for part, size in enumerate(before)] == [True] * len(
-        before
-    )
+    assert [out.num_errors(part, size) is not None for part, size in enumerate(before)] == [
+        True
+    ] * len(before)
 
 
 def test_the_page_names_files_with_the_photograph_that_remain() -> None:
     page = (Path(__file__).parents[3] / "docs" / "keep.md").read_text(encoding="utf-8")
     remains = page.partition("What remains: ")[2]
-    assert [file for file in ("CSV files", "pictures in their reports") if file not in remains] == []
+    assert [
+        file for file in ("CSV files", "pictures in their reports") if file not in remains
+    ] == []
 
 
 def test_what_is_not_there_is_one_line(folders: list[Path]) -> None:
-    with pytest.raises(DataError, match=r"nobody\.jpg: not found in kept, photos; check the name"):
+    with pytest.raises(
+        DataError, match=r"nobody\.jpg: not found in kept, photos; check the name"
+    ):
         forget("nobody.jpg", folders)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         forget("sent.jpg", [Path("nowhere")])
@@ -117,7 +133,9 @@ def rows(out: Path) -> set[str]:
     """The paths in the rows and in the list of a run; both must be equal."""
     (listing,) = out.rglob("_list.parquet")
     listed = pq.read_table(listing)["path"].to_pylist()
-    parts = [pq.read_table(path)["path"].to_pylist() for path in sorted(out.rglob("part-*.parquet"))]
+    parts = [
+        pq.read_table(path)["path"].to_pylist() for path in sorted(out.rglob("part-*.parquet"))
+    ]
     assert listed == [path for part in parts for path in part]
     return set(listed) - {"forgotten"}
 
@@ -149,11 +167,23 @@ ROWS: dict[str, tuple[str, Callable[[], object], set[str]]] = {
     "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg", "a.tar/yy/1.jpg"}),
     "its absolute path": ("{root}/x/1.jpg", lambda: None, OF_X),
     "a copy elsewhere": ("z.jpg", lambda: shutil.copy("x/1.jpg", "z.jpg"), OF_X),
-    "a file that is gone, by its folder": ("y/2.jpg", lambda: Path("y/2.jpg").unlink(), {"y/2.jpg"}),
-    "a file that is gone, by its path": ("{root}/y/2.jpg", lambda: Path("y/2.jpg").unlink(), {"y/2.jpg"}),
+    "a file that is gone, by its folder": (
+        "y/2.jpg",
+        lambda: Path("y/2.jpg").unlink(),
+        {"y/2.jpg"},
+    ),
+    "a file that is gone, by its path": (
+        "{root}/y/2.jpg",
+        lambda: Path("y/2.jpg").unlink(),
+        {"y/2.jpg"},
+    ),
     "a name that is used once": ("2.jpg", lambda: None, {"y/2.jpg"}),
     "a member of an archive": ("yy/1.jpg", lambda: None, {"a.tar/yy/1.jpg"}),
-    "a file that was changed": ("y/2.jpg", lambda: Path("y/2.jpg").write_bytes(b"new"), {"y/2.jpg"}),
+    "a file that was changed": (
+        "y/2.jpg",
+        lambda: Path("y/2.jpg").write_bytes(b"new"),
+        {"y/2.jpg"},
+    ),
     "a link to a file": ("z.jpg", lambda: Path("z.jpg").symlink_to("y/2.jpg"), {"y/2.jpg"}),
 }
 
@@ -163,7 +193,10 @@ def test_only_the_rows_of_the_photograph_are_emptied(
     classified: Path, tmp_path: Path, monkeypatch, photograph: str, change, emptied: set[str]
 ) -> None:
     shutil.copytree(classified / "out", tmp_path / "out")
-    for name in ("x", "y"):  # in the folder in which `classify` ran, so that places in the list are right
+    for name in (
+        "x",
+        "y",
+    ):  # in the folder in which `classify` ran, so that places in the list are right
         shutil.copytree(classified / name, tmp_path / name)
     monkeypatch.chdir(classified)
     try:
@@ -188,7 +221,9 @@ def test_a_name_of_different_photographs_deletes_nothing(
     assert rows(tmp_path / "out") == ALL
 
 
-def test_rows_are_not_changed_while_a_run_writes_them(classified: Path, tmp_path: Path, monkeypatch) -> None:
+def test_rows_are_not_changed_while_a_run_writes_them(
+    classified: Path, tmp_path: Path, monkeypatch
+) -> None:
     shutil.copytree(classified / "out", tmp_path / "out")
     monkeypatch.chdir(classified)
     lock = lock_file(tmp_path / "out" / ".lock")
@@ -283,7 +318,9 @@ def test_a_photograph_that_is_labelled_while_it_is_forgotten_is_deleted(
 
 
 @pytest.mark.parametrize("photograph", ["photos/hat/a.jpg", "sent.jpg"])
-def test_a_photograph_in_a_folder_is_deleted_with_its_kept_copy(photograph: str, folders: list[Path]) -> None:
+def test_a_photograph_in_a_folder_is_deleted_with_its_kept_copy(
+    photograph: str, folders: list[Path]
+) -> None:
     shutil.copy("sent.jpg", "photos/hat/a.jpg")
     Path("photos/hat/b.jpg").write_bytes(OTHER + b"another one")
     forget(photograph, [Path("photos"), Path("kept")])
@@ -294,6 +331,8 @@ def test_a_folder_that_cannot_be_changed_is_named_before_anything_is_deleted(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "0")
-    with pytest.raises(StorageError, match=r"kept/0: its files cannot be changed; .*; nothing is deleted"):
+    with pytest.raises(
+        StorageError, match=r"kept/0: its files cannot be changed; .*; nothing is deleted"
+    ):
         forget("sent.jpg", folders)
     assert remaining() == FILES.keys()

@@ -75,7 +75,10 @@ def with_manifest(bundle: Path, destination: Path, **changes) -> Path:
 def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
     """Copy *bundle*, as if it had been trained on *photos*."""
     hashes = tuple(np.unique(hash_images(open_any_images(photos))).tolist())
-    names, counts = {"run": "r", "run_id": "0", "data": "d"}, {"num_images": len(hashes), "num_classes": 7}
+    names, counts = (
+        {"run": "r", "run_id": "0", "data": "d"},
+        {"num_images": len(hashes), "num_classes": 7},
+    )
     origin = Origin(started=utc_now(), sample=hashes, **names, **counts)
     return with_manifest(bundle, destination, origin=origin)
 
@@ -85,11 +88,20 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     photos = labelled(second)
     strangers = labelled(first, count=6, first=500)
     done: list[tuple[int, int]] = []
-    found = compare(first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts))
+    found = compare(
+        first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts)
+    )
     paths = sorted(photos.rglob("*.png"))
-    answers = [[one.classes[0].label for one in predict(bundle, paths, threads=1)] for bundle in bundles]
+    answers = [
+        [one.classes[0].label for one in predict(bundle, paths, threads=1)]
+        for bundle in bundles
+    ]
     right = sum(one == path.parent.name for one, path in zip(answers[0], paths, strict=True))
-    assert (found.num_images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
+    assert (found.num_images, found.first.top1.right, found.second.top1.right) == (
+        40,
+        right,
+        40,
+    )
     assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
     assert found.verdict == "better"
     assert found.summary.startswith(f"better: +{100 * found.difference:.1f} points (+")
@@ -98,18 +110,27 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert found.evidence.startswith("40 photographs show differences from about ")
     assert found.first.accepted is None
     known = [one.known for one in predict(second, paths, threads=1)]
-    unknown = [one.known for one in predict(second, sorted(strangers.rglob("*.png")), threads=1)]
-    assert (found.second.accepted.right, found.second.rejected.right) == (sum(known), 6 - sum(unknown))
+    unknown = [
+        one.known for one in predict(second, sorted(strangers.rglob("*.png")), threads=1)
+    ]
+    assert (found.second.accepted.right, found.second.rejected.right) == (
+        sum(known),
+        6 - sum(unknown),
+    )
     assert done[-1] == (92, 92)
     assert all("not recorded" in note or "no images of" in note for note in found.notes)
     back = compare(second, first, photos)
     assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
 
 
-def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(bundles, labelled) -> None:
+def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
+    bundles, labelled
+) -> None:
     first, second = bundles
     text = compare(second, second, labelled(second, count=6)).summary
-    assert text.startswith("no difference, both are the same bundle, no answer differs: +0.0 points")
+    assert text.startswith(
+        "no difference, both are the same bundle, no answer differs: +0.0 points"
+    )
     other = compare(first, second, labelled(second, count=6)).summary
     assert "no answer differs" not in other
 
@@ -122,10 +143,15 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     for path in sorted(photos.rglob("*.png"))[::2]:
         image = Image.open(path)
         for number, quality in enumerate((60, 80, 95)):
-            image.resize((54, 45)).save(path.with_name(f"{path.stem}-{number}.jpg"), quality=quality)
+            image.resize((54, 45)).save(
+                path.with_name(f"{path.stem}-{number}.jpg"), quality=quality
+            )
     after = compare(first, second, photos)
     assert (before.num_copies, after.num_copies) == (0, 36)
-    assert (after.num_images, after.wins + after.losses) == (before.num_images, before.wins + before.losses)
+    assert (after.num_images, after.wins + after.losses) == (
+        before.num_images,
+        before.wins + before.losses,
+    )
     assert (after.low, after.high, after.p) == (before.low, before.high, before.p)
 
 
@@ -144,9 +170,16 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
     (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
     found = compare(first, trained, photos)
-    assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (13, 18, 0, ())
+    assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (
+        13,
+        18,
+        0,
+        (),
+    )
     assert not any("trained: its" in note for note in found.notes)
-    monkeypatch.setattr("sopdeploy_commands.promotion.compare.SAMPLED", 12)  # so the record may be incomplete
+    monkeypatch.setattr(
+        "sopdeploy_commands.promotion.compare.SAMPLED", 12
+    )  # so the record may be incomplete
     assert compare(first, trained, photos).suspects == (read_manifest(trained).name,)
     with pytest.raises(DataError, match="was trained on all of these photographs"):
         compare(first, trained, seen)
@@ -158,8 +191,13 @@ def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:
     path = destination / "labels.json"
     path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
     manifest = read_manifest(bundle)
-    files = {**manifest.files, path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))}
-    (destination / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_bytes())
+    files = {
+        **manifest.files,
+        path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path)),
+    }
+    (destination / "manifest.json").write_bytes(
+        manifest.model_copy(update={"files": files}).to_bytes()
+    )
     return destination
 
 
@@ -178,7 +216,9 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     photograph(0).save(photos / "cow" / "0.png")
     more = compare(first, newer, photos)
     assert (more.num_images, more.new) == (found.num_images, found.new)
-    assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
+    assert [note for note in more.notes if "cow" in note] == [
+        f"{photos}: left out, of no class: cow"
+    ]
 
 
 def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
@@ -187,18 +227,24 @@ def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_s
     first, second = bundles
     photos, unknown = labelled(second), tmp_path / "photos-unknown"
     names = [f"{number:032x}.png" for number in range(7)]
-    for number, name in enumerate([*names[:5], *(f"sample/{name}" for name in names[5:]), "own.png"]):
+    for number, name in enumerate(
+        [*names[:5], *(f"sample/{name}" for name in names[5:]), "own.png"]
+    ):
         (unknown / name).parent.mkdir(parents=True, exist_ok=True)
         photograph(500 + number).save(unknown / name)
     found = compare(first, second, photos, unknown=unknown)
     assert found.second.rejected.count == 3
-    assert any("5 photographs left out, because a server kept them" in note for note in found.notes)
+    assert any(
+        "5 photographs left out, because a server kept them" in note for note in found.notes
+    )
     (unknown / "own.png").unlink()
     shutil.rmtree(unknown / "sample")
     assert compare(first, second, photos, unknown=unknown).unknown is None
 
 
-def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:
+def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(
+    bundles, labelled, tmp_path
+) -> None:
     first, second = bundles
     unknown = labelled(first, count=12, first=500)
     rules = (Rejection(threshold=threshold) for threshold in (1e9, -1e9))
@@ -238,7 +284,11 @@ def log_of(shelf: Path) -> list[dict]:
 def test_a_better_bundle_is_promoted_and_the_log_says_why(bundles, labelled, shelf) -> None:
     first, second = (bundle.name for bundle in bundles)
     move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
-    assert ((shelf / "live").readlink().name, move.before, move.after) == (second, first, second)
+    assert ((shelf / "live").readlink().name, move.before, move.after) == (
+        second,
+        first,
+        second,
+    )
     created, moved = log_of(shelf)
     assert (created["reason"], created["before"]) == ("first bundle", None)
     assert moved["reason"].startswith("better: +")
@@ -253,7 +303,10 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
     first, second = (bundle.name for bundle in bundles)
     for photos, message in (
         (labelled(bundles[0]), r"not promoted, worse: -.*; worse in"),
-        (labelled(bundles[1], count=3), r"not promoted, undecided \(about [\d,]+ more labels would decide\)"),
+        (
+            labelled(bundles[1], count=3),
+            r"not promoted, undecided \(about [\d,]+ more labels would decide\)",
+        ),
     ):
         with pytest.raises(PromotionError, match=message):
             promote(shelf / second, shelf / "live", photos)
@@ -262,9 +315,14 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
     with pytest.raises(ConfigError, match="or --back LINK alone"):
         promote(back=shelf / "live", force="not recorded")
     assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 3)
-    promote(shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera")
+    promote(
+        shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera"
+    )
     promote(shelf / first, shelf / "live", None, force="once more")
-    assert [line["reason"] for line in log_of(shelf)[3:]] == ["rollback of the camera", "once more"]
+    assert [line["reason"] for line in log_of(shelf)[3:]] == [
+        "rollback of the camera",
+        "once more",
+    ]
     assert log_of(shelf)[3]["comparison"]["verdict"] == "worse"
 
 
@@ -274,15 +332,23 @@ def test_a_refusal_with_many_long_names_is_recorded_and_a_long_reason_is_not_tak
     names = tuple(f"{number:04} {'class ' * 150}" for number in range(900))
 
     def compare_without(*arguments: Any, **options: Any) -> BundleComparison:
-        return compare_loaded(*arguments, **options).model_copy(update={"removed": names, "suspects": names})
+        return compare_loaded(*arguments, **options).model_copy(
+            update={"removed": names, "suspects": names}
+        )
 
     monkeypatch.setattr("sopdeploy_commands.promotion.promote.compare_loaded", compare_without)
-    second, live, photos = shelf / bundles[1].name, shelf / "live", labelled(bundles[1], count=3)
+    second, live, photos = (
+        shelf / bundles[1].name,
+        shelf / "live",
+        labelled(bundles[1], count=3),
+    )
     with pytest.raises(PromotionError, match="and 890 more"):
         promote(second, live, photos)
     assert log_of(shelf)[-1]["refused"]
     assert log_of(shelf)[-1]["comparison"]["removed"] == [*names]
-    with pytest.raises(ConfigError, match=r"^force: has 10,001 characters; give at most 10,000$"):
+    with pytest.raises(
+        ConfigError, match=r"^force: has 10,001 characters; give at most 10,000$"
+    ):
         promote(second, live, photos, force="x" * 10_001)
     with pytest.raises(ConfigError, match=r"live: this move cannot be recorded, reason: "):
         promote(second, live, None, force="\udcff")
@@ -292,7 +358,9 @@ def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> N
     second = shelf / bundles[1].name
     few, photos = labelled(bundles[1], count=3), labelled(bundles[1], count=10)
     found = compare(*bundles, photos)
-    verdicts = (decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200))
+    verdicts = (
+        decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200)
+    )
     refusing = 3 + list(verdicts).index("undecided")
     for _ in range(3):  # the same comparison again is not another one
         announced = compare(shelf / "live", second, few).summary
@@ -307,7 +375,9 @@ def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> N
         refused["comparison"]["num_images"] = 100 + number
         with (shelf / LOG).open("a") as log:
             log.write(json.dumps(refused) + "\n")
-    with pytest.raises(PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"):
+    with pytest.raises(
+        PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"
+    ):
         promote(second, shelf / "live", photos)
     with pytest.raises(PromotionError, match="names no bundle before"):
         promote(back=shelf / "live")
@@ -335,7 +405,10 @@ def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
     for force in (None, "urgent"):
         with pytest.raises(Exception, match=r"model\.onnx"):
             promote(second, shelf / ("live" if force else "new"), None, force=force)
-    assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (bundles[0].name, False)
+    assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (
+        bundles[0].name,
+        False,
+    )
 
 
 def move_away(new: Path, settings: Settings, shelf: Path) -> LoadedModel:
@@ -357,7 +430,13 @@ def test_what_is_no_link_a_move_in_between_and_a_disk_without_links_change_nothi
         ("read_promotions", None, second, first, "not a link"),
         ("read_promotions", None, live, live, "leads to this bundle already"),
         ("move_link", refuse, second, live, "cannot be written"),
-        ("load_model", lambda *given: move_away(*given, shelf), second, live, "was moved by another process"),
+        (
+            "load_model",
+            lambda *given: move_away(*given, shelf),
+            second,
+            live,
+            "was moved by another process",
+        ),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"{module}.{function}", change)
@@ -392,12 +471,18 @@ def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_l
         ({"before": "a\nb"}, "before: .*; repair or remove this line"),
         ({"before": "a\x00b"}, "before: .*; repair or remove this line"),
         ({"before": "x" * 5000}, "before: .*; repair or remove this line"),
-        ({"votes": 3}, "votes: unknown here; read it with a later version of sopdeploy, which wrote it"),
+        (
+            {"votes": 3},
+            "votes: unknown here; read it with a later version of sopdeploy, which wrote it",
+        ),
         (
             {"votes": 3, "written_by": "9.8"},
             "votes: unknown here; read it with sopdeploy 9.8, which wrote it",
         ),
-        ({"reason": {"text": "x"}, "written_by": "9.8"}, "written_by: .*; read it with sopdeploy 9.8"),
+        (
+            {"reason": {"text": "x"}, "written_by": "9.8"},
+            "written_by: .*; read it with sopdeploy 9.8",
+        ),
         ({"version": 2, "written_by": "9.8"}, "version: 2, .*; read it with sopdeploy 9.8"),
         ({"comparison": {"votes": 3}}, "comparison.*; repair or remove this line"),
     ],
@@ -410,7 +495,9 @@ def test_a_line_of_the_log_that_cannot_be_read_is_refused_and_another_links_is_s
     (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps({**line, **changes})}\n")
     with pytest.raises(ConfigError, match=rf"{LOG}: line 2: {message}"):
         promote(back=shelf / "live")
-    (shelf / LOG).write_text(f"{json.dumps({**line, **changes, 'link': 'other'})}\n{json.dumps(line)}\n")
+    (shelf / LOG).write_text(
+        f"{json.dumps({**line, **changes, 'link': 'other'})}\n{json.dumps(line)}\n"
+    )
     assert promote(back=shelf / "live").after == bundles[0].name
 
 
@@ -431,4 +518,6 @@ def test_the_evaluation_of_a_bundle_tells_how_many_images_it_was_trained_on(
     for bundle in (trained, bundles[0]):
         scores_of_bundle(bundle, photos, on_image=lambda *_: None, log=notes.append)
     warnings = [note for note in notes if "training images" in note]
-    assert [note.partition(" are ")[0] for note in warnings] == [f"{photos}: {count} of {count} images"]
+    assert [note.partition(" are ")[0] for note in warnings] == [
+        f"{photos}: {count} of {count} images"
+    ]

@@ -20,7 +20,12 @@ from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_thresholds
-from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, Rate, classification_report
+from sopdeploy.evaluation.metrics import (
+    ClassificationReport,
+    ImageScore,
+    Rate,
+    classification_report,
+)
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision
 from sopdeploy.evaluation.prediction import classification_loss, evaluate_network
 from sopdeploy.evaluation.predictions import describe_predictions
@@ -66,7 +71,9 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
     predictions, targets = (list(column) for column in zip(*pairs, strict=True))
     progress: list[int] = []
     dataset = images(predictions, targets, classes)
-    figures = evaluate_network(FromPixels(classes), dataset, TINY, batch_size=size, on_batch=progress.append)
+    figures = evaluate_network(
+        FromPixels(classes), dataset, TINY, batch_size=size, on_batch=progress.append
+    )
     assert figures.count == progress[-1] == len(pairs)
     assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
     near = [sum(abs(c - a) < abs(t - a) for c in range(classes)) for a, t in pairs]
@@ -94,7 +101,12 @@ def stored(tmp_path) -> Path:
     write_checkpoint(
         tmp_path / "ckpt.pt",
         Checkpoint(
-            model=model, config=config, weights=weights, labels=("b", "a"), preprocess=RULES, training={}
+            model=model,
+            config=config,
+            weights=weights,
+            labels=("b", "a"),
+            preprocess=RULES,
+            training={},
         ),
     )
     return tmp_path / "ckpt.pt"
@@ -102,7 +114,9 @@ def stored(tmp_path) -> Path:
 
 def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     progress: list[tuple[int, int]] = []
-    found = score_checkpoint(stored, data, on_image=lambda *done: progress.append(done), **options)
+    found = score_checkpoint(
+        stored, data, on_image=lambda *done: progress.append(done), **options
+    )
     assert progress[-1] == (len(found.predictions), len(found.predictions))
     return classification_report(found.labels, found.predictions)
 
@@ -128,7 +142,9 @@ def test_classes_are_matched_by_name(stored, tmp_path) -> None:
 
 
 def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
-    make(tmp_path / "val", a__one=3, a__two=3, b=4)  # the folders in a class show one object each
+    make(
+        tmp_path / "val", a__one=3, a__two=3, b=4
+    )  # the folders in a class show one object each
     figures = measured(stored, tmp_path / "val")
     assert figures.top1 == Rate.of(figures.top1.right, 10, 100 / 22)
     assert figures.top5.low == Rate.of(10, 10, 100 / 22).low
@@ -140,7 +156,9 @@ def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
 
 def test_a_decision_is_fitted_to_one_image_of_each_group(stored, tmp_path) -> None:
     make(tmp_path / "few", a__one=25, a__two=25, b=10)
-    with pytest.raises(DataError, match="fit_decision: only 12 different images; give at least 50"):
+    with pytest.raises(
+        DataError, match="fit_decision: only 12 different images; give at least 50"
+    ):
         score_checkpoint(stored, tmp_path / "few", accepts=0.9)
     make(tmp_path / "enough", a__one=5, a__two=5, b=48)
     decision = score_checkpoint(stored, tmp_path / "enough", accepts=0.9).decision
@@ -157,11 +175,15 @@ def test_mirrored_scores_are_those_of_the_mean_logits_of_both_images(stored, tmp
     for name in ("a", "b"):
         for path in sorted((tmp_path / "val" / name).iterdir()):
             pixels = torch.tensor(preprocess_image(Image.open(path), RULES)[None])
-            views = [model(normalize(view)).detach().double()[0] for view in (pixels, pixels.flip(2))]
+            views = [
+                model(normalize(view)).detach().double()[0] for view in (pixels, pixels.flip(2))
+            ]
             assert not torch.equal(*views)
             probabilities.append((sum(views) / 2).softmax(0).max().item())
     found = sopdeploy.evaluate(stored, tmp_path / "val", mirror=True)
-    assert [score.confidence for score in found.scores] == pytest.approx(probabilities, abs=1e-6)
+    assert [score.confidence for score in found.scores] == pytest.approx(
+        probabilities, abs=1e-6
+    )
     assert found.summary()["mirror"] is True
     assert sopdeploy.evaluate(stored, tmp_path / "val").scores != found.scores
 
@@ -177,7 +199,12 @@ def score(target: int, *probabilities: float) -> ImageScore:
 def test_a_report_on_four_images_computed_by_hand() -> None:
     rows = [(0, 0.7, 0.2, 0.1), (0, 0.3, 0.6, 0.1), (1, 0.1, 0.8, 0.1), (2, 0.5, 0.3, 0.2)]
     found = classification_report(LABELS, [score(*row) for row in rows])
-    assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (4, 2, 0.5, 1.0)
+    assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (
+        4,
+        2,
+        0.5,
+        1.0,
+    )
     assert found.confusion == ((1, 1, 0), (0, 1, 0), (1, 0, 0))
     assert [(one.label, one.count, one.answered, one.precision) for one in found.classes] == [
         ("a", 2, 2, 0.5),
@@ -196,7 +223,13 @@ def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> No
         classification_report(LABELS, [])
 
 
-SHORT = ["epochs=2", "batch_size=16", "threads=1", "model.config.base_width=4", "preprocess.resize=16"]
+SHORT = [
+    "epochs=2",
+    "batch_size=16",
+    "threads=1",
+    "model.config.base_width=4",
+    "preprocess.resize=16",
+]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=30))
@@ -206,7 +239,9 @@ def test_average_precision_and_f1_equal_those_of_scikit_learn(pairs) -> None:
     if not true.any():
         assert average_precision(true, scores) is None
         return
-    assert average_precision(true, scores) == pytest.approx(average_precision_score(true, scores))
+    assert average_precision(true, scores) == pytest.approx(
+        average_precision_score(true, scores)
+    )
     both = MultiLabelPredictions(
         labels=("b", "a"),
         targets=np.stack([true, true[::-1]], axis=1).astype(np.float32),
@@ -217,7 +252,9 @@ def test_average_precision_and_f1_equal_those_of_scikit_learn(pairs) -> None:
     found = both.report()
     assert [one.label for one in found.classes] == ["a", "b"]
     for name, value in {"macro": found.macro_f1, "micro": found.micro_f1}.items():
-        assert value == pytest.approx(f1_score(both.targets > 0, predicted, average=name, zero_division=0.0))
+        assert value == pytest.approx(
+            f1_score(both.targets > 0, predicted, average=name, zero_division=0.0)
+        )
 
 
 def test_the_worst_classes_are_first_and_those_without_images_last() -> None:
@@ -249,11 +286,14 @@ def test_thresholds_maximize_f1_and_move_to_one_half_for_rare_classes() -> None:
 
 
 def test_the_loss_averages_classes_and_smooths_towards_one_half() -> None:
-    logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.tensor([[0.0, 1, 0, 1]]).repeat(3, 1)
-    target = labels.double() * 0.8 + 0.1
-    expected = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), target, reduction="none").mean(
-        dim=1
+    logits, labels = (
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.tensor([[0.0, 1, 0, 1]]).repeat(3, 1),
     )
+    target = labels.double() * 0.8 + 0.1
+    expected = torch.nn.functional.binary_cross_entropy(
+        logits.sigmoid(), target, reduction="none"
+    ).mean(dim=1)
     loss = classification_loss(logits, labels, "sigmoid", label_smoothing=0.2)
     assert float(loss) == pytest.approx(float(expected.mean()))
 

@@ -31,12 +31,21 @@ def run(*arguments: str) -> Any:
 
 
 def small(folder: Path) -> Path:
-    torch.save({"state_dict": prefixed(state_of("cifar A")), "best_prec1": 90.0}, folder / "small.th")
+    torch.save(
+        {"state_dict": prefixed(state_of("cifar A")), "best_prec1": 90.0}, folder / "small.th"
+    )
     return folder / "small.th"
 
 
 def test_the_command_reports_what_it_found_and_mapped(tmp_path: Path) -> None:
-    arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out-file", str(tmp_path / "c.pt")]
+    arguments = [
+        "import",
+        str(small(tmp_path)),
+        "--as",
+        "resnet8",
+        "--out-file",
+        str(tmp_path / "c.pt"),
+    ]
     assert "mapped   44 tensors as resnet8" in run(*arguments).stdout
     report = json.loads(run(*arguments, "--json").stdout)
     stored = read_checkpoint(tmp_path / "c.pt")
@@ -87,7 +96,9 @@ def deflated(file: Path) -> None:
 def deflated_matlab(file: Path) -> None:
     """A MATLAB file with an element of 256 MB of zeros."""
     compressor = zlib.compressobj()
-    content = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+    content = (
+        b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+    )
     header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
     file.write_bytes(header + struct.pack("<II", 15, len(content)) + content)
 
@@ -95,12 +106,21 @@ def deflated_matlab(file: Path) -> None:
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
     "code in the state dict": (saved({"state_dict": CODE}), "refused"),
-    "our checkpoint": (lambda file: write_checkpoint(file, checkpoint()), "already a sopdeploy checkpoint"),
+    "our checkpoint": (
+        lambda file: write_checkpoint(file, checkpoint()),
+        "already a sopdeploy checkpoint",
+    ),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
-    "MATLAB 7.3": (written(b"MATLAB 7.3 MAT-file".ljust(512)), "save it in MATLAB with the option -v7"),
+    "MATLAB 7.3": (
+        written(b"MATLAB 7.3 MAT-file".ljust(512)),
+        "save it in MATLAB with the option -v7",
+    ),
     "a deflated checkpoint": (deflated, "damaged or not a checkpoint"),
     "a deflated MATLAB file": (deflated_matlab, "expands to far more than its size"),
-    "a huge header": (written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)), "damaged safetensors file"),
+    "a huge header": (
+        written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)),
+        "damaged safetensors file",
+    ),
 }
 
 

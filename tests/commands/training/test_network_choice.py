@@ -22,7 +22,12 @@ from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.setup import Given
 from sopdeploy_commands.training import network_choice
-from sopdeploy_commands.training.network_choice import Speed, Validated, fetch_weights, measure_networks
+from sopdeploy_commands.training.network_choice import (
+    Speed,
+    Validated,
+    fetch_weights,
+    measure_networks,
+)
 from sopdeploy_commands.training.train import train
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -42,11 +47,17 @@ def validated(right: Sequence[int]) -> Validated:
 
 def of_several_classes(value: float, low: float) -> Validated:
     """A cross-validation with several classes per image."""
-    return Validated(MeanPrecision(value=value, low=low, high=1.0, count=IMAGES), None, np.arange(IMAGES))
+    return Validated(
+        MeanPrecision(value=value, low=low, high=1.0, count=IMAGES), None, np.arange(IMAGES)
+    )
 
 
 CHOICES: dict[str, tuple[dict[str, tuple[float, Validated]], float | None, str]] = {
-    "the most accurate": ({"a": (9, validated(range(60))), "b": (1, validated(range(40)))}, None, "a"),
+    "the most accurate": (
+        {"a": (9, validated(range(60))), "b": (1, validated(range(40)))},
+        None,
+        "a",
+    ),
     "the fastest of equal ones": (
         {"a": (9, validated(range(60))), "b": (1, validated(range(60)))},
         None,
@@ -58,7 +69,11 @@ CHOICES: dict[str, tuple[dict[str, tuple[float, Validated]], float | None, str]]
         "b",
     ),
     "the most accurate one that is fast enough": (
-        {"a": (9, validated(range(60))), "b": (5, validated(range(40))), "c": (1, validated([]))},
+        {
+            "a": (9, validated(range(60))),
+            "b": (5, validated(range(40))),
+            "c": (1, validated([])),
+        },
         5,
         "b",
     ),
@@ -70,7 +85,9 @@ CHOICES: dict[str, tuple[dict[str, tuple[float, Validated]], float | None, str]]
 }
 
 
-def set_results(patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validated]]) -> list[str]:
+def set_results(
+    patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validated]]
+) -> list[str]:
     """Replace measurements and cross-validations by *found*; return the names that are cross-validated."""
     names: list[str] = []
 
@@ -95,12 +112,17 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_choice_is(case: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, within, expected = CHOICES[case]
     names = set_results(monkeypatch, found)
-    recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
+    recipes = {
+        name: read_recipe("photos", [f"data.path={photos}", f"project={name}"])
+        for name in found
+    }
     configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, within, Callback())
     assert [score.name for score in scores if score.chosen] == [expected]
     assert [score.name for score in scores if score.score is not None] == names
-    assert names == [name for name, (time, _) in found.items() if within is None or time <= within]
+    assert names == [
+        name for name, (time, _) in found.items() if within is None or time <= within
+    ]
 
 
 def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
@@ -110,7 +132,9 @@ def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
     recipe = read_recipe("photos", [f"data.path={photos}"])
     message = "no network needs at most 5 ms; the fastest is a with 9.0 ms"
     with pytest.raises(ConfigError, match=message):
-        network_choice.choose_network({"a": (recipe, Given()), "b": (recipe, Given())}, 5, Callback())
+        network_choice.choose_network(
+            {"a": (recipe, Given()), "b": (recipe, Given())}, 5, Callback()
+        )
 
 
 def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
@@ -121,7 +145,9 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
     for name in NAMES:
         save_random(weights / f"{name}.pt", name)
     monkeypatch.setattr(
-        network_choice, "measure_networks", lambda *_: {name: Speed(ms, 1.5) for name, ms in times.items()}
+        network_choice,
+        "measure_networks",
+        lambda *_: {name: Speed(ms, 1.5) for name, ms in times.items()},
     )
     result = train(
         photos,
@@ -143,7 +169,9 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
     page = (photos.parent / "run" / "report.html").read_text(encoding="utf-8")
     assert page.count("too slow") == 1
     assert all(name in page for name in NAMES)
-    monkeypatch.setattr(network_choice, "choose_network", None)  # nothing is measured for a folder in use
+    monkeypatch.setattr(
+        network_choice, "choose_network", None
+    )  # nothing is measured for a folder in use
     with pytest.raises(ConfigError, match="holds a run"):
         train(photos, models=",".join(NAMES), out=photos.parent / "run")
 
@@ -155,7 +183,9 @@ def test_networks_are_measured_without_weights_on_images_of_their_size(photos: P
     speed = measure_networks({"a": recipe}, 3, Callback())["a"]
     assert speed.milliseconds > 0
     assert 0 < speed.megabytes < 1
-    assert torch.tensor(1e-40) * torch.ones(1) > 0  # training computes with denormal numbers as before
+    assert (
+        torch.tensor(1e-40) * torch.ones(1) > 0
+    )  # training computes with denormal numbers as before
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,17 +209,26 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"models": "resnet8,resnet20", "set": ('model={name="resnet18"}',)},
         "models: not with model.name, the name of one network",
     ),
-    "a list and a run to resume": ({"within": "20ms", "resume": "always"}, "within: not with resume"),
+    "a list and a run to resume": (
+        {"within": "20ms", "resume": "always"},
+        "within: not with resume",
+    ),
     "a file for the networks of the list": (
         {"within": "20ms", "weights": "a.pth"},
         "give a folder, or one for",
     ),
-    "a time without unit": ({"models": "resnet8", "within": "20"}, "'20' is no time; give milliseconds"),
+    "a time without unit": (
+        {"models": "resnet8", "within": "20"},
+        "'20' is no time; give milliseconds",
+    ),
     "fewer files than networks": (
         {"models": "resnet8,resnet20,resnet18", "weights": "a.pth,b.pth"},
         "weights: 2 for 3 networks; give a folder, or one for each",
     ),
-    "a file for two networks": ({"models": "resnet8,resnet20", "weights": "a.pth"}, "1 for 2 networks"),
+    "a file for two networks": (
+        {"models": "resnet8,resnet20", "weights": "a.pth"},
+        "1 for 2 networks",
+    ),
     "a run to resume": ({"models": "resnet8", "resume": "auto"}, "models: not with resume"),
     "an unknown network": (
         {"models": "resnet8, resnet9", "weights": "none, none"},
@@ -213,31 +252,49 @@ def save_weights(folder: Path, names: Sequence[str]) -> Path:
     """Write random weights in *folder*, named like the networks."""
     folder.mkdir()
     for name in names:
-        torch.save(create_model(name, num_classes=1000).state_dict(), folder / f"{file_stem(name)}.pth")
+        torch.save(
+            create_model(name, num_classes=1000).state_dict(), folder / f"{file_stem(name)}.pth"
+        )
     return folder
 
 
 def test_of_the_list_the_networks_with_a_file_in_the_folder_are_compared(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("timm:test_vit.r160_in1k", "timm:test_resnet.r160_in1k", "timm:test_convnext.r160_in1k")
+    names = (
+        "timm:test_vit.r160_in1k",
+        "timm:test_resnet.r160_in1k",
+        "timm:test_convnext.r160_in1k",
+    )
     list_networks(monkeypatch, names)
     monkeypatch.setattr(
-        network_choice, "measure_networks", lambda recipes, *_: {name: Speed(1.0, 1.5) for name in recipes}
+        network_choice,
+        "measure_networks",
+        lambda recipes, *_: {name: Speed(1.0, 1.5) for name in recipes},
     )
     warnings: list[str] = []
     callback = Callback()
     monkeypatch.setattr(callback, "on_warning", warnings.append)
     folder = save_weights(photos.parent / "weights", names[:2])
-    result = train(photos, within="9ms", weights=str(folder), out=photos.parent / "run", callback=callback)
+    result = train(
+        photos, within="9ms", weights=str(folder), out=photos.parent / "run", callback=callback
+    )
     assert [one.name for one in result.networks] == list(names[:2])
     assert all(one.score is not None for one in result.networks)
     assert f"skipped, because {folder} lacks them: {names[2]}" in warnings
 
 
 FOLDERS: dict[str, tuple[dict[str, str], Sequence[str], str]] = {
-    "none of the list": ({"within": "9ms"}, (), "no weights of resnet8, resnet20, preact-resnet110; name"),
-    "a named network": ({"models": "resnet8,resnet20"}, NAMES[:1], "no weights of resnet20; name files like"),
+    "none of the list": (
+        {"within": "9ms"},
+        (),
+        "no weights of resnet8, resnet20, preact-resnet110; name",
+    ),
+    "a named network": (
+        {"models": "resnet8,resnet20"},
+        NAMES[:1],
+        "no weights of resnet20; name files like",
+    ),
 }
 
 
@@ -264,7 +321,10 @@ def unreachable(*names: str) -> Any:
 
 
 def recipes_of(photos: Path, names: Sequence[str]) -> dict[str, Recipe]:
-    return {name: read_recipe("photos", [f"data.path={photos}", f"model.name={name}"]) for name in names}
+    return {
+        name: read_recipe("photos", [f"data.path={photos}", f"model.name={name}"])
+        for name in names
+    }
 
 
 def test_weights_of_the_list_that_cannot_be_reached_are_named_and_skipped(
@@ -285,19 +345,34 @@ def test_if_no_weights_of_the_list_can_be_reached_the_error_says_what_to_do(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network_choice, "fetch_published", unreachable(*NAMES))
-    with pytest.raises(WeightsError, match=r"no weights of .*like resnet8\.safetensors") as error:
+    with pytest.raises(
+        WeightsError, match=r"no weights of .*like resnet8\.safetensors"
+    ) as error:
         fetch_weights(recipes_of(photos, NAMES), Callback(), may_skip=True)
     assert error.value.remedies == {"weights": "FOLDER"}
 
 
-def test_a_network_without_weights_is_in_the_table(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"a": (9.0, validated(range(60))), "b": (1.0, validated(range(60))), "c": (99.0, validated([]))}
+def test_a_network_without_weights_is_in_the_table(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {
+        "a": (9.0, validated(range(60))),
+        "b": (1.0, validated(range(60))),
+        "c": (99.0, validated([])),
+    }
     set_results(monkeypatch, found)
     monkeypatch.setattr(network_choice, "fetch_weights", lambda *_, **_options: ["a"])
-    recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
+    recipes = {
+        name: read_recipe("photos", [f"data.path={photos}", f"project={name}"])
+        for name in found
+    }
     configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, 10, Callback())
-    assert [score.row()[1].partition(" %")[0] for score in scores] == ["60.0", "no weights", "too slow"]
+    assert [score.row()[1].partition(" %")[0] for score in scores] == [
+        "60.0",
+        "no weights",
+        "too slow",
+    ]
 
 
 @pytest.mark.parametrize("choice", read_choices().networks, ids=lambda choice: choice.name)
@@ -312,7 +387,11 @@ def test_the_list_states_what_timm_says(choice: Choice) -> None:
         network = create_model(choice.name, num_classes=published.num_classes or 1, **size)
     if not published.num_classes:  # learned without labels
         network.remove_classifier()
-    assert choice.millions == round(sum(weight.numel() for weight in network.parameters()) / 1e6, 2) < 90
+    assert (
+        choice.millions
+        == round(sum(weight.numel() for weight in network.parameters()) / 1e6, 2)
+        < 90
+    )
     assert entry(head_name(choice.name))  # the few-shot procedure has a head for it
     assert network.tap_channels  # which reads covariances
 
@@ -326,7 +405,9 @@ def test_each_network_of_the_list_trains_exports_and_serves_with_random_weights(
     settings = (f"model.name={choice.name}", "start.weights=none", "procedure.kind=few_shot")
     size = (f"preprocess.crop={choice.pixels}",) if choice.resized else ()
     result = train(photos, out=tmp_path / "run", set=(*settings, *size))
-    bundle = open_bundle(sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1).path)
+    bundle = open_bundle(
+        sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1).path
+    )
     assert bundle.manifest.preprocess.crop == choice.pixels
     with running(OnnxRuntime(bundle, Settings(threads=1)), bundle, Settings()) as client:
         image = next(photos.glob("red/*.png"))
@@ -337,14 +418,20 @@ def test_each_network_of_the_list_trains_exports_and_serves_with_random_weights(
     assert {one["label"] for one in answer.json()["classes"]} == {"blue", "green", "red"}
 
 
-def test_the_list_has_a_transformer_a_modern_convolutional_and_a_self_supervised_network() -> None:
+def test_the_list_has_a_transformer_a_modern_convolutional_and_a_self_supervised_network() -> (
+    None
+):
     timm = import_timm("resnet18")
     kinds = set()
     for choice in read_choices().networks:
         with torch.device("meta"):
             kinds.add(type(timm.create_model(choice.timm)).__name__)
     assert kinds >= {"VisionTransformer", "ConvNeXt"}
-    assert [choice for choice in read_choices().networks if "dinov2" in choice.name and choice.top1 is None]
+    assert [
+        choice
+        for choice in read_choices().networks
+        if "dinov2" in choice.name and choice.top1 is None
+    ]
 
 
 @pytest.mark.parametrize("case", ERRORS)
@@ -376,4 +463,6 @@ def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(
     train(photos, out=photos.parent / "run", callback=callback, **given)
     assert any("1 photograph left out, because a server kept them" in line for line in warnings)
     with pytest.raises(DataError, match="no such folder; give a folder with JPEG or PNG files"):
-        train(photos, weights="none", unknown=str(flat / "missing"), out=photos.parent / "other")
+        train(
+            photos, weights="none", unknown=str(flat / "missing"), out=photos.parent / "other"
+        )

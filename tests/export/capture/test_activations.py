@@ -60,10 +60,14 @@ class Net(nn.Module):
         (seen_through_einsum, 1),
     ],
 )
-def test_a_program_has_the_root_that_torch_alone_gives_it(function: Forward, in_place: int) -> None:
+def test_a_program_has_the_root_that_torch_alone_gives_it(
+    function: Forward, in_place: int
+) -> None:
     shapes = ({0: Dim("batch", min=1, max=8)},)
     with torch.no_grad():
-        program = torch.export.export(Net(function).eval(), (torch.rand(2, 4, 6, 6),), dynamic_shapes=shapes)
+        program = torch.export.export(
+            Net(function).eval(), (torch.rand(2, 4, 6, 6),), dynamic_shapes=shapes
+        )
         expected = program_root(program.run_decompositions({}))
         simplify_operators(program)
         left = [node for node in program.graph.nodes if str(node.target) in IN_PLACE]

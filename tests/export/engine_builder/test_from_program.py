@@ -53,8 +53,16 @@ def absent() -> str:
     """Say why torch-tensorrt does not run here, "" if it does."""
     if not FOLDER.is_dir():
         return "torch-tensorrt is not installed (`make cuda-stand-in`)"
-    needed = [Requirement(line) for one in distributions(path=[str(FOLDER)]) for line in one.requires or ()]
-    unfit = [str(one) for one in needed if one.name == "torch" and torch.__version__ not in one.specifier]
+    needed = [
+        Requirement(line)
+        for one in distributions(path=[str(FOLDER)])
+        for line in one.requires or ()
+    ]
+    unfit = [
+        str(one)
+        for one in needed
+        if one.name == "torch" and torch.__version__ not in one.specifier
+    ]
     return f"the installed torch-tensorrt needs {unfit[0]}" if unfit else ""
 
 
@@ -85,7 +93,9 @@ def converted(exported: Exported) -> dict[str, object]:
 
 
 @needs_converters
-def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(branched: Exported) -> None:
+def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(
+    branched: Exported,
+) -> None:
     answer = converted(branched)
     assert answer["tensors"] == ["images", "logits"]
     assert int(str(answer["bytes"])) > 100_000
@@ -102,7 +112,11 @@ def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(b
     ],
 )
 def test_torch_tensorrt_converts_every_family(
-    name: str, config: dict[str, Any], outputs: list[str], make: Callable[..., Classifier], tmp_path: Path
+    name: str,
+    config: dict[str, Any],
+    outputs: list[str],
+    make: Callable[..., Classifier],
+    tmp_path: Path,
 ) -> None:
     exported = export_once(make(name, **config), name, tmp_path, max_batch=4)
     assert converted(exported)["tensors"] == ["images", *outputs]
@@ -136,9 +150,13 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
         assert difference <= probes.tolerance[name]
 
 
-def test_the_program_of_another_checkpoint_or_torch_is_refused(branched: Exported, tmp_path: Path) -> None:
+def test_the_program_of_another_checkpoint_or_torch_is_refused(
+    branched: Exported, tmp_path: Path
+) -> None:
     other = save(trained("resnet8"), "resnet8", tmp_path / "other.pt", PREPROCESS)
-    with pytest.raises(CheckpointError, match=r"other\.pt: not the checkpoint of dsop-resnet8-"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.pt: not the checkpoint of dsop-resnet8-"
+    ):
         rebuild_program(other, branched.manifest)
     lineage = branched.manifest.lineage.model_copy(update={"program_root": "0" * 64})
     manifest = branched.manifest.model_copy(update={"lineage": lineage})
@@ -150,9 +168,13 @@ def test_the_program_of_another_checkpoint_or_torch_is_refused(branched: Exporte
 
 def test_the_checkpoint_is_given_with_torch_tensorrt_only(tmp_path: Path) -> None:
     bundle = write_hollow(tmp_path)
-    with pytest.raises(ConfigError, match=r"via: converts the program of the checkpoint .*; try checkpoint"):
+    with pytest.raises(
+        ConfigError, match=r"via: converts the program of the checkpoint .*; try checkpoint"
+    ):
         engine(bundle, via="torch-tensorrt")
-    with pytest.raises(ConfigError, match=r"checkpoint: only for torch-tensorrt; try via='torch-tensorrt'"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint: only for torch-tensorrt; try via='torch-tensorrt'"
+    ):
         EngineOptions(checkpoint=Path("best.pt"))
 
 
@@ -164,12 +186,18 @@ def of_a_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("checkpoint", [None, Path("weights.pt")])
-def test_a_network_without_a_checkpoint_is_refused(checkpoint: Path | None, of_a_user: Path) -> None:
-    with pytest.raises(EngineError, match=r": is of a network of your own, which has no checkpoint to conv"):
+def test_a_network_without_a_checkpoint_is_refused(
+    checkpoint: Path | None, of_a_user: Path
+) -> None:
+    with pytest.raises(
+        EngineError, match=r": is of a network of your own, which has no checkpoint to conv"
+    ):
         engine(of_a_user, via="torch-tensorrt", checkpoint=checkpoint)
 
 
-def test_what_is_missing_is_one_line(branched: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_one_line(
+    branched: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
         build(branched)
@@ -184,10 +212,14 @@ def test_an_operator_without_a_converter_is_named(
                 "Conversion of function torch._ops.aten.aten::roll not currently supported!\n\nx"
             )
         except RuntimeError as error:
-            raise RuntimeError("Conversion of module GraphModule(\n  (conv1): Module()\n)") from error
+            raise RuntimeError(
+                "Conversion of module GraphModule(\n  (conv1): Module()\n)"
+            ) from error
 
     dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert)
     library = SimpleNamespace(Input=lambda **_: None, dynamo=dynamo)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", library)
-    with pytest.raises(EngineError, match=r"cannot build the engine: RuntimeError: .*aten::roll not .*!$"):
+    with pytest.raises(
+        EngineError, match=r"cannot build the engine: RuntimeError: .*aten::roll not .*!$"
+    ):
         build(branched)

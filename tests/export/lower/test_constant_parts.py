@@ -50,7 +50,9 @@ FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "nonzero as a tuple": lambda _, x: x[:, *upper().nonzero(as_tuple=True)],
     "a mask of all positions": lambda _, x: x.flatten(1)[:, upper().reshape(-1) > 0],
     "a mask of rows and columns": lambda _, x: x[:, upper() > 0],
-    "a mask that itself depends on positions": lambda _, x: x.flatten(1)[:, mask_of_positions()],
+    "a mask that itself depends on positions": lambda _, x: x.flatten(1)[
+        :, mask_of_positions()
+    ],
     "a mask in a buffer": lambda network, x: x[:, network.mask],
 }
 
@@ -63,7 +65,12 @@ def write(choose: Callable[[Any, Tensor], Tensor], folder: Path) -> ParityReport
 
 def test_a_constant_choice_of_elements_is_exported_with_proof(tmp_path: Path) -> None:
     labels, preprocess = ["a", "b", "c"], Preprocess(resize=8, crop=8)
-    options = {"labels": labels, "preprocess": preprocess, "name": "x", "options": ExportOptions(max_batch=1)}
+    options = {
+        "labels": labels,
+        "preprocess": preprocess,
+        "name": "x",
+        "options": ExportOptions(max_batch=1),
+    }
     exported = export_network(Pooled(FORMS["nonzero"]), destination=tmp_path, **options)
     assert exported.parity.passed
 
@@ -84,5 +91,7 @@ def test_a_constant_choice_of_elements_is_lowered(form: str, tmp_path: Path) -> 
 def test_a_choice_by_values_of_images_is_refused(
     choose: Callable[[Any, Tensor], Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(LoweringError, match="contains NonZero in forward; its code depends on values"):
+    with pytest.raises(
+        LoweringError, match="contains NonZero in forward; its code depends on values"
+    ):
         write(choose, tmp_path)

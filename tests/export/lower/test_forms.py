@@ -17,7 +17,13 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.file import ParityReport
 from tests.sweep.steps import write_file
 
-SHAPES = [((2, 12), (-1,)), ((2, 7), (-1,)), ((2, 6, 9), (1, 2)), ((2, 600, 5), (1,)), ((1, 8192), (1,))]
+SHAPES = [
+    ((2, 12), (-1,)),
+    ((2, 7), (-1,)),
+    ((2, 6, 9), (1, 2)),
+    ((2, 600, 5), (1,)),
+    ((1, 8192), (1,)),
+]
 
 
 def complex_values(shape: tuple[int, ...]) -> Tensor:
@@ -36,8 +42,12 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
     real, half = values.real.contiguous(), torch.fft.rfftn(values.real, dim=dim)
     sizes = [shape[axis] for axis in dim]
     assert_close(forms.transform_real(real, dim=dim, onesided=True), half)
-    assert_close(forms.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim))
-    assert_close(forms.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim))
+    assert_close(
+        forms.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim)
+    )
+    assert_close(
+        forms.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim)
+    )
     backward = torch.fft.ifftn(values, dim=dim, norm="forward")
     assert_close(forms.transform_complex(values, dim=dim, forward=False), backward)
     half = complex_values(tuple(half.shape))
@@ -47,7 +57,9 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
 
 @pytest.mark.parametrize("dim", [(1,), (1, 2), (-1, -2), (0, 2), None])
 @pytest.mark.parametrize("keepdim", [False, True])
-def test_a_norm_of_many_values_is_that_of_torch(dim: tuple[int, ...] | None, *, keepdim: bool) -> None:
+def test_a_norm_of_many_values_is_that_of_torch(
+    dim: tuple[int, ...] | None, *, keepdim: bool
+) -> None:
     values = complex_values((3, 300, 301)).real
     expected = torch.linalg.vector_norm(values.double(), 2, dim, keepdim).float()
     assert_close(forms.norm(values, 2, dim, keepdim), expected)
@@ -60,7 +72,9 @@ def sketch(x: Tensor) -> Tensor:
 
 def global_filter(x: Tensor) -> Tensor:
     maps = torch.fft.rfft2(x.view(-1, 4, 4, 4), norm="ortho")
-    return torch.fft.irfft2(maps * torch.tensor([1.0, 0.5, 0.25]), s=(4, 4), norm="ortho").flatten(1)
+    return torch.fft.irfft2(
+        maps * torch.tensor([1.0, 0.5, 0.25]), s=(4, 4), norm="ortho"
+    ).flatten(1)
 
 
 def bilinear(x: Tensor) -> Tensor:
@@ -91,11 +105,15 @@ class WithHead(nn.Module):
 def write(head: str, folder: Path, **options: Any) -> ParityReport:
     """Write the file of a network with *head*, without its certificate."""
     network, preprocess = WithHead(head).eval(), Preprocess(resize=8, crop=8)
-    return write_file(network, preprocess, folder / "model.onnx", ExportOptions(**options), own=True)[1]
+    return write_file(
+        network, preprocess, folder / "model.onnx", ExportOptions(**options), own=True
+    )[1]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_file_computes_it_without_operators_that_a_gpu_lacks(head: str, tmp_path: Path) -> None:
+def test_the_file_computes_it_without_operators_that_a_gpu_lacks(
+    head: str, tmp_path: Path
+) -> None:
     output = write(head, tmp_path).outputs["logits"]
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert not operators & {"DFT", "ReduceL2", "If", "Loop"}
@@ -103,5 +121,7 @@ def test_the_file_computes_it_without_operators_that_a_gpu_lacks(head: str, tmp_
 
 
 def test_complex_numbers_are_refused_in_float16_with_their_operator(tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match=r"aten\.fft_fft\.default in forward computes complex numbers"):
+    with pytest.raises(
+        LoweringError, match=r"aten\.fft_fft\.default in forward computes complex numbers"
+    ):
         write("compact bilinear pooling", tmp_path, precision="fp16")

@@ -32,7 +32,9 @@ from tests.support.gpu_graphs import accepted
 from tests.sweep.steps import Small, agreed
 
 
-def lowered(network: nn.Module, preprocess: Preprocess, batch: BatchRange = BATCH) -> onnx.ModelProto:
+def lowered(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange = BATCH
+) -> onnx.ModelProto:
     return lower(capture_any_batch(network, preprocess, batch), ("logits",))
 
 
@@ -42,13 +44,18 @@ def test_no_two_of_the_generated_images_are_equal(side: int) -> None:
     assert len({image.tobytes() for image in images}) == len(images) >= 8
 
 
-def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(preprocess: Preprocess) -> None:
+def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(
+    preprocess: Preprocess,
+) -> None:
     model = graph_of("resnet8", preprocess).model
     (images,), (logits,) = model.graph.input, model.graph.output
     dims = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
     assert (images.name, dims) == ("images", ["batch", 16, 16, 3])
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    assert (logits.name, logits.type.tensor_type.elem_type) == ("logits", onnx.TensorProto.FLOAT)
+    assert (logits.name, logits.type.tensor_type.elem_type) == (
+        "logits",
+        onnx.TensorProto.FLOAT,
+    )
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("Conv") == 7
@@ -66,7 +73,9 @@ def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch:
     session = ort.InferenceSession(model.SerializeToString())
     images = np.random.default_rng(batch).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    mean, std = (
+        torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std)
+    )
     with torch.no_grad():
         expected = network((pixels - mean) / std)
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
@@ -94,7 +103,9 @@ class Minimal(nn.Module):
 def test_network_that_restricts_the_batch_size_is_rejected(
     function: Callable[[Tensor], Tensor], preprocess: Preprocess
 ) -> None:
-    with pytest.raises(LoweringError, match="treats some batch sizes differently, or fixes the size"):
+    with pytest.raises(
+        LoweringError, match="treats some batch sizes differently, or fixes the size"
+    ):
         capture(Minimal(function).eval(), preprocess, BATCH)
 
 
@@ -109,7 +120,9 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     assert torch.equal(second, x[:, 1:])
 
 
-def test_the_converters_are_collected_without_parsing_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_converters_are_collected_without_parsing_their_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     parsed: list[object] = []
     monkeypatch.setattr(TracedOnnxFunction, "function_ir", property(parsed.append))
     assert to_onnx._converters.__wrapped__().is_registered(torch.ops.aten.add.Tensor)
@@ -128,15 +141,21 @@ def attend(images: Tensor, dimensions: int, masked: bool) -> Tensor:
     rows = images.flatten(2) if dimensions == 3 else images
     values = rows.unflatten(2, (2, -1)) if dimensions == 5 else rows
     mask = torch.eye(values.shape[-2], dtype=torch.bool) if masked else None
-    return F.scaled_dot_product_attention(values, values + 1, values, mask).flatten(2).mean(dim=2)
+    return (
+        F.scaled_dot_product_attention(values, values + 1, values, mask).flatten(2).mean(dim=2)
+    )
 
 
 def assert_same_logits(network: nn.Module, preprocess: Preprocess) -> None:
     """Compare the ONNX file of *network* with *network* itself on three images."""
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
-    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
-    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).detach()
+    mean, std = (
+        torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std)
+    )
+    expected = network(
+        (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    ).detach()
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
@@ -149,7 +168,9 @@ def test_attention_on_any_number_of_dimensions_is_exported(
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
-def test_attention_of_a_query_that_may_read_nothing_is_zero(dimensions: int, preprocess: Preprocess) -> None:
+def test_attention_of_a_query_that_may_read_nothing_is_zero(
+    dimensions: int, preprocess: Preprocess
+) -> None:
     def attend_to_dark(images: Tensor) -> Tensor:
         rows = images.flatten(2) if dimensions == 3 else images
         mask = (rows.mean(-1, keepdim=True) < 0).expand(*rows.shape[:-1], rows.shape[-2])
@@ -224,8 +245,16 @@ def test_the_optimizer_changes_no_result(form: str, preprocess: Preprocess) -> N
 ON_SHAPES = ("Shape", "Range", "Gather", "Squeeze", "Unsqueeze")
 
 NETWORKS_OF_OTHERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
-    "torchvision": (lambda: ResNet(BasicBlock, [1, 1, 1, 1]), 64, {"Reshape": 1, "Mul": 1, "Add": 5}),
-    "timm": (lambda: timm.create_model("test_efficientnet"), 64, {"Reshape": 1, "ReduceMean": 3}),
+    "torchvision": (
+        lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
+        64,
+        {"Reshape": 1, "Mul": 1, "Add": 5},
+    ),
+    "timm": (
+        lambda: timm.create_model("test_efficientnet"),
+        64,
+        {"Reshape": 1, "ReduceMean": 3},
+    ),
 }
 
 
@@ -234,13 +263,17 @@ def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
     build, side, expected = NETWORKS_OF_OTHERS[name]
     model = lowered(build().eval(), Preprocess(resize=side, crop=side))
     counts = Counter(node.op_type for node in model.graph.node)
-    assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(ON_SHAPES, 0) | expected
+    assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(
+        ON_SHAPES, 0
+    ) | expected
     accepted(model, "fp32")
 
 
 def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
     network = nn.Sequential(nn.Identity(), Minimal(function)).eval()
-    check_operators(capture_any_batch(network, preprocess, ALONE), generated_images(preprocess.crop)[:1])
+    check_operators(
+        capture_any_batch(network, preprocess, ALONE), generated_images(preprocess.crop)[:1]
+    )
 
 
 SORTED = r"use torch\.sort\(stable=True\)"
@@ -253,15 +286,27 @@ def attend_masked(images: Tensor, added: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "a divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3).mean((2, 3)), r"avg_pool2d.* instead of"),
+    "a divisor": (
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3).mean((2, 3)),
+        r"avg_pool2d.* instead of",
+    ),
     "strides": (
         lambda x: torch.as_strided(x.to(memory_format=torch.channels_last), (1, 3), (768, 1)),
         r"as_strided.* instead of",
     ),
     "ties of topk": (lambda x: x.flatten(1).topk(5)[1].float(), rf"topk.*{SORTED}"),
-    "ties of argsort": (lambda x: x.flatten(1).argsort(1)[:, :5].float(), rf"argsort.*{SORTED}"),
-    "maximum of NaN": (lambda x: (x / x.sum((2, 3), True)).amax((2, 3)), r"amax.* instead of nan"),
-    "position of NaN": (lambda x: (x / x.std()).flatten(1).argmax(1, True).float(), r"argmax.* instead of"),
+    "ties of argsort": (
+        lambda x: x.flatten(1).argsort(1)[:, :5].float(),
+        rf"argsort.*{SORTED}",
+    ),
+    "maximum of NaN": (
+        lambda x: (x / x.sum((2, 3), True)).amax((2, 3)),
+        r"amax.* instead of nan",
+    ),
+    "position of NaN": (
+        lambda x: (x / x.std()).flatten(1).argmax(1, True).float(),
+        r"argmax.* instead of",
+    ),
     "max pooling of NaN": (
         lambda x: F.max_pool2d(x / x.mean(), 4).mean((2, 3)),
         r"max_pool2d.* instead of nan",
@@ -270,7 +315,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: (x * 1e9).long().to(torch.int32).float().mean((2, 3)),
         r"_to_copy.default and aten\._to_copy.* instead of -1.29497e\+09 for 3e\+09",
     ),
-    "overflow": (lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)), r"logaddexp.* inf instead of 100 for 100"),
+    "overflow": (
+        lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)),
+        r"logaddexp.* inf instead of 100 for 100",
+    ),
 }
 
 
@@ -280,14 +328,19 @@ def test_an_operator_whose_onnx_form_differs_is_named_with_its_part(
 ) -> None:
     function, message = REFUSED[case]
     with pytest.raises(
-        LoweringError, match=rf"aten\.{message.split('.*')[0]}\S* in 1: .*{message.split('.*')[1]}"
+        LoweringError,
+        match=rf"aten\.{message.split('.*')[0]}\S* in 1: .*{message.split('.*')[1]}",
     ):
         check(function, preprocess)
 
 
-def test_a_finite_result_in_place_of_infinity_is_refused(preprocess: Preprocess, monkeypatch) -> None:
+def test_a_finite_result_in_place_of_infinity_is_refused(
+    preprocess: Preprocess, monkeypatch
+) -> None:
     session, run = ort.InferenceSession, ort.InferenceSession.run
-    monkeypatch.setattr(session, "run", lambda *given: [np.where(np.isposinf(x), 9, x) for x in run(*given)])
+    monkeypatch.setattr(
+        session, "run", lambda *given: [np.where(np.isposinf(x), 9, x) for x in run(*given)]
+    )
     with pytest.raises(LoweringError, match=r"9 instead of inf"):
         check(lambda x: torch.sinh(x).mean((2, 3)), preprocess)
 
@@ -307,17 +360,25 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda x: x.amax(1),
     "a table": lambda x: F.embedding(x.long().abs(), TABLE).mean(-1),
     "maximum after a norm": lambda x: F.normalize(x).amax(1),
-    "maximum after a local response norm": lambda x: F.max_pool2d(F.local_response_norm(x, 3), 2),
+    "maximum after a local response norm": lambda x: F.max_pool2d(
+        F.local_response_norm(x, 3), 2
+    ),
     "softmax by hand": lambda x: softmax_by_hand(x).amax(1),
     "roots": lambda x: x.abs().pow(0.5),
     "no value that may be read": lambda x: attend_masked(x, x.new_zeros(x.shape)),
     "infinities": lambda x: x.masked_fill(x > 0, -torch.inf).softmax(-1).nan_to_num(),
     "largest values": lambda x: x.flatten(1).topk(5)[0],
     "stable sort": lambda x: x.flatten(1).sort(dim=1, stable=True)[1].float(),
-    "stable argsort": lambda x: x.flatten(1).argsort(dim=1, stable=True, descending=True).float(),
-    "activations": lambda x: F.elu(x) + F.gelu(x) + F.mish(x) + F.hardswish(x) + F.silu(x) + F.softplus(x),
+    "stable argsort": lambda x: (
+        x.flatten(1).argsort(dim=1, stable=True, descending=True).float()
+    ),
+    "activations": lambda x: (
+        F.elu(x) + F.gelu(x) + F.mish(x) + F.hardswish(x) + F.silu(x) + F.softplus(x)
+    ),
     "pooling": lambda x: F.max_pool2d(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), 3, 2, 1),
-    "pooling of a padding": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2),
+    "pooling of a padding": lambda x: F.max_pool2d(
+        F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2
+    ),
     "norms": lambda x: F.layer_norm(F.group_norm(F.normalize(x), 3), (16,)),
 }
 
@@ -327,7 +388,9 @@ def test_equal_operators_are_accepted_and_compared_once(
     case: str, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(lambda x: EQUAL[case](x).flatten(1), preprocess)
-    monkeypatch.setattr(operators, "_compare_group", lambda calls: pytest.fail("again") if calls else [])
+    monkeypatch.setattr(
+        operators, "_compare_group", lambda calls: pytest.fail("again") if calls else []
+    )
     check(lambda x: EQUAL[case](x).flatten(1), preprocess)
 
 
@@ -354,7 +417,11 @@ def test_operators_of_earlier_processes_are_known_unless_their_file_was_changed(
         operators, "_compare_group", lambda calls: (compared.append(len(calls)), compare(calls))
     )
     file = tmp_path / "sopdeploy" / "operators.json"
-    for change in (None, lambda: None, lambda: file.write_bytes(file.read_bytes().replace(b"1", b"2", 1))):
+    for change in (
+        None,
+        lambda: None,
+        lambda: file.write_bytes(file.read_bytes().replace(b"1", b"2", 1)),
+    ):
         if change is not None:
             change()
         monkeypatch.setattr(operators, "_executed_operators", {})
@@ -365,9 +432,12 @@ def test_operators_of_earlier_processes_are_known_unless_their_file_was_changed(
 
 def test_an_export_compares_the_operators(tmp_path: Path) -> None:
     network = variant(
-        lambda self, x: self.fc(self.features(F.avg_pool2d(x, 2, divisor_override=3))), aux=False
+        lambda self, x: self.fc(self.features(F.avg_pool2d(x, 2, divisor_override=3))),
+        aux=False,
     )
-    with pytest.raises(LoweringError, match=r"aten\.avg_pool2d\.default in forward: .* instead of"):
+    with pytest.raises(
+        LoweringError, match=r"aten\.avg_pool2d\.default in forward: .* instead of"
+    ):
         export_small(trained(network), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -393,8 +463,14 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
     images, plain = generated_images(16)[:4], onnx.load(tmp_path / "model.onnx")
     graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
-    in_float = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    weights = {node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}
+    in_float = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    weights = {
+        node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}
+    }
     assert weights & in_float == {
         "conv1.weight",  # reads the image
         "pooled_head.poolings.layer3_0.layer_reduce.weight",

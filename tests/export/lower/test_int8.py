@@ -47,7 +47,9 @@ def painted(folder: Path, count: int, *, distinct: int = 40, seed: int = 0) -> P
     random = np.random.default_rng(seed)
     colors = random.integers(0, 256, (distinct, 4, 4, 3), dtype=np.uint8)
     for number in range(count):
-        image = Image.fromarray(colors[number % distinct]).resize((16, 16), Image.Resampling.BICUBIC)
+        image = Image.fromarray(colors[number % distinct]).resize(
+            (16, 16), Image.Resampling.BICUBIC
+        )
         (folder / "abcdefghij"[number % 10]).mkdir(exist_ok=True)
         image.save(folder / "abcdefghij"[number % 10] / f"{number:02}.png")
     return folder
@@ -56,13 +58,20 @@ def painted(folder: Path, count: int, *, distinct: int = 40, seed: int = 0) -> P
 def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Preprocess) -> None:
     with pytest.raises(LoweringError, match="no convolution to quantize"):
         Int8Quantizer(
-            graph_of("resnet8", preprocess).model, generated_images(16), ("layer1", "layer2", "layer3")
+            graph_of("resnet8", preprocess).model,
+            generated_images(16),
+            ("layer1", "layer2", "layer3"),
         )
 
 
 def run(folder: Path, pooling: str = "gap", **options: object) -> Exported:
     return export_once(
-        trained("resnet8", pooling=pooling), "resnet8", folder, precision="int8", max_batch=1, **options
+        trained("resnet8", pooling=pooling),
+        "resnet8",
+        folder,
+        precision="int8",
+        max_batch=1,
+        **options,
     )
 
 
@@ -73,7 +82,9 @@ def test_int8_bundle_records_its_accuracy(tmp_path: Path, images: Path) -> None:
     assert "too few to show a loss of one point, which needs 381" in found.facts()["images"]
     report = found.precision
     assert report.accuracy.num_images == 20
-    assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
+    assert report.accuracy.drop == pytest.approx(
+        100 * (report.accuracy.before - report.accuracy.after)
+    )
     assert report.quantisation.num_layers == 6
     assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
     assert found.parity.passed
@@ -122,7 +133,8 @@ def test_a_convolution_that_is_applied_twice_is_quantized_for_each_input(
     quantizer = Int8Quantizer(model, pixels, runtime=runtime)
     assert len(quantizer.chosen) == 2
     before, after = (
-        file_outputs(open_session(graph), pixels, 1)["logits"] for graph in (model, quantizer.quantize())
+        file_outputs(open_session(graph), pixels, 1)["logits"]
+        for graph in (model, quantizer.quantize())
     )
     assert logit_deviation(before, after) < 0.1
 
@@ -145,7 +157,9 @@ def test_an_error_of_the_quantizer_is_one_line(
         raise ValueError("Attempt to replace\nthe existing tensor")
 
     monkeypatch.setattr(Int8Quantizer, "quantize", fail)
-    with pytest.raises(LoweringError, match=r"cannot quantize the graph: ValueError: Attempt .*choose") as e:
+    with pytest.raises(
+        LoweringError, match=r"cannot quantize the graph: ValueError: Attempt .*choose"
+    ) as e:
         run(tmp_path, calibrate=images)
     assert str(e.value).isprintable()
 
@@ -163,7 +177,11 @@ def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
     nodes, last = [helper.make_node("Cast", ["images"], ["pixels"], to=1)], "raw"
     nodes.append(helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]))
     nodes.append(helper.make_node("Concat", ["planes", "planes"], ["channels"], axis=1))
-    nodes.append(helper.make_node("Conv", ["channels", "conv.weight", "conv.bias"], ["raw"], pads=[1] * 4))
+    nodes.append(
+        helper.make_node(
+            "Conv", ["channels", "conv.weight", "conv.bias"], ["raw"], pads=[1] * 4
+        )
+    )
     groups = 6 // values.shape[1]
     nodes[-1].attribute.append(helper.make_attribute("group", groups))
     tensors = {"conv.weight": values, "conv.bias": np.zeros(len(values), np.float32)}
@@ -179,7 +197,11 @@ def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
         nodes,
         "one",
         [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", 16, 16, 3])],
-        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", len(values)])],
+        [
+            helper.make_tensor_value_info(
+                "logits", onnx.TensorProto.FLOAT, ["batch", len(values)]
+            )
+        ],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -219,12 +241,15 @@ def test_a_convolution_and_its_activation_have_one_range(kind: str) -> None:
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_biases_remove_the_mean_error_of_rounded_weights(runtime: Int8For, groups: int) -> None:
-    weight = np.full((6, 6 // groups, 3, 3), 0.0035, np.float32)  # less than half a step, so it becomes 0
+    weight = np.full(
+        (6, 6 // groups, 3, 3), 0.0035, np.float32
+    )  # less than half a step, so it becomes 0
     weight[:, 0, 1, 1] = 1
     plain, images = convolution(weight), generated_images(16)
     quantized = Int8Quantizer(plain, images, (), runtime).quantize()
     exact, found = (
-        open_session(model).run(None, {"images": images})[0].mean(axis=0) for model in (plain, quantized)
+        open_session(model).run(None, {"images": images})[0].mean(axis=0)
+        for model in (plain, quantized)
     )
     lost = 0.0035 * (weight[0].size - 1) * images.mean() * 0.8  # less at the borders
     assert np.abs(found - exact).max() < 0.2 * lost
@@ -253,15 +278,27 @@ def test_agreement_is_measured_on_images_that_did_not_calibrate(
 def test_fewer_than_32_distinct_images_are_refused(tmp_path: Path, distinct: int) -> None:
     (tmp_path / "few").mkdir()
     few = painted(tmp_path / "few", 60, distinct=distinct)
-    with pytest.raises(DataError, match=f"calibrate: {distinct} distinct images.* give at least 32"):
+    with pytest.raises(
+        DataError, match=f"calibrate: {distinct} distinct images.* give at least 32"
+    ):
         run(tmp_path, calibrate=few)
 
 
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
 Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
-NETWORKS: dict[str, dict[str, Any]] = {"resnet8": {"pooling": "isqrt"}, "gmsop-16-8-resnet18": GMSOP}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet8": {"pooling": "isqrt"},
+    "gmsop-16-8-resnet18": GMSOP,
+}
 BETWEEN = {  # operators that may read a quantized value
-    "cpu": {"Conv", "Relu", "Add", "Slice", "Mul", "Reshape"},  # mixtures reshape the last feature map
+    "cpu": {
+        "Conv",
+        "Relu",
+        "Add",
+        "Slice",
+        "Mul",
+        "Reshape",
+    },  # mixtures reshape the last feature map
     "tensorrt": {"Conv", "Add", "Slice", "Mul"},
 }
 
@@ -269,10 +306,14 @@ BETWEEN = {  # operators that may read a quantized value
 @pytest.fixture(scope="module", params=NETWORKS)
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     """Quantize a network of each family in both forms; list the parts that stay in float32."""
-    made = {runtime: graph_of(request.param, preprocess, **NETWORKS[request.param]) for runtime in RUNTIMES}
+    made = {
+        runtime: graph_of(request.param, preprocess, **NETWORKS[request.param])
+        for runtime in RUNTIMES
+    }
     kept, few = float32_parts(made["cpu"].network), generated_images(16)[:4]
     return {
-        runtime: Int8Quantizer(made[runtime].model, few, kept, runtime).quantize() for runtime in RUNTIMES
+        runtime: Int8Quantizer(made[runtime].model, few, kept, runtime).quantize()
+        for runtime in RUNTIMES
     }, kept
 
 
@@ -281,7 +322,9 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     graphs: Graph, runtime: Int8For
 ) -> None:
     model = graphs[0][runtime]
-    dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    dequantized = {
+        node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"
+    }
     readers = [node for node in model.graph.node if dequantized.keys() & set(node.input)]
     assert {node.op_type for node in readers} <= BETWEEN[runtime]
     weights = [
@@ -294,7 +337,11 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     made = {node.op_type for node in model.graph.node if quantized & set(node.output)}
     assert made <= {"Conv", "Relu", "Add"}
-    scales = [t.dims for t in model.graph.initializer if t.name.startswith("layer1.0.conv1.weight_scale")]
+    scales = [
+        t.dims
+        for t in model.graph.initializer
+        if t.name.startswith("layer1.0.conv1.weight_scale")
+    ]
     assert [len(shape) for shape in scales] == [1]  # one for each channel
     assert weight_types(model)["conv1"] == "float32"  # reads the image
     zeros = [tensor for tensor in model.graph.initializer if "zero_point" in tensor.name]
@@ -318,6 +365,11 @@ def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preproces
     plain = graph_of("resnet8", preprocess, shortcut="projection").model
     model = Int8Quantizer(plain, generated_images(16)[:4], (), "tensorrt").quantize()
     made = {name: node for node in model.graph.node for name in node.output}
-    quantized = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    quantized = [
+        made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"
+    ]
     dequantized = [made[node.input[1]].input[0] for node in quantized if node.op_type == "Conv"]
-    assert dequantized == ["layer2.0.downsample.0.weight_quantized", "layer3.0.downsample.0.weight_quantized"]
+    assert dequantized == [
+        "layer2.0.downsample.0.weight_quantized",
+        "layer3.0.downsample.0.weight_quantized",
+    ]

@@ -45,14 +45,24 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
     """List the floating-point types that each part of *program* computes in."""
     types: dict[str, set[str]] = {}
     for node in program.graph.nodes:
-        stack, value = list((node.meta.get("nn_module_stack") or {}).values()), node.meta.get("val")
-        if node.op == "call_function" and stack and torch.is_tensor(value) and value.is_floating_point():
+        stack, value = (
+            list((node.meta.get("nn_module_stack") or {}).values()),
+            node.meta.get("val"),
+        )
+        if (
+            node.op == "call_function"
+            and stack
+            and torch.is_tensor(value)
+            and value.is_floating_point()
+        ):
             part = stack[-1][0].removeprefix(NETWORK_PREFIX)
             types.setdefault(part, set()).add(str(value.dtype).removeprefix("torch."))
     return types
 
 
-def cast_graph(graph: Lowered, preprocess: Preprocess) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
+def cast_graph(
+    graph: Lowered, preprocess: Preprocess
+) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *graph* to fp16; return the ONNX graph and the types that each part computes in."""
     options = ExportOptions(precision="fp16", max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
@@ -79,7 +89,12 @@ CASTS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     "a mixture keeps gate, roots and sums": (
         "gmsop-16-8-resnet18",
         GMSOP,
-        {"mixture": {HALF, FLOAT}, "gate": {FLOAT}, "gate.feature.2": {FLOAT}, "layer4.0.conv1": {HALF}},
+        {
+            "mixture": {HALF, FLOAT},
+            "gate": {FLOAT},
+            "gate.feature.2": {FLOAT},
+            "layer4.0.conv1": {HALF},
+        },
     ),
     "attention keeps its excitation": (
         "gsop-net1-resnet26",
@@ -103,10 +118,14 @@ def test_second_order_parts_keep_float32_in_a_copy(
     graph = graph_of(name, preprocess, **config)
     before = {key: tensor.clone() for key, tensor in graph.network.state_dict().items()}
     model, types = cast_graph(graph, preprocess)
-    assert all(torch.equal(before[key], tensor) for key, tensor in graph.network.state_dict().items())
+    assert all(
+        torch.equal(before[key], tensor) for key, tensor in graph.network.state_dict().items()
+    )
     accepted(model, "fp16")
     assert {part: types[part] for part in expected} == expected
-    assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
+    assert {value.type.tensor_type.elem_type for value in model.graph.output} == {
+        onnx.TensorProto.FLOAT
+    }
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     cast = {"conv1.weight", "conv1.bias", "head.fc.weight", "head.weight"} & kinds.keys()
     assert cast
@@ -134,7 +153,9 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     pixels = Normalize(preprocess, torch.contiguous_format)(
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
-    with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
+    with pytest.raises(
+        LoweringError, match=r"batch norms folded into the convolutions change the output"
+    ):
         in_float16(network, program, pixels)
 
 
@@ -189,20 +210,32 @@ def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess)
     widest = [
         (node.target, [operand.meta["val"].dtype for operand in node.all_input_nodes[:1]])
         for node in cast.program.graph.nodes
-        if node.op == "call_function" and torch.Tag.reduction in getattr(node.target, "tags", ())
+        if node.op == "call_function"
+        and torch.Tag.reduction in getattr(node.target, "tags", ())
     ]
     assert len(widest) >= 3
     assert all(dtypes == [torch.float32] for _, dtypes in widest), widest
-    reductions = [node for node in cast.model.graph.node if node.op_type.startswith(("Reduce", "Instance"))]
+    reductions = [
+        node
+        for node in cast.model.graph.node
+        if node.op_type.startswith(("Reduce", "Instance"))
+    ]
     types = onnx.shape_inference.infer_shapes(cast.model).graph.value_info
-    in_half = {value.name for value in types if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    in_half = {
+        value.name
+        for value in types
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
     assert reductions
     assert not any(node.input[0] in in_half for node in reductions)
 
 
 ATEN = torch.ops.aten
 MAP = torch.ones(2, 4, 6, 6, dtype=torch.float16)
-FILTERS, SCALES = torch.ones(4, 4, 3, 3, dtype=torch.float16), torch.ones(4, dtype=torch.float16)
+FILTERS, SCALES = (
+    torch.ones(4, 4, 3, 3, dtype=torch.float16),
+    torch.ones(4, dtype=torch.float16),
+)
 ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
     "a mean": (ATEN.mean.dim, (MAP, [2, 3]), True),
     "a mean over one position": (ATEN.mean.dim, (MAP[:, :, :1, :1], [2, 3]), None),
@@ -254,14 +287,19 @@ class RunsTwice(nn.Module):
         x = pixels
         for position in (0, 1, -1):
             convolution, norm = (
-                parts[min(position, len(parts) - 2)] for parts in (self.convolutions, self.norms)
+                parts[min(position, len(parts) - 2)]
+                for parts in (self.convolutions, self.norms)
             )
             x = norm(convolution(x)).relu()
         return x.mean((2, 3))
 
 
-@pytest.mark.parametrize(("convolutions", "norms"), [(2, 1), (1, 2)], ids=["norm", "convolution"])
-def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, preprocess: Preprocess) -> None:
+@pytest.mark.parametrize(
+    ("convolutions", "norms"), [(2, 1), (1, 2)], ids=["norm", "convolution"]
+)
+def test_layers_that_run_twice_are_not_folded(
+    convolutions: int, norms: int, preprocess: Preprocess
+) -> None:
     network = RunsTwice(convolutions, norms).eval()
     program = capture_any_batch(network, preprocess, ALONE)
     pixels = Normalize(preprocess, torch.contiguous_format)(
@@ -282,7 +320,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(input)))
 
 
-def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(preprocess: Preprocess) -> None:
+def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(
+    preprocess: Preprocess,
+) -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3), nn.Flatten()).eval()
     nn.init.constant_(network[1].weight, 40.0)  # ReLU6 cuts values off
     program = capture_any_batch(network, preprocess, ALONE)
@@ -295,18 +335,29 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
     assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
-def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_casts_stop_the_export(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "cast_types", lambda certified, *_: certified)
     graph, options = graph_of("resnet8", preprocess), ExportOptions(precision="fp16")
-    with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
+    with pytest.raises(
+        LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"
+    ):
         precision.convert_precision(graph, preprocess, options)
     with pytest.raises(LoweringError, match=r"^no part has weights in float16"):
         precision.check_float16(onnx.ModelProto(), nn.Flatten())
 
 
 def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path) -> None:
-    found = export_once(make("resnet8", pooling="isqrt"), "resnet8", tmp_path, max_batch=1, precision="fp16")
-    assert found.manifest.precision == found.precision.precision == found.parity.precision == "fp16"
+    found = export_once(
+        make("resnet8", pooling="isqrt"), "resnet8", tmp_path, max_batch=1, precision="fp16"
+    )
+    assert (
+        found.manifest.precision
+        == found.precision.precision
+        == found.parity.precision
+        == "fp16"
+    )
     assert found.parity.floors_allowed == 4
     assert found.parity.logits.noise_floor > 1e-5
     probes = read_probes(open_bundle(found.path))
@@ -322,9 +373,16 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
     subject: Any = SimpleNamespace(preprocess=preprocess, decision=None)
     check = AccuracyCheck(subject, ExportOptions(precision="fp16", allow_drift=True))
     measured = Accuracy(
-        num_images=200, before=None, after=None, num_agreeing=199, drop=drop, deviation=deviation
+        num_images=200,
+        before=None,
+        after=None,
+        num_agreeing=199,
+        drop=drop,
+        deviation=deviation,
     )
-    with pytest.raises(ParityError, match=r"fp16 (loses 1\.50 points|changes the logits by 0\.60)"):
+    with pytest.raises(
+        ParityError, match=r"fp16 (loses 1\.50 points|changes the logits by 0\.60)"
+    ):
         check.check_drop(PrecisionReport(precision="fp16", parts={}, accuracy=measured))
 
 
@@ -338,7 +396,9 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
         (tmp_path / "images").mkdir()
         calibrate = painted(tmp_path / "images", 32)
         measuring = MeasuringImages(calibration_images(calibrate, preprocess), ())
-        options = ExportOptions(precision="int8", calibrate=calibrate, int8_for="tensorrt", max_batch=4)
+        options = ExportOptions(
+            precision="int8", calibrate=calibrate, int8_for="tensorrt", max_batch=4
+        )
     _, parity = write_graph(mixture, preprocess, tmp_path / "model.onnx", options, measuring)
     assert parity.passed
     assert parity.operators["TopK"] == 1
@@ -355,4 +415,6 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     graph = Lowered(network, program, lower(program, network.outputs))
     message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
-        precision.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))
+        precision.convert_precision(
+            graph, preprocess, ExportOptions(precision="fp16", max_batch=1)
+        )

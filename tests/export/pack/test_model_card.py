@@ -22,8 +22,13 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
         name="n", project="p", labels=HOSTILE, preprocess=preprocess, training=training
     )
     shared = ("batch", "inputs", "outputs", "versions")
-    card = render_model_card(subject, branched, {name: getattr(branched.manifest, name) for name in shared})
-    assert "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n" in card
+    card = render_model_card(
+        subject, branched, {name: getattr(branched.manifest, name) for name in shared}
+    )
+    assert (
+        "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n"
+        in card
+    )
     assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
     assert "\u202e" not in card
     assert f"bitwise equal on {branched.certificate.num_images} probe images" in card
@@ -35,4 +40,7 @@ def test_the_costs_are_those_of_describe(name: str) -> None:
         network = create_model(name, num_classes=entry(name).num_classes)
         plain = network.inference_model() if network.training_only else network
     counted = describe(name)
-    assert count_costs(network, plain, entry(name).image_size) == (counted.training, counted.shipped)
+    assert count_costs(network, plain, entry(name).image_size) == (
+        counted.training,
+        counted.shipped,
+    )

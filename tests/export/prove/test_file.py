@@ -90,7 +90,9 @@ def test_the_reference_is_float64_also_if_the_code_of_the_network_names_float32(
 ) -> None:
     free, named = (NamesFloat32(free=free).eval() for free in (True, False))
     named.load_state_dict(free.state_dict())
-    exact, found = (compute_reference(Deployed(n, preprocess), probes.numpy()) for n in (free, named))
+    exact, found = (
+        compute_reference(Deployed(n, preprocess), probes.numpy()) for n in (free, named)
+    )
     assert (found.outputs["logits"] == exact.outputs["logits"]).all()
     assert found.outputs["logits"].dtype == np.float64
 
@@ -115,7 +117,9 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
 def test_a_file_that_drifts_stops_the_export(
     measure: Measure, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    with pytest.raises(ParityError, match=r"drifts by .* in logits .*x noise floor.*nothing was written"):
+    with pytest.raises(
+        ParityError, match=r"drifts by .* in logits .*x noise floor.*nothing was written"
+    ):
         measure(name, change)
 
 
@@ -123,7 +127,10 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
     measure: Measure, exported: Exported, probes: Tensor, tmp_path: Path
 ) -> None:
     measure()
-    expected, huge = compute_reference(exported[1], probes.numpy()), BatchRange(optimum=2, maximum=1000)
+    expected, huge = (
+        compute_reference(exported[1], probes.numpy()),
+        BatchRange(optimum=2, maximum=1000),
+    )
     found = prove_file(*opened(tmp_path), expected, probes.numpy(), huge)
     assert list(found.logits.drift) == ["1", "2", "13"]
 
@@ -150,7 +157,11 @@ def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
         ("fp16", 0.124, None),
         ("fp16", 0.126, r"13% of the spread.*at 12\.5% or more.*, or choose precision fp32"),
         ("fp32", 0.031, None),
-        ("fp32", 0.032, r"3% of the spread.*at 3\.1% or more.*would pass; train longer; nothing was written"),
+        (
+            "fp32",
+            0.032,
+            r"3% of the spread.*at 3\.1% or more.*would pass; train longer; nothing was written",
+        ),
         ("int8", 0.3, None),
     ],
 )
@@ -168,7 +179,9 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     images = probes.numpy()
     exact = compute_reference(deployed, images)
     floor = fraction * logit_spread(exact.outputs["logits"])
-    noisy = ParityReference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
+    noisy = ParityReference(
+        outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision
+    )
     arguments = (*opened(tmp_path), noisy, images, BATCH)
     if message is None:
         report = prove_file(*arguments)
@@ -183,7 +196,9 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     assert allowed.unverifiable
 
 
-def test_logits_of_zeros_cannot_be_verified(measure: Measure, probes: Tensor, tmp_path: Path) -> None:
+def test_logits_of_zeros_cannot_be_verified(
+    measure: Measure, probes: Tensor, tmp_path: Path
+) -> None:
     zeros = {"logits": np.zeros((measure().num_images, 10))}
     expected = ParityReference(outputs=zeros, noise_floor={"logits": 0.0})
     with pytest.raises(ParityError, match="spread of the network's logits is 0"):
@@ -201,8 +216,18 @@ def test_every_changed_class_is_counted_by_its_cause() -> None:
     ("weight", "value", "precision", "message"),
     [
         ("fc.bias", float("inf"), "fp32", "network's own logits are not finite"),
-        ("layer2.0.bn2.weight", 3e38, "fp16", "not finite in fp16 on the probe images: .*precision fp32"),
-        ("layer2.0.bn2.weight", 3e38, "fp32", "not finite in fp32 .*: .*train it again with weight decay"),
+        (
+            "layer2.0.bn2.weight",
+            3e38,
+            "fp16",
+            "not finite in fp16 on the probe images: .*precision fp32",
+        ),
+        (
+            "layer2.0.bn2.weight",
+            3e38,
+            "fp32",
+            "not finite in fp32 .*: .*train it again with weight decay",
+        ),
     ],
 )
 def test_a_network_whose_own_logits_are_not_finite_is_refused_with_advice(
@@ -210,7 +235,9 @@ def test_a_network_whose_own_logits_are_not_finite_is_refused_with_advice(
     message: str,
 ) -> None:  # fmt: skip
     network = make("resnet8")
-    network.get_parameter(weight).data.fill_(value)  # 3e38 is finite, and the products in float64, too
+    network.get_parameter(weight).data.fill_(
+        value
+    )  # 3e38 is finite, and the products in float64, too
     deployed = Deployed(network, preprocess).eval()
     with pytest.raises(ParityError, match=message):
         compute_reference(deployed, probes.numpy(), precision=precision)
@@ -280,7 +307,9 @@ def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) ->
     assert parity.routing is not None
     assert not parity.drift_allowed
     probes = as_probes(generated_images(16), expected, parity)
-    assert (probes.expected["gates"] == 0).sum(axis=1).max() == 3  # one of the two chosen weights is 0
+    assert (probes.expected["gates"] == 0).sum(
+        axis=1
+    ).max() == 3  # one of the two chosen weights is 0
     assert len(probes.images) == parity.num_images - len(parity.routing.left_out)
 
 
@@ -289,7 +318,13 @@ def test_a_gate_that_rounding_changes_on_every_image_is_refused(
 ) -> None:
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     deployed = Deployed(network, preprocess).eval()
-    with pytest.raises(ParityError, match=r"undecided on every probe image.*int8.*; train longer"):
+    with pytest.raises(
+        ParityError, match=r"undecided on every probe image.*int8.*; train longer"
+    ):
         compute_reference(
-            deployed, probes[:3].numpy(), None, "int8", lambda images: -gate_logits(deployed, images)
+            deployed,
+            probes[:3].numpy(),
+            None,
+            "int8",
+            lambda images: -gate_logits(deployed, images),
         )

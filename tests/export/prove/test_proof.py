@@ -26,14 +26,18 @@ def test_detach_removes_exactly_the_branches_and_shares_no_memory(make: Make) ->
     trained = make()
     names = set(trained.state_dict())
     detached = detach(trained)
-    assert names - set(detached.state_dict()) == {name for name in names if name.startswith("branches.")}
+    assert names - set(detached.state_dict()) == {
+        name for name in names if name.startswith("branches.")
+    }
     assert set(detached.state_dict()) <= names
     assert set(trained.state_dict()) == names
     detached.get_parameter("fc.weight").data.zero_()
     assert trained.get_parameter("fc.weight").abs().sum() > 0
 
 
-def test_detached_network_is_in_eval_mode_and_can_be_trained_as_the_plain_one(make: Make) -> None:
+def test_detached_network_is_in_eval_mode_and_can_be_trained_as_the_plain_one(
+    make: Make,
+) -> None:
     detached = detach(make().train())
     assert not any(part.training for part in detached.modules())
     logits = detached.train()(torch.rand(2, 3, 16, 16))
@@ -123,7 +127,10 @@ DIFFERENT: dict[str, tuple[Forward, Forward]] = {
     "intermediate dtype": (chain, lambda n, x: chain(n, x.double().float())),
     "slice of everything": (chain, lambda n, x: chain(n, x)[:, :4]),
     "subtraction from the input": (chain, lambda n, x: x - chain(n, x)),
-    "operand order": (lambda n, x: n.first(x) - n.second(x), lambda n, x: n.second(x) - n.first(x)),
+    "operand order": (
+        lambda n, x: n.first(x) - n.second(x),
+        lambda n, x: n.second(x) - n.first(x),
+    ),
 }
 
 
@@ -139,7 +146,10 @@ OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {  # the Merkle roots do not 
         lambda _, x: (y := x.clone(), y.add_(1), y.mul_(2))[0],
         lambda _, x: (y := x.clone(), y.mul_(2), y.add_(1))[0],
     ),
-    "a write whose result is not used": (lambda _, x: x.clone(), lambda _, x: (y := x.clone(), y.exp_())[0]),
+    "a write whose result is not used": (
+        lambda _, x: x.clone(),
+        lambda _, x: (y := x.clone(), y.exp_())[0],
+    ),
     "what is written to": (
         lambda _, x: (y := x.clone(), z := x.clone(), y.exp_(), z)[0],
         lambda _, x: (x.clone(), z := x.clone(), z.exp_(), z)[0],
@@ -208,7 +218,8 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
   number = Range(first, count, next)
 """
 
-# Equal rows `y` and `z` (batch, 4), `zz` (batch * 2, 4), and three rows `x` of each image (batch * 3, 4).
+# Equal rows `y` and `z` (batch, 4), `zz` (batch * 2, 4), and three rows `x` of each image
+# (batch * 3, 4).
 EQUAL_ROWS = """s = Concat<axis = 0>(size, four)  y = Expand(row, s)  z = Expand(other, s)
     twice = Add(size, size)  s2 = Concat<axis = 0>(twice, four)  zz = Expand(other, s2)
     s3 = Concat<axis = 0>(size, three, four)  u = Unsqueeze(v, one)  x3 = Expand(u, s3)
@@ -259,9 +270,15 @@ MIXING = {
     "a mean over no axis in particular": ("m = ReduceMax(v)  logits = Mul(v, m)", "ReduceMax"),
     "softmax over the batch": ("logits = Softmax<axis = 0>(v)", "Softmax"),
     "a Gram matrix": ("k = Transpose(v)  s = MatMul(v, k)  logits = MatMul(s, v)", "MatMul"),
-    "a product of transposes": ("k = Transpose(v)  s = MatMul(k, v)  logits = MatMul(v, s)", "MatMul"),
+    "a product of transposes": (
+        "k = Transpose(v)  s = MatMul(k, v)  logits = MatMul(v, s)",
+        "MatMul",
+    ),
     "a reversed batch": ("logits = Slice(v, back, start, zero, back)", "Slice"),
-    "a later image": ("m = Slice(v, one, end, zero)  s = ReduceSum(m, zero)  logits = Add(v, s)", "Slice"),
+    "a later image": (
+        "m = Slice(v, one, end, zero)  s = ReduceSum(m, zero)  logits = Add(v, s)",
+        "Slice",
+    ),
     "the first image": ("m = Gather<axis = 0>(v, first)  logits = Add(v, m)", "Gather"),
     "an image that a value selects": (
         "i = ArgMax<axis = 1, keepdims = 0>(v)  logits = Gather<axis = 0>(v, i)",
@@ -287,7 +304,10 @@ MIXING = {
         i = Add(m, offsets)  logits = Gather<axis = 0>(s, i)""",
         "Mul",
     ),
-    "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Slice"),
+    "a joined batch": (
+        "a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)",
+        "Slice",
+    ),
     "slices of repeated images": (
         """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)
         y = Reshape(x, rows)  logits = Slice(y, zero, size, zero)""",
@@ -311,7 +331,10 @@ MIXING = {
         logits = ReduceMean<keepdims = 0>(b, one)""",
         "Reshape",
     ),
-    "a batch joined with a constant": ("a = Concat<axis = 0>(v, W)  logits = Identity(a)", "Concat"),
+    "a batch joined with a constant": (
+        "a = Concat<axis = 0>(v, W)  logits = Identity(a)",
+        "Concat",
+    ),
     "a Fourier transform over the batch": (
         "u = Unsqueeze(v, two)  d = DFT<axis = 0>(u)  logits = ReduceSum<keepdims = 0>(d, two)",
         "DFT",
@@ -321,11 +344,20 @@ MIXING = {
         e = GatherND(v, c)  x = Unsqueeze(e, one)  logits = Add(v, x)""",
         "Concat",
     ),
-    "an operator without a rule": ("logits = MeanVarianceNormalization<axes = [0]>(v)", "no rule for Mean"),
+    "an operator without a rule": (
+        "logits = MeanVarianceNormalization<axes = [0]>(v)",
+        "no rule for Mean",
+    ),
     "einsum over the batch": ('logits = Einsum<equation = "bi,cj->bj">(v, v)', "Einsum"),
     "einsum of two images": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
-    "halves of the batch": ("a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)", "Split"),
-    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "Cast"),
+    "halves of the batch": (
+        "a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)",
+        "Split",
+    ),
+    "the number of the image as logits": (
+        "n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)",
+        "Cast",
+    ),
     "indices in another order": (
         """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
         x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
@@ -335,7 +367,10 @@ MIXING = {
         "a = Cast<to = 3>(number)  n = Cast<to = 7>(a)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
         "Cast",
     ),
-    "a row of a table for each position": ("e = Gather<axis = 0>(W, number)  logits = Add(v, e)", "Gather"),
+    "a row of a table for each position": (
+        "e = Gather<axis = 0>(W, number)  logits = Add(v, e)",
+        "Gather",
+    ),
     "a number of a table for each position": (
         """i = ArgMax<axis = 1, keepdims = 1>(v)  u = Unsqueeze(number, one)  c = Concat<axis = 1>(u, i)
         e = GatherND(W, c)  x = Unsqueeze(e, one)  logits = Add(v, x)""",
@@ -360,8 +395,14 @@ MIXING = {
         "g = Equal(count, width)  x = Cast<to = 1>(g)  logits = Add(v, x)",
         "Equal",
     ),
-    "hundreds of images": ("g = Div(count, many)  x = Cast<to = 1>(g)  logits = Add(v, x)", "Div"),
-    "at most four images": ("g = Min(count, width)  x = Cast<to = 1>(g)  logits = Add(v, x)", "Min"),
+    "hundreds of images": (
+        "g = Div(count, many)  x = Cast<to = 1>(g)  logits = Add(v, x)",
+        "Div",
+    ),
+    "at most four images": (
+        "g = Min(count, width)  x = Cast<to = 1>(g)  logits = Add(v, x)",
+        "Min",
+    ),
     "a hidden influence": (
         """m = ReduceMax<keepdims = 1>(v, zero)  d = Sub(m, eps)  r = Relu(d)  logits = Add(v, r)""",
         "ReduceMax",
@@ -400,7 +441,9 @@ MIXING |= REGROUPED
 
 
 def graph(body: str) -> onnx.ModelProto:
-    return parser.parse_model(HEAD.replace("turned =", "turned4 = {-1, 2}, int64[2] turned =") + body + " }")
+    return parser.parse_model(
+        HEAD.replace("turned =", "turned4 = {-1, 2}, int64[2] turned =") + body + " }"
+    )
 
 
 def gives_each_image_its_own(model: onnx.ModelProto) -> bool:
@@ -410,7 +453,9 @@ def gives_each_image_its_own(model: onnx.ModelProto) -> bool:
         [ReferenceEvaluator(model).run(None, {"f": batch})[0] for batch in batches]
         for batches in (images[:, None], images[None])
     )
-    return np.concatenate(alone).shape == beside[0].shape and np.allclose(np.concatenate(alone), beside[0])
+    return np.concatenate(alone).shape == beside[0].shape and np.allclose(
+        np.concatenate(alone), beside[0]
+    )
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -126,18 +126,27 @@ def test_an_error_in_a_later_call_is_one_line(preprocess: Preprocess, probes: Te
         return 0
 
     LOCAL.number = 0
-    with pytest.raises(CertificateError, match=rf"fails when it runs {CALLS} times: .*worn out"):
+    with pytest.raises(
+        CertificateError, match=rf"fails when it runs {CALLS} times: .*worn out"
+    ):
         prove_repetition(Counting(fail).eval(), preprocess, probes)
 
 
 def test_a_certificate_repeats_the_calls(
-    make: Callable[..., nn.Module], preprocess: Preprocess, probes: Tensor, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., nn.Module],
+    preprocess: Preprocess,
+    probes: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     repeated, steps = [], list[str]()
-    monkeypatch.setattr(certificate, "prove_repetition", lambda network, *_: repeated.append(network))
+    monkeypatch.setattr(
+        certificate, "prove_repetition", lambda network, *_: repeated.append(network)
+    )
     network = make("resnet8")
     certificate.certify(network, network, Captures(preprocess), probes, on_step=steps.append)
     assert repeated == [network]
     details = {text.partition(": ")[2] for text in steps}
     of_graphs = ("any batch size", "a batch of one", "without writes to operands")
-    assert {f"Graphs, trained network, {of}" for of in of_graphs} | {"Outputs, trained network"} <= details
+    assert {f"Graphs, trained network, {of}" for of in of_graphs} | {
+        "Outputs, trained network"
+    } <= details

@@ -229,7 +229,9 @@ class SavesHead(Small):
         super().__init__(aux=False)
 
     def state_dict(self, **options: Any) -> Any:
-        return {name: value for name, value in super().state_dict(**options).items() if "fc" in name}
+        return {
+            name: value for name, value in super().state_dict(**options).items() if "fc" in name
+        }
 
 
 class AlwaysDrops(nn.Dropout):
@@ -343,7 +345,11 @@ def adds_by_mask(_net: Any, f: Tensor) -> Tensor:
 def kernel_per_image(_net: Any, f: Tensor) -> Tensor:
     batch = f.shape[0]
     kernels = f.mean((2, 3)).reshape(-1, 1, 1, 1)
-    return F.conv2d(f.reshape(1, -1, 12, 12), kernels, groups=8 * batch).reshape(batch, 8, -1).mean(2)
+    return (
+        F.conv2d(f.reshape(1, -1, 12, 12), kernels, groups=8 * batch)
+        .reshape(batch, 8, -1)
+        .mean(2)
+    )
 
 
 def stacked(_net: Any, f: Tensor) -> Tensor:
@@ -401,7 +407,9 @@ class StaysInTrainMode(nn.ReLU):
 
 EXPORTED: dict[str, Case] = {
     "a hook that scales features": (
-        changed(lambda n: n.stem.register_forward_hook(lambda _module, _inputs, output: 2 * output)),
+        changed(
+            lambda n: n.stem.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+        ),
         {},
         ONLY,
     ),
@@ -410,7 +418,11 @@ EXPORTED: dict[str, Case] = {
     "old spectral norm": (changed(lambda n: spectral_norm(n.fc)), {}, ONLY),
     "pruning": (changed(lambda n: prune.l1_unstructured(n.fc, "weight", 0.5)), {}, ONLY),
     "a forward that is bound to the instance": (
-        changed(lambda n: vars(n).update(forward=types.MethodType(lambda net, x: 2 * logits(net, x), n))),
+        changed(
+            lambda n: vars(n).update(
+                forward=types.MethodType(lambda net, x: 2 * logits(net, x), n)
+            )
+        ),
         {},
         ONLY,
     ),
@@ -420,13 +432,22 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "features that are kept": (forward(keeps_features), {}, ONLY),
-    "a list that starts anew, and a dict of maps": (with_parts(lists_features, maps=dict), {}, ONLY),
+    "a list that starts anew, and a dict of maps": (
+        with_parts(lists_features, maps=dict),
+        {},
+        ONLY,
+    ),
     "a size and a map for a picture": (forward(keeps_size), {}, ONLY),
-    "view behind a convolution": (pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)), {}, ONLY),
+    "view behind a convolution": (
+        pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)),
+        {},
+        ONLY,
+    ),
     "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
     "view of a batch and the rest": (
         with_parts(
-            lambda net, x: net.head(net.stem(x).view(x.size(0), -1)), head=lambda: nn.Linear(1152, CLASSES)
+            lambda net, x: net.head(net.stem(x).view(x.size(0), -1)),
+            head=lambda: nn.Linear(1152, CLASSES),
         ),
         {"training_only": ["fc"]},
         DETACHED,
@@ -434,7 +455,9 @@ EXPORTED: dict[str, Case] = {
     "flatten": (pooled(lambda _, f: torch.flatten(F.adaptive_avg_pool2d(f, 1), 1)), {}, ONLY),
     "flatten of tokens": (
         pooled(
-            lambda _, f: F.adaptive_avg_pool1d(f.flatten(2).transpose(1, 2).transpose(1, 2), 1).flatten(1)
+            lambda _, f: F.adaptive_avg_pool1d(
+                f.flatten(2).transpose(1, 2).transpose(1, 2), 1
+            ).flatten(1)
         ),
         {},
         ONLY,
@@ -442,13 +465,24 @@ EXPORTED: dict[str, Case] = {
     "reshape": (pooled(lambda _, f: f.reshape(-1, 8, 144).mean(-1)), {}, ONLY),
     "a view that needs channels last": (
         lambda: variant(
-            lambda net, x: net.fc(net.stem(x).permute(0, 2, 3, 1).view(x.shape[0], -1, 8).mean(1)), aux=False
+            lambda net, x: net.fc(
+                net.stem(x).permute(0, 2, 3, 1).view(x.shape[0], -1, 8).mean(1)
+            ),
+            aux=False,
         ).to(memory_format=torch.channels_last),
         {},
         ONLY,
     ),
-    "sizes by unpacking": (pooled(lambda _, f: f.sum((2, 3)) / (f.shape[2] * f.shape[3])), {}, ONLY),
-    "a dict": (forward(lambda net, x: {"logits": logits(net, x), "x": x}), {"logits_key": "logits"}, ONLY),
+    "sizes by unpacking": (
+        pooled(lambda _, f: f.sum((2, 3)) / (f.shape[2] * f.shape[3])),
+        {},
+        ONLY,
+    ),
+    "a dict": (
+        forward(lambda net, x: {"logits": logits(net, x), "x": x}),
+        {"logits_key": "logits"},
+        ONLY,
+    ),
     "a tuple": (forward(lambda net, x: (logits(net, x), x)), {"logits_key": 0}, ONLY),
     "a named tuple": (
         forward(lambda net, x: Exits(logits(net, x), net.features(x))),
@@ -460,10 +494,18 @@ EXPORTED: dict[str, Case] = {
         {"logits_key": "logits"},
         ONLY,
     ),
-    "a data class": (forward(lambda net, x: Output(logits(net, x))), {"logits_key": "logits"}, ONLY),
+    "a data class": (
+        forward(lambda net, x: Output(logits(net, x))),
+        {"logits_key": "logits"},
+        ONLY,
+    ),
     "auxiliary outputs in train mode": (Small, {"training_only": ["aux"]}, DETACHED),
     "a Lightning module with a metric": (LightningModule, {}, ONLY),
-    "a metric that only training uses": (LightningModule, {"training_only": ["accuracy"]}, DETACHED),
+    "a metric that only training uses": (
+        LightningModule,
+        {"training_only": ["accuracy"]},
+        DETACHED,
+    ),
     "a criterion with weights of the classes": (
         with_parts(logits, criterion=lambda: nn.CrossEntropyLoss(torch.ones(CLASSES))),
         {"training_only": ["criterion"]},
@@ -477,17 +519,31 @@ EXPORTED: dict[str, Case] = {
         {"training_only": ["head"]},
         DETACHED,
     ),
-    "an adapter that is not merged": (changed(lambda n: setattr(n, "fc", Adapter(n.fc))), {}, ONLY),
-    "an averaged model": (lambda: AveragedModel(Small(aux=False)), {}, ONLY),
-    "a dict of averages": (
-        changed(lambda n: setattr(n, "shadow", {k: v.clone() for k, v in n.state_dict().items()})),
+    "an adapter that is not merged": (
+        changed(lambda n: setattr(n, "fc", Adapter(n.fc))),
         {},
         ONLY,
     ),
-    "weight norm as a parametrization": (changed(lambda n: parametrizations.weight_norm(n.fc)), {}, ONLY),
+    "an averaged model": (lambda: AveragedModel(Small(aux=False)), {}, ONLY),
+    "a dict of averages": (
+        changed(
+            lambda n: setattr(n, "shadow", {k: v.clone() for k, v in n.state_dict().items()})
+        ),
+        {},
+        ONLY,
+    ),
+    "weight norm as a parametrization": (
+        changed(lambda n: parametrizations.weight_norm(n.fc)),
+        {},
+        ONLY,
+    ),
     "normalization by buffers": (Normalized, {}, ONLY),
     "normalization by constants": (
-        forward(lambda net, x: logits(net, (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) / 0.5)),
+        forward(
+            lambda net, x: logits(
+                net, (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) / 0.5
+            )
+        ),
         {},
         ONLY,
     ),
@@ -504,18 +560,31 @@ EXPORTED: dict[str, Case] = {
     "a range of bytes": (forward(lambda net, x: logits(net, x.float() / 255.0)), {}, ONLY),
     "attention between views": (with_parts(tokens, attention=Attention), {}, ONLY),
     "a mask of infinities": (with_parts(tokens, attention=CausalAttention), {}, ONLY),
-    "a mask of the image": (with_parts(tokens, attention=lambda: MaskedAttention(bright_keys)), {}, ONLY),
-    "a mask of each head": (with_parts(tokens, attention=lambda: MaskedAttention(near_keys)), {}, ONLY),
+    "a mask of the image": (
+        with_parts(tokens, attention=lambda: MaskedAttention(bright_keys)),
+        {},
+        ONLY,
+    ),
+    "a mask of each head": (
+        with_parts(tokens, attention=lambda: MaskedAttention(near_keys)),
+        {},
+        ONLY,
+    ),
     "a layer of a transformer": (
         with_parts(
-            tokens, attention=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
+            tokens,
+            attention=lambda: nn.TransformerEncoderLayer(
+                8, 2, 16, batch_first=True, dropout=0.1
+            ),
         ),
         {},
         ONLY,
     ),
     "layers in a list": (
         with_parts(
-            lambda net, x: net.fc(functools.reduce(lambda f, part: part(f), net.layers, net.features(x))),
+            lambda net, x: net.fc(
+                functools.reduce(lambda f, part: part(f), net.layers, net.features(x))
+            ),
             layers=lambda: nn.ModuleList([nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)]),
         ),
         {},
@@ -541,11 +610,19 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "a part that is profiled": (forward(profiled), {}, ONLY),
-    "a parallel part": (changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))), {}, ONLY),
+    "a parallel part": (
+        changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))),
+        {},
+        ONLY,
+    ),
     "an assignment by a mask": (pooled(clamps_by_mask), {}, ONLY),
     "stacks of rows, columns and depths": (pooled(stacked), {}, ONLY),
     "instance norm with running statistics": (
-        changed(lambda n: n.stem.insert(1, nn.InstanceNorm2d(8, affine=True, track_running_stats=True))),
+        changed(
+            lambda n: n.stem.insert(
+                1, nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+            )
+        ),
         {},
         ONLY,
     ),
@@ -650,14 +727,18 @@ REFUSED: dict[str, Case] = {
     ),
     "a removed part that returns a dict of its own class": (
         with_parts(
-            lambda net, x: (net.head(net.features(x)), logits(net, x))[1], head=lambda: Head(8, CLASSES)
+            lambda net, x: (net.head(net.features(x)), logits(net, x))[1],
+            head=lambda: Head(8, CLASSES),
         ),
         {"training_only": ["head"]},
         r"^head returns a ModelOutput, so it cannot be removed; return tensors$",
     ),
     "a metric that runs": (
         with_parts(
-            lambda net, x: (net.accuracy.update(net.fc(net.features(x)).argmax(1), 0), logits(net, x))[1],
+            lambda net, x: (
+                net.accuracy.update(net.fc(net.features(x)).argmax(1), 0),
+                logits(net, x),
+            )[1],
             accuracy=Metric,
         ),
         {},

@@ -170,7 +170,10 @@ class DeformableConvolution(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.offset, self.conv = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 8, 3, padding=1)
+        self.offset, self.conv = (
+            nn.Conv2d(3, 18, 3, padding=1),
+            DeformConv2d(3, 8, 3, padding=1),
+        )
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,7 +184,9 @@ class HiddenBranch(Small):
     """Lists no tensors of the branch, but depends on it."""
 
     def named_modules(self, *arguments: Any, **options: Any) -> Any:
-        return (item for item in super().named_modules(*arguments, **options) if item[0] != "aux")
+        return (
+            item for item in super().named_modules(*arguments, **options) if item[0] != "aux"
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return leaks(self, images)

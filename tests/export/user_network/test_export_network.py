@@ -60,7 +60,11 @@ AUX = {"plain": plain, "training_only": ["aux*"]}
 
 ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "an auxiliary head": (n.Small, AUX, "three-way"),
-    "without a plain network": (n.Small, {"training_only": ["aux.*", "aux"]}, "trained-detached"),
+    "without a plain network": (
+        n.Small,
+        {"training_only": ["aux.*", "aux"]},
+        "trained-detached",
+    ),
     "nothing to detach": (plain, {"plain": plain}, "trained-plain"),
     "a list of exits": (
         lambda: n.variant(n.exits, aux=False),
@@ -74,10 +78,20 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         "trained-only",
     ),
     "one tensor, not its attribute T": (plain, {"logits_key": "T"}, "trained-only"),
-    "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
+    "data parallel and compiled": (
+        lambda: nn.DataParallel(torch.compile(n.Small())),
+        AUX,
+        "three-way",
+    ),
     "branches of DSoP": (
-        lambda: sopdeploy.dsop(plain(), ["stem"], image_size=n.SIDE, aux_blocks=(1,), aux_widths=(3,)),
-        {"plain": plain, "training_only": ["branches"], "rename": lambda name: name.removeprefix("network.")},
+        lambda: sopdeploy.dsop(
+            plain(), ["stem"], image_size=n.SIDE, aux_blocks=(1,), aux_widths=(3,)
+        ),
+        {
+            "plain": plain,
+            "training_only": ["branches"],
+            "rename": lambda name: name.removeprefix("network."),
+        },
         "three-way",
     ),
     "a cache, a written input and a custom function": (
@@ -88,12 +102,15 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "second-order pooling": (n.SecondOrder, {"plain": n.SecondOrder}, "trained-plain"),
 }
 
-# Captured for one batch size, in a third of the time; other cases, and full sizes, use the whole range.
+# Captured for one batch size, in a third of the time; other cases, and full sizes, use the
+# whole range.
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case: str, tmp_path: Path) -> None:
+def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(
+    case: str, tmp_path: Path
+) -> None:
     build, options, proof = ACCEPTED[case]
     if case != "an auxiliary head":
         options = {"options": QUICK, **options}
@@ -111,7 +128,9 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-FULL: dict[str, tuple[Callable[..., nn.Module], str]] = {  # the builder, the parts that only training uses
+FULL: dict[
+    str, tuple[Callable[..., nn.Module], str]
+] = {  # the builder, the parts that only training uses
     "GoogLeNet": (partial(models.GoogLeNet, init_weights=False), "aux*"),
     "vit_b_32": (partial(models.get_model, "vit_b_32", weights=None), ""),
     "swin_t": (partial(models.get_model, "swin_t", weights=None), ""),
@@ -122,12 +141,16 @@ FULL: dict[str, tuple[Callable[..., nn.Module], str]] = {  # the builder, the pa
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # minutes on a machine with other work
 @pytest.mark.parametrize("architecture", FULL)
-def test_the_full_size_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
+def test_the_full_size_is_exported_verified_and_served(
+    architecture: str, tmp_path: Path
+) -> None:
     build, auxiliary = FULL[architecture]
     torch.manual_seed(0)
     network = build(num_classes=CLASSES)
     for part in network.modules():
-        if isinstance(part, nn.Linear) and not part.weight.any():  # torchvision's ViT starts with zeros
+        if (
+            isinstance(part, nn.Linear) and not part.weight.any()
+        ):  # torchvision's ViT starts with zeros
             nn.init.normal_(part.weight, std=0.02)
     options = {"aux_logits": False} if auxiliary else {}
     exported = n.export_small(
@@ -239,8 +262,16 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"options": ExportOptions(detach=True, max_batch=1)},
         r"^detach: the output depends on every part of the network; omit it$",
     ),
-    "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
-    "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
+    "an operator without ONNX form": (
+        n.DeformableConvolution,
+        {},
+        r"no ONNX form in opset 18: .*DeformConv",
+    ),
+    "a branch that is not listed": (
+        n.HiddenBranch,
+        {"training_only": ["aux"]},
+        r"output .* depends on aux",
+    ),
     "a row of a table for each position in the batch": (
         lambda: n.variant(n.adds_position),
         {"options": RANGE},
@@ -253,7 +284,9 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "an exit for a single image": (
         lambda: n.variant(
-            lambda self, x: self.fc(self.features(x) * (2 if self.features(x).amax(1) > 1 else 1))
+            lambda self, x: self.fc(
+                self.features(x) * (2 if self.features(x).amax(1) > 1 else 1)
+            )
         ),
         {},
         r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*: use torch\.where",
@@ -274,12 +307,16 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         r"^no rule for RoiAlign in forward shows that it keeps images apart; .* try allow_batch_dependence",
     ),
     "the views of the wrong image": (
-        lambda: n.variant(lambda net, x: net.fc(both(net, x).view(-1, 2, 8).mean(1)), aux=False),
+        lambda: n.variant(
+            lambda net, x: net.fc(both(net, x).view(-1, 2, 8).mean(1)), aux=False
+        ),
         {"options": RANGE},
         r"^the network mixes images: Reshape in forward combines them, .* try allow_batch_dependence=True$",
     ),
     "a size of the batch": (
-        lambda: n.variant(lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False),
+        lambda: n.variant(
+            lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False
+        ),
         {"options": RANGE},
         r"its code treats some batch sizes differently, or fixes the size in test_export_network\.py:\d+ \(",
     ),
@@ -291,12 +328,20 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }
 
-AS_BUILT = ("weights of inference mode", "NaN", "half precision", "a ScriptModule", "lazy modules")
+AS_BUILT = (
+    "weights of inference mode",
+    "NaN",
+    "half precision",
+    "a ScriptModule",
+    "lazy modules",
+)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("case", REJECTED)
-def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+def test_it_is_rejected_with_the_cause_and_nothing_is_written(
+    case: str, tmp_path: Path
+) -> None:
     build, options, message = REJECTED[case]
     network = build()
     if case not in AS_BUILT:
@@ -311,7 +356,10 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
 @pytest.mark.parametrize(
     ("tensor", "advice"),
     [
-        (torch.ones(2, 2, dtype=torch.complex64), r"keep its torch\.view_as_real, and call torch\.view_as_c"),
+        (
+            torch.ones(2, 2, dtype=torch.complex64),
+            r"keep its torch\.view_as_real, and call torch\.view_as_c",
+        ),
         (torch.eye(2).to_sparse(), r"replace it by its \.to_dense\(\)$"),
         (torch.ones(2, device="meta"), "load its values$"),
         (torch.ones(2, dtype=torch.bfloat16), r"with \.float\(\), and choose the precision"),
@@ -320,7 +368,9 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
 def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
     tensor: Tensor, advice: str
 ) -> None:
-    with pytest.raises(LoweringError, match=rf"^fc\.weight is a Tensor of .* or integers: .*{advice}"):
+    with pytest.raises(
+        LoweringError, match=rf"^fc\.weight is a Tensor of .* or integers: .*{advice}"
+    ):
         check_tensor("fc.weight", tensor)
 
 
@@ -340,16 +390,27 @@ def test_a_network_is_no_unused_part_of_itself() -> None:
 
 ENDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "softmax": (lambda x: x.softmax(1), "returns probabilities"),
-    "a mean of two": (lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2, "returns probabilities"),
-    "softmax by hand": (lambda x: x.exp() / x.exp().sum(1, keepdim=True), "returns probabilities"),
+    "a mean of two": (
+        lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2,
+        "returns probabilities",
+    ),
+    "softmax by hand": (
+        lambda x: x.exp() / x.exp().sum(1, keepdim=True),
+        "returns probabilities",
+    ),
     "sigmoid": (lambda x: x.sigmoid(), r"ends in a sigmoid.*several.classes"),
-    "sigmoid and a view": (lambda x: torch.special.expit(x)[:, :, None].flatten(1), "ends in a sigmoid"),
+    "sigmoid and a view": (
+        lambda x: torch.special.expit(x)[:, :, None].flatten(1),
+        "ends in a sigmoid",
+    ),
     "hard sigmoid": (torch.nn.functional.hardsigmoid, "ends in a sigmoid"),
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_probabilities_are_refused_with_the_advice_to_return_logits(end: str, tmp_path: Path) -> None:
+def test_probabilities_are_refused_with_the_advice_to_return_logits(
+    end: str, tmp_path: Path
+) -> None:
     change, message = ENDS[end]
     network = n.trained(n.variant(lambda self, images: change(self.fc(self.features(images)))))
     with pytest.raises(LoweringError, match=message):
@@ -357,7 +418,9 @@ def test_probabilities_are_refused_with_the_advice_to_return_logits(end: str, tm
 
 
 def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) -> None:
-    exported = n.export_small(n.trained(n.Small(aux=False)), tmp_path, options=QUICK, several_classes=True)
+    exported = n.export_small(
+        n.trained(n.Small(aux=False)), tmp_path, options=QUICK, several_classes=True
+    )
     decision = exported.manifest.decision
     assert decision is not None
     assert (decision.activation, decision.thresholds) == ("sigmoid", (0.5,) * n.CLASSES)
@@ -365,7 +428,10 @@ def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) 
 
 READS: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
     "a slice that it calls": (lambda aux: aux[:-1](torch.ones(1, 8)), ("aux",)),
-    "the type of its weights": (lambda aux: next(aux.parameters()).dtype, ()),  # a stub has none
+    "the type of its weights": (
+        lambda aux: next(aux.parameters()).dtype,
+        (),
+    ),  # a stub has none
     "the length of a part of it": (lambda aux: len(aux[0]), ("aux.2", "aux.0.0", "aux.0.1")),
 }
 
@@ -373,7 +439,9 @@ READS: dict[str, tuple[Callable[[nn.Module], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("read", READS)
 def test_a_part_is_unused_if_the_network_runs_without_it(read: str) -> None:
     reads, unused = READS[read]
-    network = n.variant(lambda self, images: (reads(self.aux), self.fc(self.features(images)))[1])
+    network = n.variant(
+        lambda self, images: (reads(self.aux), self.fc(self.features(images)))[1]
+    )
     first = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     network.aux = nn.Sequential(first, nn.ReLU(), nn.Linear(8, n.CLASSES))
     assert unused_modules(network.eval(), n.PREPROCESS) == unused
@@ -397,7 +465,9 @@ def test_a_sequence_without_its_values_has_its_modules_only(tmp_path: Path) -> N
 
     network = n.variant(forward)
     network.aux = Scaled(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n.CLASSES))
-    exported = n.export_small(n.trained(network), tmp_path, training_only=("aux",), options=QUICK)
+    exported = n.export_small(
+        n.trained(network), tmp_path, training_only=("aux",), options=QUICK
+    )
     assert "aux.scale" in {entry.name for entry in exported.certificate.removed}
 
 

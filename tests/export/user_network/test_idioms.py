@@ -59,8 +59,15 @@ def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
 
 def vision_transformer() -> nn.Module:
     library = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = library.ViTConfig(**sizes, image_size=networks.SIDE, patch_size=4, num_labels=networks.CLASSES)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    config = library.ViTConfig(
+        **sizes, image_size=networks.SIDE, patch_size=4, num_labels=networks.CLASSES
+    )
     network: nn.Module = library.ViTForImageClassification(config)
     return network
 
@@ -73,7 +80,10 @@ def adapted() -> nn.Module:
 
 
 def with_metric() -> nn.Module:
-    lightning, metrics = pytest.importorskip("lightning.pytorch"), pytest.importorskip("torchmetrics")
+    lightning, metrics = (
+        pytest.importorskip("lightning.pytorch"),
+        pytest.importorskip("torchmetrics"),
+    )
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -90,7 +100,8 @@ def with_metric() -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    ("build", "logits_key"), [(vision_transformer, "logits"), (adapted, "logits"), (with_metric, None)]
+    ("build", "logits_key"),
+    [(vision_transformer, "logits"), (adapted, "logits"), (with_metric, None)],
 )
 def test_networks_of_other_libraries_are_exported(
     build: Callable[[], nn.Module], logits_key: str | None, tmp_path: Path
@@ -102,5 +113,7 @@ def test_networks_of_other_libraries_are_exported(
 def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"max_drop: must be a finite number \(got 'inf'\)"):
         ExportOptions(max_drop=float("inf"))
-    with pytest.raises(ConfigError, match=r"max_drop: needs images to measure on; try evaluate"):
+    with pytest.raises(
+        ConfigError, match=r"max_drop: needs images to measure on; try evaluate"
+    ):
         ExportOptions(precision="fp16", max_drop=0.1)

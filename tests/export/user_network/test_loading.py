@@ -86,13 +86,24 @@ READ: dict[str, tuple[Any, str | None, str]] = {
     ),
     "another attribute": (prefixed("net."), None, ""),
     "two wrappers": (prefixed("module.student.backbone."), None, ""),
-    "a wrapper inside": ({k.replace("stem.", "stem.module."): v for k, v in STATE.items()}, None, ""),
+    "a wrapper inside": (
+        {k.replace("stem.", "stem.module."): v for k, v in STATE.items()},
+        None,
+        "",
+    ),
     "a loss and a metric beside it": (
-        {"state_dict": prefixed("model.") | {"criterion.weight": torch.ones(2), "acc.tp": torch.ones(4)}},
+        {
+            "state_dict": prefixed("model.")
+            | {"criterion.weight": torch.ones(2), "acc.tp": torch.ones(4)}
+        },
         None,
         "state_dict",
     ),
-    "a table of a loss": ({"criterion": {"weight": torch.ones(2)}, "model": STATE}, None, "model"),
+    "a table of a loss": (
+        {"criterion": {"weight": torch.ones(2)}, "model": STATE},
+        None,
+        "model",
+    ),
     "one of two encoders": (prefixed("encoder_q.") | prefixed("encoder_k."), "encoder_q", ""),
 }
 
@@ -112,9 +123,13 @@ def test_a_table_is_found_and_prefixes_are_removed(case: str, tmp_path: Path) ->
     network = Small()
     loaded = load_weights(network, tmp_path / "w.pth", table)
     assert (loaded.table, loaded.ignored) == (name, IGNORED.get(case, ()))
-    counted = {key for key in STATE if "num_batches" in key} if case == "without counters" else set()
+    counted = (
+        {key for key in STATE if "num_batches" in key} if case == "without counters" else set()
+    )
     assert all(
-        torch.equal(value, STATE[key]) for key, value in network.state_dict().items() if key not in counted
+        torch.equal(value, STATE[key])
+        for key, value in network.state_dict().items()
+        if key not in counted
     )
 
 
@@ -135,24 +150,36 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "compiled": lambda: wrapped("_orig_mod"),  # as torch.compile names it
     "averaged": lambda: AveragedModel(Small()),
 }
-LAYOUTS: dict[str, Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
+LAYOUTS: dict[
+    str, Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]
+] = {
     "the state dict of the network": lambda own, _: own,
     "of the network that it wraps": lambda _, inner: inner,
     "of a network that wraps it": lambda own, _: {f"net.{name}": x for name, x in own.items()},
     "data parallel": lambda own, _: {f"module.{name}": x for name, x in own.items()},
-    "data parallel in what it wraps": lambda _, inner: {f"module.{name}": x for name, x in inner.items()},
+    "data parallel in what it wraps": lambda _, inner: {
+        f"module.{name}": x for name, x in inner.items()
+    },
     "compiled": lambda own, _: {f"_orig_mod.{name}": x for name, x in own.items()},
     "Lightning": lambda own, _: {
-        "state_dict": {f"model.{name}": x for name, x in own.items()} | {"criterion.weight": torch.ones(2)},
+        "state_dict": {f"model.{name}": x for name, x in own.items()}
+        | {"criterion.weight": torch.ones(2)},
         "pytorch-lightning_version": "2.5.0",
         "hyper_parameters": {"lr": 0.1},
     },
     "Lightning of what it wraps": lambda _, inner: {
         "state_dict": {f"network.{name}": x for name, x in inner.items()}
     },
-    "beside another network": lambda own, _: {"classifier": own, "critic": {"weight": torch.ones(2)}},
+    "beside another network": lambda own, _: {
+        "classifier": own,
+        "critic": {"weight": torch.ones(2)},
+    },
     "a dictionary of its parts": lambda _, inner: {
-        part: {name.removeprefix(f"{part}."): x for name, x in inner.items() if name.startswith(f"{part}.")}
+        part: {
+            name.removeprefix(f"{part}."): x
+            for name, x in inner.items()
+            if name.startswith(f"{part}.")
+        }
         for part in {name.partition(".")[0]: None for name in inner}
     },
     "a head that was added": lambda own, _: {**own, "rotation.weight": torch.ones(4, 8)},
@@ -173,18 +200,25 @@ def test_each_layout_of_a_file_fits_each_wrapper_of_a_network(
 ) -> None:
     network = NETWORKS[wrapper]()
     first = next(iter(STATE))
-    prefix = next(name for name in network.state_dict() if name.endswith(first)).removesuffix(first)
+    prefix = next(name for name in network.state_dict() if name.endswith(first)).removesuffix(
+        first
+    )
     own = {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
     torch.save(LAYOUTS[layout](own, STATE), tmp_path / "w.pth")
     loaded = load_weights(network, tmp_path / "w.pth")
     state = network.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in own.items())
     added = [name for name in loaded.ignored if "rotation" in name or name.startswith("crit")]
-    assert len(added) == len(loaded.ignored) == (1 if "added" in layout or layout == "Lightning" else 0)
+    assert (
+        len(added)
+        == len(loaded.ignored)
+        == (1 if "added" in layout or layout == "Lightning" else 0)
+    )
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [(None, None), (".", 0.0), ("ema", 1.0), ("state.ema", 1.0), ("state", 0.0)]
+    ("key", "value"),
+    [(None, None), (".", 0.0), ("ema", 1.0), ("state.ema", 1.0), ("state", 0.0)],
 )
 def test_each_name_that_a_refusal_lists_chooses_the_tensors(
     key: str | None, value: float | None, tmp_path: Path
@@ -194,7 +228,9 @@ def test_each_name_that_a_refusal_lists_chooses_the_tensors(
     torch.save({"state": table} if key in ("state.ema", "state") else table, tmp_path / "w.pth")
     network = Small()
     if key is None:
-        with pytest.raises(WeightsError, match=r"under several names \(\., ema\); try weights_key"):
+        with pytest.raises(
+            WeightsError, match=r"under several names \(\., ema\); try weights_key"
+        ):
             load_weights(network, tmp_path / "w.pth")
         return
     load_weights(network, tmp_path / "w.pth", key)
@@ -202,7 +238,9 @@ def test_each_name_that_a_refusal_lists_chooses_the_tensors(
 
 
 class Blocks(nn.Module):
-    def __init__(self, depth: int = 2, heads: int = 2, bias: bool = False, size: int = 3) -> None:
+    def __init__(
+        self, depth: int = 2, heads: int = 2, bias: bool = False, size: int = 3
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, bias=bias)
         self.blocks = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(depth)))
@@ -237,9 +275,13 @@ OTHER_OPTIONS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 
 @pytest.mark.parametrize("prefix", ["", "net.", "module."])
 @pytest.mark.parametrize("case", OTHER_OPTIONS)
-def test_a_file_of_a_network_with_other_options_is_refused(case: str, prefix: str, tmp_path: Path) -> None:
+def test_a_file_of_a_network_with_other_options_is_refused(
+    case: str, prefix: str, tmp_path: Path
+) -> None:
     state, message = OTHER_OPTIONS[case]
-    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pth")
+    torch.save(
+        {f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "w.pth"
+    )
     with pytest.raises(WeightsError, match=message):
         load_weights(nn.ModuleDict({"one": Blocks()}), tmp_path / "w.pth")
 
@@ -256,7 +298,9 @@ class Skips(Small):
 
 class Halves(Small):
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
-        return super().load_state_dict({name: tensor / 2 for name, tensor in state_dict.items()})
+        return super().load_state_dict(
+            {name: tensor / 2 for name, tensor in state_dict.items()}
+        )
 
 
 class Raises(Small):
@@ -287,7 +331,10 @@ class Hides(Small):
         (Halves, "has other values in the network after loading"),
         (SkipsInside, r"fc\.bias has other values in the network after loading"),
         (Hides, "has other values in the network after loading"),
-        (Raises, r"the network cannot load it \(KeyError: 'head'\); remove its load_state_dict"),
+        (
+            Raises,
+            r"the network cannot load it \(KeyError: 'head'\); remove its load_state_dict",
+        ),
     ],
 )
 def test_a_network_that_does_not_load_the_file_is_refused(
@@ -309,7 +356,9 @@ def test_a_network_that_does_not_load_the_file_is_refused(
         ("a", None),
     ],
 )
-def test_class_to_idx_of_a_file_gives_the_labels(numbers: Any, labels: Any, tmp_path: Path) -> None:
+def test_class_to_idx_of_a_file_gives_the_labels(
+    numbers: Any, labels: Any, tmp_path: Path
+) -> None:
     torch.save({"model": STATE, "class_to_idx": numbers}, tmp_path / "w.pth")
     assert load_weights(Small(), tmp_path / "w.pth").labels == labels
 
@@ -317,12 +366,18 @@ def test_class_to_idx_of_a_file_gives_the_labels(numbers: Any, labels: Any, tmp_
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_called_by_its_name(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match=r"a TorchScript archive, which contains code; save the network's"):
+    with pytest.raises(
+        WeightsError, match=r"a TorchScript archive, which contains code; save the network's"
+    ):
         load_weights(Small(), tmp_path / "w.pt")
 
 
 WRONG: dict[str, tuple[Any, str | None, str]] = {
-    "a pickled module": (Small(), None, r"could run code; save the network's state_dict\(\) alone"),
+    "a pickled module": (
+        Small(),
+        None,
+        r"could run code; save the network's state_dict\(\) alone",
+    ),
     "two tables": (
         {"model": STATE, "model_ema": STATE},
         None,
@@ -345,12 +400,32 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
         "encoder_x",
         r"weights_key='encoder_x': .* has only encoder_q, encoder_k",
     ),
-    "an array of a type that torch lacks": ({"x": np.zeros(3, "longdouble")}, None, r"no table of tensors"),
-    "an array of another size": ({"x": np.zeros(3), "net": without("fc.bias")}, None, r"fc\.bias is missing"),
+    "an array of a type that torch lacks": (
+        {"x": np.zeros(3, "longdouble")},
+        None,
+        r"no table of tensors",
+    ),
+    "an array of another size": (
+        {"x": np.zeros(3), "net": without("fc.bias")},
+        None,
+        r"fc\.bias is missing",
+    ),
     "no table": ({"epoch": 3}, None, r"holds no table of tensors"),
-    "a missing tensor behind a prefix": (prefixed("a.") | {"b": STATE["fc.bias"]}, "c", r"weights_key='c'"),
-    "a missing tensor": (without("fc.bias"), None, r"fc\.bias is missing; \d+ of \d+ tensors fit"),
-    "another shape": (STATE | {"fc.bias": torch.ones(7)}, None, r"fc\.bias is \(7,\) in the file and \(4,\)"),
+    "a missing tensor behind a prefix": (
+        prefixed("a.") | {"b": STATE["fc.bias"]},
+        "c",
+        r"weights_key='c'",
+    ),
+    "a missing tensor": (
+        without("fc.bias"),
+        None,
+        r"fc\.bias is missing; \d+ of \d+ tensors fit",
+    ),
+    "another shape": (
+        STATE | {"fc.bias": torch.ones(7)},
+        None,
+        r"fc\.bias is \(7,\) in the file and \(4,\)",
+    ),
 }
 
 
@@ -368,17 +443,29 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
         ("torch.nn", (), r"^network='torch\.nn': write package\.module:callable"),
         ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
         ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
-        ("torch.nn:Linaer", (), r"cannot be imported \(AttributeError.*\); did you mean Linear\?"),
+        (
+            "torch.nn:Linaer",
+            (),
+            r"cannot be imported \(AttributeError.*\); did you mean Linear\?",
+        ),
         ("torch.nnn:Linear", (), r"\(ModuleNotFoundError.*\); did you mean torch\.nn\?"),
         ("jsn:loads", (), r"\(ModuleNotFoundError.*\); did you mean json\?"),
         (f"{MODULE}:Small", ("auxx=true",), r"Small has no option auxx; did you mean aux\?"),
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
         (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
-        (f"{MODULE}:Small", ("aux=off",), r"write True, False or None, or aux=\"'off'\" for a text"),
+        (
+            f"{MODULE}:Small",
+            ("aux=off",),
+            r"write True, False or None, or aux=\"'off'\" for a text",
+        ),
         (f"{MODULE}:Small", ("aux=sharp",), r"aux='sharp' is text, but its default is True"),
         (f"{MODULE}:Keeps", ("x=null",), r"write True, False or None"),
         ("builtins:dict", (), r"returned a dict, not a torch\.nn\.Module"),
-        ("torch.nn:LazyLinear", ("out_features=3",), r"returned lazy layers without weights; run them once"),
+        (
+            "torch.nn:LazyLinear",
+            ("out_features=3",),
+            r"returned lazy layers without weights; run them once",
+        ),
         (f"{MODULE}:Small", ("aux",), r"^aux: write key=value"),
     ],
 )
@@ -400,7 +487,14 @@ def test_options_of_a_builder_are_python_literals_or_text() -> None:
         "k=None",
     )
     built = network_builder("network", f"{MODULE}:Keeps", settings)()
-    expected = {"aux": False, "sharpen": False, "depth": 18, "widths": (8, 16), "act": "relu", "norm": "none"}
+    expected = {
+        "aux": False,
+        "sharpen": False,
+        "depth": 18,
+        "widths": (8, 16),
+        "act": "relu",
+        "norm": "none",
+    }
     assert vars(built)["options"] == {**expected, "k": None}
 
 
@@ -424,7 +518,9 @@ def test_the_convention_of_clip_is_that_of_its_first_release() -> None:
     assert rules.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
 
 
-@pytest.mark.parametrize("text", ["imagenet:", "imagenet:big", "imagenet:0", "imagenet:99999", "imagenett"])
+@pytest.mark.parametrize(
+    "text", ["imagenet:", "imagenet:big", "imagenet:0", "imagenet:99999", "imagenett"]
+)
 def test_a_convention_that_does_not_exist_is_one_line(text: str) -> None:
     with pytest.raises(ConfigError):
         read_preprocess(text)
@@ -443,16 +539,24 @@ def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capf
 
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
     "timm": (
-        Preprocess.from_timm({"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"}),
+        Preprocess.from_timm(
+            {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"}
+        ),
         Preprocess(resize=248, crop=224, interpolation="bicubic"),
     ),
     "timm, squashed": (
-        Preprocess.from_timm({"input_size": (3, 96, 96), "crop_pct": 1.0, "crop_mode": "squash"}),
+        Preprocess.from_timm(
+            {"input_size": (3, 96, 96), "crop_pct": 1.0, "crop_mode": "squash"}
+        ),
         Preprocess(resize=96, crop=96, fit="squash"),
     ),
     "timm, padded with the mean color": (
-        Preprocess.from_timm({"input_size": (3, 96, 96), "crop_mode": "border", "mean": (0.5, 0.4, 0.0)}),
-        Preprocess(resize=96, crop=96, fit="pad", mean=(0.5, 0.4, 0.0), background=(128, 102, 0)),
+        Preprocess.from_timm(
+            {"input_size": (3, 96, 96), "crop_mode": "border", "mean": (0.5, 0.4, 0.0)}
+        ),
+        Preprocess(
+            resize=96, crop=96, fit="pad", mean=(0.5, 0.4, 0.0), background=(128, 102, 0)
+        ),
     ),
 }
 
@@ -465,7 +569,9 @@ def test_published_preprocessing_is_converted(case: str) -> None:
 
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"):
+    with pytest.raises(
+        ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"
+    ):
         Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
 
 
@@ -484,7 +590,9 @@ def test_a_file_that_holds_no_preprocessing_is_one_line(text: str, tmp_path: Pat
         read_preprocess(str(tmp_path / "rules.json"))
 
 
-def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp_path: Path) -> None:
+def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(
+    tmp_path: Path,
+) -> None:
     torch.save({"model": STATE}, tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     (tmp_path / "rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
@@ -494,23 +602,42 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp
     assert inspected.exit_code == 0
     assert "unused   aux" in inspected.stdout
     out, labels = ("--out", str(tmp_path / "out")), ("--labels", str(tmp_path / "names.txt"))
-    parts = ("--plain", f"{MODULE}:Small", "--plain-option", "aux=false", "--training-only", "aux*")
-    exported = CliRunner().invoke(app, ["export", weights, *network, *parts, *labels, *rules, *out])
+    parts = (
+        "--plain",
+        f"{MODULE}:Small",
+        "--plain-option",
+        "aux=false",
+        "--training-only",
+        "aux*",
+    )
+    exported = CliRunner().invoke(
+        app, ["export", weights, *network, *parts, *labels, *rules, *out]
+    )
     assert exported.exit_code == 0, exported.output
     assert "trained = detached = plain" in exported.stdout
     assert (tmp_path / "out" / "latest").readlink().name.startswith("Small-")
 
 
-def test_the_key_of_the_logits_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_the_logits_stays_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(STATE, tmp_path / "w.pth")
     outputs, chosen = {"0": torch.zeros(1), "1": torch.ones(1)}, []
 
-    def choose(_network: object, _preprocess: object, *, logits_key: str, **_options: object) -> Any:
+    def choose(
+        _network: object, _preprocess: object, *, logits_key: str, **_options: object
+    ) -> Any:
         chosen.append(choose_output(outputs, logits_key))
         return SimpleNamespace(removable=(), num_classes=4, check_constants=lambda _: None)
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
-    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Small", "--preprocess", "imagenet")
+    given = (
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{MODULE}:Small",
+        "--preprocess",
+        "imagenet",
+    )
     assert run("inspect", *given, "--logits-key", "1").startswith("0 ")
     assert chosen == [outputs["1"]]
 
@@ -528,8 +655,12 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
     given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
-    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run("inspect", *given)
-    inspected = json.loads(CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout)
+    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run(
+        "inspect", *given
+    )
+    inspected = json.loads(
+        CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout
+    )
     assert inspected["unused"] == ["heads.0", "heads.1"], "the code reads the length of `heads`"
     proposed = run("export", *given, "--logits-key", "0", "--detach", "--labels", "labels.txt")
     assert "add --training-only heads.0 --training-only heads.1" in proposed
@@ -540,7 +671,9 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     assert "no plain network was given" in exported
 
 
-def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(
+    tmp_path: Path,
+) -> None:
     network = trained(Sketch())
     torch.save(network.state_dict(), tmp_path / "w.pth")
     with pytest.raises(CertificateError, match=r"signs differs from the plain network's"):
@@ -548,7 +681,9 @@ def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(tmp_
 
 
 @pytest.mark.parametrize("name", ["names.txt", "names.json"])
-def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, name: str) -> None:
+def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
+    tmp_path: Path, name: str
+) -> None:
     text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
     (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
     assert read_class_names(tmp_path / name) == ("cat", "dog")
@@ -561,11 +696,20 @@ UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
     ("arguments", "message"),
     [
         (("--labels", "names.txt"), "--labels: only for a network of your own; try --network"),
-        (("--network", f"{MODULE}:Small"), "--preprocess: missing; give imagenet, timm, clip, none"),
+        (
+            ("--network", f"{MODULE}:Small"),
+            "--preprocess: missing; give imagenet, timm, clip, none",
+        ),
         ((*UNBUILDABLE, "--preprocess", "imagenet"), "--labels: missing; give a file"),
-        ((*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "no.txt"), "no.txt cannot be read"),
+        (
+            (*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "no.txt"),
+            "no.txt cannot be read",
+        ),
         ((*UNBUILDABLE, "--labels", "w.pth"), "is not in UTF-8; save it"),
-        ((*UNBUILDABLE, "--preprocess", "imagenet", "--plain", f"{MODULE}:Smal"), "did you mean Small?"),
+        (
+            (*UNBUILDABLE, "--preprocess", "imagenet", "--plain", f"{MODULE}:Smal"),
+            "did you mean Small?",
+        ),
         (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: missing"),
     ],
 )
@@ -573,20 +717,28 @@ def test_options_that_do_not_fit_together_are_one_line(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     torch.save(STATE, tmp_path / "w.pth")
-    given = [str(tmp_path / word) if word.endswith(".pth") else word for word in ("w.pth", *arguments)]
+    given = [
+        str(tmp_path / word) if word.endswith(".pth") else word
+        for word in ("w.pth", *arguments)
+    ]
     result = CliRunner().invoke(app, ["export", *given])
     assert result.exit_code == 2
     assert message in result.output
 
 
 @pytest.mark.parametrize("command", ["export", "inspect"])
-def test_a_missing_file_is_found_before_the_network_is_built(command: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_found_before_the_network_is_built(
+    command: str, tmp_path: Path
+) -> None:
     given = (command, str(tmp_path / "no.pth"), *UNBUILDABLE, "--preprocess", "imagenet")
     assert "no such file; give a weight file" in run(*given)
 
 
 SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "of torch": (lambda path: torch.save({"state_dict": STATE}, path), "a weight file, no checkpoint"),
+    "of torch": (
+        lambda path: torch.save({"state_dict": STATE}, path),
+        "a weight file, no checkpoint",
+    ),
     "of torch 1.5": (
         lambda path: torch.save({"model": STATE}, path, _use_new_zipfile_serialization=False),
         "a weight file, no checkpoint",
@@ -603,7 +755,9 @@ def archive(path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["verify", "serve"])
 @pytest.mark.parametrize("case", SAVED)
-def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str, tmp_path: Path) -> None:
+def test_a_file_that_ends_in_tar_is_known_by_its_content(
+    case: str, command: str, tmp_path: Path
+) -> None:
     write, message = SAVED[case]
     write(tmp_path / "best.pth.tar")
     printed = run(command, str(tmp_path / "best.pth.tar"))
@@ -615,7 +769,10 @@ def test_a_file_that_ends_in_tar_is_known_by_its_content(case: str, command: str
 def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) -> None:
     given = ("--network", f"{MODULE}:Small", "--preprocess", "imagenet:12")
     for names, asks in (("", True), ("abcd", False), ("abc", True)):
-        content = {"model": STATE, "class_to_idx": {name: number for number, name in enumerate(names)}}
+        content = {
+            "model": STATE,
+            "class_to_idx": {name: number for number, name in enumerate(names)},
+        }
         torch.save(content if names else {"model": STATE}, tmp_path / "w.pth")
         printed = run("inspect", str(tmp_path / "w.pth"), *given)
         assert printed.startswith("0 ")
@@ -623,10 +780,18 @@ def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("builder", ["Sigmoid", "Counts", "Shares"])
-def test_inspect_refuses_what_export_refuses_before_its_proof(builder: str, tmp_path: Path) -> None:
+def test_inspect_refuses_what_export_refuses_before_its_proof(
+    builder: str, tmp_path: Path
+) -> None:
     torch.save(getattr(n, builder)().state_dict(), tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:{builder}", "--preprocess", "imagenet:12")
+    given = (
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{MODULE}:{builder}",
+        "--preprocess",
+        "imagenet:12",
+    )
     refused = run("inspect", *given).removeprefix("2 ")
     assert refused.startswith("error: ")
     exported = run("export", *given, "--labels", str(tmp_path / "names.txt"))
@@ -635,13 +800,27 @@ def test_inspect_refuses_what_export_refuses_before_its_proof(builder: str, tmp_
 
 def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
     torch.save(n.Hides().state_dict(), tmp_path / "w.pth")
-    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Hides", "--preprocess", "imagenet:12")
+    given = (
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{MODULE}:Hides",
+        "--preprocess",
+        "imagenet:12",
+    )
     printed = run("inspect", *given, "--allow-constants", "--several-classes")
     assert printed.startswith("0 ")
-    assert "--allow-constants --several-classes --training-only aux --labels labels.txt" in printed
+    assert (
+        "--allow-constants --several-classes --training-only aux --labels labels.txt" in printed
+    )
 
 
 def test_inspect_names_no_part_without_which_the_network_does_not_run(tmp_path: Path) -> None:
     torch.save(n.Generates().state_dict(), tmp_path / "w.pth")
-    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:Generates", "--preprocess", "imagenet:12")
+    given = (
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{MODULE}:Generates",
+        "--preprocess",
+        "imagenet:12",
+    )
     assert "unused   head\n" in run("inspect", *given)

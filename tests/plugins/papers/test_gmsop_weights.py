@@ -45,7 +45,9 @@ def in_float64(path: Path, name: str) -> torch.nn.Module:
     found = convert_weights(file, name)
     config = choose_config(file, found, name, {})
     expected = fit_tensors(file, found, name, config).keys()
-    network = create_model(name, num_classes=found.num_classes, **config.model_dump()).double().eval()
+    network = (
+        create_model(name, num_classes=found.num_classes, **config.model_dump()).double().eval()
+    )
     exact = {name: tensor for name, tensor in found.tensors.items() if name in expected}
     missing = network.load_state_dict(exact, strict=False).missing_keys
     assert all(name.endswith("num_batches_tracked") for name in missing)
@@ -57,7 +59,8 @@ def logits_of(released: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("wrn" in name)) for name in NETWORKS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("wrn" in name)) for name in NETWORKS],
 )
 @torch.no_grad()
 def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: str) -> None:
@@ -69,17 +72,26 @@ def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: 
     if second_order:
         expected |= {"iterations": 3, "prenorm": "trace"}
     if "16-8" in name:
-        expected |= {"chosen": 8, "components": 16, "balance_weight": 100.0, "dropout": 0.4 if wrn else 0.2}
+        expected |= {
+            "chosen": 8,
+            "components": 16,
+            "balance_weight": 100.0,
+            "dropout": 0.4 if wrn else 0.2,
+        }
         expected |= {"gate_norm": True, "fusion_norm": True, "noise_per": "image"}
     assert expected.items() <= report.config.items()
 
 
 def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
     released = "srsop-resnet18, 5 steps"
-    ours, report = imported(save_v7(tmp_path / "net.mat", matconvnet(released)), "srsop-resnet18")
+    ours, report = imported(
+        save_v7(tmp_path / "net.mat", matconvnet(released)), "srsop-resnet18"
+    )
     assert report.config["iterations"] == 5
     with torch.no_grad():
-        torch.testing.assert_close(ours.double()(pixels() / 60), logits_of(released), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours.double()(pixels() / 60), logits_of(released), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_network_input_is_pixels_less_the_mean_divided_by_60(tmp_path: Path) -> None:
@@ -94,7 +106,9 @@ def test_the_network_input_is_pixels_less_the_mean_divided_by_60(tmp_path: Path)
 
 
 def setting(layer: str, key: str, value: Any) -> Callable[[Net], None]:
-    return lambda net: next(block for name, _, block in net.layers if name == layer).update({key: value})
+    return lambda net: next(block for name, _, block in net.layers if name == layer).update(
+        {key: value}
+    )
 
 
 def array(name: str, value: Any) -> Callable[[Net], None]:
@@ -126,7 +140,11 @@ def test_an_unsupported_layer_or_array_is_named(
 @pytest.mark.parametrize(
     ("released", "name", "message"),
     [
-        ("srsop-resnet18", "resnet18-64px", "component is gap, not sop.*like SR-SOP.*--as srsop-resnet18"),
+        (
+            "srsop-resnet18",
+            "resnet18-64px",
+            "component is gap, not sop.*like SR-SOP.*--as srsop-resnet18",
+        ),
         (
             "gmsop-16-8-resnet18",
             "gmsop-16-8-resnet50",
@@ -146,7 +164,9 @@ def test_another_network_or_a_contradicting_setting_is_refused(
 
 def test_a_network_of_another_size_than_the_catalogs_has_no_name(tmp_path: Path) -> None:
     net = matconvnet("gmsop-16-8-wrn36-2")
-    net.params = {name: value for name, value in net.params.items() if name[5:7] != "_4"}  # conv2_4a
+    net.params = {
+        name: value for name, value in net.params.items() if name[5:7] != "_4"
+    }  # conv2_4a
     message = "3 blocks per stage, 2 times as wide, which the catalog does not have"
     with pytest.raises(WeightsError, match=message):
         imported(save_v7(tmp_path / "net.mat", net), "gmsop-16-8-resnet18")

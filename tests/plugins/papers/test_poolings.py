@@ -95,14 +95,25 @@ def build(kind: str, channels: int, **options: Any) -> GlobalPooling:
 VGG = {"classifier": "linear"}
 RESNET = {"conv5_stride": 1}
 BACKBONE = 23_508_032  # parameters of ResNet-50 without its classifier
-COUNTS = [  # network, options, length of the vector, parameters with 200 classes (DropCov: 1000)
+# network, options, length of the vector, parameters with 200 classes (DropCov: 1000)
+COUNTS = [
     ("vgg16-bn", {"pooling": "cbp", **VGG}, 8192, None),
     ("vgg16-bn", {"pooling": "kernel", **VGG}, 12801, None),  # "13K"
     ("vgg16-bn", {"pooling": "netvlad", **VGG}, 32768, None),  # "32K"
     ("vgg16-bn", {"pooling": "netfv", **VGG}, 65536, None),
-    ("resnet50", {"pooling": {"kind": "cbp", "dim": 14000}, **RESNET}, 14000, BACKBONE + 14001 * 200),
+    (
+        "resnet50",
+        {"pooling": {"kind": "cbp", "dim": 14000}, **RESNET},
+        14000,
+        BACKBONE + 14001 * 200,
+    ),
     # 78.19 % with 32.0 M parameters; 3 are those of the importance of channels
-    ("resnet50", {"pooling": "dropcov", **RESNET}, 8256, BACKBONE + 2048 * 128 + 256 + 3 + 8257 * 1000),
+    (
+        "resnet50",
+        {"pooling": "dropcov", **RESNET},
+        8256,
+        BACKBONE + 2048 * 128 + 256 + 3 + 8257 * 1000,
+    ),
 ]
 
 
@@ -110,7 +121,9 @@ COUNTS = [  # network, options, length of the vector, parameters with 200 classe
 def test_vectors_and_parameters_are_those_of_the_papers(
     name: str, config: dict[str, Any], length: int, parameters: int | None
 ) -> None:
-    counted = describe(name, num_classes=1000 if config["pooling"] == "dropcov" else 200, **config)
+    counted = describe(
+        name, num_classes=1000 if config["pooling"] == "dropcov" else 200, **config
+    )
     assert counted.representation == length
     assert parameters in {None, counted.training.parameters}
 
@@ -121,7 +134,8 @@ def test_low_rank_bilinear_pooling_has_the_factors_of_each_class() -> None:
     parts: Any = network
     assert parts.pooling.out_features == 10_000
     counts = {
-        name: sum(p.numel() for p in getattr(parts, name).parameters()) for name in ("pooling", "classifier")
+        name: sum(p.numel() for p in getattr(parts, name).parameters())
+        for name in ("pooling", "classifier")
     }
     assert counts == {"pooling": 512 * 100, "classifier": 200 * 8 * 100 + 200}
 
@@ -131,8 +145,12 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     torch.manual_seed(4)
     features = relu_features(2, 4, 4).requires_grad_()
     pooling = build(kind, 4).double().eval()
-    parameters = [p for name, p in pooling.named_parameters() if not name.startswith("importance")]
-    assert torch.autograd.gradcheck(lambda x, *_: pooling(x), (features, *parameters), fast_mode=True)
+    parameters = [
+        p for name, p in pooling.named_parameters() if not name.startswith("importance")
+    ]
+    assert torch.autograd.gradcheck(
+        lambda x, *_: pooling(x), (features, *parameters), fast_mode=True
+    )
 
 
 def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
@@ -146,7 +164,11 @@ def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
     tensors["classifier.6.bias"] = torch.zeros(1000)
     network = sopdeploy.create_model("lrbp-vgg16", num_classes=3, width=4)
     given = StartWeights(
-        file="vgg16_bn.pth", sha256="", network="VGG-16", tensors=tensors, preprocess=Preprocess()
+        file="vgg16_bn.pth",
+        sha256="",
+        network="VGG-16",
+        tensors=tensors,
+        preprocess=Preprocess(),
     )
     report = load_start_weights(given, network, ("a", "b", "c"))
     assert (report.new, report.unused) == (("classifier", "pooling"), ("classifier",))
@@ -157,7 +179,10 @@ def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
 def test_a_checkpoint_of_the_plug_in_that_low_rank_bilinear_pooling_came_from_is_read() -> None:
     network = sopdeploy.create_model("lrbp-vgg16", num_classes=3, width=4)
     renamed = {"classifier.weight": "classifier.factors.weight"}  # of sopdeploy_poolings 1.0.0
-    weights = {f"network.{renamed.get(name, name)}": value for name, value in network.state_dict().items()}
+    weights = {
+        f"network.{renamed.get(name, name)}": value
+        for name, value in network.state_dict().items()
+    }
     earlier = Checkpoint(
         model="lrbp-vgg16",
         config={"width": 4},
@@ -171,7 +196,9 @@ def test_a_checkpoint_of_the_plug_in_that_low_rank_bilinear_pooling_came_from_is
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in read.items())
     with pytest.raises(CheckpointError, match=r"the network has no other\.weight"):
         build_classifier(
-            dataclasses.replace(earlier, weights={**weights, "other.weight": read["classifier.bias"]}),
+            dataclasses.replace(
+                earlier, weights={**weights, "other.weight": read["classifier.bias"]}
+            ),
             Path("best.pt"),
         )
 
@@ -180,7 +207,9 @@ def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:
     features = relu_features(2, 4, 4)
     plain, rooted = ReducedBilinear(4, 3), ReducedBilinear(4, 3, signed_root=True)
     rooted.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(rooted.float()(features.float()), unit_signed_root(plain(features.float())))
+    torch.testing.assert_close(
+        rooted.float()(features.float()), unit_signed_root(plain(features.float()))
+    )
     with pytest.raises(ConfigError, match="has its own pooling and classifier"):
         sopdeploy.create_model("lrbp-vgg16", num_classes=3, pooling="isqrt")
 
@@ -212,7 +241,9 @@ def tensor_sketch(x_MC: Tensor, sketches: list[Any], dim: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "orders"), [("cbp", (2,)), ("kernel", (2, 3, 4))])
-def test_sketches_are_circular_convolutions_as_in_the_papers(kind: str, orders: tuple[int, ...]) -> None:
+def test_sketches_are_circular_convolutions_as_in_the_papers(
+    kind: str, orders: tuple[int, ...]
+) -> None:
     maps = relu_features(1, 5, 3)
     generator = random.Random(SMALL[kind]["seed"])
     x_MC = maps[0].flatten(start_dim=1).T
@@ -236,11 +267,14 @@ def test_words_collect_their_residuals_and_are_assigned_by_distance_at_first(kin
     shares = (-0.7 * (x_MC[:, None] - centers).square().sum(dim=2)).softmax(dim=1)
     residuals = x_MC[:, None] - centers
     halves = [
-        (shares[:, :, None] * residuals**power).sum(dim=0) for power in ((1, 2) if kind == "netfv" else (1,))
+        (shares[:, :, None] * residuals**power).sum(dim=0)
+        for power in ((1, 2) if kind == "netfv" else (1,))
     ]
     units = [torch.nn.functional.normalize(half, dim=1).flatten() for half in halves]
     expected = torch.cat([unit / unit.norm() for unit in units])
-    torch.testing.assert_close(layer(maps)[0].detach(), expected / expected.norm(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        layer(maps)[0].detach(), expected / expected.norm(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_dropcov_is_the_covariance_and_drops_the_channels_of_an_image_in_training() -> None:
@@ -286,25 +320,42 @@ def train(out: Path, *assignments: str) -> Checkpoint:
 TRAINED = {  # changes to the recipe of the digits, by kind of pooling or name of the network
     kind: [
         "model.config.base_width=8",
-        *(f"model.config.pooling.{key}={value}" for key, value in {"kind": kind, **options}.items()),
+        *(
+            f"model.config.pooling.{key}={value}"
+            for key, value in {"kind": kind, **options}.items()
+        ),
     ]
     for kind, options in SMALL.items()
 }
-TRAINED["lrbp-vgg16"] = ['model={name="lrbp-vgg16"}', "preprocess.resize=32", "preprocess.crop=32"]
-TRAINED["lrbp-vgg16"].append("optimizer.lr=0.01")  # it diverges with the rate of the recipe, 0.1
+TRAINED["lrbp-vgg16"] = [
+    'model={name="lrbp-vgg16"}',
+    "preprocess.resize=32",
+    "preprocess.crop=32",
+]
+TRAINED["lrbp-vgg16"].append(
+    "optimizer.lr=0.01"
+)  # it diverges with the rate of the recipe, 0.1
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "dropcov" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+    "name",
+    [
+        name if name == "dropcov" else pytest.param(name, marks=pytest.mark.slow)
+        for name in TRAINED
+    ],
 )
-def test_each_pooling_learns_and_is_exported_with_proof_and_served(name: str, tmp_path: Path) -> None:
+def test_each_pooling_learns_and_is_exported_with_proof_and_served(
+    name: str, tmp_path: Path
+) -> None:
     with few_digits(every=6):
         found = train(tmp_path / "run", "epochs=4", "batch_size=16", *TRAINED[name])
     assert found.training["metrics"]["top1"] > 0.3  # of ten digits
     if name in SMALL:
         assert found.config["pooling"].items() >= {"kind": name, **SMALL[name]}.items()
     assert "plugins" not in found.training  # it is of the same wheel
-    output = run("export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles").stdout
+    output = run(
+        "export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles"
+    ).stdout
     assert "trained = plain" in output
     run("verify", tmp_path / "bundles/latest")
     check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
@@ -312,18 +363,27 @@ def test_each_pooling_learns_and_is_exported_with_proof_and_served(name: str, tm
 
 def check_served(checkpoint: Path, bundle: Path) -> None:
     """Compare the answer of a server to an image with the logits of the trained network."""
-    content, settings = read_checkpoint(checkpoint), Settings(threads=1, runtime="onnxruntime-cpu")
+    content, settings = (
+        read_checkpoint(checkpoint),
+        Settings(threads=1, runtime="onnxruntime-cpu"),
+    )
     side = content.preprocess.crop
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    )
     with TestClient(
         create_app({"digits": load_model(bundle, settings)}, settings), "http://localhost"
     ) as client:
         answer = client.post("/v1/classify", content=encoded(image)).json()
     pixels = torch.tensor(preprocess_image(image, content.preprocess)[None])
     network = build_classifier(content, checkpoint)
-    logits_C = network(Normalize(content.preprocess, images_format(network))(pixels))[0].detach()
+    logits_C = network(Normalize(content.preprocess, images_format(network))(pixels))[
+        0
+    ].detach()
     temperature = 1.0 if content.decision is None else content.decision.temperature
-    expected = dict(zip(content.labels, (logits_C / temperature).softmax(dim=0).tolist(), strict=True))
+    expected = dict(
+        zip(content.labels, (logits_C / temperature).softmax(dim=0).tolist(), strict=True)
+    )
     served = {entry["label"]: entry["probability"] for entry in answer["classes"]}
     assert len(served) == min(5, len(expected))
     assert served == pytest.approx({label: expected[label] for label in served}, abs=1e-4)
@@ -344,7 +404,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (typed,) = [words for words in command_lines(PAGE) if recipe.name in words]
     with pytest.MonkeyPatch.context() as patch:
         as_in_a_new_process(patch)
-        run(*(recipe if word == recipe.name else word for word in typed), "--out", folder / "run")
+        run(
+            *(recipe if word == recipe.name else word for word in typed),
+            "--out",
+            folder / "run",
+        )
     return folder / "run/best.pt"
 
 
@@ -392,14 +456,22 @@ def test_the_page_shows_the_code_of_the_example() -> None:
     assert [part for part in parts if part not in code] == []
 
 
-PRINTED = {"cbp": "cbp", "kernel": "kp", "netvlad": "netvlad", "netfv": "netfv", "lrbp-vgg16": "lrbp"}
+PRINTED = {
+    "cbp": "cbp",
+    "kernel": "kp",
+    "netvlad": "netvlad",
+    "netfv": "netfv",
+    "lrbp-vgg16": "lrbp",
+}
 
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_the_page_has_the_printed_accuracies_of_a_pooling(name: str) -> None:
     tables = [load_tables()[f"slides-{data}"] for data in ("birds", "aircraft", "cars")]
     rows = [(table, row) for table in tables for row in table.select(f"{PRINTED[name]}-vgg16")]
-    printed = ", ".join(str(table.shown(row.top1)) for table, row in rows if row.top1 is not None)
+    printed = ", ".join(
+        str(table.shown(row.top1)) for table, row in rows if row.top1 is not None
+    )
     page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
     assert f"| `{name}` | {printed} |" in page
 
@@ -412,15 +484,25 @@ def test_the_core_does_not_name_it() -> None:
         for path in (ROOT / room).rglob("*.py")
     ]
     named = {
-        path.relative_to(ROOT).as_posix(): words.findall(path.read_text(encoding="utf-8")) for path in files
+        path.relative_to(ROOT).as_posix(): words.findall(path.read_text(encoding="utf-8"))
+        for path in files
     }
     assert {path: found for path, found in named.items() if found} == {
         "commands/sopdeploy_commands/app.py": ["sopdeploy_papers"]  # the command `reproduce`
     }
 
 
-NOT_BUILT = {("gsop-5", "genet"): "timm:resnet50: attn_layer"}  # where timm cannot build Gather-Excite
-CITED_ONLY = {"fbn", "sort", "dropblock", "cmpe", "hihca-vgg16", "senet"}  # `missing` of a row has the reason
+NOT_BUILT = {
+    ("gsop-5", "genet"): "timm:resnet50: attn_layer"
+}  # where timm cannot build Gather-Excite
+CITED_ONLY = {
+    "fbn",
+    "sort",
+    "dropblock",
+    "cmpe",
+    "hihca-vgg16",
+    "senet",
+}  # `missing` of a row has the reason
 QUICK = ("slides-birds", "gsop-6", "gmsop-3")
 
 
@@ -436,7 +518,11 @@ def test_each_row_of_each_table_has_a_network_or_a_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in load_tables()]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in load_tables()
+    ],
 )
 def test_the_network_of_each_row_is_built(name: str) -> None:
     table, problems = load_tables()[name], {}
@@ -450,4 +536,6 @@ def test_the_network_of_each_row_is_built(name: str) -> None:
         except ConfigError as error:
             problems[name, row.id] = str(error)
     assert problems.keys() <= NOT_BUILT.keys()
-    assert [where for where, problem in problems.items() if NOT_BUILT[where] not in problem] == []
+    assert [
+        where for where, problem in problems.items() if NOT_BUILT[where] not in problem
+    ] == []

@@ -42,7 +42,9 @@ def heic_of_size(width: int, height: int) -> bytes:
 
 BAD_BODIES = {
     (400, "empty_body"): {"empty body": b""},
-    (413, "too_large"): {"one byte over the limit": JPEG_IMAGE + bytes(1_000_001 - len(JPEG_IMAGE))},
+    (413, "too_large"): {
+        "one byte over the limit": JPEG_IMAGE + bytes(1_000_001 - len(JPEG_IMAGE))
+    },
     (413, "too_many_pixels"): {
         "PNG of 900 megapixels": png(30_000, 30_000),
         "HEIC of 71 megapixels": heic_of_size(8900, 8000),
@@ -85,12 +87,19 @@ BAD_BODIES = {
 
 @pytest.mark.parametrize(
     ("body", "expected"),
-    [pytest.param(body, key, id=name) for key, bodies in BAD_BODIES.items() for name, body in bodies.items()],
+    [
+        pytest.param(body, key, id=name)
+        for key, bodies in BAD_BODIES.items()
+        for name, body in bodies.items()
+    ],
 )
 def test_a_bad_image_has_its_own_code(body, expected):
     with pytest.raises(ImageError) as caught:
         decode(body, RULES, max_bytes=1_000_000, max_pixels=Settings().max_pixels)
-    assert (caught.value.status, caught.value.code) == (expected[0], expected[1] or caught.value.code)
+    assert (caught.value.status, caught.value.code) == (
+        expected[0],
+        expected[1] or caught.value.code,
+    )
 
 
 @pytest.mark.parametrize("kind", ["ICO", "EPS", "JPEG2000", "TGA", "TIFF", "PPM"])
@@ -105,8 +114,13 @@ def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
 def test_every_accepted_format_is_classified_whatever_its_media_type(client):
     for kind in FORMATS.values():
         for media_type in ("image/x-ms-bmp", "image/png", "application/json"):
-            reply = client.post("/v1/classify", content=saved(kind), headers={"Content-Type": media_type})
-            assert (reply.status_code, reply.json()["warnings"]) == (200, []), (kind, media_type)
+            reply = client.post(
+                "/v1/classify", content=saved(kind), headers={"Content-Type": media_type}
+            )
+            assert (reply.status_code, reply.json()["warnings"]) == (200, []), (
+                kind,
+                media_type,
+            )
 
 
 FORM, GZIP = "multipart/form-data", {"Content-Encoding": "gzip"}
@@ -119,18 +133,40 @@ BAD_FORMS = {
     "another delimiter": (b"--YY\r\n" + PART[6:], 400, "malformed_multipart"),
     "cut in a part": (PART + b"\xff\xd8\xff", 400, "malformed_multipart"),
     "cut after a part": (PART + b"x\r\n--XX", 400, "malformed_multipart"),
-    "another field": (PART.replace(b'"image"', b'"upload"') + b"x\r\n--XX--\r\n", 422, "unexpected_field"),
+    "another field": (
+        PART.replace(b'"image"', b'"upload"') + b"x\r\n--XX--\r\n",
+        422,
+        "unexpected_field",
+    ),
     "part without a name": (NAMELESS, 422, "unexpected_field"),
     "empty image": (PART + b"\r\n--XX--\r\n", 400, "empty_body"),
     "9 images of 8": ((PART + b"x\r\n") * 9 + b"--XX--\r\n", 400, "too_many_images"),
 }
 BAD_REQUESTS = {
-    **{name: ({"Content-Type": f"{FORM}; boundary=XX"}, *rest) for name, rest in BAD_FORMS.items()},
+    **{
+        name: ({"Content-Type": f"{FORM}; boundary=XX"}, *rest)
+        for name, rest in BAD_FORMS.items()
+    },
     "no boundary": ({"Content-Type": FORM}, b"x", 400, "malformed_multipart"),
-    "huge boundary": ({"Content-Type": f"{FORM}; boundary={'X' * 1000}"}, b"x", 400, "malformed_multipart"),
-    "mixed": ({"Content-Type": "multipart/mixed; boundary=XX"}, b"--XX--", 415, "unsupported_multipart"),
+    "huge boundary": (
+        {"Content-Type": f"{FORM}; boundary={'X' * 1000}"},
+        b"x",
+        400,
+        "malformed_multipart",
+    ),
+    "mixed": (
+        {"Content-Type": "multipart/mixed; boundary=XX"},
+        b"--XX--",
+        415,
+        "unsupported_multipart",
+    ),
     "gzip": (GZIP, b"\x1f\x8b", 415, "unsupported_encoding"),
-    "a form in gzip": ({**GZIP, "Content-Type": f"{FORM}; boundary=x"}, b"x", 415, "unsupported_encoding"),
+    "a form in gzip": (
+        {**GZIP, "Content-Type": f"{FORM}; boundary=x"},
+        b"x",
+        415,
+        "unsupported_encoding",
+    ),
 }
 
 
@@ -150,11 +186,19 @@ def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg
 
 
 OTHER_PATHS = (
-    *("POST /v1/classify/", "POST //v1/classify", "POST /v1/x/../classify", "POST /v1/classify%00"),
+    *(
+        "POST /v1/classify/",
+        "POST //v1/classify",
+        "POST /v1/x/../classify",
+        "POST /v1/classify%00",
+    ),
     *("GET /..%2f..%2f..%2fetc/passwd", "GET /%ff%fe"),
 )
 BAD_LINES = {  # status, and what the detail says
-    "GET /v1/classify": (405, "/v1/classify does not accept GET; use POST (/docs has examples)"),
+    "GET /v1/classify": (
+        405,
+        "/v1/classify does not accept GET; use POST (/docs has examples)",
+    ),
     "POST /livez": (405, "/livez does not accept POST; use GET, HEAD (/docs has examples)"),
     "OPTIONS /v1/classify": (405, "use POST"),
     "POST /classify": (404, "no such path; did you mean /v1/classify? /docs lists all"),
@@ -179,7 +223,11 @@ def test_a_bad_method_or_path_is_rejected_with_advice_and_never_redirected(clien
             wire.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             reply = read(wire, to_the_end=False)
         code = {404: "not_found", 405: "method_not_allowed"}[status]
-        assert (reply.status, reply.code, "location" in reply.headers) == (status, code, False), line
+        assert (reply.status, reply.code, "location" in reply.headers) == (
+            status,
+            code,
+            False,
+        ), line
         assert detail in orjson.loads(reply.body)["detail"]
 
 
@@ -191,7 +239,16 @@ def test_an_image_that_curl_sent_without_its_line_breaks_names_the_right_option(
         assert "--data-binary @FILE" in reply.json()["detail"]
 
 
-BAD_TEXTS = ["abc$", "a", "YQ==YQ==", "YQ===", "é", "data:image/png,abc", "data:image/png;base64", "YR=\0="]
+BAD_TEXTS = [
+    "abc$",
+    "a",
+    "YQ==YQ==",
+    "YQ===",
+    "é",
+    "data:image/png,abc",
+    "data:image/png;base64",
+    "YR=\0=",
+]
 
 
 @pytest.mark.parametrize("text", [*BAD_TEXTS, 5, None], ids=repr)
@@ -221,13 +278,18 @@ BAD_JSON = [
         (b'{"images": [], "x": ' + b"[" * n + b"]" * n + b"}", 400, "malformed_json")
         for n in (254, 500, 1022)
     ),
-    *((b'{"images": [%b]}' % number, 400, "malformed_json") for number in (b"NaN", b"-Infinity", b"1e999")),
+    *(
+        (b'{"images": [%b]}' % number, 400, "malformed_json")
+        for number in (b"NaN", b"-Infinity", b"1e999")
+    ),
     ({"images": ["YQ=="] * 1000 + [0] * 1000}, 400, "malformed_request"),
     ({"image": "A" * 10_000}, 413, "json_too_large"),
 ]
 
 
-@pytest.mark.parametrize(("value", "status", "code"), BAD_JSON, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("value", "status", "code"), BAD_JSON, ids=lambda value: str(value)[:40]
+)
 def test_an_invalid_body_is_rejected(value, status, code):
     with pytest.raises(RejectedError) as caught:
         parse_upload(value if isinstance(value, bytes) else orjson.dumps(value), 10_000, 3)
@@ -243,7 +305,12 @@ def text(jpeg) -> str:
 def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text):
     plain = client.post("/v1/classify", content=jpeg).json()
     url_safe = text.replace("+", "-").replace("/", "_").rstrip("=")
-    for image in (text, f"data:image/jpeg;base64,{text}", url_safe, base64.encodebytes(jpeg).decode()):
+    for image in (
+        text,
+        f"data:image/jpeg;base64,{text}",
+        url_safe,
+        base64.encodebytes(jpeg).decode(),
+    ):
         assert client.post("/v1/classify", json={"image": image}).json() == plain
     assert client.post("/v1/classify", json={"images": [text]}).json() == {"results": [plain]}
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]

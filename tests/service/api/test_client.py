@@ -26,16 +26,26 @@ def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     body = (tmp_path / "a.png").read_bytes()
-    inputs = [tmp_path / "a.png", str(tmp_path / "a.png"), body, Image.fromarray(pixels), pixels]
+    inputs = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        body,
+        Image.fromarray(pixels),
+        pixels,
+    ]
     alone = [sdk.classify(value).classes for value in inputs]
     together = [found.classes for found in sdk.classify(inputs)]
     assert all(classes == alone[0] for classes in alone)
     for classes in together:
-        assert [c.probability for c in classes] == pytest.approx([c.probability for c in alone[0]])
+        assert [c.probability for c in classes] == pytest.approx(
+            [c.probability for c in alone[0]]
+        )
 
 
 PAGE = Path(__file__).parents[3] / "docs" / "python.md"
-THE_CLIENT = PAGE.read_text(encoding="utf-8").partition("## The client\n")[2].partition("\n## ")[0]
+THE_CLIENT = (
+    PAGE.read_text(encoding="utf-8").partition("## The client\n")[2].partition("\n## ")[0]
+)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", THE_CLIENT, re.DOTALL | re.MULTILINE)
 
 
@@ -64,7 +74,11 @@ def triton(client) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
-    return [picture_bytes(), picture_bytes((10, 200, 30), kind="PNG"), picture_bytes((0, 0, 250), (90, 33))]
+    return [
+        picture_bytes(),
+        picture_bytes((10, 200, 30), kind="PNG"),
+        picture_bytes((0, 0, 250), (90, 33)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +89,9 @@ def pixels(images, bundle):
 
 @pytest.fixture(scope="module")
 def classified(client, images):
-    return [client.post("/v1/classify?top_k=7", content=image).json()["classes"] for image in images]
+    return [
+        client.post("/v1/classify?top_k=7", content=image).json()["classes"] for image in images
+    ]
 
 
 def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
@@ -89,23 +105,35 @@ def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
     return [answer.fields(bundle.labels)["classes"] for answer in answers] == classified
 
 
-@pytest.mark.parametrize(("binary_in", "binary_out"), [(True, True), (False, False), (True, None)])
-def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, binary_in, binary_out):
-    outputs = None if binary_out is None else [http.InferRequestedOutput("logits", binary_data=binary_out)]
+@pytest.mark.parametrize(
+    ("binary_in", "binary_out"), [(True, True), (False, False), (True, None)]
+)
+def test_tensors_get_the_predictions_of_v1(
+    triton, pixels, classified, bundle, binary_in, binary_out
+):
+    outputs = (
+        None
+        if binary_out is None
+        else [http.InferRequestedOutput("logits", binary_data=binary_out)]
+    )
     for datatype, values in (("UINT8", pixels), ("FP32", pixels.astype(np.float32))):
         sent = [infer_input("images", values, datatype, binary_in)]
         found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
         logits = found.as_numpy("logits")
         assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
         assert equal(logits, bundle, classified)
-        about = {name: found.get_response()[name] for name in ("id", "model_name", "model_version")}
+        about = {
+            name: found.get_response()[name] for name in ("id", "model_name", "model_version")
+        }
         assert about == {"id": "r1", "model_name": "tiny", "model_version": bundle.manifest.id}
 
 
 def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle):
     texts = [base64.b64encode(image) for image in images]
     for shape, binary, sent in (((3,), True, images), ((3, 1), False, texts)):
-        inputs = [infer_input("IMAGE", np.array(sent, dtype=object).reshape(shape), "BYTES", binary)]
+        inputs = [
+            infer_input("IMAGE", np.array(sent, dtype=object).reshape(shape), "BYTES", binary)
+        ]
         found = triton.infer("tiny", inputs, model_version=bundle.manifest.id)
         assert equal(found.as_numpy("logits"), bundle, classified)
 

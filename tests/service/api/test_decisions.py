@@ -38,9 +38,14 @@ def rejecting(bundle: Bundle, threshold: float) -> Bundle:
 def test_an_image_is_known_if_its_score_reaches_the_threshold(
     bundle: Bundle, onnx_runtime: OnnxRuntime
 ) -> None:
-    pictures = [picture_bytes(color, size=(64, 64), kind="PNG") for color in ((250, 20, 20), (90, 90, 90))]
+    pictures = [
+        picture_bytes(color, size=(64, 64), kind="PNG")
+        for color in ((250, 20, 20), (90, 90, 90))
+    ]
     with running(onnx_runtime, rejecting(bundle, -1e9), Settings()) as client:
-        scores = [client.post("/v1/classify", content=picture).json()["score"] for picture in pictures]
+        scores = [
+            client.post("/v1/classify", content=picture).json()["score"] for picture in pictures
+        ]
     assert scores[0] != scores[1]
     between = rejecting(bundle, (scores[0] + scores[1]) / 2)
     with running(onnx_runtime, between, Settings()) as client:
@@ -57,7 +62,9 @@ def test_an_image_is_known_if_its_score_reaches_the_threshold(
     assert 'sopdeploy_unknown_images_total{model="tiny"} 3.0' in metrics
 
 
-def test_a_bundle_without_threshold_answers_without_known_and_score(client: httpx.Client, jpeg) -> None:
+def test_a_bundle_without_threshold_answers_without_known_and_score(
+    client: httpx.Client, jpeg
+) -> None:
     assert set(client.post("/v1/classify", content=jpeg).json()) == {"classes", "warnings"}
     assert "sopdeploy_unknown_images_total{" not in client.get("/metrics").text
     with Client(str(client.base_url)) as typed:
@@ -70,7 +77,9 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
     folder = tmp_path_factory.mktemp("known")
     with few_digits():
-        best = train_recipe(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
+        best = train_recipe(
+            short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run"
+        ).best
     with proving_once():
         return best, export_checkpoint(
             best, folder / "bundles", options=ExportOptions(detach=True, max_batch=1)
@@ -88,7 +97,9 @@ def test_training_export_and_predict_share_one_decision(
     assert decision.rejection is not None
     assert decision.calibration.temperature < 1
     assert decision.calibration.loss_after < decision.calibration.loss_before
-    assert f"{decision.calibration.temperature:.4g}" in (path / "README.md").read_text(encoding="utf-8")
+    assert f"{decision.calibration.temperature:.4g}" in (path / "README.md").read_text(
+        encoding="utf-8"
+    )
     images = [tmp_path / f"{number}.png" for number in range(12)]
     for image, pixels in zip(images, generated_images(manifest.preprocess.crop), strict=True):
         Image.fromarray(pixels).save(image)
@@ -97,7 +108,9 @@ def test_training_export_and_predict_share_one_decision(
     logits = read_probes(open_bundle(path)).expected["logits"]
     scores = log_sum_exp(logits)
     assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
-    assert [one["known"] for one in found] == [one["score"] >= decision.rejection.threshold for one in found]
+    assert [one["known"] for one in found] == [
+        one["score"] >= decision.rejection.threshold for one in found
+    ]
     text = CliRunner().invoke(app, arguments).stdout
     assert text.count("none of these classes") == sum(not one["known"] for one in found)
 
@@ -124,16 +137,27 @@ def expected(multi_label_path: Path, jpeg: bytes) -> list[tuple[str, float]]:
     bundle = open_bundle(multi_label_path)
     rules = bundle.manifest.preprocess
     pixels = decode(jpeg, rules, max_bytes=10**7, max_pixels=10**7).pixels
-    logits = OnnxRuntime(bundle, Settings(threads=1)).run(pixels[None])["logits"][0].astype(np.float64)
-    return sorted(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1])
+    logits = (
+        OnnxRuntime(bundle, Settings(threads=1))
+        .run(pixels[None])["logits"][0]
+        .astype(np.float64)
+    )
+    return sorted(
+        zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1]
+    )
 
 
 def classes(response: httpx.Response) -> list[tuple[str, float]]:
     assert response.status_code == 200
-    return [(entry["label"], pytest.approx(entry["probability"])) for entry in response.json()["classes"]]
+    return [
+        (entry["label"], pytest.approx(entry["probability"]))
+        for entry in response.json()["classes"]
+    ]
 
 
-def test_the_response_lists_the_classes_that_reach_their_threshold(many, jpeg, expected) -> None:
+def test_the_response_lists_the_classes_that_reach_their_threshold(
+    many, jpeg, expected
+) -> None:
     reached = [pair for pair in expected if pair[1] >= THRESHOLDS[LABELS.index(pair[0])]]
     assert 1 < len(reached) < len(LABELS)
     for query, listed in {
@@ -164,18 +188,27 @@ def test_info_the_client_and_predict_show_the_same_decision(
 def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
     many, multi_label_path, tmp_path
 ) -> None:
-    colors = {"ant|bee": (200, 30, 60), "": (90, 160, 30), "cat": (10, 90, 220), "gnu|cat": (200, 200, 20)}
+    colors = {
+        "ant|bee": (200, 30, 60),
+        "": (90, 160, 30),
+        "cat": (10, 90, 220),
+        "gnu|cat": (200, 200, 20),
+    }
     lines = ["file,classes"]
     for number, (shown, color) in enumerate(colors.items()):
         (tmp_path / f"{number}.jpg").write_bytes(picture_bytes(color))
         lines.append(f"{number}.jpg,{shown}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     settings = Settings(threads=1)
-    names, ours, _ = scores_of_bundle(multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None)
+    names, ours, _ = scores_of_bundle(
+        multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None
+    )
     for number, row in enumerate(ours.probabilities):
         body = (tmp_path / f"{number}.jpg").read_bytes()
         listed = many.post("/v1/classify?threshold=0", content=body).json()["classes"]
-        assert {one["label"]: one["probability"] for one in listed} == dict(zip(names, row, strict=True))
+        assert {one["label"]: one["probability"] for one in listed} == dict(
+            zip(names, row, strict=True)
+        )
 
 
 def test_a_bundle_with_too_few_thresholds_is_rejected(tmp_path) -> None:

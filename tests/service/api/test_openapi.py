@@ -56,15 +56,22 @@ PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
 IMAGES = ROOT / "sopdeploy" / "images"  # decoding, shared with training
 FRAMEWORK = {"not_found", "method_not_allowed"}  # derived from the status by `problems`
-OF_THE_CHILD = {"too_much_memory", "decoder_failed"}  # pairs of code and status in `decoding.child`
+OF_THE_CHILD = {
+    "too_much_memory",
+    "decoder_failed",
+}  # pairs of code and status in `decoding.child`
 CODE = re.compile(r'(?:(?:HttpError|bad_request|_invalid)\((?:\s|#.*)*|code=)"([a-z0-9_]+)"')
 
 
 def test_the_page_lists_every_code_and_no_other():
     table = PAGE.partition("## Errors")[2]
     named = {
-        code for row in re.findall(r"^\| \d+.*$", table, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)
+        code
+        for row in re.findall(r"^\| \d+.*$", table, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", row)
     }
     modules = [*SERVICE.rglob("*.py"), *IMAGES.glob("*.py")]
-    written = {code for module in modules for code in CODE.findall(module.read_text(encoding="utf-8"))}
+    written = {
+        code for module in modules for code in CODE.findall(module.read_text(encoding="utf-8"))
+    }
     assert named - FRAMEWORK - OF_THE_CHILD == written

@@ -29,7 +29,9 @@ from tests.support.pictures import encoded
 from tests.support.service import CARD, running, wait_for
 
 
-def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(client, jpeg, bundle):
+def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(
+    client, jpeg, bundle
+):
     headers = {"Content-Type": "image/jpeg", "X-Request-ID": "abc-1"}
     reply = client.post("/v1/classify", content=jpeg, headers=headers)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
@@ -51,10 +53,15 @@ def test_a_form_with_one_image_equals_the_raw_image_whatever_surrounds_its_part(
     raw = client.post("/v1/classify", content=jpeg).json()
     for field in ("image", "images", "file", "files"):
         assert client.post("/v1/classify", files={field: ("x.jpg", jpeg)}).json() == raw
-    part = b'--XX\r\nContent-Disposition: form-data; name="image"\r\n\r\n%b\r\n--XX--\r\nmore\r\n--XX' % jpeg
+    part = (
+        b'--XX\r\nContent-Disposition: form-data; name="image"\r\n\r\n%b\r\n--XX--\r\nmore\r\n--XX'
+        % jpeg
+    )
     headers = {"Content-Type": "multipart/form-data; boundary=XX"}
     for preamble in (b"", b"\r\n", b"text of RFC 2046\r\n", b"--X\r\n-" * 2000 + b"\r\n"):
-        assert client.post("/v1/classify", content=preamble + part, headers=headers).json() == raw
+        assert (
+            client.post("/v1/classify", content=preamble + part, headers=headers).json() == raw
+        )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,9 @@ REJECTED = {
     "version=abc": (404, "unknown_version"),
     "threshold=0.5": (400, "no_thresholds"),
     "reported=": (400, "not_keeping"),
-    **dict.fromkeys(["top_k=x", "top_k=0", "top_k=1000001", "top_k="], (422, "invalid_parameter")),
+    **dict.fromkeys(
+        ["top_k=x", "top_k=0", "top_k=1000001", "top_k="], (422, "invalid_parameter")
+    ),
 }
 
 
@@ -84,7 +93,10 @@ def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client,
 
 def test_an_invalid_request_id_is_replaced_by_a_unique_one(client):
     sent = ["", "a b", "x" * 65, "id;drop", "é".encode()]
-    ids = {client.get("/livez", headers={"X-Request-ID": value}).headers["x-request-id"] for value in sent}
+    ids = {
+        client.get("/livez", headers={"X-Request-ID": value}).headers["x-request-id"]
+        for value in sent
+    }
     assert len(ids) == len(sent)
     assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in ids)
 
@@ -94,7 +106,11 @@ def test_health_and_info(client, bundle):
         reply = client.get(path)
         assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
     (info,) = client.get("/info").json()["models"]
-    assert (info["name"], info["bundle"], info["id"]) == ("tiny", bundle.name, bundle.manifest.id)
+    assert (info["name"], info["bundle"], info["id"]) == (
+        "tiny",
+        bundle.name,
+        bundle.manifest.id,
+    )
     assert (info["num_labels"], info["device"], info["largest_batch"]) == (7, "cpu", 4)
     assert info["preprocess"]["crop"] == 32
 
@@ -125,7 +141,10 @@ def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(client, bundle
     reason = f"{bundle.path}: the bundle cannot be read (Stale file handle); {UNREAD}"
     assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
     monkeypatch.setattr(status, "has_manifest", lambda _: False)
-    assert status.find_lost([Path(os.fsdecode(b"caf\xe9"))]) == f"caf?: the bundle was deleted; {UNREAD}"
+    assert (
+        status.find_lost([Path(os.fsdecode(b"caf\xe9"))])
+        == f"caf?: the bundle was deleted; {UNREAD}"
+    )
 
 
 def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
@@ -146,7 +165,10 @@ def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
         monkeypatch.setattr(module, name, 0.01)
     for _ in range(3):
         reply = client.get("/readyz")
-        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": status.DISK_HANGS})
+        assert (reply.status_code, reply.json()) == (
+            200,
+            {"status": "ok", "reason": status.DISK_HANGS},
+        )
     assert len(begun) == 1
     assert client.get("/examples/0").status_code == 404
     wait_for(lambda: client.app.state.service.active_requests == 0)
@@ -194,19 +216,25 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     ):
         assert line in text, line
     assert "_created" not in text
-    assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
+    assert (
+        "/nothing" not in text
+    )  # unknown paths share a label: clients cannot grow the metrics
 
 
 def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
     plain, exif = Image.new("RGB", (48, 40), (200, 30, 60)), Image.Exif()
     exif[0x0112] = 6
-    animated = encoded(plain, "GIF", save_all=True, append_images=[Image.new("RGB", (48, 40), (0, 0, 99))])
+    animated = encoded(
+        plain, "GIF", save_all=True, append_images=[Image.new("RGB", (48, 40), (0, 0, 99))]
+    )
     rotated, several = encoded(plain, "JPEG", exif=exif), ["first_frame_only"]
     expected = {jpeg: [], rotated: ["exif_rotated"], animated: several, animated[:-40]: several}
     paths = [tmp_path / str(number) for number in range(len(expected))]
     for path, body in zip(paths, expected, strict=True):
         path.write_bytes(body)
-    results = client.post("/v1/classify", files=[("image", body) for body in expected]).json()["results"]
+    results = client.post("/v1/classify", files=[("image", body) for body in expected]).json()[
+        "results"
+    ]
     assert [entry["warnings"] for entry in results] == list(expected.values())
     found = predict(bundle_path, paths, threads=1)
     assert [list(entry.warnings) for entry in found] == list(expected.values())
@@ -216,7 +244,13 @@ def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded
     card = carded_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
     assert card["bundle"] == carded_bundle.name
-    counts = {"num_removed": 1, "bytes_removed": 8, "num_kept": 2, "num_operations": 3, "num_images": 12}
+    counts = {
+        "num_removed": 1,
+        "bytes_removed": 8,
+        "num_kept": 2,
+        "num_operations": 3,
+        "num_images": 12,
+    }
     compared = ["trained", "detached", "plain"]
     assert card["certificate"] == {
         "proof": "three-way", "compared": compared, "detached": ["gate.noise"], "root": "4" * 64,
@@ -226,7 +260,9 @@ def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
 
-def test_the_card_is_that_of_the_files_that_were_read_and_may_be_missing(carded_bundle, tmp_path):
+def test_the_card_is_that_of_the_files_that_were_read_and_may_be_missing(
+    carded_bundle, tmp_path
+):
     card = read_card(replace(carded_bundle, path=tmp_path / "deleted"))
     assert (card.text, card.certificate is None) == (CARD, False)
     empty = read_card(replace(carded_bundle, contents={}))
@@ -244,7 +280,9 @@ def test_the_content_security_policy_allows_exactly_the_inline_scripts(client, p
     assert "unsafe" not in policy
     inline = re.findall(r"<(style|script)>(.*?)</\1>", reply.text, re.DOTALL)
     sources = re.findall(r"<(?:script|link)[^>]* (?:src|href)=\"(?!data:)([^\"]*)", reply.text)
-    assert sources == (["docs/swagger-ui.css", "docs/swagger-ui-bundle.js"] if path == "/docs" else [])
+    assert sources == (
+        ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js"] if path == "/docs" else []
+    )
     assert len(inline) == reply.text.count("<style") + reply.text.count("<script>")
     for _, text in inline:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy_service.api.v2.request import InferRequest, parse_body
 from sopdeploy_service.api.v2.routes import stack_outputs
-from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
+from sopdeploy_service.inference.results import (
+    INFERENCE_FAILED,
+    NONFINITE,
+    Prediction,
+    RejectedError,
+)
 from tests.support.strategies import json_bodies
 
 LIMIT = 100_000
 
 MANIFEST = Manifest.model_construct(
     inputs=(TensorRecord(name="images", dtype="uint8", shape=(None, 2, 2, 3)),),
-    outputs=tuple(TensorRecord(name=name, dtype="float32", shape=(None, 7)) for name in ("logits", "gate")),
+    outputs=tuple(
+        TensorRecord(name=name, dtype="float32", shape=(None, 7)) for name in ("logits", "gate")
+    ),
 )
 MAX_IMAGES = 4
 
@@ -41,7 +48,13 @@ def rejected(*args: Any, **options: Any) -> tuple[str, int, str]:
 
 def tensor(**changes: Any) -> dict[str, Any]:
     """A valid request of one image with *changes* to its input; None removes a key."""
-    item = {"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": list(range(12)), **changes}
+    item = {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": [1, 2, 2, 3],
+        "data": list(range(12)),
+        **changes,
+    }
     return {"inputs": [{key: value for key, value in item.items() if value is not None}]}
 
 
@@ -51,7 +64,11 @@ def files(*images: bytes) -> bytes:
 
 def encoded(shape: list[int], size: int) -> dict[str, Any]:
     parameters = {"binary_data_size": size}
-    return {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "parameters": parameters}]}
+    return {
+        "inputs": [
+            {"name": "IMAGE", "datatype": "BYTES", "shape": shape, "parameters": parameters}
+        ]
+    }
 
 
 NESTED = np.arange(12).reshape(1, 2, 2, 3).tolist()
@@ -65,7 +82,9 @@ def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it_and_uint8_or_fp32
     for datatype, values in (("UINT8", WHOLE.astype(np.uint8)), ("FP32", WHOLE)):
         size = {"binary_data_size": values.nbytes}
         binary = tensor(datatype=datatype, data=None, parameters=size)
-        as_json = [tensor(datatype=datatype, data=data) for data in (WHOLE.tolist(), list(range(12)))]
+        as_json = [
+            tensor(datatype=datatype, data=data) for data in (WHOLE.tolist(), list(range(12)))
+        ]
         for asked, raw in (binary, values.tobytes()), *((asked, b"") for asked in as_json):
             images = read(asked, raw).images
             assert images.dtype == np.uint8
@@ -86,7 +105,12 @@ NO_PIXELS = {
 @pytest.mark.parametrize("case", NO_PIXELS)
 def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
     values = NO_PIXELS[case].astype(np.float32)
-    bodies = [(tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48}), values.tobytes())]
+    bodies = [
+        (
+            tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48}),
+            values.tobytes(),
+        )
+    ]
     if np.isfinite(values).all():  # JSON has no other numbers
         bodies.append((tensor(datatype="FP32", data=values.tolist()), b""))
     for asked, raw in bodies:
@@ -99,14 +123,24 @@ def test_encoded_images_may_be_binary_or_base64():
     body = files(b"one", b"")
     for shape, data in (([2], ["b25l", ""]), ([2, 1], [["b25l"], [""]])):
         assert read(encoded(shape, len(body)), body).images == [b"one", b""]
-        asked = {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "data": data}]}
+        asked = {
+            "inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "data": data}]
+        }
         assert read(asked).images == [b"one", b""]
 
 
 HUGE = 2**40
 
 BAD_SHAPES: list[Any] = [
-    *([], [1, 2, 2], [1, 2, 2, 3, 1], [1, 2, 2, -3], [0, 2, 2, 3], [-1, 2, 2, 3], [HUGE, HUGE, HUGE, 3]),
+    *(
+        [],
+        [1, 2, 2],
+        [1, 2, 2, 3, 1],
+        [1, 2, 2, -3],
+        [0, 2, 2, 3],
+        [-1, 2, 2, 3],
+        [HUGE, HUGE, HUGE, 3],
+    ),
 ]
 NO_SHAPES: list[Any] = [
     *(None, "1", [None], [[1], 2, 2, 3]),
@@ -117,19 +151,43 @@ BAD_DATATYPES = ["FP16", "BYTES", "", "X" * 1000]
 BAD_NUMBERS = [256, -1, 1.5, "1", None, True, [1], {}, 2**63, "a" * 1000]
 
 BAD_DATA = [
-    *(RAGGED, list(range(11)), list(range(13)), [], [[]], "abc", {"a": 1}, [list(range(12))], [NESTED]),
+    *(
+        RAGGED,
+        list(range(11)),
+        list(range(13)),
+        [],
+        [[]],
+        "abc",
+        {"a": 1},
+        [list(range(12))],
+        [NESTED],
+    ),
     *([*range(11), number] for number in BAD_NUMBERS),
 ]
 
-LONG_FIELDS = [("shape", [1] * 17), ("shape", [1.5] * 10_000), ("name", "a" * 1001), ("datatype", "a" * 1001)]
+LONG_FIELDS = [
+    ("shape", [1] * 17),
+    ("shape", [1.5] * 10_000),
+    ("name", "a" * 1001),
+    ("datatype", "a" * 1001),
+]
 
 BAD_FIELDS: list[tuple[str, Any, str, str]] = [
-    *(("shape", shape, "wrong_shape", r"\[n, 2, 2, 3\] with n from 1 to 4") for shape in BAD_SHAPES),
+    *(
+        ("shape", shape, "wrong_shape", r"\[n, 2, 2, 3\] with n from 1 to 4")
+        for shape in BAD_SHAPES
+    ),
     *(("shape", shape, "malformed_request", r"inputs\.0\.shape") for shape in NO_SHAPES),
     ("shape", [HUGE, 2, 2, 3], "too_many_images", "the limit of this server"),
-    *(("data", data, "wrong_data", r"\[1, 2, 2, 3\]|whole numbers|0 and 255") for data in BAD_DATA),
+    *(
+        ("data", data, "wrong_data", r"\[1, 2, 2, 3\]|whole numbers|0 and 255")
+        for data in BAD_DATA
+    ),
     *(("datatype", name, "wrong_datatype", "must be UINT8") for name in BAD_DATATYPES),
-    *((field, value, "malformed_request", "needs a length of at most") for field, value in LONG_FIELDS),
+    *(
+        (field, value, "malformed_request", "needs a length of at most")
+        for field, value in LONG_FIELDS
+    ),
 ]
 
 
@@ -153,7 +211,10 @@ BAD_INPUTS = {
     "both": ([GOOD, {**GOOD, "name": "IMAGE"}], "wrong_inputs"),
     "no datatype": (tensor(datatype=None)["inputs"], "malformed_request"),
     "no data": (tensor(data=None)["inputs"], "wrong_data"),
-    "data and binary data": (tensor(parameters={"binary_data_size": 12})["inputs"], "wrong_data"),
+    "data and binary data": (
+        tensor(parameters={"binary_data_size": 12})["inputs"],
+        "wrong_data",
+    ),
 }
 
 LOGITS = {"name": "logits"}
@@ -176,7 +237,10 @@ BAD_REQUESTS = {
     "a list": ([1], "malformed_request"),
     "null": (None, "malformed_request"),
     "no inputs": ({}, "malformed_request"),
-    **{f"inputs: {name}": ({"inputs": inputs}, code) for name, (inputs, code) in BAD_INPUTS.items()},
+    **{
+        f"inputs: {name}": ({"inputs": inputs}, code)
+        for name, (inputs, code) in BAD_INPUTS.items()
+    },
     **{f"{key}: {value}": ({**tensor(), key: value}, code) for key, value, code in BAD_VALUES},
 }
 
@@ -188,13 +252,19 @@ def test_an_invalid_request_is_rejected(case):
 
 
 # A response has at most 254 levels, and so has a request.
-DEPTHS = {253: "malformed_request", **dict.fromkeys((254, 255, 256, 1022, 1023, 1024), "malformed_json")}
+DEPTHS = {
+    253: "malformed_request",
+    **dict.fromkeys((254, 255, 256, 1022, 1023, 1024), "malformed_json"),
+}
 
 BAD_JSON = {
     "empty": (b"", "malformed_json"),
     "lists 100000 deep": (b"[" * 100_000, "json_too_large"),
     "lists 49000 deep": (b"[" * 49_000 + b"]" * 49_000, "malformed_json"),
-    **{f"lists {n} deep": (b'{"x": ' + b"[" * n + b"]" * n + b"}", code) for n, code in DEPTHS.items()},
+    **{
+        f"lists {n} deep": (b'{"x": ' + b"[" * n + b"]" * n + b"}", code)
+        for n, code in DEPTHS.items()
+    },
     "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "json_too_complex"),
     "not UTF-8": (b'{"id": "\xff"}', "malformed_json"),
     "a key twice": (b'{"inputs": [], "inputs": []}', "duplicate_key"),
@@ -213,9 +283,14 @@ BAD_JSON = {
 def test_malformed_or_ambiguous_json_is_rejected(case):
     text, expected = BAD_JSON[case]
     with pytest.raises(RejectedError) as caught:
-        parse_body(text, None, MANIFEST, MAX_IMAGES, 10_000_000 if len(text) > 10**6 else 99_999)
+        parse_body(
+            text, None, MANIFEST, MAX_IMAGES, 10_000_000 if len(text) > 10**6 else 99_999
+        )
     reason = caught.value.reason
-    assert (reason.code, reason.status) == (expected, 413 if expected == "json_too_large" else 400)
+    assert (reason.code, reason.status) == (
+        expected,
+        413 if expected == "json_too_large" else 400,
+    )
 
 
 def test_binary_data_with_a_wrong_header_or_size_is_rejected():
@@ -223,15 +298,26 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
         assert rejected(tensor(), b"x", header)[:2] == ("bad_header_length", 400)
     for size in (0, 11, 13, -12, 12.0, 2**63, None):
         asked = tensor(data=None, parameters={"binary_data_size": size})
-        assert rejected(asked, bytes(12))[0] in {"wrong_binary_size", "malformed_request", "wrong_data"}
-    asked, right = (tensor(data=None, parameters={"binary_data_size": size}) for size in (12, 13))
+        assert rejected(asked, bytes(12))[0] in {
+            "wrong_binary_size",
+            "malformed_request",
+            "wrong_data",
+        }
+    asked, right = (
+        tensor(data=None, parameters={"binary_data_size": size}) for size in (12, 13)
+    )
     for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
         assert rejected(*sent)[0] == "wrong_binary_size"
     assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
     floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
     assert "FP32 is 48 bytes, not 12" in rejected(floats, bytes(12))[2]
 
-    for raw in (b"", b"\3\0\0", b"\4\0\0\0abc", files(b"a", b"b") + b"x"):  # elements of wrong lengths
+    for raw in (
+        b"",
+        b"\3\0\0",
+        b"\4\0\0\0abc",
+        files(b"a", b"b") + b"x",
+    ):  # elements of wrong lengths
         asked = encoded([2], len(raw))
         header = str(len(orjson.dumps(asked)))
         assert rejected(asked, raw, header=header)[:2] == ("wrong_binary_size", 400)
@@ -246,10 +332,18 @@ def test_all_outputs_are_the_default_and_parameters_apply_to_each():
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
 
-VALID = {**tensor(data=NESTED), "id": "a", "outputs": [{**LOGITS, "parameters": {"binary_data": False}}]}
+VALID = {
+    **tensor(data=NESTED),
+    "id": "a",
+    "outputs": [{**LOGITS, "parameters": {"binary_data": False}}],
+}
 
 
-@given(body=json_bodies(VALID), binary=st.binary(max_size=30), header=st.none() | st.text(max_size=5))
+@given(
+    body=json_bodies(VALID),
+    binary=st.binary(max_size=30),
+    header=st.none() | st.text(max_size=5),
+)
 def test_a_damaged_request_is_a_request_or_a_400(body, binary, header):
     status, images = 200, 1
     try:
@@ -311,7 +405,9 @@ def test_missing_resources_get_an_error_object(client):
 
 def test_the_current_version_can_also_be_named(client, bundle):
     for suffix in ("", "/ready", "/infer"):
-        method, body = ("POST", orjson.dumps(GOOD_REQUEST)) if suffix == "/infer" else ("GET", None)
+        method, body = (
+            ("POST", orjson.dumps(GOOD_REQUEST)) if suffix == "/infer" else ("GET", None)
+        )
         both = [
             client.request(method, f"/v2/models/tiny{version}{suffix}", content=body)
             for version in ("", f"/versions/{bundle.manifest.id}")
@@ -336,4 +432,6 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
     assert post(client, GOOD_REQUEST).headers["x-error-code"] == "json_too_large"
     binary = {key: value for key, value in ZEROS.items() if key != "data"}
     text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
-    assert post(client, text + bytes(3072), **{LENGTH_HEADER: str(len(text))}).status_code == 200
+    assert (
+        post(client, text + bytes(3072), **{LENGTH_HEADER: str(len(text))}).status_code == 200
+    )

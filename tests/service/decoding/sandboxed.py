@@ -9,8 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 NUMBERS = {  # of calls without a function in Python
-    "x86_64": {"ptrace": 101, "io_uring_setup": 425, "bpf": 321, "mount": 165, "keyctl": 250, "unshare": 272},
-    "aarch64": {"ptrace": 117, "io_uring_setup": 425, "bpf": 280, "mount": 40, "keyctl": 219, "unshare": 97},
+    "x86_64": {
+        "ptrace": 101,
+        "io_uring_setup": 425,
+        "bpf": 321,
+        "mount": 165,
+        "keyctl": 250,
+        "unshare": 272,
+    },
+    "aarch64": {
+        "ptrace": 117,
+        "io_uring_setup": 425,
+        "bpf": 280,
+        "mount": 40,
+        "keyctl": 219,
+        "unshare": 97,
+    },
 }[platform.machine()]
 LIBC = ctypes.CDLL(None, use_errno=True)
 

@@ -32,7 +32,9 @@ RULES = Preprocess(resize=36, crop=32)
 ROWS, COLUMNS = np.mgrid[0:60, 0:90]
 
 # Every pixel has another color.
-GRADIENT = Image.fromarray(np.stack([ROWS * 4, COLUMNS * 2, 255 - ROWS - COLUMNS], axis=-1).astype(np.uint8))
+GRADIENT = Image.fromarray(
+    np.stack([ROWS * 4, COLUMNS * 2, 255 - ROWS - COLUMNS], axis=-1).astype(np.uint8)
+)
 
 
 def pixels_of(body: bytes) -> NDArray[np.uint8]:
@@ -53,7 +55,9 @@ DAMAGED = [{"exif": b"Exif\0\0garbage"}, {"exif": FAR_EXIF}, {"icc_profile": b"g
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
 @pytest.mark.parametrize("options", DAMAGED)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_damaged_metadata_and_trailing_bytes_are_ignored(kind: str, options: dict[str, bytes]) -> None:
+def test_damaged_metadata_and_trailing_bytes_are_ignored(
+    kind: str, options: dict[str, bytes]
+) -> None:
     found = pixels_of(encoded(GRADIENT, kind, quality=95, **options) + bytes(1000))
     np.testing.assert_array_equal(found, pixels_of(encoded(GRADIENT, kind, quality=95)))
 
@@ -88,7 +92,8 @@ def noise_image(size: tuple[int, int] = (160, 96)) -> Image.Image:
     grid = np.random.default_rng(0).normal(128, 90, (24, 40)).clip(0, 255).astype(np.uint8)
     noise = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
     return Image.merge(
-        "RGB", [noise, noise.transpose(Image.Transpose.ROTATE_180), noise.point(lambda v: 255 - v)]
+        "RGB",
+        [noise, noise.transpose(Image.Transpose.ROTATE_180), noise.point(lambda v: 255 - v)],
     )
 
 
@@ -129,7 +134,10 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> No
     for fraction in (0.3, 0.9) if variant == "baseline" else ():  # closed by an end marker
         with pytest.raises(ImageError) as caught:
             decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
-        assert caught.value.code in {"truncated_image", "damaged_image"}  # damaged if half a marker is left
+        assert caught.value.code in {
+            "truncated_image",
+            "damaged_image",
+        }  # damaged if half a marker is left
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,7 +165,9 @@ def rules_for(fit):
 
 
 def noise(width, height, channels=3):
-    values = np.random.default_rng(width + height).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    values = np.random.default_rng(width + height).integers(
+        0, 256, (height, width, channels), dtype=np.uint8
+    )
     return Image.fromarray(values)
 
 
@@ -168,7 +178,9 @@ IMAGES = {
     "square.png": encoded(noise(32, 32)),
     "strip.png": encoded(noise(1, 900)),
     "rotated.jpg": encoded(noise(91, 60), "JPEG", exif=TURNED),
-    "sixteen bit.png": encoded(Image.fromarray(np.asarray(noise(70, 41))[..., 0].astype(np.uint16) * 250)),
+    "sixteen bit.png": encoded(
+        Image.fromarray(np.asarray(noise(70, 41))[..., 0].astype(np.uint16) * 250)
+    ),
     "transparent.png": encoded(noise(50, 80, 4)),
     "large.jpg": encoded(noise(700, 500), "JPEG"),
 }
@@ -226,7 +238,10 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
                 pixels = preprocess_image(image, at_client)
             tensor = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8"}
             tensor["data"] = pixels.ravel().tolist()
-            assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+            assert (
+                client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code
+                == 200
+            )
         found["client"] = recorder.seen
     for where, pixels in found.items():
         assert len(pixels) == len(paths) == len(IMAGES), where

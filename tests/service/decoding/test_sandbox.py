@@ -23,7 +23,9 @@ from tests.support.decoding import RULES
 from tests.support.pictures import encoded
 from tests.support.service import picture_bytes
 
-linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only")
+linux = pytest.mark.skipif(
+    platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only"
+)
 
 
 def saved(mode: str, kind: str, **options: object) -> bytes:
@@ -61,7 +63,9 @@ def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox(
                 expected = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
                 assert np.array_equal(found.pixels, expected.pixels), name
                 assert found.warnings == expected.warnings
-                assert decoders.wait_for(decoders.copy(body)) == copy_without_metadata(body), name
+                assert decoders.wait_for(decoders.copy(body)) == copy_without_metadata(body), (
+                    name
+                )
             except ImageError as error:
                 errors[name] = error.code
         asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
@@ -93,13 +97,19 @@ CALLS: dict[str, tuple[str, int, list[int], int]] = {
 }
 
 
-@pytest.mark.parametrize(("machine", "number", "arguments", "expected"), CALLS.values(), ids=CALLS)
-def test_the_filter_decides_by_number_and_arguments(machine, number, arguments, expected) -> None:
+@pytest.mark.parametrize(
+    ("machine", "number", "arguments", "expected"), CALLS.values(), ids=CALLS
+)
+def test_the_filter_decides_by_number_and_arguments(
+    machine, number, arguments, expected
+) -> None:
     code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF)))
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, sandbox.ARCHITECTURES[machine][1], 0, *padded)
     assert run_filter(code, data) == expected
-    assert run_filter(code, struct.pack("<IIQ6Q", number, 0x40000003, 0, *padded)) == sandbox.KILL  # 32 bits
+    assert (
+        run_filter(code, struct.pack("<IIQ6Q", number, 0x40000003, 0, *padded)) == sandbox.KILL
+    )  # 32 bits
 
 
 def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:

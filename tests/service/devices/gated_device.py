@@ -30,7 +30,11 @@ class Gated:
     """The *runtime* behind the gate; the probes have run before."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
+        self.name, self.device, self.largest_batch = (
+            runtime.name,
+            runtime.device,
+            runtime.largest_batch,
+        )
         self._runtime, self.close = runtime, runtime.close
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:

@@ -85,7 +85,9 @@ async def supervise() -> dict[str, object]:
     found["code"] = await code_of(first)
     used.close()
     found["error without a subreaper"] = await error_of(used, SET_SUBREAPER=-1)
-    found["error without a template"] = await error_of(used, MODULE="tests.service.devices.launched_nowhere")
+    found["error without a template"] = await error_of(
+        used, MODULE="tests.service.devices.launched_nowhere"
+    )
     return found
 
 

@@ -39,7 +39,9 @@ REPORT = control.BAD_FRONT_END, b"front-0"  # to the supervisor
 class EngineUnderTest:
     """An engine on the event loop of the test, and the supervisor's end of its control socket."""
 
-    def __init__(self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine") -> None:
+    def __init__(
+        self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine"
+    ) -> None:
         self.supervisor, theirs = control.socket_pair()
         self.name, self.engine = name, Engine(registry, settings, theirs, (), {})
         self._theirs = theirs
@@ -72,11 +74,15 @@ class EngineUnderTest:
 
 
 def registry_of(bundle: Bundle, runtime: Runtime) -> ModelRegistry:
-    return ModelRegistry({"tiny": LoadedModel(bundle=bundle, runtime=runtime, replays={})}, SETTINGS)
+    return ModelRegistry(
+        {"tiny": LoadedModel(bundle=bundle, runtime=runtime, replays={})}, SETTINGS
+    )
 
 
 def run_with(
-    runtime: Runtime, bundle: Bundle, scenario: Callable[[EngineUnderTest, RemoteRegistry], Awaitable[None]]
+    runtime: Runtime,
+    bundle: Bundle,
+    scenario: Callable[[EngineUnderTest, RemoteRegistry], Awaitable[None]],
 ) -> None:
     """Run *scenario* with an engine and the models of a front end."""
 
@@ -104,7 +110,10 @@ def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(b
         model = registry.find("tiny", bundle.manifest.id)
         for _ in range(3):
             found = await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
-            assert all((one.outputs["logits"] == row).all() for one, row in zip(found, expected, strict=True))
+            assert all(
+                (one.outputs["logits"] == row).all()
+                for one, row in zip(found, expected, strict=True)
+            )
             assert {name for one in found for name in one.stage_seconds} == {"queue", "infer"}
             assert {type(one.batch_size) for one in found} == {int}
         assert 0 < model.latency.batch_seconds(1) < math.inf
@@ -136,11 +145,14 @@ class WithFeatures(FakeRuntime):
 
 def test_the_embedding_is_sent_if_it_was_requested(bundle) -> None:
     record = TensorRecord(name=EMBEDDING, dtype="float32", shape=(None, 2))
-    manifest = bundle.manifest.model_copy(update={"outputs": (*bundle.manifest.outputs, record)})
+    manifest = bundle.manifest.model_copy(
+        update={"outputs": (*bundle.manifest.outputs, record)}
+    )
 
     async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
         plain, full = await asyncio.gather(
-            registry.find().run(PIXELS[0], FOREVER), registry.find().run(PIXELS[1], FOREVER, features=True)
+            registry.find().run(PIXELS[0], FOREVER),
+            registry.find().run(PIXELS[1], FOREVER, features=True),
         )
         assert set(plain.outputs) == {"logits"}
         assert (full.outputs[EMBEDDING] == full.outputs["logits"][:2]).all()
@@ -162,7 +174,9 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
             await model.run(PIXELS[0], FOREVER)
         for each in (in_batch, *queued):
             each.cancel()
-        await until(lambda: len(front_end.cancel_by_slot) == own_end.queue_length == 1)  # that of the batch
+        await until(
+            lambda: len(front_end.cancel_by_slot) == own_end.queue_length == 1
+        )  # that of the batch
         with pytest.raises(RejectedError, match="deadline"):
             await model.run(PIXELS[0], 0.0)
         runtime.gate.set()
@@ -172,7 +186,9 @@ def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> Non
     run_with(runtime, bundle, scenario)
 
 
-def record(kind: int = channel.RUN, number: int = 0, slot: int = 0, deadline: float = FOREVER) -> bytes:
+def record(
+    kind: int = channel.RUN, number: int = 0, slot: int = 0, deadline: float = FOREVER
+) -> bytes:
     return channel.REQUEST.pack(kind, 0, number, slot, deadline)
 
 
@@ -185,7 +201,9 @@ NONSENSE = {
     "a deadline that is no number": record(deadline=math.nan),
     "an infinite deadline": record(deadline=math.inf),
     "random bytes": bytes(range(256)) * 8,
-    "a cancellation between two of one slot": record() + record(channel.CANCEL, 9, 5) + record(),
+    "a cancellation between two of one slot": record()
+    + record(channel.CANCEL, 9, 5)
+    + record(),
     "a cancellation of nothing": record(channel.CANCEL, 65_535, 2**32 - 1),
     "more cancellations than images": record(slot=1) + record(channel.CANCEL) * 2,
 }
@@ -273,7 +291,9 @@ def test_a_front_end_cannot_change_the_size_of_the_memory(bundle) -> None:
 
 def test_a_dead_runtime_refuses_all_images_and_ends_the_engine(bundle) -> None:
     async def run() -> None:
-        engine = EngineUnderTest(registry_of(bundle, Failing({1: SystemExit("the device is gone")})))
+        engine = EngineUnderTest(
+            registry_of(bundle, Failing({1: SystemExit("the device is gone")}))
+        )
         registry = RemoteRegistry([await engine.open()], SETTINGS)
         await registry.start()
         found = await asyncio.gather(
@@ -342,7 +362,9 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
     run_with(runtime, bundle, scenario)
 
 
-@pytest.mark.parametrize(("number", "is_replaced"), [(errno.ENOMEM, True), (errno.EPIPE, False)])
+@pytest.mark.parametrize(
+    ("number", "is_replaced"), [(errno.ENOMEM, True), (errno.EPIPE, False)]
+)
 def test_a_front_end_for_whose_slots_there_is_no_memory_is_replaced(
     bundle, monkeypatch, caplog, number, is_replaced
 ) -> None:
@@ -354,7 +376,9 @@ def test_a_front_end_for_whose_slots_there_is_no_memory_is_replaced(
         with await engine.connect() as ours:
             assert ours.recv(1) == b""
         assert (REPORT in engine.messages()) == is_replaced
-        assert ("front-0: has no channel (Cannot allocate memory)" in caplog.text) == is_replaced
+        assert (
+            "front-0: has no channel (Cannot allocate memory)" in caplog.text
+        ) == is_replaced
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
 

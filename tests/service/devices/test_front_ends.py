@@ -29,12 +29,19 @@ from tests.support.service import wait_for
 
 def process_of(client: ServerClient, name: str) -> int:
     """Return the id of the process with the *name* that the supervisor gave it, 0 while there is none."""
-    return next((child for child, one in processes_of(client.child.pid).items() if one == name), 0)
+    return next(
+        (child for child, one in processes_of(client.child.pid).items() if one == name), 0
+    )
 
 
 def num_admitted(client: ServerClient) -> float:
     """Return how many images all processes have admitted and not answered."""
-    return sum(map(float, re.findall(r"^sopdeploy_queue_depth{.*} (\S+)", client.get("/metrics").text, re.M)))
+    return sum(
+        map(
+            float,
+            re.findall(r"^sopdeploy_queue_depth{.*} (\S+)", client.get("/metrics").text, re.M),
+        )
+    )
 
 
 def num_memories(process: int) -> int:
@@ -72,8 +79,12 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
             assert int(refused.headers["retry-after"]) >= 1
         wait_for(lambda: not is_alive(engine))
         gate.touch()
-        wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)  # of both front ends
-        assert {client.get(path).status_code for path in ("/livez", "/readyz") for _ in range(2)} == {200}
+        wait_for(
+            lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8
+        )  # of both front ends
+        assert {
+            client.get(path).status_code for path in ("/livez", "/readyz") for _ in range(2)
+        } == {200}
         assert {process_of(client, f"front-{number}") for number in range(2)} == servers
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(START_SECONDS) == 0
@@ -82,7 +93,10 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
 def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
         assert status_of(client, jpeg) == 200
-        kept = [client.child.pid, *(process_of(client, f"front-{number}") for number in range(2))]
+        kept = [
+            client.child.pid,
+            *(process_of(client, f"front-{number}") for number in range(2)),
+        ]
         files = [num_memories(process) for process in kept]
         engine = process_of(client, "engine")
         os.kill(engine, signal.SIGSTOP)
@@ -110,13 +124,19 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         "max_images=4",
     )
     with (
-        serving(str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE) as client,
+        serving(
+            str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE
+        ) as client,
         ThreadPoolExecutor(9) as pool,
     ):
-        # The limit is that of both front ends together; each may admit its half, whatever the other has.
+        # The limit is that of both front ends together; each may admit its half, whatever the
+        # other has.
         sent = [pool.submit(status_of, client, jpeg) for _ in range(9)]
         wait_for(lambda: num_admitted(client) + sum(one.done() for one in sent) == 9)
-        refused, waiting = [one for one in sent if one.done()], [one for one in sent if not one.done()]
+        refused, waiting = (
+            [one for one in sent if one.done()],
+            [one for one in sent if not one.done()],
+        )
         assert ({one.result() for one in refused}, 4 <= len(waiting) <= 7) == ({429}, True)
         victim, engine = process_of(client, "front-0"), process_of(client, "engine")
         os.kill(victim, number)
@@ -127,7 +147,9 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         assert 1 <= statuses.count(200) < len(waiting)  # those of the other front end
         wait_for(lambda: status_of(client, jpeg) == 200)
         files = [("image", jpeg)] * 4
-        wait_for(lambda: client.post("/v1/classify", files=files).status_code == 200)  # nothing is left
+        wait_for(
+            lambda: client.post("/v1/classify", files=files).status_code == 200
+        )  # nothing is left
         assert process_of(client, "engine") == engine
 
 
@@ -136,7 +158,13 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
 ) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
+    options = (
+        *WAYS[FRONT_ENDS],
+        "--setting",
+        "batch_timeout_seconds=60",
+        "--setting",
+        "drain_seconds=60",
+    )
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ThreadPoolExecutor(16) as pool,

@@ -46,7 +46,9 @@ from tests.support.raw import GET, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
 
 
-def open_connections(client: httpx.Client, count: int, stack: ExitStack) -> list[http.client.HTTPConnection]:
+def open_connections(
+    client: httpx.Client, count: int, stack: ExitStack
+) -> list[http.client.HTTPConnection]:
     """Make *count* connections, which *stack* closes; half of them reach each process if all stay open."""
     host = client.base_url.netloc.decode()
     return [
@@ -65,7 +67,9 @@ def classify_on(jpeg: bytes, connection: http.client.HTTPConnection, **headers: 
 
 def resources_of(process: int) -> tuple[int, int]:
     """Count the open files and the threads of *process*."""
-    return tuple(len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task"))
+    return tuple(
+        len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task")
+    )
 
 
 def starts_of(page: str) -> set[str]:
@@ -73,7 +77,9 @@ def starts_of(page: str) -> set[str]:
     return set(re.findall(r"^process_start_time_seconds{.*} (\S+)$", page, re.M))
 
 
-def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
+def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
+    bundle_path: Path, jpeg
+) -> None:
     with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
         child = client.child
         connections = open_connections(client, 8, stack)
@@ -82,7 +88,9 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         answered = r'sopdeploy_requests_total\{process="\S+?",code="200",.*route="/v1/classify"\} (\S+)'
         assert re.findall(answered, page) == ["4.0", "4.0"]
         names = {"cpu-0", "cpu-1", "supervisor"}
-        assert set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', page, re.M)) == names
+        assert (
+            set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', page, re.M)) == names
+        )
         resources = resources_of(child.pid)
 
         def send_to_the_oldest(number: signal.Signals) -> None:
@@ -110,7 +118,8 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         wait_for(lambda: not any(is_alive(process) for process in orphans))
 
 
-SILENT = {  # the state of a silent process and its ticks of CPU time by beat -> seconds until it is killed
+# the state of a silent process and its ticks of CPU time by beat -> seconds until it is killed
+SILENT = {
     "stopped or in a deadlock": (lambda beat: ("S", 7), 2),
     "in a loop": (lambda beat: ("S", 7 + beat), 5),
     "waits for a CPU": (lambda beat: ("R", 7), 5),
@@ -122,7 +131,9 @@ SILENT = {  # the state of a silent process and its ticks of CPU time by beat ->
 
 @pytest.mark.parametrize("loads", [False, True])
 @pytest.mark.parametrize("name", SILENT)
-def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(monkeypatch, name, loads) -> None:
+def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(
+    monkeypatch, name, loads
+) -> None:
     state_at, expected = SILENT[name]
     killed: list[int] = []
     beats = itertools.count(1)
@@ -138,7 +149,9 @@ def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(monkeyp
 
     now: list[int] = []
     process = Process("cpu", {}, load_settings(), "cpu", 0)
-    process.child = SimpleNamespace(pid=1, poll=lambda: None, kill=lambda: killed.append(now[-1]))
+    process.child = SimpleNamespace(
+        pid=1, poll=lambda: None, kill=lambda: killed.append(now[-1])
+    )
     monkeypatch.setattr(processes, "run_states", states_now)
     monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
     with socket.socket() as listener:
@@ -154,7 +167,9 @@ def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(monkeyp
     )
 
 
-def test_several_processes_are_refused_where_the_system_lacks_what_they_share(monkeypatch) -> None:
+def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
+    monkeypatch,
+) -> None:
     monkeypatch.delattr(os, "memfd_create")  # as on macOS
     with pytest.raises(ConfigError, match="devices and front_ends: need Linux; remove"):
         supervisor.run_supervisor(["bundles"], load_settings(devices="cpu,cpu", port=0))
@@ -185,7 +200,9 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
     num_open: list[int] = []
     with socket.socket() as listener:
         settings = load_settings()
-        server = supervisor.Supervisor([], settings, [Process("cpu", {}, settings, "cpu", 0)], listener)
+        server = supervisor.Supervisor(
+            [], settings, [Process("cpu", {}, settings, "cpu", 0)], listener
+        )
 
         def refuse(*_: object, **__: object) -> None:
             num_open.append(len(list(Path("/proc/self/fd").iterdir())))
@@ -197,7 +214,12 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
         assert asyncio.run(server.run()) == 0
     assert len(num_open) == 5
     assert len(set(num_open)) == 1
-    assert caplog.text.count("device cpu: cannot start (Resource temporarily unavailable); restart in") == 4
+    assert (
+        caplog.text.count(
+            "device cpu: cannot start (Resource temporarily unavailable); restart in"
+        )
+        == 4
+    )
 
 
 def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, caplog) -> None:
@@ -205,13 +227,18 @@ def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, c
         raise OSError(errno.EMFILE, "Too many open files")
 
     settings, killed = load_settings(), []
-    engine, front_end = (Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None)))
+    engine, front_end = (
+        Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None))
+    )
     front_end.child = SimpleNamespace(kill=lambda: killed.append(front_end))
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [engine], listener)
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
         server._connect(control.CHANNEL, engine, front_end)
-    assert (killed, "f: has no channel (Too many open files)" in caplog.text) == ([front_end], True)
+    assert (killed, "f: has no channel (Too many open files)" in caplog.text) == (
+        [front_end],
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,13 +346,17 @@ async def in_this_thread(work: Callable[[], bytes]) -> bytes:
     return work()
 
 
-def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(monkeypatch) -> None:
+def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(
+    monkeypatch,
+) -> None:
     monkeypatch.setattr(supervisor.asyncio, "to_thread", in_this_thread)  # a thread needs time
 
     async def scenario() -> tuple[bytes, bytes]:
         settings, loop = load_settings(front_ends=0), asyncio.get_running_loop()
         names = ("answers", "hangs", "loads")
-        processes = [Process(name, {}, settings, name, number) for number, name in enumerate(names)]
+        processes = [
+            Process(name, {}, settings, name, number) for number, name in enumerate(names)
+        ]
         with socket.socket() as listener, ExitStack() as stack:
             server = supervisor.Supervisor([], settings, processes, listener)
             theirs: list[socket.socket] = []
@@ -365,10 +396,18 @@ def test_a_process_that_hangs_or_loads_is_down_in_the_metrics_of_the_others(monk
     assert asked == b""
 
 
-def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
+def test_a_drain_completes_the_requests_of_both_processes(
+    bundle_path, tmp_path, jpeg, monkeypatch
+) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (*WAYS[TWO_DEVICES], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
+    options = (
+        *WAYS[TWO_DEVICES],
+        "--setting",
+        "batch_timeout_seconds=60",
+        "--setting",
+        "drain_seconds=60",
+    )
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ExitStack() as stack,
@@ -380,7 +419,9 @@ def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path,
             assert read(wire, to_the_end=False).status == 200
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
         depth = r"^sopdeploy_queue_depth{.*} (\S+)"
-        wait_for(lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16)
+        wait_for(
+            lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16
+        )
         client.child.send_signal(signal.SIGTERM)
         wait_for(lambda: client.get("/readyz").status_code == 503)
         late.append(stack.enter_context(connect(client)))
@@ -397,7 +438,11 @@ IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3
 
 VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
-    "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "a UUID": (
+        IDS[0],
+        None,
+        {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+    ),
     "the cpu": ("cpu", "2,3", {"CUDA_VISIBLE_DEVICES": ""}),
     "a position": ("1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
     "a listed UUID": (IDS[0], f"{IDS[1]}, {IDS[0]}", {"CUDA_VISIBLE_DEVICES": IDS[0]}),
@@ -416,23 +461,35 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
     if expected is not None:
         assert visible_devices(device, environment) == expected
         return
-    with pytest.raises(ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"):
+    with pytest.raises(
+        ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"
+    ):
         visible_devices(device, environment)
 
 
 @pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
-def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_path, jpeg, way) -> None:
+def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
+    tmp_path, jpeg, way
+) -> None:
     decision = Decision(rejection=Rejection(threshold=1e9))
     bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
     file = tmp_path / "keys.toml"
     free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
-    others = (f'[[key]]\nname = "{number}"\nsha256 = "{number:064}"\nrate = 1.0\n' for number in range(4100))
+    others = (
+        f'[[key]]\nname = "{number}"\nsha256 = "{number:064}"\nrate = 1.0\n'
+        for number in range(4100)
+    )
     file.write_text("".join(others) + file.read_text().replace("burst = 64", "burst = 5"))
-    options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
+    options = [
+        f"--setting={setting}"
+        for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
+    ]
     with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
         with ExitStack() as stack:
-            for body, connection in zip(photos(12), open_connections(client, 12, stack), strict=True):
+            for body, connection in zip(
+                photos(12), open_connections(client, 12, stack), strict=True
+            ):
                 assert classify_on(body, connection, **{"x-api-key": free}) == 200
         client.headers["x-api-key"] = free
         wait_for(lambda: results(client) == {"kept": 12})
@@ -448,7 +505,11 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(tmp_p
         for process in before:
             os.kill(process, signal.SIGKILL)
         wait_for(lambda: len(set(processes_of(client.child.pid)) - before) == len(before))
-        refused = client.post("/v1/classify", content=bytes(5_000_000))  # nobody is left to read it
+        refused = client.post(
+            "/v1/classify", content=bytes(5_000_000)
+        )  # nobody is left to read it
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
-        wait_for(lambda: client.post("/v1/classify", content=jpeg).status_code == 429)  # by a later one
+        wait_for(
+            lambda: client.post("/v1/classify", content=jpeg).status_code == 429
+        )  # by a later one

@@ -27,7 +27,13 @@ from sopdeploy_service.inference.results import RUNTIME_DEAD, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.settings import Settings, load_settings
-from tests.service.devices.test_engine import FOREVER, PIXELS, EngineUnderTest, registry_of, until
+from tests.service.devices.test_engine import (
+    FOREVER,
+    PIXELS,
+    EngineUnderTest,
+    registry_of,
+    until,
+)
 from tests.service.labelling.test_kept import record_of
 from tests.support.fake_runtime import FakeRuntime
 
@@ -50,7 +56,9 @@ RESIZES: dict[str, Callable[[int], object]] = {
     "append": lambda file: os.pwrite(file, b"x", 8192),
     "shrink after a second open": lambda file: os.ftruncate(reopen(file), 0),
     "open and truncate": lambda file: os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_TRUNC),
-    "keep later processes from writing": lambda file: fcntl.fcntl(file, fcntl.F_ADD_SEALS, 0x10),
+    "keep later processes from writing": lambda file: fcntl.fcntl(
+        file, fcntl.F_ADD_SEALS, 0x10
+    ),
 }
 WRITES: dict[str, Callable[[int], object]] = {
     "write": lambda file: os.pwrite(file, b"x", 0),
@@ -62,7 +70,9 @@ WRITES: dict[str, Callable[[int], object]] = {
 
 @pytest.mark.parametrize("content", [8192, [bytes(8192)]], ids=["size", "content"])
 @pytest.mark.parametrize("name", [*RESIZES, *WRITES])
-def test_no_process_changes_the_size_of_shared_memory_or_what_was_written_once(content, name) -> None:
+def test_no_process_changes_the_size_of_shared_memory_or_what_was_written_once(
+    content, name
+) -> None:
     file = create_memory("test", content)
     if name in RESIZES or content != 8192:
         with pytest.raises(PermissionError):
@@ -116,7 +126,9 @@ class Server:
     def __init__(self, stack: ExitStack) -> None:
         settings = load_settings(front_ends=2, keep="kept")
         engine = Process("engine", {}, settings, "", 0)
-        self.front_ends = [Process(f"front-{number}", {}, settings, None, number) for number in range(2)]
+        self.front_ends = [
+            Process(f"front-{number}", {}, settings, None, number) for number in range(2)
+        ]
         self.processes = {process.name: process for process in (engine, *self.front_ends)}
         listener = stack.enter_context(socket.socket())
         self.supervisor = supervisor.Supervisor([], settings, [engine], listener)
@@ -218,7 +230,9 @@ def test_a_process_that_sends_too_many_messages_is_replaced(name, monkeypatch) -
                 server.receive("front-1")
                 count += 1
             assert server.killed == ["front-1"]
-            for _ in range(2 * control.MAX_TOKENS):  # who has got as many clients may report them
+            for _ in range(
+                2 * control.MAX_TOKENS
+            ):  # who has got as many clients may report them
                 assert server.processes["front-0"].send(control.CLIENT)
                 control.receive_message(server.ends["front-0"])
                 server.ends["front-0"].send(FLOODS["reports"])
@@ -272,7 +286,9 @@ def test_a_process_that_does_not_read_gets_no_more_connections_and_others_do() -
     async def scenario() -> None:
         with ExitStack() as stack:
             server = Server(stack)
-            sent = [server.processes["front-1"].send(control.CLIENT, b"", 0) for _ in range(1000)]
+            sent = [
+                server.processes["front-1"].send(control.CLIENT, b"", 0) for _ in range(1000)
+            ]
             assert not sent[-1]
             assert server.processes["front-0"].send(control.CLIENT, b"", 0)
 
@@ -283,7 +299,9 @@ COUNTS = {"the most": 2**63 - 1, "the least": -(2**63), "as many as fit": 256}
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_counts_of_another_process_leave_each_process_its_share_of_the_queue(bundle, name) -> None:
+def test_counts_of_another_process_leave_each_process_its_share_of_the_queue(
+    bundle, name
+) -> None:
     settings = Settings(queue_size=256)
     registry = registry_of(bundle, FakeRuntime(num_classes=7))
     served = Service(registry, settings)
@@ -318,7 +336,13 @@ def test_a_rate_limit_recovers_from_nonsense_of_another_process(tokens, filled) 
 
 
 def test_the_keeping_process_receives_from_others_whatever_one_of_them_sends(caplog) -> None:
-    names = [*WRONG_FILES, "no record", "a record that is too large", "a size behind the end", "too large"]
+    names = [
+        *WRONG_FILES,
+        "no record",
+        "a record that is too large",
+        "a size behind the end",
+        "too large",
+    ]
 
     def send(end: socket.socket, name: str) -> None:
         size = forwarding.SIZE.pack
@@ -360,7 +384,9 @@ def test_the_keeping_process_reads_so_many_photographs_of_each_other_one() -> No
     async def scenario() -> None:
         received, dropped = [], []
         end, sender = control.socket_pair()
-        forwarding.Receiver(end, lambda image, _: received.append(image), lambda: dropped.append(1))
+        forwarding.Receiver(
+            end, lambda image, _: received.append(image), lambda: dropped.append(1)
+        )
         with sender:
             while not dropped:
                 forwarding.forward(sender, b"x", record_of())
@@ -393,7 +419,9 @@ OPENINGS: dict[str, tuple[bytes, Callable[[], int] | None]] = {
 
 
 @pytest.mark.parametrize("name", OPENINGS)
-def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(bundle, name, caplog) -> None:
+def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(
+    bundle, name, caplog
+) -> None:
     sent, make = OPENINGS[name]
 
     async def scenario() -> None:
@@ -417,7 +445,9 @@ def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(bundle, 
     assert caplog.messages[0].startswith("no channel to engine other: ")
 
 
-def test_an_engine_that_opens_its_channel_never_delays_no_other_one(bundle, monkeypatch) -> None:
+def test_an_engine_that_opens_its_channel_never_delays_no_other_one(
+    bundle, monkeypatch
+) -> None:
     monkeypatch.setattr(channel, "OPENING_SECONDS", 0.1)
 
     async def scenario() -> None:
@@ -448,21 +478,28 @@ OTHER_ERRORS = [{"code": "x", "status": status, "message": "x"} for status in (2
 ERRORS = {
     "an endless error": channel.ERROR_SIZE.pack(2**32 - 1) + b"{}",
     **{
-        f"the error {error}": channel.ERROR_SIZE.pack(len(json.dumps(error))) + json.dumps(error).encode()
+        f"the error {error}": channel.ERROR_SIZE.pack(len(json.dumps(error)))
+        + json.dumps(error).encode()
         for error in ({}, [], *OTHER_ERRORS)
     },
 }
 
 
 @pytest.mark.parametrize("name", [*RESULTS, *ERRORS])
-def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(bundle, name, caplog) -> None:
-    facts = [channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())]
+def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
+    bundle, name, caplog
+) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
 
     async def scenario() -> None:
         theirs, ours = socket.socketpair()
         slots, described = channel.open_channel(theirs, facts, 4)
         theirs.sendall(described)
-        registry = RemoteRegistry([await asyncio.to_thread(EngineChannel, "engine", ours)], Settings())
+        registry = RemoteRegistry(
+            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
+        )
         await registry.start()
         waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
         theirs.setblocking(False)

@@ -70,7 +70,11 @@ def test_keys_that_are_created_at_the_same_time_are_all_kept(
     monkeypatch.setattr(os, "chown", meanwhile)
     new_key(tmp_path / "keys.toml", "second")
     other.join()
-    assert {key.name for key in read_keys(tmp_path / "keys.toml")} == {"first", "second", "other"}
+    assert {key.name for key in read_keys(tmp_path / "keys.toml")} == {
+        "first",
+        "second",
+        "other",
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,9 @@ def test_keys_that_are_created_at_the_same_time_are_all_kept(
         (entry(more='secret = "x"'), "key.0.secret: unknown key"),
     ],
 )
-def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_key_file_is_a_one_line_error(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "keys.toml"
     with pytest.raises(ConfigError, match="`sopdeploy key` creates"):
         read_keys(path)
@@ -116,7 +122,11 @@ def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Keys by name, and the path of their file as `path`."""
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
-    made = {"free": new_key(path, "free"), "four": new_key(path, "four", 0.5), "path": str(path)}
+    made = {
+        "free": new_key(path, "free"),
+        "four": new_key(path, "four", 0.5),
+        "path": str(path),
+    }
     path.write_text(path.read_text().replace("burst = 64", "burst = 4"))
     return made
 
@@ -126,7 +136,9 @@ def locked(serve_with, keys: dict[str, str]) -> httpx.Client:
     return serve_with(FakeRuntime(num_classes=7), keys=keys["path"])
 
 
-def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, keys, jpeg) -> None:
+def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(
+    locked, keys, jpeg
+) -> None:
     replies = [locked.post("/v1/classify", content=jpeg)]
     replies += map(locked.get, ("/info", "/nothing", "/openapi.json"))
     for reply in replies:
@@ -144,7 +156,9 @@ def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, 
         ({b"Authorization": b"Bearer"}, 401),
         ({b"Authorization": b"Bearer \xfcml\xe4ut"}, 401),
     ):
-        assert locked.post("/v1/classify", content=jpeg, headers=headers).status_code == status, headers
+        assert (
+            locked.post("/v1/classify", content=jpeg, headers=headers).status_code == status
+        ), headers
 
 
 FOREIGN = {
@@ -179,7 +193,9 @@ def test_metrics_can_require_a_key(serve_with, keys) -> None:
     assert client.get("/readyz").status_code == 200
 
 
-def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(locked, keys, jpeg, monkeypatch) -> None:
+def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(
+    locked, keys, jpeg, monkeypatch
+) -> None:
     now = time.monotonic()
     monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
     mine = {"x-api-key": keys["four"]}
@@ -210,17 +226,26 @@ V2, LENGTH = "/v2/models/tiny/infer", "inference-header-content-length"
 TENSOR = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [%b]}]}'
 REFUSED = {  # path, headers, body: tokens that it costs
     "no JSON": ((V2, {}, b"{{{{"), 1),
-    "one long text among numbers": ((V2, {}, TENSOR % (b'"a",' * 3071 + b'"%b"' % (b"a" * 3_000_000))), 4),
+    "one long text among numbers": (
+        (V2, {}, TENSOR % (b'"a",' * 3071 + b'"%b"' % (b"a" * 3_000_000))),
+        4,
+    ),
     "a million inputs": ((V2, {}, b'{"inputs": [' + b"0," * 999_999 + b"0]}"), 3),
     "a wrong header": ((V2, {LENGTH: "x"}, b"{}"), 1),
-    "too many numbers": (("/v1/classify", JSON, b'{"images": [' + b"0," * 1_500_000 + b"0]}"), 4),
+    "too many numbers": (
+        ("/v1/classify", JSON, b'{"images": [' + b"0," * 1_500_000 + b"0]}"),
+        4,
+    ),
     "no image in a form": (
         ("/v1/classify", {"content-type": "multipart/form-data; boundary=X"}, b"--X--"),
         1,
     ),
     "no features": (("/v1/embed", {}, b"x" * 2_000_000), 1),  # the body is not read
     "compressed": (("/v1/classify", {"content-encoding": "gzip"}, b"x" * 2_000_000), 1),
-    "a deadline during the parsing": ((V2, {"x-request-timeout-ms": "1"}, b"[" * 2_000_000), None),
+    "a deadline during the parsing": (
+        (V2, {"x-request-timeout-ms": "1"}, b"[" * 2_000_000),
+        None,
+    ),
     "an image that cannot be decoded": (("/v1/classify", {}, b"BM" + bytes(2_000_000)), 1),
 }
 
@@ -248,17 +273,24 @@ def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
     (tmp_path / "keys.toml").write_text(text.replace("burst = 64", "burst = 4"))
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
-    assert client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"] == "0"
+    assert (
+        client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"]
+        == "0"
+    )
     refused = client.post("/v1/classify", content=jpeg, headers=mine)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")  # 2 are missing
     now += 3
-    assert client.post("/v1/classify", files=two, headers=mine).status_code == 429  # which costs 3, too
+    assert (
+        client.post("/v1/classify", files=two, headers=mine).status_code == 429
+    )  # which costs 3, too
     assert client.post("/v1/classify", content=jpeg, headers=mine).headers["retry-after"] == "3"
     now += 4
     assert client.post("/v1/classify", files=two, headers=mine).status_code == 200
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 30)), max_size=40), st.floats(0.1, 50))
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.floats(0, 30)), max_size=40), st.floats(0.1, 50)
+)
 def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps, rate) -> None:
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
@@ -278,7 +310,11 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
 
 
 def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg):
-    limits = {"max_body_bytes": 2_000_000, "max_upload_bytes": 8_000_000, "body_grace_seconds": 60}
+    limits = {
+        "max_body_bytes": 2_000_000,
+        "max_upload_bytes": 8_000_000,
+        "body_grace_seconds": 60,
+    }
     client = serve_with(FakeRuntime(num_classes=7), **limits)
     codes = []
     with ExitStack() as stack:
@@ -305,14 +341,22 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
 
 
 def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with):
-    limits = {"max_body_bytes": 2_000_000, "max_upload_bytes": 2_300_000, "body_grace_seconds": 60}
+    limits = {
+        "max_body_bytes": 2_000_000,
+        "max_upload_bytes": 2_300_000,
+        "body_grace_seconds": 60,
+    }
     client = serve_with(FakeRuntime(num_classes=7), **limits)
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))
         wait_for(lambda: count(client, "upload_bytes") >= 1_800_000)
         second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
         reply = read(second, to_the_end=False)
-    assert (reply.status, reply.code, reply.headers["retry-after"]) == (429, "uploads_full", "2")
+    assert (reply.status, reply.code, reply.headers["retry-after"]) == (
+        429,
+        "uploads_full",
+        "2",
+    )
 
 
 GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
@@ -358,7 +402,9 @@ def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
     new_key(path, "phone")
     owner = os.stat_result((*stat_of(path)[:4], 10001, 10001, *stat_of(path)[6:]))
     monkeypatch.setattr(Path, "stat", lambda _self, **_: owner)
-    monkeypatch.setattr(os, "chown", lambda file, *ids, **_options: given.append((Path(file).name, *ids)))
+    monkeypatch.setattr(
+        os, "chown", lambda file, *ids, **_options: given.append((Path(file).name, *ids))
+    )
     new_key(path, "tablet")
     monkeypatch.undo()
     ((name, *ids),) = given

@@ -12,7 +12,10 @@ ORIGINS = {  # values of `allowed_origins`: origins that are allowed, and others
     SHOP: ([SHOP], [EVIL, "http://shop.example", "https://a.shop.example", "null"]),
     "shop.example": ([SHOP, "http://shop.example:3000"], [EVIL]),
     "https://*.shop.example": (["https://a.shop.example"], [SHOP]),
-    f"http://localhost:3000, {SHOP}": (["http://localhost:3000", SHOP], ["http://localhost:3001"]),
+    f"http://localhost:3000, {SHOP}": (
+        ["http://localhost:3000", SHOP],
+        ["http://localhost:3001"],
+    ),
     "*": ([SHOP, EVIL, "null"], []),
 }
 ASKED = {
@@ -36,18 +39,30 @@ def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
             names = asked.headers["access-control-allow-headers"].lower()
             assert "x-api-key" in names
             assert "authorization" in names
-            sent = client.post("/v1/classify", content=jpeg, headers={**page, "x-api-key": secret})
+            sent = client.post(
+                "/v1/classify", content=jpeg, headers={**page, "x-api-key": secret}
+            )
             assert sent.status_code == 200
             assert sent.headers["access-control-allow-origin"] in {origin, "*"}
             assert "Origin" in sent.headers.get("vary", "") or allowed == "*"
-            failed = client.post("/v1/classify", content=b"", headers={**page, "x-api-key": secret})
+            failed = client.post(
+                "/v1/classify", content=b"", headers={**page, "x-api-key": secret}
+            )
             assert failed.status_code == 400
-            assert failed.headers["access-control-allow-origin"] in {origin, "*"}  # the page reads why
+            assert failed.headers["access-control-allow-origin"] in {
+                origin,
+                "*",
+            }  # the page reads why
         for origin in refused:
             page = {"origin": origin, "sec-fetch-site": "cross-site"}
             asked = client.options("/v1/classify", headers={**page, **ASKED})
-            assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (400, None)
-            sent = client.post("/v1/classify", content=jpeg, headers={**page, "x-api-key": secret})
+            assert (asked.status_code, asked.headers.get("access-control-allow-origin")) == (
+                400,
+                None,
+            )
+            sent = client.post(
+                "/v1/classify", content=jpeg, headers={**page, "x-api-key": secret}
+            )
             assert sent.headers.get("access-control-allow-origin") is None
             assert "Origin" in sent.headers["vary"]
             assert sent.status_code == (200 if keys else 403)
@@ -56,11 +71,14 @@ def test_pages_of_allowed_origins_may_send_images_with_keys_and_read_answers(
 def test_pages_of_allowed_origins_may_send_and_read_every_header(serve_with) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_origins=SHOP)
     names = "inference-header-content-length,traceparent,x-request-id,x-request-timeout-ms"
-    asked = client.options("/v2", headers={"origin": SHOP, **ASKED, "access-control-request-headers": names})
+    asked = client.options(
+        "/v2", headers={"origin": SHOP, **ASKED, "access-control-request-headers": names}
+    )
     assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, names)
     sent = client.get("/v2/none", headers={"origin": SHOP})
     assert "x-error-code" in sent.headers
-    # With this value, and for responses that allow no credentials, browsers let a page read all headers.
+    # With this value, and for responses that allow no credentials, browsers let a page read all
+    # headers.
     assert sent.headers["access-control-expose-headers"] == "*"
     assert "access-control-allow-credentials" not in sent.headers
 
@@ -68,7 +86,9 @@ def test_pages_of_allowed_origins_may_send_and_read_every_header(serve_with) -> 
 def test_a_refused_page_is_told_the_setting_that_allows_it(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7))
     for method in ("POST", "OPTIONS"):
-        reply = client.request(method, "/v1/classify", content=jpeg, headers={"origin": SHOP, **ASKED})
+        reply = client.request(
+            method, "/v1/classify", content=jpeg, headers={"origin": SHOP, **ASKED}
+        )
         assert reply.status_code == 403
         assert "in the setting allowed_origins" in reply.json()["detail"]
     named = client.get("/info", headers={"host": "other.example"})

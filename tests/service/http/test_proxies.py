@@ -37,8 +37,19 @@ def block(language: str) -> str:
 # Values of `allowed_hosts`; headers that are accepted with them, and headers that are not.
 NAMES = {
     "": (
-        [{"host": "localhost"}, {"host": "LOCALHOST.:99"}, {"host": "10.1.2.3:80"}, {"host": "[::1]:8000"}],
-        [SHOP, {"host": "two"}, {"host": ""}, {"host": "localhost.shop.example"}, {"host": "*.localhost"}],
+        [
+            {"host": "localhost"},
+            {"host": "LOCALHOST.:99"},
+            {"host": "10.1.2.3:80"},
+            {"host": "[::1]:8000"},
+        ],
+        [
+            SHOP,
+            {"host": "two"},
+            {"host": ""},
+            {"host": "localhost.shop.example"},
+            {"host": "*.localhost"},
+        ],
     ),
     "shop.example": (
         [
@@ -48,7 +59,10 @@ NAMES = {
             {"origin": "http://shop.example"},
         ],
         [
-            *({"host": host} for host in ("a.shop.example", "shop.example.evil", "notshop.example")),
+            *(
+                {"host": host}
+                for host in ("a.shop.example", "shop.example.evil", "notshop.example")
+            ),
             *(
                 {**SHOP, "origin": origin}
                 for origin in ("null", "https://evil.example", "ftp://shop.example")
@@ -74,17 +88,23 @@ NAMES = {
 
 
 @pytest.mark.parametrize("allowed", NAMES)
-def test_requests_for_allowed_names_and_of_their_pages_are_answered(serve_with, allowed) -> None:
+def test_requests_for_allowed_names_and_of_their_pages_are_answered(
+    serve_with, allowed
+) -> None:
     client = serve_with(FakeRuntime(num_classes=7), allowed_hosts=allowed)
     answered, refused = NAMES[allowed]
-    assert [client.get("/info", headers=headers).status_code for headers in answered] == [200] * len(answered)
+    assert [client.get("/info", headers=headers).status_code for headers in answered] == [
+        200
+    ] * len(answered)
     for headers in refused:
         reply = client.get("/info", headers=headers)
         assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request"), headers
         assert "in the setting allowed_" in reply.json()["detail"]
 
 
-def test_names_are_also_checked_with_keys_or_another_address_if_they_are_set(serve_with, tmp_path) -> None:
+def test_names_are_also_checked_with_keys_or_another_address_if_they_are_set(
+    serve_with, tmp_path
+) -> None:
     secret = new_key(tmp_path / "keys.toml", "me")
     for settings in ({"keys": tmp_path / "keys.toml"}, {"host": "0.0.0.0"}):  # noqa: S104
         for allowed, statuses in (("", [200, 200]), ("shop.example", [200, 403])):
@@ -97,12 +117,22 @@ def test_names_are_also_checked_with_keys_or_another_address_if_they_are_set(ser
 
 
 LONG_NAME = ".".join(["a" * 63] * 4)[:253]
-NO_NAMES = [f"a{LONG_NAME}", "é.example", "é." * 15_000, "a." * 15_000, "xn--bcher-kva.example" * 1000]
+NO_NAMES = [
+    f"a{LONG_NAME}",
+    "é.example",
+    "é." * 15_000,
+    "a." * 15_000,
+    "xn--bcher-kva.example" * 1000,
+]
 
 
 @pytest.mark.parametrize("sent", NO_NAMES, ids=lambda name: f"{name[:12]} ({len(name)})")
-def test_a_sent_name_that_is_long_or_not_ascii_is_refused_before_it_is_encoded(serve_with, sent) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), allowed_hosts=f"*.example, {LONG_NAME}, bücher.example")
+def test_a_sent_name_that_is_long_or_not_ascii_is_refused_before_it_is_encoded(
+    serve_with, sent
+) -> None:
+    client = serve_with(
+        FakeRuntime(num_classes=7), allowed_hosts=f"*.example, {LONG_NAME}, bücher.example"
+    )
     assert client.get("/info", headers={"host": LONG_NAME}).status_code == 200
     for name, prefix in (("host", ""), ("origin", "https://")):
         value = f"{prefix}{sent}".encode("latin-1")
@@ -126,7 +156,8 @@ PAGE_BEHIND_TLS = {**FORWARDED, "origin": "https://localhost:8443"}
         ({"trusted_proxies": "127.0.0.1"}, PAGE_BEHIND_TLS, 200),
         ({}, PAGE_BEHIND_TLS, 403),
         (TRUSTED, {**FORWARDED, "origin": "https://evil.example"}, 403),
-        # The name that the browser sees counts beside that of the request: both must be own ones.
+        # The name that the browser sees counts beside that of the request: both must be own
+        # ones.
         (TRUSTED, {"x-forwarded-host": "evil.example"}, 403),
         (TRUSTED, {"x-forwarded-host": "localhost, evil.example"}, 403),
         (TRUSTED, {"host": "evil.example", "x-forwarded-host": "localhost"}, 403),
@@ -136,15 +167,24 @@ PAGE_BEHIND_TLS = {**FORWARDED, "origin": "https://localhost:8443"}
             (TRUSTED, {"x-forwarded-host": value}, 200)
             for value in ("", ",", ", ,", "localhost,", ",localhost,,")
         ),
-        *((TRUSTED, {"x-forwarded-host": value}, 403) for value in ("evil.example,", ", evil.example")),
+        *(
+            (TRUSTED, {"x-forwarded-host": value}, 403)
+            for value in ("evil.example,", ", evil.example")
+        ),
         (TRUSTED, {**PAGE_BEHIND_TLS, "x-forwarded-proto": "https,"}, 200),
         (TRUSTED, {**PAGE_BEHIND_TLS, "x-forwarded-host": "localhost:8443,"}, 200),
         (TRUSTED, {"x-forwarded-host": "", "origin": "null"}, 403),
-        (TRUSTED, [("x-forwarded-host", "localhost"), ("x-forwarded-host", "evil.example")], 403),
+        (
+            TRUSTED,
+            [("x-forwarded-host", "localhost"), ("x-forwarded-host", "evil.example")],
+            403,
+        ),
         (TRUSTED, [("x-forwarded-proto", "http"), *PAGE_BEHIND_TLS.items()], 200),
     ],
 )
-def test_forwarded_headers_count_only_from_trusted_proxies(serve_with, settings, headers, status) -> None:
+def test_forwarded_headers_count_only_from_trusted_proxies(
+    serve_with, settings, headers, status
+) -> None:
     client = serve_with(FakeRuntime(num_classes=7), **settings)
     assert client.get("/info", headers=headers).status_code == status
 
@@ -163,7 +203,9 @@ REPEATED = {  # header, and two values of which the first one alone is accepted:
 
 
 @pytest.mark.parametrize("header", REPEATED, ids=lambda header: header[0])
-def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(serve_with, tmp_path, header) -> None:
+def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(
+    serve_with, tmp_path, header
+) -> None:
     name, *values = header
     secret = new_key(tmp_path / "keys.toml", "me")
     keys = tmp_path / "keys.toml" if "KEY" in values[0] else None
@@ -182,7 +224,9 @@ def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(serve_with, tmp_p
     assert codes == ["wrong_inputs", REPEATED[header]]
 
 
-def check_prefix(client: httpx.Client, jpeg: bytes, headers: dict[str, str], root: str = "/ml") -> None:
+def check_prefix(
+    client: httpx.Client, jpeg: bytes, headers: dict[str, str], root: str = "/ml"
+) -> None:
     """Check the page, its links, the API page, requests and errors of a server below *root*."""
     page = client.get(f"{root}/", headers=headers)
     assert page.status_code == 200
@@ -195,16 +239,22 @@ def check_prefix(client: httpx.Client, jpeg: bytes, headers: dict[str, str], roo
     assert (posted.status_code, len(posted.json()["classes"])) == (200, 5)
     assert client.get(f"{root}/v2/health/ready", headers=headers).status_code == 200
     files = [("image", jpeg), ("image", b"no image")]
-    second = client.post(f"{root}/v1/classify", files=files, headers=headers).json()["results"][1]
+    second = client.post(f"{root}/v1/classify", files=files, headers=headers).json()["results"][
+        1
+    ]
     assert second["error"]["type"] == f"{root}/errors#{second['error']['code']}"
     lost = client.get(f"{root}/v1/clasify", headers=headers).json()
     assert (lost["type"], lost["status"]) == (f"{root}/errors#not_found", 404)
     assert f"{root}/v1/classify? {root}/docs" in lost["detail"]
-    assert client.get(f"{root}/v2/nothing", headers=headers).headers["x-error-code"] == "not_found"
+    assert (
+        client.get(f"{root}/v2/nothing", headers=headers).headers["x-error-code"] == "not_found"
+    )
 
 
 @pytest.mark.parametrize("root", ["/ml", "/a/b.c/"])
-def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(serve_with, jpeg, root) -> None:
+def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(
+    serve_with, jpeg, root
+) -> None:
     client = serve_with(FakeRuntime(num_classes=7), root_path=root)
     root = root.rstrip("/")
     check_prefix(client, jpeg, {}, root)
@@ -216,7 +266,9 @@ def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(serve_with, jpe
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert client.get("/v2/nothing").headers["x-error-code"] == "not_found"
     with connect(client) as wire:
-        wire.sendall(POST.replace(b"/v1", f"{root}/v2".encode()) + b"Content-Length: -1\r\n\r\n")
+        wire.sendall(
+            POST.replace(b"/v1", f"{root}/v2".encode()) + b"Content-Length: -1\r\n\r\n"
+        )
         assert read(wire).headers["x-error-code"] == "malformed_request"
 
 
@@ -245,7 +297,10 @@ def test_a_prefix_that_is_a_path_of_the_server_is_refused() -> None:
 
 def test_the_page_leaves_bodies_that_are_too_large_to_the_server() -> None:
     """Proxies answer in HTML."""
-    pages = PAGE, (Path(__file__).parents[3] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    pages = (
+        PAGE,
+        (Path(__file__).parents[3] / "docs" / "kubernetes.md").read_text(encoding="utf-8"),
+    )
     limits = re.findall(r"(?:client_max_body_size|proxy-body-size:) (\d+)m\b", "".join(pages))
     assert len(limits) == 2
     assert all(int(limit) << 20 > 2 * Settings().max_body_bytes for limit in limits)
@@ -261,15 +316,25 @@ def test_the_file_for_traefik_leads_to_the_server(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7), **tomllib.loads(block("toml")))
     sent = {
         **SHOP,
-        **{"x-forwarded-host": "shop.example", "x-forwarded-proto": "https", "x-forwarded-port": "443"},
-        **{"x-forwarded-for": "192.0.2.1", "x-real-ip": "192.0.2.1", "origin": "https://shop.example"},
+        **{
+            "x-forwarded-host": "shop.example",
+            "x-forwarded-proto": "https",
+            "x-forwarded-port": "443",
+        },
+        **{
+            "x-forwarded-for": "192.0.2.1",
+            "x-real-ip": "192.0.2.1",
+            "origin": "https://shop.example",
+        },
     }
     check_prefix(client, jpeg, {**sent, "sec-fetch-site": "same-origin"})
 
 
 def nginx(folder: Path, port: int, server: str) -> list[str]:
     """Write the file of the page for nginx; return the command."""
-    own = block("nginx").replace("443 ssl", f"127.0.0.1:{port}").replace("127.0.0.1:8000", server)
+    own = (
+        block("nginx").replace("443 ssl", f"127.0.0.1:{port}").replace("127.0.0.1:8000", server)
+    )
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
     (folder / "nginx.conf").write_text(
@@ -296,7 +361,12 @@ def traefik(folder: Path, port: int, server: str) -> list[str]:
         f"--providers.file.filename={folder}/traefik.yaml",
         f"--entryPoints.web.address=127.0.0.1:{port}",
     ]
-    return ["traefik", "--global.checkNewVersion=false", "--global.sendAnonymousUsage=false", *options]
+    return [
+        "traefik",
+        "--global.checkNewVersion=false",
+        "--global.sendAnonymousUsage=false",
+        *options,
+    ]
 
 
 @contextmanager
@@ -325,7 +395,9 @@ def proxying(
 @pytest.mark.slow
 @pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
 @pytest.mark.parametrize("write", [nginx, caddy, traefik])
-def test_the_files_for_real_proxies_lead_to_the_server(write, bundle, jpeg, tmp_path, with_keys) -> None:
+def test_the_files_for_real_proxies_lead_to_the_server(
+    write, bundle, jpeg, tmp_path, with_keys
+) -> None:
     if shutil.which(write.__name__, path=PROGRAMS) is None:
         pytest.skip(f"needs {write.__name__}")
     settings = tomllib.loads(block("toml"))
@@ -339,10 +411,17 @@ def test_the_files_for_real_proxies_lead_to_the_server(write, bundle, jpeg, tmp_
     ):
         port = proxied.base_url.port
         for host, scheme in (("shop.example", "https"), (f"shop.example:{port}", "http")):
-            check_prefix(proxied, jpeg, {**headers, "host": host, "origin": f"{scheme}://{host}"})
-        large = proxied.post("/ml/v1/classify", content=jpeg + bytes(5_000_000), headers=headers)
+            check_prefix(
+                proxied, jpeg, {**headers, "host": host, "origin": f"{scheme}://{host}"}
+            )
+        large = proxied.post(
+            "/ml/v1/classify", content=jpeg + bytes(5_000_000), headers=headers
+        )
         assert large.status_code == 200
-        for size in (21_000_000, 70_000_000):  # above the limit of the server; above that of nginx, too
+        for size in (
+            21_000_000,
+            70_000_000,
+        ):  # above the limit of the server; above that of nginx, too
             too_large = proxied.post("/ml/v1/classify", content=bytes(size), headers=headers)
             assert (too_large.status_code, too_large.json()["code"]) == (413, "too_large")
             assert too_large.headers["content-type"] == "application/problem+json"

@@ -47,7 +47,9 @@ from tests.support.raw import count
 from tests.support.service import Client, picture_bytes, wait_for
 
 MIB = 1 << 20
-linux = pytest.mark.skipif(platform.system() != "Linux", reason="limits of memory exist on Linux only")
+linux = pytest.mark.skipif(
+    platform.system() != "Linux", reason="limits of memory exist on Linux only"
+)
 OPTIONS = ChildOptions(
     memory=LIGHT_MEMORY,
     niceness=0,
@@ -76,7 +78,9 @@ def test_children_for_light_images_then_those_for_large_ones_share_the_budget(ca
         assert ("1 of 2 decoders" in caplog.text) == (used > budget)
 
 
-def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_more(caplog) -> None:
+def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_more(
+    caplog,
+) -> None:
     for budget, max_pixels, memory, warns in (
         (64 << 30, 50_000, LIGHT_MEMORY, False),  # a body may be larger than its pixels
         (64 << 30, 5_000_000, 100_000_000, False),
@@ -88,11 +92,17 @@ def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_
 
 
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
-    client, said = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png"), "use JPEG and PNG"
+    client, said = (
+        serve_with(FakeRuntime(num_classes=7), formats="jpeg,png"),
+        "use JPEG and PNG",
+    )
     for kind in ("GIF", "BMP"):
         refused = client.post("/v1/classify", content=picture_bytes(kind=kind))
         assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")
-        assert refused.json()["detail"] == f"{kind} files are not accepted; {said} (the setting formats)"
+        assert (
+            refused.json()["detail"]
+            == f"{kind} files are not accepted; {said} (the setting formats)"
+        )
     assert "JPEG and PNG. Sent to this server only." in client.get("/").text
     assert client.get("/errors").text.count(said) == 2
 
@@ -113,10 +123,14 @@ def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     expected = dict.fromkeys(misused, (422, "damaged_image"))
     expected |= {b"bug": (500, "decoder_failed"), b"die": (422, "decoder_crashed")}
     with ThreadPoolExecutor(8) as threads:
-        bad = {body: threads.submit(client.post, "/v1/classify", content=body) for body in expected}
+        bad = {
+            body: threads.submit(client.post, "/v1/classify", content=body) for body in expected
+        }
         good = [threads.submit(client.post, "/v1/classify", content=jpeg) for _ in range(70)]
         refused = {body: reply.result() for body, reply in bad.items()}
-        assert {body: (one.status_code, one.json()["code"]) for body, one in refused.items()} == expected
+        assert {
+            body: (one.status_code, one.json()["code"]) for body, one in refused.items()
+        } == expected
         assert [reply.result().status_code for reply in good] == [200] * 70
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -128,7 +142,10 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
             before = child.process
             os.kill(before, signal.SIGKILL)
             wait_for(lambda: child._transport is None)
-            assert (child.decode(jpeg).data.tolist(), child.process != before) == (expected, True)
+            assert (child.decode(jpeg).data.tolist(), child.process != before) == (
+                expected,
+                True,
+            )
         before = child.process
         assert child.decode(jpeg + b"too many").data.tolist() == expected
         wait_for(lambda: child._transport is None)
@@ -138,14 +155,18 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
         assert child.decode(jpeg).data.tolist() == expected
 
 
-def test_a_child_that_sends_too_much_is_replaced_before_the_next_image_that_waits(jpeg, template) -> None:
+def test_a_child_that_sends_too_much_is_replaced_before_the_next_image_that_waits(
+    jpeg, template
+) -> None:
     with running_child(template, OPTIONS) as child:
         before, replies = child.process, child.decode_all([jpeg + b"too many", jpeg, jpeg])
         assert [error_of(reply) for reply in replies] == ["", "", ""]
         assert child.process != before
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many files"), RuntimeError("no thread")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "too many files"), RuntimeError("no thread")]
+)
 def test_a_child_that_cannot_be_replaced_fails_its_image_and_the_next_one_tries_again(
     jpeg, template, monkeypatch, error
 ) -> None:
@@ -190,7 +211,9 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
         reply = posted.result()
     assert (reply.status_code, reply.json().get("code")) == expected
     assert count(client, 'decoder_ended_total{reason="SIGKILL"}') >= num_kills
-    assert caplog.text.count("a decoder process has ended (SIGKILL) and is replaced") >= num_kills
+    assert (
+        caplog.text.count("a decoder process has ended (SIGKILL) and is replaced") >= num_kills
+    )
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
@@ -219,24 +242,46 @@ def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch
 @linux
 def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
     with running_child(template, OPTIONS) as child:
-        assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions)
+        assert re.fullmatch(
+            r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions
+        )
         assert json.loads(child.decode(b"forbidden").data.tobytes()) == [[errno.EPERM], {}]
         environment = Path(f"/proc/{child.process}/environ").read_bytes()
         assert environment == b"OPENBLAS_NUM_THREADS=1\0"
-        assert len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4  # standard streams and its socket
+        assert (
+            len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4
+        )  # standard streams and its socket
 
 
 COSTLY = {  # options, file, error
-    "one prefix code per block": (OPTIONS, lambda: hostile.webp_codes(868, 868), "damaged_image"),
-    "the same for a large child": (LARGE, lambda: hostile.webp_codes(2000, 1500), "damaged_image"),
-    "a WebP that is too large": (OPTIONS, lambda: hostile.webp_lossless(6000, 4000), "too_much_memory"),
-    "more than the memory": (LARGE, lambda: hostile.webp_lossless(8000, 6000), "too_much_memory"),
+    "one prefix code per block": (
+        OPTIONS,
+        lambda: hostile.webp_codes(868, 868),
+        "damaged_image",
+    ),
+    "the same for a large child": (
+        LARGE,
+        lambda: hostile.webp_codes(2000, 1500),
+        "damaged_image",
+    ),
+    "a WebP that is too large": (
+        OPTIONS,
+        lambda: hostile.webp_lossless(6000, 4000),
+        "too_much_memory",
+    ),
+    "more than the memory": (
+        LARGE,
+        lambda: hostile.webp_lossless(8000, 6000),
+        "too_much_memory",
+    ),
 }
 
 
 @linux
 @pytest.mark.parametrize("name", COSTLY)
-def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_decoded(jpeg, name) -> None:
+def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_decoded(
+    jpeg, name
+) -> None:
     options, make, expected = COSTLY[name]
     with running_child(pool.shared_template(), options) as child:
         process = child.process
@@ -266,12 +311,32 @@ LIGHT = {  # file, rules, length of the file if it had more metadata, whether it
     "and with even more": (photograph, SCALED, PROPORTIONAL_BODY + 1, False),
     "one that is decoded in full": (photograph, FULL, LIGHT_BODY, False),
     "one that is copied": (photograph, None, LIGHT_BODY, False),
-    "one that needs its coefficients": (lambda: photograph(progressive=True), SCALED, LIGHT_BODY, False),
-    "one of several scans": (lambda: hostile.jpeg(4000, 3000, scans=4), SCALED, LIGHT_BODY, False),
+    "one that needs its coefficients": (
+        lambda: photograph(progressive=True),
+        SCALED,
+        LIGHT_BODY,
+        False,
+    ),
+    "one of several scans": (
+        lambda: hostile.jpeg(4000, 3000, scans=4),
+        SCALED,
+        LIGHT_BODY,
+        False,
+    ),
     "one of 70 megapixels": (lambda: hostile.jpeg(10_000, 7_000), SCALED, LIGHT_BODY, False),
     "a PNG": (lambda: picture_bytes(kind="PNG"), FULL, LIGHT_BODY, True),
-    "a PNG that is a large file": (lambda: picture_bytes(kind="PNG"), FULL, LIGHT_BODY + 1, False),
-    "a WebP of 24 megapixels": (lambda: hostile.webp_lossless(6000, 4000), FULL, LIGHT_BODY, False),
+    "a PNG that is a large file": (
+        lambda: picture_bytes(kind="PNG"),
+        FULL,
+        LIGHT_BODY + 1,
+        False,
+    ),
+    "a WebP of 24 megapixels": (
+        lambda: hostile.webp_lossless(6000, 4000),
+        FULL,
+        LIGHT_BODY,
+        False,
+    ),
     "a GIF": (lambda: picture_bytes(kind="GIF"), FULL, LIGHT_BODY, True),
     "a BMP": (lambda: picture_bytes(kind="BMP"), FULL, LIGHT_BODY, True),
     "a HEIC": (lambda: b"\0\0\0\x18ftypheic", FULL, LIGHT_BODY, False),
@@ -287,17 +352,26 @@ def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> Non
 
 
 def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_child() -> None:
-    for body in (picture_bytes(kind="PNG"), hostile.webp_codes(868, 868), hostile.jpeg(1000, 1000, scans=98)):
+    for body in (
+        picture_bytes(kind="PNG"),
+        hostile.webp_codes(868, 868),
+        hostile.jpeg(1000, 1000, scans=98),
+    ):
         cost = estimate_cost(body, SCALED)
         assert light_seconds(0, cost) == light_seconds(LIGHT_BODY, cost) < 0.16
     phone = estimate_cost(photograph(), SCALED)
     assert light_seconds(2_000_000, phone) == pytest.approx(0.1, abs=0.01)
     longest = light_seconds(PROPORTIONAL_BODY, phone._replace(pixels=LIGHT_PIXELS))
     assert longest == pytest.approx(0.27)
-    assert light_seconds(LIGHT_BODY, phone._replace(pixels=LIGHT_PIXELS, is_proportional=False)) < 0.16
+    assert (
+        light_seconds(LIGHT_BODY, phone._replace(pixels=LIGHT_PIXELS, is_proportional=False))
+        < 0.16
+    )
 
 
-def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(serve_with, monkeypatch) -> None:
+def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(
+    serve_with, monkeypatch
+) -> None:
     body = hostile.webp_lossless(3000, 2000)  # needs 120 MB
     monkeypatch.setattr(decoders, "light_seconds", lambda *_: 10.0)
     client = serve_with(FakeRuntime(num_classes=7))
@@ -305,15 +379,24 @@ def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(serve
 
 
 def test_many_photographs_that_are_decoded_in_full_wait(serve_with, monkeypatch) -> None:
-    most = decoders.MAX_PIXELS // 100  # a hundredth of all pixels, also of those of a photograph
+    most = (
+        decoders.MAX_PIXELS // 100
+    )  # a hundredth of all pixels, also of those of a photograph
     monkeypatch.setattr(decoders, "MAX_PIXELS", most)
     monkeypatch.setattr(decoders, "LIGHT_PIXELS", LIGHT_PIXELS // 100)
     client = serve_with(FakeRuntime(num_classes=7), request_timeout=120, max_pixels=most)
     body = picture_bytes(size=(400, 300))
     with ThreadPoolExecutor(32) as threads:
         with holding_large(client):
-            posted = [threads.submit(client.post, "/v1/classify", content=body) for _ in range(32)]
-            wait_for(lambda: sum(map(len, client.app.state.service.decoders.large._groups.values())) == 32)
+            posted = [
+                threads.submit(client.post, "/v1/classify", content=body) for _ in range(32)
+            ]
+            wait_for(
+                lambda: (
+                    sum(map(len, client.app.state.service.decoders.large._groups.values()))
+                    == 32
+                )
+            )
         assert {one.result().status_code for one in posted} == {200}
 
 
@@ -327,7 +410,9 @@ def holding_large(client: Client) -> Iterator[None]:
         service._loop.call_soon_threadsafe(service.large.give_work, child)
 
 
-def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, monkeypatch) -> None:
+def test_a_large_image_waits_for_few_others_and_passes_none(
+    serve_with, jpeg, monkeypatch
+) -> None:
     monkeypatch.setattr(decoders, "MAX_WAITING", 0)
     client = serve_with(FakeRuntime(num_classes=7))
     with holding_large(client):
@@ -338,8 +423,8 @@ def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, mo
     assert count(client, "decoders") == 2
 
 
-# Arrivals: a client is a letter, in capitals for its slow images, and `.` is the server itself. Then which of
-# them, numbered from 0, are refused, and the order of the others.
+# Arrivals: a client is a letter, in capitals for its slow images, and `.` is the server itself.
+# Then which of them, numbered from 0, are refused, and the order of the others.
 ARRIVALS = {
     "one client has all places": ("aaaaaaaaaa", "89", "01234567"),
     "another client gets one of them": ("aaaaaaaab", "7", "08123456"),
@@ -353,9 +438,13 @@ ARRIVALS = {
 
 
 @pytest.mark.parametrize(("arrivals", "refused", "order"), ARRIVALS.values(), ids=ARRIVALS)
-def test_clients_share_the_places_of_large_images_and_take_turns(arrivals, refused, order) -> None:
+def test_clients_share_the_places_of_large_images_and_take_turns(
+    arrivals, refused, order
+) -> None:
     children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
-    requests = [pool.Request(b"", b"", 0, range(0), loop.create_future(), MAX_PIXELS) for _ in arrivals]
+    requests = [
+        pool.Request(b"", b"", 0, range(0), loop.create_future(), MAX_PIXELS) for _ in arrivals
+    ]
     for request, client in zip(requests, arrivals, strict=True):
         children.put(request, None if client == "." else (client.lower(), client.isupper()))
     ended = {number for number, request in enumerate(requests) if request.result.done()}
@@ -374,7 +463,9 @@ def test_images_for_which_nobody_waits_free_their_places_and_their_memory(client
         children, loop = decoders.SharedChildren(Metrics()), asyncio.get_running_loop()
 
         def put(client: str) -> pool.Request:
-            request = pool.Request(BytesIO(), b"", 0, range(0), loop.create_future(), MAX_PIXELS)
+            request = pool.Request(
+                BytesIO(), b"", 0, range(0), loop.create_future(), MAX_PIXELS
+            )
             children.put(request, (client, False))
             return request
 
@@ -392,7 +483,9 @@ def test_images_for_which_nobody_waits_free_their_places_and_their_memory(client
     asyncio.run(scenario())
 
 
-def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serve_with, monkeypatch) -> None:
+def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(
+    serve_with, monkeypatch
+) -> None:
     monkeypatch.setattr(decoders, "MAX_PIXELS", 120_000)  # eight of these have room
     monkeypatch.setattr(decoders, "LIGHT_PIXELS", LIGHT_PIXELS // 100)
     options = {"decoders": 1, "trusted_proxies": "127.0.0.1", "max_pixels": 120_000}
@@ -400,7 +493,8 @@ def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serv
     large = hostile.jpeg(400, 300)
 
     def post(number: int, address: str) -> int:
-        # A client can send the first part, to which its proxy adds an element or, for all but one, a line.
+        # A client can send the first part, to which its proxy adds an element or, for all but
+        # one, a line.
         values = [f"{number}.9.9.9", address] if number else [f"{number}.9.9.9, {address}"]
         headers = [("x-forwarded-for", value) for value in values]
         return client.post("/v1/classify", content=large, headers=headers).status_code
@@ -417,11 +511,16 @@ def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(serv
 
 def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
     message = "Darwin on x86_64 is not supported by the seccomp filter"
-    header = pool.child.REPLY.pack(0, FAILED, 0, len(message))  # the first message, without a sandbox
+    header = pool.child.REPLY.pack(
+        0, FAILED, 0, len(message)
+    )  # the first message, without a sandbox
     replies = {len(header): header, len(message): message.encode()}
     monkeypatch.setattr(pool.child, "receive", lambda _end, count, _deadline: replies[count])
     required = OPTIONS._replace(sandbox="required")
-    with pytest.raises(ConfigError, match=message), running_child(pool.shared_template(), required):
+    with (
+        pytest.raises(ConfigError, match=message),
+        running_child(pool.shared_template(), required),
+    ):
         pass
     with running_child(pool.shared_template(), OPTIONS) as child:
         assert child.restrictions == f"no sandbox ({message})"
@@ -429,7 +528,11 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
 
 VERSION1 = "memory.limit_in_bytes"
 LIMITED = {  # groups of the process, files, limit
-    "version 1": ("4:memory:/a/b\n0::/\n", {f"memory/a/{VERSION1}": 700, f"memory/a/b/{VERSION1}": 900}, 700),
+    "version 1": (
+        "4:memory:/a/b\n0::/\n",
+        {f"memory/a/{VERSION1}": 700, f"memory/a/b/{VERSION1}": 900},
+        700,
+    ),
     "version 1 in a container": ("4:memory:/host/path\n", {f"memory/{VERSION1}": 800}, 800),
     "version 2": ("0::/a/b\n", {"a/memory.max": 600, "a/b/memory.max": "max"}, 600),
     "version 2 in a container": ("0::/\n", {"memory.max": 500}, 500),
@@ -438,7 +541,9 @@ LIMITED = {  # groups of the process, files, limit
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), LIMITED.values(), ids=LIMITED)
-def test_the_memory_limit_is_that_of_the_container(tmp_path, monkeypatch, groups, files, expected) -> None:
+def test_the_memory_limit_is_that_of_the_container(
+    tmp_path, monkeypatch, groups, files, expected
+) -> None:
     for name, value in files.items():
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(str(value))

@@ -35,7 +35,9 @@ def post(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/classify", content=body)
 
 
-def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(serve_with, pool, jpeg):
+def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
+    serve_with, pool, jpeg
+):
     runtime, files = Held(), [("image", jpeg)] * 2
     client = serve_with(runtime, queue_size=3, max_images=3)
     replies = [pool.submit(post, client, jpeg) for _ in range(2)]
@@ -54,7 +56,8 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
     assert 'rejected_total{reason="queue_full"} 2.0' in client.get("/metrics").text
 
 
-SHARES = {  # admitted images of each process, this one first; front ends, engines; is another one in time?
+# admitted images of each process, this one first; front ends, engines; is another one in time?
+SHARES = {
     "few images": ((2,), 0, 1, True),
     "many images": ((20,), 0, 1, False),
     "many images of another device": ((2, 20), 0, 1, True),
@@ -64,7 +67,9 @@ SHARES = {  # admitted images of each process, this one first; front ends, engin
 }
 
 
-@pytest.mark.parametrize(("admitted", "front_ends", "engines", "is_in_time"), SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize(
+    ("admitted", "front_ends", "engines", "is_in_time"), SHARES.values(), ids=SHARES
+)
 def test_only_images_on_the_same_device_delay_an_image(
     bundle, monkeypatch, admitted, front_ends, engines, is_in_time
 ):
@@ -91,7 +96,9 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     runtime = Held(largest_batch=1)
     client = serve_with(runtime)
     late = {"X-Request-Timeout-Ms": "300"}
-    replies = [pool.submit(client.post, "/v1/classify", content=jpeg, headers=late) for _ in range(4)]
+    replies = [
+        pool.submit(client.post, "/v1/classify", content=jpeg, headers=late) for _ in range(4)
+    ]
     answers = [reply.result() for reply in replies]
     assert [answer.status_code for answer in answers] == [504] * 4
     assert answers[0].json()["code"] == "deadline"
@@ -101,7 +108,9 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     assert runtime.batches == [1, 1]
 
 
-def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(serve_with, pool, jpeg):
+def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(
+    serve_with, pool, jpeg
+):
     hung = Held(largest_batch=1)
     for runtime in (Failing({1: SystemExit("the device is gone")}), hung):
         client = serve_with(runtime, batch_timeout_seconds=0.4)
@@ -112,7 +121,9 @@ def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(s
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/tiny/infer"])
-def test_only_a_request_that_is_answered_with_outputs_counts_as_a_success(serve_with, jpeg, path):
+def test_only_a_request_that_is_answered_with_outputs_counts_as_a_success(
+    serve_with, jpeg, path
+):
     client = serve_with(Failing({1: "nan"}))
     statuses = []
     for image in (jpeg, b"no image", jpeg):
@@ -123,7 +134,9 @@ def test_only_a_request_that_is_answered_with_outputs_counts_as_a_success(serve_
             body = orjson.dumps({"inputs": [given]})
         statuses.append(client.post(path, content=body).status_code)
     assert statuses == [500, 415, 200]
-    counts = (f'inference_seconds_count{{model="tiny",part="{part}"}}' for part in ("fail", "success"))
+    counts = (
+        f'inference_seconds_count{{model="tiny",part="{part}"}}' for part in ("fail", "success")
+    )
     assert [count(client, line) for line in counts] == [2, 1]
 
 
@@ -145,7 +158,9 @@ class Broken(FakeRuntime):
 
     def run(self, images):
         if self.broken and (self.everywhere or images.any()):
-            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED in a library that does not name CUDA's error")
+            raise RuntimeError(
+                "CUBLAS_STATUS_EXECUTION_FAILED in a library that does not name CUDA's error"
+            )
         return super().run(images)
 
 
@@ -167,9 +182,13 @@ def test_a_device_that_fails_every_batch_ends_the_server_and_images_that_fail_in
 @pytest.mark.parametrize(
     ("device", "cores", "expected"), [("cpu", 16, 2), ("cuda:0", 6, 6), ("cuda:0", 32, 8)]
 )
-def test_a_process_with_a_gpu_has_a_decoder_per_core(bundle, monkeypatch, device, cores, expected):
+def test_a_process_with_a_gpu_has_a_decoder_per_core(
+    bundle, monkeypatch, device, cores, expected
+):
     monkeypatch.setattr("sopdeploy_service.settings.usable_cores", lambda: cores)
-    loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={})
+    loaded = LoadedModel(
+        bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={}
+    )
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
     assert service.Service(registry, Settings())._choose_num_decoders() == expected
 
@@ -200,7 +219,9 @@ REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs
 
 
 @pytest.mark.parametrize("path", REQUESTS)
-def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(serve_with, blocked, path):
+def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
+    serve_with, blocked, path
+):
     client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
     reply = client.post(path, json=REQUESTS[path], headers={"X-Request-Timeout-Ms": "200"})
     assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
@@ -228,9 +249,18 @@ def test_a_batch_that_is_out_of_memory_is_halved_until_one_image_fails(serve_wit
 
 def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
     runtime = FakeRuntime(num_classes=7)
-    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
-    for timeout, images, seconds in ((None, 8, 10.0), (None, 3, 10.0), (None, 1, 4.0), (2.5, 3, 2.5)):
-        served = model_worker.LocalModel("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
+    loaded = LoadedModel(
+        bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5))
+    )
+    for timeout, images, seconds in (
+        (None, 8, 10.0),
+        (None, 3, 10.0),
+        (None, 1, 4.0),
+        (2.5, 3, 2.5),
+    ):
+        served = model_worker.LocalModel(
+            "tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics()
+        )
         assert served.hang_seconds(images) == seconds
 
 
@@ -266,11 +296,15 @@ def test_the_fields_of_an_answer_are_a_valid_response_model(logits, top_k, rejec
     labels = [f"class {index}" for index in range(len(logits))]
     found = Decision(rejection=rejection).answer(logits, top_k).fields(labels)
     model = Classes.model_validate(found, strict=False)
-    assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True, exclude={"warnings"}))
+    assert orjson.dumps(found) == orjson.dumps(
+        model.model_dump(exclude_none=True, exclude={"warnings"})
+    )
 
 
 def test_softmax_of_any_logits_is_the_distribution_of_its_definition():
     for logits in ([3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e-45, 0.0, -1e-45], [1, 2, 3]):
         values = np.array(logits, np.float32)
         exponentials = np.exp(values.astype(np.float64) - values.max())
-        np.testing.assert_allclose(softmax(values), exponentials / exponentials.sum(), rtol=1e-12)
+        np.testing.assert_allclose(
+            softmax(values), exponentials / exponentials.sum(), rtol=1e-12
+        )

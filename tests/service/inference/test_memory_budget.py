@@ -59,7 +59,9 @@ class Device:
 
 
 def run_with_registry(
-    bundles: Mapping[str, Path], device: Device, scenario: Callable[[BudgetedRegistry], Awaitable[None]]
+    bundles: Mapping[str, Path],
+    device: Device,
+    scenario: Callable[[BudgetedRegistry], Awaitable[None]],
 ) -> None:
     """Run *scenario* with a started registry of *bundles* on *device*."""
 
@@ -79,11 +81,15 @@ async def request(registry: BudgetedRegistry, name: str) -> bool:
     """Use the model *name*; return whether it was loaded already."""
     model = registry.find(name)
     with registry.use(model):
-        assert (await registry.wait_until_loaded(model) if not model.is_loaded else model).is_loaded
+        assert (
+            await registry.wait_until_loaded(model) if not model.is_loaded else model
+        ).is_loaded
         return model.is_loaded
 
 
-def test_the_alert_on_missing_servers_knows_one_that_has_loaded_nothing(bundle_path, monkeypatch) -> None:
+def test_the_alert_on_missing_servers_knows_one_that_has_loaded_nothing(
+    bundle_path, monkeypatch
+) -> None:
     async def scenario(registry: BudgetedRegistry) -> None:
         page = generate_latest(registry.metrics.registry).decode()
         series = re.findall(r"sopdeploy_\w+", rule["expr"])
@@ -104,7 +110,9 @@ def test_bundles_under_a_budget_are_not_reloaded(bundle_path, monkeypatch, caplo
     assert "not reloaded: impossible with memory_budget" in caplog.text
 
 
-def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_path, monkeypatch) -> None:
+def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(
+    bundle_path, monkeypatch
+) -> None:
     device = Device(10 * SIZE, monkeypatch)
     names = [f"model{number}" for number in range(100)]
     popularity = 1 / np.arange(1, 101)
@@ -158,7 +166,11 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
         running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client,
         ThreadPoolExecutor() as threads,
     ):
-        assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
+        assert (
+            client.get("/readyz").status_code
+            == client.get("/v2/models/a/ready").status_code
+            == 200
+        )
         assert client.get("/v2/models/a").json()["outputs"][0]["shape"] == [-1, 7]
         device.gate.clear()
         post = partial(client.post, "/v1/classify?model=a", content=jpeg)
@@ -166,7 +178,9 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
         wait_for(lambda: client.app.state.service.admitted == 4)
         device.gate.set()
         assert [answer.result().status_code for answer in answers] == [200] * 4
-        assert all("load;dur=" in answer.result().headers["server-timing"] for answer in answers)
+        assert all(
+            "load;dur=" in answer.result().headers["server-timing"] for answer in answers
+        )
         assert device.loads == 1
         assert "load;dur=" not in post().headers["server-timing"]
 
@@ -184,7 +198,9 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
     assert device.loaded == 0
 
 
-def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(bundle, jpeg, monkeypatch) -> None:
+def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(
+    bundle, jpeg, monkeypatch
+) -> None:
     device = Device(150 * MB, monkeypatch)
     bundles = {"a": bundle, "b": bundle}
     settings = Settings.model_validate({"memory_budget": device.budget})
@@ -222,7 +238,9 @@ def test_a_model_for_which_the_system_has_no_thread_is_not_served_and_loaded_aga
 
 
 @pytest.mark.parametrize("steps", [1, 5])  # of the loop: before the load has begun, and in it
-def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, monkeypatch, steps) -> None:
+def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(
+    bundle_path, monkeypatch, steps
+) -> None:
     device = Device(70 * MB, monkeypatch)
 
     async def scenario(registry: BudgetedRegistry) -> None:
@@ -240,7 +258,9 @@ def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, m
 
 
 def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:
-    with pytest.raises(ConfigError, match=r"a needs 0\.06 GB, the budget is 0\.02 GB; raise it"):
+    with pytest.raises(
+        ConfigError, match=r"a needs 0\.06 GB, the budget is 0\.02 GB; raise it"
+    ):
         BudgetedRegistry({"a": open_once(bundle_path)}, load_settings(memory_budget="20MB"))
     for budget in ("much", "0GB"):
         with pytest.raises(ConfigError, match="memory_budget: "):

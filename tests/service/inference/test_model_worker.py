@@ -13,7 +13,12 @@ from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference import model_worker
 from sopdeploy_service.inference.loader import LoadedModel, replay_overlapping, warm_up
-from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage, RequestQueue, run_bisected
+from sopdeploy_service.inference.model_worker import (
+    LocalModel,
+    QueuedImage,
+    RequestQueue,
+    run_bisected,
+)
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
@@ -27,7 +32,9 @@ from tests.support.service import picture_bytes, wait_for
 def fill(queue: RequestQueue, count: int) -> list[QueuedImage]:
     """Put *count* images into *queue* and return them."""
     deadline = time.monotonic() + 60
-    items = [QueuedImage(image, deadline, lambda _result: None) for image in images(*range(count))]
+    items = [
+        QueuedImage(image, deadline, lambda _result: None) for image in images(*range(count))
+    ]
     for item in items:
         queue.put(item)
     return items
@@ -58,9 +65,12 @@ def images(*first: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("size", "bad"), [(1, []), (33, []), (1, [0]), (2, [1]), (7, [3]), (64, [32]), (64, [3, 60])]
+    ("size", "bad"),
+    [(1, []), (33, []), (1, [0]), (2, [1]), (7, [3]), (64, [32]), (64, [3, 60])],
 )
-def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: list[int]) -> None:
+def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(
+    size: int, bad: list[int]
+) -> None:
     runs: list[int] = []
 
     def network(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -80,14 +90,19 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
 
 ERRORS = [
     (OutOfMemoryError(), OUT_OF_MEMORY),
-    (MemoryError("Unable to allocate 4.00 GiB for an array with shape (64, 4096)"), OUT_OF_MEMORY),
+    (
+        MemoryError("Unable to allocate 4.00 GiB for an array with shape (64, 4096)"),
+        OUT_OF_MEMORY,
+    ),
     (MemoryError(), OUT_OF_MEMORY),
     (RuntimeError("a bad image"), INFERENCE_FAILED),
 ]
 
 
 @pytest.mark.parametrize(("error", "reason"), ERRORS)
-def test_an_image_for_which_memory_is_missing_may_be_sent_again(error: Exception, reason: HttpError) -> None:
+def test_an_image_for_which_memory_is_missing_may_be_sent_again(
+    error: Exception, reason: HttpError
+) -> None:
     def network(_images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         raise error
 
@@ -95,9 +110,15 @@ def test_an_image_for_which_memory_is_missing_may_be_sent_again(error: Exception
 
 
 @pytest.mark.parametrize("pause", [0.0, 1000.0])
-def test_a_batch_counts_as_hung_by_the_time_in_which_the_process_ran(bundle, monkeypatch, pause) -> None:
+def test_a_batch_counts_as_hung_by_the_time_in_which_the_process_ran(
+    bundle, monkeypatch, pause
+) -> None:
     loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
-    model, now, pauses = LocalModel("tiny", loaded, Settings(), Metrics()), [100.0], [0.0, pause]
+    model, now, pauses = (
+        LocalModel("tiny", loaded, Settings(), Metrics()),
+        [100.0],
+        [0.0, pause],
+    )
 
     async def sleep(seconds: float) -> None:
         now[0] += seconds + (pauses.pop() if pauses else 0.0)
@@ -111,13 +132,21 @@ def test_a_batch_counts_as_hung_by_the_time_in_which_the_process_ran(bundle, mon
 
 
 MAX_BATCH = 2
-COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
+COLORS = [
+    (250, 10, 10),
+    (10, 250, 10),
+    (10, 10, 250),
+    (250, 250, 10),
+    (10, 250, 250),
+    (250, 10, 250),
+]
 
 
 class Scripted(FakeOverlappingRuntime):
     """Records the order of calls; a batch ends when `gate` is set.
 
-    *errors* has exceptions by batch number and by when they are raised: 0 at its begin, 1 at its end.
+    *errors* has exceptions by batch number and by when they are raised: 0 at its begin, 1 at
+    its end.
     """
 
     def __init__(self, errors=None) -> None:
@@ -178,7 +207,9 @@ FAILURES = {"begin": ((2, 0), [1, 2, 2, 2]), "end": ((3, 1), [1, 1, 1, 2, 2])}
 
 
 @pytest.mark.parametrize("where", FAILURES)
-def test_a_failed_batch_begins_again_or_is_halved_and_other_batches_are_unaffected(classify, where):
+def test_a_failed_batch_begins_again_or_is_halved_and_other_batches_are_unaffected(
+    classify, where
+):
     number, batches = FAILURES[where]
     runtime = Scripted({number: RuntimeError("once")})
     replies, _ = classify(runtime, 5)
@@ -216,7 +247,9 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
 class WrongFor(FakeRuntime):
     """Spoils the logits of batches for which *is_wrong* of the sizes of all batches so far is true."""
 
-    def __init__(self, is_wrong, spoil=lambda logits: np.roll(logits, 1, axis=0), device="cuda:0") -> None:
+    def __init__(
+        self, is_wrong, spoil=lambda logits: np.roll(logits, 1, axis=0), device="cuda:0"
+    ) -> None:
         super().__init__(num_classes=7, largest_batch=64, device=device)
         self._is_wrong, self._spoil = is_wrong, spoil
 
@@ -228,8 +261,12 @@ class WrongFor(FakeRuntime):
 WRONG = {
     "above 12 images": lambda sizes: sizes[-1] > 12,
     "of 2 images": lambda sizes: sizes[-1] == 2,
-    "after a batch that was much larger": lambda sizes: sizes[-2:-1] > [4 * sizes[-1]] and sizes[-1] > 1,
-    "after a batch that was much smaller": lambda sizes: len(sizes) > 1 and sizes[-1] > 16 * sizes[-2],
+    "after a batch that was much larger": lambda sizes: (
+        sizes[-2:-1] > [4 * sizes[-1]] and sizes[-1] > 1
+    ),
+    "after a batch that was much smaller": lambda sizes: (
+        len(sizes) > 1 and sizes[-1] > 16 * sizes[-2]
+    ),
 }
 
 
@@ -242,7 +279,9 @@ SPOILT = {  # logits of a batch of 2 images or more
     "rows of the images beside them": lambda logits: np.roll(logits, 1, axis=0),
     "a first row of zeros": lambda logits: with_first_row(logits, 0 * logits[0]),
     "a first row that is the second one": lambda logits: with_first_row(logits, logits[1]),
-    "a second half that is the first one": lambda logits: np.tile(logits[: len(logits) // 2], (2, 1)),
+    "a second half that is the first one": lambda logits: np.tile(
+        logits[: len(logits) // 2], (2, 1)
+    ),
 }
 
 
@@ -280,11 +319,26 @@ def test_a_cpu_runs_a_batch_more_only_if_it_is_larger_than_the_probes(max_batch,
 def test_every_size_runs_twice_and_sizes_alternate_the_second_time():
     runtime = WrongFor(lambda _sizes: False)
     timings = warm_up(mean_probes(12), runtime, 24)
-    assert runtime.batches == [1, 2, 4, 8, 16, 24, 1, 24, 2, 16, 4, 8]  # no more runs than two per size
+    assert runtime.batches == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        1,
+        24,
+        2,
+        16,
+        4,
+        8,
+    ]  # no more runs than two per size
     assert [size for size, _ in timings] == runtime.batches
 
 
-def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(serve_with, pool):
+def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(
+    serve_with, pool
+):
     runtime = Held()  # reads its images when the gate opens
     client = serve_with(runtime, decoders=1)
     images = [picture_bytes(color) for color in COLORS]

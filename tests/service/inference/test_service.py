@@ -46,7 +46,9 @@ def found(sources: Iterable[str | Path]) -> dict[str, Path]:
     return {name: bundle.path for name, bundle in read.items()}
 
 
-def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable[None]]) -> None:
+def run_with_registry(
+    first: Path, scenario: Callable[[ModelRegistry], Awaitable[None]]
+) -> None:
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
     async def run() -> None:
@@ -61,13 +63,17 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
 def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        await registry.replace({"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])})
+        await registry.replace(
+            {"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])}
+        )
         assert [(model.name, model.bundle.name) for model in registry.models()] == [
             ("second", versions[0].name),
             ("tiny", versions[1].name),
         ]
         after = registry.find("tiny")
-        with pytest.raises(RejectedError, match=f"no version .*; the current one is {after.version}"):
+        with pytest.raises(
+            RejectedError, match=f"no version .*; the current one is {after.version}"
+        ):
             registry.find("tiny", before.version)
         await registry.replace({"tiny": open_bundle(versions[1])})
         assert registry.find("tiny", after.version) is after  # it was not loaded again
@@ -78,14 +84,23 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     wait_for(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
 
 
-def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(versions, monkeypatch) -> None:
+def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(
+    versions, monkeypatch
+) -> None:
     wrong = write_bundle(versions[0].parent, wrong_by=0.01)
 
     async def scenario(registry: ModelRegistry) -> None:
-        before, runtime = registry.models(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
+        before, runtime = (
+            registry.models(),
+            Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719"))),
+        )
         with pytest.raises(ParityError, match="deviates"):
-            await registry.replace({"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)})
-        monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
+            await registry.replace(
+                {"tiny": open_bundle(versions[1]), "wrong": open_bundle(wrong)}
+            )
+        monkeypatch.setattr(
+            "sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime
+        )
         with pytest.raises(RuntimeUnavailableError):
             await registry.replace({"tiny": open_bundle(versions[1])})
         assert registry.models() == before
@@ -98,17 +113,24 @@ MODELS = {  # query, timeout: code
     ("?model=cats", "1000"): "unknown_model",
     ("?model=bees&version=0", "1000"): "unknown_version",
     **{("?model=ants", timeout): "invalid_timeout" for timeout in ("0", "1.5", "٣")},
-    **{("?model=bees", timeout): None for timeout in ("0020000", "9" * 20_000)},  # at most the server's
+    **{
+        ("?model=bees", timeout): None for timeout in ("0020000", "9" * 20_000)
+    },  # at most the server's
 }
 
 
-def test_with_several_models_a_request_names_one_and_may_name_a_timeout(bundle, onnx_runtime, jpeg) -> None:
+def test_with_several_models_a_request_names_one_and_may_name_a_timeout(
+    bundle, onnx_runtime, jpeg
+) -> None:
     with running(onnx_runtime, bundle, SETTINGS, names=("ants", "bees")) as two:
         for (query, timeout), code in MODELS.items():
             headers = {"X-Request-Timeout-Ms": timeout.encode()}
             reply = two.post(f"/v1/classify{query}", content=jpeg, headers=headers)
             assert reply.json().get("code") == code
-        assert [model["name"] for model in two.get("/info").json()["models"]] == ["ants", "bees"]
+        assert [model["name"] for model in two.get("/info").json()["models"]] == [
+            "ants",
+            "bees",
+        ]
         assert 'requests_total{code="200",model="bees"' in two.get("/metrics").text
 
 
@@ -122,11 +144,20 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
-def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_path, caplog) -> None:
+def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
+    tmp_path, caplog
+) -> None:
     folder = tmp_path / "models"
     made = {
-        (project, day): write_bundle(folder, project=project, exported_at=TIMES[day], probes=probes)
-        for project, day, probes in (("hats", 2, 3), ("hats", 1, 4), ("shoes", 0, 3), ("shoes", 3, 4))
+        (project, day): write_bundle(
+            folder, project=project, exported_at=TIMES[day], probes=probes
+        )
+        for project, day, probes in (
+            ("hats", 2, 3),
+            ("hats", 1, 4),
+            ("shoes", 0, 3),
+            ("shoes", 3, 4),
+        )
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
     caplog.set_level("INFO")
@@ -150,10 +181,16 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_pat
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
-    "half a manifest": (lambda path: shorten(path / "manifest.json"), "copy or export the bundle again"),
+    "half a manifest": (
+        lambda path: shorten(path / "manifest.json"),
+        "copy or export the bundle again",
+    ),
     "a missing file": (lambda path: (path / "probes.npz").unlink(), "probes.npz: missing"),
     "half a file": (lambda path: shorten(path / "model.onnx"), "model.onnx: has"),
-    "a flipped bit": (lambda path: flip(path / "model.onnx", 20), "model.onnx: its sha256 is not"),
+    "a flipped bit": (
+        lambda path: flip(path / "model.onnx", 20),
+        "model.onnx: its sha256 is not",
+    ),
 }
 
 
@@ -168,7 +205,9 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, c
     newer = write_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
     assert found([folder]) == {"tiny": older}
-    assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if reason in record.getMessage()] == [
+        "WARNING"
+    ]
     shutil.rmtree(older)
     with pytest.raises(BundleError) as error:
         found([folder])
@@ -204,7 +243,10 @@ def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
     """Send requests of every kind; disconnect once within a body and once during inference."""
     for body, status in ({"content": jpeg}, 200), ({"content": b"text"}, 415):
         assert client.post("/v1/classify", **body).status_code == status
-    assert client.post("/v1/classify", files=[("image", jpeg), ("image", b"text")]).status_code == 200
+    assert (
+        client.post("/v1/classify", files=[("image", jpeg), ("image", b"text")]).status_code
+        == 200
+    )
     for path in ("/v2/models/tiny", "/metrics", "/info"):
         assert client.get(path).status_code == 200
     for sent in (len(jpeg) // 2, len(jpeg)):
@@ -273,7 +315,10 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
 
 @pytest.mark.parametrize("function", ["find_bundles", "read_files"])
 def test_a_disk_that_hangs_does_not_block_later_reloads(
-    function: str, versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    function: str,
+    versions: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     gate = threading.Event()
 
@@ -297,7 +342,12 @@ FIRST_READS = {  # what a start reads from the disk before it loads a bundle
         lambda path, settings: process.find_links([path], settings),
         {"follow": True},
     ),
-    "bundles": (process, "find_bundles", lambda path, settings: process.load_registry([path], settings), {}),
+    "bundles": (
+        process,
+        "find_bundles",
+        lambda path, settings: process.load_registry([path], settings),
+        {},
+    ),
     "budget": (
         process,
         "read_files",
@@ -314,7 +364,9 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
     module, function, start, values = FIRST_READS[case]
     gate = threading.Event()
     monkeypatch.setattr(module, function, lambda *_, **__: gate.wait())
-    with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s; check the device"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"not loaded within 0\.01 s; check the device"
+    ):
         start(versions[0], Settings(threads=1, load_timeout=0.01, **values))
     gate.set()
 

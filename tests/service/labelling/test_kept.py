@@ -81,10 +81,15 @@ def test_complete_photographs_are_read_oldest_first(tmp_path: Path) -> None:
     newer = record_of(f"{1:032x}", time=datetime(2026, 11, 24, tzinfo=UTC))
     write(tmp_path, newer)
     write(tmp_path, record_of())
-    assert read_kept(tmp_path) == [(tmp_path / f"{NAME}.jpg", record_of()), (tmp_path / newer.image, newer)]
+    assert read_kept(tmp_path) == [
+        (tmp_path / f"{NAME}.jpg", record_of()),
+        (tmp_path / newer.image, newer),
+    ]
 
 
-def test_photographs_that_an_earlier_version_kept_for_each_device_are_read(tmp_path: Path) -> None:
+def test_photographs_that_an_earlier_version_kept_for_each_device_are_read(
+    tmp_path: Path,
+) -> None:
     for number, device in enumerate(("0", "1", "other")):
         (tmp_path / device).mkdir()
         write(tmp_path / device, record_of(f"{number:032x}"))
@@ -93,7 +98,9 @@ def test_photographs_that_an_earlier_version_kept_for_each_device_are_read(tmp_p
     assert [image.parent.name for image, _ in read_kept(tmp_path)] == ["0", "1"]
 
 
-def test_a_folder_beside_the_photographs_that_cannot_be_read_hides_none(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_beside_the_photographs_that_cannot_be_read_hides_none(
+    tmp_path: Path, monkeypatch
+) -> None:
     """As `lost+found` of a disk, which only the administrator can read."""
     write(tmp_path, record_of())
     (tmp_path / "lost+found").mkdir()
@@ -108,12 +115,16 @@ def test_a_folder_beside_the_photographs_that_cannot_be_read_hides_none(tmp_path
     assert [image.name for image, _ in read_kept(tmp_path)] == [f"{NAME}.jpg"]
 
 
-def test_what_is_not_a_complete_photograph_is_skipped_and_counted(tmp_path: Path, caplog) -> None:
+def test_what_is_not_a_complete_photograph_is_skipped_and_counted(
+    tmp_path: Path, caplog
+) -> None:
     write(tmp_path, record_of())
     text = record_of().model_dump_json()
     (tmp_path / f"{1:032x}.json").write_text(text[: len(text) // 2])
     (tmp_path / f"{2:032x}.json").write_bytes(b"\xff")
-    (tmp_path / f"{3:032x}.json").write_text(record_of(f"{3:032x}").model_dump_json())  # without photograph
+    (tmp_path / f"{3:032x}.json").write_text(
+        record_of(f"{3:032x}").model_dump_json()
+    )  # without photograph
     (tmp_path / f"{4:032x}.json").write_text(text)  # with the photograph of another record
     (tmp_path / f"{5:032x}.json").write_text(json.dumps([1]))
     (tmp_path / f"{6:032x}.json").mkdir()
@@ -140,4 +151,6 @@ def test_copies_have_near_hashes_and_other_photographs_do_not(copy) -> None:
     hashes = [hash_of(scene(seed)) for seed in range(20)]
     for seed, own in enumerate(hashes):
         distances = [(hash_of(copy(scene(seed))) ^ other).bit_count() for other in hashes]
-        assert [distance <= NEAR_BITS for distance in distances] == [other == own for other in hashes]
+        assert [distance <= NEAR_BITS for distance in distances] == [
+            other == own for other in hashes
+        ]

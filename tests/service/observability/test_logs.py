@@ -51,13 +51,20 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     wait_for(lambda: len(requests(stream)) == 2)
     line, rejected = requests(stream)
     expected = {"request": "trip-7", "key": "phone", "method": "POST", "route": "/v1/classify"}
-    assert line.items() >= {**expected, "status": 200, "code": "ok", "num_images": 2, "level": "info"}.items()
+    assert (
+        line.items()
+        >= {**expected, "status": 200, "code": "ok", "num_images": 2, "level": "info"}.items()
+    )
     assert line["model"] == "tiny"
     assert len(line["digest"]) >= 12
     assert line["bytes"] > 2 * len(jpeg)
     assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
     assert line["ms"] >= max(line["stages_ms"].values())
-    assert (rejected["status"], rejected["code"], rejected["route"]) == (401, "unauthenticated", "other")
+    assert (rejected["status"], rejected["code"], rejected["route"]) == (
+        401,
+        "unauthenticated",
+        "other",
+    )
     assert "key" not in rejected
     assert all(secret not in stream.read_text() for secret in (key, "guess"))
 
@@ -86,12 +93,18 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
     try:
         raise ValueError(words)
     except ValueError:
-        logging.getLogger("sopdeploy.http").exception("a mistake at %s", "\nforged", extra={"why": words})
+        logging.getLogger("sopdeploy.http").exception(
+            "a mistake at %s", "\nforged", extra={"why": words}
+        )
     logged.end()
     lines = stream.read_text().splitlines()
     assert "ValueError" in stream.read_text()
     assert "\x1b" not in stream.read_text()
-    assert len(lines) == 1 if form == "json" else all(line.startswith("    ") for line in lines[1:])
+    assert (
+        len(lines) == 1
+        if form == "json"
+        else all(line.startswith("    ") for line in lines[1:])
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,9 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
         ({"log_level": "warning"}, True, ["warn"]),
     ],
 )
-def test_which_events_are_logged_by_default_and_with_settings(logged, settings, is_terminal, expected):
+def test_which_events_are_logged_by_default_and_with_settings(
+    logged, settings, is_terminal, expected
+):
     found = logged(is_terminal=is_terminal, **settings)
     logging.getLogger("sopdeploy.server").info("hint")
     logging.getLogger("sopdeploy.inference").warning("warn")
@@ -117,7 +132,10 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
 
 def test_lines_that_a_full_disk_refuses_are_counted(logged):
     before = logs.DROPPED._value.get()
-    with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full.fileno()):
+    with (
+        Path("/dev/full").open("w") as full,
+        logs.configured(Settings(log="json"), full.fileno()),
+    ):
         logging.getLogger("sopdeploy.access").info("lost")
     assert logs.DROPPED._value.get() == before + 1
 
@@ -153,7 +171,8 @@ def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
     assert all(value < 1e-6 for value in values(page, "drift_p_value").values())
 
 
-RELOADS = {  # name and held-out predictions of the next bundle: images since the last test of drift
+# name and held-out predictions of the next bundle: images since the last test of drift
+RELOADS = {
     "a bundle with other ones": ("tiny", reference(7), ["0.0"]),
     "a bundle without them": ("tiny", None, []),
     "a bundle with another name": ("other", None, []),
@@ -167,7 +186,9 @@ def test_an_alarm_about_a_bundle_ends_when_it_is_not_served_any_more(
     monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
     name, held_out, num_images = RELOADS[case]
     following = write_bundle(tmp_path, probes=4, decision=Decision(reference=held_out))
-    with running(onnx_runtime, deciding(bundle, Decision(reference=reference(7))), Settings()) as client:
+    with running(
+        onnx_runtime, deciding(bundle, Decision(reference=reference(7))), Settings()
+    ) as client:
         client.post("/v1/classify", files=[("image", ("x.jpg", jpeg))] * 20)
         assert "sopdeploy_drift_p_value{" in client.get("/metrics").text
         replaced = client.app.state.service.registry.find()

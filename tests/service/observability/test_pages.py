@@ -37,7 +37,9 @@ def test_all_who_ask_within_a_second_share_what_was_made_once(monkeypatch) -> No
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
-def test_an_error_reaches_all_who_ask_and_the_next_second_tries_again(monkeypatch, seconds) -> None:
+def test_an_error_reaches_all_who_ask_and_the_next_second_tries_again(
+    monkeypatch, seconds
+) -> None:
     monkeypatch.setattr(pages, "SHARED_SECONDS", seconds)
     numbers = itertools.count(1)
 
@@ -72,7 +74,9 @@ def test_the_pages_of_processes_are_merged_by_metric_with_the_label_process() ->
         for one in families["sopdeploy_requests"].samples
     }
     assert counted == {("front-0", odd): 1.0, ("front-1", "b"): 1.0}
-    plain = [one.labels for one in families["sopdeploy_connections"].samples]  # without labels of its own
+    plain = [
+        one.labels for one in families["sopdeploy_connections"].samples
+    ]  # without labels of its own
     assert plain == [{"process": "front-0"}, {"process": "front-1"}]
 
 
@@ -103,11 +107,11 @@ def test_a_process_without_a_valid_page_is_down_and_changes_nothing_else(page) -
     assert up % (1, 1) in merged
 
 
-def test_a_process_that_calls_a_metric_of_others_another_type_does_not_repeat_its_head() -> None:
+def test_a_process_that_calls_a_metric_of_others_another_type_does_not_repeat_its_head() -> (
+    None
+):
     good = page_of("a")
-    wrong = (
-        b"# HELP sopdeploy_connections x\n# TYPE sopdeploy_connections counter\nsopdeploy_connections 1.0\n"
-    )
+    wrong = b"# HELP sopdeploy_connections x\n# TYPE sopdeploy_connections counter\nsopdeploy_connections 1.0\n"
     merged = merge_metrics({"front-0": good, "front-1": wrong}, b"")
     assert merged.count(b"# TYPE sopdeploy_connections ") == 1
     assert b"# TYPE sopdeploy_connections gauge\n" in merged

@@ -43,11 +43,18 @@ def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: 
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         }
-        with subprocess.Popen([*words, "--port", "0"], stdout=-1, text=True, env=variables) as child:
+        with subprocess.Popen(
+            [*words, "--port", "0"], stdout=-1, text=True, env=variables
+        ) as child:
             try:
                 address = line_of(child).split()[1]
                 headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-                assert httpx.post(f"{address}/v1/classify", content=jpeg, headers=headers).status_code == 200
+                assert (
+                    httpx.post(
+                        f"{address}/v1/classify", content=jpeg, headers=headers
+                    ).status_code
+                    == 200
+                )
                 child.send_signal(signal.SIGTERM)
                 assert child.wait(60) == 0  # the last spans are sent before the process ends
             finally:
@@ -63,4 +70,8 @@ def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: 
         for span in two.spans
     ]
     (span,) = (span for span in spans if span.kind == span.SPAN_KIND_SERVER)
-    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("POST /v1/classify", TRACE, PARENT)
+    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == (
+        "POST /v1/classify",
+        TRACE,
+        PARENT,
+    )

@@ -52,7 +52,8 @@ def test_the_slow_exact_form_is_used_only_without_vnni(
     entries: list[tuple[str, str]] = []
     options = SimpleNamespace(add_session_config_entry=lambda *entry: entries.append(entry))
     library = SimpleNamespace(
-        SessionOptions=lambda: options, GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL=99)
+        SessionOptions=lambda: options,
+        GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL=99),
     )
     session_options(library, 1, CPU)
     assert (EXACT_INT8 in entries) == lacks_vnni
@@ -65,7 +66,9 @@ PROCESSORS = {  # machine, flags: lacks VNNI
 }  # fmt: skip
 
 
-def test_vnni_counts_only_if_the_system_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vnni_counts_only_if_the_system_lists_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for (machine, flags), expected in PROCESSORS.items():
         cpuinfo = tmp_path / f"{machine} {flags}"
         if flags is not None:

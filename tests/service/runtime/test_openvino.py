@@ -38,7 +38,9 @@ def test_openvino_computes_the_outputs_of_onnx_runtime_and_keeps_them(bundle: Bu
     ("content", "message"),
     [(b"no graph", "cannot compile the graph"), (None, "has other tensors than the manifest")],
 )
-def test_another_graph_is_refused_in_one_line(bundle: Bundle, content: bytes | None, message: str) -> None:
+def test_another_graph_is_refused_in_one_line(
+    bundle: Bundle, content: bytes | None, message: str
+) -> None:
     if content is None:
         model = onnx.load_model_from_string(bundle.onnx.read())
         model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
@@ -58,12 +60,20 @@ assert not [name for name in sys.modules if name.startswith("openvino_telemetry"
 
 
 @pytest.mark.parametrize("home", ["home", "missing"])
-def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(tmp_path: Path, home: str) -> None:
+def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(
+    tmp_path: Path, home: str
+) -> None:
     (tmp_path / "home").mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # switches it off, too
+    environment = {
+        name: value for name, value in os.environ.items() if name != "CI"
+    }  # switches it off, too
     environment["HOME"] = str(tmp_path / home)
     done = subprocess.run(
-        [sys.executable, "-c", OPENS], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", OPENS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr, list((tmp_path / "home").iterdir())) == (0, "", [])
 
@@ -89,4 +99,6 @@ def test_a_signal_is_handled_after_a_thread_has_released_a_runtime(bundle_path: 
     command = [sys.executable, "-c", RELEASED_BEFORE_A_SIGNAL, str(bundle_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     # Before this line, OpenVINO warns if it cannot write to the home.
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ended by SIGTERM"), done.stderr
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ended by SIGTERM"), (
+        done.stderr
+    )

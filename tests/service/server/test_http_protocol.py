@@ -23,12 +23,19 @@ from tests.support.raw import EXPECT, GET, POST, connect, count, post_of, read
 from tests.support.service import running, wait_for
 from tests.support.strategies import damaged
 
-SHORT = {"header_timeout": 1, "body_grace_seconds": 1, "write_timeout": 1, "keep_alive_seconds": 1}
+SHORT = {
+    "header_timeout": 1,
+    "body_grace_seconds": 1,
+    "write_timeout": 1,
+    "keep_alive_seconds": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    with running(FakeRuntime(num_classes=7), bundle, Settings(max_body_bytes=1_000_000)) as client:
+    with running(
+        FakeRuntime(num_classes=7), bundle, Settings(max_body_bytes=1_000_000)
+    ) as client:
         yield client
 
 
@@ -67,9 +74,19 @@ REJECTED = {
         "many blank lines": b"\r\n" * 100_000,
     },
     (501, "unknown_transfer_coding"): {
-        f"the transfer coding {value}": POST + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n"
+        f"the transfer coding {value}": POST
+        + b"Transfer-Encoding: "
+        + value
+        + b"\r\n\r\n0\r\n\r\n"
         for value in (
-            *(b"gzip", b"identity", b"chunked;a=b", b'"chunked"', b"gzip, chunked", b"identity, chunked"),
+            *(
+                b"gzip",
+                b"identity",
+                b"chunked;a=b",
+                b'"chunked"',
+                b"gzip, chunked",
+                b"identity, chunked",
+            ),
             *(b"x\r\nTransfer-Encoding: gzip", b"x\r\nTransfer-Encoding: chunked", b",chunked"),
         )
     },
@@ -83,18 +100,34 @@ REJECTED = {
     (400, "malformed_request"): {
         "a length over 64 bits": POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
         "a negative length": POST + b"Content-Length: -1\r\n\r\n",
-        "a length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "a length and chunks": POST
+        + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         **{
-            f"the transfer coding {value}": POST + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n"
+            f"the transfer coding {value}": POST
+            + b"Transfer-Encoding: "
+            + value
+            + b"\r\n\r\n0\r\n\r\n"
             for value in (
-                *(b"chunked, gzip", b"chunked, chunked", b"chunked,identity", b"", b"\x0bchunked"),
-                *(b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\ntransfer-encoding: identity"),
+                *(
+                    b"chunked, gzip",
+                    b"chunked, chunked",
+                    b"chunked,identity",
+                    b"",
+                    b"\x0bchunked",
+                ),
+                *(
+                    b"chunked\r\nTransfer-Encoding: chunked",
+                    b"chunked\r\ntransfer-encoding: identity",
+                ),
                 b"chunked\x00",
             )
         },
-        "a space after Transfer-Encoding": POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
-        "chunks and a length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
-        "chunks and no length": POST + b"transfer-encoding: CHUNKED\r\nContent-Length: 0\r\n\r\n0\r\n\r\n",
+        "a space after Transfer-Encoding": POST
+        + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        "chunks and a length": POST
+        + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+        "chunks and no length": POST
+        + b"transfer-encoding: CHUNKED\r\nContent-Length: 0\r\n\r\n0\r\n\r\n",
         "chunks in HTTP/1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
         "a list of lengths": POST + b"Content-Length: 5, 5\r\n\r\nhello",
@@ -125,7 +158,9 @@ REJECTED = {
         for name, sent in cases.items()
     ],
 )
-def test_an_invalid_request_is_rejected_without_waiting_for_the_rest(client, wire, jpeg, status, code, sent):
+def test_an_invalid_request_is_rejected_without_waiting_for_the_rest(
+    client, wire, jpeg, status, code, sent
+):
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
@@ -140,9 +175,15 @@ def test_an_invalid_request_is_rejected_without_waiting_for_the_rest(client, wir
 INCOMPLETE = {
     "incomplete headers": (GET, "slow_request"),
     "one byte": (b"G", "slow_request"),
-    "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
+    "a body that stops": (
+        POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff",
+        "slow_body",
+    ),
     "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
-    "a body without its end": (POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999), "slow_body"),
+    "a body without its end": (
+        POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
+        "slow_body",
+    ),
     "chunks that stop": (CHUNKED + b"3\r\nabc\r\n", "slow_body"),
     "an endless chunk extension": (CHUNKED + b"3;a=", "slow_body"),
 }
@@ -183,7 +224,9 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
 def test_a_body_above_the_minimum_rate_still_ends_at_the_deadline(serve_with):
     client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=0.6)
     with connect(client) as bad:
-        bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n" + bytes(1000))  # enough for 1000 s
+        bad.sendall(
+            POST + b"Content-Length: 1000000\r\n\r\n" + bytes(1000)
+        )  # enough for 1000 s
         reply = read(bad)
     assert (reply.status, reply.code) == (408, "slow_body")
 
@@ -232,12 +275,21 @@ VALID_CODINGS = (b"chunked", b"CHUNKED", b"Chunked", b"\tchunked", b"chunked ")
 
 def test_chunks_are_accepted_in_every_valid_spelling_and_size(wire, jpeg):
     pieces = [jpeg[start : start + 50] for start in range(0, len(jpeg), 50)]
-    body = b"".join(b"%x;name=value\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    body = (
+        b"".join(b"%x;name=value\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+        + b"0\r\n\r\n"
+    )
     good = wire()
     for coding in VALID_CODINGS:
         good.sendall(POST + b"Transfer-Encoding:" + coding + b"\r\n\r\n" + body)
         assert read(good, to_the_end=False).status == 200
-    good.sendall(CHUNKED + body[:-5] + b"1\r\na\r\n" * 400 + b"0\r\n\r\n" + b"\0garbage after the request")
+    good.sendall(
+        CHUNKED
+        + body[:-5]
+        + b"1\r\na\r\n" * 400
+        + b"0\r\n\r\n"
+        + b"\0garbage after the request"
+    )
     assert read(good).status == 200
 
 
@@ -282,12 +334,17 @@ UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Setting
         (False, 0, GET + UPGRADE + b"\r\n"),
     ],
 )
-def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunked, kept, following):
+def test_a_request_that_offers_http_2_is_served_with_its_body(
+    wire, jpeg, chunked, kept, following
+):
     """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
     good = wire()
     length, body = b"Content-Length: %d" % len(jpeg), jpeg
     if chunked:
-        length, body = b"Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg)
+        length, body = (
+            b"Transfer-Encoding: chunked",
+            b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg),
+        )
     request = POST + UPGRADE + length + b"\r\n\r\n" + body
     end = len(request) - kept
     good.sendall(request[:end] + (b"" if kept else following))
@@ -311,7 +368,9 @@ def test_expect_100_gets_100_continue_or_the_rejection_before_the_body(wire, jpe
     assert read(good, to_the_end=False).status == 200
     for status, (path, headers) in EXPECTING.items():
         bad = wire()
-        bad.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % path + headers + EXPECT + b"\r\n")
+        bad.sendall(
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % path + headers + EXPECT + b"\r\n"
+        )
         assert read(bad, to_the_end=False).status == status
 
 
@@ -324,7 +383,9 @@ def test_a_client_that_ends_its_side_within_a_body_has_left(wire, jpeg):
 
 def test_http_1_0_has_no_interim_responses(wire, jpeg):
     old = wire()
-    old.sendall(POST.replace(b"1.1", b"1.0") + EXPECT + b"Content-Length: %d\r\n\r\n" % len(jpeg))
+    old.sendall(
+        POST.replace(b"1.1", b"1.0") + EXPECT + b"Content-Length: %d\r\n\r\n" % len(jpeg)
+    )
     old.sendall(jpeg)
     assert read(old).status == 200
 
@@ -364,7 +425,9 @@ def test_a_connection_over_the_limit_ends_the_oldest_one_in_its_headers(crowded,
     get(idle)
 
 
-def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(crowded, wire, monkeypatch):
+def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(
+    crowded, wire, monkeypatch
+):
     monkeypatch.setattr(http_protocol, "MIN_SHARE", 3)
     client = crowded(float("inf"))
     oldest, *others = (wire(client) for _ in range(5))
@@ -382,7 +445,11 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
     for each, end_of_body in zip(wires, (b"hello", b"", b"", b""), strict=True):
         each.sendall(end_of_body + GET)
     reply = read(wire(client))
-    assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "too_many_connections", "1")
+    assert (reply.status, reply.code, reply.headers["retry-after"]) == (
+        503,
+        "too_many_connections",
+        "1",
+    )
     for each in wires:
         each.sendall(b"\r\n")
         assert read(each, to_the_end=False).status == 200
@@ -421,7 +488,9 @@ def responded(connection, num_requests):
     return connection.server_state.total_requests == num_requests
 
 
-def test_a_client_that_does_not_read_its_last_response_makes_room_for_others(serve_with, wire, monkeypatch):
+def test_a_client_that_does_not_read_its_last_response_makes_room_for_others(
+    serve_with, wire, monkeypatch
+):
     """What the kernel does not take is then too little for the transport to pause the writing."""
     monkeypatch.setattr(http_protocol, "GRACE", 0.0)
     client = serve_with(FakeRuntime(num_classes=7), max_connections=1)
@@ -434,14 +503,18 @@ def test_a_client_that_does_not_read_its_last_response_makes_room_for_others(ser
         num_requests += 1
         bad.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_for(partial(responded, connection, num_requests))
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), client.loop).result()  # then it is written
+        asyncio.run_coroutine_threadsafe(
+            asyncio.sleep(0.01), client.loop
+        ).result()  # then it is written
     assert not connection.flow.write_paused
     bad.sendall(GET + b"Connection: close\r\n\r\n")
     wait_for(lambda: connection._closed)
     get(wire(client))
 
 
-def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(crowded, wire, monkeypatch):
+def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(
+    crowded, wire, monkeypatch
+):
     monkeypatch.setattr(http_protocol, "SPARE", 2)
     client = crowded(float("inf"))  # no body is slow
     hold(client, [wire(client) for _ in range(4)], NO_BODY)
@@ -456,7 +529,9 @@ def open_from(client, address):
     return socket.create_connection(target, timeout=60, source_address=(address, 0))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all addresses of 127.0.0.0/8")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has all addresses of 127.0.0.0/8"
+)
 @pytest.mark.parametrize("trusted", [False, True])
 def test_the_address_with_most_connections_loses_one_unless_it_is_a_trusted_proxy(
     serve_with, monkeypatch, trusted
@@ -477,7 +552,9 @@ def test_the_address_with_most_connections_loses_one_unless_it_is_a_trusted_prox
 
 
 def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire):
-    client = serve_with(FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05)
+    client = serve_with(
+        FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05
+    )
     early = wire(client)
     wait_for(lambda: len(client.app.state.connections.idle) >= 1)
     time.sleep(0.2)  # longer than the headers may take
@@ -513,16 +590,24 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
     raise_file_limit(500)
     assert calls == ([(raised, hard)] if raised else [])
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 627))
-    with pytest.raises(ConfigError, match=r"max_connections 500: needs 628 .* allows 627; lower"):
+    with pytest.raises(
+        ConfigError, match=r"max_connections 500: needs 628 .* allows 627; lower"
+    ):
         raise_file_limit(500)
 
 
-VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n" + bytes(20)
+VALID = (
+    POST
+    + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n"
+    + bytes(20)
+)
 
 
 @settings(max_examples=60)
 @given(request=damaged(VALID), cuts=st.lists(st.integers(1, len(VALID)), max_size=3))
-def test_any_bytes_get_a_response_or_a_closed_connection(fuzzed, request: bytes, cuts: list[int]) -> None:
+def test_any_bytes_get_a_response_or_a_closed_connection(
+    fuzzed, request: bytes, cuts: list[int]
+) -> None:
     with connect(fuzzed) as wire:
         for start, end in itertools.pairwise([0, *sorted(cuts), len(request)]):
             with suppress(ConnectionError):

@@ -1,7 +1,8 @@
 """What a connection may make the parser do: its work is counted, for all that a client can send.
 
-Every callback of the parser has a price: so many bytes of content that pay for it, or a number that a request
-or a connection may have. No input, however long, is more work than these prices allow.
+Every callback of the parser has a price: so many bytes of content that pay for it, or a number
+that a request or a connection may have. No input, however long, is more work than these prices
+allow.
 """
 
 import asyncio
@@ -137,7 +138,9 @@ def work_of(stream: bytes, read: int) -> Work:
         connections = Connections(Settings(), Metrics())
         config = limited_config(never, connections)
         config.lifespan = "off"
-        connection = LimitedHttpProtocol(connections, config=config, server_state=ServerState(), app_state={})
+        connection = LimitedHttpProtocol(
+            connections, config=config, server_state=ServerState(), app_state={}
+        )
         wire = Wire()
         connection.connection_made(wire)
         methods = {getattr(LimitedHttpProtocol, name).__code__: name for name in PRICES}

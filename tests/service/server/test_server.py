@@ -27,7 +27,15 @@ from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.support.children import FRONT_ENDS, ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving, spawn
+from tests.support.children import (
+    FRONT_ENDS,
+    ONE_PROCESS,
+    TWO_DEVICES,
+    WAYS,
+    ServerClient,
+    serving,
+    spawn,
+)
 from tests.support.forged import forge, graph
 from tests.support.raw import GET, POST, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
@@ -49,7 +57,9 @@ OnnxRuntime.run = changed
 WAITS = """while threading.current_thread().name == 'model_worker' and not Path({gate!r}).exists():
         time.sleep(0.01)"""
 
-HANGS = BATCH.format(before="time.sleep(1000 if threading.current_thread().name == 'model_worker' else 0)")
+HANGS = BATCH.format(
+    before="time.sleep(1000 if threading.current_thread().name == 'model_worker' else 0)"
+)
 
 HALTS = """
 import os, signal
@@ -76,7 +86,12 @@ PATIENT = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_tim
 @pytest.mark.parametrize(
     ("options", "number", "silent", "logged"),
     [
-        ([f"--setting={name}=3600" for name in PATIENT], signal.SIGINT, (b"", b"GET /li", GET), []),
+        (
+            [f"--setting={name}=3600" for name in PATIENT],
+            signal.SIGINT,
+            (b"", b"GET /li", GET),
+            [],
+        ),
         (["--log", "json"], signal.SIGTERM, (), ["started", "request", "draining", "stopped"]),
     ],
 )
@@ -84,7 +99,10 @@ def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
     bundle_path, jpeg, options, number, silent, logged
 ) -> None:
     """Clients that send nothing more do not delay the end."""
-    with serving(str(bundle_path), *options, program=faulty("")) as client, ExitStack() as stack:
+    with (
+        serving(str(bundle_path), *options, program=faulty("")) as client,
+        ExitStack() as stack,
+    ):
         for said in (*silent, GET + b"\r\n") * 5:
             stack.enter_context(connect(client)).sendall(said)
         assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -95,13 +113,18 @@ def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
 
 
 @pytest.mark.parametrize("end", ["all complete", "time", "a second signal"])
-def test_sigterm_completes_admitted_requests_unless_the_drain_ends(bundle_path, jpeg, tmp_path, end) -> None:
+def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
+    bundle_path, jpeg, tmp_path, end
+) -> None:
     gate = tmp_path / "gate"  # the first batch waits for this file
     program = faulty(BATCH.format(before=WAITS.format(gate=str(gate))))
     seconds = 0.5 if end == "time" else 60
     settings = f"max_batch=1 batch_timeout_seconds=60 drain_seconds={seconds}".split()
     options = [f"--setting={setting}" for setting in settings]
-    with serving(str(bundle_path), *options, program=program) as client, ThreadPoolExecutor(16) as pool:
+    with (
+        serving(str(bundle_path), *options, program=program) as client,
+        ThreadPoolExecutor(16) as pool,
+    ):
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
         wait_for(lambda: "sopdeploy_queue_depth 16.0" in client.get("/metrics").text, PATIENCE)
         client.child.send_signal(signal.SIGTERM)
@@ -123,7 +146,9 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(bundle_path, 
 def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, jpeg) -> None:
     request = post_of(jpeg)
     with serving(str(bundle_path), program=faulty(HALTS)) as client, ExitStack() as stack:
-        known = [(stack.enter_context(connect(client)), said) for said in (b"", POST[:11], POST) * 7]
+        known = [
+            (stack.enter_context(connect(client)), said) for said in (b"", POST[:11], POST) * 7
+        ]
         for wire, said in known:
             wire.sendall(request)
             assert read(wire, to_the_end=False).status == 200
@@ -152,14 +177,18 @@ def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
-ALL_WAYS = [ONE_PROCESS, *(pytest.param(way, marks=pytest.mark.slow) for way in (TWO_DEVICES, FRONT_ENDS))]
+ALL_WAYS = [
+    ONE_PROCESS,
+    *(pytest.param(way, marks=pytest.mark.slow) for way in (TWO_DEVICES, FRONT_ENDS)),
+]
 
 
 @contextmanager
 def traffic(client: ServerClient, jpeg: bytes) -> Iterator[Callable[[Path], bool]]:
     """Four clients send requests until the block ends, and all succeed.
 
-    The callable says whether the last requests, which reached all processes, were served by a bundle.
+    The callable says whether the last requests, which reached all processes, were served by a
+    bundle.
     """
     replies, stopped = [], threading.Event()
 
@@ -233,7 +262,9 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
 
 
 @pytest.mark.parametrize("way", ALL_WAYS)
-def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path, jpeg, way) -> None:
+def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
+    tmp_path, jpeg, way
+) -> None:
     live = tmp_path / "live"
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     promote(first, live, None)
@@ -277,7 +308,9 @@ def endless(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ALL_WAYS)
-def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(tmp_path, way) -> None:
+def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(
+    tmp_path, way
+) -> None:
     live, stuck = tmp_path / "live", endless(tmp_path / "stuck")
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     timeout = ("--setting", "load_timeout=3")
@@ -310,8 +343,14 @@ Service.start = fail
     ("error", "line"),
     [
         ("ConfigError('sandbox=required: no seccomp')", "sandbox=required: no seccomp"),
-        ("RuntimeError('no thread')", "the server cannot start (RuntimeError: no thread); check"),
-        ("BlockingIOError(11, 'Try again')", "cannot start (BlockingIOError: [Errno 11] Try again); check"),
+        (
+            "RuntimeError('no thread')",
+            "the server cannot start (RuntimeError: no thread); check",
+        ),
+        (
+            "BlockingIOError(11, 'Try again')",
+            "cannot start (BlockingIOError: [Errno 11] Try again); check",
+        ),
     ],
 )
 def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, line) -> None:
@@ -322,7 +361,9 @@ def test_an_error_of_the_start_is_one_line_with_exit_code_2(bundle_path, error, 
 
 
 @pytest.mark.parametrize(("is_stopped", "state"), [(False, "ok"), (True, "draining")])
-def test_a_signal_during_the_start_begins_a_drain_that_stays(monkeypatch, is_stopped, state) -> None:
+def test_a_signal_during_the_start_begins_a_drain_that_stays(
+    monkeypatch, is_stopped, state
+) -> None:
     app = create_app({}, Settings())
     server, service = draining_server.DrainingServer(app, Settings()), app.state.service
 
@@ -343,13 +384,19 @@ def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch)
     for seconds in (0.3, *[0.1] * 99, 0.1):
         now[0] += seconds
         assert not asyncio.run(server.on_tick(1))
-        lags.append(app.state.service.metrics.registry.get_sample_value("sopdeploy_event_loop_lag_seconds"))
+        lags.append(
+            app.state.service.metrics.registry.get_sample_value(
+                "sopdeploy_event_loop_lag_seconds"
+            )
+        )
     assert lags[0] == lags[-2] == pytest.approx(0.2)
     assert lags[-1] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("way", ALL_WAYS)
-def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
+def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
+    bundle_path, jpeg, way
+) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
         statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
@@ -359,7 +406,9 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_
         assert client.child.wait(60) == 0
 
 
-def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(bundle_path: Path) -> None:
+def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(
+    bundle_path: Path,
+) -> None:
     no_link = "no BUNDLE is a link; name one, such as bundles/live"
     with bind("127.0.0.1", 0) as taken:
         taken.listen()

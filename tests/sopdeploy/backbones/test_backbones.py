@@ -9,7 +9,9 @@ from sopdeploy import create_model
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 
-SLOW = [pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 101)]  # the same blocks, more of them
+SLOW = [
+    pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 101)
+]  # the same blocks, more of them
 
 
 @pytest.mark.parametrize("depth", [18, 50, *SLOW])
@@ -32,7 +34,9 @@ def test_resnet_has_torchvisions_keys_and_gives_its_logits(depth: int) -> None:
         ("efficientnet-lite2", "tf_efficientnet_lite2", (65, 68)),
     ],
 )
-def test_networks_have_timms_keys_and_give_its_logits(name: str, timms: str, sides: tuple[int, int]) -> None:
+def test_networks_have_timms_keys_and_give_its_logits(
+    name: str, timms: str, sides: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model(timms, num_classes=7).eval()
     ours = create_model(name, num_classes=7).eval()
@@ -45,5 +49,7 @@ def test_networks_have_timms_keys_and_give_its_logits(name: str, timms: str, sid
 
 def test_drop_probability_grows_with_depth() -> None:
     network = EfficientNet(EfficientNetConfig(stochastic_depth=0.16), 3)
-    drops = [getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage]
+    drops = [
+        getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage
+    ]
     assert drops == pytest.approx([0.01 * depth for depth in range(16)])

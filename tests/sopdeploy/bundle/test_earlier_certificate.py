@@ -14,7 +14,10 @@ from tests.support.forged import forge
 from tests.support.service import write_bundle
 
 EARLIER = {  # fields that certificates of commit 67440da2 lack, and that a damaged one may lack
-    "an earlier version": (("sha256", "contents", "precision"), "has no sha256, contents, precision"),
+    "an earlier version": (
+        ("sha256", "contents", "precision"),
+        "has no sha256, contents, precision",
+    ),
     "roots": (("roots",), "has no roots"),
 }
 
@@ -37,7 +40,8 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
     fields["roots"].pop("shipped", None)
     (bundle / CERTIFICATE).write_bytes(to_json(fields))
     with pytest.raises(
-        BundleError, match=r"has no .*roots\.shipped.*; export the bundle again from its checkpoint"
+        BundleError,
+        match=r"has no .*roots\.shipped.*; export the bundle again from its checkpoint",
     ):
         check_certificate(open_bundle(forge(bundle, bound=False)))
 

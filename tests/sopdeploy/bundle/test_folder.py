@@ -28,7 +28,14 @@ from sopdeploy.bundle.folder import (
     seal,
     staging,
 )
-from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import (
+    ID_LENGTH,
+    BatchRange,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    to_json,
+)
 from sopdeploy.bundle.probes import Probes, read_probes, replay, replay_in_turn, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
@@ -53,12 +60,16 @@ def rename_entry(bundle: Path, old: str, new: str) -> None:
     """Rename a file in the manifest and update the bundle id."""
     fields = json.loads((bundle / MANIFEST).read_bytes())
     del fields["id"], fields["sha256"]
-    fields["files"] = {new if name == old else name: record for name, record in fields["files"].items()}
+    fields["files"] = {
+        new if name == old else name: record for name, record in fields["files"].items()
+    }
     (bundle / MANIFEST).write_bytes(Manifest.model_validate_json(json.dumps(fields)).to_bytes())
 
 
 @pytest.mark.parametrize("error", [None, BundleError("x"), KeyboardInterrupt()])
-def test_the_staging_folder_is_hidden_and_never_stays(tmp_path: Path, error: BaseException | None) -> None:
+def test_the_staging_folder_is_hidden_and_never_stays(
+    tmp_path: Path, error: BaseException | None
+) -> None:
     with suppress(BundleError, KeyboardInterrupt), staging(tmp_path / "out") as folder:
         assert folder.parent.parent == tmp_path / "out"
         assert folder.parent.name.startswith(".")
@@ -69,7 +80,10 @@ def test_the_staging_folder_is_hidden_and_never_stays(tmp_path: Path, error: Bas
 
 
 def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"out: cannot be written \(No space"), staging(tmp_path / "out"):
+    with (
+        pytest.raises(StorageError, match=r"out: cannot be written \(No space"),
+        staging(tmp_path / "out"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not (tmp_path / "out").exists()
 
@@ -77,11 +91,16 @@ def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> N
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_an_unwritable_destination_is_an_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match=r"file.*: cannot be written \("), staging(tmp_path / below):
+    with (
+        pytest.raises(StorageError, match=r"file.*: cannot be written \("),
+        staging(tmp_path / below),
+    ):
         pass
 
 
-def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(tmp_path: Path) -> None:
+def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(
+    tmp_path: Path,
+) -> None:
     before = os.umask(0o077)
     try:
         with staging(tmp_path) as folder:
@@ -98,7 +117,9 @@ def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(tmp
     assert (bundle.labels, set(bundle.manifest.files)) == (tuple(LABELS), set(FILES))
 
 
-def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(tmp_path: Path) -> None:
+def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(
+    tmp_path: Path,
+) -> None:
     first, link = write_hollow(tmp_path / "bundles"), tmp_path / "bundles" / "latest"
     assert (link.readlink(), open_bundle(link).path) == (Path(first.name), first)
     second = write_hollow(tmp_path / "bundles", opset=17)
@@ -121,7 +142,9 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
         write_hollow(tmp_path)
     shutil.rmtree(path)
     other.rename(path)
-    with pytest.raises(BundleError, match="exists with another manifest; choose another folder"):
+    with pytest.raises(
+        BundleError, match="exists with another manifest; choose another folder"
+    ):
         write_hollow(tmp_path)
 
 
@@ -132,7 +155,9 @@ def test_an_identical_bundle_that_is_exported_again_gets_the_new_time(tmp_path: 
     assert write_hollow(tmp_path, exported_at=later) == path
     assert open_bundle(path).manifest.exported_at == later
     after = {file.name: file.read_bytes() for file in path.iterdir()}
-    assert [name for name in before | after if before.get(name) != after.get(name)] == [MANIFEST]
+    assert [name for name in before | after if before.get(name) != after.get(name)] == [
+        MANIFEST
+    ]
 
 
 def grow(file: Path) -> None:
@@ -150,16 +175,24 @@ def link_to(target: Callable[[Path], Path]) -> Callable[[Path], object]:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "missing|no manifest"),
     "too long": (grow, "bytes, the manifest says|not JSON"),
-    "the first bit flipped": (lambda file: flip(file, 0), "its sha256 is not the one in|not JSON"),
+    "the first bit flipped": (
+        lambda file: flip(file, 0),
+        "its sha256 is not the one in|not JSON",
+    ),
     "a folder": (replace_with(Path.mkdir), "missing|no manifest"),
     "a pipe": (replace_with(os.mkfifo), "missing|no manifest"),
-    "a link to a file outside": (link_to(lambda f: f.parent.parent / f.name), "is a link|no manifest"),
+    "a link to a file outside": (
+        link_to(lambda f: f.parent.parent / f.name),
+        "is a link|no manifest",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", [MANIFEST, "model.onnx"])
-def test_a_file_of_another_kind_or_size_is_rejected(bundle: Path, name: str, damage: str) -> None:
+def test_a_file_of_another_kind_or_size_is_rejected(
+    bundle: Path, name: str, damage: str
+) -> None:
     change, message = DAMAGE[damage]
     change(bundle / name)
     with pytest.raises(BundleError, match=message) as caught:
@@ -215,7 +248,9 @@ def test_a_huge_manifest_is_rejected_without_reading_it(bundle: Path) -> None:
 
 def test_a_file_is_parsed_only_if_its_hash_matches(bundle: Path) -> None:
     flip(bundle / "labels.json", 0)
-    with pytest.raises(BundleError, match=r"labels\.json: its sha256 is not the one in the manifest"):
+    with pytest.raises(
+        BundleError, match=r"labels\.json: its sha256 is not the one in the manifest"
+    ):
         open_bundle(bundle)
 
 
@@ -223,8 +258,14 @@ LABEL_FILES: dict[str, tuple[bytes, str]] = {
     "one too few": (to_json(LABELS[:-1]), "2 class names for 3 outputs"),
     "an object": (to_json({"0": "ant"}), "not a list of class names"),
     "not JSON": (b"ant, bee, cat", ""),
-    "a name that occurs twice": (to_json(["ant", "bee", "ant"]), "'ant': its name occurs twice"),
-    "a control character": (to_json(["ant", "bee", "c\x1b[2J"]), "its name has control characters"),
+    "a name that occurs twice": (
+        to_json(["ant", "bee", "ant"]),
+        "'ant': its name occurs twice",
+    ),
+    "a control character": (
+        to_json(["ant", "bee", "c\x1b[2J"]),
+        "its name has control characters",
+    ),
 }
 
 
@@ -300,7 +341,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         edited(version=2),
         rf"version: 2, .* reads 1; read it with sopdeploy {re.escape(__version__)}",
     ),
-    "a version that is no number": (edited(version=None), r"version: None, but this sopdeploy reads 1"),
+    "a version that is no number": (
+        edited(version=None),
+        r"version: None, but this sopdeploy reads 1",
+    ),
     "a field of a later version": (
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
         r"^extra: unknown here; read it with sopdeploy 0\.9\.1, which wrote it",
@@ -318,11 +362,20 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "another format": (edited(format="zip"), "format: .*zip"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
-    "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
+    "a negative size": (
+        edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}),
+        r"files\.a\.bytes",
+    ),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
     "another id": (edited(id="0" * 12), "was edited or damaged"),
-    "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited or damaged"),
-    "a duplicate key": (VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'), "was edited"),
+    "no id": (
+        to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}),
+        "was edited or damaged",
+    ),
+    "a duplicate key": (
+        VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
+        "was edited",
+    ),
 }
 
 
@@ -341,7 +394,9 @@ def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
     return {"logits": means, "gate": means[:, :2]}
 
 
-PROBES = Probes(images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4})
+PROBES = Probes(
+    images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4}
+)
 
 
 def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(
@@ -357,7 +412,9 @@ def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(
     fields = {"outputs": tuple(outputs), "preprocess": Preprocess(resize=4, crop=4)}
     content = (tmp_path / "a").read_bytes()
     of_probes = replace(
-        opened, manifest=opened.manifest.model_copy(update=fields), contents={"probes.npz": content}
+        opened,
+        manifest=opened.manifest.model_copy(update=fields),
+        contents={"probes.npz": content},
     )
     found = read_probes(of_probes)
     assert (found.images.dtype, found.tolerance) == (np.uint8, PROBES.tolerance)
@@ -369,7 +426,9 @@ def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
 def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     sizes: list[int] = []
-    found = replay(PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch)
+    found = replay(
+        PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch
+    )
     assert found.deviation == {"logits": 0.0, "gate": 0.0}
     assert (found.num_images, found.tolerance) == (5, PROBES.tolerance)
     assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
@@ -386,7 +445,9 @@ def test_probes_of_several_sizes_run_in_turn() -> None:
 Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 
 
-def changed(change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "logits") -> Wrong:
+def changed(
+    change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "logits"
+) -> Wrong:
     return lambda images: {**network(images), name: change(network(images)[name])}
 
 
@@ -413,4 +474,6 @@ def test_other_outputs_are_rejected(case: str, batch: int) -> None:
 def test_probes_with_nan_never_pass() -> None:
     nan = np.full((5, 3), np.nan, np.float32)
     with pytest.raises(ParityError, match="output 'logits' deviates by nan"):
-        replay(Probes(images=IMAGES, expected={"logits": nan}, tolerance={"logits": 1.0}), network)
+        replay(
+            Probes(images=IMAGES, expected={"logits": nan}, tolerance={"logits": 1.0}), network
+        )

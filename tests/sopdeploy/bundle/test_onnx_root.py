@@ -68,7 +68,9 @@ COUNTED: dict[str, Callable[[onnx.ModelProto], object]] = {
     "domain": lambda m: setattr(m.graph.node[0], "domain", "com.microsoft"),
     "attribute": lambda m: setattr(m.graph.node[0].attribute[0], "f", 0.25),
     "negative attribute": lambda m: setattr(m.graph.node[1].attribute[0], "i", -2),
-    "input type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.DOUBLE),
+    "input type": lambda m: setattr(
+        m.graph.input[0].type.tensor_type, "elem_type", TensorProto.DOUBLE
+    ),
     "opset": lambda m: setattr(m.opset_import[0], "version", 19),
     "operands": lambda m: m.graph.node[1].input.append("x"),
     "shape": lambda m: m.graph.initializer[0].dims.append(1),
@@ -87,7 +89,9 @@ def outside(model: onnx.ModelProto) -> None:
 
 
 def control_flow(model: onnx.ModelProto) -> None:
-    model.graph.node[0].attribute.append(helper.make_attribute("then_branch", onnx.GraphProto()))
+    model.graph.node[0].attribute.append(
+        helper.make_attribute("then_branch", onnx.GraphProto())
+    )
 
 
 OTHER = numpy_helper.from_array(np.array([7, 8], np.float32), "w")
@@ -107,22 +111,34 @@ def constant_with_two_values(model: onnx.ModelProto) -> None:
 
 
 REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
-    "a weight with two definitions": (lambda m: m.graph.initializer.insert(0, OTHER), "'w' is defined twice"),
+    "a weight with two definitions": (
+        lambda m: m.graph.initializer.insert(0, OTHER),
+        "'w' is defined twice",
+    ),
     "a constant that replaces a weight": (
         lambda m: m.graph.node.append(helper.make_node("Constant", [], ["w"], value=OTHER)),
         "'w' is defined twice",
     ),
     "a sparse weight that replaces a weight": (sparse, "the graph has sparse weights"),
-    "a constant with two values": (constant_with_two_values, "Constant has a tensor and another value"),
+    "a constant with two values": (
+        constant_with_two_values,
+        "Constant has a tensor and another value",
+    ),
     "weights in another file": (outside, "the weight w is stored in another file"),
     "a weight that is stored twice": (
         lambda m: m.graph.initializer[0].float_data.extend([7, 8]),
         "the weight w is stored twice",
     ),
-    "a weight without numbers": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "has no values"),
+    "a weight without numbers": (
+        lambda m: m.graph.initializer[0].ClearField("raw_data"),
+        "has no values",
+    ),
     "control flow": (control_flow, "LeakyRelu contains a subgraph"),
     "its own operator": (lambda m: m.functions.add(name="Relu"), "defines its own operators"),
-    "an unknown operand": (lambda m: m.graph.node[0].input.append("q"), "not a complete ONNX model"),
+    "an unknown operand": (
+        lambda m: m.graph.node[0].input.append("q"),
+        "not a complete ONNX model",
+    ),
 }
 
 
@@ -153,6 +169,10 @@ OTHER_BYTES = (field_set_twice, field_number_that_overflows)
 
 
 @pytest.mark.parametrize("content", OTHER_BYTES, ids=lambda function: function.__name__)
-def test_file_that_is_not_the_serialization_of_its_model_has_no_root(content: Callable[[], bytes]) -> None:
-    with pytest.raises(CertificateError, match=r"not a complete ONNX model|unknown or repeated fields"):
+def test_file_that_is_not_the_serialization_of_its_model_has_no_root(
+    content: Callable[[], bytes],
+) -> None:
+    with pytest.raises(
+        CertificateError, match=r"not a complete ONNX model|unknown or repeated fields"
+    ):
         read_model(content())

@@ -49,7 +49,9 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
     for seed, epoch in ((1, 3), (2, 2)):
         assert not np.array_equal(arrays(seed, epoch), first)
     repeated = arrays(1, 2, range(12, 24))
-    assert not np.array_equal(repeated, first), "the second use of a sample is augmented differently"
+    assert not np.array_equal(repeated, first), (
+        "the second use of a sample is augmented differently"
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -68,7 +70,9 @@ def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> 
 
 def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
     white = ArrayImages(("a",), np.full((1, 4, 4, 3), 255, np.uint8), np.zeros(1, np.int64))
-    view = AugmentedDataset(white, PadCrop(kind="pad-crop", pad=1), Preprocess(resize=4, crop=4), 0, 0)
+    view = AugmentedDataset(
+        white, PadCrop(kind="pad-crop", pad=1), Preprocess(resize=4, crop=4), 0, 0
+    )
     seen = {array.tobytes() for array in view.pixels(range(300))}
     assert len(seen) == 9
     assert {value for array in seen for value in array} == {0, 255}

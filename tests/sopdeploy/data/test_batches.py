@@ -32,7 +32,9 @@ CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
 
 @given(targets=CLASSES, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
-def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(targets, fraction, seed) -> None:
+def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(
+    targets, fraction, seed
+) -> None:
     held = hold_out([str(i) for i in range(len(targets))], np.asarray(targets), fraction, seed)
     for target, count in enumerate(np.bincount(targets)):
         out = sum(h for h, t in zip(held, targets, strict=True) if t == target)
@@ -42,7 +44,11 @@ def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(targets, fractio
 
 
 @given(
-    arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=st.sampled_from([0.0, 1.0]))
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 12), st.integers(1, 6)),
+        elements=st.sampled_from([0.0, 1.0]),
+    )
 )
 def test_images_of_several_classes_leave_a_training_image_of_every_class(targets) -> None:
     held = hold_out([str(i) for i in range(len(targets))], targets, 0.5, 0)
@@ -51,7 +57,9 @@ def test_images_of_several_classes_leave_a_training_image_of_every_class(targets
 
 
 def test_a_frequent_class_is_not_held_out_by_rare_ones() -> None:
-    frequent_and_rare = np.hstack([np.ones((4, 1)), np.eye(4)])  # each image has another rare class,
+    frequent_and_rare = np.hstack(
+        [np.ones((4, 1)), np.eye(4)]
+    )  # each image has another rare class,
     other = np.hstack([np.zeros((4, 1)), np.eye(4)])  # of which one more image exists
     targets = np.vstack([frequent_and_rare, other]).astype(np.float32)
     for seed in range(50):
@@ -84,7 +92,9 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
 
 
 @given(st.integers(1, 2000), st.integers(2, 300), st.integers(0, 2**40), st.integers(0, 99))
-def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size, seed, epoch) -> None:
+def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(
+    samples, size, seed, epoch
+) -> None:
     batches = shuffled_batches(samples, size, seed, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(samples))
     sizes = [len(batch) for batch in batches]
@@ -95,7 +105,9 @@ def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size
 
 
 def test_the_order_changes_with_seed_and_epoch() -> None:
-    orders = [shuffled_batches(50, 50, seed, epoch)[0] for seed in range(3) for epoch in range(3)]
+    orders = [
+        shuffled_batches(50, 50, seed, epoch)[0] for seed in range(3) for epoch in range(3)
+    ]
     assert len({tuple(order) for order in orders}) == 9
 
 
@@ -108,7 +120,9 @@ def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     color = ColorConfig(lighting=0.1)
     view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, color)
     batches = shuffled_batches(30, 8, 0, 0)
-    alone, shared = (list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2))
+    alone, shared = (
+        list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2)
+    )
     assert len(alone) == len(shared) == 4
     for (left, a), (right, b) in zip(alone, shared, strict=True):
         assert torch.equal(left, right)
@@ -140,7 +154,9 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
     with pytest.raises(DataError) as problem:
         train_recipe(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
-    assert text.startswith("3 images cannot be used (`sopdeploy data check --json` lists all): ")
+    assert text.startswith(
+        "3 images cannot be used (`sopdeploy data check --json` lists all): "
+    )
     assert re.search("val/dog/0.jpg: this is not an image: it is empty", text)
     assert re.search("train/cat/1.jpg: this is not.*; .*train/dog/2.jpg: the image", text)
     assert "\n" not in text
@@ -168,7 +184,9 @@ PADDED, FITTED = PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=
 
 
 @pytest.mark.parametrize("limit", [2**29, 0], ids=["in memory", "too many"])
-def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(monkeypatch, limit) -> None:
+def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(
+    monkeypatch, limit
+) -> None:
     monkeypatch.setattr(photo, "MAX_IN_MEMORY", limit)
     images = counted_images(monkeypatch)
     in_memory = photo.FittedPixels(images, FITTED)
@@ -190,15 +208,22 @@ def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(monkeypatc
 def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch) -> None:
     started, start = [], multiprocessing.process.BaseProcess.start
     monkeypatch.setattr(
-        multiprocessing.process.BaseProcess, "start", lambda self: (started.append(self), start(self))
+        multiprocessing.process.BaseProcess,
+        "start",
+        lambda self: (started.append(self), start(self)),
     )
     monkeypatch.setattr(data_batches, "usable_cores", lambda: 2)
     images, others = counted_images(monkeypatch), counted_images(monkeypatch, 7)
-    training = AugmentedDataset(images, PADDED, FITTED, 0, 0, fitted=photo.FittedPixels(images, FITTED))
+    training = AugmentedDataset(
+        images, PADDED, FITTED, 0, 0, fitted=photo.FittedPixels(images, FITTED)
+    )
     held_out, cpu = PreprocessedDataset(others, FITTED), torch.device("cpu")
     with data_batches.Loader((training, held_out), 2, cpu) as loader:
         for epoch in range(3):
-            of_epoch, batches = replace(training, epoch=epoch), shuffled_batches(30, 8, 0, epoch)
+            of_epoch, batches = (
+                replace(training, epoch=epoch),
+                shuffled_batches(30, 8, 0, epoch),
+            )
             for dataset, chosen in ((of_epoch, batches), (held_out, [[0, 3], [6]])):
                 loaded = list(load_batches(dataset, chosen, loader, cpu))
                 alone = list(load_batches(replace(dataset, fitted=None), chosen, 0, cpu))

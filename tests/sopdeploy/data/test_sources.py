@@ -37,10 +37,13 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
     assert (len(split.train), len(split.held_out)) == (train, 4)
     stored = pickle.loads((folder / test).read_bytes())  # noqa: S301
     assert np.array_equal(
-        np.asarray(split.held_out.photo(2).pixels).transpose(2, 0, 1).reshape(-1), stored["data"][2]
+        np.asarray(split.held_out.photo(2).pixels).transpose(2, 0, 1).reshape(-1),
+        stored["data"][2],
     )
     assert split.held_out.targets[2] == stored[key][2]
-    (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(
+        b"cos\nsystem\n(S'false'\ntR."
+    )
     with pytest.raises(DataError, match="holds no complete cifar-10"):
         open_at(kind, tmp_path)
 
@@ -60,7 +63,9 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     assert split.train.labels == split.held_out.labels == labels
     assert split.train.class_counts().tolist() == [each] * 3
     assert split.held_out.targets.tolist() == [0, 1, 2]
-    files = {part.path(index) for part in (split.train, split.held_out) for index in range(len(part))}
+    files = {
+        part.path(index) for part in (split.train, split.held_out) for index in range(len(part))
+    }
     assert len(files) == len(split.train) + len(split.held_out)
     assert all(split.train.photo(index).image.size == size for index in range(len(split.train)))
     held_out = open_evaluation_images(tmp_path, labels[::-1])
@@ -76,7 +81,11 @@ def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
     (tmp_path / "aircraft/fgvc-aircraft-2013b/data/variants.txt").write_text("Boeing\n")
     (tmp_path / "empty").mkdir()
     for kind, path, message in (
-        ("aircraft", "aircraft", r"FGVCAircraft cannot read the trainval images \('707-320'\); use the"),
+        (
+            "aircraft",
+            "aircraft",
+            r"FGVCAircraft cannot read the trainval images \('707-320'\); use the",
+        ),
         ("places365", "empty", "Places365 cannot read the train-standard images"),
         ("cifar100", "empty", r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
     ):
@@ -111,12 +120,17 @@ def classes_of(split: Split) -> list[str]:
     return [split.train.labels[target] for target in split.train.targets]
 
 
-def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(tmp_path, monkeypatch) -> None:
+def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(
+    tmp_path, monkeypatch
+) -> None:
     write_cifar(tmp_path, "cifar10", monkeypatch)
     for whole, some in (
         (open_at("cifar10", tmp_path), open_at("cifar10", tmp_path, classes=4)),
         (digits(None), digits(4)),
-        (open_at("aircraft", write_aircraft(tmp_path)), open_at("aircraft", tmp_path, classes=2)),
+        (
+            open_at("aircraft", write_aircraft(tmp_path)),
+            open_at("aircraft", tmp_path, classes=2),
+        ),
     ):
         kept = some.train.labels
         assert len(kept) == min(4, len(whole.train.labels) - 1)

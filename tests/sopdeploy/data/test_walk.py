@@ -50,7 +50,12 @@ def circles(root: Path, size: int) -> None:
     make(root, a=IMAGES)
     for number in range(size):
         (root / "a" / f"n{number}").mkdir()
-        for name, target in {"up": "..", "here": ".", "root": "../..", "next": f"../n{number + 1}"}.items():
+        for name, target in {
+            "up": "..",
+            "here": ".",
+            "root": "../..",
+            "next": f"../n{number + 1}",
+        }.items():
             (root / "a" / f"n{number}" / name).symlink_to(target)
 
 
@@ -121,7 +126,9 @@ def test_a_check_takes_linear_time(tmp_path: Path, monkeypatch, build) -> None:
     assert calls[30] <= 2 * calls[15]
 
 
-def test_folders_deeper_than_the_stack_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_deeper_than_the_stack_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # which is restored, also if an assertion fails
     for _ in range(1500):  # `mkdir` takes no path that is so long
         Path("d").mkdir()
@@ -140,7 +147,9 @@ def test_a_path_that_is_too_long_is_named_in_one_line(tmp_path: Path, monkeypatc
     for _ in range(25):
         Path("d" * 200).mkdir()
         os.chdir("d" * 200)
-    with pytest.raises(DataError, match=r"^[^\n]*: cannot be listed \(File name too long\); [^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^[^\n]*: cannot be listed \(File name too long\); [^\n]*$"
+    ):
         list(walk(tmp_path))
 
 
@@ -150,7 +159,9 @@ def test_the_path_of_an_image_is_that_without_links(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in walk(tmp_path)] == ["b/photos/000.jpg"]
 
 
-def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(tmp_path: Path) -> None:
+def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(
+    tmp_path: Path,
+) -> None:
     root = make(tmp_path / "photos", a=2, b=2)
     make(tmp_path, more=3)
     (root / "a" / "more").symlink_to(tmp_path / "more")
@@ -158,7 +169,11 @@ def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(tmp
     (root / "a" / "other").symlink_to("../b")
     (root / "c").symlink_to(make(tmp_path / "elsewhere", c=2) / "c")
     images = list_classes(root).images
-    assert dict(zip(images.labels, images.class_counts().tolist(), strict=True)) == {"a": 5, "b": 2, "c": 2}
+    assert dict(zip(images.labels, images.class_counts().tolist(), strict=True)) == {
+        "a": 5,
+        "b": 2,
+        "c": 2,
+    }
     assert len(open_folder(root).train) == 9
 
 

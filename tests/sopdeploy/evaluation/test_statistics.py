@@ -28,7 +28,9 @@ def table_probabilities(images: int, wins: float, losses: float) -> np.ndarray:
     """Probabilities (images + 1, images + 1) of every number of wins (rows) and losses (columns)."""
     of_wins = stats.binom.pmf(np.arange(images + 1), images, wins)
     left = images - np.arange(images + 1)
-    return of_wins[:, None] * stats.binom.pmf(np.arange(images + 1), left[:, None], losses / (1 - wins))
+    return of_wins[:, None] * stats.binom.pmf(
+        np.arange(images + 1), left[:, None], losses / (1 - wins)
+    )
 
 
 def promoted(images: int, tolerance: float) -> np.ndarray:
@@ -36,7 +38,10 @@ def promoted(images: int, tolerance: float) -> np.ndarray:
     accepted = np.zeros((images + 1, images + 1), bool)
     wins = 0
     for losses in range(images // 2 + 1):
-        while wins <= images - losses and decide(wins, losses, images, tolerance) in {"worse", "undecided"}:
+        while wins <= images - losses and decide(wins, losses, images, tolerance) in {
+            "worse",
+            "undecided",
+        }:
             wins += 1
         accepted[wins:, losses] = True
     return accepted
@@ -55,13 +60,19 @@ def test_holm_equals_the_definition() -> None:
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("wins", "losses", "images"), [(12, 5, 80), (0, 0, 50), (3, 30, 33), (1, 0, 1)])
-def test_the_ends_of_the_interval_are_just_not_rejected(wins: int, losses: int, images: int) -> None:
+@pytest.mark.parametrize(
+    ("wins", "losses", "images"), [(12, 5, 80), (0, 0, 50), (3, 30, 33), (1, 0, 1)]
+)
+def test_the_ends_of_the_interval_are_just_not_rejected(
+    wins: int, losses: int, images: int
+) -> None:
     low, high = difference_interval(wins, losses, images)
     assert -1 <= low <= (wins - losses) / images <= high <= 1
     for end, sign in ((low, 1), (high, -1)):
         if abs(end) < 1 - 1e-9:
-            assert sign * score_statistic(wins, losses, images, end) == pytest.approx(Z_95, abs=1e-3)
+            assert sign * score_statistic(wins, losses, images, end) == pytest.approx(
+                Z_95, abs=1e-3
+            )
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.03])
@@ -73,17 +84,22 @@ def test_of_bundles_that_are_worse_by_the_tolerance_at_most_5_percent_pass(
     accepted = promoted(images, tolerance)
     for differing in (*np.geomspace(1.001 * tolerance, 0.6, 12),):
         losses = (differing + tolerance) / 2
-        assert table_probabilities(images, differing - losses, losses)[accepted].sum() <= ALPHA, differing
+        assert (
+            table_probabilities(images, differing - losses, losses)[accepted].sum() <= ALPHA
+        ), differing
 
 
-@pytest.mark.parametrize(("differing", "power"), [(0.03, 0.99), (0.05, 0.92), (0.07, 0.8), (0.1, 0.66)])
+@pytest.mark.parametrize(
+    ("differing", "power"), [(0.03, 0.99), (0.05, 0.92), (0.07, 0.8), (0.1, 0.66)]
+)
 def test_three_points_better_with_300_images_passes_as_often_as_documented(
     differing: float, power: float
 ) -> None:
     wins = (differing + 0.03) / 2
     found = table_probabilities(300, wins, differing - wins)[promoted(300, 0.01)].sum()
     assert power <= found < power + 0.03
-    # The most powerful test of this level, which knows the shares, passes hardly more (Neyman and Pearson).
+    # The most powerful test of this level, which knows the shares, passes hardly more (Neyman
+    # and Pearson).
     best = stats.norm.cdf(0.04 / math.sqrt((differing - 0.0009) / 300) - stats.norm.isf(ALPHA))
     assert found > best - 0.05
 
@@ -93,7 +109,8 @@ def test_all_attempts_after_the_first_share_one_level() -> None:
     assert share_of_level(1) == 1
     assert sum(map(share_of_level, range(2, 100_000))) == pytest.approx(1, abs=1e-4)
     for attempt in (2, 5, 40):
-        images = 300  # no wins and no losses: the smallest number of images at which "not worse" is possible
+        # no wins and no losses: the smallest number of images at which "not worse" is possible
+        images = 300
         while decide(0, 0, images, 0.01, attempt) == "undecided":
             images += 1
         assert 0.99**images < ALPHA * share_of_level(attempt)
@@ -113,15 +130,21 @@ def test_the_verdict_of_each_kind() -> None:
     assert {counts: decide(*counts, 0.01) for counts in cases} == cases
 
 
-@pytest.mark.parametrize(("wins", "losses", "images"), [(9, 6, 150), (30, 20, 200), (6, 14, 200), (0, 0, 50)])
-def test_as_many_more_images_as_stated_decide_in_most_cases(wins: int, losses: int, images: int) -> None:
+@pytest.mark.parametrize(
+    ("wins", "losses", "images"), [(9, 6, 150), (30, 20, 200), (6, 14, 200), (0, 0, 50)]
+)
+def test_as_many_more_images_as_stated_decide_in_most_cases(
+    wins: int, losses: int, images: int
+) -> None:
     more = images_to_decide(wins, losses, images, 0.01)
     assert more is not None
     total = images + more
     share = table_probabilities(total, wins / images, losses / images)
     likely = np.argwhere(share > 1e-6)
     decided = sum(
-        share[won, lost] for won, lost in likely.tolist() if decide(won, lost, total, 0.01) != "undecided"
+        share[won, lost]
+        for won, lost in likely.tolist()
+        if decide(won, lost, total, 0.01) != "undecided"
     )
     assert decided > 0.7
 
@@ -158,7 +181,9 @@ def alarm_rate(shares, reference, images, drifted=None) -> float:
     rng = np.random.default_rng(0)
     first = rng.multinomial(reference, shares, SAMPLES)
     second = rng.multinomial(images, shares if drifted is None else drifted, SAMPLES)
-    p_values = [compare_counts(one, two).p_value for one, two in zip(first, second, strict=True)]
+    p_values = [
+        compare_counts(one, two).p_value for one, two in zip(first, second, strict=True)
+    ]
     return float(np.mean(np.array(p_values) < SIGNIFICANCE))
 
 
@@ -177,7 +202,9 @@ def zipf(classes: int) -> np.ndarray:
     ],
     ids=lambda value: str(len(value)) if isinstance(value, np.ndarray) else str(value),
 )
-def test_without_drift_each_test_raises_at_most_its_share_of_false_alarms(shares, reference, images):
+def test_without_drift_each_test_raises_at_most_its_share_of_false_alarms(
+    shares, reference, images
+):
     # 0.005 + 3 standard deviations of 1,000 samples
     assert alarm_rate(shares, reference, images) <= SIGNIFICANCE + 0.0067
 

@@ -14,7 +14,9 @@ from sopdeploy.images.formats import MAX_TEXT
 from sopdeploy.images.preprocess import Preprocess
 
 RULES = Preprocess(resize=32, crop=32)
-SCENE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
+SCENE = Image.fromarray(
+    np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+).resize((80, 60))
 XMP = b'<x tiff:Orientation="6"/>'
 PROFILE = b"ICC_PROFILE\0\1\1" + b"x" * 60_000
 EXIF = b"MM\0*" + struct.pack(">IHHHIHxx", 8, 1, 0x0112, 3, 1, 6) + bytes(4)
@@ -41,12 +43,16 @@ def png(*chunks: bytes, at_end: bool = False) -> bytes:
 
 def jpeg(*segments: tuple[int, bytes]) -> bytes:
     body = encoded("JPEG", quality=95)
-    added = (struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data for marker, data in segments)
+    added = (
+        struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data for marker, data in segments
+    )
     return body[:2] + b"".join(added) + body[2:]
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = encoded("WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 9, xmp=b"<", icc_profile=b"broken")
+    body = encoded(
+        "WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 9, xmp=b"<", icc_profile=b"broken"
+    )
     for name, data in chunks:
         body += name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
     return body[:4] + struct.pack("<I", len(body) - 8) + body[8:]
@@ -58,7 +64,8 @@ def gif(*comments: bytes) -> bytes:
     blocks = (
         b"!\xfe"
         + b"".join(
-            bytes([len(part)]) + part for part in (text[at : at + 255] for at in range(0, len(text), 255))
+            bytes([len(part)]) + part
+            for part in (text[at : at + 255] for at in range(0, len(text), 255))
         )
         + b"\0"
         for text in comments
@@ -72,7 +79,9 @@ PNGS = {
     "a text": lambda: png(chunk(b"tEXt", b"workflow\0" + b"y" * 2_000_000)),
     "an international text": lambda: png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)),
     "a text after the pixels": lambda: png(chunk(b"zTXt", b"prompt\0\0" + BOMB), at_end=True),
-    "XMP after the pixels": lambda: png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB), at_end=True),
+    "XMP after the pixels": lambda: png(
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB), at_end=True
+    ),
     "a profile": lambda: png(chunk(b"iCCP", b"name\0\0" + BOMB)),
     "an empty profile": lambda: png(chunk(b"iCCP", b"")),
     "an unknown method": lambda: png(chunk(b"zTXt", b"exif\0\7" + BOMB)),
@@ -80,7 +89,9 @@ PNGS = {
     "short chunks": lambda: png(
         *(chunk(name, b"") for name in (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tRNS"))
     ),
-    "wrong checksums": lambda: png(*(chunk(name, b"x", 1) for name in (b"tIME", b"eXIf", b"prVt", b"tEXt"))),
+    "wrong checksums": lambda: png(
+        *(chunk(name, b"x", 1) for name in (b"tIME", b"eXIf", b"prVt", b"tEXt"))
+    ),
 }
 JPEGS = {
     "empty segments": lambda: jpeg(*((marker, b"") for marker in (*range(0xE0, 0xF0), 0xFE))),
@@ -95,12 +106,17 @@ JPEGS = {
 @pytest.mark.parametrize(
     ("body", "plain"),
     [
-        *(pytest.param(body, lambda: encoded("PNG"), id=f"PNG: {name}") for name, body in PNGS.items()),
+        *(
+            pytest.param(body, lambda: encoded("PNG"), id=f"PNG: {name}")
+            for name, body in PNGS.items()
+        ),
         *(
             pytest.param(body, lambda: encoded("JPEG", quality=95), id=f"JPEG: {name}")
             for name, body in JPEGS.items()
         ),
-        pytest.param(lambda: webp((b"XMP ", b"y" * 2_000_000), (b"abcd", b"z")), webp, id="WebP"),
+        pytest.param(
+            lambda: webp((b"XMP ", b"y" * 2_000_000), (b"abcd", b"z")), webp, id="WebP"
+        ),
         pytest.param(lambda: gif(b"x" * 1_000_000, b"", b"y"), gif, id="GIF"),
     ],
 )

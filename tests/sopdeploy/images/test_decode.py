@@ -60,7 +60,9 @@ def test_nothing_else_opens_a_file_for_a_network() -> None:
 
 
 def photograph(width: int = 640, height: int = 480, **options: object) -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (height // 16, width // 16, 3), dtype=np.uint8
+    )
     file = io.BytesIO()
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     image.convert(options.pop("mode", "RGB")).save(file, options.pop("kind", "JPEG"), **options)
@@ -71,16 +73,26 @@ def code_of(call) -> str:
     try:
         call()
     except (DataError, ImageError) as error:
-        return getattr(error.__cause__, "code", error.code) if isinstance(error, DataError) else error.code
+        return (
+            getattr(error.__cause__, "code", error.code)
+            if isinstance(error, DataError)
+            else error.code
+        )
     return ""
 
 
-BODIES = {"baseline": photograph(), "progressive": photograph(progressive=True), "gray": photograph(mode="L")}
+BODIES = {
+    "baseline": photograph(),
+    "progressive": photograph(progressive=True),
+    "gray": photograph(mode="L"),
+}
 BODIES |= {"cmyk": photograph(mode="CMYK"), "restarts": photograph(restart_marker_rows=1)}
 BODIES |= {kind: photograph(kind=kind) for kind in ("PNG", "WEBP", "BMP")}
 
 
-@pytest.mark.parametrize("rules", [FULL, SCALED, Preprocess(crop=32, decoding="scaled")], ids=str)
+@pytest.mark.parametrize(
+    "rules", [FULL, SCALED, Preprocess(crop=32, decoding="scaled")], ids=str
+)
 @pytest.mark.parametrize("name", BODIES)
 def test_what_one_refuses_of_a_cut_file_all_refuse(name: str, rules: Preprocess) -> None:
     body = BODIES[name]
@@ -124,7 +136,9 @@ def test_the_smallest_scale_keeps_twice_the_resized_sides(size, rules, scale) ->
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash", "squash-crop"])
-def test_a_scaled_photograph_of_any_orientation_shows_what_the_full_one_does(fit, orientation) -> None:
+def test_a_scaled_photograph_of_any_orientation_shows_what_the_full_one_does(
+    fit, orientation
+) -> None:
     exif = Image.Exif()
     exif[0x112] = orientation
     body = photograph(643, 487, exif=exif, quality=95)
@@ -170,10 +184,14 @@ def test_random_boxes_come_from_the_size_in_the_header(tmp_path, decoding) -> No
     )
     upright = Image.open(tmp_path / "a.jpg").convert("RGB").transpose(TURNS[6])
     for epoch in range(3):
-        data = AugmentedDataset(images, augmentation=augmentation, preprocess=rules, seed=0, epoch=epoch)
+        data = AugmentedDataset(
+            images, augmentation=augmentation, preprocess=rules, seed=0, epoch=epoch
+        )
         random = Random(derive_seed(0, "augment", epoch, 0))
         box = augmentation.box(upright.size, 40, random)
-        expected = np.asarray(upright.resize((40, 40), Image.Resampling.BILINEAR, box=box)).astype(int)
+        expected = np.asarray(
+            upright.resize((40, 40), Image.Resampling.BILINEAR, box=box)
+        ).astype(int)
         difference = np.abs(data.pixels([0])[0] - expected)
         assert difference.max() <= (0 if decoding == "full" else 20)
         assert difference.mean() < 2
@@ -199,7 +217,9 @@ def test_old_rules_keep_every_pixel(fit: str) -> None:
     rules = Preprocess(resize=36, crop=32, fit=fit)
     bodies = draw_jpegs(rules)
     assert len(bodies) == 3
-    digest = hashlib.sha256(b"".join(decode(body, rules).pixels.tobytes() for body in bodies)).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(decode(body, rules).pixels.tobytes() for body in bodies)
+    ).hexdigest()
     assert digest[:16] == OLD_PIXELS[fit]
 
 
@@ -214,7 +234,9 @@ def test_a_golden_example_notices_a_wrong_scale() -> None:
 def test_an_image_in_memory_is_cropped_as_a_file_is() -> None:
     body = photograph(90, 70, kind="PNG")
     rules = Preprocess(resize=60, crop=40, decoding="scaled")
-    assert np.array_equal(preprocess_image(Image.open(io.BytesIO(body)), rules), decode(body, rules).pixels)
+    assert np.array_equal(
+        preprocess_image(Image.open(io.BytesIO(body)), rules), decode(body, rules).pixels
+    )
 
 
 def test_a_copy_without_metadata_has_the_pixels_of_its_original() -> None:
@@ -224,7 +246,10 @@ def test_a_copy_without_metadata_has_the_pixels_of_its_original() -> None:
 
 
 def animation(kind: str) -> bytes:
-    frames = [Image.radial_gradient("L").convert("RGB"), Image.linear_gradient("L").convert("RGB")]
+    frames = [
+        Image.radial_gradient("L").convert("RGB"),
+        Image.linear_gradient("L").convert("RGB"),
+    ]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=50)
     return file.getvalue()
@@ -234,7 +259,11 @@ def with_chunk(name: bytes, data: bytes) -> bytes:
     """Replace the first chunk *name* of an animated PNG."""
     body = animation("PNG")
     begin = body.index(name) - 4
-    return body[:begin] + chunk(name, data) + body[begin + 12 + int.from_bytes(body[begin : begin + 4]) :]
+    return (
+        body[:begin]
+        + chunk(name, data)
+        + body[begin + 12 + int.from_bytes(body[begin : begin + 4]) :]
+    )
 
 
 def with_control(content: bytes) -> bytes:
@@ -244,12 +273,21 @@ def with_control(content: bytes) -> bytes:
     return body[:begin] + b"!\xf9" + content + body[begin + 8 :]
 
 
-FRAMES = {  # what tells of frames, damaged; an intact first frame, and whether the file still has several
+# what tells of frames, damaged; an intact first frame, and whether the file still has several
+FRAMES = {
     "PNG, short control": ("PNG", lambda: with_chunk(b"acTL", b"\0\0"), False),
     "PNG, no frames": ("PNG", lambda: with_chunk(b"acTL", bytes(8)), False),
-    "PNG, billions of frames": ("PNG", lambda: with_chunk(b"acTL", b"\x7f\xff\xff\xff" * 2), True),
+    "PNG, billions of frames": (
+        "PNG",
+        lambda: with_chunk(b"acTL", b"\x7f\xff\xff\xff" * 2),
+        True,
+    ),
     "PNG, short frame": ("PNG", lambda: with_chunk(b"fcTL", bytes(4)), True),
-    "PNG, frame outside of the image": ("PNG", lambda: with_chunk(b"fcTL", bytes(4) + b"\xff" * 22), True),
+    "PNG, frame outside of the image": (
+        "PNG",
+        lambda: with_chunk(b"fcTL", bytes(4) + b"\xff" * 22),
+        True,
+    ),
     "PNG, frame without data": ("PNG", lambda: with_chunk(b"fdAT", b"\0"), True),
     "GIF, empty control": ("GIF", lambda: with_control(b"\0"), True),
     "GIF, short control": ("GIF", lambda: with_control(b"\2\0\0\0"), True),
@@ -258,7 +296,9 @@ FRAMES = {  # what tells of frames, damaged; an intact first frame, and whether 
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_a_damaged_control_of_frames_never_decides_whether_the_first_one_is_read(name: str) -> None:
+def test_a_damaged_control_of_frames_never_decides_whether_the_first_one_is_read(
+    name: str,
+) -> None:
     kind, make, is_animated = FRAMES[name]
     decoded, intact = decode(make(), FULL), decode(animation(kind), FULL)
     assert np.array_equal(decoded.pixels, intact.pixels)

@@ -36,7 +36,9 @@ def secret_exif(orientation: int = 1) -> bytes:
 
 def secret_jpeg(mode: str = "RGB", orientation: int = 1, **options: object) -> bytes:
     """A JPEG with a secret in every kind of segment, between segments and behind the end."""
-    body = encoded(scene(mode), "JPEG", exif=secret_exif(orientation), icc_profile=PROFILE, **options)
+    body = encoded(
+        scene(mode), "JPEG", exif=secret_exif(orientation), icc_profile=PROFILE, **options
+    )
     segments = [
         hostile.segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + SECRET),
         hostile.segment(0xE0, b"JFXX\0\x10" + SECRET),
@@ -71,7 +73,11 @@ JPEGS: dict[str, Callable[[], bytes]] = {
         1,
     ),
     "two photographs": lambda: encoded(
-        scene(), "MPO", save_all=True, append_images=[scene("L").convert("RGB")], exif=secret_exif()
+        scene(),
+        "MPO",
+        save_all=True,
+        append_images=[scene("L").convert("RGB")],
+        exif=secret_exif(),
     ),
 }
 
@@ -96,7 +102,9 @@ def test_a_valid_orientation_stays_as_the_only_tag(orientation: int) -> None:
     image = opened(copy)
     rotated = 2 <= orientation <= 8
     assert exif_orientation(image) == (orientation if rotated else 1)
-    assert dict(image.getexif()) == ({ExifTags.Base.Orientation: orientation} if rotated else {})
+    assert dict(image.getexif()) == (
+        {ExifTags.Base.Orientation: orientation} if rotated else {}
+    )
 
 
 def test_an_orientation_of_more_than_16_bits_is_upright() -> None:
@@ -114,7 +122,9 @@ def test_a_jpeg_without_an_end_gets_one() -> None:
 PNG_TEXT = PngImagePlugin.PngInfo()
 PNG_TEXT.add_text("Comment", SECRET.decode())
 OTHERS: dict[str, Callable[[], bytes]] = {
-    "PNG": lambda: encoded(scene(), "PNG", pnginfo=PNG_TEXT, exif=secret_exif(6), icc_profile=PROFILE),
+    "PNG": lambda: encoded(
+        scene(), "PNG", pnginfo=PNG_TEXT, exif=secret_exif(6), icc_profile=PROFILE
+    ),
     "PNG with alpha": lambda: encoded(scene("RGBA"), "PNG", pnginfo=PNG_TEXT),
     "PNG of 16 bits": lambda: encoded(scene().convert("I;16"), "PNG", pnginfo=PNG_TEXT),
     "palette": lambda: encoded(scene("P"), "PNG", pnginfo=PNG_TEXT),
@@ -129,7 +139,9 @@ def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
     assert SECRET in body
     copy, suffix = copy_without_metadata(body)
     assert (suffix, SECRET in copy, set(opened(copy).info)) == (".png", False, set())
-    assert np.array_equal(np.asarray(to_rgb(Image.open(io.BytesIO(body)), Preprocess())), opened(copy))
+    assert np.array_equal(
+        np.asarray(to_rgb(Image.open(io.BytesIO(body)), Preprocess())), opened(copy)
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,9 @@ def lossless_jpeg(marker: int = 0xC3, width: int = 24, height: int = 16) -> byte
             size = abs(difference).bit_length()  # the category, with a code of 3 bits
             bits += f"{size:03b}"
             if size:
-                bits += f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+                bits += (
+                    f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+                )
     bits += "1" * (-len(bits) % 8)
     data = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
     frame = struct.pack(">BHHB", 8, height, width, 1) + bytes((1, 0x11, 0))

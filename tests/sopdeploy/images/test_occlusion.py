@@ -27,7 +27,9 @@ def test_cells_are_counted_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("thresholds", [None, (0.9, 0.1, 0.1)])
-def test_the_explanation_is_the_loss_of_the_first_listed_class(thresholds: tuple[float, ...] | None) -> None:
+def test_the_explanation_is_the_loss_of_the_first_listed_class(
+    thresholds: tuple[float, ...] | None,
+) -> None:
     activation, activate = ("softmax", softmax) if thresholds is None else ("sigmoid", sigmoid)
     decision = Decision(activation=activation, thresholds=thresholds)
     logits = np.array([1.0, 0.5, -4.0], np.float32)
@@ -46,4 +48,6 @@ def test_there_is_no_explanation_without_a_request_or_a_class() -> None:
     logits = np.zeros(2, np.float32)
     assert Decision().answer(logits).explanation is None
     none_listed = Decision(activation="sigmoid", thresholds=(0.9, 0.9))
-    assert none_listed.answer(logits, occluded=np.zeros((49, 2), np.float32)).explanation is None
+    assert (
+        none_listed.answer(logits, occluded=np.zeros((49, 2), np.float32)).explanation is None
+    )

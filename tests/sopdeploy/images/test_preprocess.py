@@ -33,7 +33,9 @@ FUZZ = settings(max_examples=25)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 GREEN = (0, 200, 0)
-WHOLE = Preprocess(resize=8, crop=8, background=GREEN)  # of an 8 x 8 image nothing is resized or cropped
+WHOLE = Preprocess(
+    resize=8, crop=8, background=GREEN
+)  # of an 8 x 8 image nothing is resized or cropped
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -64,14 +66,20 @@ def test_pixels_equal_torchvision(
     rules = Preprocess(resize=crop + margin, crop=crop, interpolation=interpolation)
     image = noise(*size, seed)
     found, expected = preprocess_image(image, rules), from_torchvision(image, rules)
-    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((crop, crop, 3), np.uint8, True)
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == (
+        (crop, crop, 3),
+        np.uint8,
+        True,
+    )
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
     assert np.abs(found.astype(int) - expected).max() <= OVERSHOOT[interpolation]
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
-def test_of_a_strip_only_the_cropped_part_is_resized(size: tuple[int, int], monkeypatch: Any) -> None:
+def test_of_a_strip_only_the_cropped_part_is_resized(
+    size: tuple[int, int], monkeypatch: Any
+) -> None:
     strip, sizes = noise(*size), record_images(monkeypatch)
     assert preprocess_image(strip, Preprocess()).shape == (224, 224, 3)
     assert sizes == [(224, 224)]
@@ -92,7 +100,9 @@ def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
         assert list_changes(image, WHOLE) == ("sixteen_bit_scaled",)
 
 
-CORNERS = Image.new("RGB", (8, 8))  # black, with a red block at the top left, a green one at the top right
+CORNERS = Image.new(
+    "RGB", (8, 8)
+)  # black, with a red block at the top left, a green one at the top right
 CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
 CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
 # A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
@@ -119,7 +129,9 @@ def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
     assert np.array_equal(preprocess_image(image, ignoring), np.asarray(image.convert("RGB")))
     assert list_changes(image, ignoring) == ()
     tall, rules = noise(40, 60), Preprocess(resize=20, crop=16)  # resized by its upright sides
-    assert np.array_equal(preprocess_image(stored(orientation, tall), rules), preprocess_image(tall, rules))
+    assert np.array_equal(
+        preprocess_image(stored(orientation, tall), rules), preprocess_image(tall, rules)
+    )
 
 
 def with_exif(body: bytes) -> Image.Image:
@@ -161,7 +173,9 @@ def test_an_image_with_damaged_exif_data_is_not_rotated(exif: bytes) -> None:
     assert np.array_equal(preprocess_image(image, WHOLE), np.asarray(image.convert("RGB")))
 
 
-SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from([(1, 300), (300, 1), (1, 1)])
+SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from(
+    [(1, 300), (300, 1), (1, 1)]
+)
 
 
 def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
@@ -174,7 +188,9 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
         depth = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
         return Image.frombytes(mode, size, values.astype(depth).tobytes())
     bands = len(Image.new(mode, (1, 1)).getbands())
-    layers = list(map(Image.fromarray, rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85))
+    layers = list(
+        map(Image.fromarray, rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85)
+    )
     image = layers[0] if mode in {"1", "P"} else Image.merge(mode, layers)
     if mode == "1":
         image = image.convert("1")
@@ -187,7 +203,20 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
     return image
 
 
-KINDS = ["1", "1 gray", "L", "L gray", "LA", "P", "P index", "P partial", "PA", "RGB", "RGB color", "RGBA"]
+KINDS = [
+    "1",
+    "1 gray",
+    "L",
+    "L gray",
+    "LA",
+    "P",
+    "P index",
+    "P partial",
+    "PA",
+    "RGB",
+    "RGB color",
+    "RGBA",
+]
 KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
 
 
@@ -203,7 +232,10 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
         patch.setattr(pixels, "TILE", tile)
         found, changes = to_rgb(few_values(kind, size, seed), rules), list_changes(image, rules)
     assert (found.mode, found.size, found.tobytes()) == ("RGB", size, whole.tobytes())
-    clear = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    clear = (
+        image.has_transparency_data
+        and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    )
     assert ("alpha_flattened" in changes) == clear
 
 
@@ -214,7 +246,9 @@ def test_gray_with_premultiplied_transparency_is_converted_as_without() -> None:
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
 
 
 def png(depth: int, color: int, row: bytes, width: int, *extra: bytes) -> bytes:
@@ -241,10 +275,22 @@ TRANSPARENT = {
         png(16, 0, words(1000, 1001, 999, 1257, 65535), 5, trns(1000)),
         [GREEN, GRAYS[4], GRAYS[4], GRAYS[5], GRAYS[255]],
     ),
-    "16-bit gray, white transparent": (png(16, 0, words(65535, 65534), 2, trns(65535)), [GREEN, GRAYS[255]]),
-    "8-bit gray": (png(8, 0, bytes([100, 101, 0]), 3, trns(100)), [GREEN, GRAYS[101], GRAYS[0]]),
-    "4-bit gray": (png(4, 0, bytes([0x5F, 0x05]), 4, trns(5)), [GREEN, GRAYS[255], GRAYS[0], GREEN]),
-    "2-bit gray": (png(2, 0, bytes([0b10110100]), 4, trns(2)), [GREEN, GRAYS[255], GRAYS[85], GRAYS[0]]),
+    "16-bit gray, white transparent": (
+        png(16, 0, words(65535, 65534), 2, trns(65535)),
+        [GREEN, GRAYS[255]],
+    ),
+    "8-bit gray": (
+        png(8, 0, bytes([100, 101, 0]), 3, trns(100)),
+        [GREEN, GRAYS[101], GRAYS[0]],
+    ),
+    "4-bit gray": (
+        png(4, 0, bytes([0x5F, 0x05]), 4, trns(5)),
+        [GREEN, GRAYS[255], GRAYS[0], GREEN],
+    ),
+    "2-bit gray": (
+        png(2, 0, bytes([0b10110100]), 4, trns(2)),
+        [GREEN, GRAYS[255], GRAYS[85], GRAYS[0]],
+    ),
     "1-bit gray": (png(1, 0, bytes([0b10000000]), 2, trns(1)), [GREEN, GRAYS[0]]),
     "8-bit RGB": (png(8, 2, bytes([1, 2, 3, 1, 2, 4]), 2, trns(1, 2, 3)), [GREEN, (1, 2, 4)]),
     "16-bit RGB": (
@@ -272,7 +318,9 @@ def gif_with_frame(left: int, top: int, **options: Any) -> bytes:
     frame.putpalette([0, 255, 0, 255, 0, 0, 0, 0, 255])
     frame.putpixel((0, 0), 2)
     body = bytearray(encoded(frame, "GIF", optimize=False, **options))
-    body[6:10] = struct.pack("<2H", 9, 8)  # the size of the canvas, then the position of the frame
+    body[6:10] = struct.pack(
+        "<2H", 9, 8
+    )  # the size of the canvas, then the position of the frame
     separator = body.index(b",")
     body[separator + 1 : separator + 5] = struct.pack("<2H", left, top)
     return bytes(body)
@@ -347,7 +395,10 @@ def test_training_refuses_what_the_server_refuses(body: bytes) -> None:
 
 
 def test_one_set_of_limits_holds_for_training_and_server() -> None:
-    assert (Settings().max_body_bytes, Settings().max_pixels) == (formats.MAX_BYTES, formats.MAX_PIXELS)
+    assert (Settings().max_body_bytes, Settings().max_pixels) == (
+        formats.MAX_BYTES,
+        formats.MAX_PIXELS,
+    )
     with pytest.raises(DataError, match="larger than 20000000 bytes, the limit; "):
         Photo("photo", b"\xff\xd8\xff" + bytes(20_000_000)).preprocess(RULES)
 

@@ -1,9 +1,10 @@
 """Weight files of released networks, and the logits that the released code computes from them.
 
-`released.json` has, for each network, the names and shapes of the tensors in its file and logits in float64.
-They were written by networks after the code of fast-MPN-COV, GSoP, pytorch_resnet_cifar10 and GM-SOP
-(MatConvNet, with MATLAB's axes), with short stages and narrow layers where the definition leaves room.
-`norms` have the tensors of a batch norm. Weights and images depend on their names and shapes only.
+`released.json` has, for each network, the names and shapes of the tensors in its file and
+logits in float64. They were written by networks after the code of fast-MPN-COV, GSoP,
+pytorch_resnet_cifar10 and GM-SOP (MatConvNet, with MATLAB's axes), with short stages and narrow
+layers where the definition leaves room. `norms` have the tensors of a batch norm. Weights and
+images depend on their names and shapes only.
 """
 
 import json
@@ -22,7 +23,9 @@ from sopdeploy.importers.import_weights import ImportReport, import_weights
 from sopdeploy.models.base import Classifier
 from tests.sweep.goldens import numbers
 
-RELEASED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+RELEASED: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_suffix(".json").read_text("utf-8")
+)
 SHORT = (2, 1, 1, 1)  # blocks per stage; their weights have every kind of name
 VGG_WIDTHS, VGG_HIDDEN = (8, 8, 16, 16, 16), 32  # with B-CNN, the last stage has 512 channels
 COUNTER = "num_batches_tracked"
@@ -44,7 +47,10 @@ def state_of(name: str) -> dict[str, Tensor]:
     network = RELEASED[name]
     shapes = {key: tuple(shape) for key, shape in network["tensors"].items()}
     for norm, width in network["norms"].items():
-        shapes |= {f"{norm}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{norm}.{leaf}": (width,)
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        }
     counters = {f"{norm}.{COUNTER}": torch.tensor(0) for norm in network["norms"]}
     return {key: weight(key, shape) for key, shape in shapes.items()} | counters
 
@@ -79,7 +85,9 @@ def assert_logits(ours: nn.Module, expected: Tensor, images: Tensor) -> None:
     """Compare the logits with the *expected* ones in float64, and less strictly in float32."""
     torch.testing.assert_close(ours.double()(images), expected, rtol=1e-7, atol=1e-7)
     found = ours.float()(images.float())
-    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found, expected.float(), rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+    )
 
 
 def assert_released_logits(ours: nn.Module, name: str) -> None:
@@ -119,10 +127,16 @@ def matconvnet(name: str) -> Net:
     """Return the MatConvNet network *name*."""
     stored = RELEASED[name]
     layers = [
-        (layer, f"dagnn.{kind}", {key: np.array(v) if key == "stride" else v for key, v in block.items()})
+        (
+            layer,
+            f"dagnn.{kind}",
+            {key: np.array(v) if key == "stride" else v for key, v in block.items()},
+        )
         for layer, kind, block in stored["layers"]
     ]
-    net = Net({key: mat_weight(key, tuple(shape)) for key, shape in stored["tensors"].items()}, layers)
+    net = Net(
+        {key: mat_weight(key, tuple(shape)) for key, shape in stored["tensors"].items()}, layers
+    )
     for norm, width in stored["norms"].items():
         net.norm(norm, width)
     return net
@@ -145,10 +159,21 @@ def tree(net: Net, dtype: str) -> dict[str, Any]:
         {"name": name, "type": kind, "inputs": ("x",), "params": (), "block": block}
         for name, kind, block in net.layers
     ]
-    normalization = {"averageImage": np.array(AVERAGE)[:, None], "imageSize": np.array([[SIDE, SIDE, 3.0]])}
-    meta = {"normalization": normalization, "inputSize": ("input", np.array([[64.0, 64, 3, 32]]))}
+    normalization = {
+        "averageImage": np.array(AVERAGE)[:, None],
+        "imageSize": np.array([[SIDE, SIDE, 3.0]]),
+    }
+    meta = {
+        "normalization": normalization,
+        "inputSize": ("input", np.array([[64.0, 64, 3, 32]])),
+    }
     return {
-        "net": {"vars": [{"name": "input"}, {"name": "x"}], "params": params, "layers": layers, "meta": meta}
+        "net": {
+            "vars": [{"name": "input"}, {"name": "x"}],
+            "params": params,
+            "layers": layers,
+            "meta": meta,
+        }
     }
 
 
@@ -163,7 +188,9 @@ def as_scipy(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     records = isinstance(value, list) and value and isinstance(value[0], dict)
-    cells = np.empty((1, len(value)), dtype=[(key, object) for key in value[0]] if records else object)
+    cells = np.empty(
+        (1, len(value)), dtype=[(key, object) for key in value[0]] if records else object
+    )
     for index, item in enumerate(value):
         cells[0, index] = tuple(map(as_scipy, item.values())) if records else as_scipy(item)
     return cells

@@ -38,7 +38,10 @@ UNDERSTOOD: dict[str, tuple[str, str]] = {
     "numbers as keys, in another order": ("a.json", '{"2": "bird", "0": "cat", "1": "dog"}'),
     "class_to_idx": ("a.json", '{"bird": 2, "cat": 0, "dog": 1}'),
     "config.json of a network": ("config.json", json.dumps(CONFIG)),
-    "metadata.json of Teachable Machine": ("a.json", json.dumps({"imageSize": 224, "labels": NAMES})),
+    "metadata.json of Teachable Machine": (
+        "a.json",
+        json.dumps({"imageSize": 224, "labels": NAMES}),
+    ),
     "a Python dictionary": ("a.txt", "{2: 'bird',\n 0: 'cat',\n 1: 'dog'}"),
     "a Python list": ("a.txt", "['cat', 'dog', 'bird']"),
     "data.yaml": ("data.yaml", "nc: 3\nnames: [cat, dog, bird]\n"),
@@ -73,25 +76,65 @@ def test_a_number_or_a_mark_that_belongs_to_a_name_stays(case: str, tmp_path: Pa
 
 REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "nothing": ("a.txt", b"\n \n", "holds no name"),
-    "another encoding": ("a.txt", "m\xf6we".encode("latin-1"), "is not in UTF-8; save it in this encoding"),
-    "numbers in another order": ("a.txt", b"1 cat\n10 dog\n2 bird", "each line begins with a number"),
+    "another encoding": (
+        "a.txt",
+        "m\xf6we".encode("latin-1"),
+        "is not in UTF-8; save it in this encoding",
+    ),
+    "numbers in another order": (
+        "a.txt",
+        b"1 cat\n10 dog\n2 bird",
+        "each line begins with a number",
+    ),
     "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "each line begins with a number"),
     "lines in another order": ("a.csv", b"cat,1\ndog,0", "each line ends with a number"),
     "numbers of one name": ("a.txt", b"1 euro\n2 euro", "each line begins with a number"),
-    "a name without a number": ("a.txt", b"0 cat\n1 dog\nbird", "2 of 3 lines begin with a number"),
-    "a heading without columns": ("a.txt", b"names:\n 0: cat\n 1: dog", "2 of 3 lines begin with a number"),
-    "ids of WordNet": ("a.txt", b"n01440764 tench\nn01443537 goldfish", "an id such as n01440764; leave"),
-    "more columns": ("a.csv", b"0,cat,pet\n1,dog,pet", "each line begins with a number|a table of 3 columns"),
+    "a name without a number": (
+        "a.txt",
+        b"0 cat\n1 dog\nbird",
+        "2 of 3 lines begin with a number",
+    ),
+    "a heading without columns": (
+        "a.txt",
+        b"names:\n 0: cat\n 1: dog",
+        "2 of 3 lines begin with a number",
+    ),
+    "ids of WordNet": (
+        "a.txt",
+        b"n01440764 tench\nn01443537 goldfish",
+        "an id such as n01440764; leave",
+    ),
+    "more columns": (
+        "a.csv",
+        b"0,cat,pet\n1,dog,pet",
+        "each line begins with a number|a table of 3 columns",
+    ),
     "columns without numbers": ("a.csv", b"cat,pet\ndog,pet", "a table of 2 columns"),
     "one line": ("a.csv", b"cat, dog, bird", "all names stand in one line"),
     "a comment": ("a.txt", b"# classes\ncat\ndog", "name 1 may be a comment: '# classes'"),
-    "a heading above bullets": ("a.txt", b"classes\n- cat\n- dog", "name 2 begins with a bullet"),
+    "a heading above bullets": (
+        "a.txt",
+        b"classes\n- cat\n- dog",
+        "name 2 begins with a bullet",
+    ),
     "some quotes": ("a.txt", b"'cat'\ndog", "name 1 begins with a quote"),
     "a key": ("a.txt", b"nc: 3\nnames: [cat, dog]", "name 1 has a key"),
-    "a label map of TensorFlow": ("a.pbtxt", b"item {\n id: 1\n name: 'cat'\n}", "name 1 has a bracket"),
-    "a bracket that is not closed": ("a.txt", b"['cat',\n'dog'", "neither JSON nor another list"),
+    "a label map of TensorFlow": (
+        "a.pbtxt",
+        b"item {\n id: 1\n name: 'cat'\n}",
+        "name 1 has a bracket",
+    ),
+    "a bracket that is not closed": (
+        "a.txt",
+        b"['cat',\n'dog'",
+        "neither JSON nor another list",
+    ),
     "code": ("a.txt", b"[__import__('os').getcwd()]", "neither JSON nor another list"),
-    "an object of YAML": ("a.yaml", b"names: !!python/object/apply:os.getcwd []", "neither JSON nor another"),
+    "an object of YAML": (
+        "a.yaml",
+        b"names: !!python/object/apply:os.getcwd []",
+        "neither JSON nor another",
+    ),
     "JSON that is cut off": ("a.json", b'["cat", "dog', "not JSON"),
     "numbers of a dictionary from 1": (
         "a.json",
@@ -103,8 +146,16 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         b'{"names": ["a"], "x": {"classes": ["b"]}}',
         r"several lists of names \(names, x\.cla",
     ),
-    "two texts for a class": ("a.json", b'{"0": ["n01440764", "tench"]}', "no list of names such as"),
-    "a name twice": ("a.txt", b"crane\ncat\ncrane", "class 'crane': its name occurs twice; correct the file"),
+    "two texts for a class": (
+        "a.json",
+        b'{"0": ["n01440764", "tench"]}',
+        "no list of names such as",
+    ),
+    "a name twice": (
+        "a.txt",
+        b"crane\ncat\ncrane",
+        "class 'crane': its name occurs twice; correct the file",
+    ),
     "an empty name": ("a.json", b'["cat", "", "dog"]', "its name is empty"),
 }
 

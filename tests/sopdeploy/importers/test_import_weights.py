@@ -65,7 +65,9 @@ SAVE_FILE = safetensors.torch.save_file
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize(("save", "dtype"), [(torch.save, torch.float32), (SAVE_FILE, torch.float16)])
+@pytest.mark.parametrize(
+    ("save", "dtype"), [(torch.save, torch.float32), (SAVE_FILE, torch.float16)]
+)
 def test_torchvision_weights_give_the_same_logits(
     tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
 ) -> None:
@@ -81,9 +83,16 @@ def test_torchvision_weights_give_the_same_logits(
 
 @pytest.mark.parametrize(
     ("depth", "digest", "resize"),
-    [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
+    [
+        (18, "f37072fd", 256),
+        (50, "0676ba61", 256),
+        (50, "11ad3fa6", 232),
+        (101, "cd907fc2", 232),
+    ],
 )
-def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
+def test_torchvision_files_are_identified_by_their_hash(
+    depth: int, digest: str, resize: int
+) -> None:
     file = WeightFile(path=Path("a.pth"), sha256=digest + "0" * 56, tensors={})
     found, notes = pytorch_projects.find_preprocess(f"resnet{depth}", file)
     assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
@@ -91,20 +100,27 @@ def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str,
 
 
 @pytest.mark.usefixtures("short")
-def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refused(tmp_path: Path) -> None:
+def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refused(
+    tmp_path: Path,
+) -> None:
     torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18")
     assert report.labels.startswith("ImageNet")
     with torch.device("meta"):
         names = torchvision.models.resnet152().state_dict()
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"a ResNet of \(3, 8, 36, 3\) bottlenecks is not in the catalog"):
+    with pytest.raises(
+        WeightsError, match=r"a ResNet of \(3, 8, 36, 3\) bottlenecks is not in the catalog"
+    ):
         imported(tmp_path / "a.pth", "resnet101")
 
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
-    network, file = settled(timm.create_model("test_resnet", num_classes=5)), tmp_path / "model.safetensors"
+    network, file = (
+        settled(timm.create_model("test_resnet", num_classes=5)),
+        tmp_path / "model.safetensors",
+    )
     safetensors.torch.save_file(network.state_dict(), file)
     if beside:
         write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
@@ -113,14 +129,22 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
         assert_logits(ours, network.double()(images_of(64)), images_of(64))
     rules, stored = report.preprocess, timm.get_pretrained_cfg("test_resnet")
     side = stored.input_size[-1]
-    expected = (320, 288, "bicubic") if beside else (int(side / stored.crop_pct), side, stored.interpolation)
+    expected = (
+        (320, 288, "bicubic")
+        if beside
+        else (int(side / stored.crop_pct), side, stored.interpolation)
+    )
     assert (rules.resize, rules.crop, rules.interpolation) == expected
     assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
-    assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
+    assert report.notes[0].startswith(
+        "preprocessing from config.json" if beside else "no config.json"
+    )
 
 
 @pytest.mark.parametrize("model", ["resnet18", "timm:test_vit"])
-def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(tmp_path: Path, model: str) -> None:
+def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(
+    tmp_path: Path, model: str
+) -> None:
     file = tmp_path / "test_efficientnet-epoch9.pth"
     torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), file)
     with pytest.raises(WeightsError) as error:
@@ -130,10 +154,13 @@ def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("released", "model"), [("cifar A", "resnet8"), ("cifar A 20", "resnet20"), ("cifar B", "resnet8")]
+    ("released", "model"),
+    [("cifar A", "resnet8"), ("cifar A 20", "resnet20"), ("cifar B", "resnet8")],
 )
 def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model: str) -> None:
-    torch.save({"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th")
+    torch.save(
+        {"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th"
+    )
     ours, report = imported(tmp_path / "a.th", model)
     assert_released_logits(ours, released)
     assert (report.preprocess.resize, report.preprocess.crop) == (32, 32)
@@ -146,7 +173,10 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet20", r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18"),
+        (
+            "resnet20",
+            r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18",
+        ),
         ("isqrt-resnet50", r"depth is 50, not 18"),
     ],
 )
@@ -159,15 +189,25 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
     ("change", "message"),
     [
         ({"extra.weight": torch.zeros(2)}, "the network has no extra.weight"),
-        ({"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)"),
-        ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias has values that are not finite"),
+        (
+            {"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)},
+            r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)",
+        ),
+        (
+            {"bn1.bias": torch.full((8,), float("nan"))},
+            "bn1.bias has values that are not finite",
+        ),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
         ({"bn1.bias": None}, "bn1.bias is missing"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_tensor_that_does_not_fit_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     state = state_of("cifar A narrow") | change
-    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "a.th")
+    torch.save(
+        {name: value for name, value in state.items() if value is not None}, tmp_path / "a.th"
+    )
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.th", "resnet8")
 
@@ -202,17 +242,28 @@ def test_an_invalid_option_or_file_of_labels_is_refused(
 @pytest.mark.parametrize(
     ("name", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
 )
-def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, content: str) -> None:
+def test_the_input_size_and_the_labels_can_be_given(
+    narrow: Path, name: str, content: str
+) -> None:
     labels = narrow.with_name(name)
     labels.write_text(content)
     given = {"resize": 448, "crop": 448, "interpolation": "bicubic"}
     rules = imported(narrow, "resnet8", labels=labels, preprocess=given)[1].preprocess
-    assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
+    assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (
+        448,
+        448,
+        "bicubic",
+        IMAGENET[0],
+    )
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
 
 
-@pytest.mark.parametrize(("classes", "message"), [("acbde", ""), ("abcd", "4 names for 5 classes")])
-def test_the_labels_of_a_file_are_those_of_its_class_to_idx(narrow: Path, classes: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("classes", "message"), [("acbde", ""), ("abcd", "4 names for 5 classes")]
+)
+def test_the_labels_of_a_file_are_those_of_its_class_to_idx(
+    narrow: Path, classes: str, message: str
+) -> None:
     numbers = {name: number for number, name in enumerate(classes)}
     torch.save({"model": state_of("cifar A narrow"), "class_to_idx": numbers}, narrow)
     if message:
@@ -239,6 +290,10 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
     converted = convert_weights(vgg_file(tmp_path, name), model)
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
-    assert (converted.project, converted.model, converted.num_classes) == ("torchvision", model, 5)
+    assert (converted.project, converted.model, converted.num_classes) == (
+        "torchvision",
+        model,
+        5,
+    )
     found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}

@@ -37,7 +37,12 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
 
 def training_file(path: Path, released: str, arch: str | None) -> Path:
     state = state_of(released)
-    content = {"epoch": 65, "state_dict": state, "best_prec1": torch.tensor(78.0), "optimizer": {"state": {}}}
+    content = {
+        "epoch": 65,
+        "state_dict": state,
+        "best_prec1": torch.tensor(78.0),
+        "optimizer": {"state": {}},
+    }
     torch.save(content | ({"arch": arch} if arch else {}), path)
     return path
 
@@ -48,14 +53,21 @@ def training_file(path: Path, released: str, arch: str | None) -> Path:
     [
         ("isqrt-resnet50", "mpncovresnet18", 1, NUMBERED),
         ("isqrt-resnet50", "resnet18", 2, f"{NUMBERED}, stride 2"),
-        ("isqrt-resnet50", None, 1, "mpncov-resnet18 fine-tuned"),  # the reduction is among the features
+        (
+            "isqrt-resnet50",
+            None,
+            1,
+            "mpncov-resnet18 fine-tuned",
+        ),  # the reduction is among the features
         ("resnet18", "resnet18", 2, "resnet18 numbered"),
     ],
 )
 def test_training_checkpoints_give_the_same_logits(
     tmp_path: Path, model: str, arch: str | None, stride: int, released: str
 ) -> None:
-    ours, report = imported(training_file(tmp_path / "a.pth.tar", released, arch), model, settings=DEPTH)
+    ours, report = imported(
+        training_file(tmp_path / "a.pth.tar", released, arch), model, settings=DEPTH
+    )
     assert_released_logits(ours, released)
     assert report.config["conv5_stride"] == stride
 
@@ -66,11 +78,14 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     for arch in (None, "se_resnet18"):
         training_file(file, released, arch)
         with pytest.raises(
-            ConfigError, match=r"its arch does not determine the stride .*add --option conv5_stride"
+            ConfigError,
+            match=r"its arch does not determine the stride .*add --option conv5_stride",
         ):
             imported(file, "isqrt-resnet50", settings=DEPTH)
     given = {**DEPTH, "conv5_stride": 2}
-    with pytest.raises(ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"):
+    with pytest.raises(
+        ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"
+    ):
         imported(file, "isqrt-resnet50", settings={**given, "pooling.width": 64})
     ours, _ = imported(file, "isqrt-resnet50", settings={**given, "pooling.iterations": 3})
     assert_released_logits(ours, released)
@@ -78,7 +93,11 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
-    old = {name: value for name, value in state_of("mpncov-resnet18").items() if "tracked" not in name}
+    old = {
+        name: value
+        for name, value in state_of("mpncov-resnet18").items()
+        if "tracked" not in name
+    }
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet50", settings=DEPTH)
     assert_released_logits(ours, "mpncov-resnet18")
@@ -90,7 +109,10 @@ def test_vgg_weights_give_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str, classifier: str
 ) -> None:
     widths = VGG_WIDTHS if pooling == "isqrt" else (*VGG_WIDTHS[:4], 512)
-    stages = [(width,) * len(stage) for width, stage in zip(widths, alexnet_vgg.VGG_STAGES, strict=True)]
+    stages = [
+        (width,) * len(stage)
+        for width, stage in zip(widths, alexnet_vgg.VGG_STAGES, strict=True)
+    ]
     monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
     monkeypatch.setattr(alexnet_vgg, "HIDDEN", VGG_HIDDEN)
     torch.save({"state_dict": prefixed(state_of(f"vgg {pooling}"))}, tmp_path / "a.pth.tar")
@@ -116,7 +138,9 @@ def test_vgg_weights_give_the_same_logits(
     ],
     ids=["another pooling", "no pooling of this size"],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change: Any, message: str) -> None:
+def test_a_file_that_does_not_fit_is_refused(
+    tmp_path: Path, model: str, change: Any, message: str
+) -> None:
     torch.save(state_of("mpncov-resnet18") | change, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.pth", model, settings=DEPTH)
@@ -133,18 +157,27 @@ def by_columns(length: int) -> torch.Tensor:
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("released", ["mpncov-resnet50", NUMBERED, "vgg isqrt"])
-def test_the_order_of_the_triangle_can_be_given(tmp_path: Path, monkeypatch: Any, released: str) -> None:
+def test_the_order_of_the_triangle_can_be_given(
+    tmp_path: Path, monkeypatch: Any, released: str
+) -> None:
     """A file whose classifier reads the triangle column by column gives the logits of the one by rows."""
-    name, settings, network = "fc.weight", DEPTH if released == NUMBERED else {}, "isqrt-resnet50"
+    name, settings, network = (
+        "fc.weight",
+        DEPTH if released == NUMBERED else {},
+        "isqrt-resnet50",
+    )
     if released == "vgg isqrt":
         stages = [
-            (width,) * len(stage) for width, stage in zip(VGG_WIDTHS, alexnet_vgg.VGG_STAGES, strict=True)
+            (width,) * len(stage)
+            for width, stage in zip(VGG_WIDTHS, alexnet_vgg.VGG_STAGES, strict=True)
         ]
         monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
         monkeypatch.setattr(alexnet_vgg, "HIDDEN", VGG_HIDDEN)
         settings, network = {"pooling": "isqrt"}, "vgg16-bn"
     state = state_of(released)
-    name = next(key for key in ("fc.weight", "classifier.weight", "classifier.0.weight") if key in state)
+    name = next(
+        key for key in ("fc.weight", "classifier.weight", "classifier.0.weight") if key in state
+    )
     state[name] = state[name][:, by_columns(state[name].shape[1])]
     torch.save({"state_dict": state, "arch": "mpncovresnet18"}, tmp_path / "a.pth.tar")
     ours, _ = imported(tmp_path / "a.pth.tar", network, settings=settings, triangle="columns")
@@ -157,7 +190,9 @@ def test_gsop_can_be_read_by_rows_and_an_average_has_no_triangle(tmp_path: Path)
     as_stored, _ = imported(file, "gsop-net2-resnet26", triangle="rows")
     assert torch.equal(as_stored.fc.weight, state_of("gsop-net2 channel")["fc.weight"])
     torch.save(state_of("resnet18 numbered"), tmp_path / "b.pth")
-    with pytest.raises(ConfigError, match=r"triangle='rows': ResNet-18 of .* reads no covariance vector"):
+    with pytest.raises(
+        ConfigError, match=r"triangle='rows': ResNet-18 of .* reads no covariance vector"
+    ):
         imported(tmp_path / "b.pth", "resnet18", settings={"conv5_stride": 2}, triangle="rows")
 
 
@@ -184,8 +219,12 @@ def gsop(path: Path, released: str) -> Path:
 
 
 @pytest.mark.usefixtures("short26")
-@pytest.mark.parametrize("attention", ["channel", "position", "sum", "maximum", "concatenation"])
-def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
+@pytest.mark.parametrize(
+    "attention", ["channel", "position", "sum", "maximum", "concatenation"]
+)
+def test_gsop_net1_gives_the_same_logits_with_each_block(
+    tmp_path: Path, attention: str
+) -> None:
     file = gsop(tmp_path / "a.pth.tar", f"gsop-net1 {attention}")
     settings = {"attention": attention} if attention in {"sum", "maximum"} else {}
     if settings:
@@ -199,7 +238,9 @@ def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attenti
 
 @pytest.mark.usefixtures("short26")
 def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
-    ours, report = imported(gsop(tmp_path / "a.pth.tar", "gsop-net2 channel"), "gsop-net2-resnet26")
+    ours, report = imported(
+        gsop(tmp_path / "a.pth.tar", "gsop-net2 channel"), "gsop-net2-resnet26"
+    )
     assert_released_logits(ours, "gsop-net2 channel")
     assert report.config["iterations"] == 3
     assert not torch.equal(ours.fc.weight.float(), state_of("gsop-net2 channel")["fc.weight"])

@@ -15,7 +15,11 @@ from sopdeploy.layers.mixture import (
     softmax_of_largest,
 )
 
-KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]
+KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [
+    ("gap", (7,)),
+    ("sop", (6, 4)),
+    ("linear", (5,)),
+]
 
 
 def components(kind: ComponentKind, widths: tuple[int, ...], count: int = 4) -> Components:
@@ -71,15 +75,22 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
         x = maps(images)
         assert bank.gathering_is_faster(x)
         expected = bank(x, omega[:images])
-        torch.testing.assert_close(bank.gathered_sum(x, omega[:images]), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            bank.gathered_sum(x, omega[:images]), expected, rtol=0, atol=1e-12
+        )
 
 
 def test_averages_all_components_and_maps_of_one_position_are_not_gathered() -> None:
     root, x = NewtonSchulzConfig(iterations=3), maps()
     every = Components("gap", 5, (7,), components=4, evaluated=4, root=root)
-    assert [bank.gathering_is_faster(x) for bank in (every, components("linear", (5,)))] == [False] * 2
+    assert [bank.gathering_is_faster(x) for bank in (every, components("linear", (5,)))] == [
+        False
+    ] * 2
     chosen = components("gap", (7,))
-    assert [chosen.gathering_is_faster(features) for features in (x, x[:, :, :1, :1])] == [True, False]
+    assert [chosen.gathering_is_faster(features) for features in (x, x[:, :, :1, :1])] == [
+        True,
+        False,
+    ]
 
 
 F64 = torch.float64
@@ -93,7 +104,9 @@ def test_rank_is_that_of_a_stable_sort() -> None:
 
 
 def test_kept_weights_are_the_softmax_over_the_kept_alone() -> None:
-    weights = softmax_of_largest(torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64), 2)  # 0 counts
+    weights = softmax_of_largest(
+        torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64), 2
+    )  # 0 counts
     expected = torch.tensor([[-1.0, 0.0, 2.0, -5.0]], dtype=F64).exp()
     expected = expected * torch.tensor([0, 1, 1, 0]) / (expected[0, 1] + expected[0, 2])
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-15)

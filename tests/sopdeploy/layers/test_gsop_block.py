@@ -22,7 +22,9 @@ def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: 
     fusion = Concatenation(channels).double().eval()
     one, two = (torch.randn(1, channels, 5, 2, dtype=torch.float64) for _ in range(2))
     groups = channels // 64
-    interleaved = torch.stack([one.unflatten(1, (groups, 64)), two.unflatten(1, (groups, 64))], dim=2)
+    interleaved = torch.stack(
+        [one.unflatten(1, (groups, 64)), two.unflatten(1, (groups, 64))], dim=2
+    )
     weight = torch.cat([fusion.conv_channel.weight, fusion.conv_position.weight], dim=1)
     bias = fusion.conv_channel.bias + fusion.conv_position.bias
     padding = fusion.conv_channel.padding
@@ -33,7 +35,9 @@ def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: 
 @pytest.mark.parametrize("attention", ["channel", "position"])
 def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
     torch.manual_seed(0)
-    block = GSoPBlock(GSoPBlockConfig(attention=attention, cov_width=32), 64, dr_stride=1).eval()
+    block = GSoPBlock(
+        GSoPBlockConfig(attention=attention, cov_width=32), 64, dr_stride=1
+    ).eval()
     half = getattr(block, attention)
     types: list[torch.dtype] = []
     half.reduction.register_forward_hook(lambda _, __, out: types.append(out.dtype))
@@ -53,7 +57,9 @@ def test_product_and_gradients_equal_the_grouped_convolution(rows: int, batch: i
     grouped = nn.Conv2d.forward(conv, cov_Bnn1)
     found = conv(cov_Bnn1)
     inputs = (cov_Bnn1, conv.weight, conv.bias)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (conv(cov_Bnn1), grouped))
+    ours, theirs = (
+        torch.autograd.grad(out.square().sum(), inputs) for out in (conv(cov_Bnn1), grouped)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     assert found.shape == (batch, 4 * rows, 1, 1)
     torch.testing.assert_close(found, grouped, rtol=1e-12, atol=1e-12)
@@ -70,7 +76,9 @@ def ramp(size: int) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "target"), SIZES)
 def test_averaging_equals_adaptive_average_pooling(size: int, target: int) -> None:
     found = resample(ramp(size), target, target, averaging_rows)
-    torch.testing.assert_close(found, F.adaptive_avg_pool2d(ramp(size), target), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        found, F.adaptive_avg_pool2d(ramp(size), target), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(("size", "target"), SIZES)

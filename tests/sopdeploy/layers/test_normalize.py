@@ -30,7 +30,9 @@ class Views(nn.Module):
     [((0, 1, 2, 3), torch.contiguous_format), ((0, 2, 3, 1), torch.channels_last)],
     ids=["of the map", "of its transposition"],
 )
-def test_a_run_trains_with_the_layout_that_the_network_can_view(axes: Any, expected: Any) -> None:
+def test_a_run_trains_with_the_layout_that_the_network_can_view(
+    axes: Any, expected: Any
+) -> None:
     network: Any = Views(*axes)
     assert find_images_format({12}, network, torch.device("cpu"), "views") == expected
 

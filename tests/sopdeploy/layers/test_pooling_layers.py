@@ -68,7 +68,9 @@ def export(network: nn.Module, side: int, path: Path) -> None:
 
 def run(path: Path, features: Tensor) -> list[Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(array) for array in session.run(None, {"features": features.numpy()})]
+    return [
+        torch.from_numpy(array) for array in session.run(None, {"features": features.numpy()})
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,12 @@ def test_gpu_runtimes_accept_the_exported_file(exported: Path) -> None:
     accepted(onnx.load(exported), "fp32")
 
 
-@pytest.mark.parametrize(("side", "around"), [(2, 3), (5, 1)], ids=["X^T X, X Z, (X Z) X^T", "X X^T"])
-def test_the_iteration_is_unrolled_into_the_products_it_takes(side, around, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("side", "around"), [(2, 3), (5, 1)], ids=["X^T X, X Z, (X Z) X^T", "X X^T"]
+)
+def test_the_iteration_is_unrolled_into_the_products_it_takes(
+    side, around, tmp_path: Path
+) -> None:
     pooling = build({"kind": "isqrt"}, 8)
     export(pooling, side, tmp_path / "isqrt.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "isqrt.onnx").graph.node]
@@ -110,11 +116,17 @@ PRENORMS = ["trace", "frobenius"]
 
 @pytest.mark.parametrize("prenorm", PRENORMS)
 @pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize(("width", "side"), [(6, 7), (16, 3), (1, 4)], ids=["M>d", "M<d", "one channel"])
-def test_layer_equals_a_reference_in_float64(prenorm, compensate: bool, width: int, side: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "side"), [(6, 7), (16, 3), (1, 4)], ids=["M>d", "M<d", "one channel"]
+)
+def test_layer_equals_a_reference_in_float64(
+    prenorm, compensate: bool, width: int, side: int
+) -> None:
     torch.manual_seed(0)
     for iterations in range(1, 10):
-        config = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
+        config = NewtonSchulzConfig(
+            iterations=iterations, prenorm=prenorm, compensate=compensate
+        )
         features = torch.randn(2, width, side, side).relu()
         rows, columns = torch.triu_indices(width, width)
         expected = textbook_root(features.double(), config)[:, rows, columns]

@@ -17,7 +17,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow, tally
 from sopdeploy.models.gsop import RELEASED
 
-NO_NORM = {"channel_norm": False}  # the released code has no batch norm after the row-wise convolution
+NO_NORM = {
+    "channel_norm": False
+}  # the released code has no batch norm after the row-wise convolution
 S1: dict[str, Any] = {"conv5_stride": 1}
 TABLE = {"aux_stride": "table"}
 RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # but for WRN
@@ -33,7 +35,12 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     ("vgg16-bn", {"pooling": "isqrt"}, 170_479_144, None),  # fast-MPN-COV's 650.4 MB
     ("alexnet", {"pooling": "isqrt"}, 60_965_224 + 4096 * (32896 - 9216), None),
     ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),
-    ("dsop-resnet18", {"aux_blocks": (8, 0, 0, 0), **TABLE}, 14_362_384, None),  # Table X counts unused ones
+    (
+        "dsop-resnet18",
+        {"aux_blocks": (8, 0, 0, 0), **TABLE},
+        14_362_384,
+        None,
+    ),  # Table X counts unused ones
     ("dsop-resnet50", TABLE, 181_917_384, 10_537_324_544),
     ("gsop-net1-resnet50", RELEASED, 28_285_224, 6_364_987_392),
     ("gsop-net2-resnet50", RELEASED, 58_278_568, 6_446_101_504),
@@ -44,7 +51,12 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
     (PREACT_GSOP, NO_NORM, 2_894_516, 555_361_280),
     (PREACT_GSOP, {"strided_dr_stages": ["layer1"], **NO_NORM}, 2_894_516, 536_486_912),
     (PREACT_GSOP, {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
-    ("gsop-net2-preact-resnet164", {"block_stages": ()}, 2_559_412, 500_652_288),  # MPN-COV of Table 6
+    (
+        "gsop-net2-preact-resnet164",
+        {"block_stages": ()},
+        2_559_412,
+        500_652_288,
+    ),  # MPN-COV of Table 6
     ("srsop-resnet18", S1, 8_957_192, 249_100_800),
     ("gmgap-16-8-resnet18", RELEASED_GATE, 2_333_192, 178_442_240),
     ("gmsop-16-8-resnet18", S1 | RELEASED_GATE, 10_352_776, 400_095_744),
@@ -56,7 +68,9 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [
 
 
 @pytest.mark.parametrize(("name", "config", "parameters", "macs"), COUNTS)
-def test_counts_are_exact(name: str, config: dict[str, Any], parameters: int, macs: int | None) -> None:
+def test_counts_are_exact(
+    name: str, config: dict[str, Any], parameters: int, macs: int | None
+) -> None:
     counted = describe(name, **config).training
     assert counted.parameters == parameters
     assert macs in {None, counted.macs}
@@ -71,7 +85,9 @@ class SequenceFirst(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         tokens = self.patches(images).flatten(2).permute(2, 0, 1)
-        return self.attention(query=tokens, key=tokens, value=tokens, need_weights=False)[0].mean(0)
+        return self.attention(query=tokens, key=tokens, value=tokens, need_weights=False)[
+            0
+        ].mean(0)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +95,19 @@ class SequenceFirst(nn.Module):
     [
         (torchvision.models.densenet121, 224),
         (torchvision.models.vit_b_16, 224),  # the projections of `nn.MultiheadAttention`
-        (functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"), 224),  # rows of windows
+        (
+            functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"),
+            224,
+        ),  # rows of windows
         (functools.partial(timm.create_model, "swinv2_cr_tiny_224"), 224),  # and of positions
         (functools.partial(timm.create_model, "mobilevit_s"), 256),  # and of pixels
         (SequenceFirst, 224),
     ],
     ids=["densenet", "vit", "swin", "swin_v2", "mobilevit", "sequence_first"],
 )
-def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(build: Any, side: int) -> None:
+def test_macs_are_those_that_torch_counts_for_convolutions_and_linear_layers(
+    build: Any, side: int
+) -> None:
     with torch.device("meta"):
         network, image = build().eval(), torch.zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
@@ -147,7 +168,9 @@ def test_layers_of_users_are_counted(build: Any, parameters: int, macs: int) -> 
 
 @pytest.mark.parametrize(("components", "chosen"), [(4, 2), (128, 32)])
 def test_macs_count_k_of_n_components(components: int, chosen: int) -> None:
-    counted = describe("gmgap-16-8-resnet18", components=components, chosen=chosen, **RELEASED_GATE)
+    counted = describe(
+        "gmgap-16-8-resnet18", components=components, chosen=chosen, **RELEASED_GATE
+    )
     one = 128 * 512 * 8 * 8
     assert counted.shipped.macs == 178_442_240 + (chosen - 8) * one
 
@@ -172,24 +195,32 @@ def published(name: str, classes: int, config: str) -> tuple[Published, ...]:
 
 
 @pytest.mark.parametrize("row", PUBLISHED_ROWS, ids=row_id)
-def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reason(row: PublishedRow) -> None:
+def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reason(
+    row: PublishedRow,
+) -> None:
     described = published(row.model, row.num_classes, json.dumps(dict(row.config)))
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    found = [figure for figure in described if (figure.source, figure.note) == (row.source, note)]
+    found = [
+        figure for figure in described if (figure.source, figure.note) == (row.source, note)
+    ]
     assert found
     for figure in found:
         assert meets(figure, row.cut) == row.reached, figure
         assert row.reached or row.note
 
 
-@pytest.mark.parametrize("name", ["dsop-resnet18", "psdr-resnet50", "efficientnet-b0", "wrn-22-10"])
+@pytest.mark.parametrize(
+    "name", ["dsop-resnet18", "psdr-resnet50", "efficientnet-b0", "wrn-22-10"]
+)
 def test_parts_sum_to_the_whole(name: str) -> None:
     found = describe(name)
     assert sum(part.parameters for part in found.parts.values()) == found.training.parameters
     assert sum(part.macs for part in found.parts.values()) == found.training.macs
 
 
-@pytest.mark.parametrize(("name", "side"), [("resnet18", 0), ("alexnet", 16), ("timm:halonet26t", 7)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("resnet18", 0), ("alexnet", 16), ("timm:halonet26t", 7)]
+)
 def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, side: int) -> None:
     with pytest.raises(
         ConfigError, match=f"image_size: {name} cannot compute images of {side} pixels; choose"

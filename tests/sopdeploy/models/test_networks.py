@@ -50,7 +50,9 @@ def on_meta(name: str, **config: object) -> nn.Module:
 
 def places(network: nn.Module) -> list[str]:
     return [
-        name.removesuffix(".attention") for name, m in network.named_modules() if isinstance(m, GSoPBlock)
+        name.removesuffix(".attention")
+        for name, m in network.named_modules()
+        if isinstance(m, GSoPBlock)
     ]
 
 
@@ -70,7 +72,11 @@ def places(network: nn.Module) -> list[str]:
             for name in (SMALL, "gsop-net2-resnet50", "psdr-resnet50", "isqrt-efficientnet-b0")
             for pooling in ("isqrt", {"kind": "bcnn"})
         ),
-        ("resnet18-512d", {"pooling": "gap"}, "in the place of components; choose resnet18-64px"),
+        (
+            "resnet18-512d",
+            {"pooling": "gap"},
+            "in the place of components; choose resnet18-64px",
+        ),
         ("srsop-resnet18", {"pooling": "bcnn"}, "in the place of components"),
     ],
 )
@@ -82,7 +88,9 @@ def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str)
 def test_convolutions_start_with_kaimings_deviation() -> None:
     torch.manual_seed(0)
     network = create_model(SMALL, blocks=3)
-    conv = network.get_submodule("layer2." + places(network)[1].split(".")[1]).attention.channel.reduction[0]
+    conv = network.get_submodule(
+        "layer2." + places(network)[1].split(".")[1]
+    ).attention.channel.reduction[0]
     assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.1)
     assert conv.bias.abs().max() == 0
 
@@ -115,7 +123,9 @@ def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_co
 def test_a_network_for_64_pixels_classifies_the_vector_of_any_pooling() -> None:
     torch.manual_seed(0)
     pooling = {"kind": "isqrt", "width": 4}
-    network = create_model("wrn36-2", num_classes=3, widen=1, blocks_per_stage=1, pooling=pooling).eval()
+    network = create_model(
+        "wrn36-2", num_classes=3, widen=1, blocks_per_stage=1, pooling=pooling
+    ).eval()
     images = torch.randn(2, 3, 16, 16)
     features, _ = network.feature_maps(images)
     expected = network.head.fc(network.pooling(features))
@@ -159,7 +169,12 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
 
 
 def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
-    config = {**NARROW, "aux_blocks": (0, 0, 0, 2), "keep_unused_branches": True, "aux_pooling": "gap"}
+    config = {
+        **NARROW,
+        "aux_blocks": (0, 0, 0, 2),
+        "keep_unused_branches": True,
+        "aux_pooling": "gap",
+    }
     network = create_model("dsop-resnet18", num_classes=3, **config)
     assert list(network.branches) == FOUR
     assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 2]

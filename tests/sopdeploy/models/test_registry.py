@@ -19,7 +19,11 @@ from tests.sweep.steps import Small
 def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str) -> None:
     config, line = make_config(name, {}), entry(name)
     assert make_config(name, config.model_dump(mode="json")) == config
-    assert not type(config).model_fields.keys() & {"name", "num_classes", "image_size"}  # of `describe`
+    assert not type(config).model_fields.keys() & {
+        "name",
+        "num_classes",
+        "image_size",
+    }  # of `describe`
     assert line.summary
     assert line.image_size >= 8
     assert line.num_classes >= 2
@@ -27,10 +31,16 @@ def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str)
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("resnet19", "resnet18"), ("dsop_resnet18", "dsop-resnet18"), ("dsop-resnet5", "dsop-resnet50")],
+    [
+        ("resnet19", "resnet18"),
+        ("dsop_resnet18", "dsop-resnet18"),
+        ("dsop-resnet5", "dsop-resnet50"),
+    ],
 )
 def test_a_misspelled_name_suggests_the_nearest_ones(wrong: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=rf"'{wrong}' is not in the catalog; did you mean .*{near}"):
+    with pytest.raises(
+        ConfigError, match=rf"'{wrong}' is not in the catalog; did you mean .*{near}"
+    ):
         create_model(wrong)
 
 
@@ -48,7 +58,11 @@ def test_an_unknown_name_points_to_the_list() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "says"),
     [
-        ("resnet18", {"dept": 18}, "resnet18: dept: unknown key; its keys are depth, conv5_stride"),
+        (
+            "resnet18",
+            {"dept": 18},
+            "resnet18: dept: unknown key; its keys are depth, conv5_stride",
+        ),
         ("resnet18", {"conv5_stride": 3}, "conv5_stride: must be 1 or 2 (got '3')"),
         ("resnet20", {"depth": 21}, "depth must be 6n + 2"),
         ("dsop-resnet18", {"main_weight": float("nan")}, "main_weight"),
@@ -64,19 +78,25 @@ def test_an_invalid_value_is_a_one_line_error(name: str, config: dict, says: str
 NETWORKS = [*ALL, *VARIANTS]
 
 
-@pytest.mark.parametrize("small", NETWORKS, ids=[f"{s.name}-{n}" for n, s in enumerate(NETWORKS)])
+@pytest.mark.parametrize(
+    "small", NETWORKS, ids=[f"{s.name}-{n}" for n, s in enumerate(NETWORKS)]
+)
 def test_a_step_reaches_every_parameter_and_the_inference_model_equals_eval_mode_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, small: Small
 ) -> None:
     few_blocks(monkeypatch)
     monkeypatch.setitem(resnet.BLOCKS, 50, (2, 1, 1, 1))
     network, images = small.build().double(), torch.randn(3, 3, small.side, small.side).double()
-    assert_a_step_reaches_every_parameter(network, images, 0.45 if "timm" in small.name else 0.9)
+    assert_a_step_reaches_every_parameter(
+        network, images, 0.45 if "timm" in small.name else 0.9
+    )
     plain = network.inference_model().double().eval()
     ours = {tensor.data_ptr() for tensor in network.state_dict().values()}
     assert ours.isdisjoint(tensor.data_ptr() for tensor in plain.state_dict().values())
     removed = tuple(f"{part}." for part in network.training_only)
-    kept = {key: value for key, value in network.state_dict().items() if not key.startswith(removed)}
+    kept = {
+        key: value for key, value in network.state_dict().items() if not key.startswith(removed)
+    }
     assert list(kept) == list(plain.state_dict())
     plain.load_state_dict(kept)
     network.eval()
@@ -87,7 +107,9 @@ def test_a_step_reaches_every_parameter_and_the_inference_model_equals_eval_mode
     torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
 
 
-def assert_a_step_reaches_every_parameter(network: Classifier, images: Tensor, share: float) -> None:
+def assert_a_step_reaches_every_parameter(
+    network: Classifier, images: Tensor, share: float
+) -> None:
     """Check outputs and gradients; timm scales residuals by 0 at first, so a *share* is not 0."""
     out = network(images)
     assert isinstance(out, TrainingOutput) == bool(network.training_only)

@@ -62,13 +62,19 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
         ("test_vit", {f"blocks.{number}": (64, 10) for number in range(6)}),
         (
             "test_mambaout",
-            {f"stages.{n}": size for n, size in enumerate([(16, 40), (32, 20), (48, 10), (64, 5)])},
+            {
+                f"stages.{n}": size
+                for n, size in enumerate([(16, 40), (32, 20), (48, 10), (64, 5)])
+            },
         ),
     ],
 )
 @torch.no_grad()
 def test_tokens_and_maps_with_channels_last_are_taps_like_others(name: str, taps) -> None:
-    network, images = create_model(f"dsop-timm:{name}", num_classes=3).eval(), torch.randn(2, 3, 160, 160)
+    network, images = (
+        create_model(f"dsop-timm:{name}", num_classes=3).eval(),
+        torch.randn(2, 3, 160, 160),
+    )
     last, maps = network.feature_maps(images, taps)
     assert network.tap_channels == {tap: channels for tap, (channels, _) in taps.items()}
     assert [(len(one), *one.shape[1:3], one.shape[3]) for one in maps] == [
@@ -80,19 +86,25 @@ def test_tokens_and_maps_with_channels_last_are_taps_like_others(name: str, taps
 
 def test_a_network_of_fixed_size_says_which() -> None:
     network = create_model("timm:test_vit", num_classes=3)
-    with pytest.raises(ConfigError, match=r"timm:test_vit: takes images of 160 pixels, not of 32"):
+    with pytest.raises(
+        ConfigError, match=r"timm:test_vit: takes images of 160 pixels, not of 32"
+    ):
         network(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_tag_selects_the_same_network_with_other_weights() -> None:
-    tagged, plain = (create_model(f"timm:{name}", num_classes=3) for name in ("resnet18.a1_in1k", "resnet18"))
+    tagged, plain = (
+        create_model(f"timm:{name}", num_classes=3) for name in ("resnet18.a1_in1k", "resnet18")
+    )
     assert list(tagged.state_dict()) == list(plain.state_dict())
     assert read_preprocess("timm:resnet18.tv_in1k") != read_preprocess("timm:resnet18.a1_in1k")
     with pytest.raises(ConfigError, match=r"did you mean timm:resnet18\.a1_in1k\?"):
         create_model("resnet18.a1_in1k")
 
 
-@pytest.mark.parametrize("name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "resnet18.a1"])
+@pytest.mark.parametrize(
+    "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "resnet18.a1"]
+)
 def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
         create_model(f"timm:{name}")
@@ -125,7 +137,9 @@ def test_options_of_timms_resnets_give_the_networks_that_the_papers_compare_with
 def test_an_option_that_a_network_of_timm_does_not_have_is_one_line(
     name: str, config: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"timm:{name}: {next(iter(config))}: [^\n]*; leave them out"):
+    with pytest.raises(
+        ConfigError, match=f"timm:{name}: {next(iter(config))}: [^\n]*; leave them out"
+    ):
         create_model(f"timm:{name}", num_classes=3, **config)
 
 
@@ -142,10 +156,15 @@ def test_networks_with_a_module_called_features_keep_its_name_and_can_be_capture
         network = create_model(f"dsop-timm:{name}", num_classes=3)
         assert len(network(torch.empty(2, 3, 64, 64)).branches) == 4
         plain = network.inference_model().eval()
-        assert list(plain.state_dict()) == list(timm.create_model(name, num_classes=3).state_dict())
+        assert list(plain.state_dict()) == list(
+            timm.create_model(name, num_classes=3).state_dict()
+        )
         torch.export.export(plain, (torch.empty(2, 3, 64, 64),), strict=False)
 
 
 def test_a_network_whose_code_reads_values_has_no_branches() -> None:
-    with torch.device("meta"), pytest.raises(ConfigError, match="timm:gemma4_vit_167m has no feature maps"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match="timm:gemma4_vit_167m has no feature maps"),
+    ):
         create_model("dsop-timm:gemma4_vit_167m")

@@ -66,13 +66,25 @@ def test_branches_train_the_network_and_leave_its_output_alone() -> None:
     [
         (Stages(), ["middle"], {}, r"no module 'middle'; it has early, late, fc"),
         (Stages(), ["fc"], {}, r"^taps: fc gives \(1, 5\), not a feature map"),
-        (Stages(), ["late"], {"image_size": 1}, r"fails for an image of 3 x 1 x 1 .*image_size"),
-        (Stages(), ["late"], {"aux_width": 3}, r"^dsop: aux_width: unknown key; its keys are .*aux_widths"),
+        (
+            Stages(),
+            ["late"],
+            {"image_size": 1},
+            r"fails for an image of 3 x 1 x 1 .*image_size",
+        ),
+        (
+            Stages(),
+            ["late"],
+            {"aux_width": 3},
+            r"^dsop: aux_width: unknown key; its keys are .*aux_widths",
+        ),
         (Stages(), ["late"], THIN, r"^aux_blocks: 2 values for 1 stages"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"], {}, r"returns \(1, 4, 8, 8\) for one image"),
     ],
 )
-def test_a_wrong_argument_is_one_line(network: Any, taps: Any, config: dict[str, Any], message: str) -> None:
+def test_a_wrong_argument_is_one_line(
+    network: Any, taps: Any, config: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         sopdeploy.dsop(network, taps, **{"image_size": 8, **config})
 
@@ -101,7 +113,9 @@ def test_a_registered_network_is_trained_and_exported_with_proof(
         recipe="digits-dsop", out=tmp_path / "run", epochs=1, batch_size=256,
         model={"name": registered, "config": config}, preprocess={"resize": 8, "crop": 8},
     )  # fmt: skip
-    exported = sopdeploy.export(run.best, tmp_path / "out", detach=bool(training_only), max_batch=1)
+    exported = sopdeploy.export(
+        run.best, tmp_path / "out", detach=bool(training_only), max_batch=1
+    )
     assert (exported.certificate.proof, exported.certificate.detached) == (
         "three-way" if training_only else "trained-plain",
         training_only,
@@ -109,7 +123,9 @@ def test_a_registered_network_is_trained_and_exported_with_proof(
     assert exported.manifest.model == registered
 
 
-def test_a_checkpoint_of_an_unregistered_network_is_one_line(registered: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_unregistered_network_is_one_line(
+    registered: str, tmp_path: Path
+) -> None:
     network, path = sopdeploy.create_model(registered), tmp_path / "ckpt.pt"
     save(network, registered, path, Preprocess(resize=8, crop=8))
     del MODELS.registered[registered]
@@ -121,14 +137,18 @@ def test_isqrt_replaces_what_follows_the_last_feature_map() -> None:
     inner = Stages().eval()
     model = sopdeploy.isqrt(inner, image_size=8, **METHODS["isqrt"][0]).double().eval()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    root = textbook_root(model.pooling.reduce(inner.late(inner.early(images))), NewtonSchulzConfig())
+    root = textbook_root(
+        model.pooling.reduce(inner.late(inner.early(images))), NewtonSchulzConfig()
+    )
     rows, columns = torch.triu_indices(*root.shape[1:])
     expected = model.fc(root[:, rows, columns])
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
     assert isinstance(inner.fc, nn.Identity), "the classifier is gone"
 
 
-@pytest.mark.parametrize(("name", "message"), [("resnet18", "of the catalog"), ("a/b", "letters, digits")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("resnet18", "of the catalog"), ("a/b", "letters, digits")]
+)
 def test_a_name_must_be_free_and_fit_a_folder(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sopdeploy.register_model(name, Stages)
@@ -164,7 +184,9 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda build: register_model("mine", build, image_size=32)
 
 
-def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tuple[Classifier, Any, Tensor]:
+def with_statistics(
+    name: str, side: int, head: HeadConfig = EVERYTHING
+) -> tuple[Classifier, Any, Tensor]:
     """Build *name* with and without *head*, and two images of *side* pixels."""
     torch.manual_seed(0)
     plain = create_model(name, num_classes=3).eval()
@@ -181,7 +203,9 @@ def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tupl
     ],
 )
 @torch.no_grad()
-def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(name, side, maps) -> None:
+def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(
+    name, side, maps
+) -> None:
     plain, network, images = with_statistics(name, side)
     own, found = network.head_inputs(images)
     assert {tap: tuple(values.shape) for tap, values in found.items()} == {
@@ -200,10 +224,18 @@ def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(name, 
 
 @pytest.mark.parametrize(
     ("kind", "length"),
-    [("gap", 64), ("isqrt", 36), ("gap+isqrt", 100), ("gap+mean", 128), ("gap+mean+isqrt", 164)],
+    [
+        ("gap", 64),
+        ("isqrt", 36),
+        ("gap+isqrt", 100),
+        ("gap+mean", 128),
+        ("gap+mean+isqrt", 164),
+    ],
 )
 @torch.no_grad()
-def test_every_head_that_a_recipe_may_name_has_its_vector_and_its_distance(kind: Any, length: int) -> None:
+def test_every_head_that_a_recipe_may_name_has_its_vector_and_its_distance(
+    kind: Any, length: int
+) -> None:
     """No procedure fits some of them, but loops of earlier versions have written checkpoints with all."""
     head = HeadConfig(kind=kind, width=8, distance=True)
     _, network, images = with_statistics("resnet8", 32, head)
@@ -215,9 +247,14 @@ def test_every_head_that_a_recipe_may_name_has_its_vector_and_its_distance(kind:
 @pytest.mark.parametrize(
     "name", ["resnet8", "vgg16", "timm:test_convnext", "timm:deit_tiny_distilled_patch16_224"]
 )
-def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(name: str) -> None:
+def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(
+    name: str,
+) -> None:
     with torch.device("meta"):
-        plain, network = create_model(name, num_classes=3), create_model(f"head:{name}", num_classes=3)
+        plain, network = (
+            create_model(name, num_classes=3),
+            create_model(f"head:{name}", num_classes=3),
+        )
     kept = {key for key in network.state_dict() if not key.startswith("pooled_head.")}
     gone = {key.rpartition(".")[0] for key in plain.state_dict().keys() - kept}
     assert kept <= plain.state_dict().keys()
@@ -225,7 +262,10 @@ def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(
 
 
 def test_branches_are_not_part_of_a_network_with_a_head() -> None:
-    for name, message in (("psdr-resnet50", "a network without them$"), ("head:resnet8", "has this head")):
+    for name, message in (
+        ("psdr-resnet50", "a network without them$"),
+        ("head:resnet8", "has this head"),
+    ):
         with pytest.raises(ConfigError, match=message):
             create_model(f"head:{name}")
     trained = create_model("dsop-resnet8", num_classes=3).eval()
@@ -246,7 +286,9 @@ def test_the_projection_is_that_to_the_principal_components_of_all_batches() -> 
     rows = torch.cat(batches).permute(0, 2, 3, 1).flatten(end_dim=2).double()
     _, _, components = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
     weight = network.pooled_head.pooling("layer3.0").layer_reduce.weight[:, :, 0, 0].double()
-    assert torch.allclose((weight @ components[:5].T).abs(), torch.eye(5, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(
+        (weight @ components[:5].T).abs(), torch.eye(5, dtype=torch.float64), atol=1e-5
+    )
     with pytest.raises(DataError, match="not finite"):
         network.pooled_head.fit_projection([{"layer3.0": torch.full((1, 64, 2, 2), torch.nan)}])
 
@@ -263,19 +305,37 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
     two = create_model("head:mine", num_classes=3, head={"taps": ("last", "first"), "width": 4})
     assert two.maps == {"first": 6, "last": 12}
     assert torch.equal(two.eval().heads(images)["main"], two(images))
-    assert describe("head:mine", num_classes=3).representation == 9 + 12 * 13 // 2  # on the device `meta`
+    assert (
+        describe("head:mine", num_classes=3).representation == 9 + 12 * 13 // 2
+    )  # on the device `meta`
 
 
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda n: Small(n, nn.Softmax(dim=1)), {}, "not return the output of its last linear layer fc"),
-        (lambda n: Small(n, Unused(n)), {}, "not return the output of its last linear layer after.fc"),
-        (lambda n: Small(n, nn.MaxPool1d(1, return_indices=True)), {"kind": "gap"}, "not return .* fc"),
+        (
+            lambda n: Small(n, nn.Softmax(dim=1)),
+            {},
+            "not return the output of its last linear layer fc",
+        ),
+        (
+            lambda n: Small(n, Unused(n)),
+            {},
+            "not return the output of its last linear layer after.fc",
+        ),
+        (
+            lambda n: Small(n, nn.MaxPool1d(1, return_indices=True)),
+            {"kind": "gap"},
+            "not return .* fc",
+        ),
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
         (Small, {"taps": ()}, "length of 1 or more"),
-        (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)), {}, "does not end in a feature map"),
+        (
+            lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)),
+            {},
+            "does not end in a feature map",
+        ),
         (
             lambda n: nn.Sequential(nn.Conv2d(3, n, 32), nn.Flatten()),
             {"kind": "gap"},
@@ -283,7 +343,9 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
         ),
     ],
 )
-def test_networks_that_cannot_have_a_head_are_refused_in_one_line(register, build, options, message) -> None:
+def test_networks_that_cannot_have_a_head_are_refused_in_one_line(
+    register, build, options, message
+) -> None:
     register(build)
     with pytest.raises(ConfigError, match=message):
         create_model("head:mine", num_classes=3, head=options)

@@ -76,7 +76,8 @@ def test_photographs_taken_within_seconds_that_are_alike_are_a_group():
     vectors, classes, objects = film()
     times = 1000 * objects + 3 * (np.arange(len(objects)) % FRAMES)
     names = [
-        f"{label}/{chr(97 + number % 26) * (1 + number // 26)}.jpg" for number, label in enumerate(classes)
+        f"{label}/{chr(97 + number % 26) * (1 + number // 26)}.jpg"
+        for number, label in enumerate(classes)
     ]
     assert find(names, vectors, classes).groups.tolist() == list(range(len(objects)))
     assert find(names, vectors, classes, times).groups.tolist() == objects.tolist()
@@ -117,10 +118,15 @@ def test_a_single_clip_among_photographs_of_many_objects_is_found():
     vectors, classes, objects = film()
     others = np.random.default_rng(2).normal(size=(40, 64))
     others /= np.linalg.norm(others, axis=1, keepdims=True)
-    names = [f"{label}/v{clip}_{n}.png" for n, (label, clip) in enumerate(zip(classes, objects, strict=True))]
+    names = [
+        f"{label}/v{clip}_{n}.png"
+        for n, (label, clip) in enumerate(zip(classes, objects, strict=True))
+    ]
     names += [f"{n % 3}/photo {100 - n}.png" for n in range(40)]
     found = find(
-        names, np.concatenate([vectors, others.astype(np.float32)]), np.append(classes, np.arange(40) % 3)
+        names,
+        np.concatenate([vectors, others.astype(np.float32)]),
+        np.append(classes, np.arange(40) % 3),
     )
     assert found.groups.tolist() == [*objects.tolist(), *range(12, 52)]
 
@@ -134,7 +140,8 @@ def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_pat
     groups = np.unique(images.groups, return_inverse=True)[1]
     paths = [images.identity(index) for index in range(len(images))]
     together = [
-        [paths[index] for index in np.flatnonzero(groups == group)] for group in range(groups.max() + 1)
+        [paths[index] for index in np.flatnonzero(groups == group)]
+        for group in range(groups.max() + 1)
     ]
     assert sorted(sorted(one) for one in together if len(one) > 1) == [
         ["cat/clip1_01.jpg", "cat/clip1_02.jpg"],
@@ -171,10 +178,15 @@ def test_the_time_of_a_photograph_does_not_depend_on_whether_its_pixels_were_dec
     Image.new("RGB", (8, 8)).save(file, "PNG", exif=exif.tobytes())
     start, end = file.getvalue().index(b"eXIf") - 4, file.getvalue().index(b"IDAT") - 4
     png, chunk = file.getvalue(), file.getvalue()[start:end]
-    behind_pixels = (png[:start] + png[end:]).replace(png[-12:], chunk + png[-12:])  # before the last chunk
+    behind_pixels = (png[:start] + png[end:]).replace(
+        png[-12:], chunk + png[-12:]
+    )  # before the last chunk
     for content, time in ((png, 1768210211), (behind_pixels, NO_TIME)):
         decoded, preprocessed, unread = (Photo("a.png", content) for _ in range(3))
-        assert decoded.pixels.size == preprocessed.preprocess(Preprocess(resize=8, crop=8)).shape[:2]
+        assert (
+            decoded.pixels.size
+            == preprocessed.preprocess(Preprocess(resize=8, crop=8)).shape[:2]
+        )
         assert [photo.taken for photo in (decoded, preprocessed, unread)] == [time] * 3
 
 
@@ -205,17 +217,25 @@ def test_data_check_says_nothing_about_different_photographs(tmp_path: Path):
     for number, label in enumerate(("cat", "dog")):
         (tmp_path / label).mkdir()
         for photo in range(24):
-            (tmp_path / label / f"{photo}.jpg").write_bytes(encoded(scene(100 * number + photo), 90))
+            (tmp_path / label / f"{photo}.jpg").write_bytes(
+                encoded(scene(100 * number + photo), 90)
+            )
     assert not check_data(tmp_path).notes
 
 
-@pytest.mark.parametrize(("objects", "widened"), [(2, True), (4, True), (5, False), (10, False)])
-def test_the_interval_allows_for_what_an_object_more_teaches_if_there_are_few(objects: int, *, widened: bool):
+@pytest.mark.parametrize(
+    ("objects", "widened"), [(2, True), (4, True), (5, False), (10, False)]
+)
+def test_the_interval_allows_for_what_an_object_more_teaches_if_there_are_few(
+    objects: int, *, widened: bool
+):
     classes = np.repeat(np.arange(4), 20)
     groups = np.arange(80) // (20 // objects)
     logits = np.eye(4)[np.where(np.arange(80) % 2, classes, (classes + 1) % 4)]
     one_hot = np.eye(4)[classes]
-    held_out, validated = (estimate_score(one_hot, "softmax", logits, 0, groups, folds) for folds in (0, 2))
+    held_out, validated = (
+        estimate_score(one_hot, "softmax", logits, 0, groups, folds) for folds in (0, 2)
+    )
     assert validated.share == held_out.share == 0.5
     middle = (validated.low + validated.high) / 2
     assert (middle > 0.52) == widened

@@ -29,7 +29,14 @@ from sopdeploy.photos.copies import (
 )
 from sopdeploy.photos.folder import list_classes, open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen, hash_images
-from sopdeploy.photos.split import NONE, choose_held_out, divide, hold_out, record_choice, recorded_choice
+from sopdeploy.photos.split import (
+    NONE,
+    choose_held_out,
+    divide,
+    hold_out,
+    record_choice,
+    recorded_choice,
+)
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import RunFolder
@@ -78,7 +85,9 @@ def write_scenes(root: Path, each: int = 12, copies: int = 0) -> Path:
             image = scene(100 * place + number)
             image.save(root / label / f"{number}.png")
             for copy in range(copies):
-                other = ImageEnhance.Brightness(image.resize((100, 75))).enhance(0.9 - 0.1 * copy)
+                other = ImageEnhance.Brightness(image.resize((100, 75))).enhance(
+                    0.9 - 0.1 * copy
+                )
                 (root / label / f"{number}-{copy}.jpg").write_bytes(encoded(other))
     return root
 
@@ -120,7 +129,9 @@ CHANGES = {
     "encoded": lambda image: Image.open(io.BytesIO(encoded(image))),
     "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
     "cropped": lambda image: image.crop((8, 6, 144, 108)),
-    "turned by 3 degrees": lambda image: image.rotate(3, Image.Resampling.BICUBIC).crop((10, 10, 150, 110)),
+    "turned by 3 degrees": lambda image: image.rotate(3, Image.Resampling.BICUBIC).crop(
+        (10, 10, 150, 110)
+    ),
     "captioned": captioned,
     "mirrored": ImageOps.mirror,
 }
@@ -134,7 +145,9 @@ def test_a_changed_photograph_is_found_in_either_class_and_others_are_not(change
 
 
 def test_all_copies_of_a_photograph_are_its_group():
-    changes = [change for name, change in CHANGES.items() if name not in {"cropped", "captioned"}]
+    changes = [
+        change for name, change in CHANGES.items() if name not in {"cropped", "captioned"}
+    ]
     images = [scene(number) for number in range(12)]
     copies = [change(image).resize((160, 120)) for image in images for change in changes]
     groups = connect(60, compare(images + copies, [number % 2 for number in range(60)]).pairs)
@@ -154,7 +167,10 @@ def test_where_images_look_alike_only_nearly_equal_ones_are_copies():
     images = [scene(50) for _ in range(12)]
     for number, image in enumerate(images):  # a bit less than half of each image is its own
         image.paste(scene(number).resize((100, 96)), (30, 12))
-    copies = [ImageEnhance.Brightness(images[0]).enhance(0.9), captioned(captioned(images[1]).rotate(180))]
+    copies = [
+        ImageEnhance.Brightness(images[0]).enhance(0.9),
+        captioned(captioned(images[1]).rotate(180)),
+    ]
     found = compare(images + copies, [0] * 14)
     assert pairs_of(found) == [[0, 12]]
     assert found.alike.all()
@@ -165,7 +181,9 @@ def test_equal_images_are_compared_once():
     assert pairs_of(compare(images, [0, 1] * 30 + [0])) == [[2, 60]]
 
 
-def test_candidates_are_the_same_however_many_images_are_compared_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_candidates_are_the_same_however_many_images_are_compared_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
     images, found = [scene(number) for number in range(20)] + [CHANGES["darker"](scene(4))], []
     for cosines in (21 * 21, 21 * 5, 1):
         monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
@@ -184,7 +202,9 @@ def test_an_image_that_resembles_a_corner_of_another_one_is_its_candidate():
     views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
     small = np.stack([shrink(scene(number)) for number in range(60)])
     small[24] = shrink(scene(3).crop((60, 45, 160, 120)))
-    found = find_near_duplicates([views], small, np.arange(60) % 4, list(map(str, range(60))), 1)
+    found = find_near_duplicates(
+        [views], small, np.arange(60) % 4, list(map(str, range(60))), 1
+    )
     assert pairs_of(found) == [[3, 24]]
 
 
@@ -205,14 +225,19 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ):
     for number in range(30):
-        for label, ending in (("cat", "png"), ("dog", "bmp" if case == "other bytes" else "png")):
+        for label, ending in (
+            ("cat", "png"),
+            ("dog", "bmp" if case == "other bytes" else "png"),
+        ):
             (tmp_path / label).mkdir(exist_ok=True)
             scene(number).save(tmp_path / label / f"{number}.{ending}")
     if case == BROKEN:
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
         monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
-    monkeypatch.setattr("sopdeploy.photos.copies.find_near_duplicates", lambda *_: NO_DUPLICATES)
+    monkeypatch.setattr(
+        "sopdeploy.photos.copies.find_near_duplicates", lambda *_: NO_DUPLICATES
+    )
     images = list_classes(tmp_path).images
     choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
@@ -223,7 +248,9 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
 
 
 def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
-    groups = connect(6, np.asarray([[0], [3]]), ["a", "b", "b", "c", "d", "e"], None, [1, 2, 3, 4, 4, 5])
+    groups = connect(
+        6, np.asarray([[0], [3]]), ["a", "b", "b", "c", "d", "e"], None, [1, 2, 3, 4, 4, 5]
+    )
     assert groups.tolist() == [0, 1, 1, 0, 0, 2]
     assert effective_count(groups) == pytest.approx(36 / 14)
     assert effective_count(np.arange(7)) == 7
@@ -243,7 +270,9 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
         f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
         for number, path in enumerate(images.paths)
     ]
-    (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    (tmp_path / "labels.csv").write_text(
+        "\n".join(["file,classes,group", *rows]), encoding="utf-8"
+    )
     table = read_label_table(tmp_path / "labels.csv")
     assert len(set(table.parts[UNSPLIT].groups.tolist())) == 1 + 12
     (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
@@ -324,7 +353,9 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     assert len(split.train) + len(split.held_out) == 48
 
 
-def test_a_split_and_a_check_read_each_photograph_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_split_and_a_check_read_each_photograph_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     root, reads, read = write_scenes(tmp_path, copies=1), list[int](), ImageFiles.read
 
     def count(images: ImageFiles, index: int) -> bytes:
@@ -345,13 +376,24 @@ def test_a_split_and_a_check_read_each_photograph_once(tmp_path: Path, monkeypat
 
 def test_train_lists_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root, listed, scandir = write_classes(tmp_path / "photos", ("a", "b"), 4), [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1])
+    monkeypatch.setattr(
+        os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1]
+    )
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
     network = create_model("efficientnet-lite0", num_classes=2)
     torch.save(network.state_dict(), weights)
     shown = CliRunner().invoke(
-        app, ["train", "--data", str(root), "--weights", str(weights), "--out", str(tmp_path / "run")]
+        app,
+        [
+            "train",
+            "--data",
+            str(root),
+            "--weights",
+            str(weights),
+            "--out",
+            str(tmp_path / "run"),
+        ],
     )
     assert shown.exit_code == 0, shown.output
     assert [listed.count(str(root / name)) for name in "ab"] == [1, 1]
@@ -382,7 +424,9 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     assert check_data(tmp_path).near is None
     across = [group for group in found.near if group.across]
     assert any(group.labels_differ for group in across)
-    leaked = next(group.files for group in across if any("leak" in file for file in group.files))
+    leaked = next(
+        group.files for group in across if any("leak" in file for file in group.files)
+    )
     assert {Path(file).name for file in leaked} == {"5.png", "5-0.jpg", "leak.jpg"}
     shown = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near"])
     assert "with at least 60 % of equal parts" in shown.stdout
@@ -391,8 +435,12 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("is_sample", "count"), [(False, "2 of 3"), (True, "at least 2 of 3")])
-def test_images_of_a_bundle_that_records_a_sample_are_at_least_so_many(is_sample: bool, count: str):
-    images = ArrayImages(("a",), np.arange(12, dtype=np.uint8).reshape(3, 2, 2), np.zeros(3, np.int64))
+def test_images_of_a_bundle_that_records_a_sample_are_at_least_so_many(
+    is_sample: bool, count: str
+):
+    images = ArrayImages(
+        ("a",), np.arange(12, dtype=np.uint8).reshape(3, 2, 2), np.zeros(3, np.int64)
+    )
     found = describe_seen(images, hash_images(images)[:2], is_sample=is_sample)
     assert found.startswith(f"{count} images are training images of this network")
 
@@ -411,7 +459,9 @@ def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:
     """Run `data check --near` on *root*; return the names of the files of each group, and the notes."""
     shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
     report = json.loads(shown.stdout)
-    return [{Path(file).name for file in group["files"]} for group in report["near"]], report["notes"]
+    return [{Path(file).name for file in group["files"]} for group in report["near"]], report[
+        "notes"
+    ]
 
 
 def test_data_check_compares_features_of_the_default_network_once_its_weights_are_here(
@@ -432,12 +482,16 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     safetensors.torch.save_file(network.state_dict(), weights)
 
     def compare_features(views: list[np.ndarray], *_: np.ndarray) -> NearDuplicates:
-        assert [view.shape[:2] for view in views] == [(25, 5)] * 2  # of two maps: whole, corners
+        assert [view.shape[:2] for view in views] == [
+            (25, 5)
+        ] * 2  # of two maps: whole, corners
         assert all(np.ptp(part, axis=0).max() > 0 for part in views)
         # Features of random weights do not show which images are similar.
         return NearDuplicates(np.asarray([[0], [1]]), np.zeros(25, np.bool_))
 
-    monkeypatch.setattr("sopdeploy.training.few_shot.default_network.find_near_duplicates", compare_features)
+    monkeypatch.setattr(
+        "sopdeploy.training.few_shot.default_network.find_near_duplicates", compare_features
+    )
     assert near_by_command(root) == ([{"0.png", "1.png"}], [])
     monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
     assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
@@ -447,13 +501,17 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
 def photos(tmp_path):
     """Write photos with a copy in val/, and duplicate pixels in another class."""
     root = write_photos(tmp_path / "photos")
-    (root / "val" / "cat" / "copy.jpg").write_bytes((root / "train" / "cat" / "0.jpg").read_bytes())
+    (root / "val" / "cat" / "copy.jpg").write_bytes(
+        (root / "train" / "cat" / "0.jpg").read_bytes()
+    )
     Image.open(root / "train" / "cat" / "1.jpg").save(root / "train" / "dog" / "same.png")
     Image.new("RGB", (200, 20)).save(root / "train" / "dog" / "thin.png")
     deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     Image.fromarray(deep).save(root / "train" / "dog" / "deep.png")
     frames = [Image.fromarray(np.full((40, 40), shade, dtype=np.uint8)) for shade in (9, 99)]
-    frames[0].save(root / "train" / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(
+        root / "train" / "dog" / "moving.gif", save_all=True, append_images=frames[1:]
+    )
     return root
 
 
@@ -463,18 +521,25 @@ def test_parts_formats_sizes_and_duplicates_are_reported(photos) -> None:
         "train": {"cat": 4, "dog": 8},
         "val": {"cat": 3, "dog": 2},
     }
-    assert found.parts[0].bytes == sum(file.stat().st_size for file in (photos / "train").rglob("*.*"))
+    assert found.parts[0].bytes == sum(
+        file.stat().st_size for file in (photos / "train").rglob("*.*")
+    )
     assert found.formats == {"JPEG": 13, "PNG": 3, "GIF": 1}
     assert found.shorter_side == (20, 32, 64)
     assert found.longer_side == (40, 40, 200)
     copied, same = found.duplicates
     assert (copied.across, copied.labels_differ) == (True, False)
     assert (same.across, same.labels_differ) == (False, True)
-    assert [file.rpartition("photos/")[2] for file in same.files] == ["train/cat/1.jpg", "train/dog/same.png"]
+    assert [file.rpartition("photos/")[2] for file in same.files] == [
+        "train/cat/1.jpg",
+        "train/dog/same.png",
+    ]
     found.must_be_usable()
 
 
-def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp_path, monkeypatch) -> None:
+def test_every_unreadable_file_and_every_class_of_one_image_is_named(
+    photos, tmp_path, monkeypatch
+) -> None:
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check_data(photos)
@@ -486,7 +551,9 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp
     with pytest.raises(DataError, match=r"/a, .*/b: only one image; add another"):
         check_data(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"b/0\.jpg: the image has more than 70000000 pixels, the limit; "):
+    with pytest.raises(
+        DataError, match=r"b/0\.jpg: the image has more than 70000000 pixels, the limit; "
+    ):
         check_data(tmp_path / "single").must_be_usable()
 
 
@@ -513,16 +580,22 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", range(4))
-def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(turns: int, *, mirrored: bool):
+def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(
+    turns: int, *, mirrored: bool
+):
     scenes = [np.asarray(scene(seed).resize((120, 120))) for seed in range(20)]
     turned = np.rot90(scenes[7][:, ::-1] if mirrored else scenes[7], turns)
     copy = Image.open(io.BytesIO(encoded(Image.fromarray(turned).resize((72, 72)), 60)))
     darker = np.asarray(ImageEnhance.Brightness(copy).enhance(0.85).resize((120, 120)))
-    small = np.stack([shrink(Image.fromarray(np.ascontiguousarray(one))) for one in (*scenes, darker)])
+    small = np.stack(
+        [shrink(Image.fromarray(np.ascontiguousarray(one))) for one in (*scenes, darker)]
+    )
     assert find_turned(small).T.tolist() == [[7, 20]]
 
 
 def test_plain_images_are_no_copies_of_each_other():
     plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
-    assert not find_turned(np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])).size
+    assert not find_turned(
+        np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
+    ).size

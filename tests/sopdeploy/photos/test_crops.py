@@ -24,7 +24,9 @@ def alike(seed: int, share: float = 0.6) -> Image.Image:
 
 def equal_pairs(small: np.ndarray, pairs: np.ndarray) -> list[list[int]]:
     """List the *pairs* with a share of equal tiles as copies have it."""
-    return sorted(sorted(pair) for pair in pairs[:, compare_pixels(small, pairs) >= MOSTLY].T.tolist())
+    return sorted(
+        sorted(pair) for pair in pairs[:, compare_pixels(small, pairs) >= MOSTLY].T.tolist()
+    )
 
 
 @pytest.mark.parametrize("is_first", [False, True])
@@ -39,9 +41,13 @@ def test_a_part_of_a_photograph_is_found_among_photographs_that_look_alike(
     assert equal_pairs(small, pairs[::-1] if is_first else pairs) == [[3, NUM_SCENES]]
 
 
-def test_the_number_of_pairs_that_are_compared_at_once_changes_no_share(monkeypatch: pytest.MonkeyPatch):
+def test_the_number_of_pairs_that_are_compared_at_once_changes_no_share(
+    monkeypatch: pytest.MonkeyPatch,
+):
     crops = [alike(0).crop((number, 0, 160, 120)) for number in range(6)]  # of one photograph
-    small = np.stack([shrink(image) for image in (*crops, *(alike(seed) for seed in range(1, 7)))])
+    small = np.stack(
+        [shrink(image) for image in (*crops, *(alike(seed) for seed in range(1, 7)))]
+    )
     found = compare_pixels(small, pairs_of(NUM_SCENES))
     assert (found >= MOSTLY).sum() == 15
     monkeypatch.setattr("sopdeploy.photos.crops._BLOCK", 7)

@@ -49,12 +49,22 @@ def open_at(path: Path, hold_out: float = 0.2, seed: int = 0):
 def hold_out_images(split: Split, hold_out: float, seed: int) -> Split:
     if len(split.held_out):
         return split
-    return divide(split, choose_held_out(split.train, group_photographs(split.train).groups, hold_out, seed))
+    return divide(
+        split,
+        choose_held_out(split.train, group_photographs(split.train).groups, hold_out, seed),
+    )
 
 
 def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:
     make(tmp_path, zebra=5, ant=5, Bee=5)
-    for hidden in (".ipynb_checkpoints", "ant/.trash", "__MACOSX", "@eaDir", "lost+found", "ant/@eaDir"):
+    for hidden in (
+        ".ipynb_checkpoints",
+        "ant/.trash",
+        "__MACOSX",
+        "@eaDir",
+        "lost+found",
+        "ant/@eaDir",
+    ):
         paint(tmp_path / hidden / "copy.png")
     paint(tmp_path / "ant" / ".hidden.png")
     (tmp_path / "ant" / "notes.txt").write_text("six legs")
@@ -75,7 +85,9 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path) -> None:
     (root / "a" / "circle").symlink_to("..")
     (tmp_path / "elsewhere" / "more" / "back").symlink_to(root / "a")
     split = open_at(root)
-    found = {Path(name).parent.as_posix() for name in names(split.train) + names(split.held_out)}
+    found = {
+        Path(name).parent.as_posix() for name in names(split.train) + names(split.held_out)
+    }
     assert found == {"a", "a/more", "b", "c"}
 
 
@@ -86,15 +98,21 @@ def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
         paint(tmp_path / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(DataError, match=r"^[^\n]*: the name 'Stra.udcdfe(.jpg)?' is not UTF-8; rename it$"):
+    with pytest.raises(
+        DataError, match=r"^[^\n]*: the name 'Stra.udcdfe(.jpg)?' is not UTF-8; rename it$"
+    ):
         open_at(tmp_path)
 
 
 def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
     split = open_folder(make(tmp_path, a=3, b=1, c=3))
     assert split.train.labels == ("a", "c")
-    assert names(split.train) == [f"{label}/00{number}.jpg" for label in "ac" for number in range(3)]
-    assert split.notes == (f"{tmp_path}: left out, because there are fewer than two images: b; add some",)
+    assert names(split.train) == [
+        f"{label}/00{number}.jpg" for label in "ac" for number in range(3)
+    ]
+    assert split.notes == (
+        f"{tmp_path}: left out, because there are fewer than two images: b; add some",
+    )
 
 
 COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write the name
@@ -115,19 +133,26 @@ def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_pat
 
 def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) -> None:
     held_out = [
-        {Path(name).name for name in names(open_at(make(tmp_path / str(place), **folders)).held_out)}
+        {
+            Path(name).name
+            for name in names(open_at(make(tmp_path / str(place), **folders)).held_out)
+        }
         for place, folders in enumerate(({COMPOSED: 20, "b": 20}, {DECOMPOSED: 20, "b": 20}))
     ]
     assert held_out[0] == held_out[1]
 
 
-@pytest.mark.parametrize("other", ["Hat", "hat ", " hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])
+@pytest.mark.parametrize(
+    "other", ["Hat", "hat ", " hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"]
+)
 def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
     one, two = sorted([other, "hat"])
     line = f"{one!r} and {two!r} are different classes; rename one if they are the same"
     split = open_folder(make(tmp_path / "photos", **{other: 2, "hat": 2, "b": 2}))
     assert split.notes == (f"{tmp_path}/photos: {line}",)
-    make(tmp_path / "parts", **{f"train__{other}": 2, "train__b": 2, "val__hat": 2, "val__b": 1})
+    make(
+        tmp_path / "parts", **{f"train__{other}": 2, "train__b": 2, "val__hat": 2, "val__b": 1}
+    )
     with pytest.raises(DataError) as problem:
         open_folder(tmp_path / "parts")
     path = tmp_path / "parts" / "val"
@@ -144,7 +169,9 @@ def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
         open_folder(tmp_path / "parts")
     assert f"'hAT' and 'haT' is {other!r} in the training images" in str(problem.value)
     lines: list[str] = []
-    open_evaluation_images(tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append)
+    open_evaluation_images(
+        tmp_path / "photos", ("b", "hat"), other_classes=True, log=lines.append
+    )
     assert line in lines[0]
 
 
@@ -159,7 +186,10 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
 
 
 BAD_FOLDERS = [
-    ({}, "holds no class folders and no labels.csv; sort the images into one subfolder per class"),
+    (
+        {},
+        "holds no class folders and no labels.csv; sort the images into one subfolder per class",
+    ),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
         {"in__a": 1, "in__b": 1},
@@ -168,18 +198,29 @@ BAD_FOLDERS = [
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
     ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
     ({"train": 0}, "train: holds no class folders"),
-    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: training classes b are missing, add them"),
+    (
+        {"train__a": 2, "train__b": 2, "val__a": 1},
+        "val: training classes b are missing, add them",
+    ),
     (
         {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
         "val: classes c, d are not training classes, remove them",
     ),
-    ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 0}, "b: no images in this class folder"),
+    (
+        {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 0},
+        "b: no images in this class folder",
+    ),
     ({"val__a": 2, "val__b": 2}, "holds val but no train; put the training images there"),
-    ({"train__a": 2, "Training__a": 2}, "Training, train may all hold the training images; rename all but"),
+    (
+        {"train__a": 2, "Training__a": 2},
+        "Training, train may all hold the training images; rename all but",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("counts", "message"), BAD_FOLDERS, ids=[m[:30] for _, m in BAD_FOLDERS])
+@pytest.mark.parametrize(
+    ("counts", "message"), BAD_FOLDERS, ids=[m[:30] for _, m in BAD_FOLDERS]
+)
 def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> None:
     make(tmp_path, **counts)
     with pytest.raises(DataError) as problem:
@@ -190,9 +231,13 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
 
 
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder; give a folder with one subfolder"):
+    with pytest.raises(
+        DataError, match="nowhere: no such folder; give a folder with one subfolder"
+    ):
         open_at(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder of the data; try data"):
+    with pytest.raises(
+        ConfigError, match=r"data\.path: not set; give the folder of the data; try data"
+    ):
         open_data(FolderConfig(kind="folder"))
 
     def refuse(_path):
@@ -208,7 +253,11 @@ PETS = {"cats": 3, "dogs": 3}
 
 def below(*parts: str) -> dict[str, int]:
     """So many images of every pet, below each of the folders *parts*."""
-    return {f"{part.replace('/', '__')}__{name}": count for part in parts for name, count in PETS.items()}
+    return {
+        f"{part.replace('/', '__')}__{name}": count
+        for part in parts
+        for name, count in PETS.items()
+    }
 
 
 def open_logged(path: Path) -> tuple[Split, str]:
@@ -229,7 +278,11 @@ LAYOUTS = [
 def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout) -> None:
     path = make(tmp_path / "photos", **layout)
     split, log = open_logged(path)
-    assert (split.train.labels, len(split.train), len(split.held_out)) == (("cats", "dogs"), 6, 6)
+    assert (split.train.labels, len(split.train), len(split.held_out)) == (
+        ("cats", "dogs"),
+        6,
+        6,
+    )
     assert log == ""
     assert [part.count for part in check_data(path).parts] == [6, 6]
     used: list[str] = []
@@ -254,7 +307,9 @@ UNCLEAR = [
 ]
 
 
-@pytest.mark.parametrize(("counts", "sizes", "line"), UNCLEAR, ids=[line[:20] for *_, line in UNCLEAR])
+@pytest.mark.parametrize(
+    ("counts", "sizes", "line"), UNCLEAR, ids=[line[:20] for *_, line in UNCLEAR]
+)
 def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) -> None:
     split, log = open_logged(make(tmp_path, **counts))
     assert (len(split.train), len(split.held_out)) == sizes
@@ -264,12 +319,21 @@ def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) 
 
 
 TOO_HIGH = [  # folders, the one that was meant; "" if there is none
-    ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1, "samples__tulip": 1}, "images"),
+    (
+        {"images__rose": 3, "images__tulip": 3, "samples__rose": 1, "samples__tulip": 1},
+        "images",
+    ),
     ({"images__rose": 3, "images__tulip": 3, "samples__rose": 1}, "images"),
-    ({"a__2024__rose": 1, "a__2024__tulip": 1, "b__2024__rose": 3, "b__2024__tulip": 3}, "b/2024"),
+    (
+        {"a__2024__rose": 1, "a__2024__tulip": 1, "b__2024__rose": 3, "b__2024__tulip": 3},
+        "b/2024",
+    ),
     ({"photos__rose": 3, "photos__tulip": 3}, "photos"),
     ({"in__photos__rose": 3, "in__photos__tulip": 3}, "in/photos"),
-    ({"my photos__train__rose": 3, "my photos__train__tulip": 3, "my photos__val__rose": 1}, "my photos"),
+    (
+        {"my photos__train__rose": 3, "my photos__train__tulip": 3, "my photos__val__rose": 1},
+        "my photos",
+    ),
     ({"photos__rose": 3, "photos__tulip": 3, "docs": 0}, "photos"),
     ({"rose__1": 2, "rose__2": 2, "tulip__3": 2, "tulip__4": 2}, ""),  # objects
     ({"rose": 2, "tulip__red": 2, "tulip__white": 2}, ""),
@@ -282,7 +346,9 @@ TOO_HIGH = [  # folders, the one that was meant; "" if there is none
 def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts, meant) -> None:
     shown = CliRunner().invoke(app, ["data", "check", str(make(tmp_path, **counts))])
     found = re.search(
-        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)", shown.output, re.M
+        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)",
+        shown.output,
+        re.M,
     )
     assert (found is not None) == bool(meant), shown.output
     if found is not None:
@@ -296,13 +362,17 @@ def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts,
     [(["cat", "dog", "cat", "dog"], (3,)), (["cat", "dog", "cat|dog", "dog"], (3, 2))],
     ids=["one class each", "several classes"],
 )
-def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(tmp_path, classes, shape) -> None:
+def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(
+    tmp_path, classes, shape
+) -> None:
     make(tmp_path, images=4)
     lines = [f"images/{number:03}.jpg,{name}" for number, name in enumerate(classes)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *lines]))
     split, log = open_logged(tmp_path)
     assert (split.train.labels, split.train.targets.ndim) == (("cat", "dog"), len(shape))
-    assert ("every image has one class, so the network predicts one" in log) == (len(shape) == 1)
+    assert ("every image has one class, so the network predicts one" in log) == (
+        len(shape) == 1
+    )
     if len(shape) == 1:
         found = open_evaluation_images(tmp_path, ("dog", "cat"))
         assert [found.labels[target] for target in found.targets] == classes
@@ -313,7 +383,15 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
     folder = write_classes(tmp_path / "photos", ("a", "b"), 30)
     for file in sorted(folder.rglob("*.jpg"))[:40]:
         file.write_bytes(b"no image")
-    command = ["train", "--recipe", "digits-plain", "--set", "data.kind=folder", "--data", str(folder)]
+    command = [
+        "train",
+        "--recipe",
+        "digits-plain",
+        "--set",
+        "data.kind=folder",
+        "--data",
+        str(folder),
+    ]
     shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run"), "--json"])
     assert shown.exit_code == 2
     assert "40 images cannot be used" in shown.stderr
@@ -338,7 +416,10 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
 ) -> None:
     make(tmp_path, **{"2026-01": 3, "2026-02": 3})
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.jpg"))
-    rows = [separator.join((file, ("h\u00fcte", "kleid")[place % 2])) for place, file in enumerate(files)]
+    rows = [
+        separator.join((file, ("h\u00fcte", "kleid")[place % 2]))
+        for place, file in enumerate(files)
+    ]
     (tmp_path / "labels.csv").write_bytes("\n".join([heading, *rows]).encode(encoding))
     split = open_folder(tmp_path)
     assert split.train.labels == ("h\u00fcte", "kleid")
@@ -349,8 +430,16 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
     ("name", "content", "problem"),
     [
         ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
-        ("labels.csv", "file,Class,set\n1.jpg,a,train", "the columns file, class, set; write file,clas"),
-        ("labels.csv", "file,Class,label\n1.jpg,1,a", "has the columns file, class, label; write file,cl"),
+        (
+            "labels.csv",
+            "file,Class,set\n1.jpg,a,train",
+            "the columns file, class, set; write file,clas",
+        ),
+        (
+            "labels.csv",
+            "file,Class,label\n1.jpg,1,a",
+            "has the columns file, class, label; write file,cl",
+        ),
         ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
         ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
         ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
@@ -396,14 +485,20 @@ def test_a_class_called_train_that_holds_no_folders_is_named(tmp_path) -> None:
 def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
     make(tmp_path, cat=3, dog=3)
     run, bundle = tmp_path / "photos-1", tmp_path / "photos-3f6c01d2a4b7"
-    for folder, files in ((run, ("best.pt", "last.pt")), (bundle, ("manifest.json", "model.onnx"))):
+    for folder, files in (
+        (run, ("best.pt", "last.pt")),
+        (bundle, ("manifest.json", "model.onnx")),
+    ):
         folder.mkdir()
         for file in files:
             (folder / file).write_bytes(b"x")
         paint(folder / "worst" / "1.jpg")  # whatever they hold
         paint(folder / "2.jpg")
     (tmp_path / "latest").symlink_to(run.name)
-    for name, output in (("runs", run), ("bundles", bundle)):  # also below folders that hold them
+    for name, output in (
+        ("runs", run),
+        ("bundles", bundle),
+    ):  # also below folders that hold them
         (tmp_path / name).mkdir()
         (tmp_path / name / output.name).symlink_to(output)
         (tmp_path / name / "latest").symlink_to(output.name)
@@ -412,19 +507,27 @@ def test_bundles_and_runs_are_never_classes(tmp_path) -> None:
     (note,) = opened.notes
     names = "bundles, latest, photos-1, photos-3f6c01d2a4b7, runs"
     assert note.endswith(f"left out, because they are or hold bundles or runs: {names}")
-    assert {part.name: [*part.classes] for part in check_data(tmp_path).parts} == {"all": ["cat", "dog"]}
+    assert {part.name: [*part.classes] for part in check_data(tmp_path).parts} == {
+        "all": ["cat", "dog"]
+    }
 
 
 @pytest.mark.parametrize("out", ["run", "cat/run", "../photos/runs/run"])
 def test_a_run_is_not_written_into_its_photographs(tmp_path, out) -> None:
     photos = make(tmp_path / "photos", cat=3, dog=3)
-    result = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(photos / out)])
+    result = CliRunner().invoke(
+        app, ["train", "--data", str(photos), "--out", str(photos / out)]
+    )
     assert (result.exit_code, "choose a folder outside" in result.stderr) == (2, True)
     assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
 
 
-def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(tmp_path, monkeypatch) -> None:
+def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(make(tmp_path / "photos", cat=3, dog=3))
     result = CliRunner().invoke(app, ["train", "--data", "."])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith("error: --out: runs is in the photographs of .; choose a folder outside")
+    assert result.stderr.startswith(
+        "error: --out: runs is in the photographs of .; choose a folder outside"
+    )

@@ -37,7 +37,10 @@ def write(folder: Path, text: str) -> Path:
 
 def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
     images = open_evaluation_images(folder, labels, multi_label=True)
-    return {str(images.path(i).relative_to(folder)): images.targets[i].tolist() for i in range(len(images))}
+    return {
+        str(images.path(i).relative_to(folder)): images.targets[i].tolist()
+        for i in range(len(images))
+    }
 
 
 @pytest.mark.parametrize(
@@ -60,10 +63,15 @@ COMPOSED, DECOMPOSED = "\u00c4pfel", "A\u0308pfel"  # as Linux and macOS write t
 
 @pytest.mark.parametrize("listed", [COMPOSED, DECOMPOSED])
 @pytest.mark.parametrize("on_disk", [COMPOSED, DECOMPOSED])
-def test_a_table_finds_files_and_classes_in_any_encoding(folder: Path, listed: str, on_disk: str) -> None:
+def test_a_table_finds_files_and_classes_in_any_encoding(
+    folder: Path, listed: str, on_disk: str
+) -> None:
     (folder / on_disk).mkdir()
     shutil.copy(folder / "a.png", folder / on_disk / f"{on_disk}.png")
-    write(folder, f"file,classes\nb.png,{COMPOSED}\n{listed}/{listed}.png,{DECOMPOSED}|dog\nd.png,dog\n")
+    write(
+        folder,
+        f"file,classes\nb.png,{COMPOSED}\n{listed}/{listed}.png,{DECOMPOSED}|dog\nd.png,dog\n",
+    )
     found = rows(folder, (on_disk, "dog"))
     assert found == {"b.png": [1, 0], f"{on_disk}/{on_disk}.png": [1, 1], "d.png": [0, 1]}
     assert check_data(folder).parts[0].classes == {"dog": 2, COMPOSED: 2}
@@ -92,7 +100,9 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
         in notes
     )
     assert any("'red  cat' and 'red cat'" in note for note in notes)
-    with pytest.raises(DataError, match=r"remove them \('Hat' and 'hat' are different classes; rename one"):
+    with pytest.raises(
+        DataError, match=r"remove them \('Hat' and 'hat' are different classes; rename one"
+    ):
         open_evaluation_images(folder, ("hat", "red cat", "red  cat"), multi_label=True)
 
 
@@ -121,7 +131,13 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> No
     assert "\n" not in str(caught.value)
 
 
-INVALID = ("../a.png,cat", "a.png,cat,dog", "a.png,cat||dog", "a.png,cat\na.png,dog", '"a.png"x,cat')
+INVALID = (
+    "../a.png,cat",
+    "a.png,cat,dog",
+    "a.png,cat||dog",
+    "a.png,cat\na.png,dog",
+    '"a.png"x,cat',
+)
 
 
 @pytest.mark.parametrize("line", INVALID)
@@ -147,7 +163,8 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
     for content, problem in cases.items():
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(
-            DataError, match=rf"labels\.csv: cannot be read {problem}; write a CSV file in UTF-8"
+            DataError,
+            match=rf"labels\.csv: cannot be read {problem}; write a CSV file in UTF-8",
         ):
             open_folder(folder)
 
@@ -160,8 +177,12 @@ def test_the_table_counts_and_not_what_it_was_exported_from(folder: Path) -> Non
 TABLE = "file,classes\r\na.png,Ä|dog\r\nb.png,\r\nsub/c.png,dog\r\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(folder: Path, encoding: str) -> None:
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+def test_the_encoding_of_a_table_is_that_of_its_byte_order_mark(
+    folder: Path, encoding: str
+) -> None:
     mark = "\ufeff" if encoding in {"utf-16-le", "utf-16-be"} else ""
     (folder / "labels.csv").write_bytes((mark + TABLE).encode(encoding))
     assert rows(folder, ("Ä", "dog")) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
@@ -190,7 +211,11 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     make(folder / "labels.csv")
-    for read in (open_folder, check_data, lambda path: open_evaluation_images(path, ("cat", "dog"))):
+    for read in (
+        open_folder,
+        check_data,
+        lambda path: open_evaluation_images(path, ("cat", "dog")),
+    ):
         with pytest.raises(DataError, match=rf"labels\.csv: {message}") as caught:
             read(folder)
         assert "\n" not in str(caught.value)
@@ -198,12 +223,18 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
 
 def test_a_table_without_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "MAX_TABLE_BYTES", len(GOOD) - 1)
-    with pytest.raises(DataError, match=r"labels\.csv: cannot be read \(larger than \d+ bytes, the limit\)"):
+    with pytest.raises(
+        DataError, match=r"labels\.csv: cannot be read \(larger than \d+ bytes, the limit\)"
+    ):
         open_folder(write(folder, GOOD))
 
 
-def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"line 2: has no class or several, but the network predicts one"):
+def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(
+    folder: Path,
+) -> None:
+    with pytest.raises(
+        DataError, match=r"line 2: has no class or several, but the network predicts one"
+    ):
         open_evaluation_images(write(folder, GOOD), ("cat", "dog"))
     with pytest.raises(DataError, match="dog are not classes of the network"):
         open_evaluation_images(folder, ("cat", "cow"), multi_label=True)
@@ -217,7 +248,9 @@ def test_a_table_of_other_columns_next_to_class_folders_is_an_error(folder: Path
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     shutil.rmtree(folder / "sub")
-    with pytest.raises(DataError, match=r"name, breed; .*or rename the file if the folders are the classes"):
+    with pytest.raises(
+        DataError, match=r"name, breed; .*or rename the file if the folders are the classes"
+    ):
         open_folder(write(folder, "name,breed\na,b\n"))
 
 
@@ -225,7 +258,10 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
     scenes = draw_scenes(tmp_path / "scenes", count=60)
     opened = open_folder(scenes)
     split, again = (
-        divide(opened, choose_held_out(opened.train, group_photographs(opened.train).groups, 0.2, 0))
+        divide(
+            opened,
+            choose_held_out(opened.train, group_photographs(opened.train).groups, 0.2, 0),
+        )
         for _ in range(2)
     )
     assert split.train.labels == CLASSES
@@ -259,7 +295,10 @@ def test_a_name_of_two_images_needs_its_folder(folder: Path) -> None:
         DataError, match=r"line 2: 'a' is not the path of an image.* or the name of one image"
     ):
         open_folder(write(folder, "file,classes\na,cat\nb,dog\n"))
-    assert rows(write(folder, "file,classes\na.png,cat\nb,dog\n")) == {"a.png": [1, 0], "b.png": [0, 1]}
+    assert rows(write(folder, "file,classes\na.png,cat\nb,dog\n")) == {
+        "a.png": [1, 0],
+        "b.png": [0, 1],
+    }
 
 
 LISTED = [f"{label}_{number:03}" for label in ("nevus", "melanoma") for number in range(6)]
@@ -269,7 +308,9 @@ TABLES = {
     "metadata.jsonl": "".join(
         json.dumps({"file_name": f"{name}.png", "text": "x"}) + "\n" for name in LISTED
     ),
-    "_annotations.coco.json": json.dumps({"images": [{"file_name": f"all/{name}.png"} for name in LISTED]}),
+    "_annotations.coco.json": json.dumps(
+        {"images": [{"file_name": f"all/{name}.png"} for name in LISTED]}
+    ),
     "anything.tsv": "\n".join(f"x\ty/{name}.png" for name in LISTED),
 }
 
@@ -295,7 +336,8 @@ EXPORTED = {
     "metadata.csv": "file_name,label\n"
     + "".join(f"{name},{('Cat', 'dog')[one - 1]}\n" for name, one in CATS.items()),
     "metadata.jsonl": "".join(
-        json.dumps({"file_name": name, "label": ("Cat", "dog")[one - 1]}) + "\n" for name, one in CATS.items()
+        json.dumps({"file_name": name, "label": ("Cat", "dog")[one - 1]}) + "\n"
+        for name, one in CATS.items()
     ),
     "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()}),
 }
@@ -319,7 +361,9 @@ def test_exports_of_label_tools_are_read_in_the_folder_of_the_images_and_in_part
     expected = [one - 1 for one in CATS.values()]
     flat, parts = open_folder(tmp_path / "flat"), open_folder(tmp_path / "parts")
     assert flat.train.labels == parts.train.labels == ("Cat", "dog")
-    evaluated = [open_evaluation_images(tmp_path / data, ("Cat", "dog")) for data in ("flat", "parts")]
+    evaluated = [
+        open_evaluation_images(tmp_path / data, ("Cat", "dog")) for data in ("flat", "parts")
+    ]
     for images in (flat.train, parts.train, parts.held_out, *evaluated):
         assert images.targets.tolist() == expected
     assert f"{tmp_path}/parts/train/{name}: the classes are in it" in parts.notes
@@ -348,12 +392,16 @@ UNCERTAIN = {
     "_classes.csv": EXPORTED["_classes.csv"].replace("0.png, 1,", "0.png, 2,"),
     "metadata.csv": EXPORTED["metadata.csv"].replace("0.png", "missing.png"),
     "metadata.jsonl": EXPORTED["metadata.jsonl"].partition("\n")[2],
-    "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()} | {"0.png": [1, 2]}),
+    "_annotations.coco.json": coco(
+        {name: [one] for name, one in CATS.items()} | {"0.png": [1, 2]}
+    ),
 }
 
 
 @pytest.mark.parametrize("name", UNCERTAIN)
-def test_an_export_that_does_not_give_each_image_its_classes_is_named(tmp_path: Path, name: str) -> None:
+def test_an_export_that_does_not_give_each_image_its_classes_is_named(
+    tmp_path: Path, name: str
+) -> None:
     write_export(tmp_path / "photos", name, UNCERTAIN[name])
     with pytest.raises(DataError, match=rf"{name}: lists the images, but is not read"):
         open_folder(tmp_path / "photos")
@@ -372,7 +420,9 @@ def test_a_table_that_lists_the_images_is_named_with_the_next_step(
     tmp_path: Path, name: str, layout: str
 ) -> None:
     for number, image in enumerate(LISTED):
-        shard = {"shards": f"part_{number % 2}", "one folder": "images", "train": "train"}[layout]
+        shard = {"shards": f"part_{number % 2}", "one folder": "images", "train": "train"}[
+            layout
+        ]
         (tmp_path / shard).mkdir(exist_ok=True)
         Image.new("RGB", (40, 40), (9 * number, 9, 9)).save(tmp_path / shard / f"{image}.png")
     beside = tmp_path / "train" if layout == "train" else tmp_path
@@ -383,15 +433,22 @@ def test_a_table_that_lists_the_images_is_named_with_the_next_step(
         with pytest.raises(DataError) as caught:
             open_folder(tmp_path)
         told = str(caught.value)
-    assert f"{beside / name}: lists the images, but is not read; if the classes are in it, save it" in told
+    assert (
+        f"{beside / name}: lists the images, but is not read; if the classes are in it, save it"
+        in told
+    )
     assert f"{tmp_path}/labels.csv with the columns file,classes" in told
 
 
-@pytest.mark.parametrize("text", ["", "one cat and two dogs, photographed in 2026\n", "1,2,3\n4,5,6\n"])
+@pytest.mark.parametrize(
+    "text", ["", "one cat and two dogs, photographed in 2026\n", "1,2,3\n4,5,6\n"]
+)
 def test_a_text_that_lists_no_images_is_not_named(tmp_path: Path, text: str) -> None:
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for number in range(4):
-            Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(tmp_path / label / f"{number}.png")
+            Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(
+                tmp_path / label / f"{number}.png"
+            )
     (tmp_path / "notes.txt").write_text(text, encoding="utf-8")
     assert not [note for note in open_folder(tmp_path).notes if "lists the images" in note]

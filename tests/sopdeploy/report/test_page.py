@@ -43,33 +43,59 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     reader = Reader(page)
     assert page.startswith("<!DOCTYPE html>")
     assert {name for name, _ in reader.met} <= ALLOWED | {"a"}
-    assert all((found["href"] or "").startswith("#mistake-") for name, found in reader.met if name == "a")
+    assert all(
+        (found["href"] or "").startswith("#mistake-")
+        for name, found in reader.met
+        if name == "a"
+    )
     images = [found for name, found in reader.met if name == "img"]
-    assert all(re.match("data:image/(jpeg|svg.xml);base64,", image["src"] or "") for image in images)
+    assert all(
+        re.match("data:image/(jpeg|svg.xml);base64,", image["src"] or "") for image in images
+    )
     assert all(image.get("alt") for image in images)
     assert not re.search(r"https?://|url\(|@import|<script", page)
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
 
-def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(run: Path, page: str) -> None:
+def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
+    run: Path, page: str
+) -> None:
     texts = [text for _, text in Reader(page).texts]
     stored = read_checkpoint(run / "best.pt")
     top1 = stored.training["metrics"]["top1"]
     assert any(text.startswith(f"Top-1 {100 * top1:.1f}\N{NO-BREAK SPACE}%") for text in texts)
     assert f"{stored.training['epoch']} of 3" in texts
-    assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
+    assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(
+        texts
+    )
     curves = charts(page)["top-1 on held-out images."]
-    assert all(f">{head}<" in curves for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed"))
-    assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), "half an epoch"
+    assert all(
+        f">{head}<" in curves
+        for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed")
+    )
+    assert not re.search(r">\d+\.\d+<", curves.partition('id="matplotlib.axis_2"')[0]), (
+        "half an epoch"
+    )
     assert '<td class="number zero"><bdi>0</bdi></td>' in page
-    photographs = [found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")]
+    photographs = [
+        found for name, found in Reader(page).met if "image/jpeg" in (found.get("src") or "")
+    ]
     assert 0 < len(photographs) <= 60
-    image = Image.open(io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2])))
+    image = Image.open(
+        io.BytesIO(base64.b64decode((photographs[0]["src"] or "").partition(",")[2]))
+    )
     assert (image.format, max(image.size) <= 128) == ("JPEG", True)
-    pairs = [tuple(re.findall(r"(?:^|predicted as )(\w+) \(", found["alt"] or "")) for found in photographs]
-    confidences = [float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs]
-    best = [confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)]  # each pair is together
+    pairs = [
+        tuple(re.findall(r"(?:^|predicted as )(\w+) \(", found["alt"] or ""))
+        for found in photographs
+    ]
+    confidences = [
+        float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in photographs
+    ]
+    best = [
+        confidences[pairs.index(pair)] for pair in dict.fromkeys(pairs)
+    ]  # each pair is together
     assert best == sorted(best, reverse=True)
     assert all(
         confidence <= confidences[pairs.index(pair)]
@@ -95,17 +121,30 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
             (data / part / label).mkdir(parents=True)
             for number in range(4):
                 pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(data / part / label / f"{number}.png", pnginfo=text)
-    settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
+                Image.fromarray(pixels).save(
+                    data / part / label / f"{number}.png", pnginfo=text
+                )
+    settings = [
+        "epochs=1",
+        "batch_size=4",
+        "preprocess.resize=8",
+        "preprocess.crop=8",
+        f"data.path={data}",
+    ]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
     page = page_of(read_recipe("photos-dsop", settings), tmp_path / "run")
     Reader(page)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     found = score_checkpoint(tmp_path / "run" / "best.pt", data)
-    assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
+    assert (
+        f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}"
+        in page
+    )
     wrong = [score for score in found.predictions if not score.correct]
-    assert len(re.findall(r": <bdi>[^<]+/[0-3]\.png</bdi></figcaption>", page)) == len(wrong) > 0
+    assert (
+        len(re.findall(r": <bdi>[^<]+/[0-3]\.png</bdi></figcaption>", page)) == len(wrong) > 0
+    )
     photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
     assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
 
@@ -122,7 +161,10 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
 
 
 SENTENCES = {
-    "most": (Rate.of(83, 100), "8 of 10 new photographs like these will be right; likely 74 to 89 %."),
+    "most": (
+        Rate.of(83, 100),
+        "8 of 10 new photographs like these will be right; likely 74 to 89 %.",
+    ),
     "nearly all": (
         Rate.of(987, 1000),
         "About 98 of 100 new photographs like these will be right; likely 98 to 99 %.",
@@ -135,7 +177,10 @@ SENTENCES = {
         0.25,
         "On new photographs like these, the mean average precision will be 25\N{NO-BREAK SPACE}%.",
     ),
-    "no estimate": (None, "There are too few different photographs to say how many new ones will be right."),
+    "no estimate": (
+        None,
+        "There are too few different photographs to say how many new ones will be right.",
+    ),
 }
 
 
@@ -150,10 +195,15 @@ def test_the_first_sentence_says_what_the_score_means(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("selected_by", "is_too_high"), [("nothing", False), ("other images", True), ("same images", True)]
+    ("selected_by", "is_too_high"),
+    [("nothing", False), ("other images", True), ("same images", True)],
 )
-def test_the_page_calls_scores_too_high_only_if_their_images_selected_the_epoch(selected_by, is_too_high):
-    result = LoopResult(epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by=selected_by)
+def test_the_page_calls_scores_too_high_only_if_their_images_selected_the_epoch(
+    selected_by, is_too_high
+):
+    result = LoopResult(
+        epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by=selected_by
+    )
     assert ("too high" in describe_for_page(result).held_out) == is_too_high
 
 
@@ -163,12 +213,15 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header)
     assert re.fullmatch(
-        r"\d of 10 new photographs like these will be right; likely \d+ to \d+ %\.", sentences[0]
+        r"\d of 10 new photographs like these will be right; likely \d+ to \d+ %\.",
+        sentences[0],
     )  # corrected
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
     matrix = page[page.index("confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)
-    kinds = np.array([re.findall('<td class="number (right|wrong|zero)"', row) for row in cells])
+    kinds = np.array(
+        [re.findall('<td class="number (right|wrong|zero)"', row) for row in cells]
+    )
     diagonal = np.eye(10, dtype=bool)
     assert set(kinds[diagonal]) == {"right", "zero"}
     assert set(kinds[~diagonal]) == {"wrong", "zero"}

@@ -41,7 +41,9 @@ SHORT = [
 
 def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopState:
     """Create a run of the training loop with the initial weights of *recipe*."""
-    division = Division(Split.undivided(images), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+    division = Division(
+        Split.undivided(images), np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
+    )
     return LoopState(new_setup(recipe, division, strategy))
 
 
@@ -125,7 +127,9 @@ def same_bits(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same_bits(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(
+            same_bits(left[key], right[key]) for key in left
+        )
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same_bits, left, right))
     return bool(left == right)
@@ -138,7 +142,9 @@ def same_run(left: Path, right: Path) -> bool:
         checkpoint = read_checkpoint(folder / "last.pt")
         assert checkpoint.resume is not None
         position = dict(checkpoint.resume["position"], seconds=0, train_seconds=0)
-        position["history"] = [dict(row, seconds=0, images_per_second=None) for row in position["history"]]
+        position["history"] = [
+            dict(row, seconds=0, images_per_second=None) for row in position["history"]
+        ]
         states.append((checkpoint.weights, {**checkpoint.resume, "position": position}))
     return same_bits(*states)
 

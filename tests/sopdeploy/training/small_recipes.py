@@ -33,7 +33,11 @@ SMALL: dict[str, list[str]] = {
     "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-distilled-seresnext101": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-resnet50": [*PLAIN, *SIDES_16],
-    "imagenet-dsop-efficientnet-b0": ["model.config={iterations=2}", *AT_32, "schedule.warmup_epochs=0.0"],
+    "imagenet-dsop-efficientnet-b0": [
+        "model.config={iterations=2}",
+        *AT_32,
+        "schedule.warmup_epochs=0.0",
+    ],
     "imagenet-dsop-resnet18": [*DSOP, *SIDES_16],
     "imagenet-dsop-resnet18-adahessian": [*DSOP, *SIDES_16],
     "imagenet-dsop-resnet18-radam": [*DSOP, *SIDES_16],
@@ -63,6 +67,8 @@ def few_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
     patch.setattr(cifar_resnet, "RESNEXT_BLOCKS", 1)
     patch.setattr(alexnet_vgg, "VGG_STAGES", ((16, 16), (32,), (32,), (32,), (32,)))
-    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.MBCONV_STAGES.items()}
+    stages = {
+        name: stage._replace(blocks=1) for name, stage in efficientnet.MBCONV_STAGES.items()
+    }
     stages["blocks.1"] = efficientnet.MBCONV_STAGES["blocks.1"]
     patch.setattr(efficientnet, "MBCONV_STAGES", stages)

@@ -37,7 +37,9 @@ class Warnings(Callback):
         self.lines.append(warning)
 
 
-@pytest.mark.parametrize("names", [("train/dog/2.jpg",), ("train/dog/2.jpg", "val/dog/0.jpg")], ids=len)
+@pytest.mark.parametrize(
+    "names", [("train/dog/2.jpg",), ("train/dog/2.jpg", "val/dog/0.jpg")], ids=len
+)
 def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     root, heard = damage(tmp_path / "photos", *names), Warnings()
     result = train_recipe(recipe_for(root), tmp_path / "run", callback=heard)
@@ -46,7 +48,10 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     found = f"{amount(len(names), 'damaged image')} left out: "
     (warning,) = [line for line in heard.lines if "damaged" in line]
     (line,) = [line for line in result.procedure.lines() if "damaged" in line]
-    for text, places in ((warning, [str(root / name) for name in names]), (line, ["dog/2.jpg"])):
+    for text, places in (
+        (warning, [str(root / name) for name in names]),
+        (line, ["dog/2.jpg"]),
+    ):
         assert text.startswith(found)
         assert all(place in text for place in places)
         assert text.endswith(": the image is truncated; repair, convert or delete it")
@@ -61,7 +66,9 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
 
 TOO_DAMAGED = {
     "a class without images": [f"train/dog/{number}.jpg" for number in range(4)],
-    "no held-out images": [f"val/{label}/{number}.jpg" for label in ("cat", "dog") for number in range(2)],
+    "no held-out images": [
+        f"val/{label}/{number}.jpg" for label in ("cat", "dog") for number in range(2)
+    ],
     "three, more than a twentieth": ["train/cat/1.jpg", "train/dog/2.jpg", "val/dog/0.jpg"],
 }
 

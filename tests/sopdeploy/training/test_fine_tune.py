@@ -57,8 +57,16 @@ FINE_TUNE = [
     "batch_size=16",
 ]
 PLAIN = ["model.name=resnet8", "model.config={base_width=4}"]
-BRANCHES = ["model.name=dsop-resnet8", "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}"]
-KEPT = [*FINE_TUNE, *PLAIN, "optimizer.lr=0.02", "epochs=5"]  # random features are weak, so learning helps
+BRANCHES = [
+    "model.name=dsop-resnet8",
+    "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}",
+]
+KEPT = [
+    *FINE_TUNE,
+    *PLAIN,
+    "optimizer.lr=0.02",
+    "epochs=5",
+]  # random features are weak, so learning helps
 UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
 HARMED = [*FINE_TUNE, *PLAIN, "optimizer.lr=3.0", "epochs=1"]
 
@@ -86,7 +94,11 @@ def recipe(*settings: str) -> Recipe:
 
 @pytest.mark.parametrize(
     ("settings", "every", "verdict", "model"),
-    [(KEPT, 2, "better", "head:resnet8"), (UNDECIDED, 14, None, "head:resnet8"), (HARMED, 14, "worse", "")],
+    [
+        (KEPT, 2, "better", "head:resnet8"),
+        (UNDECIDED, 14, None, "head:resnet8"),
+        (HARMED, 14, "worse", ""),
+    ],
     ids=["better", "the same", "worse"],
 )
 def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
@@ -96,7 +108,9 @@ def test_the_fine_tuned_network_is_kept_only_if_it_is_better(
         result = train_with_page(recipe(*settings), tmp_path / "run")
     found: Any = result.procedure
     assert result.model == model or not model
-    assert (found.kind, result.num_epochs) == (("loop", 5) if verdict == "better" else ("few_shot", 1))
+    assert (found.kind, result.num_epochs) == (
+        ("loop", 5) if verdict == "better" else ("few_shot", 1)
+    )
     assert found.tuning.is_better == (verdict == "better")
     if verdict is not None:
         assert found.tuning.verdict == verdict
@@ -158,12 +172,16 @@ def _right(checkpoint: Any, path: Path, every: int) -> int:
         ),
     ],
 )
-def test_a_line_says_what_the_held_out_photographs_decide(counts: dict[str, int], text: str) -> None:
+def test_a_line_says_what_the_held_out_photographs_decide(
+    counts: dict[str, int], text: str
+) -> None:
     assert Tuning(**counts).describe() == f"fine-tuning: {text}"
 
 
 @pytest.mark.parametrize("frames", [1, 3], ids=["images", "clips"])
-def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path, frames: int) -> None:
+def test_with_too_few_held_out_photographs_nothing_is_trained(
+    tmp_path: Path, frames: int
+) -> None:
     callback, root = RecordingCallback(), paint(tmp_path / "photos", each=4 * frames)
     rows = [
         f"{color}/{number}.png,{color},{color} {number // frames}"
@@ -184,7 +202,9 @@ def test_with_too_few_held_out_photographs_nothing_is_trained(tmp_path: Path, fr
 def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind: str) -> None:
     root = paint(tmp_path / "photos" / "train", each=4)
     paint(tmp_path / "photos" / "val", each=1)
-    file, copy = (root / color / f"{name}.png" for color, name in zip(COLORS, ("0", "copy"), strict=False))
+    file, copy = (
+        root / color / f"{name}.png" for color, name in zip(COLORS, ("0", "copy"), strict=False)
+    )
     copy.write_bytes(file.read_bytes())
     settings = [*FINE_TUNE[1:3], *FINE_TUNE[4:7], *PLAIN, f"procedure.kind={kind}"]
     callback = RecordingCallback()
@@ -202,14 +222,21 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[st
             folder = tmp_path / event[0]
             interrupt(settings, folder, *event)
             best = read_checkpoint(folder / "best.pt")
-            assert (best.model, best.training["procedure"]["kind"]) == ("head:resnet8", "few_shot")
+            assert (best.model, best.training["procedure"]["kind"]) == (
+                "head:resnet8",
+                "few_shot",
+            )
             parts = train_with_page(settings, folder, resume=True)
             again = train_recipe(settings, folder, resume=True)  # of the finished run
             for path in ("last.pt", "best.pt"):
-                first, second = (read_checkpoint(run / path) for run in (tmp_path / "whole", folder))
+                first, second = (
+                    read_checkpoint(run / path) for run in (tmp_path / "whole", folder)
+                )
                 assert same_bits(first.weights, second.weights)
                 assert first.decision == second.decision
-                arrays = [(checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)]
+                arrays = [
+                    (checkpoint.resume or {}).get("procedure") for checkpoint in (first, second)
+                ]
                 assert same_bits(*arrays)
             assert parts.procedure.tuning == whole.procedure.tuning == again.procedure.tuning
             assert parts.num_epochs == whole.num_epochs == again.num_epochs
@@ -225,7 +252,10 @@ def test_a_signal_after_the_cross_validation_stops_the_run(
 
     original = few_shot._evaluate
     monkeypatch.setattr(few_shot, "_evaluate", evaluate)
-    with few_digits(14), pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"):
+    with (
+        few_digits(14),
+        pytest.raises(TrainingStoppedError, match="stopped before the first checkpoint"),
+    ):
         train_recipe(recipe(*UNDECIDED, f"procedure.kind={kind}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -240,10 +270,15 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     assert "train_layer1_0" in (tmp_path / "run" / "history.csv").read_text()
     with proving_once():
         exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
-    assert (exported.certificate.proof, exported.certificate.detached) == ("three-way", ("branches",))
+    assert (exported.certificate.proof, exported.certificate.detached) == (
+        "three-way",
+        ("branches",),
+    )
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.125])  # of every other image, as if a server had selected it
+@pytest.mark.parametrize(
+    "weight", [1.0, 0.125]
+)  # of every other image, as if a server had selected it
 def test_class_means_are_those_of_the_network_that_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
 ) -> None:
@@ -260,7 +295,9 @@ def test_class_means_are_those_of_the_network_that_is_kept(
     vectors, targets = predict_logits(
         OwnVectors(network), PreprocessedDataset(images, best.preprocess), best.preprocess
     )
-    expected = mean_vectors(unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None])
+    expected = mean_vectors(
+        unit_length(vectors), np.eye(10)[targets] * weights_of(images)[:, None]
+    )
     assert np.allclose(network.pooled_head.means.numpy(), expected, atol=1e-5)
 
 
@@ -280,7 +317,9 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
     start = StartConfig(learn="last_stages")
     freeze(network, start)
     set_train_mode(network, start)
-    frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        key for key, parameter in network.named_parameters() if not parameter.requires_grad
+    ]
     learning = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
     names = [key for key, _ in network.named_parameters()]
     assert names == [*frozen, *learning]  # the first ones are frozen
@@ -304,7 +343,9 @@ def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
 
 
 def test_branches_read_the_maps_that_the_head_reads() -> None:
-    network = create_model("head:dsop-resnet8", num_classes=3, aux_widths=[8, 8, 8], head={"kind": "gap"})
+    network = create_model(
+        "head:dsop-resnet8", num_classes=3, aux_widths=[8, 8, 8], head={"kind": "gap"}
+    )
     output = network(torch.randn(2, 3, 32, 32))
     assert isinstance(output, TrainingOutput)
     assert {name: logits.shape for name, logits in output.branches.items()} == dict.fromkeys(
@@ -315,17 +356,26 @@ def test_branches_read_the_maps_that_the_head_reads() -> None:
 def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those_that_are_given(
     tmp_path: Path,
 ) -> None:
-    selected = recipe("data.path=.", "procedure.kind=fine_tune", "epochs=3", "optimizer.lr=1e-4")
-    assert selected == recipe("data.path=.", "procedure={kind='fine_tune'}", "epochs=3", "optimizer.lr=1e-4")
+    selected = recipe(
+        "data.path=.", "procedure.kind=fine_tune", "epochs=3", "optimizer.lr=1e-4"
+    )
+    assert selected == recipe(
+        "data.path=.", "procedure={kind='fine_tune'}", "epochs=3", "optimizer.lr=1e-4"
+    )
     given = "epochs=3\ndata.path='.'\noptimizer.lr=1e-4"
     (tmp_path / "mine.toml").write_text(f"base='photos'\nprocedure.kind='fine_tune'\n{given}")
     assert selected == read_recipe(tmp_path / "mine.toml")
-    whole = f"procedure.kind='fine_tune'\n{recipe_text('digits-dsop')}"  # without a base, it says all itself
+    # without a base, it says all itself
+    whole = f"procedure.kind='fine_tune'\n{recipe_text('digits-dsop')}"
     (tmp_path / "whole.toml").write_text(whole, encoding="utf-8")
     unchanged = read_recipe("digits-dsop").model_copy(update={"procedure": FineTuneConfig()})
     assert read_recipe(tmp_path / "whole.toml") == unchanged
     assert isinstance(selected.procedure, FineTuneConfig)
-    assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (3, 1e-4, "adamw")
+    assert (selected.epochs, selected.optimizer.lr, selected.optimizer.kind) == (
+        3,
+        1e-4,
+        "adamw",
+    )
     assert (selected.start.learn, selected.start.head_factor) == ("last_stages", 1.0)
     assert selected.start.weights == "imagenet"
     assert recipe("data.path=.").procedure.kind == "auto"  # it is never the default
@@ -333,9 +383,14 @@ def test_selecting_the_procedure_replaces_the_settings_of_the_loop_but_not_those
 
 def test_several_classes_per_image_are_one_line(tmp_path: Path) -> None:
     photos = paint(tmp_path / "photos", each=4)
-    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.glob("*/*.png"))]
+    rows = [
+        f"{path.relative_to(photos)},{path.parent.name}"
+        for path in sorted(photos.glob("*/*.png"))
+    ]
     rows[0] += "|red"
     (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
-    with pytest.raises(ConfigError, match=r"procedure fine_tune: compares answers, .* choose few_shot"):
+    with pytest.raises(
+        ConfigError, match=r"procedure fine_tune: compares answers, .* choose few_shot"
+    ):
         train(photos, out=tmp_path / "run", set=[*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN])
     assert not (tmp_path / "run").exists()

@@ -35,7 +35,10 @@ def test_the_imagenet_recipe_follows_the_paper() -> None:
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
     augment = {"kind": "random-side", "flip": 0.5, "crop": None, "sides": (256, 512)}
     assert recipe.augment.model_dump() == augment
-    rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
+    rates = [
+        recipe.optimizer.lr * recipe.schedule.factor(epoch, 90)
+        for epoch in (0, 29.99, 30, 60, 89.99)
+    ]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
     sgd = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False}
     assert recipe.optimizer.model_dump() == {**sgd, "weight_decay": 1e-4, "clip_norm": 0.0}
@@ -63,28 +66,51 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "key", "value"), OVERRIDES, ids=[o[0] for o, *_ in OVERRIDES])
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"), OVERRIDES, ids=[o[0] for o, *_ in OVERRIDES]
+)
 def test_an_override_changes_one_value(overrides, key, value) -> None:
     assert operator.attrgetter(key)(read_recipe("digits-dsop", overrides)) == value
 
 
 INVALID_OVERRIDES = [
     ("optimiser.lr=1", "digits-dsop: optimiser: unknown key; did you mean optimizer?"),
-    ("optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
+    (
+        "optimizer.momentun=1",
+        "optimizer.momentun: unknown key; did you mean optimizer.momentum?",
+    ),
     ("zzz=1", "digits-dsop: zzz: unknown key"),
-    ("optimizer={kind='adam', lr=1}", "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'"),
-    ("optimizer={kind='adamw', lr=1, momentum=0.9}", "optimizer.momentum: unknown key of this kind"),
+    (
+        "optimizer={kind='adam', lr=1}",
+        "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'",
+    ),
+    (
+        "optimizer={kind='adamw', lr=1, momentum=0.9}",
+        "optimizer.momentum: unknown key of this kind",
+    ),
     ("optimizer={kind='adamw'}", "optimizer.lr: missing"),
     ("optimizer=3", "optimizer"),
-    ("optimizer={lr=1, nesterov=true, momentum=0}", "dsop: optimizer: nesterov needs a momentum above 0"),
-    ("schedule={kind='milestones', milestones=[2, 1]}", "schedule.milestones: milestones must be in"),
-    ("schedule={kind='milestones', milestones=['a']}", "schedule.milestones.0: must be a whole number"),
+    (
+        "optimizer={lr=1, nesterov=true, momentum=0}",
+        "dsop: optimizer: nesterov needs a momentum above 0",
+    ),
+    (
+        "schedule={kind='milestones', milestones=[2, 1]}",
+        "schedule.milestones: milestones must be in",
+    ),
+    (
+        "schedule={kind='milestones', milestones=['a']}",
+        "schedule.milestones.0: must be a whole number",
+    ),
     ("start.weights=3", "start.weights: must be 'imagenet' or 'none'"),
     (
         "data.kind=digit",
         "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', 'aircraft'",
     ),
-    ("model.name=dsop-resnt8", "model 'dsop-resnt8' is not in the catalog; did you mean dsop-resnet8"),
+    (
+        "model.name=dsop-resnt8",
+        "model 'dsop-resnt8' is not in the catalog; did you mean dsop-resnet8",
+    ),
     ("model.config.depht=8", "dsop-resnet8: depht: unknown key; its keys are"),
     ("model.config.depth=9", "depth must be 6n + 2"),
     ("ema={decay=1.0}", "ema.decay: must be less than 1"),
@@ -97,7 +123,9 @@ INVALID_OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), INVALID_OVERRIDES, ids=[o for o, _ in INVALID_OVERRIDES])
+@pytest.mark.parametrize(
+    ("override", "message"), INVALID_OVERRIDES, ids=[o for o, _ in INVALID_OVERRIDES]
+)
 def test_an_invalid_override_is_explained_on_one_line(override, message) -> None:
     with pytest.raises(ConfigError) as error:
         read_recipe("digits-dsop", override.split("\n"))
@@ -142,7 +170,8 @@ def test_a_value_is_set_in_a_table_that_a_run_records_as_absent() -> None:
     recorded = read_recipe("digits-dsop").model_dump(mode="json")
     changes = [("ema.decay", 0.5), ("start.weights", "none")]
     assert (
-        dict(changes).items() <= dict(flatten(change_recipe("run", changes, recorded).model_dump())).items()
+        dict(changes).items()
+        <= dict(flatten(change_recipe("run", changes, recorded).model_dump())).items()
     )
 
 
@@ -150,7 +179,9 @@ def settings_in_comments() -> list[tuple[str, list[str]]]:
     """List the recipe and the settings of every `--set` line in the comments of recipes."""
     lines = [(name, line) for name in list_recipes() for line in recipe_text(name).splitlines()]
     found = [
-        (name, shlex.split(line.removeprefix("#"))) for name, line in lines if line.startswith("#   --set ")
+        (name, shlex.split(line.removeprefix("#")))
+        for name, line in lines
+        if line.startswith("#   --set ")
     ]
     return [(name, [word for word in words if word != "--set"]) for name, words in found]
 
@@ -169,7 +200,9 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
         (["model.name=dsop-resnet8", "model.config.iterations=2"], {"iterations": 2}),
     ],
 )
-def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(settings, config) -> None:
+def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(
+    settings, config
+) -> None:
     assert read_recipe("imagenet-distilled-resnet50", settings).model.config == config
 
 

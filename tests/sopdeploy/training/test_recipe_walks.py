@@ -68,10 +68,16 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["isqrt", "gsop", "gmsop"])
-def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(family, tmp_path, monkeypatch) -> None:
+def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(
+    family, tmp_path, monkeypatch
+) -> None:
     write_cifar(tmp_path / "data", "cifar10", monkeypatch)
     settings = [f"data.path={tmp_path / 'data'}", "epochs=6", "batch_size=10", "workers=0"]
-    settings += ["optimizer.lr=0.01", "augment={kind='center', flip=0.0}", "schedule={kind='milestones'}"]
+    settings += [
+        "optimizer.lr=0.01",
+        "augment={kind='center', flip=0.0}",
+        "schedule={kind='milestones'}",
+    ]
     result = train_recipe(read_recipe(f"cifar10-{family}-resnet20", settings), tmp_path / "run")
     with result.history.open(encoding="utf-8") as file:
         losses = [float(row["train_main"]) for row in csv.DictReader(file)]

@@ -26,7 +26,12 @@ from sopdeploy_commands.training.train import print_result
 from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
 
-SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
+SMALL = [
+    "model.name=resnet8",
+    "model.config={base_width=4}",
+    "preprocess.resize=16",
+    "preprocess.crop=16",
+]
 LOOP = ["epochs=1", "procedure.kind=loop"]
 
 
@@ -38,7 +43,9 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(6):
             level = random.integers(0, 80, (20, 20, 3)) + 150 * (label == "light")
-            Image.fromarray(level.astype(np.uint8)).save(tmp_path / "photos" / label / f"{number}.png")
+            Image.fromarray(level.astype(np.uint8)).save(
+                tmp_path / "photos" / label / f"{number}.png"
+            )
     monkeypatch.chdir(tmp_path)
     return tmp_path / "photos"
 
@@ -80,10 +87,17 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
     first = checkpoints[0].origin
     assert first is not None
-    assert (first.data, first.num_images, first.num_classes, len(first.sample)) == ("photos", 12, 2, 10)
+    assert (first.data, first.num_images, first.num_classes, len(first.sample)) == (
+        "photos",
+        12,
+        2,
+        10,
+    )
     days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
     old, new, pulled = (
-        write_hollow(Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset)
+        write_hollow(
+            Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset
+        )
         for project, day, origin, opset in zip(
             ("photos", "photos", "hats"), days, (first, first, None), (16, 17, 18), strict=True
         )
@@ -93,9 +107,14 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     for name in ("broken", "older"):
         Path("runs", name).mkdir()
     Path("runs/broken/best.pt").write_bytes(b"half")
-    write_checkpoint(Path("runs/older/best.pt"), replace(checkpoints[0], training={"procedure": {}}))
+    write_checkpoint(
+        Path("runs/older/best.pt"), replace(checkpoints[0], training={"procedure": {}})
+    )
     rows = {(row["run"], row["bundle"]): row for row in listed()}
-    assert [key for key, row in rows.items() if row["newest"]] == [("", pulled.name), ("photos-1", new.name)]
+    assert [key for key, row in rows.items() if row["newest"]] == [
+        ("", pulled.name),
+        ("photos-1", new.name),
+    ]
     assert rows.keys() == {
         ("photos-1", old.name), ("photos-1", new.name), ("photos-1", "broken"), ("lights-1", ""),
         ("", pulled.name), ("broken", ""), ("older", ""),
@@ -108,7 +127,10 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
     assert "no valid result" in rows["older", ""]["problem"]
     table = CliRunner().invoke(app, ["runs"]).stdout
-    assert all(text in table for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"))
+    assert all(
+        text in table
+        for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00")
+    )
 
 
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
@@ -116,7 +138,9 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
     assert train("--resume", "always", settings=LOOP) == Path("runs/photos-1")
     assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
-    with pytest.raises(ConfigError, match="the run started with project = photos, now it is lights"):
+    with pytest.raises(
+        ConfigError, match="the run started with project = photos, now it is lights"
+    ):
         sopdeploy.train(
             photos,
             out="runs/photos-1",
@@ -155,7 +179,9 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     assert not Path("runs").exists()
 
 
-def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(photos: Path) -> None:
+def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
+    photos: Path,
+) -> None:
     first = train("--name", "lights", settings=[*LOOP, "batch_size=3"])
     origin = read_checkpoint(first / "best.pt").origin
     bundle = write_hollow(
@@ -173,7 +199,9 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         (line,) = (line for line in done.stdout.splitlines() if line.startswith("before, "))
-        assert re.fullmatch(rf"before, {folder}: top-1 .*; since then {re.escape(added)}", line), line
+        assert re.fullmatch(
+            rf"before, {folder}: top-1 .*; since then {re.escape(added)}", line
+        ), line
         recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
         assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
     assert Path("runs/latest").readlink() == Path("lights-4")
@@ -191,7 +219,12 @@ def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) ->
     assert "Runs before" not in (before / "report.html").read_text(encoding="utf-8")
 
 
-AMOUNTS = [(1, "+1 photograph"), (-1, "-1 photograph"), (0, "+0 photographs"), (1200, "+1,200 photographs")]
+AMOUNTS = [
+    (1, "+1 photograph"),
+    (-1, "-1 photograph"),
+    (0, "+0 photographs"),
+    (1200, "+1,200 photographs"),
+]
 
 
 @pytest.mark.parametrize(("number", "text"), AMOUNTS)
@@ -209,7 +242,9 @@ def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_an
         SimpleNamespace(
             networks=(),
             mistakes=(),
-            procedure=LoopResult(epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by="nothing"),
+            procedure=LoopResult(
+                epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by="nothing"
+            ),
             decision=Decision(calibration=calibration),
             previous="",
             report="report.html",

@@ -22,7 +22,12 @@ from sopdeploy.training.results import LoopResult
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import paint
 
-TINY = ("model.name=resnet8", "model.config.base_width=2", "preprocess.resize=16", "preprocess.crop=16")
+TINY = (
+    "model.name=resnet8",
+    "model.config.base_width=2",
+    "preprocess.resize=16",
+    "preprocess.crop=16",
+)
 FEW_SHOT = "procedure.kind=few_shot"
 TABLES = {
     StartConfig: "start.",
@@ -41,7 +46,9 @@ def photos(tmp_path: Path) -> Path:
 def test_the_few_shot_procedure_reads_the_keys_that_it_declares(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = read_recipe("photos", [f"data.path={photos}", "start.weights=none", FEW_SHOT, *TINY])
+    recipe = read_recipe(
+        "photos", [f"data.path={photos}", "start.weights=none", FEW_SHOT, *TINY]
+    )
     found: set[str] = set()
 
     def record(cls: Any, prefix: str) -> None:
@@ -59,16 +66,31 @@ def test_the_few_shot_procedure_reads_the_keys_that_it_declares(
     read = {key for key in found if f"{key}." not in TABLES.values()}
     not_traced = {"summary", "data.kind"}  # a title, and what selects the class of the config
     declared = {key for key, _ in flatten(recipe.model_dump()) if recipe.reads(key)}
-    tables = {key for key in READ_BY_FEW_SHOT if any(name.startswith(f"{key}.") for name in declared)}
-    leaves = {key for key in declared if not any(key.startswith(f"{table}.") for table in tables)} | tables
+    tables = {
+        key for key in READ_BY_FEW_SHOT if any(name.startswith(f"{key}.") for name in declared)
+    }
+    leaves = {
+        key for key in declared if not any(key.startswith(f"{table}.") for table in tables)
+    } | tables
     assert {key for key in read if not recipe.reads(key)} == set()
-    assert {key for key in leaves if key not in read and f"{key}." not in TABLES.values()} <= not_traced
-    missing = {"data.hold_out", "data.hold_out_seed", "model.remove_branches_at", "start.learn", "epochs"}
+    assert {
+        key for key in leaves if key not in read and f"{key}." not in TABLES.values()
+    } <= not_traced
+    missing = {
+        "data.hold_out",
+        "data.hold_out_seed",
+        "model.remove_branches_at",
+        "start.learn",
+        "epochs",
+    }
     assert not any(recipe.reads(key) for key in missing)
 
 
 NOT_READ: list[tuple[dict[str, Any], str]] = [
-    ({"set": ("data.hold_out=0.4",)}, "data.hold_out: without effect in the procedure few_shot"),
+    (
+        {"set": ("data.hold_out=0.4",)},
+        "data.hold_out: without effect in the procedure few_shot",
+    ),
     ({"data.hold_out_seed": 3}, "data.hold_out_seed: without effect in the procedure few_shot"),
     ({"set": ('start={weights="none", learn="classifier"}',)}, "start.learn: without effect"),
     ({"save": {"every_minutes": 1}}, "save.every_minutes: without effect"),
@@ -86,18 +108,24 @@ def test_a_setting_that_few_photographs_do_not_need_is_refused(
 ) -> None:
     texts = (*TINY, FEW_SHOT, *settings.pop("set", ()))
     with pytest.raises(ConfigError, match=message):
-        sopdeploy.train(photos, out=photos.parent / "run", weights="none", set=texts, **settings)
+        sopdeploy.train(
+            photos, out=photos.parent / "run", weights="none", set=texts, **settings
+        )
     assert not (photos.parent / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["data.hold_out=0.4", "data.hold_out_seed=1"])
-def test_the_part_to_hold_out_is_refused_where_the_data_have_one(photos: Path, key: str) -> None:
+def test_the_part_to_hold_out_is_refused_where_the_data_have_one(
+    photos: Path, key: str
+) -> None:
     (photos / "val").mkdir()
     (photos / "train").mkdir()
     for label in ("blue", "green", "red"):
         shutil.copytree(photos / label, photos / "val" / label)
         (photos / label).rename(photos / "train" / label)
-    with pytest.raises(ConfigError, match="without effect, because the data have held-out images"):
+    with pytest.raises(
+        ConfigError, match="without effect, because the data have held-out images"
+    ):
         sopdeploy.train(photos, weights="none", out=photos.parent / "run", set=(*TINY, key))
 
 
@@ -108,7 +136,9 @@ def test_random_weights_are_trained_as_a_whole(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
-def test_a_head_on_random_weights_that_a_user_selects_is_refused(photos: Path, kind: str) -> None:
+def test_a_head_on_random_weights_that_a_user_selects_is_refused(
+    photos: Path, kind: str
+) -> None:
     settings = (*TINY, f"procedure.kind={kind}")
     message = f"^procedure {kind}: all weights of the frozen network would stay random; procedure.kind=loop"
     with pytest.raises(ConfigError, match=message):
@@ -117,7 +147,9 @@ def test_a_head_on_random_weights_that_a_user_selects_is_refused(photos: Path, k
 
 
 @pytest.mark.parametrize("settings", [(), (FEW_SHOT,)])
-def test_networks_are_not_compared_by_random_weights(photos: Path, settings: tuple[str, ...]) -> None:
+def test_networks_are_not_compared_by_random_weights(
+    photos: Path, settings: tuple[str, ...]
+) -> None:
     given: dict[str, Any] = {"models": "resnet8,resnet20", "weights": "none", "set": settings}
     with pytest.raises(ConfigError, match="resnet8: all its weights are random"):
         sopdeploy.train(photos, out=photos.parent / "run", **given)

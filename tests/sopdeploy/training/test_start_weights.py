@@ -51,7 +51,11 @@ class WeightServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.fault, self.address = b"", "none", f"http://127.0.0.1:{self.server_port}"
+        self.content, self.fault, self.address = (
+            b"",
+            "none",
+            f"http://127.0.0.1:{self.server_port}",
+        )
         self.requests: list[str] = []
 
 
@@ -164,7 +168,8 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     assert server.requests == [f"GET /models/{name}"]
 
 
-VIT = "timm:test_vit.r160_in1k"  # with a class token, patches of 16 pixels and 100 position embeddings
+# with a class token, patches of 16 pixels and 100 position embeddings
+VIT = "timm:test_vit.r160_in1k"
 
 
 @pytest.mark.parametrize("stored", [96, 160])
@@ -183,7 +188,9 @@ def test_a_network_with_position_embeddings_takes_the_size_of_the_recipe_or_else
     if side == stored:
         assert torch.equal(own, given["pos_embed"])
     else:
-        torch.testing.assert_close(own[:, 1:].mean(), given["pos_embed"][:, 1:].mean(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            own[:, 1:].mean(), given["pos_embed"][:, 1:].mean(), atol=2e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize("fault", ["interrupted", "changed", "not found"])
@@ -194,8 +201,14 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     server.fault = fault
     with pytest.raises(WeightsError) as error:
         start("model.name=resnet18")
-    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}$"
-    expected = place if fault == "not found" else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
+    place = (
+        f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}$"
+    )
+    expected = (
+        place
+        if fault == "not found"
+        else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
+    )
     assert re.search(expected, str(error.value))
     assert "\n" not in str(error.value)
     if fault == "not found":
@@ -203,12 +216,17 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     assert [path for path in (tmp_path / "torch").rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(("name", "hub"), [("test_efficientnet.pth", None), ("a.pth", "test_efficientnet")])
+@pytest.mark.parametrize(
+    ("name", "hub"), [("test_efficientnet.pth", None), ("a.pth", "test_efficientnet")]
+)
 def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, hub) -> None:
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / name)
     if hub is not None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
-    for settings, network in (((), "timm:test_efficientnet"), (("model.name=resnet18",), "resnet18")):
+    for settings, network in (
+        ((), "timm:test_efficientnet"),
+        (("model.name=resnet18",), "resnet18"),
+    ):
         options = TrainOptions(weights=str(tmp_path / name), set=settings)
         assert configure(Path("photos"), None, options)[0].model.name == network
 
@@ -224,11 +242,15 @@ def test_the_default_network_starts_from_the_weights_of_a_package_without_a_hub(
 def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) -> None:
     packaged = PACKAGES["efficientnet-lite0"]._replace(sha256="0" * 64)
     monkeypatch.setitem(PACKAGES, "efficientnet-lite0", packaged)
-    with pytest.raises(WeightsError, match=r"57934424.pth: 579344.*reinstall the package efficientnet-lite0"):
+    with pytest.raises(
+        WeightsError, match=r"57934424.pth: 579344.*reinstall the package efficientnet-lite0"
+    ):
         start()
 
 
-def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server, monkeypatch) -> None:
+def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
+    server, monkeypatch
+) -> None:
     monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
     torch.manual_seed(2)
     given = create_model("efficientnet-lite0").state_dict()
@@ -237,28 +259,44 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server, m
     own = initial.model.state_dict()
     new = [name for name, tensor in given.items() if not torch.equal(own[name], tensor)]
     assert new == ["classifier.weight", "classifier.bias"]
-    assert "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors" in server.requests[-1]
+    assert (
+        "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors" in server.requests[-1]
+    )
     published = Preprocess.from_timm(timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict())
-    assert initial.recipe.preprocess == published.model_copy(update={"decoding": "scaled"})  # the recipe's
+    assert initial.recipe.preprocess == published.model_copy(
+        update={"decoding": "scaled"}
+    )  # the recipe's
     assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
         timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()
     )
 
 
-@pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"])
-def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path, model) -> None:
+@pytest.mark.parametrize(
+    "model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"]
+)
+def test_timm_weights_come_from_its_hub_and_then_from_its_cache(
+    server, tmp_path, model
+) -> None:
     torch.manual_seed(2)
     given = timm.create_model("test_resnet").state_dict()
     server.content = safetensors.torch.save(given)
     initial = start(f"model.name={model}")
     own = initial.model.state_dict()
-    assert all(torch.equal(own[name], tensor) for name, tensor in given.items() if not name.startswith("fc"))
+    assert all(
+        torch.equal(own[name], tensor)
+        for name, tensor in given.items()
+        if not name.startswith("fc")
+    )
     assert initial.start is not None
     new = {"dsop-timm": ("branches", "fc"), "head": ("pooled_head", "pooled_head.fc")}
     assert initial.start.new == new.get(model.partition(":")[0], ("fc",))
     rules = timm.get_pretrained_cfg("test_resnet")
     found = initial.recipe.preprocess
-    assert (found.crop, found.mean, found.interpolation) == (160, rules.mean, rules.interpolation)
+    assert (found.crop, found.mean, found.interpolation) == (
+        160,
+        rules.mean,
+        rules.interpolation,
+    )
     server.fault = "not found"
     assert start(f"model.name={model}").start == initial.start
     blob = next((tmp_path / "hub").rglob("blobs/*"))
@@ -266,7 +304,9 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path
     with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
         start(f"model.name={model}")
     server.requests.clear()
-    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors on another machine"):
+    with pytest.raises(
+        WeightsError, match=r"timm/test_resnet.*/model.safetensors on another machine"
+    ):
         start(f"model.name={model}")
     assert len(server.requests) == 1
 
@@ -275,10 +315,14 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
     with torch.device("meta"):
         network = torchvision.models.resnet50(num_classes=2)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # one value is stored
+    zeros = {
+        name: torch.zeros(()).expand(shape) for name, shape in shapes.items()
+    }  # one value is stored
     torch.save(zeros, tmp_path / "mine.pth")
     difference = r"layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"
-    with pytest.raises(WeightsError, match=rf"mine\.pth \(ResNet-50 of .*\) does not fit: {difference}"):
+    with pytest.raises(
+        WeightsError, match=rf"mine\.pth \(ResNet-50 of .*\) does not fit: {difference}"
+    ):
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
 
 
@@ -293,39 +337,59 @@ def test_tensors_that_do_not_fit_are_named_unless_they_belong_to_a_classifier() 
     distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=2)
     of_others = replace(weights, tensors=distilled.state_dict(), labels=("cat", "dog"))
     assert load_start_weights(of_others, distilled, ("dog", "cat")).new == ("head", "head_dist")
-    container = torch.nn.ModuleDict({"net": model})  # which is no classifier, though it contains `fc`
+    container = torch.nn.ModuleDict(
+        {"net": model}
+    )  # which is no classifier, though it contains `fc`
     container.training_only, container.num_classes = (), 2
     narrow = torch.nn.ModuleDict({"net": create_model("resnet8", num_classes=2, base_width=4)})
-    with pytest.raises(WeightsError, match=r"net\.conv1\.weight is \(4, 3, 3, 3\), not \(16, 3, 3, 3\)"):
-        load_start_weights(replace(weights, tensors=narrow.state_dict()), container, ("cat", "dog"))
+    with pytest.raises(
+        WeightsError, match=r"net\.conv1\.weight is \(4, 3, 3, 3\), not \(16, 3, 3, 3\)"
+    ):
+        load_start_weights(
+            replace(weights, tensors=narrow.state_dict()), container, ("cat", "dog")
+        )
 
 
 @pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("name", ["timm:test_vit", "head:timm:test_vit"])
-def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, name: str) -> None:
+def test_weights_that_are_published_without_a_classifier_start_a_run(
+    tmp_path, name: str
+) -> None:
     torch.manual_seed(1)
     given = timm.create_model("test_vit", num_classes=0).state_dict()  # as DINOv2 and SigLIP
     torch.save(given, tmp_path / "vit.pth")
-    initial = start(f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'vit.pth'}")
+    initial = start(
+        f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'vit.pth'}"
+    )
     own = initial.model.state_dict()
     assert all(torch.equal(own[tensor], value) for tensor, value in given.items())
     assert initial.start is not None
-    assert initial.start.new == (("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc"))
-    with pytest.raises(WeightsError, match="has no classifier, so it cannot classify; train one: "):
-        import_weights(check_is_weights(tmp_path / "vit.pth"), "timm:test_vit", tmp_path / "ckpt.pt")
+    assert initial.start.new == (
+        ("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc")
+    )
+    with pytest.raises(
+        WeightsError, match="has no classifier, so it cannot classify; train one: "
+    ):
+        import_weights(
+            check_is_weights(tmp_path / "vit.pth"), "timm:test_vit", tmp_path / "ckpt.pt"
+        )
 
 
 def test_weights_of_a_network_that_classifies_by_a_convolution_start_a_run(tmp_path) -> None:
     name = "timm:resnetv2_18"
     torch.save(dict(create_model(name, num_classes=2).state_dict()), tmp_path / "w.pth")
-    initial = start(f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'w.pth'}")
+    initial = start(
+        f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'w.pth'}"
+    )
     assert initial.start is not None
     assert initial.start.new == ("head.fc",)
 
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_a_norm_behind_the_last_convolution_is_no_classifier(affine: bool) -> None:
-    network: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, affine=affine))
+    network: Any = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, affine=affine)
+    )
     network.training_only = ()
     assert classifier_name(network) == "1"
 
@@ -336,16 +400,23 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     stored = read_checkpoint(best)
     again = short_recipe("epochs=1", f"start.weights={best}")
     same = create_initial_model(again, stored.labels, ONE_PROCESS)
-    other = create_initial_model(again, tuple(f"other {label}" for label in stored.labels), ONE_PROCESS)
+    other = create_initial_model(
+        again, tuple(f"other {label}" for label in stored.labels), ONE_PROCESS
+    )
     assert same.start is not None
     assert (same.start.new, same.start.network) == ((), "dsop-resnet8")
     assert torch.equal(same.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
     assert other.start is not None
-    assert set(other.start.new) == {"fc", *(name for name in other.start.new if name.endswith(".fc"))}
+    assert set(other.start.new) == {
+        "fc",
+        *(name for name in other.start.new if name.endswith(".fc")),
+    }
     assert not torch.equal(other.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
     assert torch.equal(other.model.state_dict()["conv1.weight"], stored.weights["conv1.weight"])
     plain = create_initial_model(
-        short_recipe("model.name=resnet8", "model.config={base_width=4}", f"start.weights={best}"),
+        short_recipe(
+            "model.name=resnet8", "model.config={base_width=4}", f"start.weights={best}"
+        ),
         stored.labels,
         ONE_PROCESS,
     )
@@ -355,7 +426,9 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
-    first = train_recipe(short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first")
+    first = train_recipe(
+        short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first"
+    )
     moved = first.best.rename(tmp_path / "start.pt")
     values = short_recipe(f"start.weights={moved}", "epochs=1").model_dump(mode="json")
     del values["preprocess"]["mean"]
@@ -377,8 +450,12 @@ PRECEDENCE = [
 ]
 
 
-@pytest.mark.parametrize(("table", "sides", "mean"), PRECEDENCE, ids=[table for table, *_ in PRECEDENCE])
-def test_values_of_the_recipe_win_over_those_of_the_weights(tmp_path, table, sides, mean) -> None:
+@pytest.mark.parametrize(
+    ("table", "sides", "mean"), PRECEDENCE, ids=[table for table, *_ in PRECEDENCE]
+)
+def test_values_of_the_recipe_win_over_those_of_the_weights(
+    tmp_path, table, sides, mean
+) -> None:
     base = Preprocess(resize=232, crop=200, mean=(0.5, 0.5, 0.5))
     settings = [f"preprocess.{line.replace(' ', '')}" for line in table.splitlines()]
     completed = complete_preprocess(read_recipe("photos", settings), base).preprocess
@@ -387,7 +464,11 @@ def test_values_of_the_recipe_win_over_those_of_the_weights(tmp_path, table, sid
 
 def test_networks_without_published_weights_and_unsuitable_values_are_named() -> None:
     cases: list[tuple[str, type[SopdeployError], str]] = [
-        ("model.name=dsop-resnet20", ConfigError, "no ImageNet weights are published for dsop-resnet20"),
+        (
+            "model.name=dsop-resnet20",
+            ConfigError,
+            "no ImageNet weights are published for dsop-resnet20",
+        ),
         ("start.weights=nowhere.pth", SopdeployError, "nowhere.pth: no such file"),
     ]
     for setting, kind, message in cases:
@@ -401,6 +482,7 @@ def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> 
     plain = short_recipe("model.config.aux_blocks=[0,0,0]")
     labels = open_data(plain.data).train.labels
     without, with_branches = (
-        create_initial_model(recipe, labels, ONE_PROCESS).model.state_dict() for recipe in (plain, branched)
+        create_initial_model(recipe, labels, ONE_PROCESS).model.state_dict()
+        for recipe in (plain, branched)
     )
     assert all(torch.equal(with_branches[name], tensor) for name, tensor in without.items())

@@ -89,7 +89,14 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     assert [name for name, _ in events] == ["message", *epoch * 3, "evaluation", "evaluation"]
     start = "205 training images, 52 held out; the network sees 8 x 8 pixels"
     assert events[0][1] == {"message": start}
-    assert [values["step"] for name, values in events if name == "step"] == [0, 1, 2, 3, 4, 5] * 3
+    assert [values["step"] for name, values in events if name == "step"] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ] * 3
 
 
 def test_the_seed_determines_the_weights(tmp_path, finished) -> None:
@@ -120,13 +127,26 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     first, second = read_checkpoint(result.last).resume["position"]["history"]
     assert second["losses"]["layer1_0"] < first["losses"]["layer1_0"]
     assert first["metrics"] == second["metrics"]
-    top1 = [sum(head["top1"] for head in row["diagnostics"]["heads"].values()) for row in (first, second)]
-    assert result.best_epoch == read_checkpoint(result.best).training["epoch"] == 1 + (top1[1] >= top1[0])
+    top1 = [
+        sum(head["top1"] for head in row["diagnostics"]["heads"].values())
+        for row in (first, second)
+    ]
+    assert (
+        result.best_epoch
+        == read_checkpoint(result.best).training["epoch"]
+        == 1 + (top1[1] >= top1[0])
+    )
 
 
 def phases(plain: Path, *more: str) -> Recipe:
     """Read a recipe whose first two of four epochs train the classifier alone."""
-    settings = [*PLAIN[:2], f"start.weights={plain}", "start.classifier_epochs=2", "epochs=4", *more]
+    settings = [
+        *PLAIN[:2],
+        f"start.weights={plain}",
+        "start.classifier_epochs=2",
+        "epochs=4",
+        *more,
+    ]
     return short_recipe(*settings, "start.classifier_lr=0.02", "start.head_factor=3")
 
 
@@ -157,7 +177,10 @@ def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> Non
     recipe, callback = phases(plain), RecordingCallback()
     interrupt(recipe, tmp_path, "epoch", 1, 0)
     start, first = read_checkpoint(plain).weights, read_checkpoint(tmp_path / "last.pt").weights
-    assert {name for name in first if not torch.equal(first[name], start[name])} == {"fc.weight", "fc.bias"}
+    assert {name for name in first if not torch.equal(first[name], start[name])} == {
+        "fc.weight",
+        "fc.bias",
+    }
     train_recipe(recipe, tmp_path, resume=True, callback=callback)
     last = read_checkpoint(tmp_path / "last.pt")
     assert {name for name in first if torch.equal(last.weights[name], first[name])} == set()
@@ -170,11 +193,17 @@ def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> Non
 
 
 NO_TWO_PHASES = [
-    ("start.classifier_epochs=0", "without effect if classifier_epochs is 0; omit classifier_lr"),
+    (
+        "start.classifier_epochs=0",
+        "without effect if classifier_epochs is 0; omit classifier_lr",
+    ),
     ("start.classifier_epochs=4", "the run has only 4 epochs; give fewer than these"),
     ("start.learn=classifier", "with start.learn = classifier; give all or last_stages"),
     ("start.learn=branches", "with start.learn = branches; give all or last_stages"),
-    ('teacher={model={name="resnet8"}}', "a teacher that is trained jointly needs one phase; set it to 0"),
+    (
+        'teacher={model={name="resnet8"}}',
+        "a teacher that is trained jointly needs one phase; set it to 0",
+    ),
     ("procedure={kind='few_shot'}", "classifier_lr, epochs, validation.mirror: without effect"),
     ("procedure={kind='fine_tune'}", "classifier_lr, validation.mirror: without effect"),
 ]
@@ -189,13 +218,19 @@ def test_a_first_phase_that_cannot_be_is_refused(plain, change, message) -> None
 
 def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tmp_path) -> None:
     recipe = phases(
-        plain, "validation.mirror=true", "model.name=dsop-resnet8", "model.config.aux_widths=[4,4,4]"
+        plain,
+        "validation.mirror=true",
+        "model.name=dsop-resnet8",
+        "model.config.aux_widths=[4,4,4]",
     )
     result = train_recipe(recipe, tmp_path)
     best = read_checkpoint(result.best)
     images = PreprocessedDataset(open_data(recipe.data).held_out, best.preprocess)
     pixels = torch.from_numpy(images.pixels(range(len(images))))
-    network, normalize = build_classifier(best, tmp_path), Normalize(best.preprocess, torch.contiguous_format)
+    network, normalize = (
+        build_classifier(best, tmp_path),
+        Normalize(best.preprocess, torch.contiguous_format),
+    )
     with torch.no_grad():
         alone, mirrored = network(normalize(pixels)), network(normalize(pixels.flip(2)))
     targets = torch.from_numpy(images.images.targets)
@@ -212,10 +247,14 @@ def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tm
         estimated_on="held-out",
         scalable=network.has_scalable_logits(),
     )
-    assert result.decision.rejection.threshold == pytest.approx(expected.rejection.threshold, rel=1e-5)
+    assert result.decision.rejection.threshold == pytest.approx(
+        expected.rejection.threshold, rel=1e-5
+    )
 
 
-def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, tmp_path) -> None:
+def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(
+    plain, tmp_path
+) -> None:
     run = train_recipe(
         short_recipe(*PLAIN, f"start.weights={plain}", "start.head_factor=5"), tmp_path / "run"
     )
@@ -231,15 +270,23 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["start.head_factor=2"], r"start\.weights: not set; give the checkpoint to start from"),
-        (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "this network has no branches"),
+        (
+            ["start.head_factor=2"],
+            r"start\.weights: not set; give the checkpoint to start from",
+        ),
+        (
+            ["start.weights={plain}", "start.learn=branches", *PLAIN[:2]],
+            "this network has no branches",
+        ),
         (
             ["start={weights='none', learn='branches'}", "model.config.aux_blocks=[0, 0, 0]"],
             "this network has no branches",
         ),
     ],
 )
-def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings, message) -> None:
+def test_unsuitable_weights_are_refused_with_one_line(
+    plain, tmp_path, settings, message
+) -> None:
     settings = [setting.replace("{plain}", str(plain)) for setting in settings]
     with pytest.raises((ConfigError, WeightsError), match=message) as error:
         train_recipe(short_recipe(*settings), tmp_path / "run")
@@ -249,7 +296,9 @@ def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings,
 def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) -> None:
     settings = [*PLAIN, f"teacher.weights={plain}", "teacher.temperature=2", "epochs=2"]
     result = train_recipe(short_recipe(*settings), tmp_path / "run")
-    first, second = (row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"])
+    first, second = (
+        row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"]
+    )
     assert second["teacher"] < first["teacher"]
     assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
 
@@ -260,7 +309,9 @@ NORMALIZE = Normalize(PREPROCESS, torch.contiguous_format)
 
 def dataset(count: int = 7) -> PreprocessedDataset:
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return PreprocessedDataset(ArrayImages(("a", "b", "c"), images, np.arange(count) % 3), PREPROCESS)
+    return PreprocessedDataset(
+        ArrayImages(("a", "b", "c"), images, np.arange(count) % 3), PREPROCESS
+    )
 
 
 def inputs() -> torch.Tensor:
@@ -277,11 +328,15 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     before = {name: tensor.clone() for name, tensor in branched.state_dict().items()}
     found = diagnose(branched, dataset(), PREPROCESS, 3)
     assert branched.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items()
+    )
     assert set(found.heads) == {"main", "layer1_0", "layer2_0", "layer3_0"}
     labels = torch.arange(7) % 3
     logits = branched.eval()(inputs()).detach()
-    assert found.heads["main"].top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert found.heads["main"].top1 == pytest.approx(
+        float((logits.argmax(1) == labels).float().mean())
+    )
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
     assert found.num_images == 7
@@ -318,7 +373,9 @@ def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[Epoch
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.6], ids=["independent epochs", "epochs that agree"])
-def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_is_not(alike: float) -> None:
+def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_is_not(
+    alike: float,
+) -> None:
     """With *alike*, this share of the predictions is the same in all epochs."""
     random, estimates, best, covered = np.random.default_rng(0), [], [], []
     for _ in range(100):
@@ -353,16 +410,22 @@ def test_frames_of_a_clip_are_no_independent_images() -> None:
     found = estimate_best(history(right), clips).top1
     assert found is not None
     assert (found.right, found.count, round(found.low, 2), found.high) == (40, 40, 0.34, 1)
-    of_one_clip = np.stack([clips == "one", clips == "two"])  # each epoch is right on the other clip only
+    of_one_clip = np.stack(
+        [clips == "one", clips == "two"]
+    )  # each epoch is right on the other clip only
     found = estimate_best(history(of_one_clip), clips)
     assert found.top1 == Rate.of(0, 40, 2)  # on the clip that did not select the epoch
     assert found.selected_by == "other images"
-    assert estimate_best(history(of_one_clip), np.zeros(40, np.int64)).selected_by == "same images"
+    assert (
+        estimate_best(history(of_one_clip), np.zeros(40, np.int64)).selected_by == "same images"
+    )
 
 
 FAIR = "top-1 50.0 % (95 % interval 22 to 78 %) of 8 held-out images"
 BIASED = "8 held-out images, too high: they also select the epoch"
-MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, loss=1.0, thresholds=(0.5, 0.5))
+MULTI_LABEL = MultiLabelMetrics(
+    map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, loss=1.0, thresholds=(0.5, 0.5)
+)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +439,11 @@ MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, lo
     ids=["one epoch", "a frozen backbone", "too many images to record", "several classes"],
 )
 def test_a_score_that_selected_the_epoch_says_so(
-    epochs: int, recorded: bool, options: dict[str, bool], metrics: HeldOutMetrics | None, text: str
+    epochs: int,
+    recorded: bool,
+    options: dict[str, bool],
+    metrics: HeldOutMetrics | None,
+    text: str,
 ) -> None:
     rows = history(np.tile([True, False], (epochs, 4)), recorded=recorded)
     if metrics is not None:
@@ -395,9 +462,13 @@ LOOP = [
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
-def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
+def test_measuring_on_training_images_is_a_warning(
+    tmp_path: Path, recipe: str, settings: list[str]
+) -> None:
     seen = paint(tmp_path / "seen", 20)
-    result = train_recipe(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
+    result = train_recipe(
+        read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run"
+    )
     stored = read_checkpoint(result.best)
     count = stored.training["procedure"].get("class_counts", {"all": result.train_count})
     assert len(stored.image_hashes) == sum(count.values())

@@ -34,7 +34,9 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "broken").symlink_to("nothing")
     for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "broken"):
-        with pytest.raises(ConfigError, match="exists and is not an empty folder; choose another"):
+        with pytest.raises(
+            ConfigError, match="exists and is not an empty folder; choose another"
+        ):
             train_recipe(short_recipe(), out)
     with pytest.raises(StorageError, match=r"cannot be written in .*; choose another"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
@@ -44,16 +46,16 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
 def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> None:
     assert train_recipe(short_recipe("epochs=1"), tmp_path).out == tmp_path
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a run; continue it or .*; try resume='always'"):
+    with pytest.raises(
+        ConfigError, match=r"holds a run; continue it or .*; try resume='always'"
+    ):
         train_recipe(short_recipe("epochs=1"), tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
 @contextmanager
 def locked_by_another_process(path):
-    code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(flush=True); input()"
-    )
+    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(flush=True); input()"
     command = [sys.executable, "-S", "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -62,13 +64,19 @@ def locked_by_another_process(path):
 
 
 def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
-    recipe, out, message = short_recipe("epochs=1"), tmp_path / "run", "another process trains in this folder"
+    recipe, out, message = (
+        short_recipe("epochs=1"),
+        tmp_path / "run",
+        "another process trains in this folder",
+    )
     out.mkdir()
     with locked_by_another_process(out / LOCK):
         for resume in (False, "auto"):
             with pytest.raises(ConfigError, match=message):
                 train_recipe(recipe, out, resume=resume)
-    assert [path.name for path in out.iterdir()] == [LOCK]  # of the killed process, which no longer locks it
+    assert [path.name for path in out.iterdir()] == [
+        LOCK
+    ]  # of the killed process, which no longer locks it
     interrupt(recipe, out, "step", 0, 0)
     with locked_by_another_process(out / LOCK), pytest.raises(ConfigError, match=message):
         train_recipe(recipe, out, resume=True)
@@ -106,7 +114,9 @@ def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(tmp_path)
         ),
     ],
 )
-def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, options, message) -> None:
+def test_a_run_that_cannot_start_writes_nothing(
+    tmp_path, monkeypatch, recipe, options, message
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         train_recipe(recipe(), tmp_path / "run", **options)
@@ -117,7 +127,9 @@ def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, o
 def stopped(tmp_path):
     """Return the parent of `run`, stopped in its first epoch, and of its `images`."""
     make(tmp_path / "images", a=5, b=5)
-    interrupt(short_recipe(*ONE, f"data.path={tmp_path / 'images'}"), tmp_path / "run", "step", 0, 0)
+    interrupt(
+        short_recipe(*ONE, f"data.path={tmp_path / 'images'}"), tmp_path / "run", "step", 0, 0
+    )
     return tmp_path
 
 
@@ -140,7 +152,9 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     (stopped / "images").rename(moved)
     recipe = short_recipe(*ONE, f"data.path={moved}")
     (moved / "b").rename(moved / "c")
-    with pytest.raises(DataError, match="the run started with the classes a, b; give the same data"):
+    with pytest.raises(
+        DataError, match="the run started with the classes a, b; give the same data"
+    ):
         train_recipe(recipe, stopped / "run", resume=True)
     (moved / "c").rename(moved / "b")
     make(moved / "a", more=3)
@@ -152,7 +166,9 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     replaced = training.path(0)
     content = replaced.read_bytes()
     replaced.write_bytes(content + b"another photograph")
-    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+    with pytest.raises(
+        DataError, match="training images, their order or labels have changed since"
+    ):
         train_recipe(recipe, stopped / "run", resume=True)
     replaced.write_bytes(content)
     assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
@@ -168,12 +184,20 @@ train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 
 
 def test_a_run_that_is_resumed_on_another_processor_keeps_its_held_out_images(stopped) -> None:
-    whole = train_recipe(short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "whole")
+    whole = train_recipe(
+        short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "whole"
+    )
     moved = stopped / "moved"
     (stopped / "images").rename(moved)
-    elsewhere = {**os.environ, "OPENBLAS_CORETYPE": "Prescott", "PYTHONPATH": os.pathsep.join(sys.path)}
+    elsewhere = {
+        **os.environ,
+        "OPENBLAS_CORETYPE": "Prescott",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     settings = [*ONE, f"data.path={moved}"]
-    subprocess.run([sys.executable, "-c", RESUME, stopped / "run", *settings], env=elsewhere, check=True)
+    subprocess.run(
+        [sys.executable, "-c", RESUME, stopped / "run", *settings], env=elsewhere, check=True
+    )
     runs = [read_checkpoint(stopped / name / "last.pt") for name in ("whole", "run")]
     assert whole.held_out_count == len(runs[0].resume["held_out"]) == 2
     assert runs[0].resume["held_out"].equal(runs[1].resume["held_out"])
@@ -206,7 +230,9 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) 
 
     original = gradient.training_loss
     monkeypatch.setattr(gradient, "training_loss", damaged_loss)
-    with pytest.raises(TrainingError, match=f"epoch 2, step 3: {part} is not finite; lower optimizer.lr"):
+    with pytest.raises(
+        TrainingError, match=f"epoch 2, step 3: {part} is not finite; lower optimizer.lr"
+    ):
         train_recipe(short_recipe(), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
     assert last.training["epoch"] == 1
@@ -241,7 +267,8 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
     monkeypatch.setattr(
-        "sopdeploy.training.loop.state.LoopState", lambda start: runs.append(LoopState(start)) or runs[0]
+        "sopdeploy.training.loop.state.LoopState",
+        lambda start: runs.append(LoopState(start)) or runs[0],
     )
     with pytest.raises(TrainingError, match="finite"):
         train_recipe(short_recipe("ema={}"), tmp_path / "run", callback=Damage())

@@ -24,8 +24,9 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
 
-    TensorRT accepts uint8 only for network inputs. The result is the same, because casts commute with
-    operators that only move values. Raises `LoweringError` if another operator reads uint8 values.
+    TensorRT accepts uint8 only for network inputs. The result is the same, because casts
+    commute with operators that only move values. Raises `LoweringError` if another operator
+    reads uint8 values.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
@@ -40,12 +41,18 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type in MOVES:
             uint8_values.update(node.output)
         elif node.op_type not in ("Cast", "Shape"):  # whose results are not uint8
-            raise LoweringError(f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast")
+            raise LoweringError(
+                f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
+            )
     if readers <= {"Cast"}:  # the graph casts the images first
         return copied
-    cast = helper.make_node("Cast", [name], [f"{name}_float32"], f"{name}_cast", to=TensorProto.FLOAT)
+    cast = helper.make_node(
+        "Cast", [name], [f"{name}_float32"], f"{name}_cast", to=TensorProto.FLOAT
+    )
     for node in copied.graph.node:
-        node.input[:] = [cast.output[0] if operand == name else operand for operand in node.input]
+        node.input[:] = [
+            cast.output[0] if operand == name else operand for operand in node.input
+        ]
     copied.graph.node.insert(0, cast)
     del copied.graph.value_info[:]  # has the types of moved uint8 values
     return copied
@@ -81,13 +88,17 @@ def parse_and_build(
             sizes = (batches.minimum, batches.maximum, batches.maximum)  # tuned for the largest
             profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
+            raise EngineError(
+                f"TensorRT rejects the optimization profile for batches of {batches}"
+            )
     with interrupts_recorded() as interrupt:
         monitor = make_monitor(trt, report, interrupt)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
+        raise EngineError(
+            f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}"
+        )
     return bytes(plan)
 
 
@@ -95,8 +106,12 @@ def parse_and_build(
 def interrupts_recorded() -> Iterator[threading.Event]:
     """Set an event on Ctrl-C in the block; raise at its end, because TensorRT's C++ code must not see it."""
     interrupt = threading.Event()
-    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
-    is_replaced = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    in_main_thread = (
+        threading.current_thread() is threading.main_thread()
+    )  # others cannot set handlers
+    is_replaced = (
+        in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if is_replaced:
         signal.signal(signal.SIGINT, lambda *_: interrupt.set())
     try:
@@ -118,7 +133,9 @@ def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
             trt.IProgressMonitor.__init__(self)
             self._begin = time.monotonic()
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        def phase_start(
+            self, phase_name: str, parent_phase: str | None, num_steps: int
+        ) -> None:
             """Begin a phase."""
 
         def step_complete(self, phase_name: str, step: int) -> bool:

@@ -16,11 +16,20 @@ import onnx
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError, ParityError
-from sopdeploy_commands.bundles.engine_builder.build import Report, cast_images_first, parse_and_build
+from sopdeploy_commands.bundles.engine_builder.build import (
+    Report,
+    cast_images_first,
+    parse_and_build,
+)
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.runtime import tensorrt_cache as cache
 from sopdeploy_service.runtime.tensorrt_cache import EngineKey
-from sopdeploy_service.runtime.tensorrt_session import Cuda, EngineSession, import_tensorrt, open_cuda
+from sopdeploy_service.runtime.tensorrt_session import (
+    Cuda,
+    EngineSession,
+    import_tensorrt,
+    open_cuda,
+)
 
 BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* in bytes
 
@@ -42,11 +51,14 @@ def get_engine(
 ) -> EngineFile:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    *report* receives the progress; *build_via_torch* builds the plan if *options* name torch-tensorrt. Raises
-    `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` if no engine can be
-    built, and `ParityError` if its outputs deviate from the probes.
+    *report* receives the progress; *build_via_torch* builds the plan if *options* name
+    torch-tensorrt. Raises `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError`
+    or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
+    the probes.
     """
-    if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
+    if (
+        bundle.manifest.int8_for == "cpu"
+    ):  # TensorRT reads its uint8 as int8, and rejects zero points
         raise LoweringError(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
             "with --precision int8 --int8-for tensorrt"
@@ -64,7 +76,9 @@ def get_engine(
         report("replaying the probes on the cached engine")
         try:
             replay_probes(trt, cuda, bundle, cached.plan, key)
-            return EngineFile(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+            return EngineFile(
+                path=folder / f"{key.name}.plan", record=cached.record, reason=None
+            )
         except ParityError as error:
             reason = f"the cached engine is wrong, {error}"
     else:
@@ -73,9 +87,9 @@ def get_engine(
     begin = time.monotonic()
     workspace = gpu.memory // 4
     if build_via_torch is None:
-        graph = cast_images_first(onnx.load_model_from_string(bundle.onnx.read())).SerializeToString(
-            deterministic=True
-        )
+        graph = cast_images_first(
+            onnx.load_model_from_string(bundle.onnx.read())
+        ).SerializeToString(deterministic=True)
         plan = parse_and_build(trt, graph, profiles, workspace, report)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress
@@ -88,17 +102,25 @@ def get_engine(
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
-    return EngineFile(path=cache.store_engine(folder, plan, record), record=record, reason=reason)
+    return EngineFile(
+        path=cache.store_engine(folder, plan, record), record=record, reason=reason
+    )
 
 
-def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
+def replay_probes(
+    trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey
+) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
-    Batches of different profiles alternate: a context must not disturb another one.
-    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
-    output has no probes.
+    Batches of different profiles alternate: a context must not disturb another one. Raises
+    `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError`
+    if an output has no probes.
     """
     probes = read_probes(bundle)
-    sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
+    sizes = sorted(
+        {size for profile in key.profiles for size in (profile.minimum, profile.maximum)}
+    )
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
-        return replay_in_turn({size: probes.in_whole_batches(size) for size in sizes}, session.run)
+        return replay_in_turn(
+            {size: probes.in_whole_batches(size) for size in sizes}, session.run
+        )

@@ -1,7 +1,7 @@
 """Build a TensorRT plan from the certified program with torch-tensorrt.
 
-This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the tensors of the bundle, so that
-the same runtime serves it after the same probes.
+This is a second way to a plan, beside TensorRT's ONNX parser. The plan has the tensors of the
+bundle, so that the same runtime serves it after the same probes.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,16 @@ from sopdeploy_service.runtime.tensorrt_cache import Profile
 
 
 def build_from_program(
-    bundle: Bundle, read_program: Callable[[], ExportedProgram], profile: Profile, workspace: int
+    bundle: Bundle,
+    read_program: Callable[[], ExportedProgram],
+    profile: Profile,
+    workspace: int,
 ) -> bytes:
     """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
 
-    *read_program* returns the program in float32. Raises `RuntimeUnavailableError` without torch-tensorrt or
-    a GPU, and `EngineError` if the bundle has another precision or the build fails.
+    *read_program* returns the program in float32. Raises `RuntimeUnavailableError` without
+    torch-tensorrt or a GPU, and `EngineError` if the bundle has another precision or the build
+    fails.
     """
     manifest = bundle.manifest
     if manifest.precision != "fp32":
@@ -32,19 +36,30 @@ def build_from_program(
         )
     try:
         torch_tensorrt = import_optional(
-            "torch_tensorrt", "torch-tensorrt", "sopdeploy[torch-tensorrt]", RuntimeUnavailableError
+            "torch_tensorrt",
+            "torch-tensorrt",
+            "sopdeploy[torch-tensorrt]",
+            RuntimeUnavailableError,
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
-    # torch-tensorrt has no converter for a stable sort, but one for `topk`, which differs for ties only.
+    # torch-tensorrt has no converter for a stable sort, but one for `topk`, which differs for
+    # ties only.
     stable_sort = torch.ops.aten.sort.stable
     program = read_program().run_decompositions(
-        {stable_sort: lambda x, dim=-1, descending=False, **_: x.topk(x.shape[dim], dim, descending)}
+        {
+            stable_sort: lambda x, dim=-1, descending=False, **_: x.topk(
+                x.shape[dim], dim, descending
+            )
+        }
     )
     _cast_program_images_first(program)
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
-        opt_shape=(profile.maximum, *manifest.image_shape),  # the engine is tuned for the largest batch
+        opt_shape=(
+            profile.maximum,
+            *manifest.image_shape,
+        ),  # the engine is tuned for the largest batch
         max_shape=(profile.maximum, *manifest.image_shape),
         dtype=torch.uint8,
     )
@@ -63,8 +78,12 @@ def build_from_program(
             )
         )
     except Exception as error:  # its errors have no common base class
-        cause = first_line(error.__cause__ or error)  # names the operator; the error itself shows the graph
-        raise EngineError(f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}") from error
+        cause = first_line(
+            error.__cause__ or error
+        )  # names the operator; the error itself shows the graph
+        raise EngineError(
+            f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}"
+        ) from error
 
 
 def _cast_program_images_first(program: ExportedProgram) -> None:
@@ -72,7 +91,9 @@ def _cast_program_images_first(program: ExportedProgram) -> None:
     (name,), graph = program.graph_signature.user_inputs, program.graph
     images = next(node for node in graph.nodes if node.name == name)
     with graph.inserting_after(images):
-        cast = graph.call_function(torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32})
+        cast = graph.call_function(
+            torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32}
+        )
     cast.meta["val"] = images.meta["val"].to(torch.float32)
     images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     program.graph_module.recompile()

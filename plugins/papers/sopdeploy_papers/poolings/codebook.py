@@ -1,8 +1,8 @@
 """Poolings with a learned codebook: NetVLAD and NetFV.
 
-Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR
-2016), Eq. (4). The slides on iSQRT-COV define the simple NetFV, the Fisher vector in the same form without
-deviations. 64 words make 32,768 and 65,536 dimensions of VGG's 512 channels.
+Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition"
+(CVPR 2016), Eq. (4). The slides on iSQRT-COV define the simple NetFV, the Fisher vector in the
+same form without deviations. 64 words make 32,768 and 65,536 dimensions of VGG's 512 channels.
 Letters: B images, C channels, M positions, K words.
 """
 
@@ -18,8 +18,8 @@ from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_len
 class Codebook(GlobalPooling):
     """Soft assignment of positions to words: a linear layer, softmax over words.
 
-    The layer starts as the assignment to the nearest centers c: the softmax of 2 alpha c x - alpha |c|^2 is
-    that of -alpha |x - c|^2.
+    The layer starts as the assignment to the nearest centers c: the softmax of 2 alpha c x -
+    alpha |c|^2 is that of -alpha |x - c|^2.
     """
 
     def __init__(self, config: "CodebookConfig", channels: int) -> None:
@@ -41,8 +41,8 @@ class Codebook(GlobalPooling):
 class CodebookConfig(PoolingConfig):
     """`words` is K. The soft assignment starts as the softmax of -`alpha` |x - c|^2.
 
-    The centers c start uniform in 0 to 1. Assumption, because the papers print no value for these features:
-    alpha is 0.1.
+    The centers c start uniform in 0 to 1. Assumption, because the papers print no value for
+    these features: alpha is 0.1.
     """
 
     words: Count = 64
@@ -81,9 +81,17 @@ class NetFV(Codebook):
         x_BMC, a_BKM, total_BK1 = self.sums(features)
         sum_BKC = a_BKM @ x_BMC
         first_BKC = sum_BKC - total_BK1 * self.centers
-        second_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centers + total_BK1 * self.centers.square()
-        halves = [unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
-        return unit_length(torch.cat([unit_length(half, dim=1) for half in halves], dim=1), dim=1)
+        second_BKC = (
+            a_BKM @ x_BMC.square()
+            - 2.0 * sum_BKC * self.centers
+            + total_BK1 * self.centers.square()
+        )
+        halves = [
+            unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)
+        ]
+        return unit_length(
+            torch.cat([unit_length(half, dim=1) for half in halves], dim=1), dim=1
+        )
 
 
 class NetFVConfig(CodebookConfig):

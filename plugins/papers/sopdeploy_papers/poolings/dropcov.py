@@ -1,8 +1,9 @@
 """DropCov: the covariance without a square root; in training, channels are dropped before it.
 
-Paper: Wang et al., "DropCov: A Simple yet Effective Method for Improving Deep Architectures" (NeurIPS 2022).
-ResNet-50 with stride 1 in conv5_x and d = 128 has the 32.0 M parameters of its table (78.19 % on ImageNet).
-Letters: B images, C channels, d channels after the reduction, H height, W width.
+Paper: Wang et al., "DropCov: A Simple yet Effective Method for Improving Deep Architectures"
+(NeurIPS 2022). ResNet-50 with stride 1 in conv5_x and d = 128 has the 32.0 M parameters of its
+table (78.19 % on ImageNet). Letters: B images, C channels, d channels after the reduction, H
+height, W width.
 """
 
 import math
@@ -27,7 +28,9 @@ class DropCov(ReducedPooling):
         super().__init__(channels, config.width)
         self.importance = nn.Conv1d(1, 1, 3, padding=1, bias=False)  # along the channels
         self.out_features = self.channels * (self.channels + 1) // 2
-        self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
+        self.register_buffer(
+            "triangle", upper_triangle_indices(self.channels), persistent=False
+        )
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of the covariance of a map (B, d, H, W)."""
@@ -52,8 +55,9 @@ class DropCov(ReducedPooling):
     def rate(self, features: Tensor, weights_Bd: Tensor) -> Tensor:
         """Compute the rate of dropped channels (scalar in 0 to 1), without a gradient.
 
-        The rate is 1 - 10 / log2(d) times the mean cosine between the importance of the channels and the row
-        sums of their covariance: if the two agree, the representation has little to decorrelate.
+        The rate is 1 - 10 / log2(d) times the mean cosine between the importance of the
+        channels and the row sums of their covariance: if the two agree, the representation has
+        little to decorrelate.
         """
         sums_Bd = covariance(covariance_factor(features)).sum(dim=2)
         cosine_B = torch.cosine_similarity(weights_Bd, sums_Bd, dim=1)

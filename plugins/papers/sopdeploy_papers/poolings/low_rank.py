@@ -1,8 +1,9 @@
 """Low-rank bilinear pooling: a bilinear classifier whose weight matrices have a low rank.
 
-Paper: Kong and Fowlkes, "Low-rank Bilinear Pooling for Fine-Grained Classification" (CVPR 2017). The
-classifier needs the number of classes, so this is a network, not only a pooling.
-Letters: B images, C channels, M positions, m reduced channels, K classes, r rank, F = K r factors.
+Paper: Kong and Fowlkes, "Low-rank Bilinear Pooling for Fine-Grained Classification" (CVPR
+2017). The classifier needs the number of classes, so this is a network, not only a pooling.
+Letters: B images, C channels, M positions, m reduced channels, K classes, r rank, F = K r
+factors.
 """
 
 import math
@@ -23,9 +24,9 @@ Width = Annotated[int, pydantic.Field(ge=1)]
 class LowRankConfig(VGGConfig):
     """VGG-16 with `width` reduced channels (m) and `rank` factors per class (r).
 
-    The defaults are those of the paper: 100^2 is the printed 10K. With `signed_root`, the classifier reads
-    the element-wise signed root of the pooled matrix with unit length, as in the released code; the paper's
-    equations have none.
+    The defaults are those of the paper: 100^2 is the printed 10K. With `signed_root`, the
+    classifier reads the element-wise signed root of the pooled matrix with unit length, as in
+    the released code; the paper's equations have none.
     """
 
     pooling: Pooling = GapConfig()
@@ -37,7 +38,9 @@ class LowRankConfig(VGGConfig):
     @pydantic.model_validator(mode="after")
     def _check_fixed(self) -> Self:
         if self.pooling != GapConfig() or self.classifier != "linear":
-            raise ValueError("low-rank bilinear pooling has its own pooling and classifier; set neither")
+            raise ValueError(
+                "low-rank bilinear pooling has its own pooling and classifier; set neither"
+            )
         return self
 
 

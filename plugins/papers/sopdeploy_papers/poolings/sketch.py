@@ -1,16 +1,17 @@
 """Poolings by count sketches: compact bilinear pooling and kernel pooling.
 
-Papers: Gao et al., "Compact Bilinear Pooling" (CVPR 2016); Cui et al., "Kernel Pooling for Convolutional
-Neural Networks" (CVPR 2017). A count sketch adds the C channels, with random signs s, to D random elements h.
-The tensor sketch of order p is the circular convolution of p sketches of each position, summed over
-positions; signed root, unit length.
+Papers: Gao et al., "Compact Bilinear Pooling" (CVPR 2016); Cui et al., "Kernel Pooling for
+Convolutional Neural Networks" (CVPR 2017). A count sketch adds the C channels, with random
+signs s, to D random elements h. The tensor sketch of order p is the circular convolution of p
+sketches of each position, summed over positions; signed root, unit length.
 
-No FFT is used, which TensorRT does not have. For order 2, element k is the sum of s1_i s2_j (X X^T)_ij over
-all i, j with h1_i + h2_j = k mod D: one product and a gather. For higher orders, the spectrum of a sketch is
-one product of x and the matrix s exp(-2 pi i f h / D), and the inverse transform another one.
+No FFT is used, which TensorRT does not have. For order 2, element k is the sum of s1_i s2_j (X
+X^T)_ij over all i, j with h1_i + h2_j = k mod D: one product and a gather. For higher orders,
+the spectrum of a sketch is one product of x and the matrix s exp(-2 pi i f h / D), and the
+inverse transform another one.
 
-Letters: B images, C channels, M positions, D sketch dimensions, E entries of the fullest element, P products
-C^2, F frequencies D / 2 + 1.
+Letters: B images, C channels, M positions, D sketch dimensions, E entries of the fullest
+element, P products C^2, F frequencies D / 2 + 1.
 """
 
 import math
@@ -23,7 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sopdeploy.config import Count
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length, unit_signed_root
+from sopdeploy.layers.pooling.base import (
+    GlobalPooling,
+    PoolingConfig,
+    unit_length,
+    unit_signed_root,
+)
 
 Seed = Annotated[int, pydantic.Field(ge=0)]
 
@@ -60,7 +66,9 @@ class CompactBilinear(GlobalPooling):
         """Compute the sketch (B, D): signed square root and unit length of the summed products."""
         x_BCM = features.flatten(start_dim=2)
         product_BP = (x_BCM @ x_BCM.transpose(1, 2)).flatten(start_dim=1)
-        gathered_BDE = product_BP.index_select(1, self.entries.flatten()).view(-1, *self.signs.shape)
+        gathered_BDE = product_BP.index_select(1, self.entries.flatten()).view(
+            -1, *self.signs.shape
+        )
         return unit_signed_root((gathered_BDE * self.signs).sum(dim=2))
 
 
@@ -76,8 +84,8 @@ class CompactBilinearConfig(PoolingConfig):
 def tabulate_sketch(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
     """Tabulate which entries of the flattened matrix each element of the sketch sums, with which signs.
 
-    Returns indices int64 and signs float32, both (D, E). Elements of fewer than E entries are padded with
-    sign 0.
+    Returns indices int64 and signs float32, both (D, E). Elements of fewer than E entries are
+    padded with sign 0.
     """
     generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
     with torch.device("cpu"):  # `bincount` needs values, which `meta` does not have
@@ -113,11 +121,16 @@ class KernelPooling(GlobalPooling):
         self.order, dim = config.order, config.dim
         self.out_features = 1 + channels + (config.order - 1) * dim
         generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
-        sketches = [draw_sketch(generator, channels, dim) for _ in range(sum(range(2, config.order + 1)))]
+        sketches = [
+            draw_sketch(generator, channels, dim)
+            for _ in range(sum(range(2, config.order + 1)))
+        ]
         elements_SC1 = torch.tensor([sketch.elements for sketch in sketches]).unsqueeze(2)
         signs_SC1 = torch.tensor([sketch.signs for sketch in sketches]).unsqueeze(2)
         cosine_DF, sine_DF = tabulate_waves(dim)
-        count_F1 = torch.full((dim // 2 + 1, 1), 2.0 / dim)  # each frequency stands for itself and its mirror
+        count_F1 = torch.full(
+            (dim // 2 + 1, 1), 2.0 / dim
+        )  # each frequency stands for itself and its mirror
         count_F1[[0, -1]] = 1.0 / dim
         for name, tensor in (
             ("real", cosine_DF[elements_SC1.squeeze(2)] * signs_SC1),
@@ -138,20 +151,32 @@ class KernelPooling(GlobalPooling):
             powers.append(self.tensor_sketch(x_BMC, range(next_sketch, next_sketch + p)))
             next_sketch += p
         weights = self.order_weights.unbind()
-        vector_BD = torch.cat([weight * power for weight, power in zip(weights, powers, strict=True)], dim=1)
-        # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding
+        vector_BD = torch.cat(
+            [weight * power for weight, power in zip(weights, powers, strict=True)], dim=1
+        )
+        # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which
+        # amplifies rounding
         return unit_length(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
 
     def tensor_sketch(self, x_BMC: Tensor, chosen: range) -> Tensor:
         """Compute the circular convolution (B, D) of each position's sketches, averaged over positions."""
-        real_BMF, imaginary_BMF = x_BMC @ self.real[chosen[0]], x_BMC @ self.imaginary[chosen[0]]
+        real_BMF, imaginary_BMF = (
+            x_BMC @ self.real[chosen[0]],
+            x_BMC @ self.imaginary[chosen[0]],
+        )
         for sketch in chosen[1:]:
-            other_BMF, other_imaginary_BMF = x_BMC @ self.real[sketch], x_BMC @ self.imaginary[sketch]
+            other_BMF, other_imaginary_BMF = (
+                x_BMC @ self.real[sketch],
+                x_BMC @ self.imaginary[sketch],
+            )
             real_BMF, imaginary_BMF = (
                 real_BMF * other_BMF - imaginary_BMF * other_imaginary_BMF,
                 real_BMF * other_imaginary_BMF + imaginary_BMF * other_BMF,
             )
-        return real_BMF.mean(dim=1) @ self.inverse_real + imaginary_BMF.mean(dim=1) @ self.inverse_imaginary
+        return (
+            real_BMF.mean(dim=1) @ self.inverse_real
+            + imaginary_BMF.mean(dim=1) @ self.inverse_imaginary
+        )
 
 
 def tabulate_waves(dim: int) -> tuple[Tensor, Tensor]:

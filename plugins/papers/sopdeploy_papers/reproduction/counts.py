@@ -9,7 +9,8 @@ from sopdeploy.models.registry import CatalogModel
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy_papers.reproduction.tables import DATA_SETS, Column, PrintedRow, PrintedTable
 
-# The counts of a network by column of a table: name, and quantity of `describe`'s published figures.
+# The counts of a network by column of a table: name, and quantity of `describe`'s published
+# figures.
 COUNTS: dict[Column, tuple[str, str]] = {
     "params": ("parameters (M)", "shipped parameters"),
     "train_params": ("parameters in training (M)", "training parameters"),
@@ -22,8 +23,8 @@ COUNTS: dict[Column, tuple[str, str]] = {
 class RowFigure(NamedTuple):
     """A printed figure of a row, and the one that was counted or measured; None if there is none.
 
-    `unit` is "x" for multiples of ResNet-50's count, `note` that of `published.toml`. `mark` is a cross if
-    the count is not the printed one.
+    `unit` is "x" for multiples of ResNet-50's count, `note` that of `published.toml`. `mark` is
+    a cross if the count is not the printed one.
     """
 
     printed: float | None = None
@@ -46,7 +47,9 @@ class RowFigure(NamedTuple):
 
 def describe_network(model: CatalogModel, *, side: int, num_classes: int) -> Description:
     """Describe *model* for images of *side* pixels; several figures of several rows need the same counts."""
-    return _describe_once(model.name, side, num_classes, json.dumps(model.config, sort_keys=True))
+    return _describe_once(
+        model.name, side, num_classes, json.dumps(model.config, sort_keys=True)
+    )
 
 
 @cache
@@ -55,12 +58,18 @@ def _describe_once(name: str, side: int, num_classes: int, config: str) -> Descr
     return describe(name, image_size=side, num_classes=num_classes, **options)
 
 
-def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
+def count_figures(
+    printed: PrintedRow, recipe: Recipe, table: PrintedTable
+) -> dict[str, RowFigure]:
     """Return the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     figures = _count_network(printed, recipe, table)
     known = {"epochs": recipe.epochs, **_subtract_baseline(printed, table, figures)}
-    figures |= {name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()}
-    vector, _ = COUNTS["dim"]  # not compared, because papers print its length in thousands, such as 8K
+    figures |= {
+        name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()
+    }
+    vector, _ = COUNTS[
+        "dim"
+    ]  # not compared, because papers print its length in thousands, such as 8K
     compared = {}
     for name, figure in figures.items():
         if figure.printed is not None:
@@ -68,13 +77,20 @@ def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> d
     return compared
 
 
-def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
+def _count_network(
+    printed: PrintedRow, recipe: Recipe, table: PrintedTable
+) -> dict[str, RowFigure]:
     """Count the network that *recipe* trains; return each count, by name, beside the printed figure.
 
-    If the row has no figure in a column of *table*, both come from `published.toml` where that has them: the
-    figure that the paper prints for this network elsewhere, and our count by the convention of the paper.
+    If the row has no figure in a column of *table*, both come from `published.toml` where that
+    has them: the figure that the paper prints for this network elsewhere, and our count by the
+    convention of the paper.
     """
-    model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
+    model, side, num_classes = (
+        recipe.model,
+        recipe.preprocess.crop,
+        DATA_SETS[table.data].classes,
+    )
     described = describe_network(model, side=side, num_classes=num_classes)
     counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
@@ -88,18 +104,28 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
         lacks_figure = column in table.columns and column not in printed.counts
         if lacks_figure and (known := _find_published(described, column, table)):
-            scale = 1000 if column == "dim" else 1  # `published.toml` has the vector's length in thousands
-            unit = "x" if known.unit == "x" else ""  # others, such as "M", are those of the column
-            figures[name] = RowFigure(known.printed * scale, known.ours * scale, known.note, unit)
+            scale = (
+                1000 if column == "dim" else 1
+            )  # `published.toml` has the vector's length in thousands
+            unit = (
+                "x" if known.unit == "x" else ""
+            )  # others, such as "M", are those of the column
+            figures[name] = RowFigure(
+                known.printed * scale, known.ours * scale, known.note, unit
+            )
     return figures
 
 
-def _find_published(described: Description, column: Column, table: PrintedTable) -> Published | None:
+def _find_published(
+    described: Description, column: Column, table: PrintedTable
+) -> Published | None:
     """Find the figure that the paper prints for this network, in *table* or else in another of its tables."""
     _, quantity = COUNTS[column]
     quantities = {quantity}
     if described.training == described.shipped:
-        quantities.add(quantity.replace("training", "shipped"))  # papers print one figure for both
+        quantities.add(
+            quantity.replace("training", "shipped")
+        )  # papers print one figure for both
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
     of_paper = [
         figure

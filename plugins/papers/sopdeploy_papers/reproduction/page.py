@@ -17,11 +17,15 @@ _METRICS = {"top1": "top-1", "top5": "top-5"}
 def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
     table, finished = results.table, [row for row in results.rows if row.runs]
-    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}  # seed 0; no column prefix
+    curves = {
+        row.printed.name: (row.runs[0].history, "") for row in finished
+    }  # seed 0; no column prefix
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
-        rows=[(row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe],
+        rows=[
+            (row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe
+        ],
     )
     charts = [*_option_chart(table, finished)]
     charts += chain.from_iterable(_row_charts(table, row) for row in finished)
@@ -55,7 +59,9 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     if note := results.note:
         text.append(f"{note[0].upper()}{note[1:]}.")
     explained = list(notes(results.rows))
-    tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained))
+    tables.append(
+        Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained)
+    )
     return Section(title="Results", text=text, tables=tables)
 
 
@@ -64,8 +70,12 @@ def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
     for row in rows:
         if row.printed.note:
             yield row.printed.name, row.printed.note
-        for note in dict.fromkeys(figure.note for figure in row.figures.values() if figure.note):
-            names = ", ".join(name for name, figure in row.figures.items() if figure.note == note)
+        for note in dict.fromkeys(
+            figure.note for figure in row.figures.values() if figure.note
+        ):
+            names = ", ".join(
+                name for name, figure in row.figures.items() if figure.note == note
+            )
             yield f"{row.printed.name}: {names}", note
 
 
@@ -82,18 +92,26 @@ def error_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
         lines.append((name, *top1, *top5, row.status))
     columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
     names = "accuracies" if table.accuracy else "errors"
-    return Table(caption=f"Printed and measured {names} in percent", columns=columns, rows=lines)
+    return Table(
+        caption=f"Printed and measured {names} in percent", columns=columns, rows=lines
+    )
 
 
 def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
-    figures = [(row.printed.name, name, figure) for row in rows for name, figure in row.figures.items()]
+    figures = [
+        (row.printed.name, name, figure) for row in rows for name, figure in row.figures.items()
+    ]
     if all(figure.found is None for _, _, figure in figures):
         lines = [(row, name, _number(figure.printed)) for row, name, figure in figures]
-        return Table(caption="Printed figures", columns=("row", "figure", "printed"), rows=lines)
+        return Table(
+            caption="Printed figures", columns=("row", "figure", "printed"), rows=lines
+        )
     compared = []
     for row, name, figure in figures:
-        multiple = " x ResNet-50" if figure.unit == "x" else ""  # a multiple of the count of ResNet-50
+        multiple = (
+            " x ResNet-50" if figure.unit == "x" else ""
+        )  # a multiple of the count of ResNet-50
         printed = _number(figure.printed) + multiple
         compared.append((row, name, printed, _number(figure.found), figure.mark))
     caption = (
@@ -114,7 +132,9 @@ def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
                 continue
             stage = name.partition("_")[0]  # a branch is named after its stage and block
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
-            heads = [run.heads[name] for run in row.runs]  # the metrics of this branch, with each seed
+            heads = [
+                run.heads[name] for run in row.runs
+            ]  # the metrics of this branch, with each seed
             top1, top5 = (
                 sum(table.shown(100 * (1 - getattr(head, key))) for head in heads) / len(heads)
                 for key in _METRICS
@@ -149,7 +169,8 @@ def _metric_charts(
 ) -> Iterator[Figure]:
     """Plot top-1 and top-5 error, or accuracy, over the epochs; no chart without *curves*.
 
-    These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
+    These are histories by name, each with the prefix of its columns: "" for the network,
+    "HEAD_" for a head.
     """
     if not curves:
         return
@@ -165,30 +186,39 @@ def _metric_charts(
 def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
     """Draw the paper's chart: finished *rows* over the value of the network option `table.over`.
 
-    Each value of the option `table.curve` has a curve. No chart if all rows have the same value of `over`.
+    Each value of the option `table.curve` has a curve. No chart if all rows have the same value
+    of `over`.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         options, error = row.runs[0].network, mean_error(row.runs, "top1")
         if table.over in options and error is not None:
             name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
-            curves.setdefault(name, []).append((float(options[table.over]), table.shown(error.mean)))
+            curves.setdefault(name, []).append(
+                (float(options[table.over]), table.shown(error.mean))
+            )
     values = {value for points in curves.values() for value, _ in points}
     if len(values) > 1:
         ordered = {name: sorted(points) for name, points in curves.items()}
         label = f"top-1 {table.metric} in %"
         chart = plot(ordered, table.over, label, logarithmic=max(values) > 100 * min(values))
-        yield Figure(image=chart, caption=f"Top-1 {table.metric} over {table.over}, {table.title}.")
+        yield Figure(
+            image=chart, caption=f"Top-1 {table.metric} over {table.over}, {table.title}."
+        )
 
 
 def _row_charts(table: PrintedTable, row: ReproducedRow) -> Iterator[Figure]:
     """Plot what the heads reach, and draw the use of the components, in the run with seed 0."""
     run = row.runs[0]
-    heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
+    heads = sorted(
+        run.heads, key=lambda head: head == "main"
+    )  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
         caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
-        curves = {head: (run.history, f"{head}_") for head in heads}  # columns such as `main_top1`
+        curves = {
+            head: (run.history, f"{head}_") for head in heads
+        }  # columns such as `main_top1`
         yield from _metric_charts(table, curves, caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")

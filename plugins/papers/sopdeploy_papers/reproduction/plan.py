@@ -21,8 +21,8 @@ from sopdeploy_papers.reproduction.tables import (
     ReproduceOptions,
 )
 
-# Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
-# the forward pass, and a multiply-add is two operations.
+# Operations of a training step per multiply-add of its forward pass: the backward pass costs
+# twice as much as the forward pass, and a multiply-add is two operations.
 _OPERATIONS_PER_MAC = 3 * 2
 GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
 SMALL_SIDE, SMALL_BATCH, SMALL_EPOCHS = 64, 32, 20
@@ -41,11 +41,12 @@ ASSUMPTION = (
 class ReproducedRow:
     """What is printed in a row, how it is trained, and its results so far.
 
-    `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
-    recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
-    columns and of `PrintedRow.facts`, by name. `forms` has the counts in training of the network's other
-    forms, by name and changes to the recipe. `gpu_hours` is the estimated time of one run as in the paper.
-    `failure` says which seed failed, and why.
+    `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the
+    changes to the recipe `source`, without the seed and the checkpoints of other rows.
+    `figures` are those of the table's columns and of `PrintedRow.facts`, by name. `forms` has
+    the counts in training of the network's other forms, by name and changes to the recipe.
+    `gpu_hours` is the estimated time of one run as in the paper. `failure` says which seed
+    failed, and why.
     """
 
     printed: PrintedRow
@@ -69,8 +70,8 @@ class ReproducedRow:
 class Reproduction:
     """A table, the options, and the selected rows with the results so far.
 
-    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per row. After a
-    dry run there are no results.
+    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per
+    row. After a dry run there are no results.
     """
 
     table: PrintedTable
@@ -96,7 +97,9 @@ class Reproduction:
         differences += [f"{count:,} training images instead of {printed:,}" for count in counts]
         if self.seeds != self.table.seeds:
             differences.append(f"{self.seeds} runs per row instead of {self.table.seeds}")
-        return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
+        return (
+            f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
+        )
 
     @property
     def note(self) -> str:
@@ -107,11 +110,15 @@ class Reproduction:
                 text = f"{row.printed.id} {counts.parameters:,} and {counts.macs / 1e9:.3f} G"
                 counts_by_form.setdefault(form, []).append(text)
         notes = [self.table.note] if self.table.note else []
-        if hosted := [row.printed.id for row in self.rows if row.recipe is not None and row.printed.hosted]:
+        if hosted := [
+            row.printed.id for row in self.rows if row.recipe is not None and row.printed.hosted
+        ]:
             notes.append(f"{HOSTED}: {', '.join(hosted)}")
         for (name, changes), texts in counts_by_form.items():
             options = shlex.join(_as_settings(changes))
-            notes.append(f"{name}: {options} (parameters and multiply-adds in training: {', '.join(texts)})")
+            notes.append(
+                f"{name}: {options} (parameters and multiply-adds in training: {', '.join(texts)})"
+            )
         return "; ".join(notes)
 
     @property
@@ -120,10 +127,14 @@ class Reproduction:
         rows = [row for row in self.rows if row.recipe is not None]
         if not rows:
             return ""
-        measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)  # none as in the paper
+        measured = (
+            0 if self.deviations else sum(bool(row.runs) for row in rows)
+        )  # none as in the paper
         done = f"{measured} of {len(rows)} rows" if measured else "no"
         hours = format_hours(sum(row.gpu_hours for row in rows))
-        return f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
+        return (
+            f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
+        )
 
     @property
     def gpu_hours(self) -> float:
@@ -148,7 +159,11 @@ class Reproduction:
         for seed in range(self.seeds):
             settings = _as_settings(self.overrides(row, seed))
             out = str(self.run_folder(row.printed.id, seed))
-            lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
+            lines.append(
+                shlex.join(
+                    ["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]
+                )
+            )
         return lines
 
     def summary(self) -> dict[str, object]:
@@ -197,14 +212,19 @@ def format_hours(hours: float) -> str:
     return f"{rounded:,.{decimals}f} GPU hours"
 
 
-def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
+def plan(
+    table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False
+) -> Reproduction:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows, or small ones without data."""
     if options.scale == "small" and options.data is None:
         raise ConfigError("give a folder of classes as --data", setting="scale", value="small")
     rows = []
     for printed in table.select(options.rows):
         figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
-        row, recipe_and_changes = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
+        row, recipe_and_changes = (
+            ReproducedRow(printed=printed, figures=figures),
+            table.recipe_of(printed),
+        )
         if table.measures == "nothing":
             row.reason = "printed, not measured"
         elif recipe_and_changes is None:
@@ -222,9 +242,12 @@ def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = Fals
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, other forms, recipe and time of *row*; a row that is only counted gets its reason.
 
-    Raises `ConfigError` if its network cannot be built, or no start weights are published for it.
+    Raises `ConfigError` if its network cannot be built, or no start weights are published for
+    it.
     """
-    paper_recipe = read_recipe(row.source, row.overrides)  # without the user's data and settings
+    paper_recipe = read_recipe(
+        row.source, row.overrides
+    )  # without the user's data and settings
     row.figures = count_figures(row.printed, paper_recipe, table)
     for form in table.forms:
         if changes := form.changes(paper_recipe.model):
@@ -241,13 +264,17 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     if row.printed.pretrained is not None:
-        weights = options.out / row.printed.pretrained / "seed-0/best.pt"  # the result of another table's row
+        weights = (
+            options.out / row.printed.pretrained / "seed-0/best.pt"
+        )  # the result of another table's row
         if weights.is_file():  # otherwise the row starts from random weights
             row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
     recipe = read_recipe(row.source, row.overrides)
     if recipe.start is not None and recipe.start.weights == "imagenet":
-        published_network(recipe.model.name, make_config(recipe.model.name, recipe.model.config))
+        published_network(
+            recipe.model.name, make_config(recipe.model.name, recipe.model.config)
+        )
     row.recipe = recipe
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
@@ -257,8 +284,16 @@ def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     side, batch = min(SMALL_SIDE, recipe.preprocess.crop), SMALL_BATCH
     changes = [
         f"data={format_toml({'kind': 'folder', 'path': str(data)})}",
-        *(f"preprocess.resize={side}", f"preprocess.crop={side}", f"batch_size={batch}", "workers=0"),
-        *(f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}", "optimizer.clip_norm=5.0"),
+        *(
+            f"preprocess.resize={side}",
+            f"preprocess.crop={side}",
+            f"batch_size={batch}",
+            "workers=0",
+        ),
+        *(
+            f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}",
+            "optimizer.clip_norm=5.0",
+        ),
         *(f"epochs={SMALL_EPOCHS}", 'schedule={kind="one-cycle"}', "start.weights=none"),
     ]
     if recipe.preprocess.crop > side:  # crops of larger images do not fit
@@ -271,16 +306,19 @@ def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`.
 
-    A teacher that is trained jointly costs as much per multiply-add as its student; the forward pass of a
-    trained teacher, whose network only its checkpoint names, is not counted.
+    A teacher that is trained jointly costs as much per multiply-add as its student; the forward
+    pass of a trained teacher, whose network only its checkpoint names, is not counted.
     """
     networks: list[CatalogModel] = [recipe.model]
     if recipe.teacher is not None and recipe.teacher.model is not None:
         networks.append(recipe.teacher.model)
-    is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled  # by their mirror images
+    is_doubled = (
+        isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
+    )  # by their mirror images
     num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
     side = recipe.training_crop
     macs = sum(
-        describe_network(network, side=side, num_classes=data.classes).training.macs for network in networks
+        describe_network(network, side=side, num_classes=data.classes).training.macs
+        for network in networks
     )
     return macs * _OPERATIONS_PER_MAC * num_images / GPU_OPERATIONS_PER_SECOND / 3600

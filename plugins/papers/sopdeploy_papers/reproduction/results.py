@@ -25,9 +25,9 @@ from sopdeploy.training.train import TrainingResult
 class SeedResult(StrictModel):
     """One finished run.
 
-    `recipe` is the complete recipe and `network` the complete config of its network. `heads` holds the
-    metrics of all heads if there are several. `usage` counts, for a gated network, the training images that
-    each component received in the last epoch.
+    `recipe` is the complete recipe and `network` the complete config of its network. `heads`
+    holds the metrics of all heads if there are several. `usage` counts, for a gated network,
+    the training images that each component received in the last epoch.
     """
 
     seed: int
@@ -55,7 +55,9 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
     heads: dict[str, HeldOutMetrics] = {}
-    if len(model.loss_weights()) > 1:  # all heads are evaluated on all held-out images, of one class each
+    if (
+        len(model.loss_weights()) > 1
+    ):  # all heads are evaluated on all held-out images, of one class each
         images = open_division(recipe, checkpoint).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
         evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
@@ -81,13 +83,19 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     if not errors:
         return None
     center, num_images = mean(errors), runs[0].held_out_count  # the same number in every run
-    low, high = student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
+    low, high = (
+        student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
+    )
     return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 
 
-def measured_facts(runs: Sequence[SeedResult], baseline: Sequence[SeedResult]) -> dict[str, float]:
+def measured_facts(
+    runs: Sequence[SeedResult], baseline: Sequence[SeedResult]
+) -> dict[str, float]:
     """Compute the printed facts that runs measure: speed, and increments over the runs *baseline*."""
-    facts = {"training, images per second": mean(median_throughput(run.history) for run in runs)}
+    facts = {
+        "training, images per second": mean(median_throughput(run.history) for run in runs)
+    }
     for name, fact in {"top1": "top-1 increment", "top5": "top-5 increment"}.items():
         error, reference = mean_error(runs, name), mean_error(baseline, name)
         if error is not None and reference is not None:

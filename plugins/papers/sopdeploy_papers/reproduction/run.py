@@ -32,20 +32,24 @@ def reproduce(
 ) -> Reproduction:
     """Run the rows of *table* and write a page about them.
 
-    The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
-    row and seed of each run that starts. A row that fails has a `failure`, and the next one runs. Raises
-    `ConfigError` for selected rows that cannot be run, if `options.set` leaves none to run, and for results
-    of another recipe in the folder, the error of data that cannot be opened, `TrainingStoppedError`, and
-    with several processes all errors of a row that one of them may have alone: those that are no
-    `TrainingError`.
+    The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run*
+    receives the row and seed of each run that starts. A row that fails has a `failure`, and the
+    next one runs. Raises `ConfigError` for selected rows that cannot be run, if `options.set`
+    leaves none to run, and for results of another recipe in the folder, the error of data that
+    cannot be opened, `TrainingStoppedError`, and with several processes all errors of a row
+    that one of them may have alone: those that are no `TrainingError`.
     """
     results = plan(table, options)
-    must_run = options.rows is not None and table.measures == "errors"  # other tables are not trained
+    must_run = (
+        options.rows is not None and table.measures == "errors"
+    )  # other tables are not trained
     for row in results.rows:
         if row.recipe is None and must_run:
             message = f"cannot be run ({row.reason}); leave it out"
             raise ConfigError(message, setting="rows", value=row.printed.id)
-    reasons = [row.reason for row in results.rows if row.source]  # empty for a row that can be trained
+    reasons = [
+        row.reason for row in results.rows if row.source
+    ]  # empty for a row that can be trained
     if options.set and table.measures == "errors" and reasons and all(reasons):
         raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
     for row in results.rows:  # all rows have the same data: without them, no row can be trained
@@ -59,7 +63,8 @@ def reproduce(
             continue
         _train_row(row, results, callback, on_run)
         if row.runs:
-            # The baseline is above in the table, so it has already run, unless the user left it out.
+            # The baseline is above in the table, so it has already run, unless the user left it
+            # out.
             baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
             for name, value in measured_facts(row.runs, baseline).items():
                 if name in row.figures:
@@ -87,7 +92,8 @@ def _train_row(
             except TrainingStoppedError:
                 raise
             except SopdeployError as error:  # another row may be trained
-                # One of several processes would add the values of its next row to sums of the others' row.
+                # One of several processes would add the values of its next row to sums of the
+                # others' row.
                 if is_distributed() and not isinstance(error, TrainingError):
                     raise
                 row.failure = f"seed {seed} failed: {error}"
@@ -105,7 +111,9 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
         values = parse_json(read_file(path, MAX_NAMES_BYTES))
         stored = SeedResult.model_validate(values)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); remove this file") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); remove this file"
+        ) from error
     except pydantic.ValidationError as error:
         raise ConfigError(
             f"{path}: not a result ({first_problem(error, values)}); remove this file"

@@ -1,9 +1,10 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
-`tables/*.toml` hold one entry per printed table or figure. `[named]` has values that several tables share,
-also those of other files; "@NAME" stands for the value NAME. "@released" are the changes to the form of
-GSoP's released code, "@released-keys" their keys. A list as `note` is joined to one text. The counts that
-papers print for networks are in `sopdeploy/models/published.toml`.
+`tables/*.toml` hold one entry per printed table or figure. `[named]` has values that several
+tables share, also those of other files; "@NAME" stands for the value NAME. "@released" are the
+changes to the form of GSoP's released code, "@released-keys" their keys. A list as `note` is
+joined to one text. The counts that papers print for networks are in
+`sopdeploy/models/published.toml`.
 """
 
 import difflib
@@ -49,22 +50,26 @@ DATA_SETS = {
 class PrintedRow(StrictModel):
     """One line of a table: what is printed, and how it is trained.
 
-    Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `counts` are
-    the figures in the table's `columns` that `published.toml` does not have. `facts` are other printed
-    figures by name: `counts.py` compares epochs and extra costs, `results.py` measures speed and increments,
-    others are only shown. Extra costs and increments are relative to the row `baseline`. None stands for a
-    figure that is not printed.
+    Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage.
+    `counts` are the figures in the table's `columns` that `published.toml` does not have.
+    `facts` are other printed figures by name: `counts.py` compares epochs and extra costs,
+    `results.py` measures speed and increments, others are only shown. Extra costs and
+    increments are relative to the row `baseline`. None stands for a figure that is not printed.
 
-    `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key of the recipe
-    to the row whose `best.pt` is its value. `pretrained` is a row of another table, "TABLE/ROW", whose
-    `best.pt` gives the start weights if it exists. A `cited` row was not trained by the paper; it can be
-    trained unless `missing` says why no network is that of the row. A `teacher` is not printed, but other
-    rows need it.
+    `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key
+    of the recipe to the row whose `best.pt` is its value. `pretrained` is a row of another
+    table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row was
+    not trained by the paper; it can be trained unless `missing` says why no network is that of
+    the row. A `teacher` is not printed, but other rows need it.
 
-    A cited row with a `recipe` of its own and no `set` trains as in its paper; other cited rows are `hosted`.
+    A cited row with a `recipe` of its own and no `set` trains as in its paper; other cited rows
+    are `hosted`.
     """
 
-    id: Annotated[str, matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`")]
+    id: Annotated[
+        str,
+        matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`"),
+    ]
     name: str
     recipe: str | None = None
     set: tuple[str, ...] = ()
@@ -90,8 +95,8 @@ class PrintedRow(StrictModel):
 class OtherForm(StrictModel):
     """A form in which the networks of a table are defined, too, such as that of the text: `name` says which.
 
-    `set` are its options, as for `sopdeploy train --set`. Those of the keys `default` have the default of the
-    catalog, the definition of the paper's text.
+    `set` are its options, as for `sopdeploy train --set`. Those of the keys `default` have the
+    default of the catalog, the definition of the paper's text.
     """
 
     name: str
@@ -102,7 +107,10 @@ class OtherForm(StrictModel):
         """Return the changes to a recipe that give *model* this form; none if it lacks one of the options."""
         options = make_config(model.name, {}).model_dump(mode="json")
         defaults = {f"model.config.{key}": value for key, value in options.items()}
-        if not defaults.keys() >= {*(change.partition("=")[0] for change in self.set), *self.default}:
+        if not defaults.keys() >= {
+            *(change.partition("=")[0] for change in self.set),
+            *self.default,
+        }:
             return ()
         return (*self.set, *(as_change(key, defaults[key]) for key in self.default))
 
@@ -110,16 +118,17 @@ class OtherForm(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too, the paper's name first.
 
-    `measures` is what is compared with its rows: "errors" of trained networks, "counts" of networks that are
-    only built, or "nothing". `recipe` and `set` apply to all rows. `data` is a key of `DATA_SETS`. `seeds` is
-    the number of runs that the paper averages. `over` and `curve` make the table a chart of errors over this
-    option of the networks, with one curve for each value of the other one. If `accuracy` is true,
-    `top1` and `top5` in the file are the printed accuracies; they are converted to errors, and shown as
-    accuracies again. `columns` are the
-    counts that the table prints: `params` and `gflops` of the deployed network in millions and billions,
-    `train_params` and `train_gflops` of the network in training, `dim`, the length of the vector that is
-    classified. They are those that `published.toml` has for the network of a row. `forms` are other forms of
-    its networks; a page has the commands that train them.
+    `measures` is what is compared with its rows: "errors" of trained networks, "counts" of
+    networks that are only built, or "nothing". `recipe` and `set` apply to all rows. `data` is
+    a key of `DATA_SETS`. `seeds` is the number of runs that the paper averages. `over` and
+    `curve` make the table a chart of errors over this option of the networks, with one curve
+    for each value of the other one. If `accuracy` is true, `top1` and `top5` in the file are
+    the printed accuracies; they are converted to errors, and shown as accuracies again.
+    `columns` are the counts that the table prints: `params` and `gflops` of the deployed
+    network in millions and billions, `train_params` and `train_gflops` of the network in
+    training, `dim`, the length of the vector that is classified. They are those that
+    `published.toml` has for the network of a row. `forms` are other forms of its networks; a
+    page has the commands that train them.
     """
 
     id: str
@@ -191,7 +200,10 @@ def load_tables() -> dict[str, PrintedTable]:
     """Read all tables, by id."""
     folder = files("sopdeploy_papers.reproduction") / "tables"
     papers = "dsop", "gsop", "gmsop", "slides"
-    contents = [tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8")) for paper in papers]
+    contents = [
+        tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8"))
+        for paper in papers
+    ]
     released = [as_change(f"model.config.{key}", value) for key, value in GSOP_RELEASED.items()]
     keys = [change.partition("=")[0] for change in released]
     shared: dict[str, Any] = {"released": released, "released-keys": keys}  # values by NAME
@@ -200,7 +212,8 @@ def load_tables() -> dict[str, PrintedTable]:
     tables: dict[str, PrintedTable] = {}
     for unresolved in chain.from_iterable(content["tables"] for content in contents):
         table = _resolve_names(unresolved, shared)
-        # A table with variants stands for one with the values of each; `top1` of a row may list theirs.
+        # A table with variants stands for one with the values of each; `top1` of a row may list
+        # theirs.
         for index, variant in enumerate(table.pop("variants", [{}])):  # {}: it has none
             rows = []
             for row in table["rows"]:
@@ -221,7 +234,8 @@ def as_change(key: str, value: Any) -> str:
 def _resolve_names(value: Any, shared: Mapping[str, Any]) -> Any:
     """Replace each "@NAME" in *value*, at any depth, by the value NAME of *shared*.
 
-    Within a list, a NAME that is a list stands for its elements: ["a", "@bc"] becomes ["a", "b", "c"].
+    Within a list, a NAME that is a list stands for its elements: ["a", "@bc"] becomes ["a",
+    "b", "c"].
     """
     if isinstance(value, str):
         return _resolve_names(shared[value[1:]], shared) if value.startswith("@") else value
@@ -242,7 +256,11 @@ def find_table(name: str) -> PrintedTable:
     tables = load_tables()
     if name not in tables:
         near = difflib.get_close_matches(name, tables, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy reproduce list` shows them"
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else "`sopdeploy reproduce list` shows them"
+        )
         raise ConfigError(f"table {name!r}: no such table; {hint}")
     return tables[name]
 

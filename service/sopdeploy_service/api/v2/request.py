@@ -1,7 +1,7 @@
 """Parse the body of an inference request: JSON, or JSON followed by binary tensors.
 
-Binary tensors follow in the order of the inputs; the header `Inference-Header-Content-Length` is the length
-of the JSON.
+Binary tensors follow in the order of the inputs; the header `Inference-Header-Content-Length`
+is the length of the JSON.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,12 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-IMAGE_INPUT = "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
+IMAGE_INPUT = (
+    "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
+)
 UINT8, BYTES = "UINT8", "BYTES"  # datatypes of the bundle's input and of encoded files
-FP32 = "FP32"  # datatype of all outputs; clients that compute in floating point also send pixels in it
+# datatype of all outputs; clients that compute in floating point also send pixels in it
+FP32 = "FP32"
 PIXELS_ONLY = (
     "values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
     "which are part of the network, and round the result of a resize"
@@ -90,7 +93,8 @@ class InferBody(Body):
 class InferRequest:
     """A valid request: *images* are encoded files or uint8 (n, H, W, 3).
 
-    *is_binary* maps the name of each output to return to whether it is returned in binary or in JSON.
+    *is_binary* maps the name of each output to return to whether it is returned in binary or in
+    JSON.
     """
 
     id: str | None
@@ -112,12 +116,16 @@ def parse_body(
             raise bad_request("bad_header_length", message)
         json_length = int(digits)
     pixel_input = manifest.inputs[0]
-    values_per_image = prod(size or 1 for size in pixel_input.shape)  # None is the number of images
+    values_per_image = prod(
+        size or 1 for size in pixel_input.shape
+    )  # None is the number of images
     request = parse_json(InferBody, body[:json_length], max_json, max_images * values_per_image)
     timeout = request.parameters.timeout
     return InferRequest(
         id=request.id,
-        images=_read_images(request.inputs, memoryview(body)[json_length:], pixel_input, max_images),
+        images=_read_images(
+            request.inputs, memoryview(body)[json_length:], pixel_input, max_images
+        ),
         is_binary=_choose_formats(request, [output.name for output in manifest.outputs]),
         timeout_seconds=timeout / MICROSECONDS if timeout else None,  # 0 means none
     )
@@ -125,7 +133,9 @@ def parse_body(
 
 def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
     """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
-    binary_by_default = bool(request.parameters.binary_data_output)  # of outputs that choose no format
+    binary_by_default = bool(
+        request.parameters.binary_data_output
+    )  # of outputs that choose no format
     is_binary: dict[str, bool] = {}
     for output in request.outputs:
         if output.name not in names:
@@ -134,7 +144,9 @@ def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]
         if output.name in is_binary:
             raise bad_request("duplicate_output", f"output {output.name!r} occurs twice")
         if output.parameters.classification:
-            message = "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
+            message = (
+                "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
+            )
             raise bad_request("no_classification", message)
         chosen = output.parameters.binary_data
         is_binary[output.name] = binary_by_default if chosen is None else chosen
@@ -142,7 +154,10 @@ def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]
 
 
 def _read_images(
-    inputs: Sequence[InputTensor], binary: memoryview, pixel_input: TensorRecord, max_images: int
+    inputs: Sequence[InputTensor],
+    binary: memoryview,
+    pixel_input: TensorRecord,
+    max_images: int,
 ) -> list[bytes] | NDArray[np.uint8]:
     """Return the images of the only input, `IMAGE` or *pixel_input*, from its JSON or from *binary*."""
     if len(inputs) != 1 or inputs[0].name not in {pixel_input.name, IMAGE_INPUT}:
@@ -166,7 +181,9 @@ def _read_images(
         raise _invalid("too_many_images", tensor, f"{rule}, the limit of this server")
     declared = tensor.parameters.binary_data_size
     if (declared is None) == (tensor.data is None):  # the input has neither or both
-        raise _invalid("wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`")
+        raise _invalid(
+            "wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`"
+        )
     if len(binary) != (declared or 0):
         raise bad_request(
             "wrong_binary_size",
@@ -177,7 +194,10 @@ def _read_images(
         return _read_pixels(tensor, binary, shape)
     if tensor.data is None:
         return _split_elements(tensor, binary, shape[0])
-    return [decode_text(text, f"input 'IMAGE'[{i}]") for i, text in enumerate(_elements(tensor, shape))]
+    return [
+        decode_text(text, f"input 'IMAGE'[{i}]")
+        for i, text in enumerate(_elements(tensor, shape))
+    ]
 
 
 def _invalid(code: str, tensor: InputTensor, message: str) -> RejectedError:
@@ -189,10 +209,13 @@ def _describe(image_shape: Sequence[int | None]) -> str:
     return "[" + ", ".join(["n", *map(str, image_shape)]) + "]"
 
 
-def _read_pixels(tensor: InputTensor, binary: memoryview, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _read_pixels(
+    tensor: InputTensor, binary: memoryview, shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
     """Convert the numbers of *tensor*, in its JSON or else in *binary*, to uint8 of *shape*.
 
-    Raises `RejectedError` unless there are as many as *shape* needs, all whole and from 0 to 255.
+    Raises `RejectedError` unless there are as many as *shape* needs, all whole and from 0 to
+    255.
     """
     values: NDArray[Any]
     if tensor.data is None:
@@ -219,12 +242,12 @@ def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     """Return the elements of the data of *tensor*, a list that is flat or nested like *shape*."""
     data, elements = tensor.data, [tensor.data]
     is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
-    lengths = (prod(shape),) if is_flat else shape  # of the lists at each level, from the outermost one
+    lengths = (
+        (prod(shape),) if is_flat else shape
+    )  # of the lists at each level, from the outermost one
     for length in lengths:
         if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
-            message = (
-                f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
-            )
+            message = f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
             raise _invalid("wrong_data", tensor, message)
         elements = list(chain.from_iterable(elements))
     return elements

@@ -11,7 +11,13 @@ from fastapi import APIRouter, Header, Request, Response
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
+from sopdeploy_service.api.admission import (
+    admit,
+    find_and_record_model,
+    json_response,
+    read_body,
+    service_of,
+)
 from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
@@ -21,7 +27,11 @@ _ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
         "application/json": {
-            "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {"error": {"type": "string"}},
+            }
         }
     },
 }
@@ -42,14 +52,19 @@ INFER_BODY = {
     }
 }
 HeaderLength = Annotated[
-    str | None, Header(alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it")
+    str | None,
+    Header(
+        alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it"
+    ),
 ]
 
 
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response({"name": "sopdeploy", "version": _VERSION, "extensions": ["binary_tensor_data"]})
+    return json_response(
+        {"name": "sopdeploy", "version": _VERSION, "extensions": ["binary_tensor_data"]}
+    )
 
 
 @router.get("/v2/health/live")
@@ -94,8 +109,13 @@ async def model_metadata(request: Request, name: str, version: str | None = None
             "name": model.name,
             "versions": [model.version],
             "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",  # Triton's names
-            "inputs": [describe(pixels.name, UINT8, pixels.shape), describe(IMAGE_INPUT, BYTES, (None, 1))],
-            "outputs": [describe(output.name, FP32, output.shape) for output in manifest.outputs],
+            "inputs": [
+                describe(pixels.name, UINT8, pixels.shape),
+                describe(IMAGE_INPUT, BYTES, (None, 1)),
+            ],
+            "outputs": [
+                describe(output.name, FP32, output.shape) for output in manifest.outputs
+            ],
         }
     )
 
@@ -114,13 +134,19 @@ async def model_infer(
             settings.max_json_bytes,
         )  # fmt: skip
         if parsed.timeout_seconds is not None:
-            admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
-        outcomes = await admitted.infer(parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True)
+            admitted.deadline = min(
+                admitted.deadline, admitted.started + parsed.timeout_seconds
+            )
+        outcomes = await admitted.infer(
+            parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True
+        )
         head = {"model_name": model.name, "model_version": model.version}
         if parsed.id is not None:
             head = {"id": parsed.id, **head}
         content, headers = format_response(head, stack_outputs(outcomes), parsed.is_binary)
-        return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
+        return Response(
+            content, headers={**headers, "Server-Timing": admitted.context.server_timing()}
+        )
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
@@ -131,7 +157,10 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
             raise RejectedError(replace(outcome, message=f"image {index}: {outcome.message}"))
         predictions.append(outcome)
     names = predictions[0].outputs
-    return {name: np.stack([prediction.outputs[name] for prediction in predictions]) for name in names}
+    return {
+        name: np.stack([prediction.outputs[name] for prediction in predictions])
+        for name in names
+    }
 
 
 def format_response(
@@ -139,13 +168,18 @@ def format_response(
 ) -> tuple[bytes, dict[str, str]]:
     """Build body and headers from *head* and the *values* (n, ...) of the outputs in *is_binary*.
 
-    The JSON has the values of an output as a flat list, or the size of its binary values, which follow it.
+    The JSON has the values of an output as a flat list, or the size of its binary values, which
+    follow it.
     """
     binary_parts: list[bytes] = []
     outputs = []
     for name, follows_json in is_binary.items():
         array = np.ascontiguousarray(values[name], "<f4")
-        described: dict[str, object] = {"name": name, "datatype": FP32, "shape": list(array.shape)}
+        described: dict[str, object] = {
+            "name": name,
+            "datatype": FP32,
+            "shape": list(array.shape),
+        }
         if follows_json:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}

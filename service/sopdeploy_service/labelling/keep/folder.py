@@ -1,11 +1,13 @@
 """A folder of kept photographs with a limit in bytes and in days; one process writes to it.
 
-Every file is written under a temporary name and then renamed, the photograph before its record. What a killed
-process leaves is deleted at the next start. A file counts as whole blocks, as on most file systems.
+Every file is written under a temporary name and then renamed, the photograph before its record.
+What a killed process leaves is deleted at the next start. A file counts as whole blocks, as on
+most file systems.
 
-Photographs may be the only copies of their owners, so no clock deletes them. The age of a photograph is the
-time during which a keeper has run since it was kept, by the monotonic clock, in steps of limited length.
-`.ages` has the counted seconds. Without it, as after a copy without hidden files, all ages begin anew.
+Photographs may be the only copies of their owners, so no clock deletes them. The age of a
+photograph is the time during which a keeper has run since it was kept, by the monotonic clock,
+in steps of limited length. `.ages` has the counted seconds. Without it, as after a copy without
+hidden files, all ages begin anew.
 """
 
 import logging
@@ -38,13 +40,20 @@ from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
-CHECK_SECONDS = 60.0  # between two checks of the ages; less if photographs are kept for a short time
-MAX_STEP = 2.0  # intervals of checks that count between two checks; a machine that slept counts no more
-SAVE_SECONDS = 600.0  # counted between two writes of the ages, which a process that is killed loses
+CHECK_SECONDS = (
+    60.0  # between two checks of the ages; less if photographs are kept for a short time
+)
+# intervals of checks that count between two checks; a machine that slept counts no more
+MAX_STEP = 2.0
+SAVE_SECONDS = (
+    600.0  # counted between two writes of the ages, which a process that is killed loses
+)
 AGES, MAX_AGES_BYTES = ".ages", 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _SUFFIXES = ".jpg", ".png"
-_OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:(?:\.[0-9a-f]{{8}})?{re.escape(PARTIAL)})?")
+_OWN = re.compile(
+    rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:(?:\.[0-9a-f]{{8}})?{re.escape(PARTIAL)})?"
+)
 
 log = logging.getLogger("sopdeploy.keep")
 
@@ -82,24 +91,30 @@ class _StoredPhoto(NamedTuple):
 class KeptFolder:
     """Keeps photographs in *path*, at most *max_bytes*, each for *days* in which it runs; not thread-safe.
 
-    The oldest one with the fewest reasons makes room; but while the uniform sample has more than
-    `SAMPLE_SHARE` of the bytes or nothing else is kept, the oldest one of the sample does.
+    The oldest one with the fewest reasons makes room; but while the uniform sample has more
+    than `SAMPLE_SHARE` of the bytes or nothing else is kept, the oldest one of the sample does.
     """
 
     def __init__(
-        self, path: Path, max_bytes: int, days: float, on_delete: Callable[[Deletion], None] = lambda _: None
+        self,
+        path: Path,
+        max_bytes: int,
+        days: float,
+        on_delete: Callable[[Deletion], None] = lambda _: None,
     ) -> None:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
-        *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the folder cannot
-        be written or locked, and `ConfigError` if another process keeps photographs there, or if none ever
-        has and there are labelled ones.
+        *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the
+        folder cannot be written or locked, and `ConfigError` if another process keeps
+        photographs there, or if none ever has and there are labelled ones.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
-        self._counted = self._saved = 0.0  # seconds that keepers of this folder have run, and those in `AGES`
+        self._counted = self._saved = (
+            0.0  # seconds that keepers of this folder have run, and those in `AGES`
+        )
         self._ticked = time.monotonic()
         with ExitStack() as opened:
             with writing(path):
@@ -114,7 +129,9 @@ class KeptFolder:
                 try:
                     lock = lock_file(path / LOCK, 0o600)
                 except BlockingIOError as error:
-                    message = f"{path}: another process keeps photographs there; name another folder"
+                    message = (
+                        f"{path}: another process keeps photographs there; name another folder"
+                    )
                     raise ConfigError(message) from error
             opened.callback(os.close, lock.file)
             if lock.failure:  # two servers would delete what the other one writes
@@ -149,7 +166,9 @@ class KeptFolder:
             ages = Ages()
             if kept:
                 log.warning(
-                    "%s: the ages of %d photographs are not known; they begin now", self.path, len(kept)
+                    "%s: the ages of %d photographs are not known; they begin now",
+                    self.path,
+                    len(kept),
                 )
         self._counted = self._saved = ages.counted
         kept_at = {path.name: ages.kept_at.get(path.name, ages.counted) for path, _ in kept}
@@ -169,14 +188,19 @@ class KeptFolder:
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate or too large; return what was done.
 
-        The record of a kept image is replaced if it has a new reason. Those of the uniform sample may be
-        near-duplicates. The first write that fails is logged, and the next one that succeeds.
+        The record of a kept image is replaced if it has a new reason. Those of the uniform
+        sample may be near-duplicates. The first write that fails is logged, and the next one
+        that succeeds.
         """
         try:
             result = self._store(image, record)
         except OSError as error:
             if not self._failed:
-                log.warning("%s: cannot be written (%s); no photograph is kept", self.path, error.strerror)
+                log.warning(
+                    "%s: cannot be written (%s); no photograph is kept",
+                    self.path,
+                    error.strerror,
+                )
             self._failed = True
             return "failed"
         if self._failed:
@@ -200,8 +224,8 @@ class KeptFolder:
     def has_duplicate(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
         """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
 
-        Those of the uniform sample may be near-duplicates, so that it shows all photographs. Those that
-        others have deleted or labelled do not count and are forgotten.
+        Those of the uniform sample may be near-duplicates, so that it shows all photographs.
+        Those that others have deleted or labelled do not count and are forgotten.
         """
         for suffix in _SUFFIXES:
             previous = self._photos.get(f"{name}{suffix}")
@@ -211,7 +235,9 @@ class KeptFolder:
             return False
         number = int(near_hash, 16)
         near = [
-            photo for photo in self._photos.values() if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
+            photo
+            for photo in self._photos.values()
+            if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
         ]
         return any(not self._forget_if_gone(photo) for photo in near)
 
@@ -225,19 +251,26 @@ class KeptFolder:
     def expire(self) -> None:
         """Delete photographs that are too old, then write the counted time to `AGES` if much has passed.
 
-        Each is tried even if the other fails, so a full disk prevents no deletion. `OSError` is raised last.
+        Each is tried even if the other fails, so a full disk prevents no deletion. `OSError` is
+        raised last.
         """
         now = time.monotonic()
         step = min(max(0.0, now - self._ticked), MAX_STEP * self.clean_up_seconds)
         self._ticked = now
         self._counted += step
-        old = [photo for photo in self._photos.values() if self._counted - photo.kept_at > self._age]
+        old = [
+            photo
+            for photo in self._photos.values()
+            if self._counted - photo.kept_at > self._age
+        ]
         try:
             self._delete_for("expired", old)
         finally:
             if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
                 kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
-                content = Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
+                content = (
+                    Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
+                )
                 _write(self.path / AGES, content)
                 self._saved = self._counted
 
@@ -255,7 +288,9 @@ class KeptFolder:
             else:
                 self._on_delete(reason)
         if num_deleted := len(photos) - len(errors):
-            log.info("deleted photographs", extra={"reason": reason, "photographs": num_deleted})
+            log.info(
+                "deleted photographs", extra={"reason": reason, "photographs": num_deleted}
+            )
         if errors:
             raise errors[0]
 
@@ -264,7 +299,9 @@ class KeptFolder:
         path = self.path / record.image
         if self.has_duplicate(path.stem, record.reasons, record.near_hash):
             return "near_duplicate"
-        previous = self._photos.get(path.name)  # of the same image: the name is a hash of the original bytes
+        previous = self._photos.get(
+            path.name
+        )  # of the same image: the name is a hash of the original bytes
         if previous is not None:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             suggested = record.suggested or previous.suggested
@@ -285,10 +322,13 @@ class KeptFolder:
             raise
         return "kept"
 
-    def _replace_record(self, previous: _StoredPhoto, record: KeptRecord, content: bytes) -> KeptResult:
+    def _replace_record(
+        self, previous: _StoredPhoto, record: KeptRecord, content: bytes
+    ) -> KeptResult:
         """Write *content*, the *record*, for the photograph of *previous*, which stays if this fails.
 
-        It is then the newest one. Without room for both records, the previous one stays: a near-duplicate.
+        It is then the newest one. Without room for both records, the previous one stays: a
+        near-duplicate.
         """
         record_size = _size_on_disk(len(content))
         size = _size_on_disk(previous.path.stat().st_size) + record_size
@@ -307,7 +347,9 @@ class KeptFolder:
             return "dropped"
         return "kept"
 
-    def _insert(self, path: Path, record: KeptRecord, size: int, kept_at: float) -> _StoredPhoto:
+    def _insert(
+        self, path: Path, record: KeptRecord, size: int, kept_at: float
+    ) -> _StoredPhoto:
         """Note a photograph as the newest one."""
         reasons, number = frozenset(record.reasons), int(record.near_hash, 16)
         photo = _StoredPhoto(path, kept_at, number, reasons, size, record.suggested)
@@ -319,7 +361,9 @@ class KeptFolder:
         while self.used + size > self._max_bytes:
             sample = [photo for photo in self._photos.values() if "sample" in photo.reasons]
             others = [photo for photo in self._photos.values() if "sample" not in photo.reasons]
-            is_sample_large = sum(photo.bytes for photo in sample) > SAMPLE_SHARE * self._max_bytes
+            is_sample_large = (
+                sum(photo.bytes for photo in sample) > SAMPLE_SHARE * self._max_bytes
+            )
             if is_sample_large or not others:
                 self._delete_for("no_room", sample[:1])  # the oldest one
             else:  # the first one with the fewest reasons, which is the oldest of those

@@ -1,9 +1,9 @@
 """Photographs on their way from processes of a server to the one that keeps them.
 
-Each process has a socket of messages of its own to the keeping process. A message has a sealed file in
-memory: the size of the record, the record as JSON, and the photograph. If too many are on their way, the
-socket is full and a photograph is dropped. The keeping process does not trust the others: it reads so many
-bytes per second from each, and drops the photographs beyond.
+Each process has a socket of messages of its own to the keeping process. A message has a sealed
+file in memory: the size of the record, the record as JSON, and the photograph. If too many are
+on their way, the socket is full and a photograph is dropped. The keeping process does not trust
+the others: it reads so many bytes per second from each, and drops the photographs beyond.
 """
 
 import asyncio
@@ -47,7 +47,9 @@ def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
 class Receiver:
     """Passes the photographs that come from another process at *end* to *receive*, on the running loop."""
 
-    def __init__(self, end: socket.socket, receive: Receive, on_drop: Callable[[], None]) -> None:
+    def __init__(
+        self, end: socket.socket, receive: Receive, on_drop: Callable[[], None]
+    ) -> None:
         """Begin; *on_drop* is called for a photograph that is not read."""
         self._end, self._receive, self._on_drop = end, receive, on_drop
         self._tokens = TokenBucket(TOKENS_PER_SECOND, MAX_TOKENS, [0.0, 0.0])

@@ -1,11 +1,12 @@
 """Keep photographs that are worth a label: unknown, uncertain and reported ones, and a small uniform sample.
 
-A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
-process copy them without metadata, and stores them. Photographs are dropped if the queue is full. Those
-outside of the uniform sample are also dropped if copies take more than `COPY_SHARE` of the time. The log says
-how many were dropped, and what keeps them.
+A request only appends its photographs and logits to a queue. One thread decides which to keep,
+lets a decoder process copy them without metadata, and stores them. Photographs are dropped if
+the queue is full. Those outside of the uniform sample are also dropped if copies take more than
+`COPY_SHARE` of the time. The log says how many were dropped, and what keeps them.
 
-If a server has several processes, each decides on its own photographs, and one stores those of all.
+If a server has several processes, each decides on its own photographs, and one stores those of
+all.
 """
 
 import hashlib
@@ -31,14 +32,22 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.labelling.keep.folder import Deletion, KeptFolder, KeptResult
-from sopdeploy_service.labelling.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
+from sopdeploy_service.labelling.kept import (
+    MAX_KEPT_LABELS,
+    NEAR_BITS,
+    KeptRecord,
+    Reason,
+    near_hash,
+)
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
 COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
-RECENT_PHOTOS = 1000  # outside of the sample, whose copies were not kept; others near them are not copied
+RECENT_PHOTOS = (
+    1000  # outside of the sample, whose copies were not kept; others near them are not copied
+)
 LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
@@ -49,7 +58,8 @@ CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
 class PredictedPhoto(NamedTuple):
     """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*.
 
-    *reported* is the class that a person suggests after a wrong answer, "" without a suggestion.
+    *reported* is the class that a person suggests after a wrong answer, "" without a
+    suggestion.
     """
 
     image: bytes
@@ -62,12 +72,17 @@ class PredictedPhoto(NamedTuple):
 
 
 def reasons_to_keep(
-    bundle: Bundle, logits: NDArray[np.float32], sha256: str, share: float, *, is_reported: bool = False
+    bundle: Bundle,
+    logits: NDArray[np.float32],
+    sha256: str,
+    share: float,
+    *,
+    is_reported: bool = False,
 ) -> tuple[Reason, ...]:
     """List why a file with the hash *sha256* and with *logits* (C,) of *bundle* is worth a label.
 
-    *share* of all files are in the uniform sample. The margin of a network with several classes per image is
-    twice the distance of a probability from its threshold, for the closest class.
+    *share* of all files are in the uniform sample. The margin of a network with several classes
+    per image is twice the distance of a probability from its threshold, for the closest class.
     """
     manifest = bundle.manifest
     answer = manifest.rules.answer(logits, top_k=2)
@@ -85,11 +100,13 @@ def reasons_to_keep(
     return tuple(reason for reason, applies in reasons.items() if applies)
 
 
-def open_keeper(settings: Settings, metrics: Metrics, copy: CopyImage, *, is_keeper: bool) -> "Keeper | None":
+def open_keeper(
+    settings: Settings, metrics: Metrics, copy: CopyImage, *, is_keeper: bool
+) -> "Keeper | None":
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
-    One process keeps the photographs of all, as far as they are connected (`Keeper.connect`); *is_keeper*
-    says whether it is this one. Raises `ConfigError` if the folder cannot be used.
+    One process keeps the photographs of all, as far as they are connected (`Keeper.connect`);
+    *is_keeper* says whether it is this one. Raises `ConfigError` if the folder cannot be used.
     """
     if settings.keep is None:
         return None
@@ -116,19 +133,29 @@ class WorthPhoto(NamedTuple):
 class Keeper:
     """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
-    The thread also deletes what is too old. Without a folder, another process keeps: photographs that are
-    worth a label go to it. With one, those of other processes are kept, too.
+    The thread also deletes what is too old. Without a folder, another process keeps:
+    photographs that are worth a label go to it. With one, those of other processes are kept,
+    too.
     """
 
-    def __init__(self, folder: KeptFolder | None, share: float, metrics: Metrics, copy: CopyImage) -> None:
+    def __init__(
+        self, folder: KeptFolder | None, share: float, metrics: Metrics, copy: CopyImage
+    ) -> None:
         self._folder, self._share, self._copy = folder, share, copy
         self._socket: socket.socket | None = None  # to the keeping process
-        self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
-        self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = queue.SimpleQueue()
-        # Two totals instead of one counter: each is written by one thread only, so no lock is needed. The
-        # event loop adds the bytes that it puts into the queue, the keeper's thread those that it takes out.
+        self._counts = {
+            result: metrics.kept_images.labels(result) for result in get_args(KeptResult)
+        }
+        self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = (
+            queue.SimpleQueue()
+        )
+        # Two totals instead of one counter: each is written by one thread only, so no lock is
+        # needed. The event loop adds the bytes that it puts into the queue, the keeper's thread
+        # those that it takes out.
         self._bytes_in = self._bytes_out = 0
-        self._copy_budget = COPY_BURST  # seconds that copies may take; negative if they took more
+        self._copy_budget = (
+            COPY_BURST  # seconds that copies may take; negative if they took more
+        )
         self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
         self._num_logged = 0  # of both
@@ -144,21 +171,27 @@ class Keeper:
         if self._folder is not None:
             forwarding.Receiver(end, self.receive, self._drop)
         else:
-            self._socket = end  # the thread may still use an earlier one, whose other end is closed
+            self._socket = (
+                end  # the thread may still use an earlier one, whose other end is closed
+            )
 
     def stop(self) -> None:
         """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def offer(self, model: Model, image: bytes, prediction: Prediction, reported: str | None = None) -> None:
+    def offer(
+        self, model: Model, image: bytes, prediction: Prediction, reported: str | None = None
+    ) -> None:
         """Queue *image* with its *prediction* by *model*, on the event loop; drop it if the queue is full.
 
         *reported* is the class that a person suggests instead, "" without a suggestion.
         """
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        photo = PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now, reported)
+        photo = PredictedPhoto(
+            image, prediction.pixels, logits, model.bundle, model.name, now, reported
+        )
         self._queue_or_drop(photo)
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
@@ -190,7 +223,9 @@ class Keeper:
                 try:
                     self._folder.clean_up()
                 except OSError as error:
-                    log.warning("%s: cannot be cleaned up (%s)", self._folder.path, error.strerror)
+                    log.warning(
+                        "%s: cannot be cleaned up (%s)", self._folder.path, error.strerror
+                    )
                 next_clean_up = time.monotonic() + self._folder.clean_up_seconds
             try:
                 photo = self._photos.get(timeout=seconds)
@@ -225,7 +260,8 @@ class Keeper:
     def _keep(self, photo: PredictedPhoto | WorthPhoto) -> KeptResult | None:
         """Store or forward *photo* if it is worth a label; return the result to count.
 
-        It is None for a photograph that is not worth one, and for one that the keeping process counts.
+        It is None for a photograph that is not worth one, and for one that the keeping process
+        counts.
         """
         if isinstance(photo, WorthPhoto):
             name, reasons = Path(photo.record.image).stem, photo.record.reasons
@@ -259,23 +295,30 @@ class Keeper:
             copy, suffix = self._copy(photo.image)
             result = self._folder.add(copy, _describe(photo, reasons, f"{name}{suffix}"))
             if result == "kept" and not is_sample:
-                self._recent.pop()  # the folder knows it, as long as nobody deletes or labels it
+                # the folder knows it, as long as nobody deletes or labels it
+                self._recent.pop()
             return result
         except (ImageError, RejectedError):
             return "dropped"
         finally:
             if not is_sample:  # the sample stays uniform because its copies need no budget
                 spent = time.monotonic() - started  # includes the wait for a decoder process
-                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)  # the debt is limited
+                self._copy_budget = max(
+                    -COPY_BURST, self._copy_budget - spent
+                )  # the debt is limited
 
     def _refuse_copy(self, near: int) -> KeptResult | None:
         """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
 
-        Refills the budget of copies. A photograph for which there is none is counted in `_num_uncopied`.
+        Refills the budget of copies. A photograph for which there is none is counted in
+        `_num_uncopied`.
         """
         now = time.monotonic()
-        # The budget grows with the time since the last call; `_keep` subtracts the seconds of a copy.
-        self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
+        # The budget grows with the time since the last call; `_keep` subtracts the seconds of a
+        # copy.
+        self._copy_budget = min(
+            COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled)
+        )
         self._refilled = now
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
             return "near_duplicate"
@@ -285,12 +328,16 @@ class Keeper:
         return "dropped"
 
 
-def _describe(photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+def _describe(
+    photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str
+) -> KeptRecord:
     """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
     if isinstance(photo, WorthPhoto):
         return photo.record.model_copy(update={"image": image})
     manifest, labels = photo.bundle.manifest, photo.bundle.labels
-    indexes = list(range(len(labels)))  # of the labels in the record: all, or those with the largest logits
+    indexes = list(
+        range(len(labels))
+    )  # of the labels in the record: all, or those with the largest logits
     if len(labels) > MAX_KEPT_LABELS:
         indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
     answer = manifest.rules.answer(photo.logits, top_k=1)

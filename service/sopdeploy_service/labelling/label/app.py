@@ -1,8 +1,8 @@
 """The server of the label page: its routes, and the requests that it refuses.
 
-It answers only to its own names and pages, as a service with the same settings does, and only with the random
-key of the address that it prints: other users of this machine reach it, too. Its connections have the limits
-of the service's. It decodes no image: a browser gets the files.
+It answers only to its own names and pages, as a service with the same settings does, and only
+with the random key of the address that it prints: other users of this machine reach it, too.
+Its connections have the limits of the service's. It decodes no image: a browser gets the files.
 """
 
 import asyncio
@@ -41,7 +41,8 @@ from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
-COOKIE = "sopdeploy-label-{}"  # with the port: a browser sends the cookies of a host to all its ports
+# with the port: a browser sends the cookies of a host to all its ports
+COOKIE = "sopdeploy-label-{}"
 MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
@@ -60,7 +61,9 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")]
+    id: Annotated[
+        str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
+    ]
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
@@ -70,12 +73,14 @@ async def read_label(request: Request) -> GivenLabel:
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
 
 
-def intercept(request: Request, origins: OwnOrigins, settings: Settings, key: str) -> Response | None:
+def intercept(
+    request: Request, origins: OwnOrigins, settings: Settings, key: str
+) -> Response | None:
     """Return the response to a request that no route may handle; None if one may.
 
-    These are requests that *origins* refuse, without the *key*, too large, and POSTs without JSON. A request
-    for the page with the key in its address gets a cookie with the key, and a redirect to the address
-    without it.
+    These are requests that *origins* refuse, without the *key*, too large, and POSTs without
+    JSON. A request for the page with the key in its address gets a cookie with the key, and a
+    redirect to the address without it.
     """
     headers = join_headers(request.scope["headers"])
     peer = request.client.host if request.client else ""
@@ -87,7 +92,9 @@ def intercept(request: Request, origins: OwnOrigins, settings: Settings, key: st
             return PlainTextResponse("send application/json", 415)
         length = headers.get("content-length")
         if length is None or int(length) > MAX_BODY_BYTES:
-            return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
+            return PlainTextResponse(
+                f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413
+            )
     cookie = COOKIE.format(settings.port)
     if secrets.compare_digest(request.cookies.get(cookie, "").encode(), key.encode()):
         return None
@@ -101,7 +108,11 @@ def intercept(request: Request, origins: OwnOrigins, settings: Settings, key: st
 
 
 async def guard(
-    origins: OwnOrigins, settings: Settings, key: str, request: Request, call_next: RequestResponseEndpoint
+    origins: OwnOrigins,
+    settings: Settings,
+    key: str,
+    request: Request,
+    call_next: RequestResponseEndpoint,
 ) -> Response:
     """Handle a request, whose path loses the prefix `root_path`, or refuse it, also if its body is slow."""
     full_path, root_path = request.scope["path"], settings.root_path
@@ -148,7 +159,8 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             found = folders.obvious()
         return Grids(
             grids=tuple(
-                Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids)) for name, ids in found.items()
+                Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids))
+                for name, ids in found.items()
             )
         )
 
@@ -162,7 +174,9 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
-        return Response(content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS)
+        return Response(
+            content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS
+        )
 
     @app.post("/label")
     def label(answer: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
@@ -181,7 +195,9 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
     @app.exception_handler(SopdeployError)
     def refuse(_request: Request, error: SopdeployError) -> Response:
-        return JSONResponse({"detail": as_utf8(error)}, 409 if isinstance(error, GoneError) else 422)
+        return JSONResponse(
+            {"detail": as_utf8(error)}, 409 if isinstance(error, GoneError) else 422
+        )
 
     @app.exception_handler(RejectedError)
     def refuse_body(_request: Request, error: RejectedError) -> Response:
@@ -199,7 +215,8 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 class ShownPhotograph(StrictModel):
     """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`.
 
-    `reported` if a person has said that the answer was wrong; `suggested` is then the class of this person.
+    `reported` if a person has said that the answer was wrong; `suggested` is then the class of
+    this person.
     """
 
     id: str
@@ -233,9 +250,9 @@ class Grids(StrictModel):
 class LabelState(StrictModel):
     """What the page shows.
 
-    `next` has the IDs of the photographs shown as thumbnails; the first is the one to label. `classes` begin
-    with the most probable one. `done` and `left` are numbers of photographs. `command`
-    trains with the labels.
+    `next` has the IDs of the photographs shown as thumbnails; the first is the one to label.
+    `classes` begin with the most probable one. `done` and `left` are numbers of photographs.
+    `command` trains with the labels.
     """
 
     photograph: ShownPhotograph | None
@@ -254,21 +271,31 @@ def describe_next(folders: LabelFolders) -> LabelState:
     suggested: str | None = None
     probabilities: dict[str, float] = {}
     if folders.waiting:
-        identity, (_, record) = next(iter(folders.waiting.items()))  # a photograph of a heap has no record
+        identity, (_, record) = next(
+            iter(folders.waiting.items())
+        )  # a photograph of a heap has no record
         probabilities = folders.probabilities(identity)
         is_sampled = record is not None and "sample" in record.reasons
         known = None if record is None else record.known
         is_reported = record is not None and "reported" in record.reasons
         suggested = folders.suggestion(identity)
         photograph = ShownPhotograph(
-            id=identity, sampled=is_sampled, known=known, reported=is_reported, suggested=suggested
+            id=identity,
+            sampled=is_sampled,
+            known=known,
+            reported=is_reported,
+            suggested=suggested,
         )
     # That of a person first, then by probability; without one: last.
-    names = sorted(folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0)))
+    names = sorted(
+        folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0))
+    )
     return LabelState(
         photograph=photograph,
         next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),
-        classes=tuple(ShownClass(name=name, probability=probabilities.get(name)) for name in names),
+        classes=tuple(
+            ShownClass(name=name, probability=probabilities.get(name)) for name in names
+        ),
         done=len(folders.steps),
         left=len(folders.waiting),
         command=as_utf8(training_command(folders)),
@@ -278,7 +305,8 @@ def describe_next(folders: LabelFolders) -> LabelState:
 def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
     """Write the command that trains on the photographs of *folders*, which the user named *photos*."""
     photos = photos or folders.photos
-    # Both as the user named them, unless that was `.` or `..`, which have no siblings with their names.
+    # Both as the user named them, unless that was `.` or `..`, which have no siblings with
+    # their names.
     has_name = photos.name not in {"", ".."}
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
@@ -294,16 +322,21 @@ def run_label_server(
 ) -> LabelFolders:
     """Serve the label page until Ctrl-C or SIGTERM; return the folders with the steps of the session.
 
-    *on_ready* receives the URL to open, with a random key, and the number of photographs. *embed* is that of
-    `LabelFolders`. Raises `ConfigError` if it cannot listen, and the `DataError` of `LabelFolders`.
+    *on_ready* receives the URL to open, with a random key, and the number of photographs.
+    *embed* is that of `LabelFolders`. Raises `ConfigError` if it cannot listen, and the
+    `DataError` of `LabelFolders`.
     """
     folders = LabelFolders(kept, photos, embed)
     with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
-        bound = settings.model_copy(update={"port": listener.getsockname()[1]})  # the given one may be 0
+        bound = settings.model_copy(
+            update={"port": listener.getsockname()[1]}
+        )  # the given one may be 0
         app = create_label_app(folders, bound, key)
-        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
+        address = url(listener).replace(
+            "//0.0.0.0:", f"//{socket.gethostname()}:"
+        )  # for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(label_config(app, settings)).run(sockets=[listener])

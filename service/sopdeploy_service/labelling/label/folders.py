@@ -1,11 +1,13 @@
 """Photographs that wait for a label, their order, and the folders into which labels move them.
 
-They are kept photographs, with a record of what a network predicted, or a heap: the images of a folder, in
-which nobody has sorted them. Suggestions for these come from the photographs that have a label.
+They are kept photographs, with a record of what a network predicted, or a heap: the images of a
+folder, in which nobody has sorted them. Suggestions for these come from the photographs that
+have a label.
 
-The folders are the only state. A label is one rename of the photograph, so a photograph is either kept or
-labelled, also after a crash, and of two labels for one photograph only the first succeeds. Its record is
-deleted after that; `read_kept` skips a record that remains. A file `ID.skipped` marks a skipped photograph.
+The folders are the only state. A label is one rename of the photograph, so a photograph is
+either kept or labelled, also after a crash, and of two labels for one photograph only the first
+succeeds. Its record is deleted after that; `read_kept` skips a record that remains. A file
+`ID.skipped` marks a skipped photograph.
 """
 
 import errno
@@ -97,16 +99,21 @@ class LabelFolders:
     def __init__(self, kept: Path, photos: Path, embed: Embed | None = None) -> None:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
 
-        *embed* computes what the suggestions for a heap compare.
-        Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
-        folder `train/` or in a table, as `find_table` tells.
+        *embed* computes what the suggestions for a heap compare. Raises `DataError` if *kept*
+        is no folder or holds only folders, or if *photos* has its classes in a folder `train/`
+        or in a table, as `find_table` tells.
         """
-        # Absolute, but through the links that the user named: the siblings have the names that commands get.
+        # Absolute, but through the links that the user named: the siblings have the names that
+        # commands get.
         self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
         if not self.kept.is_dir():
-            raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
+            raise DataError(
+                f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`"
+            )
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
-            raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
+            raise DataError(
+                f"{photos}: has its classes in the folder {train}; give {photos / train}"
+            )
         if table := find_table(self.photos):
             raise DataError(
                 f"{photos}: `train` reads its classes from {table.name}, not from class folders; give "
@@ -116,10 +123,18 @@ class LabelFolders:
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        self._skipped_of_heap: set[str] = set()  # in this session; kept ones have a file `ID.skipped`
-        self._sampled: set[int] = set()  # near hashes of the uniform sample, which `label` compares
+        self._skipped_of_heap: set[str] = (
+            set()
+        )  # in this session; kept ones have a file `ID.skipped`
+        self._sampled: set[int] = (
+            set()
+        )  # near hashes of the uniform sample, which `label` compares
         self.read()
-        others = [name for name in list_subfolders(self.kept) if not os.path.exists(self.kept / name / LOCK)]  # noqa: PTH110
+        others = [
+            name
+            for name in list_subfolders(self.kept)
+            if not os.path.exists(self.kept / name / LOCK)  # noqa: PTH110
+        ]
         if not self.waiting and others:  # subfolders that are not those of a server's devices
             raise DataError(
                 f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
@@ -129,8 +144,9 @@ class LabelFolders:
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        Kept photographs come first, then those of the heap, the images that no server has kept. The near
-        hashes of the uniform sample are remembered, also after their photographs are labelled.
+        Kept photographs come first, then those of the heap, the images that no server has kept.
+        The near hashes of the uniform sample are remembered, also after their photographs are
+        labelled.
         """
         skipped_of_kept = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         samples: list[Kept] = []
@@ -143,13 +159,17 @@ class LabelFolders:
             else:
                 others.append(photo)
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = sorted(order_records(others), key=lambda photo: "reported" not in photo.record.reasons)
+        queue = sorted(
+            order_records(others), key=lambda photo: "reported" not in photo.record.reasons
+        )
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
         images, unused = list_heap(self.kept)
         note_skipped(self.kept, count_suffixes(unused))
         heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
-        waiting = [Waiting(path, record) for path, record in queue] + [Waiting(path, None) for path in heap]
+        waiting = [Waiting(path, record) for path, record in queue] + [
+            Waiting(path, None) for path in heap
+        ]
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
@@ -157,7 +177,9 @@ class LabelFolders:
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        groups: dict[str, int] = {}  # numbers of the suggested classes, in the order of their appearance
+        groups: dict[
+            str, int
+        ] = {}  # numbers of the suggested classes, in the order of their appearance
         ranks: dict[str, tuple[int, float]] = {}  # of the photographs of a heap, by ID
         for identity, photo in self.waiting.items():
             if photo.is_of_heap:
@@ -178,44 +200,56 @@ class LabelFolders:
     def suggestion(self, identity: str) -> str | None:
         """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
         record = self.waiting[identity].record
-        return None if record is None or record.suggested is None else normalize(record.suggested)
+        return (
+            None if record is None or record.suggested is None else normalize(record.suggested)
+        )
 
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
 
-        Those of the uniform sample are not listed, since each of them counts in comparisons, nor
-        those that a person has reported.
+        Those of the uniform sample are not listed, since each of them counts in comparisons,
+        nor those that a person has reported.
         """
         found: dict[str, list[tuple[float, str]]] = {}
         for identity, (_, record) in self.waiting.items():
-            if record is not None and (record.known is False or {"sample", "reported"} & {*record.reasons}):
+            if record is not None and (
+                record.known is False or {"sample", "reported"} & {*record.reasons}
+            ):
                 continue
             every = self.probabilities(identity).items()
             name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
             if probability >= OBVIOUS:
                 found.setdefault(name, []).append((-probability, identity))
-        return {name: [identity for _, identity in sorted(found[name])] for name in sorted(found)}
+        return {
+            name: [identity for _, identity in sorted(found[name])] for name in sorted(found)
+        }
 
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
         names = {normalize(label) for record in records for label in record.labels}
-        names |= {normalize(record.suggested) for record in records if record.suggested is not None}
+        names |= {
+            normalize(record.suggested) for record in records if record.suggested is not None
+        }
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
-        Photographs of the uniform sample are held out from training, with their near-duplicates, which
-        would make a network that was trained on them look better than it is; without a class, they are in
-        `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot name a class, `GoneError` if the photograph
-        does not wait for a label, and `OSError`.
+        Photographs of the uniform sample are held out from training, with their
+        near-duplicates, which would make a network that was trained on them look better than it
+        is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
+        name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
         is_sampled = False
         if photo.record is not None:
-            near_hash = int(photo.record.near_hash, 16)  # in `_sampled` for a photograph of the sample
-            is_sampled = any((near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled)
+            near_hash = int(
+                photo.record.near_hash, 16
+            )  # in `_sampled` for a photograph of the sample
+            is_sampled = any(
+                (near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled
+            )
         if name is None:
             folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
         else:
@@ -236,7 +270,9 @@ class LabelFolders:
             raise GoneError(GONE) from None
         finally:
             if is_new_folder:
-                with suppress(OSError):  # only an empty folder is removed: after a move that failed
+                with suppress(
+                    OSError
+                ):  # only an empty folder is removed: after a move that failed
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
@@ -249,7 +285,8 @@ class LabelFolders:
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
 
-        A file marks a kept one for later sessions, too; one of a heap is skipped in this session only.
+        A file marks a kept one for later sessions, too; one of a heap is skipped in this
+        session only.
         """
         photo = self._find(identity)
         if not photo.path.exists():
@@ -270,7 +307,9 @@ class LabelFolders:
         present_path = photo.path if target is None else target
         if not present_path.exists():
             self.steps.pop()
-            raise GoneError(f"{present_path}: no longer there, so the last step cannot be undone")
+            raise GoneError(
+                f"{present_path}: no longer there, so the last step cannot be undone"
+            )
         if target is not None:
             self._move_back(photo, target, made_folder=made_folder)
         elif photo.is_of_heap:
@@ -282,15 +321,18 @@ class LabelFolders:
 
     def _move_back(self, photo: Waiting, target: Path, *, made_folder: bool) -> None:
         """Move *photo* back from *target*; with *made_folder*, delete the folder there if it is empty."""
-        # The record first: a server that starts deletes a photograph without one. If the process stops
-        # in between, the photograph is still labelled, and `read_kept` skips the record.
+        # The record first: a server that starts deletes a photograph without one. If the
+        # process stops in between, the photograph is still labelled, and `read_kept` skips the
+        # record.
         if photo.record is not None:
             with atomic_write(photo.path.with_suffix(".json")) as partial:
                 set_mode(partial, 0o600)  # as that of the server, which must read it
                 set_owner(partial, photo.path.parent)
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
         elif os.path.lexists(photo.path):
-            raise GoneError(f"{photo.path}: another photograph has its name now; move {target} yourself")
+            raise GoneError(
+                f"{photo.path}: another photograph has its name now; move {target} yourself"
+            )
         self.suggestions.remove(target)
         _move(target, photo.path)
         if made_folder:
@@ -318,27 +360,36 @@ def order_records(found: list[Kept]) -> list[Kept]:
     return [found[index] for index in order_by_value(probabilities_NC, known_N)]
 
 
-def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]) -> NDArray[np.intp]:
+def order_by_value(
+    probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]
+) -> NDArray[np.intp]:
     """Return the order (N,) of photographs with *probabilities_NC*: uncertain and different ones first.
 
-    Those that are not *known_N* come last, because most of them show nothing that the network has to learn.
-    In each group, the next one has the largest product of two numbers: its uncertainty, 1 minus the margin
-    between its two largest probabilities (Scheffer et al., IDA 2001), and the distance of its probabilities
-    from the closest ones chosen before (k-center: Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the
-    uncertainty decides alone.
+    Those that are not *known_N* come last, because most of them show nothing that the network
+    has to learn. In each group, the next one has the largest product of two numbers: its
+    uncertainty, 1 minus the margin between its two largest probabilities (Scheffer et al., IDA
+    2001), and the distance of its probabilities from the closest ones chosen before (k-center:
+    Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
     """
-    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # two columns of zeros, in case C is below 2
+    padded = np.pad(
+        probabilities_NC, ((0, 0), (2, 0))
+    )  # two columns of zeros, in case C is below 2
     ascending = np.sort(padded, axis=1)
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
-        # Indices of the L photographs of the group that are not chosen yet, the most uncertain one first.
+        # Indices of the L photographs of the group that are not chosen yet, the most uncertain
+        # one first.
         left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
         distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
         for _ in range(min(MAX_SPREAD, len(left_L))):
-            best = int((distances_L * uncertainties_N[left_L]).argmax())  # a position in *left_L*
+            best = int(
+                (distances_L * uncertainties_N[left_L]).argmax()
+            )  # a position in *left_L*
             order.append(int(left_L[best]))
-            from_best_L = np.linalg.norm(probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1)
+            from_best_L = np.linalg.norm(
+                probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1
+            )
             distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
             left_L = np.delete(left_L, best)
         order += left_L.tolist()
@@ -354,8 +405,8 @@ def _class_folders(parent: Path) -> dict[str, Path]:
 def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
     """Return the name of the class *name*; raise `ConfigError` unless it can name a class.
 
-    A new name must not be easily confused with one of *classes*. Those of the existing *folders* may have any
-    length and characters.
+    A new name must not be easily confused with one of *classes*. Those of the existing
+    *folders* may have any length and characters.
     """
     name = normalize(name)
     if name not in classes:  # names that exist stay as they are
@@ -393,7 +444,8 @@ def _move(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         with atomic_write(target) as partial:
-            # As a rename does, so that only the owner can read a kept one; it must be written, too.
+            # As a rename does, so that only the owner can read a kept one; it must be written,
+            # too.
             set_owner(partial, source)
             set_mode(partial, stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
             shutil.copyfile(source, partial)

@@ -1,7 +1,8 @@
 """A heap: photographs of a folder that nobody has sorted, and suggestions for their classes.
 
-As soon as each class has two photographs, the class of another one is suggested by the closest class mean.
-The vectors come from a function that the caller gives, because the service works without torch.
+As soon as each class has two photographs, the class of another one is suggested by the closest
+class mean. The vectors come from a function that the caller gives, because the service works
+without torch.
 """
 
 import hashlib
@@ -56,7 +57,8 @@ def heap_id(path: Path) -> str:
 class _Means(NamedTuple):
     """Classes `names` and their mean vectors (K, D) of length 1; none if a class has too few vectors.
 
-    `state` has the number of vectors and that of changes of the classes when they were computed.
+    `state` has the number of vectors and that of changes of the classes when they were
+    computed.
     """
 
     state: tuple[int, int]
@@ -73,7 +75,8 @@ class Suggestions:
     def __init__(self, embed: Embed | None) -> None:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
-        # The class of each sorted photograph, and the path under which it may have a vector already.
+        # The class of each sorted photograph, and the path under which it may have a vector
+        # already.
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
@@ -91,12 +94,20 @@ class Suggestions:
 
     def compute(self, heap: Sequence[Path]) -> None:
         """Start a thread for the missing vectors of *heap* and the sorted photographs, unless one runs."""
-        if self._embed is None or not heap or (self.thread is not None and self.thread.is_alive()):
+        if (
+            self._embed is None
+            or not heap
+            or (self.thread is not None and self.thread.is_alive())
+        ):
             return
-        sorted_paths = [path for path, (_, old) in self._classes.items() if old not in self._vectors]
+        sorted_paths = [
+            path for path, (_, old) in self._classes.items() if old not in self._vectors
+        ]
         missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
         self._asked.update(missing)
-        self.thread = threading.Thread(target=self._run, args=(self._embed, missing), daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(self._embed, missing), daemon=True
+        )
         self.thread.start()
 
     def _run(self, embed: Embed, paths: Sequence[Path]) -> None:

@@ -9,8 +9,21 @@ from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
 from sopdeploy_papers.reproduction.tables import PrintedTable
 
 LIMITS = {  # of options of networks and poolings, also of each number in a list
-    **{"depth": 26, "base_width": 16, "blocks": 3, "widen": 2, "blocks_per_stage": 1, "cardinality": 2},
-    **{"group_width": 8, "component_widths": 16, "gate_widths": 16, "cov_width": 32, "final_width": 32},
+    **{
+        "depth": 26,
+        "base_width": 16,
+        "blocks": 3,
+        "widen": 2,
+        "blocks_per_stage": 1,
+        "cardinality": 2,
+    },
+    **{
+        "group_width": 8,
+        "component_widths": 16,
+        "gate_widths": 16,
+        "cov_width": 32,
+        "final_width": 32,
+    },
     **{"aux_blocks": 1, "aux_widths": 16, "width": 32, "dim": 256, "words": 4, "rank": 4},
 }
 SIDES = {32: 16, 64: 32, 224: 64}  # of images, by those of the catalog's network
@@ -33,7 +46,9 @@ def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     name, side = recipe.model.name, SIDES[entry(recipe.model.name).image_size]
     options = make_config(name, recipe.model.config).model_dump(mode="json")
     small = limited(options)
-    config = recipe.model.config | {key: small[key] for key in options if small[key] != options[key]}
+    config = recipe.model.config | {
+        key: small[key] for key in options if small[key] != options[key]
+    }
     if name == "vgg16-bn":  # has no narrow form
         name, config = "resnet8", {"pooling": small["pooling"]}
     elif name.startswith("timm:"):
@@ -41,9 +56,19 @@ def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     config |= {"classifier": "linear"} if name == "alexnet" else {}
     config |= {"side": side} if "side" in options else {}
     overrides = [
-        *(f"model.name={name}", f"model.config={format_toml(config)}", 'data={kind="digits"}', "epochs=2"),
+        *(
+            f"model.name={name}",
+            f"model.config={format_toml(config)}",
+            'data={kind="digits"}',
+            "epochs=2",
+        ),
         *(f"preprocess.resize={side}", f"preprocess.crop={side}", "batch_size=32"),
-        *("workers=0", "optimizer.lr=0.001", "optimizer.clip_norm=5.0", 'schedule={kind="one-cycle"}'),
+        *(
+            "workers=0",
+            "optimizer.lr=0.001",
+            "optimizer.clip_norm=5.0",
+            'schedule={kind="one-cycle"}',
+        ),
     ]
     if recipe.model.remove_branches_at is not None:
         overrides.append("model.remove_branches_at=1")

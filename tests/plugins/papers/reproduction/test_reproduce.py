@@ -18,7 +18,12 @@ from sopdeploy_papers.reproduction.page import error_table
 from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.results import mean_error
 from sopdeploy_papers.reproduction.run import reproduce
-from sopdeploy_papers.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
+from sopdeploy_papers.reproduction.tables import (
+    PrintedRow,
+    PrintedTable,
+    ReproduceOptions,
+    load_tables,
+)
 from tests.plugins.papers.reproduction.small import small_table
 from tests.sopdeploy.training.runs import RecordingCallback, few_digits
 from tests.support.pages import charts
@@ -34,7 +39,13 @@ TINY = PrintedTable(
     data="cifar10",
     recipe="cifar10-dsop-resnet20",
     set=(
-        *('data={kind="digits"}', "epochs=2", "batch_size=32", "schedule.milestones=[]", "workers=0"),
+        *(
+            'data={kind="digits"}',
+            "epochs=2",
+            "batch_size=32",
+            "schedule.milestones=[]",
+            "workers=0",
+        ),
         *("model.config.depth=8", "preprocess.resize=8", "preprocess.crop=8"),
     ),
     rows=(
@@ -50,7 +61,12 @@ TINY = PrintedTable(
             facts={SPEED: 80.5, "top-1 increment": 0.36},
         ),
         PrintedRow(
-            id="other", name="Other", cited=True, missing="no network", top1=10.5, counts={"params": 2.0}
+            id="other",
+            name="Other",
+            cited=True,
+            missing="no network",
+            top1=10.5,
+            counts={"params": 2.0},
         ),
     ),
 )
@@ -71,7 +87,11 @@ def _few_images() -> Iterator[None]:
 
 def results(finished: Reproduction) -> list[list[dict[str, object]]]:
     """Return the runs without what depends on the clock and the folder."""
-    hidden: Any = {"recipe": True, "machine": True, "history": {"__all__": {"seconds", "images_per_second"}}}
+    hidden: Any = {
+        "recipe": True,
+        "machine": True,
+        "history": {"__all__": {"seconds", "images_per_second"}},
+    }
     return [[run.model_dump(exclude=hidden) for run in row.runs] for row in finished.rows]
 
 
@@ -82,7 +102,9 @@ def top1(row: ReproducedRow) -> float:
     return error.mean
 
 
-def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(tmp_path) -> None:
+def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
+    tmp_path,
+) -> None:
     whole = reproduce(TINY, ReproduceOptions(out=tmp_path / "whole", seeds=2))
     options = ReproduceOptions(out=tmp_path / "parts", seeds=2)
     stop = RecordingCallback(stop_at=("step", 1, 0))
@@ -97,7 +119,10 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert (len(started), again) == (4, resumed)
 
     page = resumed.page.read_text(encoding="utf-8")
-    assert "Not the conditions of the paper: 47 training images instead of 50,000; 2 runs per row" in page
+    assert (
+        "Not the conditions of the paper: 47 training images instead of 50,000; 2 runs per row"
+        in page
+    )
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     for row in resumed.rows[:2]:
         errors = [100 * (1 - run.history[-1].metrics.top1) for run in row.runs]  # type: ignore[union-attr]
@@ -108,25 +133,39 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
     assert re.search(r"With DSoP, layer2_0 45\.67 \d+\.\d\d 8\.90 \d+\.\d\d ", text)
     figures = resumed.rows[1].figures
-    assert figures["top-1 increment"].found == pytest.approx(top1(resumed.rows[0]) - top1(resumed.rows[1]))
+    assert figures["top-1 increment"].found == pytest.approx(
+        top1(resumed.rows[0]) - top1(resumed.rows[1])
+    )
     for fact, printed in TINY.rows[1].facts.items():
         found = figures[fact].found
         shown = f"{found:,.0f}" if found >= 1000 else f"{found:.4g}"
         assert f"With DSoP {fact} {printed} {shown} " in text
     assert figures[SPEED].found > 0
     for error in ("top-1", "top-5"):
-        assert f"Heads of With DSoP on a fixed subset of 13 held-out images: {error} error in %." in text
+        assert (
+            f"Heads of With DSoP on a fixed subset of 13 held-out images: {error} error in %."
+            in text
+        )
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
 
-    with pytest.raises(ConfigError, match=r"result\.json: the row was trained with another recipe"):
-        reproduce(TINY.model_copy(update={"set": (*TINY.set, "optimizer.momentum=0.8")}), options)
+    with pytest.raises(
+        ConfigError, match=r"result\.json: the row was trained with another recipe"
+    ):
+        reproduce(
+            TINY.model_copy(update={"set": (*TINY.set, "optimizer.momentum=0.8")}), options
+        )
 
 
 def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     data = tmp_path / "imagenet"
     for part, each in (("train", 8), ("val", 3)):
         write_classes(data / part, [f"n{number:08}" for number in range(3)], each)
-    changes = ("epochs=1", "model.config.depth=18", "model.config.base_width=8", "preprocess.resize=32")
+    changes = (
+        "epochs=1",
+        "model.config.depth=18",
+        "model.config.base_width=8",
+        "preprocess.resize=32",
+    )
     options = ReproduceOptions(
         out=tmp_path / "out",
         data=data,
@@ -150,7 +189,14 @@ def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
 
 
 def test_data_that_are_missing_end_the_command_before_the_first_row(tmp_path) -> None:
-    command = ["reproduce", "dsop-7", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "missing")]
+    command = [
+        "reproduce",
+        "dsop-7",
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+        str(tmp_path / "missing"),
+    ]
     for scale in ("paper", "small"):
         ended = CliRunner().invoke(app, [*command, "--scale", scale])
         assert ended.exit_code == 2
@@ -170,7 +216,9 @@ def test_every_row_of_a_table_runs_with_a_small_network(name, tmp_path) -> None:
         assert row.status == ("measured" if row.recipe else row.reason)
         for run in row.runs:
             assert bool(run.usage) == row.recipe.model.name.startswith(("gm", "sgmoe"))  # type: ignore[union-attr]
-            assert sum(run.usage) % run.train_count == 0  # every image selects equally many components
+            assert (
+                sum(run.usage) % run.train_count == 0
+            )  # every image selects equally many components
 
 
 def test_tables_that_are_not_trained_show_counts_or_only_what_is_printed(tmp_path) -> None:
@@ -180,23 +228,40 @@ def test_tables_that_are_not_trained_show_counts_or_only_what_is_printed(tmp_pat
     ):
         shown = CliRunner().invoke(app, ["reproduce", name, "--out", str(tmp_path)]).stdout
         assert shown.splitlines()[0].split() == columns.split()
-        assert TABLES[name].rows[0].name in (tmp_path / name / "index.html").read_text(encoding="utf-8")
+        assert TABLES[name].rows[0].name in (tmp_path / name / "index.html").read_text(
+            encoding="utf-8"
+        )
 
 
 def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
     """Fig. 2 and Fig. 3 of GM-SOP are charts over alpha, and over K with one curve for each N."""
-    assert (TABLES["gmsop-fig2"].over, TABLES["gmsop-fig3"].over) == ("balance_weight", "chosen")
-    rows = [PrintedRow(id=f"w{n}", name="", set=(f"model.config.main_weight={n}",)) for n in (1.0, 0.5)]
+    assert (TABLES["gmsop-fig2"].over, TABLES["gmsop-fig3"].over) == (
+        "balance_weight",
+        "chosen",
+    )
+    rows = [
+        PrintedRow(id=f"w{n}", name="", set=(f"model.config.main_weight={n}",))
+        for n in (1.0, 0.5)
+    ]
     chart = {"over": "main_weight", "curve": "iterations", "rows": tuple(rows)}
-    finished = reproduce(TINY.model_copy(update=chart), ReproduceOptions(out=tmp_path, set=("epochs=1",)))
+    finished = reproduce(
+        TINY.model_copy(update=chart), ReproduceOptions(out=tmp_path, set=("epochs=1",))
+    )
     drawn = charts(finished.page.read_text(encoding="utf-8"))
     assert ">iterations = 5<" in drawn["Top-1 error over main_weight, two networks."]
 
 
 def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     plain, dsop, other = TINY.rows
-    broken = plain.model_copy(update={"id": "broken", "set": (*plain.set, "start.weights=missing.pt")})
-    rows = (broken, dsop.model_copy(update={"needs": {"start.weights": "broken"}}), plain, other)
+    broken = plain.model_copy(
+        update={"id": "broken", "set": (*plain.set, "start.weights=missing.pt")}
+    )
+    rows = (
+        broken,
+        dsop.model_copy(update={"needs": {"start.weights": "broken"}}),
+        plain,
+        other,
+    )
     table = TINY.model_copy(update={"rows": rows, "set": (*TINY.set, "epochs=1")})
     found = reproduce(table, ReproduceOptions(out=tmp_path))
     status = [row.status for row in found.rows]
@@ -207,7 +272,9 @@ def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     assert [row["status"] for row in found.summary()["rows"]] == status
 
 
-@pytest.mark.parametrize("error", [DataError("a.jpg: not an image"), StorageError("last.pt: no space")])
+@pytest.mark.parametrize(
+    "error", [DataError("a.jpg: not an image"), StorageError("last.pt: no space")]
+)
 def test_of_several_processes_none_begins_another_row_after_an_error_of_its_own(
     tmp_path, monkeypatch, error
 ) -> None:
@@ -215,17 +282,23 @@ def test_of_several_processes_none_begins_another_row_after_an_error_of_its_own(
 
     def fail(_recipe: Any, folder: Any, **_options: Any) -> None:
         trained.append(folder)
-        raise error if len(trained) > 1 else TrainingError("a loss is not finite")  # in all processes
+        raise (
+            error if len(trained) > 1 else TrainingError("a loss is not finite")
+        )  # in all processes
 
     monkeypatch.setattr(run_module, "is_distributed", lambda: True)
     monkeypatch.setattr(run_module, "train_recipe", fail)
     with pytest.raises(type(error)):
-        reproduce(TINY.model_copy(update={"rows": TINY.rows[:1] * 3}), ReproduceOptions(out=tmp_path))
+        reproduce(
+            TINY.model_copy(update={"rows": TINY.rows[:1] * 3}), ReproduceOptions(out=tmp_path)
+        )
     assert len(trained) == 2
 
 
 def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypatch) -> None:
-    broken = TINY.rows[0].model_copy(update={"set": (*TINY.rows[0].set, "start.weights=missing.pt")})
+    broken = TINY.rows[0].model_copy(
+        update={"set": (*TINY.rows[0].set, "start.weights=missing.pt")}
+    )
     monkeypatch.setattr(
         reproduce_command, "find_table", lambda _: TINY.model_copy(update={"rows": (broken,)})
     )
@@ -240,21 +313,30 @@ def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
         assert row.recipe is not None or row.reason.startswith("cited: "), row.reason
     without = TABLES[name].rows[0].model_copy(update={"set": ("model.name=dsop-resnet8",)})
     (row,) = plan(TABLES[name].model_copy(update={"rows": (without,)}), ReproduceOptions()).rows
-    assert row.reason.startswith("not available: start.weights: no ImageNet weights are published")
+    assert row.reason.startswith(
+        "not available: start.weights: no ImageNet weights are published"
+    )
 
 
 def test_a_table_of_accuracies_prints_accuracies() -> None:
     table = TABLES["slides-birds"]
     row = next(row for row in planned("slides-birds") if row.printed.id == "netvlad-vgg16")
     shown = error_table(table, [row])
-    assert (shown.caption, shown.rows[0][1]) == ("Printed and measured accuracies in percent", "81.90")
+    assert (shown.caption, shown.rows[0][1]) == (
+        "Printed and measured accuracies in percent",
+        "81.90",
+    )
     listed = CliRunner().invoke(app, ["reproduce", "list"]).stdout
     assert re.search(r"netvlad-vgg16 +VGG-16, NetVLAD \(cited\) +81\.90", listed)
 
 
 @pytest.mark.parametrize("name", ["gmsop-2", "slides-birds", "dsop-3"])
-def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_so(name, tmp_path) -> None:
-    small = plan(TABLES[name], ReproduceOptions(scale="small", data=tmp_path, set=("epochs=30",)))
+def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_so(
+    name, tmp_path
+) -> None:
+    small = plan(
+        TABLES[name], ReproduceOptions(scale="small", data=tmp_path, set=("epochs=30",))
+    )
     for row, paper in zip(small.rows, planned(name), strict=True):
         if row.recipe is None or paper.recipe is None:
             continue
@@ -262,9 +344,15 @@ def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_s
             paper.recipe.model.name,
             paper.recipe.model.config,
         )
-        assert row.recipe.data.model_dump(include={"kind", "path"}) == {"kind": "folder", "path": tmp_path}
+        assert row.recipe.data.model_dump(include={"kind", "path"}) == {
+            "kind": "folder",
+            "path": tmp_path,
+        }
         assert row.recipe.preprocess.crop <= 64
-        assert (row.recipe.epochs, row.recipe.start is None or row.recipe.start.weights) == (30, "none")
+        assert (row.recipe.epochs, row.recipe.start is None or row.recipe.start.weights) == (
+            30,
+            "none",
+        )
     assert small.deviations.startswith(
         "Not the conditions of the paper: --scale small (the classes of --data"
     )

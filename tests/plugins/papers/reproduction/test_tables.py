@@ -32,12 +32,19 @@ from sopdeploy_papers.reproduction.tables import (
 
 TABLES = load_tables()
 
-# Parameters (M) are printed with one digit, sometimes cut off; extra costs are differences of rounded
-# figures; other counts have two digits, are multiples, or follow another convention; epochs are exact.
+# Parameters (M) are printed with one digit, sometimes cut off; extra costs are differences of
+# rounded figures; other counts have two digits, are multiples, or follow another convention;
+# epochs are exact.
 TOLERANCES = {"parameters (M)": 0.06, "parameters in training (M)": 0.06}
 TOLERANCES |= {"extra GFLOPs": 0.006, "extra parameters (M)": 0.08}
 RELATIVE = {"GFLOPs": 0.04, "GFLOPs in training": 0.04, "classified vector": 0.04}
-COUNTED = ("parameters", "GFLOPs", "classified vector", "extra", "epochs")  # how the names of figures start
+COUNTED = (
+    "parameters",
+    "GFLOPs",
+    "classified vector",
+    "extra",
+    "epochs",
+)  # how the names of figures start
 NOT_REACHED = {  # as `published.toml` explains
     ("dsop-2", "cbam", "GFLOPs"),
     ("dsop-2", "cbam", "extra GFLOPs"),
@@ -74,15 +81,22 @@ def check_note(planned: Reproduction) -> None:
             counted = describe(
                 recipe.model.name, image_size=side, num_classes=classes, **recipe.model.config
             ).training
-            assert (f"{counted.parameters:,}", f"{counted.macs / 1e9:.3f}") == (parameters, macs)
+            assert (f"{counted.parameters:,}", f"{counted.macs / 1e9:.3f}") == (
+                parameters,
+                macs,
+            )
             said.add((row, tuple(changes)))
-    assert said == {(row.printed.id, changes) for row in planned.rows for _, changes in row.forms}
+    assert said == {
+        (row.printed.id, changes) for row in planned.rows for _, changes in row.forms
+    }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_each_command_of_a_note_builds_the_network_that_the_note_counts(name: str) -> None:
     table, chosen = TABLES[name], set()
-    for form in table.forms:  # the first row that has it; those of all rows are in the slow test below
+    for (
+        form
+    ) in table.forms:  # the first row that has it; those of all rows are in the slow test below
         for row in table.rows:
             recipe = table.recipe_of(row)
             if recipe is not None and form.changes(read_recipe(*recipe).model):
@@ -91,7 +105,9 @@ def test_each_command_of_a_note_builds_the_network_that_the_note_counts(name: st
         else:
             pytest.fail(f"no row has {form.name}")
     planned = plan(table, ReproduceOptions(rows=",".join(chosen)))
-    assert {form for row in planned.rows for form, _ in row.forms} == {form.name for form in table.forms}
+    assert {form for row in planned.rows for form, _ in row.forms} == {
+        form.name for form in table.forms
+    }
     check_note(planned)
     assert planned.summary()["note"] == planned.note
     assert html.unescape(render_page(planned)).count(planned.note[1:]) == 1
@@ -106,8 +122,12 @@ def test_gsop_is_released_with_every_option_in_which_the_code_differs() -> None:
     (row,) = TABLES["gsop-5"].select("net2")
     config = create_model_config(row, "gsop-5")
     assert {key: config[key] for key in RELEASED} == json.loads(json.dumps(RELEASED))
-    other = TABLES["gsop-5"].forms[0].changes(read_recipe(*TABLES["gsop-5"].recipe_of(row)).model)
-    assert {change.partition("=")[0] for change in other} == {f"model.config.{key}" for key in RELEASED}
+    other = (
+        TABLES["gsop-5"].forms[0].changes(read_recipe(*TABLES["gsop-5"].recipe_of(row)).model)
+    )
+    assert {change.partition("=")[0] for change in other} == {
+        f"model.config.{key}" for key in RELEASED
+    }
 
 
 def create_model_config(row: PrintedRow, table: str) -> dict[str, Any]:
@@ -120,7 +140,9 @@ def keys(form: OtherForm) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_does_not_train_another_form_than_the_text_defines_without_saying_so(name: str) -> None:
+def test_a_table_does_not_train_another_form_than_the_text_defines_without_saying_so(
+    name: str,
+) -> None:
     """An option that is another form in one table is not set in silence in a second one."""
     silent = set()
     for row in TABLES[name].rows:
@@ -131,7 +153,9 @@ def test_a_table_does_not_train_another_form_than_the_text_defines_without_sayin
             model = read_recipe(*recipe).model
         except ConfigError:  # a pooling of a plug-in, which the tests switch off
             continue
-        trained, text = (make_config(model.name, config).model_dump() for config in (model.config, {}))
+        trained, text = (
+            make_config(model.name, config).model_dump() for config in (model.config, {})
+        )
         differing = {f"model.config.{key}" for key in text if trained[key] != text[key]}
         forms = [form for table in FORMS for form in TABLES[table].forms if form.changes(model)]
         silent |= differing & {key for form in forms for key in keys(form)}
@@ -140,14 +164,29 @@ def test_a_table_does_not_train_another_form_than_the_text_defines_without_sayin
 
 NOISY = {"noise_per": "image", "gate_widths": [256, 128], "gate_norm": True}
 SECOND_ORDER = {"conv5_stride": 1, "iterations": 3}
-TRAINING = {  # options of the network, images per step, learning rate, decay, epochs, milestones
+# options of the network, images per step, learning rate, decay, epochs, milestones
+TRAINING = {
     "gmsop-3/gmgap-wrn36-2": ({"gate_widths": [512]}, 256, 0.1, 5e-4, 40, (20, 30)),
     "gmsop-3/gmsop-wrn36-2": ({"gate_widths": [512, 128]}, 256, 0.09, 5e-4, 40, (20, 30, 35)),
-    "slides-imagenet64/gmsop-wrn36-2": ({"gate_widths": [512, 128]}, 256, 0.09, 5e-4, 40, (20, 30, 35)),
+    "slides-imagenet64/gmsop-wrn36-2": (
+        {"gate_widths": [512, 128]},
+        256,
+        0.09,
+        5e-4,
+        40,
+        (20, 30, 35),
+    ),
     "gmsop-readme/resnet18": ({}, 256, 0.075, 1e-4, 75, (50, 65)),
     "gmsop-readme/srsop": (SECOND_ORDER, 256, 0.15, 1e-4, 60, (40, 50, 55)),
     "gmsop-readme/gmgap-resnet18": (NOISY, 256, 0.075, 1e-4, 75, (50, 65)),
-    "gmsop-readme/gmgap-wrn36-2": (NOISY | {"gate_widths": [512]}, 150, 0.1, 1e-4, 40, (20, 30)),
+    "gmsop-readme/gmgap-wrn36-2": (
+        NOISY | {"gate_widths": [512]},
+        150,
+        0.1,
+        1e-4,
+        40,
+        (20, 30),
+    ),
     "gmsop-readme/gmsop-resnet18": (NOISY | SECOND_ORDER, 256, 0.1, 1e-4, 60, (40, 50, 55)),
     "gmsop-readme/gmsop-wrn36-2": (
         NOISY | SECOND_ORDER | {"gate_widths": [512, 128], "dropout": 0.4},
@@ -157,7 +196,9 @@ TRAINING = {  # options of the network, images per step, learning rate, decay, e
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_code_does(name: str) -> None:
+def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_code_does(
+    name: str,
+) -> None:
     network, *schedule = TRAINING[name]
     table, row = name.split("/")
     recipe = read_recipe(*TABLES[table].recipe_of(*TABLES[table].select(row)))
@@ -180,12 +221,15 @@ def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_co
         (18, 18.0, ""),
     ],
 )
-def test_a_cross_marks_a_figure_that_is_neither_rounded_nor_cut_off(printed, counted, mark) -> None:
+def test_a_cross_marks_a_figure_that_is_neither_rounded_nor_cut_off(
+    printed, counted, mark
+) -> None:
     assert RowFigure(printed, counted).compare().mark == mark
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TABLES]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TABLES],
 )
 def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> None:
     """Counts of networks, epochs, and the cost beyond another row's."""
@@ -193,7 +237,9 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
     planned = plan(table, ReproduceOptions())
     wrong, unexplained = set(), []
     for row in planned.rows:
-        assert row.recipe is not None or row.printed.cited or table.measures != "errors", row.reason
+        assert row.recipe is not None or row.printed.cited or table.measures != "errors", (
+            row.reason
+        )
         assert (row.gpu_hours > 0) == (row.recipe is not None)
         for figure, (printed, found, note, _, mark) in row.figures.items():
             is_built = row.recipe is not None or row.reason == "counted, not trained"
@@ -207,31 +253,50 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
     assert (wrong, unexplained) == ({found for found in NOT_REACHED if found[0] == name}, [])
     check_note(planned)
     page = html.unescape(render_page(planned))
-    assert [note for row in planned.rows for note in [row.printed.note] if note not in page] == []
+    assert [
+        note for row in planned.rows for note in [row.printed.note] if note not in page
+    ] == []
     assert table.title in page
 
 
-CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
-LAYERS = {"conv1": "conv1", "pool1": "maxpool", **{f"conv{n + 1}_x": f"layer{n}" for n in (1, 2, 3, 4)}}
+CONVOLUTION = re.compile(
+    r"conv\d$"
+)  # of a block, not of its shortcut or a reduction of channels
+LAYERS = {
+    "conv1": "conv1",
+    "pool1": "maxpool",
+    **{f"conv{n + 1}_x": f"layer{n}" for n in (1, 2, 3, 4)},
+}
 
 
 def architecture(network: Any, side: int) -> dict[str, int]:
     """Return the sizes of the maps, and the counts of the first stage, to which the others are equal."""
     facts = {"blocks per stage": len(network.layer1)}
 
-    def note(layer: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        facts.update({f"side after {layer}": output.shape[-1], f"channels after {layer}": output.shape[1]})
+    def note(
+        layer: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        facts.update(
+            {
+                f"side after {layer}": output.shape[-1],
+                f"channels after {layer}": output.shape[1],
+            }
+        )
 
     for layer, attribute in LAYERS.items():
         module = getattr(network, attribute, nn.Identity())
-        last = module[-1] if isinstance(module, nn.Sequential) else module  # the last block of a stage
+        last = (
+            module[-1] if isinstance(module, nn.Sequential) else module
+        )  # the last block of a stage
         last.register_forward_hook(partial(note, layer))
     with torch.no_grad():
         network.eval()(torch.empty(1, 3, side, side, device="meta"))
     branches = dict(getattr(network, "branches", nn.Module()).named_children())
     of_stage = [branch for name, branch in branches.items() if name.startswith("layer1")]
     for name, part in (("", network.layer1), (" of branches", nn.ModuleList(of_stage))):
-        convolutions = [module for module, _ in part.named_modules() if CONVOLUTION.search(module)]
+        convolutions = [
+            module for module, _ in part.named_modules() if CONVOLUTION.search(module)
+        ]
         facts[f"convolutions{name} per stage"] = len(convolutions)
     return facts | {"branches": len(branches), "branches per stage": len(of_stage)}
 
@@ -246,12 +311,21 @@ def test_the_catalog_builds_the_maps_blocks_and_branches_that_a_table_prints(nam
         assert {fact: found[fact] for fact in row.facts} == row.facts, row.id
 
 
-TRAINED_AS_IN_THEIR_PAPER = {("dsop-2", "isqrt"), ("gsop-5", "isqrt")}  # by the recipe of its released code
+TRAINED_AS_IN_THEIR_PAPER = {
+    ("dsop-2", "isqrt"),
+    ("gsop-5", "isqrt"),
+}  # by the recipe of its released code
 
 
-def test_a_note_names_the_cited_rows_that_train_on_a_recipe_that_is_not_that_of_their_paper() -> None:
-    cited = {(name, row.id): row for name, table in TABLES.items() for row in table.rows if row.cited}
-    assert {where for where, row in cited.items() if not row.hosted} == TRAINED_AS_IN_THEIR_PAPER
+def test_a_note_names_the_cited_rows_that_train_on_a_recipe_that_is_not_that_of_their_paper() -> (
+    None
+):
+    cited = {
+        (name, row.id): row for name, table in TABLES.items() for row in table.rows if row.cited
+    }
+    assert {
+        where for where, row in cited.items() if not row.hosted
+    } == TRAINED_AS_IN_THEIR_PAPER
     for name, rows, hosted in (
         ("gsop-6", None, "resnet164"),  # the other cited rows have no network
         ("gsop-5", "mpncov,isqrt,senet", "mpncov, senet"),
@@ -279,13 +353,26 @@ def test_fine_tuning_starts_from_the_second_order_network_of_another_table_once_
 
 def test_a_row_runs_as_often_as_the_paper_averages_unless_told_otherwise() -> None:
     cases = [("gmsop-2", None), ("gmsop-2", 2), ("dsop-2", None)]
-    runs = [Reproduction(TABLES[name], ReproduceOptions(seeds=seeds), ()).seeds for name, seeds in cases]
+    runs = [
+        Reproduction(TABLES[name], ReproduceOptions(seeds=seeds), ()).seeds
+        for name, seeds in cases
+    ]
     assert runs == [3, 2, 1]
 
 
 def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["reproduce", "dsop-3", "--rows", "two-phase", "--seeds", "2", "--dry-run", "--out", "out"]
+    arguments = [
+        "reproduce",
+        "dsop-3",
+        "--rows",
+        "two-phase",
+        "--seeds",
+        "2",
+        "--dry-run",
+        "--out",
+        "out",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     planned = json.loads(result.stdout)
     assert [line["printed"]["id"] for line in planned["rows"]] == ["resnet50-s1", "two-phase"]
@@ -298,17 +385,24 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     assert second["gpu_hours"] == pytest.approx(
         6 * macs * DATA_SETS["imagenet"].images * 15 / 20e12 / 3600, rel=0.02
     )
-    assert planned["gpu_hours"] == pytest.approx(2 * sum(line["gpu_hours"] for line in planned["rows"]))
+    assert planned["gpu_hours"] == pytest.approx(
+        2 * sum(line["gpu_hours"] for line in planned["rows"])
+    )
     named = ["reproduce", "dsop-9a", "--rows", "sgd", "--data", "2024", "--dry-run"]
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, named).stdout)
     assert "--set 'data.path=\"2024\"' " in shown
     assert "Run at paper scale: no. All rows take about 0.027 GPU hours per seed" in shown
-    assert "torchrun --nproc-per-node 8 -m sopdeploy train --recipe cifar10-dsop-resnet20 " in shown
+    assert (
+        "torchrun --nproc-per-node 8 -m sopdeploy train --recipe cifar10-dsop-resnet20 "
+        in shown
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_tables_and_rows_are_named_with_their_neighbors() -> None:
     with pytest.raises(ConfigError, match=r"'dsop-12': no such table; did you mean dsop-"):
         find_table("dsop-12")
-    with pytest.raises(ConfigError, match="rows='sdg': no row of dsop-9a; choose one of sgd, sgd-dsop"):
+    with pytest.raises(
+        ConfigError, match="rows='sdg': no row of dsop-9a; choose one of sgd, sgd-dsop"
+    ):
         plan(TABLES["dsop-9a"], ReproduceOptions(rows="sdg"))

@@ -9,7 +9,11 @@ import pytest
 
 DESK = {"width": 1200, "height": 900}
 # With a camera that shows a moving picture, which every page may use.
-ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,9 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=ARGUMENTS
+        )
         yield browser
         browser.close()
 
@@ -52,7 +58,9 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
 
 def complaints(message: Any) -> list[str]:
     """Errors and warnings, except the expected 4xx responses."""
-    expected = message.text.startswith("Failed to load resource: the server responded with a status of 4")
+    expected = message.text.startswith(
+        "Failed to load resource: the server responded with a status of 4"
+    )
     return [message.text] if message.type in {"error", "warning"} and not expected else []
 
 

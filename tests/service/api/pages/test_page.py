@@ -31,9 +31,16 @@ def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jp
         give(page, body, kind=kind)
         assert shown(page) == expected(client, body)
     assert len(shown(page)) == 5
-    widths = page.locator("#classes .track > span").evaluate_all("all => all.map(e => e.clientWidth)")
+    widths = page.locator("#classes .track > span").evaluate_all(
+        "all => all.map(e => e.clientWidth)"
+    )
     assert widths == sorted(widths, reverse=True)
-    assert page.locator("#preview").evaluate("image => image.decode().then(() => image.naturalWidth)") == 50
+    assert (
+        page.locator("#preview").evaluate(
+            "image => image.decode().then(() => image.naturalWidth)"
+        )
+        == 50
+    )
 
 
 def test_the_page_works_by_keyboard_alone(page, client, jpeg):
@@ -72,11 +79,16 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
     turned[0x0112] = 6
     body = encoded(Image.new("RGB", (40, 50), (200, 30, 60)), "JPEG", exif=turned)
     give(page, body)
-    assert page.locator("#warnings li").text_content() == "The image was rotated by its EXIF orientation."
+    assert (
+        page.locator("#warnings li").text_content()
+        == "The image was rotated by its EXIF orientation."
+    )
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
     assert rows == ["receive", "decode", "queue", "infer", "connection"]
     label, percent = expected(client, body)[0]
-    assert page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
+    assert (
+        page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
+    )
     nameless = page.locator("button, a, input, select").evaluate_all(
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
     )
@@ -84,7 +96,9 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
     assert page.get_by_label("Choose another image").count() == 1
 
 
-def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, serve_with, onnx_runtime):
+def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
+    open_page, serve_with, onnx_runtime
+):
     client, picture = serve_with(onnx_runtime), picture_bytes((30, 200, 60))
     page = open_page(client.base_url)
     page.locator("#explain").check()
@@ -122,7 +136,10 @@ def test_a_bad_file_shows_the_error_and_the_next_image_a_prediction(page, client
 def test_several_images_are_classified_and_listed(page, client, jpeg):
     others = [picture_bytes((40 * number, 90, 200)) for number in range(7)]
     bodies = [jpeg, b"no picture", *others]
-    chosen = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": body} for n, body in enumerate(bodies)]
+    chosen = [
+        {"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": body}
+        for n, body in enumerate(bodies)
+    ]
     page.locator("#file").set_input_files(chosen)
     page.locator("#done", has_text="9 of 9").wait_for()
     results = page.locator("#list .result").all_text_contents()
@@ -151,14 +168,23 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
         "curl": ["sh", "-c", code],
         "Python": [sys.executable, "-c", code],
         # playwright brings its own node
-        "JavaScript": [str(files("playwright") / "driver" / "node"), "--input-type=module", "--eval", code],
+        "JavaScript": [
+            str(files("playwright") / "driver" / "node"),
+            "--input-type=module",
+            "--eval",
+            code,
+        ],
     }[language]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
     expected = client.post("/v1/classify", content=jpeg).json()["classes"]
     if language == "curl":
         assert json.loads(ran.stdout)["classes"] == expected
     else:
-        assert [line.split()[0] for line in ran.stdout.splitlines()] == [entry["label"] for entry in expected]
+        assert [line.split()[0] for line in ran.stdout.splitlines()] == [
+            entry["label"] for entry in expected
+        ]
     assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
 
 
@@ -169,7 +195,10 @@ def test_card_and_certificate_are_text_and_never_markup(open_page, carded_client
     page.get_by_text("Model card").click()
     page.get_by_text("sopdeploy verify .").wait_for()
     assert page.locator("#card strong").text_content() == "linear"
-    assert page.locator("#card li").all_text_contents() == ["one entry\n  that goes on\n", "two"]
+    assert page.locator("#card li").all_text_contents() == [
+        "one entry\n  that goes on\n",
+        "two",
+    ]
     assert "<img src=x" in page.locator("#card").text_content()
     assert page.locator("#card img").count() == 0
     assert "gate.noise (1 tensor, 8 bytes)" in page.locator("#proof").text_content()
@@ -188,7 +217,10 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
         done(page)
         assert shown(page) == expected(client, jpeg, "?model=second")
         assert "model=second" in page.locator("#code-curl code").text_content()
-        page.route("**/v1/card**", lambda route: route.fulfill(status=404, json={"detail": "not there"}))
+        page.route(
+            "**/v1/card**",
+            lambda route: route.fulfill(status=404, json={"detail": "not there"}),
+        )
         page.get_by_label("Model", exact=True).select_option("first")
         page.get_by_text("Not there.").wait_for()
         assert page.get_by_label("Model", exact=True).input_value() == "second"  # which answers
@@ -211,7 +243,9 @@ def type_key(page, key):
     page.get_by_role("button", name="Use", exact=True).click()
 
 
-def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(open_page, locked, key, jpeg):
+def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
+    open_page, locked, key, jpeg
+):
     page = open_page(locked.base_url)
     alert = page.get_by_role("alert")
     alert.wait_for()
@@ -235,14 +269,18 @@ def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(open_pa
     other.get_by_role("alert").wait_for()
 
 
-def test_the_docs_request_the_key_show_every_operation_and_send_requests(open_page, locked, key):
+def test_the_docs_request_the_key_show_every_operation_and_send_requests(
+    open_page, locked, key
+):
     page, headers = open_page(locked.base_url, "/docs"), {"x-api-key": key}
     page.get_by_text("this server requires a key").wait_for()
     type_key(page, key)
     page.locator(".opblock").first.wait_for()
     assert page.get_by_role("alert").text_content() == ""
     openapi = locked.get("/openapi.json", headers=headers).json()
-    operations = {f"{verb.upper()} {path}" for path, verbs in openapi["paths"].items() for verb in verbs}
+    operations = {
+        f"{verb.upper()} {path}" for path, verbs in openapi["paths"].items() for verb in verbs
+    }
     shown = page.locator(".opblock").evaluate_all(
         "all => all.map(e => `${e.querySelector('.opblock-summary-method').textContent} "
         "${e.querySelector('.opblock-summary-path').dataset.path}`)"
@@ -254,13 +292,17 @@ def test_the_docs_request_the_key_show_every_operation_and_send_requests(open_pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_docs_have_named_sections_and_the_colors_of_the_screen(open_page, client, scheme) -> None:
+def test_the_docs_have_named_sections_and_the_colors_of_the_screen(
+    open_page, client, scheme
+) -> None:
     page = open_page(client.base_url, "/docs", color_scheme=scheme)
     page.locator(".opblock").first.wait_for()
     sections = page.locator(".opblock-tag").evaluate_all("all => all.map(e => e.dataset.tag)")
     assert sections == ["Images", "Server", "Open Inference Protocol"]
     background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
-    is_dark = background.startswith("rgb(") and max(map(int, re.findall(r"\d+", background))) < 60
+    is_dark = (
+        background.startswith("rgb(") and max(map(int, re.findall(r"\d+", background))) < 60
+    )
     assert is_dark is (scheme == "dark")
 
 
@@ -301,7 +343,8 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
             )
             assert is_gray is not answer["known"]
             assert (
-                status.text_content().startswith("Looks unlike your photos; closest: ") is not answer["known"]
+                status.text_content().startswith("Looks unlike your photos; closest: ")
+                is not answer["known"]
             )
             if not answer["known"]:
                 assert (
@@ -314,7 +357,9 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
         assert banner.is_hidden()
 
 
-def test_examples_and_classes_are_offered_and_a_click_works(open_page, serve_with, onnx_runtime, tmp_path):
+def test_examples_and_classes_are_offered_and_a_click_works(
+    open_page, serve_with, onnx_runtime, tmp_path
+):
     for number in range(20):
         path = tmp_path / "examples" / f"class {number % 3}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,18 +367,31 @@ def test_examples_and_classes_are_offered_and_a_click_works(open_page, serve_wit
     client = serve_with(onnx_runtime, examples=tmp_path / "examples")
     page = open_page(client.base_url)
     page.wait_for_selector("#examples button")
-    assert page.locator("#labels li").all_text_contents() == client.get("/v1/card").json()["labels"]
-    assert page.locator("#examples button").count() == len(client.get("/examples").json()["names"]) <= 8
+    assert (
+        page.locator("#labels li").all_text_contents()
+        == client.get("/v1/card").json()["labels"]
+    )
+    assert (
+        page.locator("#examples button").count()
+        == len(client.get("/examples").json()["names"])
+        <= 8
+    )
     page.locator("#examples button").nth(1).click()
     done(page)
     assert shown(page) == expected(client, client.get("/examples/1").content)
     assert page.locator("#labels").is_hidden()
     assert not page.locator("#waterfall").is_visible()
-    assert [client.get(f"/examples/{number}").status_code for number in ("99", "-1", "x")] == [404, 404, 422]
+    assert [client.get(f"/examples/{number}").status_code for number in ("99", "-1", "x")] == [
+        404,
+        404,
+        422,
+    ]
 
 
 def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
-    phone = open_page(client.base_url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    phone = open_page(
+        client.base_url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
     assert phone.get_by_text("Take a photo").is_visible()
     assert phone.locator(".others").is_hidden()
     assert phone.get_by_text("Choose a folder").is_hidden()
@@ -342,14 +400,18 @@ def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
     assert desk.get_by_text("Take a photo").is_hidden()
 
 
-def test_the_answer_to_one_image_does_not_stay_under_the_next_one(open_page, serve_with, onnx_runtime):
+def test_the_answer_to_one_image_does_not_stay_under_the_next_one(
+    open_page, serve_with, onnx_runtime
+):
     client = serve_with(onnx_runtime)
     page = open_page(client.base_url)
     page.locator("#explain").check()
     give(page, picture_bytes((30, 200, 60)))
     page.locator("#map").wait_for()
     page.evaluate("askAll = async () => {}")  # no answer arrives
-    page.evaluate(SEND_FILE, ["drop", list(picture_bytes((200, 30, 60))), "b.jpg", "image/jpeg"])
+    page.evaluate(
+        SEND_FILE, ["drop", list(picture_bytes((200, 30, 60))), "b.jpg", "image/jpeg"]
+    )
     assert page.locator("#classes li").count() == 0
     assert page.locator("#map").is_hidden()
 
@@ -358,7 +420,11 @@ def rows_of(page) -> list[dict[str, str]]:
     """Rows of the CSV file that the page saves."""
     with page.expect_download() as download:
         page.get_by_role("button", name="Save as CSV").click()
-    return list(csv.DictReader(io.StringIO(Path(download.value.path()).read_bytes().decode(), newline="")))
+    return list(
+        csv.DictReader(
+            io.StringIO(Path(download.value.path()).read_bytes().decode(), newline="")
+        )
+    )
 
 
 def drop_folder(page, folder: Path) -> None:
@@ -405,7 +471,12 @@ def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
         "shop/b/10.jpg",
     ]
     best = client.post("/v1/classify", content=jpeg).json()["classes"][0]
-    right = {"class": best["label"], "probability": f"{best['probability']:.4f}", "known": "", "error": ""}
+    right = {
+        "class": best["label"],
+        "probability": f"{best['probability']:.4f}",
+        "known": "",
+        "error": "",
+    }
     assert [{**row, "image": ""} for row in rows[1:]] == 3 * [{"image": "", **right}]
     assert [(row["class"], "not an image" in row["error"]) for row in rows[:1]] == [("", True)]
 
@@ -417,7 +488,9 @@ def test_a_folder_without_images_is_said_to_have_none(page, tmp_path):
     page.get_by_text("There are no images in this folder.").wait_for()
 
 
-def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(open_page, onnx_runtime, bundle, jpeg):
+def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(
+    open_page, onnx_runtime, bundle, jpeg
+):
     with running(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
         page = open_page(client.base_url)
         page.get_by_label("Beside").select_option("second")
@@ -436,7 +509,8 @@ def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(open_page, o
         assert [row["class second"] for row in rows_of(page)] == ["other", "other"]
         page.unroute("**/v1/classify?*model=second*")
         page.route(
-            "**/v1/classify?*model=second*", lambda route: route.fulfill(status=429, json={"detail": "no"})
+            "**/v1/classify?*model=second*",
+            lambda route: route.fulfill(status=429, json={"detail": "no"}),
         )
         give(page, jpeg)
         page.locator("#other-note", has_text="No.").wait_for()
@@ -445,14 +519,18 @@ def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(open_page, o
         page.locator("#other").wait_for(state="hidden")
 
 
-def test_the_answer_is_shown_while_its_explanation_is_made(open_page, serve_with, onnx_runtime, jpeg):
+def test_the_answer_is_shown_while_its_explanation_is_made(
+    open_page, serve_with, onnx_runtime, jpeg
+):
     client, held = serve_with(onnx_runtime), list[Any]()
     page = open_page(client.base_url)
     page.route("**/v1/classify?*explain=true*", lambda route: held.append(route))
     page.locator("#explain").check()
     give(page, jpeg)
     assert shown(page) == expected(client, jpeg)
-    page.get_by_role("progressbar", name=re.compile("Finding the parts that decide, about .* s")).wait_for()
+    page.get_by_role(
+        "progressbar", name=re.compile("Finding the parts that decide, about .* s")
+    ).wait_for()
     page.evaluate("showWhy(2)")  # two seconds instead of the few milliseconds of this network
     values = [page.locator("#why-bar").evaluate("bar => bar.value")]
     while len(values) < 3:
@@ -511,6 +589,8 @@ def test_a_laptop_photographs_with_its_camera_until_it_is_turned_off(page):
 
 
 def test_a_camera_that_is_refused_is_said_in_a_sentence(page):
-    page.evaluate("() => { navigator.mediaDevices.getUserMedia = async () => { throw new Error(); }; }")
+    page.evaluate(
+        "() => { navigator.mediaDevices.getUserMedia = async () => { throw new Error(); }; }"
+    )
     page.get_by_role("button", name="Use the camera").click()
     page.get_by_text("The camera cannot be used; allow it for this page").wait_for()

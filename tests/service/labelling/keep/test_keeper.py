@@ -66,11 +66,15 @@ def photos(count: int) -> list[bytes]:
 
 def results(client: httpx.Client) -> dict[str, int]:
     lines = [
-        line for line in client.get("/metrics").text.splitlines() if line.startswith("sopdeploy_kept_images")
+        line
+        for line in client.get("/metrics").text.splitlines()
+        if line.startswith("sopdeploy_kept_images")
     ]
     found: Counter[str] = Counter()
     for line in lines:
-        found[line.partition('result="')[2].partition('"')[0]] += int(float(line.rpartition(" ")[2]))
+        found[line.partition('result="')[2].partition('"')[0]] += int(
+            float(line.rpartition(" ")[2])
+        )
     return {name: count for name, count in found.items() if count}
 
 
@@ -87,13 +91,21 @@ MARGINS = {
     "unknown": ([4.0, 0.0], {"rejection": Rejection(threshold=5.0)}, ("unknown",)),
     "known": ([4.0, 0.0], {"rejection": Rejection(threshold=3.0)}, ()),
     "several classes": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.5)}, ()),
-    "close to one": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.1)}, ("low_margin",)),
+    "close to one": (
+        [4.0, -4.0],
+        {"activation": "sigmoid", "thresholds": (0.5, 0.1)},
+        ("low_margin",),
+    ),
 }
 
 
 @pytest.mark.parametrize(("logits", "decision", "expected"), MARGINS.values(), ids=MARGINS)
-def test_unknown_and_uncertain_photographs_are_worth_a_label(bundle, logits, decision, expected) -> None:
-    found = reasons_to_keep(deciding(bundle, Decision(**decision)), np.array(logits, np.float32), NEVER, 0.5)
+def test_unknown_and_uncertain_photographs_are_worth_a_label(
+    bundle, logits, decision, expected
+) -> None:
+    found = reasons_to_keep(
+        deciding(bundle, Decision(**decision)), np.array(logits, np.float32), NEVER, 0.5
+    )
     assert found == expected
 
 
@@ -103,7 +115,9 @@ def test_the_sample_is_a_share_of_all_files_whatever_they_show(bundle, share: fl
     hashes = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(4000)]
     found = [reasons_to_keep(bundle, sure, sha256, share) for sha256 in hashes]
     assert set(found) <= {(), ("sample",)}
-    assert abs(found.count(("sample",)) - 4000 * share) <= 3 * (4000 * share * (1 - share)) ** 0.5
+    assert (
+        abs(found.count(("sample",)) - 4000 * share) <= 3 * (4000 * share * (1 - share)) ** 0.5
+    )
 
 
 def test_nothing_is_on_disk_without_the_setting(
@@ -139,12 +153,21 @@ def test_an_unknown_photograph_is_kept_without_its_place(
     assert (best, "unknown" in record.reasons) == (response["classes"][0]["label"], True)
 
 
-def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRuntime, tmp_path: Path) -> None:
+def test_only_files_that_are_classified_are_kept(
+    bundle, onnx_runtime: OnnxRuntime, tmp_path: Path
+) -> None:
     first, second, third = photos(3)
     settings = Settings(keep=tmp_path, keep_sample=1)
-    tensor = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * 3072}
+    tensor = {
+        "name": "images",
+        "shape": [1, 32, 32, 3],
+        "datatype": "UINT8",
+        "data": [0] * 3072,
+    }
     with running(onnx_runtime, bundle, settings) as client:
-        assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+        assert (
+            client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+        )
         assert client.post("/v1/classify", content=b"no image").status_code == 415
         files = [("image", first), ("image", b"no image"), ("image", second)]
         assert client.post("/v1/classify", files=files).status_code == 200
@@ -160,9 +183,15 @@ class KeeperOfTests(Keeper):
     """A keeper without decoder processes, to which a test offers unknown photographs."""
 
     def __init__(self, bundle: Bundle, store: Callable[..., str], share=0.0) -> None:
-        self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
+        self.metrics, self._served = (
+            Metrics(),
+            SimpleNamespace(name="tiny", bundle=rejecting_all(bundle)),
+        )
         folder = SimpleNamespace(
-            add=store, clean_up=lambda: None, has_duplicate=lambda *_: False, clean_up_seconds=60
+            add=store,
+            clean_up=lambda: None,
+            has_duplicate=lambda *_: False,
+            clean_up_seconds=60,
         )
         super().__init__(folder, share, self.metrics, copy_without_metadata)  # type: ignore[arg-type]
 
@@ -176,7 +205,10 @@ class KeeperOfTests(Keeper):
         """Work until the queue is empty; return the results that occurred."""
         self.start()
         self.stop()
-        found = {name: self.metrics.kept_images.labels(name)._value.get() for name in get_args(KeptResult)}
+        found = {
+            name: self.metrics.kept_images.labels(name)._value.get()
+            for name in get_args(KeptResult)
+        }
         return {name: count for name, count in found.items() if count}
 
 
@@ -199,7 +231,9 @@ def test_only_the_sample_is_written_without_a_rest_of_time(
     keeper = KeeperOfTests(bundle, lambda *_: "kept", share)
     keeper.take(*photos(4))
     assert keeper.counts() == expected
-    assert ("4 photographs worth a label were not kept" in caplog.text) == ("dropped" in expected)
+    assert ("4 photographs worth a label were not kept" in caplog.text) == (
+        "dropped" in expected
+    )
     assert ("raise keep_sample" in caplog.text) == ("dropped" in expected)
 
 
@@ -225,7 +259,11 @@ PAIR = 2 * FILE_BLOCK
 def photo(number: int, *reasons: str, **changes: object) -> KeptRecord:
     """A record of today whose hash differs from those of other numbers below 16."""
     name, near_hash = f"{number:032x}", f"{number:x}" * 16
-    given = {"time": datetime.now(UTC), "reasons": reasons or ("low_margin",), "near_hash": near_hash}
+    given = {
+        "time": datetime.now(UTC),
+        "reasons": reasons or ("low_margin",),
+        "near_hash": near_hash,
+    }
     return record_of(name, **given | changes)
 
 
@@ -238,18 +276,27 @@ def size_of(folder: Path) -> int:
     return sum(blocks) * FILE_BLOCK
 
 
-# Reasons of the photographs in the order in which they arrive, and which of them remain of room for three.
+# Reasons of the photographs in the order in which they arrive, and which of them remain of room
+# for three.
 EVICTIONS = {
     "oldest first": ([["unknown"]] * 5, [2, 3, 4]),
     "fewest reasons first": ([["unknown", "low_margin"], *[["unknown"]] * 3], [0, 2, 3]),
     "a small sample stays": ([["sample"], *[["unknown", "low_margin"]] * 5], [0, 4, 5]),
-    "a large sample makes room": ([["sample"], ["sample"], ["unknown"], ["unknown"]], [1, 2, 3]),
-    "in the sample only age counts": ([["sample", "unknown", "low_margin"], *[["sample"]] * 3], [1, 2, 3]),
+    "a large sample makes room": (
+        [["sample"], ["sample"], ["unknown"], ["unknown"]],
+        [1, 2, 3],
+    ),
+    "in the sample only age counts": (
+        [["sample", "unknown", "low_margin"], *[["sample"]] * 3],
+        [1, 2, 3],
+    ),
 }
 
 
 @pytest.mark.parametrize(("arriving", "remaining"), EVICTIONS.values(), ids=EVICTIONS)
-def test_the_oldest_with_the_fewest_reasons_makes_room(tmp_path: Path, arriving, remaining) -> None:
+def test_the_oldest_with_the_fewest_reasons_makes_room(
+    tmp_path: Path, arriving, remaining
+) -> None:
     kept = KeptFolder(tmp_path, 3 * PAIR, 30)
     for number, reasons in enumerate(arriving):
         assert kept.add(PHOTO, photo(number, *reasons)) == "kept"
@@ -259,7 +306,9 @@ def test_the_oldest_with_the_fewest_reasons_makes_room(tmp_path: Path, arriving,
 def test_the_limit_holds_before_and_after_every_step(tmp_path: Path, monkeypatch) -> None:
     limit, sizes = 3 * PAIR + FILE_BLOCK, []
 
-    def checked(original: Callable[..., object], path: Path, *values: object, **options: object) -> object:
+    def checked(
+        original: Callable[..., object], path: Path, *values: object, **options: object
+    ) -> object:
         result = original(path, *values, **options)
         sizes.append(size_of(tmp_path))
         return result
@@ -274,7 +323,9 @@ def test_the_limit_holds_before_and_after_every_step(tmp_path: Path, monkeypatch
         assert kept.used == size_of(tmp_path)
     assert max(sizes) == limit
     for number in (1, 15):  # the last one is kept, with other reasons
-        assert kept.add(PHOTO * 8, photo(number, "unknown")) == "dropped"  # larger than the limit
+        assert (
+            kept.add(PHOTO * 8, photo(number, "unknown")) == "dropped"
+        )  # larger than the limit
     assert kept.used == size_of(tmp_path)
     assert 15 in numbers(tmp_path)
 
@@ -289,10 +340,16 @@ def test_near_duplicates_are_skipped_but_for_the_sample_and_copies_add_reasons(
     assert kept.add(PHOTO, photo(2, near_hash=far)) == "kept"
     assert kept.add(PHOTO, photo(3, "sample", near_hash=near)) == "kept"
     assert kept.add(PHOTO, photo(3, "sample", near_hash=near)) == "near_duplicate"
-    assert kept.add(PHOTO, photo(3, "sample", "unknown", bundle="new", near_hash=near)) == "kept"
+    assert (
+        kept.add(PHOTO, photo(3, "sample", "unknown", bundle="new", near_hash=near)) == "kept"
+    )
     assert numbers(tmp_path) == [0, 2, 3]
     record = {record.image: record for _, record in read_kept(tmp_path)}[f"{3:032x}.jpg"]
-    assert (set(record.reasons), record.bundle, kept.used) == ({"sample", "unknown"}, "new", 3 * PAIR)
+    assert (set(record.reasons), record.bundle, kept.used) == (
+        {"sample", "unknown"},
+        "new",
+        3 * PAIR,
+    )
 
 
 def forget_one(folder: Path, number: int) -> None:
@@ -320,7 +377,9 @@ def test_what_is_forgotten_or_labelled_beside_the_server_makes_place_for_others(
     assert (kept.used, numbers(folder)) == (2 * PAIR, [1, 9])
 
 
-def test_a_photograph_forgotten_while_its_record_is_replaced_leaves_none(tmp_path: Path, monkeypatch) -> None:
+def test_a_photograph_forgotten_while_its_record_is_replaced_leaves_none(
+    tmp_path: Path, monkeypatch
+) -> None:
     kept, write = KeptFolder(tmp_path, 100 * PAIR, 30), kept_folder._write
     kept.add(PHOTO, photo(0))
 
@@ -333,7 +392,9 @@ def test_a_photograph_forgotten_while_its_record_is_replaced_leaves_none(tmp_pat
     assert (kept.used, [file.name for file in tmp_path.iterdir()]) == (0, [".lock"])
 
 
-def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(bundle, onnx_runtime, tmp_path: Path) -> None:
+def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(
+    bundle, onnx_runtime, tmp_path: Path
+) -> None:
     (first,) = photos(1)
     settings = Settings(keep=tmp_path, keep_sample=0)
     with running(onnx_runtime, rejecting_all(bundle), settings) as client:
@@ -352,7 +413,9 @@ class RunningTime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
-        monkeypatch.setattr(kept_folder, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+        monkeypatch.setattr(
+            kept_folder, "time", SimpleNamespace(monotonic=lambda: self.seconds)
+        )
 
     def run(self, kept: KeptFolder, days: float) -> None:
         """Let *days* pass in the intervals in which a keeper checks the ages; it goes on after an error."""
@@ -402,9 +465,16 @@ def test_photographs_expire_after_the_days_in_which_a_keeper_has_run(
     [("write_bytes", ".ages", []), ("unlink", f"{0:032x}", [0]), ("exists", f"{0:032x}", [])],
 )
 def test_a_file_that_cannot_be_written_deleted_or_found_keeps_no_other_photograph(
-    tmp_path: Path, running_time: RunningTime, monkeypatch, step: str, name: str, remaining: list[int]
+    tmp_path: Path,
+    running_time: RunningTime,
+    monkeypatch,
+    step: str,
+    name: str,
+    remaining: list[int],
 ) -> None:
-    def refuse(original: Callable[..., object], path: Path, *values: object, **options: object) -> object:
+    def refuse(
+        original: Callable[..., object], path: Path, *values: object, **options: object
+    ) -> object:
         if path.name.startswith(name):
             raise OSError(errno.EIO, "no")
         return original(path, *values, **options)
@@ -475,7 +545,13 @@ EVENTS: dict[str, tuple[Callable[[Path], object], bool]] = {
 @pytest.mark.parametrize(("event", "begins_anew"), EVENTS.values(), ids=EVENTS)
 @pytest.mark.parametrize("days", [-20_000, 60])
 def test_no_clock_and_no_lost_file_deletes_a_photograph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running_time, caplog, event, begins_anew: bool, days: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    running_time,
+    caplog,
+    event,
+    begins_anew: bool,
+    days: int,
 ) -> None:
     folder = tmp_path / "kept"
     filled(folder, running_time)
@@ -483,7 +559,10 @@ def test_no_clock_and_no_lost_file_deletes_a_photograph(
     set_clock(monkeypatch, days=days)
     kept = reopened(folder)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == [f"{folder}: the ages of 3 photographs are not known; they begin now"] * begins_anew
+    assert (
+        lines
+        == [f"{folder}: the ages of 3 photographs are not known; they begin now"] * begins_anew
+    )
     kept.add(PHOTO, photo(3, time=datetime.now(UTC) + timedelta(days=days)))
     running_time.run(kept, 0.5)
     assert numbers(folder) == [0, 1, 2, 3]
@@ -520,16 +599,22 @@ def test_photographs_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path
     with running(onnx_runtime, bundle, settings) as client:
         client.post("/v1/classify", content=photos(1)[0])
         wait_for(lambda: results(client) == {"kept": 1})
-        wait_for(lambda: 'kept_deleted_total{reason="expired"} 1.0' in client.get("/metrics").text)
+        wait_for(
+            lambda: 'kept_deleted_total{reason="expired"} 1.0' in client.get("/metrics").text
+        )
     assert numbers(tmp_path) == []
 
 
-def test_a_new_reason_that_cannot_be_written_keeps_the_photograph(tmp_path: Path, monkeypatch) -> None:
+def test_a_new_reason_that_cannot_be_written_keeps_the_photograph(
+    tmp_path: Path, monkeypatch
+) -> None:
     kept = KeptFolder(tmp_path, 100 * PAIR, 30)
     kept.add(PHOTO, photo(0, "sample"))
     with monkeypatch.context() as patch:
         patch.setattr(
-            kept_folder, "atomic_write", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+            kept_folder,
+            "atomic_write",
+            lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")),
         )
         assert kept.add(PHOTO, photo(0, "unknown")) == "failed"
     assert numbers(tmp_path) == [0]
@@ -544,7 +629,12 @@ def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path
         kept.add(PHOTO, photo(number))
     del kept
     gc.collect()
-    own = [f"{8:032x}.jpg", f"{9:032x}.png.partial", f"{1:032x}.json.partial", f"{10:032x}.json"]
+    own = [
+        f"{8:032x}.jpg",
+        f"{9:032x}.png.partial",
+        f"{1:032x}.json.partial",
+        f"{10:032x}.json",
+    ]
     later = [f"{11:032x}.jpg", f"{11:032x}.json"]  # a record of a later version
     foreign = ["photo.jpg", "notes.json", "x.partial", f"{7:032x}.gif", f"{7:031x}.jpg", *later]
     for name in (*own, *foreign):
@@ -563,10 +653,14 @@ def test_a_server_does_not_keep_photographs_among_labelled_ones_which_it_would_d
     tmp_path: Path, monkeypatch
 ) -> None:
     """Such as in `photos-unknown`: a labelled photograph keeps its name, and has no record."""
-    monkeypatch.delattr(kept_folder, "lock_file")  # a lock file would let the next start delete them
+    monkeypatch.delattr(
+        kept_folder, "lock_file"
+    )  # a lock file would let the next start delete them
     labelled = tmp_path / f"{1:032x}.jpg"
     labelled.write_bytes(PHOTO)
-    with pytest.raises(ConfigError, match=r"holds photographs without records, .*; name another folder"):
+    with pytest.raises(
+        ConfigError, match=r"holds photographs without records, .*; name another folder"
+    ):
         KeptFolder(tmp_path, 100 * PAIR, 30)
     assert list(tmp_path.iterdir()) == [labelled]
 
@@ -580,7 +674,9 @@ def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: P
         os.umask(mask)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
-    with pytest.raises(ConfigError, match="another process keeps photographs there; name another folder"):
+    with pytest.raises(
+        ConfigError, match="another process keeps photographs there; name another folder"
+    ):
         KeptFolder(folder, PAIR, 30)
     (tmp_path / "film.mov").write_bytes(PHOTO * 4)
     with pytest.raises(StorageError, match="cannot be written"):
@@ -644,7 +740,10 @@ def test_a_process_killed_at_any_step_leaves_no_half_photograph(tmp_path: Path) 
         folder = shutil.copytree(tmp_path / "start", tmp_path / str(last))
         killed = kills_itself(partial(add, folder, last))
         for path, record in read_kept(folder):
-            assert (path.name, path.read_bytes()) == (record.image, bodies[int(path.stem, 16)]), last
+            assert (path.name, path.read_bytes()) == (
+                record.image,
+                bodies[int(path.stem, 16)],
+            ), last
         kept = KeptFolder(folder, limit, 30)
         files = [file for file in folder.iterdir() if file.name != ".lock"]
         assert (len(files), kept.used <= limit) == (2 * len(read_kept(folder)), True), last

@@ -75,7 +75,9 @@ def test_requests_of_other_origins_are_refused_and_change_nothing(client, tmp_pa
     for (case, headers), (path, method) in itertools.product(REFUSED.items(), PATHS.items()):
         if path == "/" and "sec-fetch-site" in headers:
             continue  # a link to the page
-        reply = client.request(method, path, headers=headers, json=answer() if method == "POST" else None)
+        reply = client.request(
+            method, path, headers=headers, json=answer() if method == "POST" else None
+        )
         assert reply.status_code == 403, (case, path)
         assert reply.text == "requests of other pages and for other hosts are refused"
         assert files_below(tmp_path) == before
@@ -91,7 +93,9 @@ def test_each_name_that_a_trusted_proxy_forwards_is_checked(keep, open_folders):
     keep(1)
     own, other = (("x-forwarded-host", name) for name in ("localhost", "evil.example"))
     with label_server(open_folders(), trusted_proxies="127.0.0.1") as client:
-        assert [client.get("/state", headers=sent).status_code for sent in ([own], [own, other])] == [
+        assert [
+            client.get("/state", headers=sent).status_code for sent in ([own], [own, other])
+        ] == [
             200,
             403,
         ]
@@ -113,17 +117,34 @@ def test_a_page_of_folders_whose_names_are_not_utf8_works(tmp_path):
 
 def test_a_form_or_a_large_body_cannot_send_a_label(client, tmp_path):
     body = b'{"id": "%s", "kind": "skip"}' % ONE.encode()
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"):
-        assert client.post("/label", content=body, headers={"content-type": kind}).status_code == 415
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=b",
+    ):
+        assert (
+            client.post("/label", content=body, headers={"content-type": kind}).status_code
+            == 415
+        )
     for large in (b" " * 10_001, iter((b"{", b"}"))):  # which is not read
-        reply = client.post("/label", content=large, headers={"content-type": "application/json"})
+        reply = client.post(
+            "/label", content=large, headers={"content-type": "application/json"}
+        )
         assert reply.status_code == 413
     assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
 
 
 OTHER_FILES = (
-    *(f"/images/{name}" for name in (identity(2), f"{ONE}.jpg", f"{ONE}.json", f"{ONE}%00", "%2e%2e", ".")),
-    *("/images/..%2fsecret.txt", "/images/../secret.txt", "/images/%2fetc%2fpasswd", "//etc/passwd"),
+    *(
+        f"/images/{name}"
+        for name in (identity(2), f"{ONE}.jpg", f"{ONE}.json", f"{ONE}%00", "%2e%2e", ".")
+    ),
+    *(
+        "/images/..%2fsecret.txt",
+        "/images/../secret.txt",
+        "/images/%2fetc%2fpasswd",
+        "//etc/passwd",
+    ),
     *("/kept", "/photos", "/docs", "/openapi.json", "/label.js"),
 )
 
@@ -151,7 +172,12 @@ NO_JSON = [
     ),
     b'{"id": ' + b"[" * 300 + b"]" * 300 + b"}",
     b'{"id": "%b", "id": "x", "kind": "skip"}' % ONE.encode(),
-    *(b"", b"{", b"\xff", b'{"id": "%b", "kind": "class", "name": "%b"}' % (ONE.encode(), b"a" * 9000)),
+    *(
+        b"",
+        b"{",
+        b"\xff",
+        b'{"id": "%b", "kind": "class", "name": "%b"}' % (ONE.encode(), b"a" * 9000),
+    ),
 ]
 
 
@@ -160,7 +186,9 @@ def test_a_label_that_cannot_be_used_is_refused_and_changes_nothing(client, tmp_
     assert client.post("/label", json=answer(one=identity(2))).status_code == 409
     assert {client.post("/label", json=body).status_code for body in UNUSABLE} == {422}
     for body in NO_JSON:
-        reply = client.post("/label", content=body, headers={"content-type": "application/json"})
+        reply = client.post(
+            "/label", content=body, headers={"content-type": "application/json"}
+        )
         assert (reply.status_code, list(reply.json())) == (422, ["detail"]), body
     assert client.get("/state").json()["left"] == 1
     assert files_below(tmp_path) == before
@@ -174,7 +202,9 @@ def test_a_full_disk_is_described_and_the_photograph_waits(client, tmp_path, mon
         patch.setattr(Path, "rename", refuse)
         reply = client.post("/label", json=answer())
     assert reply.status_code == 507
-    assert reply.json()["detail"].startswith("photos: cannot be read or written (No space left on device)")
+    assert reply.json()["detail"].startswith(
+        "photos: cannot be read or written (No space left on device)"
+    )
     assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
     assert client.post("/label", json=answer()).status_code == 200
 
@@ -191,7 +221,10 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
         ):
             headers = {"cookie": cookie.encode()} if cookie else {}
             body = answer() if method == "POST" else None
-            assert client.request(method, path + query, headers=headers, json=body).status_code == 401
+            assert (
+                client.request(method, path + query, headers=headers, json=body).status_code
+                == 401
+            )
         assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
         reply = client.get(f"/?key={KEY}")
         assert (reply.status_code, reply.headers["location"]) == (303, "./")
@@ -201,7 +234,8 @@ def test_every_request_needs_the_key_which_becomes_a_cookie_that_scripts_cannot_
         names = {"192.168.1.5:8001": 200, "desk:8001": 200, "attacker.example": 403}
         headers = {"cookie": f"sopdeploy-label-8000={KEY}"}
         assert {
-            name: client.get("/state", headers={**headers, "host": name}).status_code for name in names
+            name: client.get("/state", headers={**headers, "host": name}).status_code
+            for name in names
         } == names
 
 
@@ -215,12 +249,24 @@ def test_the_pages_of_two_servers_stay_open_in_one_browser(keep, open_folders):
     assert names == ["sopdeploy-label-8001", "sopdeploy-label-8002"]
 
 
-BEHIND = {"allowed_hosts": ("*.example.com",), "trusted_proxies": ("127.0.0.1",), "root_path": "/ml"}
-PROXIED = {"host": "upstream", "x-forwarded-host": "shop.example.com", "x-forwarded-proto": "https"}
+BEHIND = {
+    "allowed_hosts": ("*.example.com",),
+    "trusted_proxies": ("127.0.0.1",),
+    "root_path": "/ml",
+}
+PROXIED = {
+    "host": "upstream",
+    "x-forwarded-host": "shop.example.com",
+    "x-forwarded-proto": "https",
+}
 
 
-@pytest.mark.parametrize("prefix", ["/ml", ""], ids=["a prefix that stays", "a prefix that is removed"])
-def test_the_page_is_served_behind_a_proxy_as_the_service_is(keep, open_folders, prefix) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["/ml", ""], ids=["a prefix that stays", "a prefix that is removed"]
+)
+def test_the_page_is_served_behind_a_proxy_as_the_service_is(
+    keep, open_folders, prefix
+) -> None:
     keep(1)
     allowed = {**BEHIND, "allowed_hosts": ("upstream", "*.example.com")}
     with label_server(open_folders(), cookies={}, **allowed) as client:
@@ -233,10 +279,15 @@ def test_the_page_is_served_behind_a_proxy_as_the_service_is(keep, open_folders,
         assert client.post(f"{prefix}/label", json=answer(), headers=posted).status_code == 200
         assert client.get("/ml", headers=PROXIED).headers["location"] == "/ml/"
         assert (
-            client.get(f"{prefix}/state", headers={**PROXIED, "x-forwarded-host": "x.org"}).status_code == 403
+            client.get(
+                f"{prefix}/state", headers={**PROXIED, "x-forwarded-host": "x.org"}
+            ).status_code
+            == 403
         )
     with label_server(open_folders(), **BEHIND) as client:
-        assert client.get(f"{prefix}/state", headers=PROXIED).status_code == 403  # `upstream` is not listed
+        assert (
+            client.get(f"{prefix}/state", headers=PROXIED).status_code == 403
+        )  # `upstream` is not listed
 
 
 def test_the_command_reads_the_settings_of_the_environment(keep, tmp_path, monkeypatch) -> None:
@@ -247,11 +298,24 @@ def test_the_command_reads_the_settings_of_the_environment(keep, tmp_path, monke
     monkeypatch.setattr("uvicorn.Server.run", lambda *_args, **_options: None)
     label_config = app.label_config
     monkeypatch.setattr(
-        app, "label_config", lambda page, settings: given.append(settings) or label_config(page, settings)
+        app,
+        "label_config",
+        lambda page, settings: given.append(settings) or label_config(page, settings),
     )
-    arguments = ["label", str(tmp_path / "kept"), "--photos", str(tmp_path / "photos"), "--port", "0"]
+    arguments = [
+        "label",
+        str(tmp_path / "kept"),
+        "--photos",
+        str(tmp_path / "photos"),
+        "--port",
+        "0",
+    ]
     assert CliRunner().invoke(program, arguments).exit_code == 0
-    assert (given[0].allowed_hosts, given[0].root_path, given[0].port) == (("shop.example.com",), "/ml", 0)
+    assert (given[0].allowed_hosts, given[0].root_path, given[0].port) == (
+        ("shop.example.com",),
+        "/ml",
+        0,
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104
@@ -261,7 +325,9 @@ def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda *_args, **_options: None)
     for _ in range(2):
         settings = Settings(host=host, port=0)
-        run_label_server(tmp_path / "kept", tmp_path / "photos", settings, lambda *given: ready.append(given))
+        run_label_server(
+            tmp_path / "kept", tmp_path / "photos", settings, lambda *given: ready.append(given)
+        )
     assert len({re.search(r"^http://.+:\d+/\?key=(.{22})$", url)[1] for url, _ in ready}) == 2
     assert [count for _, count in ready] == [1, 1]
 
@@ -287,14 +353,19 @@ def test_a_client_that_is_endless_or_slow_is_refused_as_by_the_service(
     monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
     seconds = 0.5 if status == 408 else 60
     keep(1)
-    with label_server(open_folders(), header_timeout=seconds) as client, connect(client) as wire:
+    with (
+        label_server(open_folders(), header_timeout=seconds) as client,
+        connect(client) as wire,
+    ):
         with suppress(OSError):  # the server may close the connection before the last byte
             wire.sendall(request)
         assert wire.recv(64).startswith(b"HTTP/1.1 %d " % status)
         assert client.get("/state").status_code == 200
 
 
-def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(keep, tmp_path, monkeypatch) -> None:
+def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(
+    keep, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk" / "flowers").mkdir(parents=True)
     Path("photos").symlink_to("disk/flowers")
@@ -310,7 +381,9 @@ def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(keep, tmp_path
     monkeypatch.setattr(app, "run_label_server", label)
     result = CliRunner().invoke(program, ["label", "kept", "--photos", "photos"])
     assert result.exit_code == 0, result.output
-    assert "next: sopdeploy train --data photos --unknown photos-unknown" in " ".join(result.output.split())
+    assert "next: sopdeploy train --data photos --unknown photos-unknown" in " ".join(
+        result.output.split()
+    )
     assert files_below(tmp_path) >= {
         f"disk/flowers/hat/{identity(1)}.jpg",
         f"photos-unknown/{identity(2)}.jpg",

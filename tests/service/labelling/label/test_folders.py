@@ -55,7 +55,9 @@ def test_near_duplicates_of_the_uniform_sample_are_not_trained_on(tmp_path, keep
     assert files_below(tmp_path) == {*held_out, f"photos/hat/{other}.jpg"}
 
 
-def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path, keep, open_folders):
+def test_undo_restores_photographs_records_and_folders_in_reverse_order(
+    tmp_path, keep, open_folders
+):
     for number in range(4):
         keep(number)
     before = {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)}
@@ -76,7 +78,9 @@ def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path
         folders.undo()
 
 
-@pytest.mark.parametrize("stop", ["before the record is deleted", "after a copy to another file system"])
+@pytest.mark.parametrize(
+    "stop", ["before the record is deleted", "after a copy to another file system"]
+)
 def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
     tmp_path, keep, open_folders, monkeypatch, stop
 ):
@@ -123,12 +127,16 @@ def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders,
     assert stat.S_IMODE((tmp_path / "photos" / "hat" / f"{one}.jpg").stat().st_mode) == 0o600
     folders.undo()
     assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {
+        0o600
+    }
     status = (tmp_path / "kept").stat()
     assert given == 3 * [(status.st_uid, status.st_gid)]  # two moves and the record
 
 
-def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(tmp_path, keep, open_folders, monkeypatch):
+def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(
+    tmp_path, keep, open_folders, monkeypatch
+):
     one, folders = keep(1), open_folders()
     before = files_below(tmp_path)
     folders.label(one, "hat")
@@ -145,7 +153,9 @@ def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(tmp_path, keep, o
     assert (files_below(tmp_path), list(folders.waiting)) == (before, [one])
 
 
-def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(tmp_path, keep, open_folders):
+def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
+    tmp_path, keep, open_folders
+):
     labelled, deleted, unseen, skipped, other = (keep(number) for number in range(5))
     folders = open_folders()
     label = partial(folders.label, name="shoes")
@@ -162,25 +172,38 @@ def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(tm
     assert list(folders.waiting) == [other]
 
 
-def test_one_of_five_photographs_is_from_the_uniform_sample_until_there_are_no_more(keep, open_folders):
+def test_one_of_five_photographs_is_from_the_uniform_sample_until_there_are_no_more(
+    keep, open_folders
+):
     for number in range(12):
         keep(number)
     for number in range(20, 24):
         keep(number, reasons=("sample",))
     waiting = open_folders().waiting
-    sampled = [place for place, (_, record) in enumerate(waiting.values()) if "sample" in record.reasons]
+    sampled = [
+        place
+        for place, (_, record) in enumerate(waiting.values())
+        if "sample" in record.reasons
+    ]
     assert sampled == [0, 5, 10, 15]
 
 
 def test_classes_are_those_of_the_bundles_and_of_the_folders(tmp_path, keep, open_folders):
     keep(1)
     keep(2, [0.0, 1.0], labels=["coat", "hat"])
-    for folder in ("photos/scarf", "photos/.hidden", "photos-held-out/belt", "photos-unknown/none"):
+    for folder in (
+        "photos/scarf",
+        "photos/.hidden",
+        "photos-held-out/belt",
+        "photos-unknown/none",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     assert open_folders().classes() == sorted([*LABELS, "coat", "scarf", "belt"])
 
 
-def test_a_class_whose_folder_and_bundle_encode_its_name_differently_is_one(tmp_path, keep, open_folders):
+def test_a_class_whose_folder_and_bundle_encode_its_name_differently_is_one(
+    tmp_path, keep, open_folders
+):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     one = keep(1, [0.0, 1.0], labels=[composed, "hat"])
     (tmp_path / "photos" / decomposed).mkdir(parents=True)
@@ -192,27 +215,39 @@ def test_a_class_whose_folder_and_bundle_encode_its_name_differently_is_one(tmp_
 
 INVALID = {
     **dict.fromkeys(("", "  ", "a" * 101, "é" * 51), "1 to 100 bytes"),
-    **dict.fromkeys(("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah"), "leave out"),
+    **dict.fromkeys(
+        ("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah"), "leave out"
+    ),
     **dict.fromkeys(("a\x7f", "<img src=x>", "a|b", "a\ue000"), "leave out"),
     **dict.fromkeys(
-        ("\u3164", "\u115f", "hat\u3164", "\u2800", "hat\u200b", "\uffa0", "\U000e0041"), "leave out"
+        ("\u3164", "\u115f", "hat\u3164", "\u2800", "hat\u200b", "\uffa0", "\U000e0041"),
+        "leave out",
     ),
     **dict.fromkeys(("\u0301", "\u200d", "\ufe0f"), "empty or invisible"),
     **dict.fromkeys((".", "..", ".hat", "hat.", "__MACOSX", "@eaDir"), "hidden"),
     **dict.fromkeys(("train", "Test", "val", "validation_set"), "a part of the data"),
-    **dict.fromkeys(("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"),
+    **dict.fromkeys(
+        ("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"
+    ),
 }
 
 
 def test_names_that_can_name_a_class_are_normalized():
-    names = {"hat": "hat", "  red hat ": "red hat", "e\u0301toile": "\u00e9toile", "t-shirt": "t-shirt"}
+    names = {
+        "hat": "hat",
+        "  red hat ": "red hat",
+        "e\u0301toile": "\u00e9toile",
+        "t-shirt": "t-shirt",
+    }
     assert {name: check_class_name(name, list(LABELS)) for name in names} == names
     assert check_class_name("cafe\u0301", ["caf\u00e9"]) == "caf\u00e9"
     existing = ['say "ok"', "x" * 200]
     assert [check_class_name(name, existing, existing) for name in existing] == existing
 
 
-def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path, keep, open_folders):
+def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(
+    tmp_path, keep, open_folders
+):
     one = keep(1)
     before, folders = files_below(tmp_path), open_folders()
     for name, message in INVALID.items():
@@ -227,18 +262,26 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         LabelFolders(tmp_path / "none", tmp_path / "photos")
     (tmp_path / "classes" / "hat").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"holds no kept photographs, but folders \(hat\); give"):
+    with pytest.raises(
+        DataError, match=r"holds no kept photographs, but folders \(hat\); give"
+    ):
         LabelFolders(tmp_path / "classes", tmp_path / "photos")
     (tmp_path / "kept").mkdir()
     (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
     with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):
         LabelFolders(tmp_path / "kept", tmp_path / "photos")
     (tmp_path / "scenes").mkdir()
-    (tmp_path / "scenes" / "labels.csv").write_text("file,classes\n")  # `train` would read no class folder
-    with pytest.raises(DataError, match=r"reads its classes from labels.csv.*; give another folder"):
+    (tmp_path / "scenes" / "labels.csv").write_text(
+        "file,classes\n"
+    )  # `train` would read no class folder
+    with pytest.raises(
+        DataError, match=r"reads its classes from labels.csv.*; give another folder"
+    ):
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
     (tmp_path / "scenes" / "labels.csv").rename(tmp_path / "scenes" / "labels.txt")
-    with pytest.raises(DataError, match=r"labels.txt: not read; save it as labels.csv"):  # as `train` does
+    with pytest.raises(
+        DataError, match=r"labels.txt: not read; save it as labels.csv"
+    ):  # as `train` does
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
 
 

@@ -69,7 +69,9 @@ def test_a_photograph_never_replaces_another_one_with_its_name(heap, tmp_path):
 
 
 def test_classes_are_suggested_as_soon_as_each_has_two(heap):
-    folders = heap("a1.jpg", "a2.jpg", "a3.jpg", "b1.jpg", "b2.jpg", "b3.jpg", "c1.jpg", embed=embed)
+    folders = heap(
+        "a1.jpg", "a2.jpg", "a3.jpg", "b1.jpg", "b2.jpg", "b3.jpg", "c1.jpg", embed=embed
+    )
     ids = {name: heap_id(Path(f"{name}.jpg")) for name in ("a3", "b3", "c1")}
     for name, label in (("a1", "ant"), ("b1", "bee"), ("a2", "ant")):
         sort(folders, f"{name}.jpg", label)
@@ -100,7 +102,12 @@ def test_an_undone_label_is_forgotten_also_if_the_page_was_reloaded(heap):
     for _ in range(4):
         folders.undo()
         assert reload() == {}
-    for name, label in (("a1.jpg", "bee"), ("a2.jpg", "bee"), ("b1.jpg", "ant"), ("b2.jpg", "ant")):
+    for name, label in (
+        ("a1.jpg", "bee"),
+        ("a2.jpg", "bee"),
+        ("b1.jpg", "ant"),
+        ("b2.jpg", "ant"),
+    ):
         sort(folders, name, label)
     assert reload()["ant"] > 0.99
 
@@ -144,6 +151,8 @@ def test_the_server_shows_a_heap_and_ends_with_the_command_that_trains(heap, tmp
         image = client.get(f"/images/{identity}")
         assert (image.status_code, image.headers["content-type"]) == (200, "image/jpeg")
         assert state["classes"] == []
-        end = client.post("/label", json={"id": identity, "kind": "class", "name": "ant"}).json()
+        end = client.post(
+            "/label", json={"id": identity, "kind": "class", "name": "ant"}
+        ).json()
     assert (end["photograph"], end["left"]) == (None, 0)
     assert end["command"] == f"sopdeploy train --data {tmp_path / 'photos'}"

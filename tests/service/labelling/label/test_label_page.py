@@ -3,7 +3,13 @@
 import pytest
 
 from sopdeploy_service.labelling.label import app
-from tests.service.labelling.label.conftest import KEY, LABELS, files_below, identity, label_server
+from tests.service.labelling.label.conftest import (
+    KEY,
+    LABELS,
+    files_below,
+    identity,
+    label_server,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -45,7 +51,9 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
         return shown[-1]
 
     first = identity_shown()
-    assert page.locator("#photo").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+    assert page.locator("#photo").evaluate(
+        "image => image.decode().then(() => image.naturalWidth > 0)"
+    )
     best = page.locator("#classes .name").first.text_content()
     press(page, "1", 5)
     assert files_below(tmp_path / "photos") == {f"{best}/{first}.jpg"}
@@ -74,7 +82,9 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
     assert page.locator("#error").is_hidden()
 
 
-def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_label_page, tmp_path):
+def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(
+    keep, open_label_page, tmp_path
+):
     for number in range(3):
         keep(number)
     page = open_label_page()
@@ -94,7 +104,9 @@ def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_
 
 
 def pressed(page) -> list[bool]:
-    shown = page.locator("#next button").evaluate_all("all => all.map((one) => one.ariaPressed)")
+    shown = page.locator("#next button").evaluate_all(
+        "all => all.map((one) => one.ariaPressed)"
+    )
     return [value == "true" for value in shown]
 
 
@@ -110,11 +122,16 @@ def test_a_grid_comes_first_whose_photographs_get_one_label_but_for_those_that_w
     page.reload()
     page.wait_for_selector("#cells button")
     assert page.locator("#main").is_hidden()
-    assert page.locator("#kinds").get_by_role("button").all_text_contents() == ["hat 9", "shoes 1"]
+    assert page.locator("#kinds").get_by_role("button").all_text_contents() == [
+        "hat 9",
+        "shoes 1",
+    ]
     ids = page.evaluate("cells()")
     assert ids == [identity(number) for number in range(8, -1, -1)]  # the surest one first
     cells = page.locator("#cells button")
-    assert cells.first.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+    assert cells.first.locator("img").evaluate(
+        "image => image.decode().then(() => image.naturalWidth > 0)"
+    )
     cells.nth(1).click()
     cells.nth(3).focus()
     page.keyboard.press("Space")
@@ -123,14 +140,18 @@ def test_a_grid_comes_first_whose_photographs_get_one_label_but_for_those_that_w
     page.get_by_role("button", name="Label 7 as hat").click()
     wait_until(page, 5)
     left = {ids[1], ids[3]}
-    assert files_below(tmp_path / "photos") == {f"hat/{one}.jpg" for one in ids if one not in left}
+    assert files_below(tmp_path / "photos") == {
+        f"hat/{one}.jpg" for one in ids if one not in left
+    }
     page.locator("#kinds button", has_text="hat 2").wait_for()
     page.keyboard.press("g")
     assert page.locator("#main").is_visible()
     press(page, "u", 6)
 
 
-def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(keep, open_label_page, tmp_path):
+def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(
+    keep, open_label_page, tmp_path
+):
     keep(1)
     page = open_label_page()
     page.keyboard.press("z")
@@ -157,7 +178,9 @@ def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_l
     for left in (2, 1):
         shown[page.evaluate("state.photograph.id")] = page.locator("#reported").text_content()
         names = page.locator("#classes .name").all_text_contents()
-        assert names[0] == ("t-shirt" if "suggests" in page.locator("#reported").text_content() else "hat")
+        assert names[0] == (
+            "t-shirt" if "suggests" in page.locator("#reported").text_content() else "hat"
+        )
         press(page, "s", left)
     assert shown == {
         identity(2): "Reported as wrong. A person suggests: t-shirt",
@@ -167,7 +190,9 @@ def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_l
     assert not (tmp_path / "photos").exists()
 
 
-def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(keep, open_label_page, tmp_path):
+def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(
+    keep, open_label_page, tmp_path
+):
     for number in range(30):
         keep(number, [float(number), 1.0, 2.5])
     page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True)
@@ -238,7 +263,9 @@ def test_a_thumbnail_is_selected_by_what_it_shows_while_the_next_photograph_arri
     assert pressed(page) == [False]
 
 
-def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(keep, open_label_page, tmp_path):
+def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(
+    keep, open_label_page, tmp_path
+):
     name = "<img src=x onerror=alert(1)>"
     keep(1, reasons=("sample",))
     keep(2, [3.0, 0.0], labels=[name, "hat"], known=False)

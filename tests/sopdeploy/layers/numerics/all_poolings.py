@@ -44,6 +44,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def relu_features(batch: int, channels: int, side: int, *, seed: int = 0) -> Tensor:
     """Return correlated non-negative float64 maps, as a network's are."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    mixing = (
+        torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+        / channels**0.5
+    )
     raw = torch.randn(batch, channels, side * side, generator=generator, dtype=torch.float64)
     return (mixing @ raw).relu().view(batch, channels, side, side)

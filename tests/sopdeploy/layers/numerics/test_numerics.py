@@ -85,7 +85,9 @@ RULES = [
     )
 ]
 
-SHAPES = pytest.mark.parametrize(("channels", "side"), [(6, 5), (12, 2)], ids=["channels", "positions"])
+SHAPES = pytest.mark.parametrize(
+    ("channels", "side"), [(6, 5), (12, 2)], ids=["channels", "positions"]
+)
 
 
 def gradient(function, features, triangle, rule, grad):
@@ -94,7 +96,9 @@ def gradient(function, features, triangle, rule, grad):
 
 @SHAPES
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_handwritten_gradient_equals_autograd(channels: int, side: int, rule: NewtonSchulzConfig) -> None:
+def test_handwritten_gradient_equals_autograd(
+    channels: int, side: int, rule: NewtonSchulzConfig
+) -> None:
     torch.manual_seed(0)
     triangle = upper_triangle_indices(channels)
     features = torch.randn(3, channels, side, side, dtype=torch.float64).relu().requires_grad_()
@@ -106,7 +110,9 @@ def test_handwritten_gradient_equals_autograd(channels: int, side: int, rule: Ne
 
 @SHAPES
 @pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
-def test_first_and_second_gradients_are_those_of_finite_differences(channels, side, prenorm) -> None:
+def test_first_and_second_gradients_are_those_of_finite_differences(
+    channels, side, prenorm
+) -> None:
     torch.manual_seed(2)
     layer = ISqrtCov(channels, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.randn(1, channels, side, side, dtype=torch.float64, requires_grad=True)
@@ -150,7 +156,9 @@ def test_dead_channels_give_finite_gradients(config, dtype: torch.dtype) -> None
     assert torch.isfinite(features.grad).all()
 
 
-@pytest.mark.parametrize("function", [root_of_eigenvalues, logarithm_of_eigenvalues], ids=["root", "log"])
+@pytest.mark.parametrize(
+    "function", [root_of_eigenvalues, logarithm_of_eigenvalues], ids=["root", "log"]
+)
 def test_equal_eigenvalues_use_the_derivative(function) -> None:
     a = (2.0 * torch.eye(3, dtype=torch.float64))[None].requires_grad_()
     direction = torch.tensor([[[1.0, 2, 0], [2, -1, 3], [0, 3, 0.5]]], dtype=torch.float64)

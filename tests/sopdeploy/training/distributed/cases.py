@@ -30,7 +30,8 @@ NETWORKS = {
 }
 OPTIMIZERS = {
     "sgd": ["optimizer={lr=0.05, momentum=0.9, weight_decay=5e-4, clip_norm=5.0}"],
-    # GM-SOP's stem has a bias before a batch norm. Its gradient is rounding, which eps=1e-8 would amplify.
+    # GM-SOP's stem has a bias before a batch norm. Its gradient is rounding, which eps=1e-8
+    # would amplify.
     "adamw": ["optimizer={kind='adamw', lr=1e-3, eps=1e-6}"],
     "adahessian": ["optimizer={kind='adahessian', lr=1e-2}"],
 }
@@ -41,9 +42,16 @@ Case = Callable[[], dict[str, Tensor]]
 
 def build_recipe(network: str, optimizer: str, *overrides: str) -> Recipe:
     """Build a recipe of four steps per epoch, changed by *overrides*."""
-    small = [f"preprocess.resize={SIDE}", f"preprocess.crop={SIDE}", "batch_size=14", "device=cpu"]
+    small = [
+        f"preprocess.resize={SIDE}",
+        f"preprocess.crop={SIDE}",
+        "batch_size=14",
+        "device=cpu",
+    ]
     small += ["schedule={kind='milestones', milestones=[40]}"]
-    return read_recipe("digits-plain", [*small, *NETWORKS[network], *OPTIMIZERS[optimizer], *overrides])
+    return read_recipe(
+        "digits-plain", [*small, *NETWORKS[network], *OPTIMIZERS[optimizer], *overrides]
+    )
 
 
 def dataset() -> ArrayImages:
@@ -51,7 +59,9 @@ def dataset() -> ArrayImages:
     random = np.random.default_rng(0)
     targets = np.arange(SAMPLES) % CLASSES
     noise = random.integers(0, 156, (SAMPLES, SIDE, SIDE, 3))
-    return ArrayImages(tuple("abcd"), (noise + 25 * targets[:, None, None, None]).astype(np.uint8), targets)
+    return ArrayImages(
+        tuple("abcd"), (noise + 25 * targets[:, None, None, None]).astype(np.uint8), targets
+    )
 
 
 def several_classes(data: ArrayImages) -> ArrayImages:
@@ -66,7 +76,8 @@ def learn(
 ) -> dict[str, Tensor]:
     """Return all weights and buffers after *steps* steps, in this process and those it is joined with.
 
-    Batch norms use their running statistics, because a process computes those of its own images.
+    Batch norms use their running statistics, because a process computes those of its own
+    images.
     """
     data = several_classes(dataset()) if multi_label else dataset()
     run = start_run(recipe, data, Strategy(select_device(recipe.device)))
@@ -79,11 +90,18 @@ def learn(
     for module in run.trained().modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    if isinstance(run.model, GMSOPResNet):  # without noise, which every process draws for its own images
-        run.model.gate.get_submodule("noise").register_forward_hook(lambda _module, _inputs, noise: 0 * noise)
+    if isinstance(
+        run.model, GMSOPResNet
+    ):  # without noise, which every process draws for its own images
+        run.model.gate.get_submodule("noise").register_forward_hook(
+            lambda _module, _inputs, noise: 0 * noise
+        )
         # make the gate's rows different: rounding decides ties of components
         random = torch.Generator().manual_seed(1)
-        for weight in (run.model.gate.weight, run.model.gate.get_submodule("noise").get_parameter("weight")):
+        for weight in (
+            run.model.gate.weight,
+            run.model.gate.get_submodule("noise").get_parameter("weight"),
+        ):
             weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
@@ -93,20 +111,29 @@ def learn(
             loaded = run.strategy.shard(samples)
             images = torch.from_numpy(augmented.pixels(loaded))
             batch = images, torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
-            run.unread.append(train_step(run, batch, num_samples=len(samples), steps=len(batches)))
+            run.unread.append(
+                train_step(run, batch, num_samples=len(samples), steps=len(batches))
+            )
             run.position.step += 1
             run.read_steps()
             done += 1
-        run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
+        run.position = run.position.model_copy(
+            update={"epoch": run.position.epoch + 1, "step": 0}
+        )
     average = run.average.model.state_dict() if run.average is not None else {}
-    return {**run.trained().state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
+    return {
+        **run.trained().state_dict(),
+        **{f"average of {name}": mean for name, mean in average.items()},
+    }
 
 
 SHORT_CASES: dict[str, Case] = {}
 for _network in NETWORKS:
     _averaged = build_recipe(_network, "sgd", "ema={}")
     SHORT_CASES |= {
-        f"{_network} sgd float32 1 step": partial(learn, build_recipe(_network, "sgd"), 1, torch.float32),
+        f"{_network} sgd float32 1 step": partial(
+            learn, build_recipe(_network, "sgd"), 1, torch.float32
+        ),
         f"{_network} adamw float64 3 steps": partial(learn, build_recipe(_network, "adamw"), 3),
         f"{_network} with an average, float64 3 steps": partial(learn, _averaged, 3),
     }

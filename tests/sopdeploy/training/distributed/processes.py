@@ -36,7 +36,9 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def start_module(module: str, *arguments: str, world: int) -> Iterator[list[subprocess.Popen[str]]]:
+def start_module(
+    module: str, *arguments: str, world: int
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start `python -m module *arguments*` in *world* processes; kill them at the end."""
     processes: list[subprocess.Popen[str]] = []
     with held_port() as port:
@@ -61,14 +63,19 @@ def start_module(module: str, *arguments: str, world: int) -> Iterator[list[subp
 def wait_for(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Wait for *processes*; return exit code, stdout and stderr of each."""
     outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, *output)
+        for process, output in zip(processes, outputs, strict=True)
+    ]
 
 
 def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
     """Call *function*, `module:name`, with *folder* in *world* joined processes; return the results."""
     with held_port() as port:
         processes = [
-            forkserver().Process(target=call_joined, args=(function, folder, environment(rank, world, port)))
+            forkserver().Process(
+                target=call_joined, args=(function, folder, environment(rank, world, port))
+            )
             for rank in range(world)
         ]
         try:
@@ -104,7 +111,8 @@ def call_joined(function: str, folder: Path, variables: dict[str, str]) -> None:
 def held_port() -> Iterator[int]:
     """Yield a free port that the system gives to no other process until the block ends.
 
-    The port stays bound without listening. On Linux, a server with `SO_REUSEADDR` can still listen on it.
+    The port stays bound without listening. On Linux, a server with `SO_REUSEADDR` can still
+    listen on it.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -55,7 +55,11 @@ def test_the_processes_compute_each_sample_of_a_step_once(samples, world) -> Non
 @pytest.mark.parametrize(
     ("count", "world", "message"),
     [
-        (52, 4, "a step of 14 samples cannot be divided among 4 processes; choose a multiple of 4"),
+        (
+            52,
+            4,
+            "a step of 14 samples cannot be divided among 4 processes; choose a multiple of 4",
+        ),
         (2, 7, "steps of 2 samples leave some of 7 processes without a sample"),
     ],
 )
@@ -149,12 +153,25 @@ def evaluate_fixed_network(group) -> dict[str, float]:
     held_out, progress = PreprocessedDataset(dataset, PREPROCESS), []
     options = {"batch_size": BATCH_SIZE, "processes": group, "on_batch": progress.append}
     found = evaluate_network(network, held_out, PREPROCESS, **options)
-    counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
+    counts = {
+        "top1": round(found.top1 * COUNT),
+        "top5": round(found.top5 * COUNT),
+        "count": found.count,
+    }
     multi_label = evaluate_network(
         network, PreprocessedDataset(ManyClasses(dataset), PREPROCESS), PREPROCESS, **options
     )
-    counts |= {"map": multi_label.map, "thresholds": multi_label.thresholds, "several loss": multi_label.loss}
-    return {**counts, "loss": found.loss * found.count, "reports": len(progress), "last": progress[-1]}
+    counts |= {
+        "map": multi_label.map,
+        "thresholds": multi_label.thresholds,
+        "several loss": multi_label.loss,
+    }
+    return {
+        **counts,
+        "loss": found.loss * found.count,
+        "reports": len(progress),
+        "last": progress[-1],
+    }
 
 
 def evaluate_shard(_folder: Path) -> dict[str, float]:

@@ -12,7 +12,12 @@ from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.loop import run as loop
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make
-from tests.sopdeploy.training.distributed.processes import held_port, run_in_processes, start_module, wait_for
+from tests.sopdeploy.training.distributed.processes import (
+    held_port,
+    run_in_processes,
+    start_module,
+    wait_for,
+)
 from tests.sopdeploy.training.runs import short_recipe
 from tests.support.children import children_of
 
@@ -27,7 +32,9 @@ class RecordingLoader:
         self.load = loop.load_batches
 
     def __call__(self, dataset, batches, workers, device):
-        for samples, batch in zip(batches, self.load(dataset, batches, workers, device), strict=True):
+        for samples, batch in zip(
+            batches, self.load(dataset, batches, workers, device), strict=True
+        ):
             self.steps.append(list(samples))
             yield batch
 
@@ -48,7 +55,9 @@ def train_until_signal(folder: Path) -> list[list[int]]:
     return loader.steps
 
 
-def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, monkeypatch) -> None:
+def test_a_signal_to_one_process_stops_both_and_one_process_resumes(
+    tmp_path, monkeypatch
+) -> None:
     shards = run_in_processes(f"{__name__}:train_until_signal", tmp_path, world=2)
     assert [len(steps) for steps in shards] == [8, 8]
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -64,7 +73,12 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, mo
 
 
 def train_command(out: Path, *overrides: str) -> list[str]:
-    small = ["batch_size=240", "model.config.base_width=4", "preprocess.resize=8", "preprocess.crop=8"]
+    small = [
+        "batch_size=240",
+        "model.config.base_width=4",
+        "preprocess.resize=8",
+        "preprocess.crop=8",
+    ]
     settings = [word for override in [*small, *overrides] for word in ("--set", override)]
     return ["train", "--recipe", "digits-dsop", "--out", str(out), *settings]
 
@@ -84,7 +98,9 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     )
     assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")
     (error,) = [line for line in err.splitlines() if not line.startswith("epoch ")]
-    assert error.startswith("error: another process of the run ended, see its message and resume it")
+    assert error.startswith(
+        "error: another process of the run ended, see its message and resume it"
+    )
     assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
 
 
@@ -97,9 +113,13 @@ def test_an_error_of_a_process_ends_both_with_one_line_each(tmp_path) -> None:
     with start_module("sopdeploy", *command, world=2) as processes:
         results = wait_for(processes)
     assert [code for code, _, _ in results] == [2, 2]
-    errors = [line for _, _, err in results for line in err.splitlines() if line.startswith("error")]
+    errors = [
+        line for _, _, err in results for line in err.splitlines() if line.startswith("error")
+    ]
     assert len(errors) == 2
-    assert sum("photos/a/000.jpg" in line for line in errors) == 1  # the other one lost its connection
+    assert (
+        sum("photos/a/000.jpg" in line for line in errors) == 1
+    )  # the other one lost its connection
     assert "Traceback" not in "".join(err for _, _, err in results)
 
 
@@ -115,8 +135,12 @@ def test_torchrun_restarts_a_killed_process_and_one_process_prints(tmp_path) -> 
             while not last.exists():
                 assert time.monotonic() < deadline, f"{last} was not written"
                 time.sleep(0.05)
-            paths = {child: Path(f"/proc/{child}/environ") for child in children_of(processes[0].pid)}
-            (second,) = (child for child, path in paths.items() if b"\0RANK=1\0" in path.read_bytes())
+            paths = {
+                child: Path(f"/proc/{child}/environ") for child in children_of(processes[0].pid)
+            }
+            (second,) = (
+                child for child, path in paths.items() if b"\0RANK=1\0" in path.read_bytes()
+            )
             os.kill(second, signal.SIGKILL)
             ((code, out, error),) = wait_for(processes)
     assert code == 0, error

@@ -52,7 +52,9 @@ class Folder:
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
         outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
-        found = features.compute_features(outputs, "gap+isqrt", images, lambda done, total: None)
+        found = features.compute_features(
+            outputs, "gap+isqrt", images, lambda done, total: None
+        )
         return np.concatenate([found.own, found.reduced], axis=1), found.hashes
 
     def entries(self) -> list[Path]:
@@ -113,7 +115,10 @@ CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
     "added photographs": (add_photographs, CLASSES),
     "an added class": (add_class, CLASSES),
     "a replaced photograph": (replace_photograph, 1),
-    "another preprocessing": (lambda folder: folder.settings.append("preprocess.fit=pad"), EACH * CLASSES),
+    "another preprocessing": (
+        lambda folder: folder.settings.append("preprocess.fit=pad"),
+        EACH * CLASSES,
+    ),
     "other code that decodes images": (change_decoding, EACH * CLASSES),
     "other weights": (lambda folder: setattr(folder, "seed", 1), EACH * CLASSES),
     "a truncated entry": (truncate_entry, 1),
@@ -124,7 +129,9 @@ CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_only_what_changed_is_computed_and_the_result_is_that_without_a_cache(change: str, folder: Folder):
+def test_only_what_changed_is_computed_and_the_result_is_that_without_a_cache(
+    change: str, folder: Folder
+):
     folder.compute()
     assert folder.computed == EACH * CLASSES
     apply, expected = CHANGES[change]
@@ -193,7 +200,9 @@ def test_features_of_a_network_whose_code_changed_are_computed_again(
     folder.compute()
     original = features.SecondOrderHead.head_inputs
     monkeypatch.setattr(  # no name of a class, weight or option tells the difference
-        features.SecondOrderHead, "head_inputs", lambda network, images: original(network, 0 * images)
+        features.SecondOrderHead,
+        "head_inputs",
+        lambda network, images: original(network, 0 * images),
     )
     vectors, _ = folder.compute()
     assert folder.computed == EACH * CLASSES

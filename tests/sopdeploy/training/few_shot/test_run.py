@@ -27,7 +27,11 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.evaluation.multi_label import (
+    MeanPrecision,
+    average_precision,
+    resampled_precision,
+)
 from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
@@ -57,11 +61,22 @@ from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import train
-from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
+from tests.sopdeploy.training.runs import (
+    COLORS,
+    SMALL,
+    RecordingCallback,
+    paint,
+    train_with_page,
+)
 
 pytestmark = pytest.mark.usefixtures("allow_random_features")
 FEW_SHOT = ["procedure.kind=few_shot"]
-PLAIN = ["model.name=resnet8", "model.config={}", *SMALL[2:], *FEW_SHOT]  # without settings of branches
+PLAIN = [
+    "model.name=resnet8",
+    "model.config={}",
+    *SMALL[2:],
+    *FEW_SHOT,
+]  # without settings of branches
 
 
 def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +91,14 @@ def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     return Targets(np.eye(count)[classes], classes, "softmax")
 
 
-def problem_of(parts: list[np.ndarray], targets: Targets, spanning: int | None = None) -> LinearProblem:
+def problem_of(
+    parts: list[np.ndarray], targets: Targets, spanning: int | None = None
+) -> LinearProblem:
     """Build the problem of the vectors with *parts*, in the span of the first *spanning* ones."""
     space = Space.of([part[:spanning] for part in parts])
-    return LinearProblem(space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets)
+    return LinearProblem(
+        space, space.project(np.concatenate(parts, axis=1)), unit_length(parts[0]), targets
+    )
 
 
 UNSCALED = Scaling(temperature=1.0, excess=0.0)
@@ -88,10 +107,14 @@ UNSCALED = Scaling(temperature=1.0, excess=0.0)
 def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
     """Center and scale *parts* (N, D_i) as `Space.of` describes, and join them."""
     centered = [part - part.mean(axis=0) for part in parts]
-    return np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1)
+    return np.concatenate(
+        [part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1
+    )
 
 
-def test_sums_do_not_depend_on_how_many_images_are_added_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_sums_do_not_depend_on_how_many_images_are_added_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
     features, classes = blobs()
     found = []
     for rows in (4096, 7):
@@ -126,10 +149,15 @@ def test_several_classes_per_image_have_a_discriminant_each():
     inputs = scaled_inputs([features])
     ridge = SHRINKAGE * np.trace(inputs.T @ inputs) / inputs.shape[1] / (1 - SHRINKAGE)
     for row, column in zip(head.weight, shown.T, strict=True):
-        # The discriminant of two classes has the direction of a ridge regression of their indicator.
+        # The discriminant of two classes has the direction of a ridge regression of their
+        # indicator.
         expected = Ridge(alpha=ridge).fit(inputs, column).coef_
-        direction = row * np.sqrt(np.square(features - features.mean(axis=0)).sum(axis=1).mean())
-        assert direction / np.linalg.norm(direction) == pytest.approx(expected / np.linalg.norm(expected))
+        direction = row * np.sqrt(
+            np.square(features - features.mean(axis=0)).sum(axis=1).mean()
+        )
+        assert direction / np.linalg.norm(direction) == pytest.approx(
+            expected / np.linalg.norm(expected)
+        )
     assert (((features @ head.weight.T + head.bias) > 0) == (shown > 0)).mean() > 0.9
 
 
@@ -155,7 +183,9 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
 def validation_of(scores: np.ndarray) -> OutOfFold:
     """Build a cross-validation with *scores* (N, K), all by one head of equally large classes."""
     zeros = np.zeros(scores.shape[1])
-    head = Discriminant(zeros, zeros, zeros, zeros + len(scores) / scores.shape[1], zeros + np.inf)
+    head = Discriminant(
+        zeros, zeros, zeros, zeros + len(scores) / scores.shape[1], zeros + np.inf
+    )
     return OutOfFold(scores, [head], np.zeros(len(scores), np.intp))
 
 
@@ -173,7 +203,10 @@ def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
 def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
     features, classes = blobs(4000)
     kept = np.concatenate(
-        [np.flatnonzero(classes == label)[:count] for label, count in enumerate((5, 40, 40, 40))]
+        [
+            np.flatnonzero(classes == label)[:count]
+            for label, count in enumerate((5, 40, 40, 40))
+        ]
     )
     targets = softmax_targets(classes[kept])
     problem = problem_of([features[kept]], targets)
@@ -184,7 +217,10 @@ def test_a_class_of_few_images_is_recognized_as_well_as_the_others():
         head = problem.fit_all(one)
         logits = features @ head.weight.T + head.bias
         recalls.append(
-            [float((logits[classes == label].argmax(axis=1) == label).mean()) for label in range(4)]
+            [
+                float((logits[classes == label].argmax(axis=1) == label).mean())
+                for label in range(4)
+            ]
         )
         losses.append(softmax_targets(classes).losses(logits).mean())
     assert losses[0] < losses[1]
@@ -198,7 +234,9 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
     found = []
     for first in (0, 400):
         of_class = [np.flatnonzero(classes[first:] == label) + first for label in range(4)]
-        kept = np.concatenate([of_class[label][: few if label == 3 else 12] for label in range(4)])
+        kept = np.concatenate(
+            [of_class[label][: few if label == 3 else 12] for label in range(4)]
+        )
         known, problems = kept[classes[kept] < 3], []
         for chosen, count in ((known, 3), (kept, 4)):
             targets = softmax_targets(classes[chosen], count)
@@ -207,7 +245,11 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
             scaling = Scaling.fit([problem.cross_validate(folds)], targets, has_margins=True)
             problems.append((problem, scaling))
         (before, fitted), (after, scaling) = problems
-        heads = [before.fit_all(fitted), after.fit_all(scaling), after.fit_all(scaling._replace(margins=0.0))]
+        heads = [
+            before.fit_all(fitted),
+            after.fit_all(scaling),
+            after.fit_all(scaling._replace(margins=0.0)),
+        ]
         answers = [head.logits(features).argmax(axis=1) for head in heads]
         found.append([(one == classes)[classes < 3].mean() for one in answers])
         found[-1].append((answers[1] == 3)[classes == 3].mean())
@@ -219,7 +261,9 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
         assert of_known - with_margin < (of_known - without) / 4
 
 
-def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(monkeypatch: pytest.MonkeyPatch):
+def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr("sopdeploy.training.few_shot.classifier.COMMON", 0.0)
     features, classes = blobs(4000)
     space = Space.of([features])
@@ -253,17 +297,26 @@ def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images
     kept = np.arange(24)
     targets = Targets(shown[kept], classes[kept], "sigmoid")
     problem = problem_of([features[kept]], targets)
-    scaling = Scaling.fit([problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets)
+    scaling = Scaling.fit(
+        [problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets
+    )
     assert scaling.excess > 0
     heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
-    losses = [Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean() for head in heads]
+    losses = [
+        Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean()
+        for head in heads
+    ]
     assert losses[0] <= losses[1]
 
 
 def test_a_class_with_too_few_photographs_is_named_with_what_more_would_give():
     features, classes = blobs(400)
-    features += np.random.default_rng(1).normal(size=features.shape)  # so that more photographs help
-    kept = np.concatenate([np.flatnonzero(classes == label)[: 2 if label == 3 else 12] for label in range(4)])
+    features += np.random.default_rng(1).normal(
+        size=features.shape
+    )  # so that more photographs help
+    kept = np.concatenate(
+        [np.flatnonzero(classes == label)[: 2 if label == 3 else 12] for label in range(4)]
+    )
     targets = softmax_targets(classes[kept])
     problem = problem_of([features[kept]], targets)
     validation = problem.cross_validate(targets.folds(list(map(str, kept)), 10, 0))
@@ -301,7 +354,9 @@ def test_logits_of_the_network_have_the_scale_to_which_the_temperature_was_fitte
 
 def test_copies_of_a_photograph_count_once_in_the_correction():
     features, classes = blobs(40)
-    copied = np.concatenate([np.arange(40), np.repeat([0, 4, 8], 9)])  # ten of each of three of the class 0
+    copied = np.concatenate(
+        [np.arange(40), np.repeat([0, 4, 8], 9)]
+    )  # ten of each of three of the class 0
     targets, images = softmax_targets(classes[copied]), np.ones(67, np.bool_)
     for groups, expected in ((None, 37), (copied, 37**2 / (3 * 10**2 + 7))):
         problem = replace(problem_of([features[copied]], targets), groups=groups)
@@ -311,7 +366,9 @@ def test_copies_of_a_photograph_count_once_in_the_correction():
 
 def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
     classes = np.asarray([0] * 10 + [1] * 5)
-    keys = [f"a{number}" for number in range(9)] + ["a8"] + [f"b{number}" for number in range(5)]
+    keys = (
+        [f"a{number}" for number in range(9)] + ["a8"] + [f"b{number}" for number in range(5)]
+    )
     folds = softmax_targets(classes, 2).folds(keys, 5, seed=3)
     assert folds[8] == folds[9]
     assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
@@ -377,12 +434,17 @@ def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
 def test_every_fold_has_one_image_of_each_class_if_these_are_few():
     classes = np.arange(40) % 4
     keys = [str(number // 2) for number in range(40)]  # pairs of copies, of two classes
-    for targets, expected in ((softmax_targets(classes % 2, 2), 10), (softmax_targets(np.arange(20) % 4), 5)):
+    for targets, expected in (
+        (softmax_targets(classes % 2, 2), 10),
+        (softmax_targets(np.arange(20) % 4), 5),
+    ):
         folds = targets.folds(
             keys[: len(targets.classes)] if expected == 10 else list(map(str, range(20))), 10, 0
         )
         assert len(set(folds)) == expected
-        counts = np.stack([targets.classes[folds == fold].sum(axis=0) for fold in range(expected)])
+        counts = np.stack(
+            [targets.classes[folds == fold].sum(axis=0) for fold in range(expected)]
+        )
         assert (counts == counts[0]).all()
 
 
@@ -391,12 +453,17 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     wrong = np.arange(80) % 10 == 0
     labels = np.where(wrong, (classes + 1) % 4, classes)
     targets = softmax_targets(labels)
-    problem, folds = problem_of([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
+    problem, folds = (
+        problem_of([features], targets),
+        targets.folds(list(map(str, range(80))), 10, 0),
+    )
     validation = problem.cross_validate(folds)
     scaling = Scaling.fit([validation], targets)
     first = problem.logits(validation, scaling)
     second = problem.logits_without_doubted(first, folds, scaling)
-    before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
+    before, after = (
+        -log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second)
+    )
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.02
     sure = 9.0 * np.eye(4)[labels]
     assert problem.logits_without_doubted(sure, folds, scaling) is sure
@@ -408,15 +475,26 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
 
 def test_improbable_labels_are_listed_the_least_probable_first():
     wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
-    right = [[0.95, 0.03, 0.02], [0.4, 0.11, 0.49], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9], [0.9, 0.05, 0.05]]
+    right = [
+        [0.95, 0.03, 0.02],
+        [0.4, 0.11, 0.49],
+        [0.05, 0.9, 0.05],
+        [0.05, 0.05, 0.9],
+        [0.9, 0.05, 0.05],
+    ]
     probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 0, 1, 1, 2, 0])
     images = ArrayImages(("a", "b", "c"), np.zeros((7, 2, 2, 3), np.uint8), classes)
     listed = list_wrong_labels(np.log(probabilities), images)
-    assert [(index, one.label, one.suggested) for index, one in listed] == [(0, "a", "b"), (1, "c", "a")]
+    assert [(index, one.label, one.suggested) for index, one in listed] == [
+        (0, "a", "b"),
+        (1, "c", "a"),
+    ]
     assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
 
 
-def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(tmp_path: Path, monkeypatch):
+def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
+    tmp_path: Path, monkeypatch
+):
     photos, first, calls = paint(tmp_path / "photos", 17), LinearProblem.cosines, []
 
     def with_larger_cosines(problem: LinearProblem, folds: np.ndarray) -> np.ndarray:
@@ -438,7 +516,9 @@ def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
-    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 17)}"])
+    recipe = read_recipe(
+        "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 17)}"]
+    )
     stages: list[str] = []
 
     class Stages(Callback):
@@ -465,7 +545,9 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
     before = found.model_dump(mode="json", exclude={"temperature"}) | {"strength": 30.0}
-    assert read_result({"procedure": before}).top1 == found.top1  # of a version with a logistic regression
+    assert (
+        read_result({"procedure": before}).top1 == found.top1
+    )  # of a version with a logistic regression
     test = paint(tmp_path / "test", 5, seed=1)
     scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8
@@ -474,7 +556,13 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
     assert rows["log loss"].endswith("images")
-    command = ["data", "check", str(tmp_path / "photos"), "--wrong-labels", str(tmp_path / "run")]
+    command = [
+        "data",
+        "check",
+        str(tmp_path / "photos"),
+        "--wrong-labels",
+        str(tmp_path / "run"),
+    ]
     shown = CliRunner().invoke(app, [*command, "--json"])
     listed = json.loads(shown.stdout)
     assert ("Probably wrong labels" in page) == bool(listed)
@@ -485,14 +573,21 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert not any("resumed" in values.get("message", "") for _, values in callback.events)
     assert again.procedure == found
     after = read_checkpoint(result.best)
-    (tmp_path / "photos" / "red" / "0.png").rename(tmp_path / "photos" / "red" / "z.png")  # another order
+    (tmp_path / "photos" / "red" / "0.png").rename(
+        tmp_path / "photos" / "red" / "z.png"
+    )  # another order
     changed = CliRunner().invoke(app, command)
     assert (changed.exit_code, changed.stdout) == (2, "")
     assert "the images have changed since the run" in changed.stderr
-    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+    with pytest.raises(
+        DataError, match="training images, their order or labels have changed since"
+    ):
         train_recipe(recipe, tmp_path / "run", resume=True)
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
-    assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
+    assert all(
+        torch.equal(after.weights[name], checkpoint.weights[name])
+        for name in checkpoint.weights
+    )
 
 
 def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
@@ -509,7 +604,10 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
     expected = fit_decision(logits, classes, estimated_on="cross-validation")
     assert expected.rejection is not None
     found = fit_decision(
-        np.tile(logits, (3, 1)), np.tile(classes, 3), estimated_on="cross-validation", groups=groups
+        np.tile(logits, (3, 1)),
+        np.tile(classes, 3),
+        estimated_on="cross-validation",
+        groups=groups,
     )
     assert found == expected
     copies = np.tile(random.normal(size=60), 3)
@@ -518,22 +616,33 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
     assert mean.high - mean.low > narrower.high - narrower.low
 
 
-def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: Path, monkeypatch):
+def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
+    tmp_path: Path, monkeypatch
+):
     root, each = paint(tmp_path / "photos", 6), 7
     for color in COLORS:
         Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
     first = each * np.arange(len(COLORS))
-    found = NearDuplicates(np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each)
-    monkeypatch.setattr("sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found)
+    found = NearDuplicates(
+        np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each
+    )
+    monkeypatch.setattr(
+        "sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found
+    )
     result = train_with_page(
         read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
     )
     recorded = read_checkpoint(result.last).resume["procedure"]
     judged = recorded["judged"].tolist()
     right = int((recorded["out_of_fold"].argmax(1).numpy() == np.arange(21) // each).sum())
-    of_all = Rate.of(right, 21, 21**2 / (3 * 2**2 + 15))  # three pairs, and 15 other photographs
+    of_all = Rate.of(
+        right, 21, 21**2 / (3 * 2**2 + 15)
+    )  # three pairs, and 15 other photographs
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert f"Top-1 {percent(of_all.share)} ({percent(of_all.low)} to {percent(of_all.high)})" in page
+    assert (
+        f"Top-1 {percent(of_all.share)} ({percent(of_all.low)} to {percent(of_all.high)})"
+        in page
+    )
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
     assert result.procedure.alike == (sorted(COLORS)[0],)
@@ -549,7 +658,9 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
     objects = np.arange(12 * len(COLORS)) // frames
     vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
     found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
-    monkeypatch.setattr("sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found)
+    monkeypatch.setattr(
+        "sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found
+    )
     for number in range(12):  # sorted as the frames are
         for color in COLORS:
             (root / color / f"{number}.png").rename(
@@ -558,7 +669,10 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
     settings = [*SMALL, *FEW_SHOT, f"data.path={root}", f"data.groups={pattern}"]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
     if pattern:
-        assert (result.num_groups, result.clip) == (len(COLORS), ())  # all names of a class begin alike
+        assert (result.num_groups, result.clip) == (
+            len(COLORS),
+            (),
+        )  # all names of a class begin alike
     else:
         assert (result.num_groups, len(result.clip)) == (3 * len(COLORS), 2)
         assert "are frames of one clip, or show one object" in "\n".join(result.lines())
@@ -569,7 +683,8 @@ def kept_names(count: int, first: int = 0) -> list[bytes]:
     return [f"{first + number:032x}.jpg".encode() for number in range(count)]
 
 
-# Own photographs of each of two classes, kept ones of each, those of a new class, and the judged ones.
+# Own photographs of each of two classes, kept ones of each, those of a new class, and the
+# judged ones.
 SELECTED = {
     "no kept photographs": ((12, 12), (0, 0), 0, 24),
     "kept photographs are atypical": ((12, 12), (5, 3), 0, 24),
@@ -578,12 +693,21 @@ SELECTED = {
 }
 
 
-@pytest.mark.parametrize(("own", "kept", "of_new_class", "judged"), SELECTED.values(), ids=SELECTED)
-def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_class: int, judged: int):
+@pytest.mark.parametrize(
+    ("own", "kept", "of_new_class", "judged"), SELECTED.values(), ids=SELECTED
+)
+def test_photographs_that_a_server_selected_are_not_judged(
+    own, kept, of_new_class: int, judged: int
+):
     paths, targets = [], []
-    for target, (num_own, num_kept) in enumerate(zip((*own, 0), (*kept, of_new_class), strict=True)):
+    for target, (num_own, num_kept) in enumerate(
+        zip((*own, 0), (*kept, of_new_class), strict=True)
+    ):
         names = [f"{target}-{number}.jpg".encode() for number in range(num_own)]
-        paths += [f"{target}/".encode() + name for name in (*names, *kept_names(num_kept, 100 * target))]
+        paths += [
+            f"{target}/".encode() + name
+            for name in (*names, *kept_names(num_kept, 100 * target))
+        ]
         targets += [target] * (num_own + num_kept)
     images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
     assert select_typical(images).sum() == judged
@@ -592,23 +716,33 @@ def test_photographs_that_a_server_selected_are_not_judged(own, kept, of_new_cla
 def test_a_photograph_of_weight_one_counts_in_class_means_as_eight_of_an_eighth():
     features, classes = blobs()
     problem, folds = problem_of([features], softmax_targets(classes)), np.arange(40) // 4 % 5
-    often = np.repeat(np.arange(40), np.where(np.arange(40) < 28, 8, 1))  # the others are selected
+    often = np.repeat(
+        np.arange(40), np.where(np.arange(40) < 28, 8, 1)
+    )  # the others are selected
     repeated = problem_of([features[often]], softmax_targets(classes[often]))
     weighted = replace(problem, weights=np.where(np.arange(40) < 28, 1.0, 0.125))
     assert weighted.class_means() == pytest.approx(repeated.class_means(), abs=1e-6)
     first = np.unique(often, return_index=True)[1]
-    assert weighted.cosines(folds) == pytest.approx(repeated.cosines(folds[often])[first], abs=1e-6)
+    assert weighted.cosines(folds) == pytest.approx(
+        repeated.cosines(folds[often])[first], abs=1e-6
+    )
 
 
-def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(tmp_path: Path):
+def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_selected(
+    tmp_path: Path,
+):
     root = paint(tmp_path / "photos", 12)
     paint(tmp_path / "others", 2, seed=7)
     for number, color in enumerate(COLORS):
         for name, path in zip(
-            kept_names(2, 2 * number), sorted((tmp_path / "others" / color).iterdir()), strict=True
+            kept_names(2, 2 * number),
+            sorted((tmp_path / "others" / color).iterdir()),
+            strict=True,
         ):
             Image.open(path).convert("RGB").save(root / color / name.decode())
-    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    result = train_recipe(
+        read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
+    )
     found = result.procedure
     assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
     assert result.decision.calibration.num_images == 12 * len(COLORS)
@@ -620,7 +754,12 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     paint(tmp_path / "photos" / "val", 2, seed=1)
     for number in range(3, 6):
         (tmp_path / "photos" / "train" / "red" / f"{number}.png").unlink()
-    settings = [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}", "procedure.group_copies=false"]
+    settings = [
+        *SMALL,
+        *FEW_SHOT,
+        f"data.path={tmp_path / 'photos'}",
+        "procedure.group_copies=false",
+    ]
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run")
     found = result.procedure
     assert (result.train_count, result.held_out_count) == (15, 6)
@@ -642,13 +781,20 @@ def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_wa
     paint(photos / "val", 2, seed=1)
     shutil.copy(photos / "train" / "red" / "0.png", photos / "val" / "red" / "0.png")
     for number in range(8):  # the largest class of the training images only
-        shutil.copy(photos / "train" / "blue" / "0.png", photos / "train" / "blue" / f"copy{number}.png")
+        shutil.copy(
+            photos / "train" / "blue" / "0.png", photos / "train" / "blue" / f"copy{number}.png"
+        )
     settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
-    result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=callback).procedure
+    result = train_recipe(
+        read_recipe("photos", settings), tmp_path / "run", callback=callback
+    ).procedure
     assert (result.class_counts["blue"], result.judged_counts) == (12, dict.fromkeys(COLORS, 2))
     unsure = result.model_copy(update={"top1": Rate.of(2, 6)})
     assert 'always answering "blue" gives 33 %' in unsure.describe_score()
-    loop, folder = RecordingCallback(), RunFolder(tmp_path / "loop", Strategy(torch.device("cpu")))
+    loop, folder = (
+        RecordingCallback(),
+        RunFolder(tmp_path / "loop", Strategy(torch.device("cpu"))),
+    )
     settings = [*SMALL, f"data.path={photos}", "procedure.kind=loop"]
     set_up_run(read_recipe("photos", settings), folder, None, loop)
     for events in (callback.events, loop.events):
@@ -683,9 +829,15 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         "model.config={}",
         f"data.path={paint(tmp_path / 'photos', 40)}",
     ]
-    data, processes = open_data(read_recipe("photos", settings).data), Strategy(torch.device("cpu"))
+    data, processes = (
+        open_data(read_recipe("photos", settings).data),
+        Strategy(torch.device("cpu")),
+    )
     setup = set_up_run(
-        read_recipe("photos", settings), RunFolder(tmp_path / "run", processes), None, Callback()
+        read_recipe("photos", settings),
+        RunFolder(tmp_path / "run", processes),
+        None,
+        Callback(),
     )
     joined = setup.data
     assert setup.reason.startswith("few-shot procedure, for up to 100,000 images")
@@ -693,14 +845,21 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
-    assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
+    assert sorted(
+        "/".join(joined.train.path(index).parts[-2:]) for index in range(120)
+    ) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure == LoopConfig()
+    assert (
+        select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure
+        == LoopConfig()
+    )
     monkeypatch.setattr("sopdeploy.training.setup.FEW_IMAGES", 100)
     folder = RunFolder(tmp_path / "other", processes)
     reason = set_up_run(read_recipe("photos", settings), folder, None, Callback()).reason
-    assert reason.startswith("training loop, for more than 100 images; procedure.kind=few_shot fits a head")
+    assert reason.startswith(
+        "training loop, for more than 100 images; procedure.kind=few_shot fits a head"
+    )
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train)).recipe
         assert selected.procedure == LoopConfig()
@@ -736,7 +895,9 @@ def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: 
 
 
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
-    recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"])
+    recipe = read_recipe(
+        "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"]
+    )
     monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
     found = []
 
@@ -750,15 +911,25 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
     assert features.reduced.shape == (36, 20)
     values = [getattr(features, field.name) for field in fields(features)]
     arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim == 2]
-    assert max(array.shape[1] for array in arrays) == features.own.shape[1] < network.num_features()
+    assert (
+        max(array.shape[1] for array in arrays)
+        == features.own.shape[1]
+        < network.num_features()
+    )
 
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():
     random = np.random.default_rng(0)
     true, scores = random.random(30) < 0.4, random.random(30)
     draws = random.multinomial(30, [1 / 30] * 30, 5)
-    for shown in (scores, scores.round(1), np.full(30, 0.5)):  # distinct scores, some equal, all equal
-        expected = [average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws]
+    for shown in (
+        scores,
+        scores.round(1),
+        np.full(30, 0.5),
+    ):  # distinct scores, some equal, all equal
+        expected = [
+            average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws
+        ]
         assert np.allclose(resampled_precision(true, shown, draws), expected)
     both = np.stack([true, ~true], axis=1)
     with pytest.raises(DataError, match=r"^no image shows a class of the network"):
@@ -792,14 +963,25 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert "counts as unknown" not in page  # this decision has no such rule
     last = read_checkpoint(result.last)
     state = last.resume["procedure"]
-    lacking, resumed = {"targets": None, "file_hashes": None}, {"file_hashes": state["file_hashes"].unique()}
+    lacking, resumed = (
+        {"targets": None, "file_hashes": None},
+        {"file_hashes": state["file_hashes"].unique()},
+    )
     for older in ({}, lacking, resumed):  # the records of older versions
-        arrays = {name: value for name, value in {**state, **older}.items() if value is not None}
-        write_checkpoint(result.last, replace(last, resume={**last.resume, "procedure": arrays}))
+        arrays = {
+            name: value for name, value in {**state, **older}.items() if value is not None
+        }
+        write_checkpoint(
+            result.last, replace(last, resume={**last.resume, "procedure": arrays})
+        )
         assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
     write_checkpoint(result.last, last)
-    (tmp_path / "photos" / "labels.csv").write_text("\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8")
-    with pytest.raises(DataError, match="training images, their order or labels have changed since"):
+    (tmp_path / "photos" / "labels.csv").write_text(
+        "\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8"
+    )
+    with pytest.raises(
+        DataError, match="training images, their order or labels have changed since"
+    ):
         train_recipe(recipe, tmp_path / "run", resume=True)
 
 
@@ -808,7 +990,9 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
-        train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run")
+        train_recipe(
+            read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run"
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -841,7 +1025,10 @@ def test_a_photograph_is_read_once_and_two_networks_are_built(
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
 
 
-NETWORKS = {"a network that is named": ("model.name=timm:test_efficientnet",), "the network of the file": ()}
+NETWORKS = {
+    "a network that is named": ("model.name=timm:test_efficientnet",),
+    "the network of the file": (),
+}
 
 
 @pytest.mark.parametrize("case", NETWORKS)
@@ -860,7 +1047,9 @@ def test_a_weight_file_is_checked_once_and_read_once(
     monkeypatch.setattr(builtins, "open", record)
     settings = [*NETWORKS[case], "preprocess.resize=32", "preprocess.crop=32"]
     train(paint(tmp_path / "photos", 6), out=tmp_path / "run", weights=weights, set=settings)
-    assert opened.count(str(weights)) == 2  # its first bytes before torch is imported, then the whole file
+    assert (
+        opened.count(str(weights)) == 2
+    )  # its first bytes before torch is imported, then the whole file
 
 
 def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
@@ -875,7 +1064,9 @@ def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path
     return root
 
 
-NO_ESTIMATE = "no estimate of the accuracy, which needs two different photographs of two classes or more"
+NO_ESTIMATE = (
+    "no estimate of the accuracy, which needs two different photographs of two classes or more"
+)
 OBJECTS = {
     "one class of two objects": ({"a": 2, "b": 1}, True, ["are two groups", NO_ESTIMATE]),
     "two objects per class": ({"a": 2, "b": 2}, False, ["all images of a, b are two groups"]),
@@ -897,9 +1088,16 @@ def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
 
 
 def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Path):
-    photos, random = write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1), np.random.default_rng(1)
-    for file in list(photos.rglob("0.png")):  # one more photograph of the object, and of one a copy
-        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file.with_name("1.png"))
+    photos, random = (
+        write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1),
+        np.random.default_rng(1),
+    )
+    for file in list(
+        photos.rglob("0.png")
+    ):  # one more photograph of the object, and of one a copy
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            file.with_name("1.png")
+        )
     shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
     result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = result.procedure.lines()
@@ -914,8 +1112,13 @@ def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Pat
 
 def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
     photos = paint(tmp_path / "photos", 6)
-    rows = [f"{file.relative_to(photos)},{file.parent.name},{file.stem}" for file in photos.rglob("*.png")]
-    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]))  # a session of all classes
+    rows = [
+        f"{file.relative_to(photos)},{file.parent.name},{file.stem}"
+        for file in photos.rglob("*.png")
+    ]
+    (photos / "labels.csv").write_text(
+        "\n".join(["file,classes,group", *rows])
+    )  # a session of all classes
     result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     assert result.procedure.contradictions == ()
     assert (result.procedure.num_groups, result.procedure.num_photographs) == (6, 18)
@@ -937,7 +1140,9 @@ def test_only_a_run_that_starts_from_another_protects_its_classes(tmp_path: Path
         recipes.append(best.training["recipe"]["procedure"].get("margins"))
         biases = best.weights[next(name for name in best.weights if name.endswith("fc.bias"))]
         recipes.append(biases[best.labels.index("new")] - biases[best.labels.index("red")])
-    (without, bias), (margins, lower), (again, same) = zip(recipes[::2], recipes[1::2], strict=True)
+    (without, bias), (margins, lower), (again, same) = zip(
+        recipes[::2], recipes[1::2], strict=True
+    )
     assert (without, margins, again) == (False, True, False)
     assert lower < bias == same
 
@@ -954,22 +1159,32 @@ def test_photographs_that_are_all_in_two_classes_give_no_estimate(tmp_path: Path
 def test_the_suggested_command_can_be_pasted(tmp_path: Path):
     photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
     settings = [part for value in PLAIN for part in ("--set", value)]
-    shown = CliRunner().invoke(app, ["train", "--data", str(photos), "--out", str(out), *settings])
+    shown = CliRunner().invoke(
+        app, ["train", "--data", str(photos), "--out", str(out), *settings]
+    )
     (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
     assert shlex.split(line)[-2] == str(out / "best.pt")
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
-def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(tmp_path: Path, monkeypatch, wrong):
-    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)  # of so few photographs
+def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
+    tmp_path: Path, monkeypatch, wrong
+):
+    monkeypatch.setattr(
+        "sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5
+    )  # of so few photographs
     root = paint(tmp_path / "photos", 12)
     first, second = sorted(COLORS)[:2]
     for number in range(wrong):
         (root / first / f"{number}.png").rename(root / second / f"wrong {number}.png")
-    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    result = train_recipe(
+        read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
+    )
     lines = "\n".join(result.procedure.lines())
     assert result.procedure.num_doubted == wrong
-    assert ("2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines) == bool(wrong)
+    assert (
+        "2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines
+    ) == bool(wrong)
 
 
 @pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])
@@ -984,12 +1199,16 @@ def test_a_class_of_anything_else_is_recognized_by_its_spread(spread: float, nam
 
 def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
     random, classes = np.random.default_rng(0), np.repeat(np.arange(3), (10, 10, 4))
-    own = unit_length(np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50)))
+    own = unit_length(
+        np.where(classes[:, None] == 2, 0.0, 1.0) + 0.1 * random.normal(size=(24, 50))
+    )
     assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
 
 
 def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
-    root = paint(tmp_path / "photos", 48)  # of fewer, chance may take one for the other less often
+    root = paint(
+        tmp_path / "photos", 48
+    )  # of fewer, chance may take one for the other less often
     one, other = sorted(COLORS)[0], root / "zebra"
     other.mkdir()
     for number in range(0, 48, 2):
@@ -997,8 +1216,9 @@ def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"])
     result = train_recipe(recipe, tmp_path / "run").procedure
     assert result.confused == ((one, "zebra"),)
-    assert f"{one} and zebra are taken for each other as by chance; if they show one thing" in "\n".join(
-        result.lines()
+    assert (
+        f"{one} and zebra are taken for each other as by chance; if they show one thing"
+        in "\n".join(result.lines())
     )
 
 

@@ -44,7 +44,9 @@ def logits(seed: int) -> torch.Tensor:
     smoothing=st.floats(0, 0.9),
     penalty=st.floats(0, 10),
 )
-def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(weights, smoothing, penalty) -> None:
+def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(
+    weights, smoothing, penalty
+) -> None:
     branches = {"low": logits(1), "high": logits(2)}
     output = TrainingOutput(logits(0), branches, {"balance": torch.tensor(penalty)})
     named = dict(zip(("main", "low", "high"), weights, strict=True))
@@ -80,14 +82,20 @@ def test_a_run_with_all_options_resumes_bit_by_bit(finished: Path, tmp_path: Pat
     interrupt(all_options(), tmp_path / "run", "step", 1, 3)
     train_recipe(all_options(), tmp_path / "run", resume=True)
     assert same_run(finished, tmp_path / "run")
-    assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {"conv1.weight", "fc.weight"}
+    assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {
+        "conv1.weight",
+        "fc.weight",
+    }
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_a_checkpoint_has_plain_float32_weights(finished: Path, name: str) -> None:
     checkpoint = read_checkpoint(finished / name)
     weights = {**checkpoint.weights, **(checkpoint.resume or {}).get("weights", {})}
-    assert {str(tensor.dtype) for tensor in weights.values()} <= {"torch.float32", "torch.int64"}
+    assert {str(tensor.dtype) for tensor in weights.values()} <= {
+        "torch.float32",
+        "torch.int64",
+    }
     build_classifier(checkpoint, finished / name)
 
 
@@ -101,7 +109,9 @@ def test_a_joint_teacher_learns_and_is_not_exported(finished: Path) -> None:
 
 
 def checkpoint_history(run: Path) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = read_checkpoint(run / "last.pt").resume["position"]["history"]
+    history: list[dict[str, Any]] = read_checkpoint(run / "last.pt").resume["position"][
+        "history"
+    ]
     return history
 
 
@@ -111,7 +121,10 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
     images, rules = open_data(all_options().data).held_out, checkpoint.preprocess
     cropped, plain = (
         evaluate_network(model, dataset, rules)
-        for dataset in (PreprocessedDataset(images, rules, pad=4), PreprocessedDataset(images, rules))
+        for dataset in (
+            PreprocessedDataset(images, rules, pad=4),
+            PreprocessedDataset(images, rules),
+        )
     )
     assert checkpoint_history(finished)[-1]["metrics"]["top1"] == pytest.approx(cropped.top1)
     assert cropped.top1 != plain.top1
@@ -126,7 +139,9 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
     dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)
     for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
         padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
-        crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+        crops = [
+            padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)
+        ]
         assert any(np.array_equal(dataset.pixels([index])[0], crop) for crop in crops)
 
 
@@ -136,5 +151,7 @@ def test_lighting_adds_multiples_of_the_principal_colors() -> None:
     assert np.array_equal(lighting(ARRAY, 1), lighting(ARRAY, 1))
     gray = np.full((4, 4, 3), 128, dtype=np.uint8)
     shifts = np.array([lighting(gray, seed)[0, 0] - 128.0 for seed in range(400)]) / 255
-    expected = COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
+    expected = (
+        COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
+    )
     assert np.cov(shifts.T) == pytest.approx(expected, abs=0.15 * expected.max())

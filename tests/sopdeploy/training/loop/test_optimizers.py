@@ -62,7 +62,9 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(2, 3, 3, 3))
     optimizer = AdaHessian([kernel], lr=0.1)
-    optimizer.backward(nn.functional.conv2d(torch.randn(4, 3, 6, 6), kernel).pow(2).mean(), seed=0)
+    optimizer.backward(
+        nn.functional.conv2d(torch.randn(4, 3, 6, 6), kernel).pow(2).mean(), seed=0
+    )
     optimizer.step()
     curvature = optimizer.state[kernel]["curvature"]
     assert torch.equal(curvature, curvature[:, :, :1, :1].expand_as(curvature))
@@ -77,7 +79,9 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     ],
 )
 def test_rmsprop_adds_eps_after_the_root_and_as_tensorflow_inside_of_it(settings, step) -> None:
-    config = short_recipe(f"optimizer={{kind='rmsprop', lr=1.0, eps=1e-3, {settings}}}").optimizer
+    config = short_recipe(
+        f"optimizer={{kind='rmsprop', lr=1.0, eps=1e-3, {settings}}}"
+    ).optimizer
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     weight.grad = torch.full_like(weight, 1e-3)
     create_optimizer(config, [weight]).step()
@@ -162,9 +166,15 @@ def test_milestones_multiply_after_a_linear_warm_up() -> None:
 @pytest.mark.parametrize(
     ("schedule", "reference"),
     [
-        (OneCycle(kind="one-cycle"), partial(lr_scheduler.OneCycleLR, max_lr=0.4, total_steps=101)),
+        (
+            OneCycle(kind="one-cycle"),
+            partial(lr_scheduler.OneCycleLR, max_lr=0.4, total_steps=101),
+        ),
         (Cosine(kind="cosine"), partial(lr_scheduler.CosineAnnealingLR, T_max=20)),
-        (Cosine(kind="cosine", floor=0.1), partial(lr_scheduler.CosineAnnealingLR, T_max=20, eta_min=0.04)),
+        (
+            Cosine(kind="cosine", floor=0.1),
+            partial(lr_scheduler.CosineAnnealingLR, T_max=20, eta_min=0.04),
+        ),
     ],
 )
 def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
@@ -175,6 +185,8 @@ def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
     theirs = reference(optimizer)
     for step in range(epochs * steps):
         expected = optimizer.param_groups[0]["lr"]
-        assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(expected, abs=tolerance)
+        assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(
+            expected, abs=tolerance
+        )
         optimizer.step()
         theirs.step()

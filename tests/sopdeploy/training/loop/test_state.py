@@ -55,12 +55,16 @@ def uninterrupted(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrupted, event, workers) -> None:
+def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(
+    tmp_path, uninterrupted, event, workers
+) -> None:
     out, (before, after) = tmp_path / "run", workers
     interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
     callback = RecordingCallback()
-    resumed = train_recipe(short_recipe(f"workers={after}"), out, resume=True, callback=callback)
+    resumed = train_recipe(
+        short_recipe(f"workers={after}"), out, resume=True, callback=callback
+    )
     assert resumed.num_epochs == 3
     epoch = (
         3 if event[0] == "epoch" else event[1] + 1
@@ -72,7 +76,9 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
 
 def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path) -> None:
     sizes = "blocks_per_stage=1, conv5_stride=1, components=4, chosen=2, component_widths=[6], gate_widths=[]"
-    recipe = short_recipe("model.name=gmsop-16-8-resnet18", f"model.config={{{sizes}}}", "epochs=1")
+    recipe = short_recipe(
+        "model.name=gmsop-16-8-resnet18", f"model.config={{{sizes}}}", "epochs=1"
+    )
     whole = train_recipe(recipe, tmp_path / "whole").out
     interrupt(recipe, tmp_path / "run", "step", 0, 2)
     assert same_run(train_recipe(recipe, tmp_path / "run", resume=True).out, whole)
@@ -107,7 +113,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
             deliver(signal.SIGINT)
             deliver(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background processes ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             train_recipe(short_recipe(), tmp_path / "run", callback=Impatient())
@@ -131,22 +139,32 @@ class CheckpointWatcher(RecordingCallback):
 
 
 @pytest.mark.parametrize(("interval", "saved"), [(60, {(0, 3)}), (120, {(0, 2), (0, 4)})])
-def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interval, saved) -> None:
+def test_checkpoints_are_written_every_few_minutes(
+    tmp_path, monkeypatch, interval, saved
+) -> None:
     clock = iter(range(0, 10_000, interval))  # seconds pass between two reads of the clock
-    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(
+        checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock)))
+    )
     watcher = CheckpointWatcher(tmp_path / "run")
-    train_recipe(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
+    train_recipe(
+        short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher
+    )
     assert set(watcher.positions) == saved
 
 
 FULL = {
     "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
-    "the file is not complete": RuntimeError("[enforce fail at inline_container.cc:672]"),  # of torch.save
+    "the file is not complete": RuntimeError(
+        "[enforce fail at inline_container.cc:672]"
+    ),  # of torch.save
 }
 
 
 @pytest.mark.parametrize("reason", FULL)
-def test_a_full_disk_leaves_the_checkpoints_before(reason, tmp_path, monkeypatch, uninterrupted) -> None:
+def test_a_full_disk_leaves_the_checkpoints_before(
+    reason, tmp_path, monkeypatch, uninterrupted
+) -> None:
     out, save = tmp_path / "run", torch.save
 
     def fail_in_epoch_2(content, file) -> None:
@@ -156,7 +174,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(reason, tmp_path, monkeypatch
         save(content, file)
 
     monkeypatch.setattr(module.torch, "save", fail_in_epoch_2)
-    with pytest.raises(StorageError, match=rf"last\.pt: cannot be written \({reason}\); check permissions"):
+    with pytest.raises(
+        StorageError, match=rf"last\.pt: cannot be written \({reason}\); check permissions"
+    ):
         train_recipe(short_recipe(), out)
     monkeypatch.undo()
     assert not list(out.glob("*.partial"))
@@ -190,7 +210,11 @@ CASES = {
 
 RUNS = [  # case, number of kills, seed
     (REMOVED_BRANCHES, 2, 0),
-    *(pytest.param(case, 10, seed, marks=pytest.mark.slow) for case in CASES for seed in range(1, 3)),
+    *(
+        pytest.param(case, 10, seed, marks=pytest.mark.slow)
+        for case in CASES
+        for seed in range(1, 3)
+    ),
 ]
 
 
@@ -206,7 +230,9 @@ class StepPipe(Callback):
 
 def run_child(out: Path, overrides: tuple[str, ...], pipe: Connection) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # loader processes then end with the killed run
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # loader processes then end with the killed run
     with few_digits():
         train_recipe(short_recipe(*overrides), out, resume="auto", callback=StepPipe(pipe))
 
@@ -266,12 +292,19 @@ def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
 def test_steps_with_different_penalties_are_read_together() -> None:
     run = object.__new__(state.LoopState)
     total, part = torch.tensor(3.0), torch.tensor(1.0)
-    losses = [Loss(total, {"main": total}), Loss(total, {"main": part, "late": part}, torch.tensor([2, 5]))]
+    losses = [
+        Loss(total, {"main": total}),
+        Loss(total, {"main": part, "late": part}, torch.tensor([2, 5])),
+    ]
     steps = [state.FinishedStep(loss, torch.tensor(0.5), torch.tensor(1), 4) for loss in losses]
     vars(run).update(strategy=SimpleNamespace(world=1), position=Position(step=2), unread=steps)
     assert run.read_steps() == [3, 3]
     assert run.position.sums == {"loss": 24, "main": 16, "late": 4}
-    assert (run.position.seen, run.position.gradient, run.position.component_counts) == (8, 4, (2, 5))
+    assert (run.position.seen, run.position.gradient, run.position.component_counts) == (
+        8,
+        4,
+        (2, 5),
+    )
 
 
 def check_removed_branches(out: Path) -> None:
@@ -298,9 +331,13 @@ def test_steps_that_are_read_together_report_and_save_the_same(
         assert ("after 4 steps of it" in stopped) == (event[0] == "step")
     train_recipe(short_recipe(), out, resume="auto", callback=callback)
     assert same_run(out, uninterrupted)
-    steps = [values for name, values in callback.events if name == "step" and values["epoch"] == 2]
+    steps = [
+        values for name, values in callback.events if name == "step" and values["epoch"] == 2
+    ]
     assert [values["step"] for values in steps] == list(range(6))
     single = RecordingCallback()
     monkeypatch.setitem(state.STEPS_PER_READ, "cpu", 1)
     train_recipe(short_recipe(), tmp_path / "single", callback=single)
-    assert steps == [values for name, values in single.events if name == "step" and values["epoch"] == 2]
+    assert steps == [
+        values for name, values in single.events if name == "step" and values["epoch"] == 2
+    ]
