@@ -28,17 +28,19 @@ from sopdeploy.layers.pooling.registry import Pooling
 
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 HIDDEN = 4096  # width of the usual classifier of three layers
-_CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
+# channels, kernel, stride, padding, groups
+_CONVOLUTIONS = (
     (96, 11, 4, 2, 1),
     (256, 5, 1, 2, 2),
     (384, 3, 1, 1, 1),
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
+# Positions of convolutions that response normalization and max pooling follow
 MAX_POOLED = (
     0,
     1,
-)  # positions of convolutions that response normalization and max pooling follow
+)
 
 
 class VGGConfig(StrictModel):

@@ -69,12 +69,13 @@ HEAD_CHANNELS = 1280
 # Of the Lite networks:
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
+# The last ones at their resolution
 TAPPED_STAGES = (
     "blocks.1",
     "blocks.2",
     "blocks.4",
     "blocks.6",
-)  # the last ones at their resolution
+)
 DIVISOR = 8  # of the numbers of channels
 
 
@@ -102,8 +103,11 @@ class EfficientNet(Backbone):
         super().__init__(config, num_classes)
         timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError)
         network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
-        self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
-        self.conv_head, self.bn2 = network.conv_head, network.bn2
+        self.conv_stem = network.conv_stem
+        self.bn1 = network.bn1
+        self.blocks = network.blocks
+        self.conv_head = network.conv_head
+        self.bn2 = network.bn2
         for name, stage in MBCONV_STAGES.items():
             self.tap_channels |= {
                 f"{name}.{index}": stage.channels for index in range(stage.blocks)
@@ -182,7 +186,8 @@ class LiteBlock(nn.Sequential):
         super().__init__()
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
-        expand, project = convolution(channels, wide), convolution(wide, out)
+        expand = convolution(channels, wide)
+        project = convolution(wide, out)
         if expansion > 1:  # timm's names, in the order in which the layers run
             layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
         else:  # `expand` and `project` stay unused, so that a seed gives the weights of earlier versions
@@ -210,20 +215,18 @@ class EfficientNetLite(Backbone):
 
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.conv_stem, self.bn1 = (
-            convolution(3, STEM_CHANNELS, 3, 2),
-            _batch_norm(STEM_CHANNELS),
-        )
+        self.conv_stem = convolution(3, STEM_CHANNELS, 3, 2)
+        self.bn1 = _batch_norm(STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
-        channels, stages = STEM_CHANNELS, []
+        channels = STEM_CHANNELS
+        stages = []
         for name, stage in MBCONV_STAGES.items():
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
             expansion = 1 if name == "blocks.0" else 6
             scaled = stage.channels * config.width
-            out = max(
-                DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5)
-            )  # the nearest multiple
+            # The nearest multiple
+            out = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))
             if out < 0.9 * scaled:
                 out += DIVISOR
             blocks = []
@@ -235,10 +238,8 @@ class EfficientNetLite(Backbone):
             if name in TAPPED_STAGES:
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
-        self.conv_head, self.bn2 = (
-            convolution(channels, HEAD_CHANNELS),
-            _batch_norm(HEAD_CHANNELS),
-        )
+        self.conv_head = convolution(channels, HEAD_CHANNELS)
+        self.bn2 = _batch_norm(HEAD_CHANNELS)
         self.act2 = nn.ReLU6(inplace=True)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)

@@ -120,9 +120,8 @@ def choose_config(
     defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
     requested = make_config(model, _with_values(defaults, settings)).model_dump()
-    if isinstance(
-        pooling := requested.get("pooling"), dict
-    ):  # some networks have a name here, or no pooling
+    # Some networks have a name here, or no pooling
+    if isinstance(pooling := requested.get("pooling"), dict):
         requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
         if key in IDENTITY and requested.get(key) != detected:
@@ -176,9 +175,8 @@ def fit_tensors(
     }
     for name, tensor in converted.tensors.items():
         is_count = name.endswith(COUNTER) and tensor.numel() == 1
-        state[name] = (
-            tensor.reshape(()) if is_count else tensor
-        )  # some files have counters of shape (1,)
+        # Some files have counters of shape (1,)
+        state[name] = tensor.reshape(()) if is_count else tensor
         if name in expected and expected[name].shape == state[name].shape:
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
     # `state` still contains the tensors that do not fit, so that `first_difference` can name

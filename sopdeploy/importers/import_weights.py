@@ -57,7 +57,8 @@ from sopdeploy.models.registry import list_models
 from sopdeploy.plugins import IMPORTERS
 from sopdeploy.version import __version__
 
-OWN_IMPORTERS = (  # the first one that returns weights is used
+# The first one that returns weights is used
+OWN_IMPORTERS = (
     Importer(marks=("",), convert=convert_timm),  # of all files: the user names the network
     Importer(marks=("conv_stem.",), convert=convert_efficientnet_lite),
     Importer(marks=(".conv_for_DR",), convert=convert_gsop),
@@ -180,7 +181,8 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
         problem = "holds no table of tensors, by itself or as `state_dict`"
         raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
     arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors, labels = check_tensors(path, without_wrappers(path, state)), find_labels(content)
+    tensors = check_tensors(path, without_wrappers(path, state))
+    labels = find_labels(content)
     return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
 
 
@@ -223,9 +225,8 @@ def network_of_weights(file: WeightFile, default: str) -> str:
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
-    has_own_format = (
-        type(file) is not WeightFile
-    )  # read by a registered importer, which alone knows it
+    # Read by a registered importer, which alone knows it
+    has_own_format = type(file) is not WeightFile
     for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
         if not any(mark in name for mark in importer.marks for name in file.tensors):
             continue

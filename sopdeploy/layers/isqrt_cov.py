@@ -90,12 +90,12 @@ def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     15, for singular matrices too.
     """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
-    step = Step(
-        y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC
-    )  # Z_0 = I, so T_0 = (3 I - A) / 2
+    # Z_0 = I, so T_0 = (3 I - A) / 2
+    step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)
     yield step
     for _ in range(iterations - 1):
-        y_BCC, z_BCC = step.next_y(), step.next_z()
+        y_BCC = step.next_y()
+        z_BCC = step.next_z()
         step = Step(
             y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
         )
@@ -116,9 +116,8 @@ def newton_schulz_adjoint(
     of all of T's gradient, made symmetric. The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k
     / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
-    f_grad_BCC, t_grad_BCC = _factor_gradients(
-        f_grad_BCC, fs[-1], ts[-1]
-    )  # of F_(N-1) and T_(N-1)
+    # of F_(N-1) and T_(N-1)
+    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
     # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
     # For k = N-2 .. 0, from the gradients of F_(k+1) and W_(k+1) to those of F_k and W_k:
@@ -139,9 +138,8 @@ def _factor_gradients(
     f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of F_k and of T from that of F_(k+1) = F_k T; F is Y or Z, and Z_k T = T Z_k."""
-    if (
-        f_BCC is None
-    ):  # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    if f_BCC is None:
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
@@ -167,9 +165,8 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            if (
-                trains and not torch.compiler.is_compiling()
-            ):  # compilers and exporters trace the last line
+            # Compilers and exporters trace the last line
+            if trains and not torch.compiler.is_compiling():
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
@@ -178,9 +175,8 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     """Decide whether N *iterations* on G (M x M) are cheaper than on A (d x d); symbolic shapes use A."""
     if type(positions) is not int or type(channels) is not int:
         return False
-    products = max(
-        1, 3 * iterations - 3
-    )  # of two square matrices, as counted at the top of this file
+    # of two square matrices, as counted at the top of this file
+    products = max(1, 3 * iterations - 3)
     # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2
     # M each.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
@@ -241,7 +237,9 @@ class ISqrtVector(torch.autograd.Function):
     ) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         start = prenormalize(features_BdHW, config)
-        ts, fs = [], []  # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
+        # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
+        ts = []
+        fs = []
         last: Step
         for step in newton_schulz_steps(start.matrix, config.iterations):
             ts.append(step.t)
@@ -249,7 +247,8 @@ class ISqrtVector(torch.autograd.Function):
             last = step
         root_Bdd = _root(start, last, config)
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
-        ctx.config, ctx.use_gram = config, start.use_gram
+        ctx.config = config
+        ctx.use_gram = start.use_gram
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
         ctx.save_for_backward(
             features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:]
@@ -275,10 +274,11 @@ class ISqrtVector(torch.autograd.Function):
                 None,
             )
         ts = factors[: config.iterations]
+        # Z_0 = I or Y_0 = A
         fs = [
             None if ctx.use_gram else matrix_Bnn,
             *factors[config.iterations :],
-        ]  # Z_0 = I or Y_0 = A
+        ]
 
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
@@ -299,9 +299,8 @@ class ISqrtVector(torch.autograd.Function):
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
         matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
-        norm_term_B11 = (
-            power * root_dot_grad_B11
-        )  # n times the gradient that n receives from n^p
+        # n times the gradient that n receives from n^p
+        norm_term_B11 = power * root_dot_grad_B11
         product_grad_Bnn = _prenorm_adjoint(
             matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config
         )
@@ -333,9 +332,8 @@ def _prenorm_adjoint(
     *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (
-        norm_B11 > SMALLEST_NORM
-    )  # n g - <D, P / n>
+    # n g - <D, P / n>
+    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
     else:  # dn / dP = P / n

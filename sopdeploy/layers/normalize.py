@@ -49,8 +49,7 @@ def images_format(network: nn.Module) -> torch.memory_format:
         is_channels_last = weight.dim() == 4 and weight.is_contiguous(
             memory_format=torch.channels_last
         )
-        if (
-            is_channels_last and not weight.is_contiguous()
-        ):  # a kernel of one position has both layouts
+        # a kernel of one position has both layouts
+        if is_channels_last and not weight.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format

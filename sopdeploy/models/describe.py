@@ -28,11 +28,12 @@ from sopdeploy.layers.mixture import Components
 from sopdeploy.models.registry import create_model, entry, make_config
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-RESNET50_PARAMS, RESNET50_OPS = 25.5e6, 3.86e9  # the divisors of GSoP's Table 5
-PER_NORM_OUTPUT, PER_ROOT_PRODUCT = (
-    5,
-    42,
-)  # operations in DSoP's tables; 42 d^3 per root is fitted
+# the divisors of GSoP's Table 5
+RESNET50_PARAMS = 25.5e6
+RESNET50_OPS = 3.86e9
+# Operations in DSoP's tables; 42 d^3 per root is fitted
+PER_NORM_OUTPUT = 5
+PER_ROOT_PRODUCT = 42
 Unit = Literal["M", "G", "K", "x"]
 
 
@@ -58,7 +59,8 @@ class Tally:
 
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
-        parameters, macs = Counter[str](), Counter[str]()
+        parameters = Counter[str]()
+        macs = Counter[str]()
         for sums, counts in ((parameters, self.parameters), (macs, self.macs)):
             for name, number in counts.items():
                 path = name.split(".")
@@ -127,9 +129,8 @@ def _count_call(
         module, nn.MultiheadAttention
     ):  # which calls no module for its four projections
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
-        if (
-            type(module).forward is not nn.MultiheadAttention.forward
-        ):  # then probably self-attention
+        # Then probably self-attention
+        if type(module).forward is not nn.MultiheadAttention.forward:
             tensors = dict.fromkeys(("query", "key", "value"), output)
         query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim

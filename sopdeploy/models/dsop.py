@@ -134,7 +134,9 @@ class DSoP(Classifier):
 
         Raises `ConfigError` for options that do not match the stages.
         """
-        config, paper, stages = self.config, self.paper_branches(), self.tap_stages
+        config = self.config
+        paper = self.paper_branches()
+        stages = self.tap_stages
         blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
         widths = paper.widths if config.aux_widths is None else config.aux_widths
         paper_weights = paper.weights or (1.0,) * len(stages)
@@ -151,9 +153,8 @@ class DSoP(Classifier):
                 )
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            counts = blocks[
-                index
-            ]  # of blocks in the branch of each tap, or in that of the last tap
+            # of blocks in the branch of each tap, or in that of the last tap
+            counts = blocks[index]
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)
             if len(counts) != len(taps):
@@ -220,12 +221,12 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
-            if (
-                channels > plan.width
-            ):  # otherwise they are equal: `plan` limits the width to the channels
+            # Otherwise they are equal: `plan` limits the width to the channels
+            if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             root = ISqrtCov(plan.width, self.config.root_config())
-            pooling, length = root, root.out_features
+            pooling = root
+            length = root.out_features
         layers = {
             "blocks": nn.Sequential(*blocks),
             "ending": ending,

@@ -70,9 +70,8 @@ class GSoP(Classifier):
         for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
             stage, _, index = tap.partition(".")
             channels = self.tap_channels[tap]
-            if (
-                index != "0"
-            ):  # is built a second time, so that a seed gives the weights of earlier versions
+            # is built a second time, so that a seed gives the weights of earlier versions
+            if index != "0":
                 self.set_submodule(tap, self.branch_block(channels, channels, 1))
             block: Any = self.get_submodule(tap)
             dr_stride = 2 if stage in config.strided_dr_stages else 1
@@ -102,9 +101,8 @@ class GSoP(Classifier):
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            spacing = min(
-                self.block_spacing or length, length
-            )  # at most `length`, so each stage has a block
+            # at most `length`, so each stage has a block
+            spacing = min(self.block_spacing or length, length)
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
         if config.block_stages is None and config.final_pooling == "isqrt":
             del taps[-1]  # the final pooling of the paper's GSoP-Net2 replaces the last block

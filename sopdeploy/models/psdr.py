@@ -59,7 +59,8 @@ class ProgressivePooling(GlobalPooling):
         while width > config.width:
             self.widths.append(width)
             width = int(config.decay * width)
-        inputs, outputs = [channels, *self.widths], [*self.widths, config.width]
+        inputs = [channels, *self.widths]
+        outputs = [*self.widths, config.width]
         self.chain = nn.ModuleList(map(dimension_reduction, inputs, outputs))
         self.root = ISqrtCov(config.width, config.root_config())
         self.out_features = self.root.out_features

@@ -84,7 +84,9 @@ class PooledHead(nn.Module, ExportHints):
         self, config: HeadConfig, own_length: int, channels: Mapping[str, int], num_classes: int
     ) -> None:
         super().__init__()
-        self.config, self.channels, self.own_length = config, dict(channels), own_length
+        self.config = config
+        self.channels = dict(channels)
+        self.own_length = own_length
         lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
         self.poolings = nn.ModuleDict()
         if "isqrt" in config.parts:
@@ -218,15 +220,12 @@ class SecondOrderHead(Classifier):
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
-        branches: dict[str, str] = vars(self)[
-            "taps"
-        ]  # of `DSoP`: the name of the branch by its tap
-        taps = [
-            tap for tap in self.tap_channels if tap in branches or tap in self.maps
-        ]  # as computed
-        taps += [
-            tap for tap in branches if tap not in self.tap_channels
-        ]  # only a branch reads it
+        # of `DSoP`: the name of the branch by its tap
+        branches: dict[str, str] = vars(self)["taps"]
+        # as computed
+        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
+        # Only a branch reads it
+        taps += [tap for tap in branches if tap not in self.tap_channels]
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
         logits = {
@@ -338,7 +337,6 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
         )
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
-    largest_d1 = components_dC.abs().argmax(
-        dim=1, keepdim=True
-    )  # index of each component's largest element
+    # Index of each component's largest element
+    largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest_d1).sign()

@@ -147,12 +147,12 @@ class TimmBackbone(Backbone):
     def __init__(self, config: TimmConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         network: Any = config.build(num_classes=num_classes)
-        self._modules, self._parameters = network._modules, network._parameters
+        self._modules = network._modules
+        self._parameters = network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.wrapped = (
-            network,
-        )  # a tuple, because an attribute that is a module becomes a child
+        # a tuple, because an attribute that is a module becomes a child
+        self.wrapped = (network,)
         self.tap_channels = find_timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
@@ -162,7 +162,8 @@ class TimmBackbone(Backbone):
 
     def fit_positions(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Interpolate the position embeddings in *tensors*, if they are those of another image size."""
-        own, stored = getattr(self.timm_network, "pos_embed", None), tensors.get("pos_embed")
+        own = getattr(self.timm_network, "pos_embed", None)
+        stored = tensors.get("pos_embed")
         if own is None or stored is None or stored.ndim != 3 or stored.shape == own.shape:
             return tensors
         prefix = self._num_prefix_positions()
@@ -179,10 +180,8 @@ class TimmBackbone(Backbone):
 
     def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
         """Return the image size of the position embeddings in *tensors*; None if there are none."""
-        stored, patches = (
-            tensors.get("pos_embed"),
-            getattr(self.timm_network, "patch_embed", None),
-        )
+        stored = tensors.get("pos_embed")
+        patches = getattr(self.timm_network, "patch_embed", None)
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
             return None
         count = stored.shape[1] - self._num_prefix_positions()
@@ -234,9 +233,8 @@ class TimmBackbone(Backbone):
             for number, stage in enumerate(network.feature_info)
             if stage["module"] in taps
         ]
-        with_norm = hasattr(
-            network, "norm"
-        )  # two networks without this module do not accept norm=True
+        # Two networks without this module do not accept norm=True
+        with_norm = hasattr(network, "norm")
         return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 
     def classify(self, features: Tensor) -> Tensor:

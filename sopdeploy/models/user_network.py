@@ -97,9 +97,8 @@ class UserNetwork(Classifier):
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             has_same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            if not has_same_shape or not (
-                logits.is_meta or torch.equal(logits, output)
-            ):  # meta: no values
+            # meta: no values
+            if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
@@ -129,9 +128,8 @@ class PooledOptions(StrictModel):
 class PooledNetwork(UserNetwork):
     """A network of the user up to a feature map, its last one or the tap; pooling and classifier follow."""
 
-    classify = (
-        Backbone.classify
-    )  # not those of `UserNetwork`, whose network has its own classifier
+    # Not those of `UserNetwork`, whose network has its own classifier
+    classify = Backbone.classify
     remove_classifier = Classifier.remove_classifier
     config: PooledOptions
 
@@ -267,10 +265,8 @@ def register_model(
             "register_model: method 'dsop' needs taps; name modules of the network"
         )
     method_class, config_class = METHODS[method]
-    source, module = (
-        Source(partial(_call_builder, name, build), tuple(taps), image_size),
-        build.__module__,
-    )
+    source = Source(partial(_call_builder, name, build), tuple(taps), image_size)
+    module = build.__module__
     inference = None
     if method_class.training_only:  # it is exported as the network without a method
         inference = _with_source(UserNetwork, source, module, inference_class=None)
@@ -394,9 +390,8 @@ def find_last_map(network: nn.Module, image_size: int) -> str:
     an attention.
     """
     _, outputs = run_once(network, image_size)
-    for name, output in reversed(
-        outputs.items()
-    ):  # a module returns after the modules inside of it
+    # a module returns after the modules inside of it
+    for name, output in reversed(outputs.items()):
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:
             return name
@@ -421,8 +416,7 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
         if not contains_tap and list(network.get_submodule(name).parameters()):
             removed.append(name)
     for name in removed:
-        if not is_in(
-            name.rpartition(".")[0], *removed
-        ):  # otherwise it is removed with its parent
+        # Otherwise it is removed with its parent
+        if not is_in(name.rpartition(".")[0], *removed):
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)
