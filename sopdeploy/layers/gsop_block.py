@@ -199,6 +199,8 @@ class PositionAttention(nn.Module, ExportHints):
         reduced_BdHW = self.reduction(
             F.relu(features_BCHW) if config.pre_relu else features_BCHW
         )
+
+        # A map of s x s positions, whose P = s^2 covariances relate position to position.
         if config.position_rectify == "reduced":
             reduced_BdHW = F.relu(reduced_BdHW)
         with without_autocast(reduced_BdHW):
@@ -209,6 +211,8 @@ class PositionAttention(nn.Module, ExportHints):
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
             else:  # `uncentred_covariance` reads (B, samples, variables)
                 cov_BPP = uncentred_covariance(small_BdP)
+
+        # Weights of the small map, as large as the map that they scale.
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, build_rows)
@@ -244,6 +248,9 @@ class Concatenation(nn.Module):
                 f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
                 "; choose average, sum or maximum, or a wider network"
             )
+
+        # Few large groups get a long kernel, so that each output reads a comparable number of
+        # inputs.
         reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
         kernel = (2 * reach + 1, 1)
         padding = (reach, 0)
@@ -281,17 +288,22 @@ class GSoPBlock(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale the map by channel, by position, or by both and fuse the two."""
+        # Scale by channel, by position, or by both.
         by_channel = features_BCHW
         if self.channel is not None:
             by_channel = features_BCHW * self.channel(features_BCHW)
+
         if self.position is None:
             return by_channel
         by_position = features_BCHW * self.position(features_BCHW)
         # Otherwise the ReLU is inside of `self.position`
         if self.config.position_rectify == "scaled":
             by_position = F.relu(by_position)
+
         if self.channel is None:
             return by_position
+
+        # Fuse the two scaled maps.
         if self.fusion is not None:
             return self.fusion(by_channel, by_position)
         if self.config.attention == "maximum":

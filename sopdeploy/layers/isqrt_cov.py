@@ -118,8 +118,10 @@ def newton_schulz_adjoint(
     """
     # of F_(N-1) and T_(N-1)
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
+
     # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
+
     # For k = N-2 .. 0, from the gradients of F_(k+1) and W_(k+1) to those of F_k and W_k:
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
@@ -129,6 +131,7 @@ def newton_schulz_adjoint(
             q_BCC, alpha=1.5
         )
         w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
+
     if fs[0] is None:  # F is Z, so the input matrix is only W_0; otherwise it is Y_0, too
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))
@@ -236,6 +239,7 @@ class ISqrtVector(torch.autograd.Function):
         ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig
     ) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
+        # The steps save what `newton_schulz_adjoint` reads.
         start = prenormalize(features_BdHW, config)
         # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
         ts = []
@@ -246,7 +250,9 @@ class ISqrtVector(torch.autograd.Function):
             fs.append(step.z if start.use_gram else step.y)
             last = step
         root_Bdd = _root(start, last, config)
+
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
+
         ctx.config = config
         ctx.use_gram = start.use_gram
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
@@ -266,6 +272,8 @@ class ISqrtVector(torch.autograd.Function):
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
+
+        # Second derivatives: compute the root again, by operations that autograd knows.
         if torch.is_grad_enabled():
             again = isqrt_vector(features_BdHW, triangle, config)
             return (
@@ -273,6 +281,8 @@ class ISqrtVector(torch.autograd.Function):
                 None,
                 None,
             )
+
+        # What `forward` saved, by step.
         ts = factors[: config.iterations]
         # Z_0 = I or Y_0 = A
         fs = [
@@ -280,6 +290,8 @@ class ISqrtVector(torch.autograd.Function):
             *factors[config.iterations :],
         ]
 
+        # The gradient of the whole root: each number of the triangle stands at two places of
+        # it.
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
@@ -298,6 +310,8 @@ class ISqrtVector(torch.autograd.Function):
             power = 0.5 if config.compensate else 0.0
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
+        # Through the steps, then through the normalization, to the product of the map with
+        # itself.
         matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
         # n times the gradient that n receives from n^p
         norm_term_B11 = power * root_dot_grad_B11
@@ -305,6 +319,8 @@ class ISqrtVector(torch.autograd.Function):
             matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config
         )
         product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G
+
+        # Through the product to the map.
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
             # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p

@@ -76,9 +76,11 @@ class Components(nn.Module):
                 for inputs, outputs in pairwise((channels, *widths))
             )
         )
+
         # Convolutions with ReLU have no bias, as in GM-SOP's code
         biased = widths if self.is_linear else ()
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
+
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
         self.after, self.out_features = build_pooling(
             kind, widths[-1] if widths else channels, root
@@ -94,6 +96,8 @@ class Components(nn.Module):
         """
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)
+
+        # All components run as groups of one convolution.
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             # All components read the same features first
@@ -103,6 +107,8 @@ class Components(nn.Module):
                 x = F.conv2d(x, kernel, self.biases[step], groups=groups)
             else:
                 x = F.relu(F.conv2d(x, kernel, groups=groups))
+
+        # Pool each component's map, then sum the vectors with the weights of their image.
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
         return (
@@ -126,6 +132,7 @@ class Components(nn.Module):
         The other weights must be 0. Whole roots of covariances are summed, and the triangle is
         taken of the sum, once per image instead of K times.
         """
+        # The K components of each image.
         # ties: the lower index
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)
         largest_BK = sorted_BN[:, : self.evaluated]
@@ -133,11 +140,15 @@ class Components(nn.Module):
         chosen = order_BN[:, : self.evaluated].flatten()
         # (B, 1, C, M), the same for all K at first
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
+
+        # Run their filters, which differ from image to image.
         for weight_Noi in self.weights:
             filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
             x_BKcM = F.relu(filters_BKoi @ x_BKcM)
         # (B K, c, H, W)
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
+
+        # Sum covariance roots before the triangle is taken, once per image.
         root_layer = self.after if isinstance(self.after, ISqrtCov) else None
         if root_layer is None:
             pooled = self.after(maps)
@@ -155,6 +166,8 @@ class Components(nn.Module):
         filters = [weight_Noi.unbind() for weight_Noi in self.weights]
         # of linear components only
         biases = [bias.chunk(self.components) for bias in self.biases]
+
+        # Each component runs once, on the images that chose it.
         weighted = []
         indices = []
         for component in range(self.components):
@@ -170,6 +183,8 @@ class Components(nn.Module):
                     x = F.relu(F.conv2d(x, kernel))
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
+
+        # Sum what an image's components gave.
         vectors = torch.cat(weighted)  # one for each pair of an image and one of its components
         total_BD = vectors.new_zeros(len(weights_BN), vectors.shape[1])
         return total_BD.index_add(0, torch.cat(indices), vectors)
