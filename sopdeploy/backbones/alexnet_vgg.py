@@ -79,12 +79,15 @@ class SingleStage(Backbone):
     ) -> None:
         super().__init__(config, num_classes)
         channels = 0  # of the last convolution so far
+
+        # Branches can read the map after each ReLU.
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels
             elif isinstance(layer, nn.ReLU):
                 self.tap_channels[f"layers.{position}"] = channels
         self.layers = nn.Sequential(*layers)
+
         self.pooling: GlobalPooling = config.pooling.build(channels)
         self.classifier: nn.Module
         if config.classifier == "linear":
@@ -118,6 +121,7 @@ class VGG(SingleStage):
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(nn.ReLU(inplace=True))
+
                 channels = width
         super().__init__(config, num_classes, layers)
 

@@ -114,6 +114,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         plans = super().plan()  # its check ensures that `widths` has one value per stage
+
+        # The last branch gets the width of its stage.
         widths = (
             self.paper_branches().widths
             if self.config.aux_widths is None

@@ -331,6 +331,7 @@ def entry(name: str) -> Entry:
         found = MODELS.find(name)
     if found is not None:
         return replace(found, name=name)
+
     is_tag = "." in name  # of timm, such as resnet18.a1_in1k
     hint = f"did you mean timm:{name}?" if is_tag else MODELS.suggest(name, 3)
     hint = hint or "`sopdeploy models` lists them all"
