@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
+from torch import Tensor
 
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -21,7 +22,8 @@ from sopdeploy.checkpoint import (
     Checkpoint,
     check_tensors,
     find_labels,
-    is_state_dict,
+    find_tables,
+    find_wrappers,
     parse_checkpoint,
     read_pytorch,
     without_wrappers,
@@ -157,7 +159,7 @@ def import_weights(
         labels=label_origin,
         preprocess=checkpoint.preprocess,
         num_tensors=len(state),
-        notes=converted.notes,
+        notes=(*converted.notes, *file.notes),
         checkpoint=str(destination),
     )
 
@@ -175,15 +177,23 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
-    tables = [content, *map(content.get, STATE_DICT_KEYS)] if isinstance(content, dict) else []
-    state = next(filter(is_state_dict, tables), None)
-    if state is None:
+    tables = find_tables(content, levels=2)
+    candidates = [tables[name] for name in ("", *STATE_DICT_KEYS) if name in tables]
+    if not candidates:
         problem = "holds no table of tensors, by itself or as `state_dict`"
         raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
-    arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors = check_tensors(path, without_wrappers(path, state))
-    labels = find_labels(content)
-    return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
+    table = max(candidates, key=len)  # beside it, a file can hold single tensors
+    stored = {name: value for name, value in table.items() if isinstance(value, Tensor)}
+    wrappers = find_wrappers(stored)
+    tensors = {without_wrappers(name, wrappers): value for name, value in stored.items()}
+    return WeightFile(
+        path=path,
+        sha256=digest,
+        tensors=check_tensors(path, tensors),
+        others=tuple(name for name in table if name not in stored),
+        arch=content["arch"] if isinstance(content.get("arch"), str) else None,
+        labels=find_labels(content),
+    )
 
 
 def convert_weights(
