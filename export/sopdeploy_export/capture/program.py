@@ -9,16 +9,17 @@ import gc
 import io
 import linecache
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.sym_node import SymNode
 
@@ -71,6 +72,7 @@ class Programs:
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
+    graph: fx.GraphModule
     fingerprints: tuple[Fingerprint | None, ...]
 
     @cached_property
@@ -167,7 +169,7 @@ def capture(
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program
     shows code that handles a single image differently. If torch.export gives the same two
-    programs as for one of *known*, this one is returned, because making programs functional
+    programs as for one of *known*, these are returned, because making programs functional
     takes longer than torch.export. Calls *on_program* with a text as torch.export begins for
     each of the two, and before they are made functional. Raises `LoweringError` if the network
     cannot be captured.
@@ -178,15 +180,21 @@ def capture(
     for size, sizes in zip((ANY_BATCH, ONE_IMAGE), ranges, strict=False):
         on_program(size)
         traced.append(export_program(network, preprocess, sizes))
+    graph = traced[0].module(check_guards=False)  # a copy, before writes are replaced
     fingerprints = tuple(map(fingerprint, traced))
     for captured in known:
         if captured.fingerprints == fingerprints and None not in fingerprints:
-            return captured
+            return replace(captured, graph=graph)
     on_program("without writes to operands")
     programs = [
         functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)
     ]
-    return Programs(any_batch=programs[0], batch_of_one=programs[-1], fingerprints=fingerprints)
+    return Programs(
+        any_batch=programs[0],
+        batch_of_one=programs[-1],
+        graph=graph,
+        fingerprints=fingerprints,
+    )
 
 
 def capture_any_batch(
@@ -214,16 +222,13 @@ def export_program(
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
-        attributes_restored(
-            deployed
-        ),  # also `is_captured`, and caches, in which torch leaves empty tensors
+        attributes_restored(deployed),  # such as caches, in which torch leaves empty tensors
+        as_captured(deployed),
+        answering_plain_run(),
         warnings.catch_warnings(
             action="ignore"
         ),  # torch warns about caches that forward assigns
     ):
-        for _, module in modules(deployed):
-            if isinstance(module, ExportHints):
-                module.is_captured = True
         try:
             return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
         except Exception as error:  # the network's own code, which can raise anything
@@ -233,6 +238,47 @@ def export_program(
                 torch.export.export(deployed, (images,), dynamic_shapes=shapes)
             where = f" in {places[0]}" if places else ""
             raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+
+
+@contextmanager
+def as_captured(network: nn.Module) -> Iterator[None]:
+    """Let layers of *network* compute in the block what they compute in a graph (`ExportHints`)."""
+    hinted = [module for _, module in modules(network) if isinstance(module, ExportHints)]
+    before = [module.is_captured for module in hinted]
+    for module in hinted:
+        module.is_captured = True
+    try:
+        yield
+    finally:
+        for module, was_captured in zip(hinted, before, strict=True):
+            module.is_captured = was_captured
+
+
+@contextmanager
+def answering_plain_run() -> Iterator[None]:
+    """Answer code outside of torch, if it asks whether it is exported or compiled, that it is not.
+
+    The graph is then that of a plain run. Code that imported the functions by their names, or
+    asks in another way, still gets torch's answer; `prove.plain_run` finds what it does then.
+    """
+    functions = {
+        name: getattr(torch.compiler, name) for name in ("is_exporting", "is_compiling")
+    }
+
+    def answer_outside(function: Callable[[], bool]) -> Callable[[], bool]:
+        def answer() -> bool:
+            module = str(sys._getframe(1).f_globals.get("__name__", ""))
+            return module.partition(".")[0] == "torch" and function()
+
+        return answer
+
+    for name, function in functions.items():
+        setattr(torch.compiler, name, answer_outside(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch.compiler, name, function)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from sopdeploy_export.prove import (
     images,
     onnx_graphs,
     outputs,
+    plain_run,
     repetition,
     tensors,
 )
@@ -38,6 +39,7 @@ from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
+from sopdeploy_export.prove.plain_run import prove_plain_run
 from sopdeploy_export.prove.repetition import prove_repetition
 from sopdeploy_export.prove.tensors import (
     TensorEntry,
@@ -51,6 +53,7 @@ STATEMENTS = {  # by title: the module beside this one with the sentence `STATEM
     "Tensors": tensors,
     "Graphs": graphs,
     "Batch sizes": batch_sizes,
+    "Plain run": plain_run,
     "Outputs": outputs,
     "Repetition": repetition,
     "ONNX": onnx_graphs,
@@ -169,6 +172,11 @@ def certify(
     deployed = {
         role: Deployed(network, captures.preprocess) for role, network in networks.items()
     }
+    on_step(announce("Plain run"))
+    largest_batch = captures.batch.maximum
+    prove_plain_run(
+        deployed["trained"], programs["trained"].graph, probes, parts, largest_batch
+    )
     outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
     prove_repetition(
         shipped.network,

@@ -1,0 +1,427 @@
+"""The dataflow of one run: which operators made each tensor, from which operands.
+
+A tensor is known by a hash of the operator that made it and of what this operator's operands are
+known by, down to the image and the stored tensors of the network. Two runs whose results are
+known by the same hash computed them in the same way, for images and weights of any values.
+
+- The image is known by its place, a stored tensor by its name.
+- Everything that depends on neither is a constant, known by its content, however it was computed:
+  `torch.arange` in forward, or a table in the graph.
+- A view is known by its memory, shape, strides and offset; a write gives the memory a new maker.
+"""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import BuiltinFunctionType, FrameType, MethodDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy_export.network import modules, tensors
+
+_TORCH = str(Path(torch.__file__).parent)
+_OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
+_COMPOSITE = "CompositeImplicitAutograd"
+_UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
+_IMAGE, _UNKNOWN = "image", "unfilled"
+# What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
+_HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
+_READERS = ("data_ptr", "tolist")  # hand out values, or the memory with them, as numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """An operator that ran; what its operands are known by, the module and the line of its call."""
+
+    name: str
+    operands: tuple[str, ...]
+    module: str
+    line: str
+    is_random: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.place}"
+
+    @property
+    def place(self) -> str:
+        """The module and the line of the call."""
+        return f"in {self.module or 'the network'} ({self.line})"
+
+
+@dataclass(slots=True)
+class Remains:
+    """What earlier runs left in memory: its makers, what of it depends on an image, the memory itself."""
+
+    made_by: dict[int, str] = field(default_factory=dict)
+    of_image: set[int] = field(default_factory=set)
+    alive: dict[int, Any] = field(default_factory=dict)  # so that no address is used again
+
+
+class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the dataflow of the run in its block.
+
+    Attributes:
+        operators: The operators that ran, by the hash of their first result, in their order.
+        reads: Where values of the image, or sizes that depend on them, reached Python.
+        hidden_writes: Operators that write to an operand, although their schemas say they do not.
+        kept_writes: Operators that write what depends on the image to memory that outlives the run.
+        reused: Operators that use what an earlier run made of its image.
+    """
+
+    def __init__(self, network: nn.Module, image: Tensor, remains: Remains) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: dict[str, Operator] = {}
+        self.reads: list[str] = []
+        self.hidden_writes: list[str] = []
+        self.kept_writes: list[str] = []
+        self.reused: list[str] = []
+        self.node: fx.Node | None = None  # the node that runs, if a graph does
+        self.pending: list[str] | None = None  # reads within a function of torch
+
+        # What is known before the run: stored tensors by their first name, and the image.
+        stored = tensors(network)
+        self._names = {id(module): name for name, module in modules(network)}
+        self._remains = remains
+        self._made_by = dict(remains.made_by)
+        self._made_by |= {address(tensor): name for name, tensor in reversed(stored.items())}
+        self._made_by[address(image)] = _IMAGE
+        self._stored = {address(tensor) for tensor in stored.values()}
+
+        # What the run makes; memory is kept, so that an address always means the same tensor.
+        self._of_image = {address(image)}
+        self._born = {address(image)}
+        self._alive = {address(image): image.untyped_storage()}
+        self._read_only: set[int] = set()  # operands of the user's own operator that runs
+        self._contents: dict[tuple[int, str], str] = {}
+
+    def known_by(self, tensor: Tensor) -> str:
+        """Return what *tensor* is known by, with its place in its memory."""
+        memory = address(tensor)
+        place = (
+            f"{tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} {tensor.dtype}"
+        )
+        if memory in self._made_by:
+            return f"{self._made_by[memory]} {place}"
+
+        # A constant, known by its content.
+        if (memory, place) not in self._contents:
+            plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            digest = hashlib.sha1(
+                plain.view(torch.uint8).numpy().tobytes(), usedforsecurity=False
+            )
+            kind = f"{tuple(tensor.shape)} {tensor.dtype}"
+            self._contents[memory, place] = f"constant {digest.hexdigest()} {kind}"
+            self._alive[memory] = tensor.untyped_storage()
+        return self._contents[memory, place]
+
+    def depends_on_image(self, values: Any) -> bool:
+        """Return whether a tensor in *values* was computed from the image."""
+        leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+        return any(not leaf.is_meta and address(leaf) in self._of_image for leaf in leaves)
+
+    def behind(self, result: str) -> dict[str, Operator]:
+        """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
+        needed: set[str] = set()
+        unvisited = [result.partition(" ")[0]]
+        while unvisited:
+            code = unvisited.pop().partition("#")[0]
+            if code in self.operators and code not in needed:
+                needed.add(code)
+                unvisited += self.operators[code].operands
+        return {code: operator for code, operator in self.operators.items() if code in needed}
+
+    def leave(self) -> None:
+        """Note in the `Remains` what somebody else still holds after the run."""
+        for memory, storage in self._alive.items():
+            is_held = torch._C._storage_Use_Count(storage._cdata) > 1
+            if is_held and memory not in self._stored:
+                self._remains.alive[memory] = storage
+                if self._made_by.get(memory, _IMAGE) != _IMAGE:
+                    self._remains.made_by[memory] = self._made_by[memory]
+                if memory in self._of_image:
+                    self._remains.of_image.add(memory)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator, and record it."""
+        del types
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            with self:  # in inference mode alone, composite operators arrive undivided
+                return func.decompose(*args, **kwargs)
+
+        # What it reads, before it runs: it may write to its operands.
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        of_image = self.depends_on_image(operands)
+        is_random = _draws(func, args, kwargs)
+        has_maker = any(address(operand) in self._made_by for operand in operands)
+        is_constant = not has_maker and not is_random
+        text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
+        code = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        operator = Operator(
+            str(func),
+            tuple(self.known_by(operand).partition(" ")[0] for operand in operands),
+            *self._locate(),
+            is_random=is_random,
+        )
+
+        result = self._run(func, operands, operator, args, kwargs)
+
+        # What it tells: an operator that comes twice on the same operands is one.
+        if any(
+            address(operand) in self._remains.of_image
+            and address(operand) not in self._of_image
+            for operand in operands
+        ):
+            self.reused.append(str(operator))
+        if self._hands_out_values(func, args, operands):
+            has_size = torch.Tag.dynamic_output_shape in func.tags
+            reads = self.reads if self.pending is None or has_size else self.pending
+            reads.append(str(operator))
+        self.operators.setdefault(code, operator)
+
+        self._note_writes(func, args, kwargs, operator, code, of_image, is_constant)
+        self._note_results(func, result, operands, code, of_image, is_constant)
+        return result
+
+    def _run(
+        self, func: Any, operands: Sequence[Tensor], operator: Operator, args: Any, kwargs: Any
+    ) -> Any:
+        """Run *func*; an operator of the user must not write to operands that its schema reads."""
+        is_own = func.namespace not in ("aten", "prim", "prims") and not func._schema.is_mutable
+        if not is_own:
+            return func(*args, **kwargs)
+
+        # What a kernel in Python runs is recorded, too.
+        copies = [operand.clone() for operand in operands]
+        outer = self._read_only
+        self._read_only = {address(operand) for operand in operands}
+        try:
+            with self:
+                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+                result = func.redispatch(keys, *args, **kwargs)
+        finally:
+            self._read_only = outer
+        if not all(map(torch.equal, operands, copies)):
+            self.hidden_writes.append(str(operator))
+        return result
+
+    def _note_writes(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        operator: Operator,
+        code: str,
+        of_image: bool,
+        is_constant: bool,
+    ) -> None:
+        """Give the memory that an operator wrote to a new maker."""
+        values = _by_name(func, args, kwargs)
+        names = [argument.name for argument in func._schema.arguments if argument.is_write]
+        for tensor in tree_leaves([values.get(name) for name in names]):
+            if not isinstance(tensor, Tensor):
+                continue
+            memory = address(tensor)
+            if memory in self._read_only:
+                self.hidden_writes.append(str(operator))
+            if memory in self._stored or (of_image and memory not in self._born):
+                self.kept_writes.append(str(operator))
+            self._note(tensor, code, of_image, is_constant)
+
+    def _note_results(
+        self,
+        func: Any,
+        result: Any,
+        operands: Sequence[Tensor],
+        code: str,
+        of_image: bool,
+        is_constant: bool,
+    ) -> None:
+        """Name the maker of each result; a view stays what its memory is."""
+        returns_view = any(value.alias_info is not None for value in func._schema.returns)
+        is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
+        memories = {address(operand) for operand in operands}
+        for position, tensor in enumerate(tree_leaves(result)):
+            if not isinstance(tensor, Tensor):
+                continue
+            if returns_view and address(tensor) in memories:
+                if "lift_fresh" in str(func):
+                    self._born.add(address(tensor))
+                continue
+            self._born.add(address(tensor))
+            maker = f"{code}#{position}"
+            if is_unfilled:
+                maker = _UNKNOWN
+            self._note(tensor, maker, of_image, is_constant and not is_unfilled)
+
+    def _note(self, tensor: Tensor, maker: str, of_image: bool, is_constant: bool) -> None:
+        memory = address(tensor)
+        self._alive[memory] = tensor.untyped_storage()
+        if is_constant:  # its content may be new
+            self._contents = {
+                key: text for key, text in self._contents.items() if key[0] != memory
+            }
+            self._made_by.pop(memory, None)
+            return
+        self._made_by[memory] = maker
+        if of_image:
+            self._of_image.add(memory)
+
+    def _describe(self, value: Any) -> str:
+        """Describe an argument; the nesting counts, because `[None, i]` is not `[i, None]`."""
+        if isinstance(value, Tensor):
+            return self.known_by(value)
+        if isinstance(value, list | tuple):
+            return "[" + ",".join(map(self._describe, value)) + "]"
+        if isinstance(value, Mapping):
+            items = [f"{name}={self._describe(item)}" for name, item in value.items()]
+            return "{" + ",".join(items) + "}"
+        return repr(value)
+
+    def _hands_out_values(self, func: Any, args: Any, operands: Sequence[Tensor]) -> bool:
+        """Return whether a value of the image, or a size that depends on one, leaves the operator."""
+        if not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            return False
+        if func is torch.ops.aten.index.Tensor:  # the size depends on masks, not on indices
+            masks = (torch.bool, torch.uint8)
+            indices = [index for index in args[1] if isinstance(index, Tensor)]
+            operands = [index for index in indices if index.dtype in masks]
+        return self.depends_on_image(list(operands))
+
+    def _locate(self) -> tuple[str, str]:
+        """Return the module whose forward runs, and the line of its code that calls the operator."""
+        if self.node is not None:
+            return _locate_node(self.node)
+        module: str | None = None
+        line = ""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and (module is None or not line):
+            file = frame.f_code.co_filename
+            if not line and not file.startswith((_TORCH, _OWN_CODE)):
+                line = f"{Path(file).name}:{frame.f_lineno}"
+            if module is None and frame.f_code.co_name == "forward":
+                module = self._names.get(id(frame.f_locals.get("self")))
+            frame = frame.f_back
+        return (module or "").removeprefix("network").removeprefix("."), line
+
+
+class FunctionReads(TorchFunctionMode):
+    """Reports what operators do not show: text, lists, arrays and addresses made of a tensor.
+
+    A value that is read within a built-in function which returns tensors does not reach the
+    code of the network: `one_hot` compares its operand with 0.
+    """
+
+    def __init__(self, flow: Dataflow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call *function*; report what of the image it hands to Python."""
+        del types
+        flow = self._flow
+        outer = flow.pending
+        is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
+        flow.pending = [] if is_builtin else None
+        try:
+            result = function(*args, **(kwargs or {}))
+        finally:
+            pending = flow.pending
+            flow.pending = outer
+
+        # Values that left the function, and forms of a tensor that hold its values.
+        leaves = tree_leaves(result)
+        if pending and not all(isinstance(leaf, Tensor) for leaf in leaves):
+            flow.reads += pending
+        name = getattr(function, "__name__", str(function))
+        is_attribute = name in ("__get__", "__set__", "type")
+        hands_out = name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves)
+        if hands_out and not is_attribute and flow.depends_on_image((args, kwargs or {})):
+            module, line = flow._locate()
+            flow.reads.append(f"{name} in {module or 'the network'} ({line})")
+        return result
+
+
+class GraphRun(fx.Interpreter):
+    """Runs a captured graph with the stored tensors of *network*, and tells *flow* which node runs."""
+
+    def __init__(self, graph: fx.GraphModule, network: nn.Module) -> None:
+        super().__init__(graph)
+        self._stored = tensors(network)
+        self.flow: Dataflow | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run the node *n*."""
+        if self.flow is not None:
+            self.flow.node = n
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the stored tensor *target* of the network, or a constant of the graph."""
+        if target in self._stored:
+            return self._stored[target]
+        return super().get_attr(target, args, kwargs)
+
+
+def address(tensor: Tensor) -> int:
+    """Return a number that tells the memory of *tensor* from any other."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # within vmap
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
+
+
+@contextlib.contextmanager
+def other_values(values: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors other values in the block."""
+    generator = torch.Generator().manual_seed(1)
+    saved = [tensor.detach().clone() for tensor in values]
+    try:
+        for tensor in values:
+            has_fractions = tensor.is_floating_point()
+            others = torch.rand(tensor.shape, generator=generator) if has_fractions else 1
+            tensor.data.copy_(torch.as_tensor(others))
+        yield
+    finally:
+        for tensor, value in zip(values, saved, strict=True):
+            tensor.data.copy_(value)
+
+
+def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether *func* draws random numbers: not with probability 0, and not in eval mode."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    values = defaults | _by_name(func, args, kwargs)
+    is_zero = any(values.get(name) == 0 for name in ("p", "dropout_p", "dropout"))
+    return not is_zero and not any(values.get(name) is False for name in ("train", "training"))
+
+
+def _locate_node(node: fx.Node) -> tuple[str, str]:
+    """Return the module and the line of the code that *node* was captured from."""
+    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    module = stack[-1].removeprefix("L['self'].") if stack else ""
+    text = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
+    of_network = [line for line in lines if _TORCH not in line and _OWN_CODE not in line]
+    last = (of_network or lines or ['File "?", line ?,'])[-1]
+    number = last.rpartition("line ")[2].partition(",")[0]
+    file = Path(last.split('"')[1]).name
+    return module.removeprefix("network").removeprefix("."), f"{file}:{number}"

@@ -1,0 +1,131 @@
+"""A plain run of a network against its captured graph, operator by operator."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_exporting as imported_by_its_name
+
+from sopdeploy import Preprocess
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import CertificateError
+from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.program import export_program
+from sopdeploy_export.prove.plain_run import prove_plain_run
+
+SIDE = 8
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
+Logits = Callable[["Small", Tensor], Tensor]
+
+
+class Small(nn.Module):
+    """Pools images (B, 3, H, W), and leaves the rest to *logits*."""
+
+    def __init__(self, logits: Logits) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.aux = nn.Linear(3, 2)
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(self, images.mean((2, 3)))
+
+
+def rare(x: Tensor) -> Tensor:
+    """Zero but for images that no probe resembles."""
+    return (x.abs().amax(1, keepdim=True) - 100).relu()
+
+
+def asks(question: Callable[[Tensor], bool]) -> Logits:
+    """Answer *question* in the graph as it does while the network is captured."""
+
+    def logits(network: Small, x: Tensor) -> Tensor:
+        return network.fc(x) if question(x) else network.fc(x) + rare(x)
+
+    return logits
+
+
+def clamps_by_data(network: Small, x: Tensor) -> Tensor:
+    y = x + rare(x)
+    y.data = torch.clamp(y.detach(), max=8)
+    return network.fc(y)
+
+
+def sizes_behind_try(network: Small, x: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        if (rare(x) > 0).nonzero().shape[0]:
+            return network.fc(x) + rare(x)
+    return network.fc(x)
+
+
+def values_behind_try(network: Small, x: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        if rare(x).sum().item() > 0:
+            return network.fc(x) + rare(x)
+    return network.fc(x)
+
+
+def keeps_the_last(network: Small, x: Tensor) -> Tensor:
+    last = vars(network).get("last", x[:1])
+    vars(network)["last"] = x[:1].clone()
+    return network.fc(x + last)
+
+
+def is_called_by_export(_: Tensor) -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if Path(frame.f_code.co_filename).parts[-2:-1] == ("export",):
+            return True
+        frame = frame.f_back
+    return False
+
+
+WRONG: dict[str, tuple[Logits, str]] = {
+    "imports is_exporting": (asks(lambda x: imported_by_its_name()), "graph"),
+    "looks at the stack": (asks(is_called_by_export), "graph"),
+    "asks for the type": (asks(lambda x: type(x) is not Tensor), "graph"),
+    "asks for the type of a size": (asks(lambda x: type(x.shape[0]) is not int), "graph"),
+    "writes by .data": (clamps_by_data, "graph"),
+    "a size behind try": (sizes_behind_try, r"aten\.nonzero.*\(test_plain_run\.py:\d+\)"),
+    "a value behind try": (values_behind_try, "reads values"),
+    "keeps the last image": (keeps_the_last, "earlier run"),
+    "draws random numbers": (lambda n, x: n.fc(x + torch.rand(3)), "random"),
+    "reads a removed part": (lambda n, x: n.fc(x) + 0 * n.aux(x), "aux"),
+    "treats one image alone": (
+        lambda n, x: n.fc(x) if x.shape[0] == 1 else n.fc(2 * x),
+        "1 image",
+    ),
+}
+RIGHT: dict[str, Logits] = {
+    "asks torch.compiler": lambda n, x: n.fc(x) + (not torch.compiler.is_exporting()),
+    "a table in forward": lambda n, x: n.fc(x + torch.arange(3)),
+    "writes to its own map": lambda n, x: n.fc(x.clone().add_(1).relu_()),
+    "a constant mask": lambda n, x: n.fc(x[:, torch.tensor([True, True, True])]),
+    "compares values in C++": lambda n, x: n.fc(F.one_hot(x.argmax(1), 3).float()),
+    "chunks of the batch": lambda n, x: n.fc(sum(torch.cat([x, 2 * x]).chunk(2))),
+    "dropout in eval mode": lambda n, x: n.fc(F.dropout(x, 0.5, training=n.training)),
+}
+
+
+def prove(logits: Logits) -> None:
+    network = Small(logits).eval()
+    graph = export_program(network, PREPROCESS, BatchRange()).module(check_guards=False)
+    images = torch.from_numpy(generated_images(SIDE))
+    prove_plain_run(Deployed(network, PREPROCESS).eval(), graph, images, ["aux"])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_plain_run_that_does_something_else_is_refused_with_its_place(name: str) -> None:
+    logits, phrase = WRONG[name]
+    with pytest.raises(CertificateError, match=phrase):
+        prove(logits)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_plain_run_that_does_what_the_graph_does_passes(name: str) -> None:
+    prove(RIGHT[name])
