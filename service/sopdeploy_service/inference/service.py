@@ -120,7 +120,12 @@ class ModelRegistry(Registry):
             async with self.changing:
                 # Reads those that are served, too: a folder may have other files under the same
                 # manifest.
-                finding = daemon_threads.start(partial(find_bundles, sources, self._read))
+                projects = {
+                    name: model.bundle.manifest.project for name, model in self._by_name.items()
+                }
+                finding = daemon_threads.start(
+                    partial(find_bundles, sources, self._read, projects)
+                )
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
                 await self.replace(bundles)
         except Exception as error:  # nothing awaits the task of a reload
