@@ -73,7 +73,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with
     status 200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the
-    whole request (queue full, deadline, malformed form) fail it as a whole. A multi-label
+    whole request (queue full, malformed form) fail it as a whole. A multi-label
     network lists all classes above their threshold, at most `top_k` if the request or the
     setting limits them. `warnings` next to the classes name changes made while decoding, such
     as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.

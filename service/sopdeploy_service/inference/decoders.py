@@ -10,6 +10,9 @@ A child can also end without any fault of its image, as when the system runs out
 image whose child ends by another cause than its own limits is therefore decoded once more, by a
 child for large images.
 
+What no decoder accepts is refused by its first bytes, before any queue. An image that a decoder
+refuses by its header, or whose header tells nothing, is light: that takes little.
+
 Clients share the children for large images. Each has two groups of images there: slow ones,
 which are small but took too long for a light child, and large ones. The groups take turns, and
 if too many images wait, the group with most pixels loses its last one.
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
 from sopdeploy.images.decode import Decoded
+from sopdeploy.images.formats import detect_format, empty_error
 from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import child, pool
@@ -121,9 +125,15 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
-def light_seconds(length: int, cost: Cost | None) -> float:
-    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
-    if cost is None or cost.pixels > LIGHT_PIXELS:
+def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
+    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large.
+
+    A decoder reads only the header of a file that has more than *max_pixels*, or that does not
+    tell its cost, in which case it is usually damaged.
+    """
+    if cost is None or cost.encoded > max_pixels:
+        return LIGHT_SECONDS
+    if cost.pixels > LIGHT_PIXELS or cost.is_slow:
         return 0.0
     seconds = LIGHT_SECONDS + cost.pixels * SECONDS_PER_PIXEL
     if not cost.is_proportional:
@@ -249,7 +259,6 @@ class Decoders:
             is_light=False,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            formats=settings.formats,
             sandbox=settings.sandbox,
         )
         light = large._replace(memory=LIGHT_MEMORY, niceness=0, is_light=True)
@@ -295,6 +304,9 @@ class Decoders:
         *deadline*, or if too many large images wait; those without a client, of the server
         itself, are never refused.
         """
+        if not image:
+            raise empty_error()
+        detect_format(image, self._settings.formats or None)
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         reply = await self._run_with_retries(
@@ -332,7 +344,7 @@ class Decoders:
         """
         rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
-        seconds = light_seconds(len(image), cost)
+        seconds = light_seconds(len(image), cost, self._settings.max_pixels)
         num_crashes = 0  # of children, without the fault of the image
         # A slow one, or one whose pixels are not known, counts as one of the largest.
         pixels = (

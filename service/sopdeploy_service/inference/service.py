@@ -46,6 +46,8 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
+# A request none of whose images has another outcome is refused as a whole.
+UNANSWERED = {results.DEADLINE, results.DECODERS_BUSY}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
@@ -341,8 +343,8 @@ class Service:
         *client* the key or address that shares the decoders for large images; *features*
         requests the embedding, *may_keep* allows to keep the images, and those that are not
         *for_drift* do not count for the drift. Cancelling the call removes its images from the
-        queue; call `check_queue` before. Raises `RejectedError` if the deadline has passed, or
-        if too many large images wait for a decoder.
+        queue; call `check_queue` before. Raises `RejectedError` if all images miss the deadline
+        or find too many others waiting for a decoder.
         """
         predict = partial(
             self._predict,
@@ -360,12 +362,9 @@ class Service:
                 outcomes = await asyncio.gather(*map(predict, images))
         finally:
             self.admitted -= len(images)
-        for outcome in outcomes:  # an image that is late or gets no decoder ends the request
-            if isinstance(outcome, HttpError) and outcome in {
-                results.DEADLINE,
-                results.DECODERS_BUSY,
-            }:
-                raise RejectedError(outcome)
+        # An image that is late or finds no decoder fails alone, beside others that have an answer.
+        if all(isinstance(one, HttpError) and one in UNANSWERED for one in outcomes):
+            raise RejectedError(outcomes[0])
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
