@@ -11,7 +11,7 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-MAX_BEFORE = 5  # runs that a page lists; reading one takes a tenth of a second
+MAX_BEFORE = 5  # runs that a page lists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +140,9 @@ def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ..
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
     others.sort(key=lambda best: best.stat().st_mtime, reverse=True)
     rows: list[tuple[object, ...]] = []
-    for best in others[:MAX_BEFORE]:
+    for best in others:
+        if len(rows) == MAX_BEFORE:
+            break
         _, row = read_run(best)
         if row.estimate and row.project == project:
             date = row.date[:16].replace("T", " ")

@@ -110,9 +110,9 @@ def find_bundles(
             manifest = read_manifest(path)
             name = given_name or manifest.project
             if projects is not None and projects.get(name) != manifest.project:
-                served = projects.get(given_name, ", ".join(projects))
+                present = projects.get(given_name, ", ".join(projects))
                 raise ConfigError(
-                    f"{source}: leads to {manifest.name}, of another project than the served {served}; "
+                    f"{source}: leads to {manifest.name}, of another project than the served {present}; "
                     "start the server again to serve it"
                 )
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
