@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import orjson
@@ -19,6 +20,7 @@ import pydantic
 from fastapi import Request, Response
 from starlette.types import Receive
 
+from sopdeploy.config import describe_problem
 from sopdeploy.images.formats import too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.signatures import FIRST_BYTES
@@ -39,6 +41,7 @@ BAD_TIMEOUT = HttpError(
     "invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)"
 )
 
+NO_CODING = {"", "identity", "utf-8", "utf8"}  # some clients name a charset
 ENCODED = HttpError(
     "unsupported_encoding", 415, "send the body itself, without a Content-Encoding"
 )
@@ -57,6 +60,7 @@ NOT_A_FORM = HttpError(
 
 _Value = TypeVar("_Value")
 _Values = TypeVarTuple("_Values")
+_Query = TypeVar("_Query", bound=pydantic.BaseModel)
 
 
 def service_of(request: Request) -> Service:
@@ -286,10 +290,36 @@ class ClassifyRequest(pydantic.BaseModel):
 
 
 class Upload(NamedTuple):
-    """The images of one request; *is_list* selects a list as response."""
+    """The images of one request; *is_list* selects a list as response, *texts* are fields of a form."""
 
     images: list[bytes]
     is_list: bool = False
+    texts: Mapping[str, str] = MappingProxyType({})
+
+    def complete(self, query: _Query, model: Model) -> _Query:
+        """Add the text fields that are parameters to *query*, which wins; others are left out.
+
+        Raises `RejectedError` if one is invalid, or names another model than *model*, which was
+        chosen before the form was read.
+        """
+        known = {
+            name: self.texts[name]
+            for name in type(query).model_fields
+            if name in self.texts and name not in query.model_fields_set
+        }
+        for name, chosen in (("model", model.name), ("version", model.version)):
+            if known.get(name, chosen) != chosen:
+                message = (
+                    f"{name}: this form goes to {chosen}; choose it in the address, ?{name}="
+                )
+                raise bad_request("malformed_request", message)
+        if not known:
+            return query
+        try:
+            return type(query).model_validate(query.model_dump(exclude_unset=True) | known)
+        except pydantic.ValidationError as problem:
+            message = describe_problem(problem.errors()[0])
+            raise RejectedError(HttpError("invalid_parameter", 422, message)) from problem
 
 
 async def read_upload(admitted: AdmittedRequest) -> Upload:
@@ -312,10 +342,10 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
             raise RejectedError(NOT_A_FORM)
         body = await read_body(admitted, settings.max_body_bytes)
         if len(body) <= SMALL_BODY:
-            images = parse_form(body, content_type, settings.max_images)
+            form = parse_form(body, content_type, settings.max_images)
         else:  # it would take too long on the event loop
-            images = await admitted.parse(parse_form, body, content_type, settings.max_images)
-        return Upload(images, is_list=len(images) > 1)
+            form = await admitted.parse(parse_form, body, content_type, settings.max_images)
+        return Upload(form.images, is_list=len(form.images) > 1, texts=form.texts)
     body = await read_body(admitted, settings.max_body_bytes)
     # curl's --data sends this type, and removes zero bytes and line ends, which every image
     # file has.
@@ -349,7 +379,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """
     service, context, settings = admitted.service, admitted.context, admitted.service.settings
     body = admitted.body
-    if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
