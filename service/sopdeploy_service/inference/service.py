@@ -37,6 +37,7 @@ from sopdeploy_service.inference.loader import (
 from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
+from sopdeploy_service.inference.uploads import Uploads
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import (
@@ -204,7 +205,6 @@ class Service:
         """Serve the models of *registry*."""
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
-        self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         self.metrics_page = Shared(
             self.make_metrics
         )  # of all processes if the server has several
@@ -219,10 +219,10 @@ class Service:
         self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
-        self.max_upload_bytes = upload_budget(settings)
+        self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
-        self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
+        self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
         self._draining, self._was_drained = (
             True,
             False,
