@@ -23,11 +23,10 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import ImageError, SopdeployError
-from sopdeploy.images.decode import Decoded
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
-from sopdeploy_service.inference.decoders import Decoders, upload_budget
+from sopdeploy_service.inference.decoders import DecodedImage, Decoders, upload_budget
 from sopdeploy_service.inference.loader import (
     LoadedModel,
     check_trust,
@@ -385,12 +384,13 @@ class Service:
         try:
             stages: dict[str, float] = {}
             if isinstance(image, bytes):
-                started, rules = time.monotonic(), model.bundle.manifest.preprocess
+                rules = model.bundle.manifest.preprocess
                 decoded = await self.decoders.decode(image, rules, deadline, client)
-                stages["decode"] = time.monotonic() - started
-                self.metrics.observe_stage("decode", stages["decode"])
+                stages |= decoded.stage_seconds
+                for stage, seconds in decoded.stage_seconds.items():
+                    self.metrics.observe_stage(stage, seconds)
             else:
-                decoded = Decoded(image, ())
+                decoded = DecodedImage(image, (), {})
             ran = await model.run(
                 decoded.pixels, deadline, features=features, for_drift=for_drift
             )

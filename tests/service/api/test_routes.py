@@ -40,7 +40,7 @@ def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timi
     assert reply.headers["x-model-digest"] == bundle.manifest.id
     assert reply.headers["x-request-id"] == "abc-1"
     stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
-    assert stages == ["receive", "decode", "queue", "infer"]
+    assert stages == ["receive", "decode_queue", "decode", "queue", "infer"]
     found = probabilities(reply.json())
     assert len(found) == 5
     assert found == sorted(found, reverse=True)
@@ -226,7 +226,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     for number in range(3):
         client.get(f"/nothing/{number}")
     text = client.get("/metrics").text
-    stages = ("receive", "decode", "queue", "infer")
+    stages = ("receive", "decode_queue", "decode", "queue", "infer")
     for line in (
         'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
         'sopdeploy_rejected_total{reason="not_an_image"}',
