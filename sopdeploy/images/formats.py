@@ -61,7 +61,7 @@ def open_image(
     or damaged.
     """
     if not body:
-        raise ImageError("this is not an image: it is empty", code="empty_body", status=400)
+        raise empty_error()
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     detected = detect_format(body, formats)
@@ -225,6 +225,11 @@ def image_error(error: Exception, max_pixels: int = MAX_PIXELS) -> ImageError:
     return ImageError("the image is damaged", code="damaged_image", status=422)
 
 
+def empty_error() -> ImageError:
+    """Build the error of a file or body without a byte."""
+    return ImageError("this is not an image: it is empty", code="empty_body", status=400)
+
+
 def too_large_error(max_bytes: int) -> ImageError:
     """Build the error of a file or body longer than *max_bytes*."""
     return ImageError(f"larger than {max_bytes} bytes, the limit", code="too_large", status=413)
@@ -237,7 +242,7 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     if any(FORMATS[name] == detected for name in accepted):
         return detected
     advice = f"use {describe_formats(accepted)}" + (
-        "" if formats is None else " (the setting formats)"
+        " (the setting formats)" if len(set(accepted)) < len(FORMATS) else ""
     )
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)

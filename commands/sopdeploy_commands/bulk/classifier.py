@@ -149,10 +149,8 @@ class BatchClassifier:
     def _decode_ahead(
         self, images: Iterable[ListedImage]
     ) -> Generator[DecodedImage, None, None]:
-        """Decode *images* of any format in child processes, some in advance; yield them in order."""
-        decoders = Decoders(
-            self._workers, self._settings.model_copy(update={"formats": ()}), Metrics()
-        )
+        """Decode *images* in child processes, some in advance; yield them in order."""
+        decoders = Decoders(self._workers, self._settings, Metrics())
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
         with running_loop() as loop:
@@ -177,7 +175,7 @@ class BatchClassifier:
             if len(body) > max_bytes:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
-            pixels, row["warnings"] = decoders.wait_for(decoders.decode(body, rules))
+            pixels, row["warnings"], _ = decoders.wait_for(decoders.decode(body, rules))
         except (ImageError, RejectedError) as error:
             code = error.code if isinstance(error, ImageError) else error.reason.code
             row["error"], row["error_message"] = code, str(error)

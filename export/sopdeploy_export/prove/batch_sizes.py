@@ -3,8 +3,7 @@
 torch.export itself checks that all batch sizes of at least 2 have one graph, so this is not
 compared.
 
-Refused: other operations for one image
-(`test_a_network_with_another_graph_for_one_image_is_rejected_without_any_other_network`).
+Refused: other operations for one image (`tests/attacks/planted/graphs.py`).
 """
 
 from sopdeploy.errors import CertificateError

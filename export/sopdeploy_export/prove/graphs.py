@@ -3,7 +3,7 @@
 No operation of a removed part is behind an output. What all networks share, such as a frozen
 buffer, is not compared with anything.
 
-Refused: a branch times zero (`test_network_whose_output_depends_on_its_branches_is_rejected`).
+Refused: a branch times zero (`tests/attacks/planted/branches.py`).
 """
 
 from collections.abc import Callable, Mapping, Set

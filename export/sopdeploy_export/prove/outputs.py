@@ -2,8 +2,7 @@
 
 This says nothing of other images, of which only the graphs do.
 
-Refused: other numbers outside of the graph
-(`test_network_whose_output_depends_on_its_branches_is_rejected`).
+Refused: other numbers outside of the graph (`tests/attacks/planted/graphs.py`).
 """
 
 from collections.abc import Callable, Mapping

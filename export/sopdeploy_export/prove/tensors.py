@@ -4,10 +4,8 @@ Removed tensors share no memory with the others, and the graph of the trained ne
 same while they have random values: neither an alias nor a number that code reads brings them
 back. It is not proved that the removed tensors are useless in training.
 
-Refused: a weight that moved by one ulp, that a kept one overlaps in memory, or of which code
-reads a number
-(`test_a_network_that_differs_from_the_plain_one_or_hides_what_is_kept_is_rejected`,
-`test_network_whose_code_reads_a_number_of_a_branch_is_rejected_although_no_graph_shows_it`).
+Refused: a weight that a kept one overlaps in memory, or of which code reads a number
+(`tests/attacks/planted/graphs.py`, `tests/attacks/planted/branches.py`).
 """
 
 from collections.abc import Iterator, Sequence, Set
