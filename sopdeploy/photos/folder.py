@@ -25,7 +25,6 @@ from sopdeploy.images.signatures import (
     note_skipped,
 )
 from sopdeploy.photos.files import (
-    KEPT_NAME,
     SAMPLE_FOLDER,
     TRAIN,
     TRAINING,
@@ -38,6 +37,7 @@ from sopdeploy.photos.files import (
     folder_identity,
     hint_at_spelling,
     holds_images,
+    is_kept_photograph,
     list_images,
     list_outputs,
     list_subfolders,
@@ -553,7 +553,7 @@ def open_unknown(root: Path) -> UnknownImages:
     paths = [images.path(index) for index in range(len(images))]
     is_fair_N = np.array(
         [
-            path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name)
+            path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)
             for path in paths
         ]
     )
