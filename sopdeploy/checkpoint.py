@@ -10,7 +10,8 @@ import hashlib
 import io
 import pickle  # for the exception type of torch.load
 import zipfile
-from collections.abc import Container, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
@@ -57,13 +58,11 @@ _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 MAX_TENSORS = 1_000_000
-WRAPPERS = (
-    "module",
-    "_orig_mod",
-)  # parts of the names of tensors, of DataParallel and torch.compile
 COUNTER = (
     "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
 )
+# Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
+COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
 _MORE_NUMBERS, _MORE_PARAMETERS = 1 << 28, 20_000  # of a network while it is built
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
@@ -342,36 +341,50 @@ def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
     return content
 
 
-def find_tables(
-    content: Any, levels: int = MAX_TABLE_LEVELS
-) -> dict[str, Mapping[str, Tensor]]:
-    """Find the state dicts in the outer *levels* of *content*, by their path of keys, "" for itself."""
-    if is_state_dict(content):
-        return {"": content}
-    found: dict[str, Mapping[str, Tensor]] = {}
-    if isinstance(content, dict) and levels > 1:
+def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mapping[str, Any]]:
+    """Find the tables of tensors in the outer *levels* of *content*, by their path of keys, "" for itself.
+
+    A table is a dict that holds a tensor; it can hold other values, too, such as the extra
+    state of a layer or the number of epochs.
+    """
+    if not isinstance(content, dict):
+        return {}
+    tables: dict[str, Mapping[str, Any]] = {}
+    own = {name: value for name, value in content.items() if isinstance(name, str)}
+    if any(isinstance(value, Tensor) for value in own.values()):
+        tables[""] = own
+    if levels > 1:
         for key, value in content.items():
             for path, table in find_tables(value, levels - 1).items():
-                found[f"{key}.{path}".strip(".")] = table
-    return found
+                tables[f"{key}.{path}".strip(".")] = table
+    return tables
 
 
-def without_wrappers(
-    path: Path, tensors: Mapping[str, Tensor], wrappers: Container[str] = WRAPPERS
-) -> dict[str, Tensor]:
-    """Leave *wrappers* out of the names of *tensors*, as in module.conv1.weight or features.module.0.weight.
+def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
+    """Return the parts of the names in *tables* that wrappers of modules add, such as `_orig_mod`.
 
-    Raises `WeightsError` if two names become one.
+    DataParallel calls what it wraps `module`; torch.compile, FSDP, checkpoints of activations
+    and others use a name that begins with an underscore. What a wrapper holds is alone in it,
+    but for counters.
     """
-    named: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = ".".join(part for part in name.split(".") if part not in wrappers)
-        if short in named:
-            raise WeightsError(
-                f"{path}: holds {short} twice, also as {name}; remove one of them"
-            )
-        named[short] = tensor
-    return named
+    siblings = defaultdict[tuple[str, str], set[str]](set)
+    for number, names in enumerate(tables):
+        for name in names:
+            if name.endswith(COUNTERS):
+                continue
+            parts = name.split(".")
+            for depth, part in enumerate(parts):
+                siblings[f"{number}", ".".join(parts[:depth])].add(part)
+    alone = {part for parts in siblings.values() if len(parts) == 1 for part in parts}
+    shared = {part for parts in siblings.values() if len(parts) > 1 for part in parts}
+    return frozenset(
+        part for part in alone - shared if part == "module" or part.startswith("_")
+    )
+
+
+def without_wrappers(name: str, wrappers: Container[str]) -> str:
+    """Leave *wrappers* out of *name*, as in module.conv1.weight or features.module.0.weight."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def find_labels(content: Any) -> tuple[str, ...] | None:

@@ -1,9 +1,26 @@
 """All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from shlex import quote
 
+# What errors of torch mean for the code of a network.
+_REMEDIES = (
+    (
+        re.compile(r"NVIDIA driver|compiled with CUDA|No (?:CUDA|HIP) GPUs|CUDA driver"),
+        "its code asks for a GPU, as .cuda() does, and none is usable here; write .to(x.device) "
+        "or device=x.device instead",
+    ),
+    (
+        re.compile(r"expected input\[\d+, 3, .*?\] to have (\d+) channels"),
+        r"its first convolution takes images with \1 of 3 channels; change their "
+        "number in the network, as by x.mean(1, keepdim=True) for gray images",
+    ),
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# Sentences with what a library asks of its own users.
+_OF_THE_LIBRARY = re.compile(r"https?://|\bplease\b|\bfile an? \w+|\breport\b", re.IGNORECASE)
 _MAX_LISTED = 10  # names in a message
 _MAX_MESSAGE, _MAX_END = 4_000, 500  # characters; files of others can have names of any length
 
@@ -216,9 +233,22 @@ def is_memory_exhausted(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Describe *error*, from a library or the user's code, by its type and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """Describe *error*, from a library or the user's code, in one line that says what it is.
+
+    That is its type and the first line of its message, without what the library asks of its own
+    users, such as to file an issue; or what to do, if that is known and the message does not
+    say it.
+    """
+    message = str(error)
+    for cause, remedy in _REMEDIES:
+        if match := cause.search(message):
+            return match.expand(remedy)
+    for line in message.splitlines():
+        sentences = _SENTENCE_END.split(line.strip())
+        kept = " ".join(each for each in sentences if not _OF_THE_LIBRARY.search(each))
+        if kept:
+            return f"{type(error).__name__}: {kept}"
+    return type(error).__name__
 
 
 def amount(number: int, noun: str, sign: str = "") -> str:

@@ -72,6 +72,15 @@ def folder_project(folder: Path) -> str:
         name = folder_name(
             named / ".."
         )  # `named.parent` would be wrong where *folder* ends with `..`
+    return _as_project(name)
+
+
+def file_project(file: Path) -> str:
+    """Name the project of the weights in *file* by the file, or `network` if no character is left."""
+    return _as_project(as_utf8(file.stem.removesuffix(".pth"))) or "network"
+
+
+def _as_project(name: str) -> str:
     return without_bundle_end(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200])
 
 

@@ -28,17 +28,19 @@ from sopdeploy.layers.pooling.registry import Pooling
 
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 HIDDEN = 4096  # width of the usual classifier of three layers
-_CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
+# channels, kernel, stride, padding, groups
+_CONVOLUTIONS = (
     (96, 11, 4, 2, 1),
     (256, 5, 1, 2, 2),
     (384, 3, 1, 1, 1),
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
+# Positions of convolutions that response normalization and max pooling follow
 MAX_POOLED = (
     0,
     1,
-)  # positions of convolutions that response normalization and max pooling follow
+)
 
 
 class VGGConfig(StrictModel):
@@ -77,12 +79,15 @@ class SingleStage(Backbone):
     ) -> None:
         super().__init__(config, num_classes)
         channels = 0  # of the last convolution so far
+
+        # Branches can read the map after each ReLU.
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels
             elif isinstance(layer, nn.ReLU):
                 self.tap_channels[f"layers.{position}"] = channels
         self.layers = nn.Sequential(*layers)
+
         self.pooling: GlobalPooling = config.pooling.build(channels)
         self.classifier: nn.Module
         if config.classifier == "linear":
@@ -116,6 +121,7 @@ class VGG(SingleStage):
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(nn.ReLU(inplace=True))
+
                 channels = width
         super().__init__(config, num_classes, layers)
 

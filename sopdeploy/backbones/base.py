@@ -119,6 +119,7 @@ def initialize(network: nn.Module) -> None:
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             continue
+
         if isinstance(module, nn.Conv2d):
             is_depthwise = module.groups == module.in_channels == module.out_channels
             # torch counts k^2 as the fan in of a depthwise convolution

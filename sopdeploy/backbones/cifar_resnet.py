@@ -141,7 +141,8 @@ class ResNeXt(Backbone):
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a bottleneck whose groups are as wide as in the stage of *out_channels*."""
-        groups, first_width = self.config.cardinality, self.config.group_width
+        groups = self.config.cardinality
+        first_width = self.config.group_width
         # groups widen in proportion to the channels, from `group_width` in the first stage
         middle = groups * first_width * out_channels // WIDTHS[0]
         return Bottleneck(in_channels, out_channels, stride, middle=middle, groups=groups)

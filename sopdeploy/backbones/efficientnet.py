@@ -69,12 +69,13 @@ HEAD_CHANNELS = 1280
 # Of the Lite networks:
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
+# The last ones at their resolution
 TAPPED_STAGES = (
     "blocks.1",
     "blocks.2",
     "blocks.4",
     "blocks.6",
-)  # the last ones at their resolution
+)
 DIVISOR = 8  # of the numbers of channels
 
 
@@ -102,12 +103,19 @@ class EfficientNet(Backbone):
         super().__init__(config, num_classes)
         timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError)
         network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
-        self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
-        self.conv_head, self.bn2 = network.conv_head, network.bn2
+
+        # timm's layers under timm's names, so that its weight files fit.
+        self.conv_stem = network.conv_stem
+        self.bn1 = network.bn1
+        self.blocks = network.blocks
+        self.conv_head = network.conv_head
+        self.bn2 = network.bn2
+
         for name, stage in MBCONV_STAGES.items():
             self.tap_channels |= {
                 f"{name}.{index}": stage.channels for index in range(stage.blocks)
             }
+
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.classifier = nn.Linear(self.pooling.out_features, num_classes)
@@ -182,11 +190,14 @@ class LiteBlock(nn.Sequential):
         super().__init__()
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
-        expand, project = convolution(channels, wide), convolution(wide, out)
+        expand = convolution(channels, wide)
+        project = convolution(wide, out)
+
         if expansion > 1:  # timm's names, in the order in which the layers run
             layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
         else:  # `expand` and `project` stay unused, so that a seed gives the weights of earlier versions
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
+
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)
             self.add_module(f"bn{number}", _batch_norm(layer.out_channels))
@@ -209,23 +220,27 @@ class EfficientNetLite(Backbone):
     config: EfficientNetLiteConfig
 
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
+        # The stem.
         super().__init__(config, num_classes)
-        self.conv_stem, self.bn1 = (
-            convolution(3, STEM_CHANNELS, 3, 2),
-            _batch_norm(STEM_CHANNELS),
-        )
+        self.conv_stem = convolution(3, STEM_CHANNELS, 3, 2)
+        self.bn1 = _batch_norm(STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
-        channels, stages = STEM_CHANNELS, []
+
+        # Stages of blocks, scaled in depth and width; the first and the last keep their depth.
+        channels = STEM_CHANNELS
+        stages = []
         for name, stage in MBCONV_STAGES.items():
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
             expansion = 1 if name == "blocks.0" else 6
+
+            # Channels in multiples of 8 that lose at most a tenth.
             scaled = stage.channels * config.width
-            out = max(
-                DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5)
-            )  # the nearest multiple
+            # The nearest multiple
+            out = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))
             if out < 0.9 * scaled:
                 out += DIVISOR
+
             blocks = []
             for index in range(count):
                 stride = STRIDES[name] if index == 0 else 1
@@ -235,10 +250,10 @@ class EfficientNetLite(Backbone):
             if name in TAPPED_STAGES:
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
-        self.conv_head, self.bn2 = (
-            convolution(channels, HEAD_CHANNELS),
-            _batch_norm(HEAD_CHANNELS),
-        )
+
+        # The head.
+        self.conv_head = convolution(channels, HEAD_CHANNELS)
+        self.bn2 = _batch_norm(HEAD_CHANNELS)
         self.act2 = nn.ReLU6(inplace=True)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)

@@ -56,10 +56,14 @@ class ResNet(Backbone):
         self.has_bottlenecks = config.depth not in {18, 34}
         expansion = Bottleneck.expansion if self.has_bottlenecks else BasicBlock.expansion
         channels = config.base_width
+
+        # The stem, which reduces the side to a quarter.
         self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        # Four stages, then the pooling and the classifier.
         widths = [config.base_width * factor * expansion for factor in (1, 2, 4, 8)]
         self.add_stages(channels, widths, BLOCKS[config.depth], (1, 2, 2, config.conv5_stride))
         self.add_classifier(config.pooling)

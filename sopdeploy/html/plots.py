@@ -10,11 +10,10 @@ from sopdeploy.html.report import Figure, sanitize
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT, _BAR_HEIGHT = (
-    4.6,
-    3.0,
-    0.3,
-)  # inches; the height of a bar with its distance to the next
+# inches; the height of a bar with its distance to the next
+_WIDTH = 4.6
+_HEIGHT = 3.0
+_BAR_HEIGHT = 0.3
 _STYLE: Any = {
     "svg.fonttype": "none",  # text remains text
     "svg.hashsalt": "sopdeploy",  # equal charts are equal files
@@ -35,10 +34,10 @@ def plot(
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            style = ("-", "--", ":", "-.")[
-                number // 10 % 4
-            ]  # another one after each ten curves: ten colors
-            xs, ys = [x for x, _ in points], [y for _, y in points]
+            # Another one after each ten curves: ten colors
+            style = ("-", "--", ":", "-.")[number // 10 % 4]
+            xs = [x for x, _ in points]
+            ys = [y for _, y in points]
             axes.plot(xs, ys, style, marker="." if len(points) < 20 else "")
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
         if logarithmic:

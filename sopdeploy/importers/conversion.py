@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sopdeploy.checkpoint import COUNTER, first_difference
 from sopdeploy.config import FieldValues, StrictModel
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.plugins import IMPORTERS
@@ -21,15 +21,22 @@ from sopdeploy.plugins import IMPORTERS
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts
-    store, `labels` are the class names of its `class_to_idx`.
+    `sha256` is that of the file, `others` are the names in its table that no tensor has. `arch`
+    is the architecture name that PyTorch training scripts store, `labels` are the class names
+    of its `class_to_idx`.
     """
 
     path: Path
     sha256: str
     tensors: Mapping[str, Tensor]
+    others: tuple[str, ...] = ()
     arch: str | None = None
     labels: tuple[str, ...] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say what the table holds beside tensors."""
+        return (f"ignored, as no tensors: {shorten(self.others)}",) if self.others else ()
 
     def tensor(self, name: str) -> Tensor:
         """Get the tensor *name*; raises `WeightsError` if the file has none."""
@@ -120,9 +127,8 @@ def choose_config(
     defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
     requested = make_config(model, _with_values(defaults, settings)).model_dump()
-    if isinstance(
-        pooling := requested.get("pooling"), dict
-    ):  # some networks have a name here, or no pooling
+    # Some networks have a name here, or no pooling
+    if isinstance(pooling := requested.get("pooling"), dict):
         requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
         if key in IDENTITY and requested.get(key) != detected:
@@ -176,9 +182,8 @@ def fit_tensors(
     }
     for name, tensor in converted.tensors.items():
         is_count = name.endswith(COUNTER) and tensor.numel() == 1
-        state[name] = (
-            tensor.reshape(()) if is_count else tensor
-        )  # some files have counters of shape (1,)
+        # Some files have counters of shape (1,)
+        state[name] = tensor.reshape(()) if is_count else tensor
         if name in expected and expected[name].shape == state[name].shape:
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
     # `state` still contains the tensors that do not fit, so that `first_difference` can name

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
+from torch import Tensor
 
 from sopdeploy.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -21,7 +22,8 @@ from sopdeploy.checkpoint import (
     Checkpoint,
     check_tensors,
     find_labels,
-    is_state_dict,
+    find_tables,
+    find_wrappers,
     parse_checkpoint,
     read_pytorch,
     without_wrappers,
@@ -57,7 +59,8 @@ from sopdeploy.models.registry import list_models
 from sopdeploy.plugins import IMPORTERS
 from sopdeploy.version import __version__
 
-OWN_IMPORTERS = (  # the first one that returns weights is used
+# The first one that returns weights is used
+OWN_IMPORTERS = (
     Importer(marks=("",), convert=convert_timm),  # of all files: the user names the network
     Importer(marks=("conv_stem.",), convert=convert_efficientnet_lite),
     Importer(marks=(".conv_for_DR",), convert=convert_gsop),
@@ -156,7 +159,7 @@ def import_weights(
         labels=label_origin,
         preprocess=checkpoint.preprocess,
         num_tensors=len(state),
-        notes=converted.notes,
+        notes=(*converted.notes, *file.notes),
         checkpoint=str(destination),
     )
 
@@ -174,14 +177,23 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
     content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
-    tables = [content, *map(content.get, STATE_DICT_KEYS)] if isinstance(content, dict) else []
-    state = next(filter(is_state_dict, tables), None)
-    if state is None:
+    tables = find_tables(content, levels=2)
+    candidates = [tables[name] for name in ("", *STATE_DICT_KEYS) if name in tables]
+    if not candidates:
         problem = "holds no table of tensors, by itself or as `state_dict`"
         raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
-    arch = content["arch"] if isinstance(content.get("arch"), str) else None
-    tensors, labels = check_tensors(path, without_wrappers(path, state)), find_labels(content)
-    return WeightFile(path=path, sha256=digest, tensors=tensors, arch=arch, labels=labels)
+    table = max(candidates, key=len)  # beside it, a file can hold single tensors
+    stored = {name: value for name, value in table.items() if isinstance(value, Tensor)}
+    wrappers = find_wrappers(stored)
+    tensors = {without_wrappers(name, wrappers): value for name, value in stored.items()}
+    return WeightFile(
+        path=path,
+        sha256=digest,
+        tensors=check_tensors(path, tensors),
+        others=tuple(name for name in table if name not in stored),
+        arch=content["arch"] if isinstance(content.get("arch"), str) else None,
+        labels=find_labels(content),
+    )
 
 
 def convert_weights(
@@ -223,9 +235,8 @@ def network_of_weights(file: WeightFile, default: str) -> str:
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
-    has_own_format = (
-        type(file) is not WeightFile
-    )  # read by a registered importer, which alone knows it
+    # Read by a registered importer, which alone knows it
+    has_own_format = type(file) is not WeightFile
     for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
         if not any(mark in name for mark in importer.marks for name in file.tensors):
             continue

@@ -69,9 +69,8 @@ def fetch_imagenet_weights(
         return find_lite_weights(model) or _fetch_from_hub(
             _lite_repository(model), download
         ), model
-    published = published_network(
-        model, config
-    )  # "timm:resnet26", or torchvision's name "vgg16_bn"
+    # "timm:resnet26", or torchvision's name "vgg16_bn"
+    published = published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
@@ -84,9 +83,8 @@ def fetch_imagenet_weights(
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[
         TORCHVISION_VERSION
     ]
-    return _fetch_url(weights.url, download), name.replace(
-        "_", "-"
-    )  # the catalog's name is vgg16-bn
+    # The catalog's name is vgg16-bn
+    return _fetch_url(weights.url, download), name.replace("_", "-")
 
 
 def find_lite_weights(model: str) -> Path | None:
@@ -100,9 +98,8 @@ def find_lite_weights(model: str) -> Path | None:
     if isinstance(cached, str):
         return Path(cached)
     packaged = PACKAGES.get(model)
-    found = (
-        None if packaged is None else importlib.util.find_spec(packaged.package)
-    )  # imports no code of it
+    # Imports no code of it
+    found = None if packaged is None else importlib.util.find_spec(packaged.package)
     if packaged is None or found is None or found.origin is None:
         return None
     path = Path(found.origin).parent / packaged.file
@@ -128,9 +125,8 @@ def published_network(model: str, config: StrictModel) -> str:
         return f"timm:tf_{model.replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
-    if issubclass(
-        entry(model).network, EfficientNet
-    ):  # only b0; the Lite networks are no subclasses
+    # Only b0; the Lite networks are no subclasses
+    if issubclass(entry(model).network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
         return "vgg16_bn" if config.batch_norm else "vgg16"
@@ -168,19 +164,18 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):  # None, or a mark that the hub had no such file
         url = hub.hf_hub_url(**location)
-        file, advice = f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here"
+        file = f"{name}/{HUB_FILE}"
+        advice = f"get {url} on another machine and copy it here"
         with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
-            hub.get_hf_file_metadata(
-                url, timeout=UNREACHABLE_SECONDS
-            )  # the download would retry for longer
+            # The download would retry for longer
+            hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
             if not download:
                 return Path(HUB_FILE)
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name
-    if SHA256.fullmatch(
-        blob
-    ):  # the hub's cache names large files by their hash; others are not compared
+    # The hub's cache names large files by their hash; others are not compared
+    if SHA256.fullmatch(blob):
         _remove_unless_hash(path, blob)
     return path
 

@@ -18,7 +18,8 @@ from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
 
-RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name, and ours
+# by project: a part of a tensor's name, and ours
+RENAMES: dict[str, dict[str, str]] = {
     "fast-MPN-COV": {
         "features.0.": "conv1.",
         "features.1.": "bn1.",
@@ -69,7 +70,8 @@ CIFAR10 = (
     "ship",
     "truck",
 )
-VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
+VGG_CHANNELS = 512
+VGG_FLATTENED = 512 * 7 * 7
 SUM_OR_MAXIMUM = (
     "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 )
@@ -77,9 +79,8 @@ SUM_OR_MAXIMUM = (
 
 def find_resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
-    blocks = {
-        tuple(name.split(".")[:2]) for name in file.tensors if "." in name
-    }  # such as ("layer3", "0")
+    # Such as ("layer3", "0")
+    blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
     has_bottlenecks = "layer1.0.conv3.weight" in file.tensors
@@ -104,9 +105,8 @@ def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str,
     to the file applies, or else, without a note, the usual resize to 256 and crop of 224.
     """
     models = importlib.import_module("torchvision.models")
-    published = (
-        models.get_model_weights(name) if name in models.list_models() else ()
-    )  # it has no resnet26
+    # it has no resnet26
+    published = models.get_model_weights(name) if name in models.list_models() else ()
     for weights in published:
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
@@ -205,10 +205,12 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         )
     length = classifier.shape[1]
     if length == VGG_FLATTENED:
-        project, option = "torchvision", ""
+        project = "torchvision"
+        option = ""
         pooling: FieldValues = {"pooling.kind": "flatten"}
     else:  # the classifier reads the vector of a global pooling
-        project, pooling = "fast-MPN-COV", detect_pooling(renamed, VGG_CHANNELS, length)
+        project = "fast-MPN-COV"
+        pooling = detect_pooling(renamed, VGG_CHANNELS, length)
         option = f" --option pooling={pooling['pooling.kind']}"
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
@@ -266,9 +268,8 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
         "base_width": len(file.tensor("conv1.weight")),
         **_detect_block_options(file),
     }
-    attention = detected.get(
-        "attention"
-    )  # None: the sum or the maximum, which the user must choose
+    # None: the sum or the maximum, which the user must choose
+    attention = detected.get("attention")
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
     triangles = {}

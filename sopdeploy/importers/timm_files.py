@@ -25,7 +25,8 @@ TIMM_PREFIX = "timm:"
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
-LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, which takes a second
+# Preprocessing of EfficientNet-Lite, without the import of timm, which takes a second
+LITE = {
     model: Preprocess(
         resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
     )
@@ -52,9 +53,8 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier")
-    if isinstance(
-        classifier, tuple
-    ):  # a distilled network has two classifiers of the same classes
+    # a distilled network has two classifiers of the same classes
+    if isinstance(classifier, tuple):
         classifier = classifier[0]
     # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored
     # without theirs
@@ -74,9 +74,8 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
     if model not in LITE:
         return None
-    is_original = (
-        "_conv_stem.weight" in file.tensors
-    )  # EfficientNet-PyTorch's names, which others have kept
+    # EfficientNet-PyTorch's names, which others have kept
+    is_original = "_conv_stem.weight" in file.tensors
     named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
     if not _has_tensors_of(model, named):
         return None
@@ -104,10 +103,8 @@ ORIGINAL_PARTS = {
 }
 # Layers of a block in their order; a block of the first stage has no expansion.
 ORIGINAL_LAYERS = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
-EXPANDED, NOT_EXPANDED = (
-    ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"),
-    ("", "", "conv_dw", "bn1", "conv_pw", "bn2"),
-)
+EXPANDED = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
+NOT_EXPANDED = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")
 
 
 def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:

@@ -58,9 +58,8 @@ def upper_triangle_indices(channels: int) -> Tensor:
 
     int64 of length C (C + 1) / 2, diagonal included; the order of fast-MPN-COV's vector.
     """
-    rows, columns = torch.triu_indices(
-        channels, channels, device="cpu"
-    )  # on `meta` it takes 1.5 ms
+    # on `meta` it takes 1.5 ms
+    rows, columns = torch.triu_indices(channels, channels, device="cpu")
     indices: Tensor = rows * channels + columns
     return indices.to(torch.get_default_device())
 

@@ -85,9 +85,8 @@ class RowConv(nn.Conv2d):
         """Convolve each of the n rows with its r = 4 filters: (B, n, n, 1) to (B, R, 1, 1), where R = 4n."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
-        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(
-            1, 2
-        )  # from (R, 1, n, 1)
+        # The stored weight has the shape (R, 1, n, 1).
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
         out_nBr = torch.matmul(cov_nBn, weight_nnr)
         out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
         return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
@@ -121,7 +120,8 @@ class ChannelAttention(nn.Module, ExportHints):
 
     def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
         super().__init__()
-        self.config, width = config, config.cov_width
+        self.config = config
+        width = config.cov_width
         self.reduction = nn.Sequential(
             nn.Conv2d(channels, width, 1, stride=dr_stride),
             nn.BatchNorm2d(width),
@@ -152,7 +152,8 @@ def averaging_rows(size: int, target: int) -> list[list[float]]:
     """
     rows = []
     for i in range(target):
-        start, stop = i * size // target, math.ceil((i + 1) * size / target)
+        start = i * size // target
+        stop = math.ceil((i + 1) * size / target)
         rows.append([1.0 / (stop - start) if start <= j < stop else 0.0 for j in range(size)])
     return rows
 
@@ -182,7 +183,8 @@ class PositionAttention(nn.Module, ExportHints):
 
     def __init__(self, config: GSoPBlockConfig, channels: int) -> None:
         super().__init__()
-        self.config, width = config, config.cov_width
+        self.config = config
+        width = config.cov_width
         self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
         positions = config.position_side**2
         self.excitation = Excitation(
@@ -191,22 +193,26 @@ class PositionAttention(nn.Module, ExportHints):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance of P = s x s positions over d channels is at least float32."""
-        config, side = self.config, self.config.position_side
+        config = self.config
+        side = self.config.position_side
         height, width = features_BCHW.shape[2:]
         reduced_BdHW = self.reduction(
             F.relu(features_BCHW) if config.pre_relu else features_BCHW
         )
+
+        # A map of s x s positions, whose P = s^2 covariances relate position to position.
         if config.position_rectify == "reduced":
             reduced_BdHW = F.relu(reduced_BdHW)
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            if (
-                config.position_covariance == "centred"
-            ):  # `covariance_factor` reads (B, variables, samples)
+            # `covariance_factor` reads (B, variables, samples)
+            if config.position_covariance == "centred":
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
             else:  # `uncentred_covariance` reads (B, samples, variables)
                 cov_BPP = uncentred_covariance(small_BdP)
+
+        # Weights of the small map, as large as the map that they scale.
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, build_rows)
@@ -242,8 +248,12 @@ class Concatenation(nn.Module):
                 f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
                 "; choose average, sum or maximum, or a wider network"
             )
+
+        # Few large groups get a long kernel, so that each output reads a comparable number of
+        # inputs.
         reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
-        kernel, padding = (2 * reach + 1, 1), (reach, 0)
+        kernel = (2 * reach + 1, 1)
+        padding = (reach, 0)
         self.conv_channel = nn.Conv2d(
             channels, channels, kernel, padding=padding, groups=groups
         )
@@ -278,18 +288,22 @@ class GSoPBlock(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale the map by channel, by position, or by both and fuse the two."""
+        # Scale by channel, by position, or by both.
         by_channel = features_BCHW
         if self.channel is not None:
             by_channel = features_BCHW * self.channel(features_BCHW)
+
         if self.position is None:
             return by_channel
         by_position = features_BCHW * self.position(features_BCHW)
-        if (
-            self.config.position_rectify == "scaled"
-        ):  # otherwise the ReLU is inside of `self.position`
+        # Otherwise the ReLU is inside of `self.position`
+        if self.config.position_rectify == "scaled":
             by_position = F.relu(by_position)
+
         if self.channel is None:
             return by_position
+
+        # Fuse the two scaled maps.
         if self.fusion is not None:
             return self.fusion(by_channel, by_position)
         if self.config.attention == "maximum":

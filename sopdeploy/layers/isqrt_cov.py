@@ -90,12 +90,12 @@ def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     15, for singular matrices too.
     """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
-    step = Step(
-        y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC
-    )  # Z_0 = I, so T_0 = (3 I - A) / 2
+    # Z_0 = I, so T_0 = (3 I - A) / 2
+    step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)
     yield step
     for _ in range(iterations - 1):
-        y_BCC, z_BCC = step.next_y(), step.next_z()
+        y_BCC = step.next_y()
+        z_BCC = step.next_z()
         step = Step(
             y=y_BCC, z=z_BCC, t=torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
         )
@@ -116,11 +116,12 @@ def newton_schulz_adjoint(
     of all of T's gradient, made symmetric. The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k
     / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
-    f_grad_BCC, t_grad_BCC = _factor_gradients(
-        f_grad_BCC, fs[-1], ts[-1]
-    )  # of F_(N-1) and T_(N-1)
+    # of F_(N-1) and T_(N-1)
+    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
+
     # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
+
     # For k = N-2 .. 0, from the gradients of F_(k+1) and W_(k+1) to those of F_k and W_k:
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
@@ -130,6 +131,7 @@ def newton_schulz_adjoint(
             q_BCC, alpha=1.5
         )
         w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
+
     if fs[0] is None:  # F is Z, so the input matrix is only W_0; otherwise it is Y_0, too
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))
@@ -139,9 +141,8 @@ def _factor_gradients(
     f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of F_k and of T from that of F_(k+1) = F_k T; F is Y or Z, and Z_k T = T Z_k."""
-    if (
-        f_BCC is None
-    ):  # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    if f_BCC is None:
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
@@ -167,9 +168,8 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            if (
-                trains and not torch.compiler.is_compiling()
-            ):  # compilers and exporters trace the last line
+            # Compilers and exporters trace the last line
+            if trains and not torch.compiler.is_compiling():
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
@@ -178,9 +178,8 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     """Decide whether N *iterations* on G (M x M) are cheaper than on A (d x d); symbolic shapes use A."""
     if type(positions) is not int or type(channels) is not int:
         return False
-    products = max(
-        1, 3 * iterations - 3
-    )  # of two square matrices, as counted at the top of this file
+    # of two square matrices, as counted at the top of this file
+    products = max(1, 3 * iterations - 3)
     # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2
     # M each.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
@@ -240,16 +239,22 @@ class ISqrtVector(torch.autograd.Function):
         ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig
     ) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
+        # The steps save what `newton_schulz_adjoint` reads.
         start = prenormalize(features_BdHW, config)
-        ts, fs = [], []  # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
+        # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
+        ts = []
+        fs = []
         last: Step
         for step in newton_schulz_steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
             last = step
         root_Bdd = _root(start, last, config)
+
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
-        ctx.config, ctx.use_gram = config, start.use_gram
+
+        ctx.config = config
+        ctx.use_gram = start.use_gram
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
         ctx.save_for_backward(
             features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:]
@@ -267,6 +272,8 @@ class ISqrtVector(torch.autograd.Function):
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
+
+        # Second derivatives: compute the root again, by operations that autograd knows.
         if torch.is_grad_enabled():
             again = isqrt_vector(features_BdHW, triangle, config)
             return (
@@ -274,12 +281,17 @@ class ISqrtVector(torch.autograd.Function):
                 None,
                 None,
             )
+
+        # What `forward` saved, by step.
         ts = factors[: config.iterations]
+        # Z_0 = I or Y_0 = A
         fs = [
             None if ctx.use_gram else matrix_Bnn,
             *factors[config.iterations :],
-        ]  # Z_0 = I or Y_0 = A
+        ]
 
+        # The gradient of the whole root: each number of the triangle stands at two places of
+        # it.
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
@@ -298,14 +310,17 @@ class ISqrtVector(torch.autograd.Function):
             power = 0.5 if config.compensate else 0.0
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
+        # Through the steps, then through the normalization, to the product of the map with
+        # itself.
         matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
-        norm_term_B11 = (
-            power * root_dot_grad_B11
-        )  # n times the gradient that n receives from n^p
+        # n times the gradient that n receives from n^p
+        norm_term_B11 = power * root_dot_grad_B11
         product_grad_Bnn = _prenorm_adjoint(
             matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config
         )
         product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G
+
+        # Through the product to the map.
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
             # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p
@@ -333,9 +348,8 @@ def _prenorm_adjoint(
     *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (
-        norm_B11 > SMALLEST_NORM
-    )  # n g - <D, P / n>
+    # n g - <D, P / n>
+    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
     else:  # dn / dP = P / n

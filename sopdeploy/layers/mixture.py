@@ -67,7 +67,8 @@ class Components(nn.Module):
         root: NewtonSchulzConfig,
     ) -> None:
         super().__init__()
-        self.components, self.evaluated = components, evaluated
+        self.components = components
+        self.evaluated = evaluated
         self.is_linear = kind == "linear"
         self.weights = (
             nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
@@ -75,10 +76,11 @@ class Components(nn.Module):
                 for inputs, outputs in pairwise((channels, *widths))
             )
         )
-        biased = (
-            widths if self.is_linear else ()
-        )  # convolutions with ReLU have no bias, as in GM-SOP's code
+
+        # Convolutions with ReLU have no bias, as in GM-SOP's code
+        biased = widths if self.is_linear else ()
         self.biases = nn.ParameterList(torch.zeros(components * outputs) for outputs in biased)
+
         self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
         self.after, self.out_features = build_pooling(
             kind, widths[-1] if widths else channels, root
@@ -94,16 +96,19 @@ class Components(nn.Module):
         """
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)
+
+        # All components run as groups of one convolution.
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
-            groups = (
-                1 if step == 0 else self.components
-            )  # all components read the same features first
+            # All components read the same features first
+            groups = 1 if step == 0 else self.components
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)  # (N o, i, 1, 1)
             if self.is_linear:
                 x = F.conv2d(x, kernel, self.biases[step], groups=groups)
             else:
                 x = F.relu(F.conv2d(x, kernel, groups=groups))
+
+        # Pool each component's map, then sum the vectors with the weights of their image.
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
         return (
@@ -127,29 +132,29 @@ class Components(nn.Module):
         The other weights must be 0. Whole roots of covariances are summed, and the triangle is
         taken of the sum, once per image instead of K times.
         """
-        sorted_BN, order_BN = weights_BN.sort(
-            dim=1, descending=True, stable=True
-        )  # ties: the lower index
+        # The K components of each image.
+        # ties: the lower index
+        sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)
         largest_BK = sorted_BN[:, : self.evaluated]
-        chosen = order_BN[
-            :, : self.evaluated
-        ].flatten()  # (B K,), the K components of each image
-        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(
-            1
-        )  # (B, 1, C, M), the same for all K at first
+        # (B K,), the K components of each image
+        chosen = order_BN[:, : self.evaluated].flatten()
+        # (B, 1, C, M), the same for all K at first
+        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
+
+        # Run their filters, which differ from image to image.
         for weight_Noi in self.weights:
             filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
             x_BKcM = F.relu(filters_BKoi @ x_BKcM)
-        maps = torch.unflatten(
-            x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:]
-        )  # (B K, c, H, W)
+        # (B K, c, H, W)
+        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
+
+        # Sum covariance roots before the triangle is taken, once per image.
         root_layer = self.after if isinstance(self.after, ISqrtCov) else None
         if root_layer is None:
             pooled = self.after(maps)
         else:
-            pooled = covariance_root(maps, root_layer.config).flatten(
-                start_dim=1
-            )  # whole roots, c^2 numbers
+            # Whole roots, c^2 numbers
+            pooled = covariance_root(maps, root_layer.config).flatten(start_dim=1)
         pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, (-1, self.evaluated))
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
         return sum_BD if root_layer is None else sum_BD.index_select(1, root_layer.triangle)
@@ -157,13 +162,14 @@ class Components(nn.Module):
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
         x_BCHW = self.before(features_BCHW)
-        filters = [
-            weight_Noi.unbind() for weight_Noi in self.weights
-        ]  # by step, then by component
-        biases = [
-            bias.chunk(self.components) for bias in self.biases
-        ]  # of linear components only
-        weighted, indices = [], []
+        # by step, then by component
+        filters = [weight_Noi.unbind() for weight_Noi in self.weights]
+        # of linear components only
+        biases = [bias.chunk(self.components) for bias in self.biases]
+
+        # Each component runs once, on the images that chose it.
+        weighted = []
+        indices = []
         for component in range(self.components):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
@@ -177,6 +183,8 @@ class Components(nn.Module):
                     x = F.relu(F.conv2d(x, kernel))
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
+
+        # Sum what an image's components gave.
         vectors = torch.cat(weighted)  # one for each pair of an image and one of its components
         total_BD = vectors.new_zeros(len(weights_BN), vectors.shape[1])
         return total_BD.index_add(0, torch.cat(indices), vectors)
@@ -265,11 +273,11 @@ def rank(logits_BN: Tensor) -> Tensor:
     All N^2 pairs are compared, so that ties do not depend on a runtime's sort and the exported
     graph has no data-dependent shape.
     """
-    own_BN1, other_B1N = logits_BN.unsqueeze(2), logits_BN.unsqueeze(1)
+    own_BN1 = logits_BN.unsqueeze(2)
+    other_B1N = logits_BN.unsqueeze(1)
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
-    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(
-        1
-    )  # [own, other]: the other has the lower index
+    # [own, other]: the other has the lower index
+    earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
     return ahead_BNN.sum(dim=2, dtype=torch.int32)
 
@@ -289,10 +297,11 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     weighted by its fraction of the images.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
-    summed = torch.cat(
-        [weights_BN.sum(dim=0), count]
-    )  # one tensor, so that one reduction sums both
+    # One tensor, so that one reduction sums both
+    summed = torch.cat([weights_BN.sum(dim=0), count])
     if dist.is_available() and dist.is_initialized():
         summed = all_reduce(summed)  # type: ignore[no-untyped-call]
-    load_N, images = summed[:-1], summed[-1].detach()  # `images` is S
+    # `images` is S
+    load_N = summed[:-1]
+    images = summed[-1].detach()
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())

@@ -24,9 +24,8 @@ class NetVLAD(GlobalPooling):
         self.assignment = nn.Conv2d(channels, words, 1)
         self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
         self.out_features = words * channels
-        with (
-            torch.no_grad()
-        ):  # the softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
+        # The softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
+        with torch.no_grad():
             self.assignment.weight.copy_(self.centres[:, :, None, None])
             self.assignment.get_parameter("bias").copy_(-0.5 * self.centres.square().sum(dim=1))
 

@@ -45,12 +45,13 @@ def images_format(network: nn.Module) -> torch.memory_format:
         recorded = vars(module).get(IMAGES_FORMAT)
         if isinstance(recorded, torch.memory_format):
             return recorded
+
+    # A network that was not trained here: the layout of its weights tells.
     for weight in network.parameters():
         is_channels_last = weight.dim() == 4 and weight.is_contiguous(
             memory_format=torch.channels_last
         )
-        if (
-            is_channels_last and not weight.is_contiguous()
-        ):  # a kernel of one position has both layouts
+        # a kernel of one position has both layouts
+        if is_channels_last and not weight.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format

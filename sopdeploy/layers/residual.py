@@ -32,7 +32,8 @@ class PaddedShortcut(nn.Module):
         super().__init__()
         self.stride = stride
         missing = out_channels - in_channels
-        self.before, self.after = missing // 2, missing - missing // 2
+        self.before = missing // 2
+        self.after = missing - missing // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Convert (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""

@@ -130,9 +130,8 @@ class Classifier(Backbone):
         The network then returns this vector. Raises `ConfigError` if the last layer is not
         linear.
         """
-        layer = Classifier.logits_layer(
-            self
-        )  # the method of a subclass returns the layer of its new head
+        # The method of a subclass returns the layer of its new head
+        layer = Classifier.logits_layer(self)
         if layer is None:
             raise ConfigError(
                 "head: the last layer of this network is not linear; choose another network"

@@ -28,11 +28,12 @@ from sopdeploy.layers.mixture import Components
 from sopdeploy.models.registry import create_model, entry, make_config
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-RESNET50_PARAMS, RESNET50_OPS = 25.5e6, 3.86e9  # the divisors of GSoP's Table 5
-PER_NORM_OUTPUT, PER_ROOT_PRODUCT = (
-    5,
-    42,
-)  # operations in DSoP's tables; 42 d^3 per root is fitted
+# the divisors of GSoP's Table 5
+RESNET50_PARAMS = 25.5e6
+RESNET50_OPS = 3.86e9
+# Operations in DSoP's tables; 42 d^3 per root is fitted
+PER_NORM_OUTPUT = 5
+PER_ROOT_PRODUCT = 42
 Unit = Literal["M", "G", "K", "x"]
 
 
@@ -58,7 +59,8 @@ class Tally:
 
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
-        parameters, macs = Counter[str](), Counter[str]()
+        parameters = Counter[str]()
+        macs = Counter[str]()
         for sums, counts in ((parameters, self.parameters), (macs, self.macs)):
             for name, number in counts.items():
                 path = name.split(".")
@@ -72,10 +74,13 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     counts = Tally(
         parameters=Counter({name: p.numel() for name, p in network.named_parameters()})
     )
+
+    # Each call of a module adds its operations.
     handles = [
         part.register_forward_hook(partial(_count_call, counts, name), with_kwargs=True)
         for name, part in network.named_modules()
     ]
+
     # Batch norms take most of the time, also on `meta`, so they return their input. An
     # attribute `forward` of the instance hides the method of the class until it is deleted; one
     # that a caller has set stays.
@@ -86,6 +91,8 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     ]
     for norm in norms:
         norm.forward = _view_first_input
+
+    # One black image goes through the network.
     tensors = chain(network.parameters(), network.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("meta"))
     try:
@@ -117,6 +124,8 @@ def _count_call(
     output = next((leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)), None)
     if output is None:
         return
+
+    # Layers of the paper, then those of torch.
     if isinstance(module, Components):
         counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
@@ -127,9 +136,8 @@ def _count_call(
         module, nn.MultiheadAttention
     ):  # which calls no module for its four projections
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
-        if (
-            type(module).forward is not nn.MultiheadAttention.forward
-        ):  # then probably self-attention
+        # Then probably self-attention
+        if type(module).forward is not nn.MultiheadAttention.forward:
             tensors = dict.fromkeys(("query", "key", "value"), output)
         query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))
         counts.macs[name] += (2 * query + keys + values) * module.embed_dim
@@ -220,6 +228,7 @@ def find_published(
 
 def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
     """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
+    # What the row counts: the parts below its module, plus operations that no module has.
     parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
     operations = (
         sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
@@ -228,6 +237,8 @@ def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> 
         operations += (
             PER_NORM_OUTPUT * counts.norm_outputs + PER_ROOT_PRODUCT * counts.root_products
         )
+
+    # Each printed figure, with its own count in the same unit.
     quantities: list[tuple[str, Unit, float | None, float]]
     if row.times_resnet50:
         quantities = [
@@ -240,6 +251,8 @@ def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> 
             (f"{row.part} operations", "G", row.ops, operations / 1e9),
             ("representation", "K", row.dim, representation / 1e3),
         ]
+
+    # Figures that the paper does not print are left out.
     notes = [note for note in (row.note, "cut off, not rounded" if row.cut else "") if note]
     figures = []
     for quantity, unit, printed, ours in quantities:
@@ -290,6 +303,8 @@ def describe(
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes, **config)
         inference = network.inference_model() if network.training_only else None
+
+    # Run it in train mode, and without the parts that only training needs.
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
@@ -302,12 +317,15 @@ def describe(
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels; choose another size"
         ) from problem
+
+    # The papers print their figures for one image size.
     representation = network.num_features()
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:
         figures = find_published(
             name, network.config, network.num_classes, training, shipped, representation
         )
+
     return Description(
         name=name,
         config=network.config.model_dump(mode="json"),

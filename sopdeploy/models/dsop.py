@@ -106,6 +106,7 @@ class DSoP(Classifier):
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
             self.tap_stages.setdefault(stage, []).append(tap)
+
         # By the name of the branch: `layer2_0` for the tap `layer2.0`, as names of parts
         # contain no dots.
         self.plans: dict[str, BranchPlan] = {
@@ -134,12 +135,17 @@ class DSoP(Classifier):
 
         Raises `ConfigError` for options that do not match the stages.
         """
-        config, paper, stages = self.config, self.paper_branches(), self.tap_stages
+        # The values of the config, else those of the paper.
+        config = self.config
+        paper = self.paper_branches()
+        stages = self.tap_stages
         blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
         widths = paper.widths if config.aux_widths is None else config.aux_widths
         paper_weights = paper.weights or (1.0,) * len(stages)
         weights = paper_weights if config.aux_weights is None else config.aux_weights
         strides = paper.strides or (1,) * len(stages)
+
+        # Each has one value for a stage.
         for key, values in (
             ("aux_blocks", blocks),
             ("aux_widths", widths),
@@ -149,11 +155,12 @@ class DSoP(Classifier):
                 raise ConfigError(
                     f"{key}: {len(values)} values for {len(stages)} stages; give one per stage"
                 )
+
+        # One branch for each tap of a stage that has blocks in it.
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            counts = blocks[
-                index
-            ]  # of blocks in the branch of each tap, or in that of the last tap
+            # of blocks in the branch of each tap, or in that of the last tap
+            counts = blocks[index]
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)
             if len(counts) != len(taps):
@@ -208,11 +215,14 @@ class DSoP(Classifier):
         `blocks` are of the backbone's kind, `ending` is what the backbone has between its last
         block and its pooling, `reduction` reduces the channels to those of the covariance.
         """
+        # Blocks that go on where the tap leaves the backbone.
         channels = self.tap_channels[plan.tap]
         blocks = [
             self.branch_block(channels, channels, plan.stride if index == 0 else 1)
             for index in range(plan.blocks)
         ]
+
+        # First-order pooling without reduction, unless the branch is second-order.
         ending: nn.Module = nn.Identity()
         reduction: nn.Module = nn.Identity()
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
@@ -220,12 +230,13 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
-            if (
-                channels > plan.width
-            ):  # otherwise they are equal: `plan` limits the width to the channels
+            # Otherwise they are equal: `plan` limits the width to the channels
+            if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             root = ISqrtCov(plan.width, self.config.root_config())
-            pooling, length = root, root.out_features
+            pooling = root
+            length = root.out_features
+
         layers = {
             "blocks": nn.Sequential(*blocks),
             "ending": ending,

@@ -23,11 +23,12 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
+# Table IV, by the number of blocks of a stage
 PATTERNS = {
     3: (1, 0, 2),
     4: (0, 2, 0, 2),
     18: (0, 0, 3) * 6,
-}  # Table IV, by the number of blocks of a stage
+}
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
@@ -57,10 +58,10 @@ class DSoPResNet(DSoP, ResNet):
         With the `aux_stride` "table", those of the paper's table: its strides, and for
         bottlenecks also its blocks (3, 4, 7, 3) and widths.
         """
-        table = (
-            self.config.aux_stride == "table"
-        )  # the paper's printed counts do not fit its text
-        blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
+        # The paper's printed counts do not fit its text
+        table = self.config.aux_stride == "table"
+        blocks = (2, 2, 2, 2)
+        widths = (64, 128, 256, 256)
         if self.has_bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
             widths = (256, 256, 256, 256) if table else (64, 256, 256, 256)
@@ -90,9 +91,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     def __init__(self, config: DSoPEfficientNetConfig, *arguments: Any) -> None:
         super().__init__(config, *arguments)
-        del self.tap_channels[
-            "conv_head"
-        ]  # only branches read it: the plain network has no such tap
+        # Only branches read it: the plain network has no such tap
+        del self.tap_channels["conv_head"]
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
@@ -114,6 +114,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         plans = super().plan()  # its check ensures that `widths` has one value per stage
+
+        # The last branch gets the width of its stage.
         widths = (
             self.paper_branches().widths
             if self.config.aux_widths is None
@@ -121,9 +123,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         )
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
-                width = min(
-                    widths[-1], HEAD_CHANNELS
-                )  # `plan.width` is at most the channels of the block
+                # `plan.width` is at most the channels of the block
+                width = min(widths[-1], HEAD_CHANNELS)
                 plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
         return plans
 

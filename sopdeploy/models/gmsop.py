@@ -121,11 +121,14 @@ class GatedResNet(LowResolutionResNet, ExportHints):
             step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
             layers.append(nn.Sequential(*step))
         last_width = gate_widths[-1] if gate_widths else self.channels
+
         pool, length = build_pooling(config.component, last_width, config.root_config())
         self.gate = SparseGate(
             nn.Sequential(*layers, pool), length, config.components, config.chosen
         )
         initialize_by_fan_in(self.gate)
+
+        # The experts, and the classifier of their weighted sum.
         self.mixture = Components(
             config.component,
             self.channels,
@@ -172,14 +175,19 @@ class GMSOPResNet(Classifier, GatedResNet):
         """
         if not self.training:
             return super().forward(images)
+
         if self.config.chosen == 1:
             raise ConfigError(
                 "chosen: must be at least 2 to train; with 1 the gate has no gradient"
             )
+
+        # Route each image to its experts; the others compute nothing.
         features, weights_BN = self.features_and_noisy_weights(images)
         # on `meta`, weights have no values that could be compared with 0 to route by them
         mix = self.mixture if features.is_meta else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
+
+        # The loss balances the load of the experts.
         balance = balance_loss(weights_BN, self.config.balance_weight)
         counts = (weights_BN > 0).sum(dim=0)
         return TrainingOutput(

@@ -67,18 +67,20 @@ class GSoP(Classifier):
 
     def __init__(self, config: GSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+
+        # A block at the end of each attended residual block.
         for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
             stage, _, index = tap.partition(".")
             channels = self.tap_channels[tap]
-            if (
-                index != "0"
-            ):  # is built a second time, so that a seed gives the weights of earlier versions
+            # is built a second time, so that a seed gives the weights of earlier versions
+            if index != "0":
                 self.set_submodule(tap, self.branch_block(channels, channels, 1))
             block: Any = self.get_submodule(tap)
             dr_stride = 2 if stage in config.strided_dr_stages else 1
             block.attention = GSoPBlock(config, channels, dr_stride)
             block.attention_after = config.block_place == "after"
             initialize(block)
+
         if config.final_pooling == "isqrt":  # GSoP-Net2 replaces pooling and classifier
             isqrt = ISqrtPoolingConfig(
                 width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
@@ -92,6 +94,7 @@ class GSoP(Classifier):
     def attended_taps(self) -> list[str]:
         """List the residual blocks that have a GSoP block; raise `ConfigError` for an unknown stage."""
         config = self.config
+
         unknown = sorted(
             {*(config.block_stages or ()), *config.strided_dr_stages} - {*self.stage_names}
         )
@@ -99,13 +102,15 @@ class GSoP(Classifier):
             raise ConfigError(
                 f"block_stages, strided_dr_stages: no {unknown[0]}; stages are {', '.join(self.stage_names)}"
             )
+
+        # Every few blocks of a stage, counted from its end.
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            spacing = min(
-                self.block_spacing or length, length
-            )  # at most `length`, so each stage has a block
+            # at most `length`, so each stage has a block
+            spacing = min(self.block_spacing or length, length)
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
+
         if config.block_stages is None and config.final_pooling == "isqrt":
             del taps[-1]  # the final pooling of the paper's GSoP-Net2 replaces the last block
         return taps

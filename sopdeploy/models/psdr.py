@@ -54,13 +54,18 @@ class ProgressivePooling(GlobalPooling):
             raise ConfigError(
                 f"width: {config.width} is not smaller than {channels} channels; reduce it"
             )
+
         self.widths: list[int] = []  # the channels after each step except the last (Eq. 4)
         width = channels // 2
         while width > config.width:
             self.widths.append(width)
             width = int(config.decay * width)
-        inputs, outputs = [channels, *self.widths], [*self.widths, config.width]
+
+        # Each step of the chain halves the channels, or decays them.
+        inputs = [channels, *self.widths]
+        outputs = [*self.widths, config.width]
         self.chain = nn.ModuleList(map(dimension_reduction, inputs, outputs))
+
         self.root = ISqrtCov(config.width, config.root_config())
         self.out_features = self.root.out_features
 

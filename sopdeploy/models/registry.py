@@ -89,9 +89,11 @@ def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
     )
 
 
-RESNET, VGG = "sopdeploy.backbones.resnet:ResNet", "sopdeploy.backbones.alexnet_vgg:VGG"
+RESNET = "sopdeploy.backbones.resnet:ResNet"
+VGG = "sopdeploy.backbones.alexnet_vgg:VGG"
 LITE = "sopdeploy.backbones.efficientnet:EfficientNetLite"
-CIFAR, DSOP_NETWORKS = "sopdeploy.backbones.cifar_resnet", "sopdeploy.models.dsop_networks"
+CIFAR = "sopdeploy.backbones.cifar_resnet"
+DSOP_NETWORKS = "sopdeploy.models.dsop_networks"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -199,7 +201,8 @@ PSDR = {
         "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
     ),
 }
-GSOP_RELEASED = {  # options of the released code; `models/gsop.py` explains them
+# Options of the released code; `models/gsop.py` explains them
+GSOP_RELEASED = {
     "pre_relu": True,
     "channel_norm": False,
     "channel_activation": "none",
@@ -284,7 +287,8 @@ GMSOP = {
     },
     "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
 }
-FAMILIES = (  # title and networks, in display order
+# Title and networks, in display order
+FAMILIES = (
     (
         "Backbone, global pooling and classifier: first-order networks, iSQRT-COV and MPN-COV",
         POOLED,
@@ -304,7 +308,8 @@ CATALOG: dict[str, Entry] = {
     name: item for _, entries in FAMILIES for name, item in entries.items()
 }
 OWN = CATALOG  # of the registry `MODELS`
-PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
+# Functions (prefix, name) that build the entry of PREFIX:NAME
+PREFIXES = {
     "head": "sopdeploy.models.second_order_head:head_entry",
     "timm": "sopdeploy.models.timm_networks:timm_entry",
     "dsop-timm": "sopdeploy.models.timm_networks:timm_entry",
@@ -326,6 +331,7 @@ def entry(name: str) -> Entry:
         found = MODELS.find(name)
     if found is not None:
         return replace(found, name=name)
+
     is_tag = "." in name  # of timm, such as resnet18.a1_in1k
     hint = f"did you mean timm:{name}?" if is_tag else MODELS.suggest(name, 3)
     hint = hint or "`sopdeploy models` lists them all"

@@ -84,7 +84,11 @@ class PooledHead(nn.Module, ExportHints):
         self, config: HeadConfig, own_length: int, channels: Mapping[str, int], num_classes: int
     ) -> None:
         super().__init__()
-        self.config, self.channels, self.own_length = config, dict(channels), own_length
+        self.config = config
+        self.channels = dict(channels)
+        self.own_length = own_length
+
+        # The second-order poolings, and how long each kind of statistics is.
         lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
         self.poolings = nn.ModuleDict()
         if "isqrt" in config.parts:
@@ -99,6 +103,9 @@ class PooledHead(nn.Module, ExportHints):
                 pooling = isqrt.build(count)
                 self.poolings[tap.replace(".", "_")] = pooling
                 lengths["isqrt"] += pooling.out_features
+
+        # Statistics of the training images, with which the distance and the cosine are
+        # computed.
         length = sum(lengths[part] for part in config.parts)
         if config.distance:
             self.register_buffer("center", torch.zeros(length))
@@ -106,6 +113,7 @@ class PooledHead(nn.Module, ExportHints):
             length += 1  # the distance
         if config.cosine:
             self.register_buffer("means", torch.zeros(num_classes, own_length))
+
         self.fc = nn.Linear(length, num_classes)
 
     def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
@@ -120,9 +128,12 @@ class PooledHead(nn.Module, ExportHints):
                 ]
             else:
                 statistics += [self.pooling(tap)(maps[tap]) for tap in self.channels]
+
         vector_BD = torch.cat(statistics, dim=1) if len(statistics) > 1 else statistics[0]
         if not self.config.distance:
             return vector_BD
+
+        # The distance to the center is one more number of the vector.
         square_B1 = ((vector_BD - self.center) * self.scale).square().sum(dim=1, keepdim=True)
         return torch.cat([vector_BD, square_B1.clamp_min(_SMALLEST_SQUARE).sqrt()], dim=1)
 
@@ -218,15 +229,15 @@ class SecondOrderHead(Classifier):
         """Compute the logits of every head; the branches of DSoP read the same feature maps."""
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
-        branches: dict[str, str] = vars(self)[
-            "taps"
-        ]  # of `DSoP`: the name of the branch by its tap
-        taps = [
-            tap for tap in self.tap_channels if tap in branches or tap in self.maps
-        ]  # as computed
-        taps += [
-            tap for tap in branches if tap not in self.tap_channels
-        ]  # only a branch reads it
+
+        # The maps that the branches and the head read, in the order of computation.
+        # of `DSoP`: the name of the branch by its tap
+        branches: dict[str, str] = vars(self)["taps"]
+        # as computed
+        taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
+        # Only a branch reads it
+        taps += [tap for tap in branches if tap not in self.tap_channels]
+
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
         logits = {
@@ -303,12 +314,15 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
     fields = with_head_entry.config.model_fields
     options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
+
+    # Tensors of both networks have the same names and values, but for those of the head.
     network = cast(SecondOrderHead, with_head_entry.build(model.num_classes, **options))
     state = network.state_dict()
     for tensor_name, tensor in model.state_dict().items():
         if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):
             state[tensor_name] = tensor
     network.load_state_dict(state)
+
     device = next(model.parameters()).device
     return network.to(device).train(model.training)
 
@@ -326,6 +340,7 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     def rows_of(maps_BCHW: Tensor) -> Tensor:  # (positions, C)
         return maps_BCHW.transpose(0, 1).flatten(start_dim=1).T.double().cpu()
 
+    # The covariance over all positions, in two passes.
     positions = sum(maps.numel() // maps.shape[1] for maps in batches)
     mean_C = torch.stack([rows_of(maps).sum(dim=0) for maps in batches]).sum(dim=0) / positions
     covariance_CC = torch.zeros(len(mean_C), len(mean_C), dtype=torch.float64, device="cpu")
@@ -336,9 +351,10 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
         raise DataError(
             "principal components: the feature maps have values that are not finite"
         )
+
+    # The directions of the largest eigenvalues; a sign that does not depend on the library.
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
-    largest_d1 = components_dC.abs().argmax(
-        dim=1, keepdim=True
-    )  # index of each component's largest element
+    # Index of each component's largest element
+    largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest_d1).sign()

@@ -50,6 +50,7 @@ class TimmConfig(StrictModel):
         given = self.model_dump(
             include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
         )
+
         options: dict[str, Any] = {}
         if self.output_stride != 32:
             options["output_stride"] = self.output_stride
@@ -57,6 +58,7 @@ class TimmConfig(StrictModel):
             options["block_args"] = {"attn_layer": self.attn_layer}
         if self.image_size is not None:
             options["img_size"] = self.image_size
+
         try:
             network: nn.Module = import_timm(self.backbone).create_model(
                 self.backbone, **options, **sizes
@@ -75,6 +77,7 @@ def import_timm(name: str) -> Any:
     timm = import_optional(
         "timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}"
     )
+
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
         near = (
@@ -94,6 +97,7 @@ def find_timm_taps(name: str) -> dict[str, int]:
     The result is empty if stages have no name or feature map, or if the code depends on the
     values of pixels.
     """
+    # Run the network without memory for its numbers.
     timm = import_timm(name)
     side = timm.get_pretrained_cfg(name).input_size[-1]
     with torch.device("meta"):
@@ -107,6 +111,8 @@ def find_timm_taps(name: str) -> dict[str, int]:
             )
         except RuntimeError:  # it reads values, which `meta` does not have
             return {}
+
+    # Only networks whose maps are what timm's description says.
     channels = [m.shape[1] if m.dim() == 4 else None for m in maps]  # None: tokens
     if channels != [stage["num_chs"] for stage in stages]:
         return {}
@@ -145,14 +151,16 @@ class TimmBackbone(Backbone):
     config: TimmConfig
 
     def __init__(self, config: TimmConfig, num_classes: int) -> None:
+        # The network's own parts become parts of this one, so that names in weight files fit.
         super().__init__(config, num_classes)
         network: Any = config.build(num_classes=num_classes)
-        self._modules, self._parameters = network._modules, network._parameters
+        self._modules = network._modules
+        self._parameters = network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.wrapped = (
-            network,
-        )  # a tuple, because an attribute that is a module becomes a child
+        # a tuple, because an attribute that is a module becomes a child
+        self.wrapped = (network,)
+
         self.tap_channels = find_timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
@@ -162,12 +170,15 @@ class TimmBackbone(Backbone):
 
     def fit_positions(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Interpolate the position embeddings in *tensors*, if they are those of another image size."""
-        own, stored = getattr(self.timm_network, "pos_embed", None), tensors.get("pos_embed")
+        # Only a square grid of another size can be interpolated.
+        own = getattr(self.timm_network, "pos_embed", None)
+        stored = tensors.get("pos_embed")
         if own is None or stored is None or stored.ndim != 3 or stored.shape == own.shape:
             return tensors
         prefix = self._num_prefix_positions()
         if math.isqrt(stored.shape[1] - prefix) ** 2 != stored.shape[1] - prefix:
             return tensors  # of no square image; the shapes will be compared
+
         resample = import_optional(
             "timm.layers", "timm", "sopdeploy[train]", MissingPackageError
         )
@@ -179,10 +190,8 @@ class TimmBackbone(Backbone):
 
     def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
         """Return the image size of the position embeddings in *tensors*; None if there are none."""
-        stored, patches = (
-            tensors.get("pos_embed"),
-            getattr(self.timm_network, "patch_embed", None),
-        )
+        stored = tensors.get("pos_embed")
+        patches = getattr(self.timm_network, "patch_embed", None)
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
             return None
         count = stored.shape[1] - self._num_prefix_positions()
@@ -226,17 +235,18 @@ class TimmBackbone(Backbone):
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
                 f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
             )
+
         network = self.timm_network
         if not taps:
             return network.forward_features(images), []
+
         wanted = [
             number
             for number, stage in enumerate(network.feature_info)
             if stage["module"] in taps
         ]
-        with_norm = hasattr(
-            network, "norm"
-        )  # two networks without this module do not accept norm=True
+        # Two networks without this module do not accept norm=True
+        with_norm = hasattr(network, "norm")
         return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 
     def classify(self, features: Tensor) -> Tensor:

@@ -94,12 +94,13 @@ class UserNetwork(Classifier):
             name = next(
                 name for name, module in self.network.named_modules() if module is layer
             )
+
+            # The logits must be what this layer returned.
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             has_same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            if not has_same_shape or not (
-                logits.is_meta or torch.equal(logits, output)
-            ):  # meta: no values
+            # meta: no values
+            if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
@@ -129,9 +130,8 @@ class PooledOptions(StrictModel):
 class PooledNetwork(UserNetwork):
     """A network of the user up to a feature map, its last one or the tap; pooling and classifier follow."""
 
-    classify = (
-        Backbone.classify
-    )  # not those of `UserNetwork`, whose network has its own classifier
+    # Not those of `UserNetwork`, whose network has its own classifier
+    classify = Backbone.classify
     remove_classifier = Classifier.remove_classifier
     config: PooledOptions
 
@@ -258,6 +258,7 @@ def register_model(
         ConfigError: *name* is that of a network of the catalog or of another module, or has other characters,
             or the method needs taps.
     """
+    # Training needs taps, and no name of the catalog.
     if name in CATALOG:
         raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
     if method is None:
@@ -267,14 +268,15 @@ def register_model(
             "register_model: method 'dsop' needs taps; name modules of the network"
         )
     method_class, config_class = METHODS[method]
-    source, module = (
-        Source(partial(_call_builder, name, build), tuple(taps), image_size),
-        build.__module__,
-    )
+
+    # Classes of this network, which know how to build it.
+    source = Source(partial(_call_builder, name, build), tuple(taps), image_size)
+    module = build.__module__
     inference = None
     if method_class.training_only:  # it is exported as the network without a method
         inference = _with_source(UserNetwork, source, module, inference_class=None)
     network = _with_source(method_class, source, module, inference_class=inference)
+
     summary = f"of {module}"
     MODELS.register(name, Entry(network, config_class, {}, summary, image_size), module)
 
@@ -315,6 +317,7 @@ def run_tapped(
     network: nn.Module, images: Tensor, taps: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
     """Run *network*; return its output and those of its modules *taps*, in the order of computation."""
+    # Hooks store what the taps return.
     outputs: dict[str, Any] = {}
 
     def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -338,6 +341,8 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
     modes = {part: part.training for part in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), None)
     names = [name for name, _ in network.named_modules() if name]
+
+    # An image that is valid for every network; the modes of all modules are restored.
     network.eval()
     try:
         with torch.no_grad():
@@ -366,6 +371,8 @@ def find_taps(
         if tap not in modules:
             parts = ", ".join(name for name, _ in network.named_children())
             raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
+
+    # What the taps return must be feature maps.
     logits, outputs = run_once(network, image_size)
     for tap in taps:
         shape = _shape(outputs.get(tap))
@@ -374,6 +381,7 @@ def find_taps(
                 f"taps: {tap} gives {shape or 'no tensor'}, not a feature map (batch, channels, side, side)"
                 "; choose another module"
             )
+
     if len(_shape(logits)) != 2:
         raise ConfigError(
             f"taps: the network returns {_shape(logits)} for one image, not (1, classes)"
@@ -394,9 +402,8 @@ def find_last_map(network: nn.Module, image_size: int) -> str:
     an attention.
     """
     _, outputs = run_once(network, image_size)
-    for name, output in reversed(
-        outputs.items()
-    ):  # a module returns after the modules inside of it
+    # a module returns after the modules inside of it
+    for name, output in reversed(outputs.items()):
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:
             return name
@@ -413,6 +420,7 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
 
     Raises `ConfigError` if the network cannot run without them.
     """
+    # What has parameters and returns only after the tap.
     _, outputs = run_once(network, image_size)
     names = list(outputs)  # in the order in which the modules first return
     removed = []
@@ -420,9 +428,9 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
         contains_tap = tap.startswith(f"{name}.")  # such a module returns after the tap, too
         if not contains_tap and list(network.get_submodule(name).parameters()):
             removed.append(name)
+
     for name in removed:
-        if not is_in(
-            name.rpartition(".")[0], *removed
-        ):  # otherwise it is removed with its parent
+        # Otherwise it is removed with its parent
+        if not is_in(name.rpartition(".")[0], *removed):
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

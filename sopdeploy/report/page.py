@@ -53,7 +53,10 @@ from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"
 _MAX_LABELS = 20
-_MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
+# images, groups, and images of a group
+_MAX_SHOWN = 24
+_MAX_GROUPS = 12
+_MAX_COPIES = 4
 _MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
@@ -78,16 +81,19 @@ def write_run_page(
     accuracy. Returns the mistakes, the most frequent one first: true class, predicted class and
     number of images; none if images have several classes.
     """
-    setup, fit, page = run.setup, run.fit, folder / PAGE
+    setup = run.setup
+    fit = run.fit
+    page = folder / PAGE
     result: Any = fit.result
     texts = describe_for_page(result)
-    labels, rules, train = setup.labels, setup.recipe.preprocess, setup.data.train
+    labels = setup.labels
+    rules = setup.recipe.preprocess
+    train = setup.data.train
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
-    is_measured = (
-        result.score is not None
-    )  # otherwise the predictions say nothing about other photographs
+    # Otherwise the predictions say nothing about other photographs
+    is_measured = result.score is not None
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = insert_names(
@@ -102,7 +108,8 @@ def write_run_page(
         sections.append(_show_mistakes(mistakes, predicted, images))
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
-    weights, side = "random weights", rules.crop
+    weights = "random weights"
+    side = rules.crop
     if setup.weights is not None:
         weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
     trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
@@ -164,7 +171,8 @@ def describe_in_a_sentence(
         precision = percent(score if isinstance(score, float) else score.value, 0)
         return f"On new photographs like these, the mean average precision will be {qualifier}{precision}."
     value = score.value
-    of_ten, of_hundred = round(10 * value), math.floor(100 * value)
+    of_ten = round(10 * value)
+    of_hundred = math.floor(100 * value)
     if of_ten < 10:
         share = f"{of_ten} of 10"
     elif of_hundred < 100:
@@ -183,7 +191,8 @@ def _predict_shown_images(
     setup: Setup, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
     """Return the images of the page, what they are, and their calibrated logits (N, C)."""
-    held_out, recipe = setup.data.held_out, setup.recipe
+    held_out = setup.data.held_out
+    recipe = setup.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = (
             "the training images, each predicted by a network that was fitted without it"
@@ -200,7 +209,8 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
-    last, text = history[-1], list(result.lines())
+    last = history[-1]
+    text = list(result.lines())
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
     # The names of training losses and heads in any epoch, each once: the keys of a dict keep
@@ -272,12 +282,15 @@ def _show_mistakes(
     images: LabeledImages,
 ) -> Section:
     """Show the *images* of *mistakes*, by class and answer."""
-    captions, names, scores = [], {}, predicted if isinstance(predicted, list) else []
+    captions = []
+    names = {}
+    scores = predicted if isinstance(predicted, list) else []
     for cell, indices in mistakes.items():
         names[indices[0]] = _name_mistake(cell)
         for index in indices:
             score = scores[index]
-            true, answer = images.labels[score.target], images.labels[score.top5[0]]
+            true = images.labels[score.target]
+            answer = images.labels[score.top5[0]]
             template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
             captions.append((index, insert_names(template, true, answer)))
     text = (
@@ -338,7 +351,8 @@ def _show_photographs(
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
         named = caption + ": " + insert_names("{}", images.identity(index))
-        url, name = f"data:image/jpeg;base64,{jpeg}", names.get(index, "")
+        url = f"data:image/jpeg;base64,{jpeg}"
+        name = names.get(index, "")
         figures.append(Figure(image=url, caption=named, opens=True, name=name))
     return Section(title=title, text=[text] if figures else [], figures=figures)
 
@@ -347,9 +361,8 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
-        is_hidden = key.startswith(
-            ("summary", "model.config.")
-        )  # the latter are shown as `network.`
+        # The latter are shown as `network.`
+        is_hidden = key.startswith(("summary", "model.config."))
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")

@@ -53,7 +53,8 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             "procedure on such files"
         )
     division = open_division(recipe, last)
-    images, hashes = division.data.train, division.file_hashes
+    images = division.data.train
+    hashes = division.file_hashes
     if not len(hashes):  # fine-tuning of more than `MAX_HASHED` images
         hashes = hash_images(images)
     if images.labels != last.labels or not has_same_images(last, path, images, hashes):
@@ -72,7 +73,8 @@ def list_wrong_labels(
     for index in np.argsort(of_label_N, kind="stable").tolist():
         if not listed_N[index]:
             continue
-        label, suggested = labels[index], suggested_N[index]
+        label = labels[index]
+        suggested = suggested_N[index]
         wrong = WrongLabel(
             file=images.describe(index),
             label=images.labels[label],

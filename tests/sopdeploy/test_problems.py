@@ -16,12 +16,33 @@ from sopdeploy.config import (
     shown,
     validate_format,
 )
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.plugins import POOLINGS
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_service.settings import load_settings
 from tests.support.words import OF_PYDANTIC
+
+FIRST_LINES = {
+    "Found no NVIDIA driver on your system. Please check it at http://www.nvidia.com": (
+        "its code asks for a GPU, as .cuda() does, and none is usable here; write .to(x.device) or "
+        "device=x.device instead"
+    ),
+    "Given groups=1, weight of size [8, 1, 3, 3], expected input[4, 3, 9, 9] to have 1 channels": (
+        "its first convolution takes images with 1 of 3 channels; change their number "
+        "in the network, as by x.mean(1, keepdim=True) for gray images"
+    ),
+    "no kernel for x. Please file an issue on github.\nmore": "RuntimeError: no kernel for x.",
+    "\nPlease report a bug to PyTorch: https://x.org\nsizes differ": "RuntimeError: sizes differ",
+    "Please file an issue.": "RuntimeError",
+    "": "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("text", FIRST_LINES)
+def test_what_a_library_asks_of_its_users_is_not_told(text: str) -> None:
+    assert first_line(RuntimeError(text)) == FIRST_LINES[text]
+
 
 KINDS = {str(kind["type"]): kind for kind in list_all_errors()}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.project import check_project_name, folder_project, utc_now
+from sopdeploy.project import check_project_name, file_project, folder_project, utc_now
 from sopdeploy_commands.training.train import TrainOptions, configure
 
 FOLDERS = {
@@ -32,6 +32,20 @@ def test_a_data_folder_names_the_project(folder: str) -> None:
     name = folder_project(Path(folder))
     assert name == FOLDERS[folder]
     assert not name or check_project_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("weights/hats.pt", "hats"),
+        ("hats-3f6c01d2.pth.tar", "hats-3f6c01d2"),
+        ("hats (v2).safetensors", "hats-v2"),
+        ("hats-202611261427.pth", "hats.202611261427"),
+        ("фото.pth", "network"),
+    ],
+)
+def test_a_weight_file_names_the_project(file: str, name: str) -> None:
+    assert file_project(Path(file)) == check_project_name(name) == name
 
 
 def test_folders_that_are_given_relative_to_the_working_folder_have_names(

@@ -36,7 +36,7 @@ from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import ANY_IMAGES
-from sopdeploy.project import check_project_name
+from sopdeploy.project import file_project
 from sopdeploy_export.options import (
     EngineOptions,
     ExportOptions,
@@ -162,8 +162,7 @@ def _export_weights(
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
-    name = options.name or project_name(str(source.network))
-    check_project_name(name)
+    name = options.name or file_project(weights)
     plain = (
         None
         if source.plain is None
@@ -207,11 +206,6 @@ def _export_weights(
         warnings=loaded.warnings,
         on_step=on_step,
     )
-
-
-def project_name(import_path: str) -> str:
-    """Return the last part of *import_path*, `package.module:path.attribute`, which names the project."""
-    return import_path.rpartition(":")[2].rpartition(".")[2]
 
 
 class Inspection(StrictModel):
@@ -266,7 +260,6 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         raise ConfigError("missing; give package.module:callable", setting="network")
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
-    check_project_name(project_name(options.network))
     from sopdeploy_export.user_network.admission import admit, naming_oddity
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 

@@ -58,10 +58,12 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
 
 
 def _with_content(operand: Tensor, content: Tensor) -> Tensor:
-    """Copy *operand* with other *content* (numel,), as float32 if it is floating; integers stay."""
-    if not operand.is_floating_point() and operand.dtype != torch.bool:
+    """Copy *operand* with other *content* (numel,), in float32 at least if it is floating; integers stay."""
+    dtype = operand.dtype
+    if operand.is_floating_point():
+        dtype = torch.promote_types(dtype, torch.float32)
+    elif dtype != torch.bool:
         content = operand.flatten()
-    dtype = torch.float32 if operand.is_floating_point() else operand.dtype
     return torch.empty_like(operand, dtype=dtype).copy_(
         content.reshape(operand.shape)
     )  # with its strides
@@ -86,7 +88,7 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     dtypes = [
         results[0].dtype for results in chain.run(ordinary)
     ]  # of the first result of each operator
-    if any(dtype not in (torch.float32, torch.bool) for dtype in dtypes):
+    if any(not (dtype.is_floating_point or dtype == torch.bool) for dtype in dtypes):
         # An integer cannot hold infinities and NaN, and what their conversion gives is not
         # defined.
         if dtypes[0] == torch.int64:

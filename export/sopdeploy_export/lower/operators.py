@@ -5,8 +5,8 @@ operators of which the first overflows, or without one of the attributes. Each o
 ONNX Runtime and in ATen, with its own shapes and attributes, on zeros of both signs, ties,
 large values, denormals, the largest finite values, infinities and NaN. An operator that
 combines elements also gets operands without any difference: all False, all 0, some elements
-among equal ones and, if its operands can be such, all infinite or all NaN. Both compute in
-float32, the type of the file.
+among equal ones and, if its operands can be such, all infinite or all NaN. Both compute in the
+type of the network, and in float32 at least.
 
 The converter and ONNX Runtime can make one operator of two, such as a cast to int32 of one to
 int64. Two successive operators for which others are executed than for each of them are compared

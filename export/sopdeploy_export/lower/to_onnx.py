@@ -1,7 +1,7 @@
 """Convert a program to one ONNX file.
 
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports
-it. Opset 18 is the lowest that torch writes and the most widely supported.
+it. `OPSET` is the lowest that torch writes and the most widely supported.
 """
 
 import ast
@@ -44,6 +44,9 @@ from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
 OPSET = 18
+# The lowest that may import the opset: ONNX Runtime 1.17 refuses 10, which onnx writes by
+# default.
+IR_VERSION = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", OPSET)])
 # How the converter names the node that it cannot translate, and the operator of it.
 TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
@@ -104,6 +107,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
         raise LoweringError(
             f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}"
         )
+    model.ir_version = IR_VERSION
     proto: onnx.ModelProto = ir.to_proto(model)
     check_onnx(proto)
     return proto
@@ -249,7 +253,7 @@ def _bypass_constant_choices(model: ir.Model) -> None:
 def check_onnx(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow
+    The graph must be valid, use only `OPSET` of the standard domain, and hold no control flow
     and no `NonZero`.
     """
     try:

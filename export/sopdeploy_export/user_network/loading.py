@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.checkpoint import (
-    COUNTER,
+    COUNTERS,
     WEIGHTS_ADVICE,
-    WRAPPERS,
     check_tensors,
     find_labels,
     find_tables,
+    find_wrappers,
     read_pytorch,
     without_wrappers,
 )
 from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
 from sopdeploy.files import check_is_weights
 
-# Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
-COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
 WORDS = {"true": True, "false": False}  # as in TOML
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 _MAX_PREFIXES = 1_000  # that are tried for a table
@@ -92,7 +91,10 @@ def _advise_import(import_path: str, error: BaseException) -> str:
     wanted, known = "", []
     if isinstance(error, ModuleNotFoundError) and error.name:
         if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
-            return f"install {error.name}"
+            package, _, submodule = error.name.partition(".")
+            if submodule and find_spec(package) is not None:
+                return f"install a release of {package} that has {submodule}"
+            return f"install {package}"
         wanted, parent = error.name, error.name.rpartition(".")[0]
         folders = (
             getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
@@ -160,7 +162,7 @@ def _check_option_values(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedWeights:
-    """What `load_weights` read: the table, the sha256 of the file, unused tensors, and class names if any."""
+    """What `load_weights` read: the table, the sha256 of the file, unused entries, and class names if any."""
 
     table: str
     sha256: str
@@ -169,31 +171,54 @@ class LoadedWeights:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Say which tensors of the file the network has no place for."""
+        """Say which entries of the file the network has no place for."""
         if not self.ignored:
             return ()
+        entries = "entry" if len(self.ignored) == 1 else "entries"
         return (
-            f"ignored {len(self.ignored)} tensors of the weight file: {shorten(self.ignored)}",
+            f"ignored {len(self.ignored)} {entries} of the weight file: {shorten(self.ignored)}",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Naming:
+    """How names of a table differ from those of a network, once *wrappers* are left out of both.
+
+    A table has *prefix* in front of them, and lacks the parts *added* with which all names of
+    the network begin.
+    """
+
+    prefix: str
+    added: str
+    wrappers: frozenset[str]
+
+    def find(self, names: Iterable[str], table: Iterable[str]) -> dict[str, str]:
+        """Map those of *names*, of the network, that the *table* has to their names in it."""
+        stored = {without_wrappers(name, self.wrappers): name for name in table}
+        sources = {
+            name: self.prefix + without_wrappers(name, self.wrappers).removeprefix(self.added)
+            for name in names
+        }
+        return {name: stored[source] for name, source in sources.items() if source in stored}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _TableFit:
-    """How the tensors of a table fit a network, if its names have *prefix* in the table.
+    """How the tensors of a table fit a network.
 
     *sources* maps names of the network to those in the table. *missing* are names of the
     network that the table lacks, without counters.
     """
 
     table: str
-    prefix: str
+    naming: _Naming
     sources: Mapping[str, str]
     missing: tuple[str, ...]
 
     @property
     def key(self) -> str:
         """Return the value of `weights_key` that chooses it; "." for the names as they are."""
-        return ".".join(filter(None, (self.table, self.prefix.rstrip(".")))) or "."
+        return ".".join(filter(None, (self.table, self.naming.prefix.rstrip(".")))) or "."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,31 +245,28 @@ def load_weights(
     The file may have several tables of tensors, and a table more tensors than the network. The
     table and the prefix such as `model.` under which all names of the network are found are
     chosen; if there are several, *key* names one, such as `model_ema` or `encoder_q`. Counters
-    of batch norms may be missing. Tensors that the network lacks are ignored, unless they show
-    that it was built with other options. After loading, all tensors are compared with those of
-    the file, because a network can define how it is loaded. Raises `WeightsError` for a file
-    that cannot be read or does not fit.
+    of batch norms may be missing. What the network lacks is ignored, unless a tensor shows that
+    it was built with other options. A layer gets its extra state, which need not be a tensor.
+    After loading, all tensors are compared with those of the file, because a network can define
+    how it is loaded. Raises `WeightsError` for a file that cannot be read or does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path, content = weights.path, weights.content
-    expected = _own_tensors(network, path)
-    names = _short_names(expected)
-    parts = {part for name in names for part in name.split(".")}
-    wrappers = {part for part in WRAPPERS if part not in parts}
-    tables = {
-        name: without_wrappers(path, table, wrappers)
-        for name, table in find_tables(content).items()
-    }
+    state = _own_state(network, path)
+    expected = _tensors_of(state)
+    tables = dict(find_tables(content))
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
-    fits = [fit for name, table in tables.items() for fit in _find_fits(name, table, names)]
+    fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
     if (
         all(fit.missing for fit in fits) and len(tables) > 1
     ):  # each may hold one part of the network
         tables[""] = {
-            f"{name}.{each}": table[each] for name, table in tables.items() for each in table
+            f"{name}.{each}".strip("."): value
+            for name, table in tables.items()
+            for each, value in table.items()
         }
-        fits += [fit for fit in _find_fits("", tables[""], names) if not fit.missing]
+        fits += [fit for fit in _find_fits("", tables[""], expected) if not fit.missing]
     chosen = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if chosen.missing:
         raise WeightsError(
@@ -266,10 +288,13 @@ def load_weights(
                 f"{path}: {name} is {shape} in the file and {expected_shape} in the network; check its "
                 "options"
             )
-    used = set(chosen.sources.values())
-    ignored = {name: tensor for name, tensor in named.items() if name not in used}
-    _check_ignored(network, path, chosen.sources, ignored)
-    _load_and_compare(network, path, {**expected, **tensors})
+    extra = {name: value for name, value in state.items() if name not in expected}
+    extra_sources = chosen.naming.find(extra, named)
+    extra |= {name: named[source] for name, source in extra_sources.items()}
+    used = {*chosen.sources.values(), *extra_sources.values()}
+    ignored = {name: value for name, value in named.items() if name not in used}
+    _check_ignored(network, path, chosen, _tensors_of(ignored))
+    _load_and_compare(network, path, {**expected, **tensors}, extra)
     return LoadedWeights(
         table=chosen.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
     )
@@ -280,7 +305,9 @@ def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequenc
     if key is None:
         return fits
     chosen = [fit for fit in fits if fit.key == key]
-    chosen = chosen or [fit for fit in fits if key in (fit.table, fit.prefix.rstrip("."))]
+    chosen = chosen or [
+        fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))
+    ]
     if not chosen:
         keys = dict.fromkeys(fit.key for fit in fits if fit.key != ".")
         problem = (
@@ -293,7 +320,7 @@ def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequenc
 def _choose_fit(
     path: Path,
     fits: Sequence[_TableFit],
-    tables: Mapping[str, Mapping[str, Tensor]],
+    tables: Mapping[str, Mapping[str, Any]],
     expected: Mapping[str, Tensor],
 ) -> _TableFit:
     """Choose the fit without missing tensors, or if there is none, the closest one.
@@ -328,42 +355,36 @@ def _choose_fit(
     raise WeightsError(f"{path}: holds {problem} ({keys})", remedies={"weights_key": None})
 
 
-def _own_tensors(network: nn.Module, path: Path) -> dict[str, Tensor]:
+def _own_state(network: nn.Module, path: Path) -> dict[str, Any]:
     """Return the state dict of *network*, as `nn.Module` and not as its own class defines it."""
     try:
-        state = nn.Module.state_dict(network)
+        return dict(nn.Module.state_dict(network))
     except Exception as error:  # of a part that defines its state dict
         raise WeightsError(
             f"{path}: the network has no state dict ({first_line(error)})"
         ) from error
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _short_names(names: Iterable[str]) -> dict[str, str]:
-    """Map *names* without the parts that wrappers add to *names*; as they are if two become one."""
-    full = {name: name for name in names}
-    short = {
-        ".".join(part for part in name.split(".") if part not in WRAPPERS): name
-        for name in full
-    }
-    return short if len(short) == len(full) else full
+def _tensors_of(table: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in table.items() if isinstance(value, Tensor)}
 
 
 def _check_ignored(
-    network: nn.Module, path: Path, sources: Mapping[str, str], ignored: Mapping[str, Tensor]
+    network: nn.Module, path: Path, fit: _TableFit, ignored: Mapping[str, Tensor]
 ) -> None:
     """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
 
     That is a tensor for which a module has an empty place, such as the bias of a convolution
     without one, an unstored buffer with other values, and one more block of a list of blocks.
-    *sources* maps names of the network to those in the file.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
+    wrappers = fit.naming.wrappers
     owners: dict[
         str, str
     ] = {}  # names of modules, by those in the file; the root of either is ""
-    for name, source in sources.items():
-        of_network, of_file = name.split(".")[:-1], source.split(".")[:-1]
+    for name, source in fit.sources.items():
+        of_network = name.split(".")[:-1]
+        of_file = without_wrappers(source, wrappers).split(".")[:-1]
         while ".".join(of_network) in modules:
             owners.setdefault(".".join(of_file), ".".join(of_network))
             if not of_network:
@@ -371,10 +392,10 @@ def _check_ignored(
             part = of_network.pop()
             if of_file and of_file[-1] == part:
                 of_file.pop()
-            elif part not in WRAPPERS:
+            elif part not in wrappers:
                 break
     for name, tensor in ignored.items():
-        parts = name.split(".")
+        parts = without_wrappers(name, wrappers).split(".")
         known = (
             depth
             for depth in range(len(parts) - 1, -1, -1)
@@ -402,19 +423,24 @@ def _check_ignored(
             raise WeightsError(f"{path}: has {name}, but {problem}; {advice}")
 
 
-def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Load *tensors* into *network*, and check that it has them afterwards; raises `WeightsError`."""
+def _load_and_compare(
+    network: nn.Module, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
+) -> None:
+    """Load *tensors* and *extra* state into *network*, and check that it has these tensors afterwards.
+
+    Raises `WeightsError`.
+    """
     advice = "remove its load_state_dict, or let it load all tensors"
     copies = {
         name: tensor.clone() for name, tensor in tensors.items()
     }  # the network may keep or change them
     try:
-        network.load_state_dict(copies)
+        network.load_state_dict({**copies, **extra})
     except Exception as error:  # the user's code
         raise WeightsError(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
-    for name, loaded in _own_tensors(network, path).items():
+    for name, loaded in _tensors_of(_own_state(network, path)).items():
         expected = tensors.get(name)
         if expected is None or expected.shape != loaded.shape:
             raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
@@ -426,41 +452,49 @@ def _load_and_compare(network: nn.Module, path: Path, tensors: Mapping[str, Tens
 
 
 def _find_fits(
-    table: str, named: Mapping[str, Tensor], names: Mapping[str, str]
+    table: str, named: Mapping[str, Any], expected: Mapping[str, Tensor]
 ) -> list[_TableFit]:
-    """List the ways in which the tensors *named* have all *names*; if there is none, the closest one.
+    """List the ways in which the table *named* has all tensors *expected*; if there is none, the closest one.
 
-    *names* maps the names to find to those of the network. The file may have a prefix in front
-    of them. Or the network wraps another one, whose file it is: then the file may lack the
-    parts with which all begin.
+    The file may have a prefix in front of the names of the network. Or the network wraps
+    another one, whose file it is: then the file may lack the parts with which all begin.
     """
-    required = [name for name in names if not name.endswith(COUNTERS)] or [
-        ""
-    ]  # "" is in no file
+    stored = _tensors_of(named)
+    wrappers = find_wrappers(expected, stored)
+    short_names = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
+    required = [
+        without_wrappers(name, wrappers) for name in expected if not name.endswith(COUNTERS)
+    ] or [""]  # "" is in no file
     parts_by_depth = zip(*(name.split(".")[:-1] for name in required), strict=False)
     shared = [
         parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)
     ]
+
     # How many of the required names the file has, by prefix and by first parts that it lacks.
     num_found: dict[tuple[str, str], int] = {}
-    for added in (
-        "".join(f"{part}." for part in shared[:depth]) for depth in range(len(shared) + 1)
-    ):
+    for depth in range(len(shared) + 1):
+        added = "".join(f"{part}." for part in shared[:depth])
         suffixes = [name.removeprefix(added) for name in required]
         first = suffixes[0]
         prefixes = (
-            name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")
+            name.removesuffix(first) for name in short_names if f".{name}".endswith(f".{first}")
         )
         for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
-            num_found[prefix, added] = sum(prefix + suffix in named for suffix in suffixes)
+            num_found[prefix, added] = sum(
+                prefix + suffix in short_names for suffix in suffixes
+            )
+
+    # All ways that are complete, or the closest one.
     complete = [way for way, count in num_found.items() if count == len(required)]
     closest = max(num_found, key=num_found.__getitem__)
     fits = []
     for prefix, added in complete or [closest]:
-        sources = {own: prefix + name.removeprefix(added) for name, own in names.items()}
-        found = {own: source for own, source in sources.items() if source in named}
-        missing = tuple(
-            own for own in sources if own not in found and not own.endswith(COUNTERS)
+        naming = _Naming(prefix=prefix, added=added, wrappers=wrappers)
+        sources = naming.find(expected, stored)
+        missing = [
+            name for name in expected if name not in sources and not name.endswith(COUNTERS)
+        ]
+        fits.append(
+            _TableFit(table=table, naming=naming, sources=sources, missing=tuple(missing))
         )
-        fits.append(_TableFit(table=table, prefix=prefix, sources=found, missing=missing))
     return fits

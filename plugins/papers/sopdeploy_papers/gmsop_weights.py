@@ -45,14 +45,17 @@ RENAMES = {
 }
 PARAMETERS = {"w": "weight", "b": "bias"}  # of a batch norm; a convolution has `f` and `b`
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
-MATLAB, HDF5 = (
-    b"MATLAB ",
-    b"MATLAB 7.3",
-)  # first bytes of MATLAB's files, and of those of version 7.3
+# First bytes of MATLAB's files, and of those of version 7.3
+MATLAB = b"MATLAB "
+HDF5 = b"MATLAB 7.3"
 VARIABLES = ("net", "params", "layers", "meta")
 # Of a MATLAB file: the size of its header, the tag and the type of a compressed element.
-HEADER_BYTES, TAG, COMPRESSED = 128, struct.Struct("<II"), 15
-MAX_EXPANSION, MIN_EXPANDED_BYTES = 20, 1 << 26  # of all compressed elements
+HEADER_BYTES = 128
+TAG = struct.Struct("<II")
+COMPRESSED = 15
+# of all compressed elements
+MAX_EXPANSION = 20
+MIN_EXPANDED_BYTES = 1 << 26
 SIDE = 64
 PIXEL_DEVIATION = (
     60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
@@ -118,19 +121,18 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "components": 1,
     }
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
-    component, is_gated = config["component"], "gating_w" in file.tensors
+    component = config["component"]
+    is_gated = "gating_w" in file.tensors
     if is_gated:
         config |= _read_gate_options(file, tensors)
         widths: list[int] = []
-        for letter in (
-            "abcdefgh"
-        ):  # CM_2_a is the first convolution of component 2, CM_2_b the second one
+        # CM_2_a is the first convolution of component 2, CM_2_b the second one
+        for letter in "abcdefgh":
             if f"CM_1_{letter}.weight" in tensors:
                 numbers = range(1, config["components"] + 1)
                 kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
-                weight = torch.stack(kernels).flatten(
-                    start_dim=2
-                )  # (N, out, in), from (N, out, in, 1, 1)
+                # (N, out, in), from (N, out, in, 1, 1)
+                weight = torch.stack(kernels).flatten(start_dim=2)
                 tensors[f"mixture.weights.{len(widths)}"] = weight
                 widths.append(weight.shape[1])
         config["component_widths"] = widths
@@ -170,18 +172,16 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
         norm = f"{layer}_bn"
         for pattern, our_names in RENAMES.items():
             if match := re.fullmatch(pattern, layer):
-                numbers = [
-                    int(number) - 1 for number in match.groups()
-                ]  # conv2_1a is of layer1.0
+                # conv2_1a is of layer1.0
+                numbers = [int(number) - 1 for number in match.groups()]
                 layer, norm = (our_name.format(*numbers) for our_name in our_names)
                 break
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
             mean, deviation = values.unbind(dim=1)
-            variance = (deviation.square() - EPS).clamp_min(
-                0.0
-            )  # rounding may make it negative
+            # Rounding may make it negative
+            variance = (deviation.square() - EPS).clamp_min(0.0)
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
         elif (
             kind == "f"
@@ -203,27 +203,25 @@ def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) 
     if is_gated:
         name = f"gm{component}-16-8-{backbone}"  # 16 components, 8 of them kept
     elif component == "gap":
-        name = (
-            "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"
-        )  # resnet18 is for 224 pixels
+        # resnet18 is for 224 pixels
+        name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"
     else:
         name = f"srsop-{backbone}"
-    return (
-        name if name in CATALOG else None
-    )  # no name with a backbone of None is in the catalog
+    # no name with a backbone of None is in the catalog
+    return name if name in CATALOG else None
 
 
 def _read_preprocess(file: DagNN) -> Preprocess:
     """Read the preprocessing: pixels of 0 to 255 minus a color, or minus the mean color of an image."""
-    average = np.ravel(
-        file.normalization.get("averageImage", ())
-    )  # a color (3,), or an image (H, W, 3)
+    # a color (3,), or an image (H, W, 3)
+    average = np.ravel(file.normalization.get("averageImage", ()))
     if not average.size:
         raise WeightsError(
             f"{file.path}: has no meta.normalization.averageImage; save the network with meta"
         )
     side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
-    mean, std = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
+    mean = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0)
+    std = (PIXEL_DEVIATION / 255,) * 3
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
@@ -271,9 +269,8 @@ def _check_expansion(path: Path) -> None:
     Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy
     expands an element at once.
     """
-    allowed = max(
-        MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size
-    )  # bytes that may still follow
+    # Bytes that may still follow
+    allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
     with path.open("rb") as file:
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
         while len(tag := file.read(TAG.size)) == TAG.size:
@@ -314,9 +311,8 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
     try:  # a field may be missing or have another type
         tensors = {}
         for record in net["params"]:
-            values = np.asarray(record["value"]).astype(
-                np.float64, casting="same_kind"
-            )  # TypeError for text
+            # TypeError for text
+            values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")
             tensors[record["name"]] = torch.from_numpy(values)
         layers = {
             record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))

@@ -63,9 +63,8 @@ class ReducedPooling(GlobalPooling):
     def __init__(self, channels: int, width: int, *, linear: bool = False) -> None:
         super().__init__()
         self.channels = min(channels, width)
-        self.layer_reduce: (
-            nn.Module
-        )  # missing if nothing is reduced: `reduce` runs the children that exist
+        # Missing if nothing is reduced: `reduce` runs the children that exist
+        self.layer_reduce: nn.Module
         if self.channels < channels and linear:
             self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)
         elif self.channels < channels:
@@ -96,9 +95,8 @@ def unit_length(values: Tensor, dim: int) -> Tensor:
     ONNX Runtime does on the CPU.
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-    smallest = max(
-        SMALLEST_LENGTH, torch.finfo(values.dtype).tiny
-    )  # 1e-12 would be 0 in float16
+    # 1e-12 would be 0 in float16
+    smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)
     return values / length.clamp_min(smallest)
 
 
@@ -151,7 +149,8 @@ class FlattenedMap(GlobalPooling):
 
     def __init__(self, config: "FlattenConfig", channels: int) -> None:
         super().__init__()
-        self.window, self.side = config.window, config.side
+        self.window = config.window
+        self.side = config.side
         self.out_features = channels * config.side**2
 
     def forward(self, features: Tensor) -> Tensor:

@@ -262,6 +262,12 @@ def exits(self: Any, images: Tensor) -> list[Tensor]:
     return [early, self.fc(features)]
 
 
+def in_float64(self: Any, images: Tensor) -> Tensor:
+    """Multiply the features by a matrix in float64."""
+    features = self.features(images).double()
+    return self.fc((features @ torch.eye(8).type(features.dtype)).float())
+
+
 def is_unusual(self: Any, images: Tensor) -> Tensor:
     """Write to its input, fill a cache, and use a function with a gradient of its own."""
     if not hasattr(self, "scale"):

@@ -77,6 +77,11 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {},
         "trained-only",
     ),
+    "a product of matrices in float64": (
+        lambda: n.variant(n.in_float64, aux=False),
+        {},
+        "trained-only",
+    ),
     "one tensor, not its attribute T": (plain, {"logits_key": "T"}, "trained-only"),
     "data parallel and compiled": (
         lambda: nn.DataParallel(torch.compile(n.Small())),

@@ -105,6 +105,26 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         "model",
     ),
     "one of two encoders": (prefixed("encoder_q.") | prefixed("encoder_k."), "encoder_q", ""),
+    "FSDP around all, and checkpoints of activations inside": (
+        {
+            f"_fsdp_wrapped_module.{k}".replace("stem.", "stem._checkpoint_wrapped_module."): v
+            for k, v in STATE.items()
+        },
+        None,
+        "",
+    ),
+    "a tensor under the name of a wrapper, too": (
+        STATE | {"module.fc.bias": torch.ones(4)},
+        None,
+        "",
+    ),
+    "values that are no tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
+    "values that are no tensors, behind a prefix": (
+        prefixed("net.") | {"lr": 0.1, "optimizer": {"state": {}}},
+        None,
+        "",
+    ),
+    "a tensor beside the table": ({"lr": torch.tensor(0.1), "net": STATE}, None, "net"),
 }
 
 
@@ -113,6 +133,9 @@ IGNORED = {
     "counts of operations": ("total_ops", "stem.0.total_params"),
     "a loss and a metric beside it": ("criterion.weight", "acc.tp"),
     "one of two encoders": tuple(prefixed("encoder_k.")),
+    "a tensor under the name of a wrapper, too": ("module.fc.bias",),
+    "values that are no tensors": ("epoch", "_extra_state"),
+    "values that are no tensors, behind a prefix": ("lr", "optimizer"),
 }
 
 
@@ -291,6 +314,32 @@ def test_an_unstored_buffer_that_the_file_has_too_is_ignored(tmp_path: Path) -> 
     assert load_weights(Blocks(), tmp_path / "w.pth").ignored == ("mask",)
 
 
+class HasExtraState(Small):
+    temperature = 1.0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"temperature": self.temperature}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.temperature = state["temperature"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_a_network_gets_the_extra_state_in_the_file(prefix: str, tmp_path: Path) -> None:
+    saved = prefixed(prefix) | {f"{prefix}_extra_state": {"temperature": 0.5}}
+    torch.save(saved, tmp_path / "w.pth")
+    network = HasExtraState()
+    assert load_weights(network, tmp_path / "w.pth").ignored == ()
+    assert network.temperature == 0.5
+
+
+def test_a_network_keeps_its_extra_state_if_the_file_has_none(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    network = HasExtraState()
+    load_weights(network, tmp_path / "w.pth")
+    assert network.temperature == 1
+
+
 class Skips(Small):
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
         return super().load_state_dict({}, strict=False)
@@ -385,11 +434,6 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
     ),
     "another table": ({"model": STATE}, "ema", r"weights_key='ema': .* has only model"),
     "a table of a single one": (STATE, "model", r"is a single table of tensors; omit it"),
-    "a name twice": (
-        STATE | {"module.fc.bias": torch.ones(4)},
-        None,
-        r"holds fc\.bias twice, also as module",
-    ),
     "two encoders": (
         prefixed("encoder_q.") | prefixed("encoder_k."),
         None,
@@ -474,6 +518,15 @@ def test_a_builder_that_cannot_be_used_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         network_builder("network", import_path, settings)()
+
+
+def test_a_module_that_an_installed_package_lacks_is_no_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "written_for_another_json.py").write_text("import json.lost.helpers\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"install a release of json that has lost"):
+        network_builder("network", "written_for_another_json:build", ())
 
 
 def test_options_of_a_builder_are_python_literals_or_text() -> None:
@@ -615,7 +668,7 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(
     )
     assert exported.exit_code == 0, exported.output
     assert "trained = detached = plain" in exported.stdout
-    assert (tmp_path / "out" / "latest").readlink().name.startswith("Small-")
+    assert (tmp_path / "out" / "latest").readlink().name.startswith("w-")
 
 
 def test_the_key_of_the_logits_stays_text(

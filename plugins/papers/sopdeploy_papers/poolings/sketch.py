@@ -118,7 +118,8 @@ class KernelPooling(GlobalPooling):
 
     def __init__(self, config: "KernelPoolingConfig", channels: int) -> None:
         super().__init__()
-        self.order, dim = config.order, config.dim
+        self.order = config.order
+        dim = config.dim
         self.out_features = 1 + channels + (config.order - 1) * dim
         generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
         sketches = [
@@ -128,9 +129,8 @@ class KernelPooling(GlobalPooling):
         elements_SC1 = torch.tensor([sketch.elements for sketch in sketches]).unsqueeze(2)
         signs_SC1 = torch.tensor([sketch.signs for sketch in sketches]).unsqueeze(2)
         cosine_DF, sine_DF = tabulate_waves(dim)
-        count_F1 = torch.full(
-            (dim // 2 + 1, 1), 2.0 / dim
-        )  # each frequency stands for itself and its mirror
+        # Each frequency stands for itself and its mirror
+        count_F1 = torch.full((dim // 2 + 1, 1), 2.0 / dim)
         count_F1[[0, -1]] = 1.0 / dim
         for name, tensor in (
             ("real", cosine_DF[elements_SC1.squeeze(2)] * signs_SC1),
@@ -160,15 +160,11 @@ class KernelPooling(GlobalPooling):
 
     def tensor_sketch(self, x_BMC: Tensor, chosen: range) -> Tensor:
         """Compute the circular convolution (B, D) of each position's sketches, averaged over positions."""
-        real_BMF, imaginary_BMF = (
-            x_BMC @ self.real[chosen[0]],
-            x_BMC @ self.imaginary[chosen[0]],
-        )
+        real_BMF = x_BMC @ self.real[chosen[0]]
+        imaginary_BMF = x_BMC @ self.imaginary[chosen[0]]
         for sketch in chosen[1:]:
-            other_BMF, other_imaginary_BMF = (
-                x_BMC @ self.real[sketch],
-                x_BMC @ self.imaginary[sketch],
-            )
+            other_BMF = x_BMC @ self.real[sketch]
+            other_imaginary_BMF = x_BMC @ self.imaginary[sketch]
             real_BMF, imaginary_BMF = (
                 real_BMF * other_BMF - imaginary_BMF * other_imaginary_BMF,
                 real_BMF * other_imaginary_BMF + imaginary_BMF * other_BMF,

@@ -67,9 +67,8 @@ def count_figures(
     figures |= {
         name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()
     }
-    vector, _ = COUNTS[
-        "dim"
-    ]  # not compared, because papers print its length in thousands, such as 8K
+    # Not compared, because papers print its length in thousands, such as 8K
+    vector, _ = COUNTS["dim"]
     compared = {}
     for name, figure in figures.items():
         if figure.printed is not None:
@@ -86,11 +85,9 @@ def _count_network(
     has them: the figure that the paper prints for this network elsewhere, and our count by the
     convention of the paper.
     """
-    model, side, num_classes = (
-        recipe.model,
-        recipe.preprocess.crop,
-        DATA_SETS[table.data].classes,
-    )
+    model = recipe.model
+    side = recipe.preprocess.crop
+    num_classes = DATA_SETS[table.data].classes
     described = describe_network(model, side=side, num_classes=num_classes)
     counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
@@ -104,12 +101,10 @@ def _count_network(
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
         lacks_figure = column in table.columns and column not in printed.counts
         if lacks_figure and (known := _find_published(described, column, table)):
-            scale = (
-                1000 if column == "dim" else 1
-            )  # `published.toml` has the vector's length in thousands
-            unit = (
-                "x" if known.unit == "x" else ""
-            )  # others, such as "M", are those of the column
+            # `published.toml` has the vector's length in thousands
+            scale = 1000 if column == "dim" else 1
+            # others, such as "M", are those of the column
+            unit = "x" if known.unit == "x" else ""
             figures[name] = RowFigure(
                 known.printed * scale, known.ours * scale, known.note, unit
             )
@@ -123,9 +118,8 @@ def _find_published(
     _, quantity = COUNTS[column]
     quantities = {quantity}
     if described.training == described.shipped:
-        quantities.add(
-            quantity.replace("training", "shipped")
-        )  # papers print one figure for both
+        # Papers print one figure for both
+        quantities.add(quantity.replace("training", "shipped"))
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
     of_paper = [
         figure
@@ -146,7 +140,8 @@ def _subtract_baseline(
     reference = _count_network(baseline, read_recipe(*recipe_and_changes), table)
     costs = {}
     for name in ("GFLOPs", "parameters (M)"):
-        count, reference_count = counts[name].found, reference[name].found
+        count = counts[name].found
+        reference_count = reference[name].found
         if count is not None and reference_count is not None:
             costs[f"extra {name}"] = count - reference_count
     return costs

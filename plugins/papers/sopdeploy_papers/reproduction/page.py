@@ -16,10 +16,10 @@ _METRICS = {"top1": "top-1", "top5": "top-5"}
 
 def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
-    table, finished = results.table, [row for row in results.rows if row.runs]
-    curves = {
-        row.printed.name: (row.runs[0].history, "") for row in finished
-    }  # seed 0; no column prefix
+    table = results.table
+    finished = [row for row in results.rows if row.runs]
+    # Seed 0; no column prefix
+    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
@@ -42,7 +42,9 @@ def render_page(results: Reproduction) -> str:
 
 def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) -> Section:
     """Describe how the rows are measured, and list printed and measured errors."""
-    table, text, tables = results.table, [], []
+    table = results.table
+    text = []
+    tables = []
     if table.measures == "counts":
         text.append("The networks are built and counted, not trained.")
     elif table.measures == "nothing":
@@ -50,7 +52,8 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     else:
         tables += [error_table(table, results.rows), _branch_table(table, finished)]
         if finished:
-            run, seeds = finished[0].runs[0], results.seeds
+            run = finished[0].runs[0]
+            seeds = results.seeds
             text.append(
                 f"Measured: last epoch on {run.held_out_count} held-out images after training on "
                 f"{run.train_count}, {amount(seeds, 'seed')}, 95 % interval over "
@@ -109,9 +112,8 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
         )
     compared = []
     for row, name, figure in figures:
-        multiple = (
-            " x ResNet-50" if figure.unit == "x" else ""
-        )  # a multiple of the count of ResNet-50
+        # a multiple of the count of ResNet-50
+        multiple = " x ResNet-50" if figure.unit == "x" else ""
         printed = _number(figure.printed) + multiple
         compared.append((row, name, printed, _number(figure.found), figure.mark))
     caption = (
@@ -132,9 +134,8 @@ def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
                 continue
             stage = name.partition("_")[0]  # a branch is named after its stage and block
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
-            heads = [
-                run.heads[name] for run in row.runs
-            ]  # the metrics of this branch, with each seed
+            # The metrics of this branch, with each seed
+            heads = [run.heads[name] for run in row.runs]
             top1, top5 = (
                 sum(table.shown(100 * (1 - getattr(head, key))) for head in heads) / len(heads)
                 for key in _METRICS
@@ -191,7 +192,8 @@ def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterato
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        options, error = row.runs[0].network, mean_error(row.runs, "top1")
+        options = row.runs[0].network
+        error = mean_error(row.runs, "top1")
         if table.over in options and error is not None:
             name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
             curves.setdefault(name, []).append(
@@ -210,15 +212,13 @@ def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterato
 def _row_charts(table: PrintedTable, row: ReproducedRow) -> Iterator[Figure]:
     """Plot what the heads reach, and draw the use of the components, in the run with seed 0."""
     run = row.runs[0]
-    heads = sorted(
-        run.heads, key=lambda head: head == "main"
-    )  # the network's own head is the last one
+    # The network's own head is the last one
+    heads = sorted(run.heads, key=lambda head: head == "main")
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
         caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
-        curves = {
-            head: (run.history, f"{head}_") for head in heads
-        }  # columns such as `main_top1`
+        # Columns such as `main_top1`
+        curves = {head: (run.history, f"{head}_") for head in heads}
         yield from _metric_charts(table, curves, caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")

@@ -25,7 +25,9 @@ from sopdeploy_papers.reproduction.tables import (
 # twice as much as the forward pass, and a multiply-add is two operations.
 _OPERATIONS_PER_MAC = 3 * 2
 GPU_OPERATIONS_PER_SECOND = 20e12  # that one GPU sustains
-SMALL_SIDE, SMALL_BATCH, SMALL_EPOCHS = 64, 32, 20
+SMALL_SIDE = 64
+SMALL_BATCH = 32
+SMALL_EPOCHS = 20
 SMALL_SCALE = (
     f"the classes of --data, images of at most {SMALL_SIDE} pixels, {SMALL_EPOCHS} epochs, batches of "
     f"{SMALL_BATCH} with as much smaller a rate, one cycle, gradients up to 5, random start weights"
@@ -127,9 +129,8 @@ class Reproduction:
         rows = [row for row in self.rows if row.recipe is not None]
         if not rows:
             return ""
-        measured = (
-            0 if self.deviations else sum(bool(row.runs) for row in rows)
-        )  # none as in the paper
+        # None as in the paper
+        measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)
         done = f"{measured} of {len(rows)} rows" if measured else "no"
         hours = format_hours(sum(row.gpu_hours for row in rows))
         return (
@@ -171,7 +172,8 @@ class Reproduction:
         hidden = {"recipe", "network", "history", "machine"}
         rows = []
         for row in self.rows:
-            top1, top5 = mean_error(row.runs, "top1"), mean_error(row.runs, "top5")
+            top1 = mean_error(row.runs, "top1")
+            top5 = mean_error(row.runs, "top5")
             rows.append(
                 {
                     "printed": row.printed.model_dump(mode="json"),
@@ -221,10 +223,8 @@ def plan(
     rows = []
     for printed in table.select(options.rows):
         figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
-        row, recipe_and_changes = (
-            ReproducedRow(printed=printed, figures=figures),
-            table.recipe_of(printed),
-        )
+        row = ReproducedRow(printed=printed, figures=figures)
+        recipe_and_changes = table.recipe_of(printed)
         if table.measures == "nothing":
             row.reason = "printed, not measured"
         elif recipe_and_changes is None:
@@ -245,15 +245,15 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     Raises `ConfigError` if its network cannot be built, or no start weights are published for
     it.
     """
-    paper_recipe = read_recipe(
-        row.source, row.overrides
-    )  # without the user's data and settings
+    # Without the user's data and settings
+    paper_recipe = read_recipe(row.source, row.overrides)
     row.figures = count_figures(row.printed, paper_recipe, table)
     for form in table.forms:
         if changes := form.changes(paper_recipe.model):
             other = read_recipe(row.source, (*row.overrides, *changes)).model
             if other != paper_recipe.model:
-                classes, side = DATA_SETS[table.data].classes, paper_recipe.preprocess.crop
+                classes = DATA_SETS[table.data].classes
+                side = paper_recipe.preprocess.crop
                 described = describe_network(other, side=side, num_classes=classes)
                 row.forms[form.name, changes] = described.training
     if table.measures == "counts":
@@ -264,9 +264,8 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
     if row.printed.pretrained is not None:
-        weights = (
-            options.out / row.printed.pretrained / "seed-0/best.pt"
-        )  # the result of another table's row
+        # The result of another table's row
+        weights = options.out / row.printed.pretrained / "seed-0/best.pt"
         if weights.is_file():  # otherwise the row starts from random weights
             row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
@@ -281,7 +280,8 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
 
 def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     """Build the changes that train the network of *recipe* on the classes in *data* in minutes on a CPU."""
-    side, batch = min(SMALL_SIDE, recipe.preprocess.crop), SMALL_BATCH
+    side = min(SMALL_SIDE, recipe.preprocess.crop)
+    batch = SMALL_BATCH
     changes = [
         f"data={format_toml({'kind': 'folder', 'path': str(data)})}",
         *(
@@ -312,9 +312,8 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     networks: list[CatalogModel] = [recipe.model]
     if recipe.teacher is not None and recipe.teacher.model is not None:
         networks.append(recipe.teacher.model)
-    is_doubled = (
-        isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
-    )  # by their mirror images
+    # by their mirror images
+    is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
     num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
     side = recipe.training_crop
     macs = sum(

@@ -55,9 +55,8 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
     heads: dict[str, HeldOutMetrics] = {}
-    if (
-        len(model.loss_weights()) > 1
-    ):  # all heads are evaluated on all held-out images, of one class each
+    # All heads are evaluated on all held-out images, of one class each
+    if len(model.loss_weights()) > 1:
         images = open_division(recipe, checkpoint).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
         evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
@@ -82,7 +81,9 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
-    center, num_images = mean(errors), runs[0].held_out_count  # the same number in every run
+    # the same number in every run
+    center = mean(errors)
+    num_images = runs[0].held_out_count
     low, high = (
         student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
     )
@@ -97,7 +98,8 @@ def measured_facts(
         "training, images per second": mean(median_throughput(run.history) for run in runs)
     }
     for name, fact in {"top1": "top-1 increment", "top5": "top-5 increment"}.items():
-        error, reference = mean_error(runs, name), mean_error(baseline, name)
+        error = mean_error(runs, name)
+        reference = mean_error(baseline, name)
         if error is not None and reference is not None:
             facts[fact] = reference.mean - error.mean
     return facts

@@ -40,16 +40,14 @@ def reproduce(
     that one of them may have alone: those that are no `TrainingError`.
     """
     results = plan(table, options)
-    must_run = (
-        options.rows is not None and table.measures == "errors"
-    )  # other tables are not trained
+    # Other tables are not trained
+    must_run = options.rows is not None and table.measures == "errors"
     for row in results.rows:
         if row.recipe is None and must_run:
             message = f"cannot be run ({row.reason}); leave it out"
             raise ConfigError(message, setting="rows", value=row.printed.id)
-    reasons = [
-        row.reason for row in results.rows if row.source
-    ]  # empty for a row that can be trained
+    # Empty for a row that can be trained
+    reasons = [row.reason for row in results.rows if row.source]
     if options.set and table.measures == "errors" and reasons and all(reasons):
         raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
     for row in results.rows:  # all rows have the same data: without them, no row can be trained
