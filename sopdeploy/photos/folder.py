@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -252,7 +253,7 @@ def _describe_unlabelled(listing: "ClassListing") -> str:
         return f"{folder}: left out, because it is empty"
     return (
         f"{folder}: left out, because it has none of the classes: {amount(count, 'image')}, which "
-        f"`sopdeploy predict BUNDLE {folder}` can classify"
+        f"`sopdeploy predict BUNDLE {quote(str(folder))}` can classify"
     )
 
 
