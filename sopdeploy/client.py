@@ -4,37 +4,34 @@ Keys of newer servers are ignored in responses.
 """
 
 import base64
-import io
 import os
 import random
 import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.deadline import deadline, is_early, obey_deadlines
 from sopdeploy.errors import (
     ConfigError,
     DataError,
+    ImageError,
     OverloadedError,
     ServiceError,
     UnreachableError,
 )
-from sopdeploy.files import MAX_IMAGE_BYTES, read_file
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
+from sopdeploy.images.encode import AnyImage, encode_image, name_image, naming
 from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
 
-ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 Result = TypeVar("Result", bound="ImageResult")
 
 CONTENT_TYPE = (
@@ -178,11 +175,11 @@ class Client:
     ) -> list[Classification]: ...
     @overload
     def classify(
-        self, image: ImageLike, **options: Unpack[ClassifyArguments]
+        self, image: AnyImage, **options: Unpack[ClassifyArguments]
     ) -> Classification: ...
     def classify(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: AnyImage | Sequence[AnyImage],
         *,
         model: str | None = None,
         timeout: float | None = None,
@@ -190,7 +187,7 @@ class Client:
         threshold: float | None = None,
         explain: bool = False,
     ) -> Classification | list[Classification]:
-        """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
+        """Classify *image*: a path, bytes, a file, a PIL image, a uint8 array, or a list of them.
 
         A list is sent as one request; one of several images that cannot be classified has
         `error` set. *top_k* is the number of classes, *model* the model to use if the server
@@ -198,8 +195,9 @@ class Client:
         requests the `explanation` of the first class; an image then counts as 50 for the
         server. *timeout* replaces that of the client. Raises `ServiceError` if the server
         rejects the request or its only image, `OverloadedError` if it is overloaded,
-        `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
-        image that cannot be sent.
+        `UnreachableError` without a response in time, and `DataError` for what is no image.
+        Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
+        file is.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
@@ -219,10 +217,10 @@ class Client:
         self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
     ) -> list[Embedding]: ...
     @overload
-    def embed(self, image: ImageLike, **options: Unpack[CallArguments]) -> Embedding: ...
+    def embed(self, image: AnyImage, **options: Unpack[CallArguments]) -> Embedding: ...
     def embed(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: AnyImage | Sequence[AnyImage],
         *,
         model: str | None = None,
         timeout: float | None = None,
@@ -298,7 +296,7 @@ class Client:
     def _post(
         self,
         path: str,
-        image: ImageLike | Sequence[ImageLike],
+        image: AnyImage | Sequence[AnyImage],
         result_type: type[Result],
         params: Mapping[str, str | float | None],
         timeout: float | None,
@@ -306,7 +304,7 @@ class Client:
         """Send *image* as the body, or a list as a form; return its result, or a list of results."""
         is_list = isinstance(image, list | tuple)
         images: Any = image if is_list else [image]
-        bodies = [encode_image(each) for each in images]
+        bodies = encode_images(images)
         if not bodies:
             return []
         send = partial(self._send, "POST", path, timeout)
@@ -361,39 +359,13 @@ class Client:
             attempt += 1
 
 
-def encode_image(image: Any) -> bytes:
-    """Encode *image* as the bytes of an image file.
-
-    Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are
-    encoded as PNG, without loss. Raises `DataError` for an unreadable file and `ConfigError`
-    for other values.
-    """
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | Path):
-        try:
-            return read_file(image, MAX_IMAGE_BYTES)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: not a path, such as one with a null byte
-            reason = getattr(error, "strerror", error)
-            raise DataError(f"{image}: cannot be read ({reason}); check the path") from error
-    file = io.BytesIO()
-    try:
-        if isinstance(image, Image.Image):
-            picture = image
-        elif image.dtype == np.uint8:  # raises AttributeError for what is no array
-            picture = Image.fromarray(np.ascontiguousarray(image))
-        else:
-            raise TypeError(f"an array of {image.dtype}")
-        picture.save(file, "PNG", compress_level=1)  # speed matters more than size
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{type(image).__name__} is not an image that can be sent ({error}); use a path, bytes, an RGB "
-            "image of PIL, or a uint8 array (H, W, 3) or (H, W)"
-        ) from error
-    return file.getvalue()
+def encode_images(images: Sequence[object]) -> list[bytes]:
+    """Encode each of *images* by `encode_image`; raises `DataError` that names the first that fails."""
+    bodies = []
+    for number, image in enumerate(images):
+        with naming(name_image(image, number), DataError, ImageError):
+            bodies.append(encode_image(image))
+    return bodies
 
 
 def backoff(attempt: int) -> float:

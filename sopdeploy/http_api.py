@@ -1,17 +1,32 @@
 """Requests and responses of the HTTP API, for the server and the client; imports neither."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.images.preprocess import Preprocess
 
+# What caches, campaigns and gateways add to any address.
+ADDED = re.compile(r"_|utm_\w+|api-version")
 
-class ClassifyQuery(pydantic.BaseModel):
-    """Query parameters of `/v1/classify`."""
+
+class Query(pydantic.BaseModel):
+    """Parameters of a query; an unknown one is an error, except those that others add."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _leave_out_added(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if not ADDED.fullmatch(name)}
+
+
+class ClassifyQuery(Query):
+    """Query parameters of `/v1/classify`."""
 
     top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     model: str | None = pydantic.Field(
@@ -34,20 +49,16 @@ class ClassifyQuery(pydantic.BaseModel):
     )
 
 
-class CardQuery(pydantic.BaseModel):
+class CardQuery(Query):
     """Query parameters of `/v1/card`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
 
     model: str | None = pydantic.Field(
         None, description="Required if several models are loaded."
     )
 
 
-class EmbedQuery(pydantic.BaseModel):
+class EmbedQuery(Query):
     """Query parameters of `/v1/embed`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
 
     model: str | None = pydantic.Field(
         None, description="Required if several models are loaded."

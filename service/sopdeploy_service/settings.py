@@ -193,7 +193,7 @@ class Settings(StrictModel):
 
     queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
     request_timeout: Seconds = setting(
-        30.0, "seconds from the first byte of a request to its response"
+        30.0, "seconds from the last byte of a request to its response"
     )
     drain_seconds: Seconds = setting(20.0, "time after SIGTERM to finish admitted requests")
 

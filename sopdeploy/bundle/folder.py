@@ -5,10 +5,10 @@ destination and then renamed, so an incomplete bundle never has its final name. 
 in a fixed order: manifest schema, all paths, all sizes, all hashes. File contents are parsed
 only after that. Does not import torch.
 
-Of the bundles of one project in a folder, the one that was exported last is served; of equal
-times, the one with the greater id. The times are those of the exporting machines. Neither the
-names of the folders nor the link `latest` have an effect, because copies of a folder may lack
-or change them.
+Of the bundles of one project in a folder, the live one is served, if `promote` has recorded one
+there (`live`); otherwise the one that was exported last and was not refused; of equal times, the
+one with the greater id. The times are those of the exporting machines. Neither the names of the
+folders nor the link `latest` have an effect, because copies of a folder may lack or change them.
 
 A bundle is read once: `Bundle` holds the very bytes that were hashed. Whoever exchanges a file
 in the folder later, even a moment after it was read, changes nothing that runs.
@@ -16,17 +16,19 @@ in the folder later, even a moment after it was read, changes nothing that runs.
 
 import errno
 import hashlib
+import logging
 import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
+from sopdeploy.bundle.live import read_live
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
 from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError
@@ -59,6 +61,8 @@ MAX_JSON_BYTES = 16_000_000  # of any other JSON file
 MAX_CONTENT_BYTES = 512_000_000  # of all files but the graph, which are in memory
 SIGNATURE_SUFFIX = ".sig"  # of the file beside a bundle or an archive
 MAX_NAME_BYTES = 255  # limit of common file systems
+
+log = logging.getLogger("sopdeploy.bundle")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +255,25 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
 
 def follow_link(path: Path) -> Path:
-    """Return the folder that *path* links to now; return *path* if it is no link."""
-    return path.parent / path.readlink() if path.is_symlink() else path
+    """Return the bundle that *path* means now: of a link, where it leads; of `latest`, the live one.
+
+    `latest` leads to the last export, which `promote` may have refused. Where it has recorded a
+    live bundle of the same project beside this link, that one is meant.
+    """
+    if not path.is_symlink():
+        return path
+    target = path.parent / path.readlink()
+    if path.name != LATEST or not (live := read_live(path.parent).live):
+        return target
+    try:
+        project = read_manifest(target).project
+    except BundleError:  # its reader names the problem
+        return target
+    for other in map(Path, live):
+        with suppress(BundleError):
+            if read_manifest(other).project == project:
+                return path.parent / os.path.relpath(other, os.path.realpath(path.parent))
+    return target
 
 
 def is_bundle(path: Path) -> bool:
@@ -304,8 +325,16 @@ def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:
     Raises `BundleError` that names the first file whose path, size or hash differs from the
     manifest.
     """
-    path = follow_link(Path(path))
-    return read_files(path, read_manifest(path), with_graph=with_graph)
+    meant = note_meaning(Path(path))
+    return read_files(meant, read_manifest(meant), with_graph=with_graph)
+
+
+def note_meaning(path: Path) -> Path:
+    """Return `follow_link` of *path*, with a line in the log if that is not where the link leads."""
+    meant = follow_link(path)
+    if os.path.realpath(meant) != os.path.realpath(path):
+        log.warning("%s: the live bundle is used, %s", path, meant)
+    return meant
 
 
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
@@ -418,13 +447,14 @@ class ListedBundle(NamedTuple):
 
     `why_not_served` is empty for the bundle that is served, which then is `bundle`.
     `is_replaced` is true if a later export, or the bundle of which this is a copy, is served
-    instead.
+    instead, or `promote` has refused it. `is_live` is true if `promote` has recorded it as live.
     """
 
     path: Path
     manifest: Manifest | None
     why_not_served: str = ""
     is_replaced: bool = False
+    is_live: bool = False
     bundle: Bundle | None = None
 
     @property
@@ -477,34 +507,56 @@ BundleReader = Callable[[Path, Manifest], Bundle]
 
 
 def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
-    """List the bundles in *folder*, the last export first; of each project, the first complete one is served.
+    """List the bundles in *folder*, the last export first, and say which one of each project is served.
 
+    That is the live one, if there is one, otherwise the first complete one that was not refused.
     Every manifest is read once. *read* reads all files of the bundles that are served, by
-    default `read_files` without the graph.
+    default `read_files` without the graph. Raises `ConfigError` for a log of promotions that
+    cannot be read.
     """
     read = read or partial(read_files, with_graph=False)
-    listed, served_by_project = [], dict[str, Manifest]()
-    for found in sorted(read_bundles(folder), key=lambda bundle: bundle.rank, reverse=True):
-        manifest = found.manifest
+    live, refused = read_live(folder)
+    bundles = sorted(read_bundles(folder), key=lambda bundle: bundle.rank, reverse=True)
+
+    # The last promoted bundle of a project counts.
+    real_paths = [os.path.realpath(bundle.path) for bundle in bundles]
+    live_by_project: dict[str, Manifest] = {}
+    for place in (real_paths.index(real) for real in live if real in real_paths):
+        manifest = bundles[place].manifest
+        if manifest is not None and manifest.project not in live_by_project:
+            live_by_project[manifest.project] = manifest
+            bundles[place] = bundles[place]._replace(is_live=True)
+
+    listed, served_by_project = [], dict(live_by_project)
+    for bundle, real in zip(bundles, real_paths, strict=True):
+        manifest = bundle.manifest
         if manifest is None:  # `read_bundles` has set `why_not_served`
-            listed.append(found)
+            listed.append(bundle)
             continue
         served = served_by_project.get(manifest.project)
-        if served is None:  # this bundle is served if its files are complete
-            try:
-                listed.append(found._replace(bundle=read(found.path, manifest)))
-                served_by_project[manifest.project] = manifest
-            except (BundleError, OSError) as error:
-                listed.append(found._replace(why_not_served=str(error)))
+        if real in refused or (served is not None and not bundle.is_live):
+            reason = "refused by promote"
+            if served is not None and real not in refused:
+                reason = _why_not_served(manifest, served)
+            listed.append(bundle._replace(why_not_served=reason, is_replaced=True))
             continue
-        if manifest.id == served.id:
-            reason = f"a copy of {served.name}"
-        elif manifest.exported_at == served.exported_at:
-            reason = "exported at the same time"
-        else:
-            reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-        listed.append(found._replace(why_not_served=reason, is_replaced=True))
+        try:  # it is served if its files are complete
+            listed.append(bundle._replace(bundle=read(bundle.path, manifest)))
+            served_by_project[manifest.project] = manifest
+        except (BundleError, OSError) as error:
+            listed.append(bundle._replace(why_not_served=str(error)))
     return listed
+
+
+def _why_not_served(manifest: Manifest, served: Manifest) -> str:
+    """Say why a bundle with *manifest* is not served, but the bundle with the manifest *served*."""
+    if manifest.id == served.id:
+        return f"a copy of {served.name}"
+    if manifest.exported_at == served.exported_at:
+        return "exported at the same time"
+    if manifest.exported_at > served.exported_at:
+        return f"not promoted, {served.name} is live"
+    return f"exported earlier, {manifest.exported_at[:19]}Z"
 
 
 def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, bool]]:
@@ -515,8 +567,10 @@ def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, boo
         project = bundle.path.name if bundle.manifest is None else bundle.manifest.project
         texts = texts_by_project.setdefault(project, [])
         if bundle.is_served and bundle.manifest is not None:
+            state = "live, " if bundle.is_live else ""
             texts.insert(
-                0, f"serves {bundle.path} (exported {bundle.manifest.exported_at[:19]}Z)"
+                0,
+                f"serves {bundle.path} ({state}exported {bundle.manifest.exported_at[:19]}Z)",
             )
         else:
             texts.append(f"not {bundle.path.name}, {bundle.why_not_served}")

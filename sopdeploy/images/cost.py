@@ -6,12 +6,13 @@ work itself.
 
 from typing import NamedTuple
 
-from sopdeploy.images.formats import FRAMES, SCAN, webp_size
+from sopdeploy.images.formats import FRAMES, ITEM_SIZE, SCAN, webp_size
 from sopdeploy.images.pixels import center_view
 from sopdeploy.images.preprocess import Preprocess
 
 MAX_SEGMENTS = 400  # before the first scan of a JPEG: its metadata, in segments of up to 64 kB
 PROGRESSIVE = 0xC2
+HEIC_HEAD_BYTES = 1 << 16  # before the pixels of a HEIC: what is in the file
 
 
 class Cost(NamedTuple):
@@ -23,15 +24,19 @@ class Cost(NamedTuple):
         encoded: How many pixels the whole image has.
         is_proportional: Whether the time is proportional to the bytes and pixels, as that of a JPEG with one
             scan. Other formats can repeat work.
+        is_slow: Whether each pixel takes several times as long as in other formats, as in HEIC.
     """
 
     pixels: int
     encoded: int
     is_proportional: bool
+    is_slow: bool = False
 
 
 def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     """Estimate the cost of decoding *body* by *rules* (None: in full); None if it does not tell."""
+    if body[4:8] == b"ftyp":
+        return _heic_cost(body)
     width, height, num_scans = 0, 0, 0  # several scans are 2
     if body.startswith(b"\xff\xd8\xff"):
         width, height, num_scans = _jpeg_fields(body)
@@ -56,6 +61,13 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
         scale = center_view((width, height), rules).scale
         pixels = -(-width // scale) * -(-height // scale)
     return Cost(pixels + encoded * (num_scans > 1), encoded, num_scans == 1)
+
+
+def _heic_cost(body: bytes) -> Cost | None:
+    """Read the cost of the HEIC *body*, whose decoder holds all images of the file; None if unclear."""
+    sizes = ITEM_SIZE.findall(body, 0, HEIC_HEAD_BYTES)
+    pixels = sum(int.from_bytes(width) * int.from_bytes(height) for width, height in sizes)
+    return Cost(pixels, pixels, is_proportional=False, is_slow=True) if pixels else None
 
 
 def _jpeg_fields(body: bytes) -> tuple[int, int, int]:

@@ -61,7 +61,7 @@ def open_image(
     or damaged.
     """
     if not body:
-        raise ImageError("this is not an image: it is empty", code="empty_body", status=400)
+        raise empty_error()
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     detected = detect_format(body, formats)
@@ -223,6 +223,11 @@ def image_error(error: Exception, max_pixels: int = MAX_PIXELS) -> ImageError:
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return ImageError("the image is truncated", code="truncated_image", status=422)
     return ImageError("the image is damaged", code="damaged_image", status=422)
+
+
+def empty_error() -> ImageError:
+    """Build the error of a file or body without a byte."""
+    return ImageError("this is not an image: it is empty", code="empty_body", status=400)
 
 
 def too_large_error(max_bytes: int) -> ImageError:

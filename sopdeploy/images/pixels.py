@@ -195,12 +195,7 @@ def to_rgb(
     itself, not copied.
     """
     image.load()
-    frame_alpha: Image.Image | None = (
-        None  # of a GIF whose first frame covers a part of the canvas
-    )
-    if FRAME_BOX in image.info:
-        frame_alpha = Image.new("L", image.size)
-        frame_alpha.paste(255, image.info[FRAME_BOX])
+    frame_alpha = frame_mask(image)
     if orientation is None:
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
     if orientation != UPRIGHT:
@@ -213,12 +208,21 @@ def to_rgb(
     for box in tile_boxes(
         image.size
     ):  # a tile at a time, because the copies in RGBA need much memory
-        tile = _to_rgba(image.crop(box))
+        tile = to_rgba(image.crop(box))
         if frame_alpha is not None:
             tile.putalpha(frame_alpha.crop(box))
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
     return rgb
+
+
+def frame_mask(image: Image.Image) -> Image.Image | None:
+    """Return where the first frame of a GIF is, if it covers a part of the canvas only; else None."""
+    if FRAME_BOX not in image.info:
+        return None
+    mask = Image.new("L", image.size)
+    mask.paste(255, image.info[FRAME_BOX])
+    return mask
 
 
 def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -231,7 +235,7 @@ def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
             yield left, top, min(left + columns, width), min(top + rows, height)
 
 
-def _to_rgba(tile: Image.Image) -> Image.Image:
+def to_rgba(tile: Image.Image) -> Image.Image:
     """Convert *tile* to 8-bit RGBA, with the transparent color of a 16-bit gray image as alpha 0."""
     if tile.mode == "La":  # Pillow converts it to LA only
         tile = tile.convert("LA")
@@ -310,7 +314,7 @@ def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
         FRAME_BOX in image.info
     )  # a frame that leaves out a part of the image
     if image.has_transparency_data:
-        alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
+        alphas = (to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
         has_transparent_pixels = any(
             alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas
         )

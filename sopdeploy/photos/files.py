@@ -15,7 +15,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
@@ -32,9 +32,12 @@ SYSTEM_FOLDERS = {
 }  # fmt: skip
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
-KEPT_ID, SAMPLE_FOLDER = re.compile(r"[0-9a-f]{32}"), "sample"
-KEPT_NAME = re.compile(rf"{KEPT_ID.pattern}\.(jpg|png)")
 FOLDERS = "folders"  # where the classes are, if each folder at the top is one
+SAMPLE_FOLDER = "sample"
+KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
+_KEPT_STEM = re.compile(
+    r"([0-9a-f]{32})(?:[-_ (].*)?"
+)  # also of copies: ID-2, `ID (1)`, `ID copy`
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
 HELD_OUT = (
@@ -48,6 +51,22 @@ HELD_OUT = (
     "testing",
 )  # best first
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
+
+
+def kept_id(name: str) -> str:
+    """Return the id of the kept photograph, its copy or its record in the file *name*; "" for others."""
+    match = _KEPT_STEM.fullmatch(PurePath(name).stem)
+    return match[1] if match else ""
+
+
+def is_kept_photograph(name: str) -> bool:
+    """Tell whether the image file *name* is a photograph that a server kept, or a copy of one."""
+    return kept_id(name) != "" and PurePath(name).suffix in {".jpg", ".png"}
+
+
+def numbered_name(path: Path, number: int) -> str:
+    """Return the name of *path*, or that of its copy with *number*, if there are several: `ID-2.jpg`."""
+    return path.name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def is_hidden(name: str) -> bool:

@@ -26,7 +26,6 @@ from sopdeploy.images.signatures import (
 )
 from sopdeploy.photos.files import (
     FOLDERS,
-    KEPT_NAME,
     SAMPLE_FOLDER,
     TRAIN,
     TRAINING,
@@ -39,6 +38,7 @@ from sopdeploy.photos.files import (
     folder_identity,
     hint_at_spelling,
     holds_images,
+    is_kept_photograph,
     list_files,
     list_images,
     list_outputs,
@@ -685,7 +685,7 @@ def open_unknown(root: Path) -> UnknownImages:
     paths = [images.path(index) for index in range(len(images))]
     is_fair_N = np.array(
         [
-            path.parent.name == SAMPLE_FOLDER or not KEPT_NAME.fullmatch(path.name)
+            path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)
             for path in paths
         ]
     )

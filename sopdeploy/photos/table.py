@@ -8,7 +8,9 @@
 the targets are class indices, as for class folders. `split` is optional, as is `group`: images
 with the same one, such as a burst or photographs of one object, are never divided. Paths are
 relative to the folder and cannot leave it; the name of one image in any subfolder, also without
-its suffix, is enough. Instead of `classes`, each class may have a column with 1 and 0.
+its suffix, with another folder or in an address, is enough. Instead of `classes`, each class may
+have a column with 1 and 0. Beside `file` and `classes`, other columns are left out, and two
+columns need no heading.
 
 Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON
 lines with `file_name` and `label`, or a COCO file whose images have annotations of one category
@@ -25,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,21 +62,26 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _REQUIRED = ("file", "classes")  # columns
+# Of the required columns, also in tables of other programs; of several, the first counts.
 _NAMES = {
-    **dict.fromkeys(
-        ("filename", "file name", "file_name", "image", "image_id", "id", "path"), "file"
+    "file": (
+        *("file", "filename", "file name", "file_name", "image", "image_name", "path"),
+        *("image_id", "id"),
     ),
-    **dict.fromkeys(("class", "label", "labels"), "classes"),
-}  # of the required columns in tables of other programs
+    "classes": ("classes", "class", "labels", "label", "choices", "choice"),
+}
+_LABEL_STUDIO = "project-*.csv", "project-*.json"  # names of its exports
+_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
 _SEPARATORS = ",;\t"
 SPLIT, GROUP = "split", "group"  # optional columns
+COLUMNS = (*_REQUIRED, SPLIT, GROUP)
 SEPARATOR, SEPARATORS = "|", re.compile(r"[|;]")  # of classes: written, and read
 MAX_TABLES, MAX_SAMPLED, MAX_SEARCHED = (
     20,
     30,
     2**24,
 )  # other tables that are searched, images, and bytes
-_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -110,7 +118,10 @@ def find_table(root: Path) -> Path | None:
                 f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
                 "the folders are the classes"
             )
-    for export in (root / name for name in EXPORTS):
+    exports = [root / name for name in EXPORTS]
+    for pattern in _LABEL_STUDIO:
+        exports += sorted(root.glob(pattern))
+    for export in exports:
         if export.is_file():
             with suppress(DataError):
                 images, _other_files = list_images(root)
@@ -172,7 +183,8 @@ def read_label_table(
     """
     root = table.parent
     image_paths, other_files = list_images(root)
-    rows = _read_rows(table, image_paths)
+    notes: list[str] = []
+    rows = _read_rows(table, image_paths, notes)
     listed = {label for row in rows for label in row.classes}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
@@ -198,7 +210,7 @@ def read_label_table(
     if rows[0].part is not None:
         is_training_N = np.asarray([row.part == TRAIN for row in rows])
         parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
-    notes = [f"{table}: {line}" for line in describe_confusable(listed)]
+    notes += [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted(set(image_paths) - set(paths.tolist())):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")
@@ -243,17 +255,22 @@ class _Row(NamedTuple):
     path: bytes | None
 
 
-def _read_rows(table: Path, image_paths: list[bytes]) -> list[_Row]:
-    """Read the rows of *table*, of whose folder *image_paths* are the images; raises `DataError`."""
+def _read_rows(
+    table: Path, image_paths: list[bytes], notes: list[str] | None = None
+) -> list[_Row]:
+    """Read the rows of *table*, of whose folder *image_paths* are the images; raises `DataError`.
+
+    *notes* gets a line about the columns that are left out.
+    """
     root = table.parent
     path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
     path_of_short_name = _index_names(image_paths)
     rows: dict[bytes | str, _Row] = {}
-    for line, cells in _read_cells(table):
+    for line, cells in _read_cells(table, [] if notes is None else notes):
         where, name, listed = f"{table}: line {line}", cells["file"], cells["classes"]
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-        found = path_of_short_name.get(normalize(name))  # None: no image, or several
+        found = _find_by_name(name, path_of_short_name)  # None: no image, or several
         exists = (root / file).is_file()
         is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
         if found is None and (file.is_absolute() or ".." in file.parts or is_wrong):
@@ -298,6 +315,22 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
         for name in {file.name, file.stem}:
             path_of_name[name] = None if name in path_of_name else path
     return path_of_name
+
+
+def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:
+    """Find the one image that *name* means, a path elsewhere or an address, if need be; else None.
+
+    Label Studio names an uploaded image `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
+    `/data/local-files/?d=folder/photo.jpg`.
+    """
+    path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
+    names = [name]
+    if ".." not in path.parts and len(path.parts) > 1:
+        names.append(path.name)
+    if uploaded := _UPLOADED.fullmatch(path.name):
+        names.append(uploaded[1])
+    found = (path_of_name.get(normalize(each)) for each in names)
+    return next((each for each in found if each is not None), None)
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
@@ -348,16 +381,22 @@ def _is_named(image: PurePosixPath, text: str) -> bool:
     )
 
 
-def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one."""
+def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one.
+
+    *notes* gets a line about the columns of a CSV file that are left out.
+    """
     text = read_table_text(table)
     if table.suffix == ".csv":
-        yield from _read_csv(table, text)
+        yield from _read_csv(table, text, notes)
         return
     try:
-        read = (
-            _read_coco(json.loads(text)) if table.suffix == ".json" else _read_json_lines(text)
-        )
+        if table.suffix == ".json":
+            content = json.loads(text)
+            is_list = isinstance(content, list)
+            read = map(_read_entry, content) if is_list else _read_coco(content)
+        else:
+            read = (_read_entry(json.loads(line)) for line in text.splitlines())
         yield from enumerate(read, 1)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise DataError(
@@ -365,17 +404,38 @@ def _read_cells(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         ) from error
 
 
-def _read_json_lines(text: str) -> Iterator[dict[str, str]]:
-    """Yield the cells of an image for each line of *text*, an object with a file and its label or labels."""
-    for line in text.splitlines():
-        entry = {
-            _NAMES.get(lookalike_key(key), key): value
-            for key, value in json.loads(line).items()
-        }
-        if entry.keys() != {*_REQUIRED} or isinstance(entry["classes"], dict):
-            raise ValueError(line)
-        labels = entry["classes"] if isinstance(entry["classes"], list) else [entry["classes"]]
-        yield {"file": str(entry["file"]), "classes": SEPARATOR.join(map(str, labels))}
+def _read_entry(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the cells of an image from an object with its file, and its label or labels.
+
+    Label Studio's JSON has the file in `data`, and the choices in results of `annotations`.
+    """
+    if "annotations" in entry and "data" in entry:
+        choices = [
+            choice
+            for annotation in entry["annotations"]
+            for result in annotation["result"]
+            for choice in result["value"]["choices"]
+        ]
+        entry = {**entry["data"], "choices": sorted(set(choices))}
+    columns = _rename([lookalike_key(key) for key in entry])
+    values = dict(zip(columns, entry.values(), strict=True))
+    labels = values["classes"]
+    if isinstance(labels, dict) and isinstance(labels.get("choices"), list):
+        labels = labels["choices"]  # several of Label Studio's short JSON
+    if isinstance(labels, dict):
+        raise ValueError("no list of classes")
+    labels = labels if isinstance(labels, list) else [labels]
+    return {"file": str(values["file"]), "classes": SEPARATOR.join(map(str, labels))}
+
+
+def _rename(headings: Sequence[str]) -> list[str]:
+    """Name the columns with *headings* of a file and its classes as `_REQUIRED`; the others stay."""
+    columns = [*headings]
+    for column, names in _NAMES.items():
+        name = next((name for name in names if name in headings), None)
+        if name is not None:
+            columns[headings.index(name)] = column
+    return columns
 
 
 def _read_coco(content: Any) -> Iterator[dict[str, str]]:
@@ -389,11 +449,12 @@ def _read_coco(content: Any) -> Iterator[dict[str, str]]:
         yield {"file": str(image["file_name"]), "classes": label}
 
 
-def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
 
     The separator is that of a first line `sep=;`, or the most frequent one in the heading.
-    Without a column `classes`, other columns are classes with 1 and 0.
+    Without a column `classes`, other columns are classes with 1 and 0. If the first of two
+    columns begins with the name of an image, there is no heading.
     """
     try:
         heading, _, rest = text.partition("\n")
@@ -401,6 +462,9 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             text, lines_before, separator = rest, 1, given_separator[1]
         else:
             lines_before, separator = 0, max(_SEPARATORS, key=heading.count)
+        first = next(csv.reader([heading], delimiter=separator), [])
+        if len(first) == 2 and has_image_suffix(first[0].strip()):
+            text, lines_before = f"{separator.join(_REQUIRED)}\n{text}", lines_before - 1
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             delimiter=separator,
@@ -409,21 +473,22 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         )
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
-        columns = reader.fieldnames = [_NAMES.get(column, column) for column in headings]
+        columns = reader.fieldnames = _rename(headings)
         wrong = DataError(
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
-            "split and group, remove others, or rename the file if the folders are the classes"
+            "split and group, or rename the file if the folders are the classes"
         )
         names = {
             column: name
             for column, name in zip(columns, written, strict=True)
-            if column not in (*_REQUIRED, SPLIT, GROUP)
+            if column not in COLUMNS
         }  # of classes with a column each
-        if (
-            "file" not in columns
-            or len({*columns}) < len(columns)
-            or bool(names) == ("classes" in columns)
-        ):
+        others = shorten([*names.values()])
+        if "classes" in columns and names:
+            notes.append(f"{table}: these columns are left out: {others}")
+            names = {}
+        is_doubled = len({*columns}) < len(columns)
+        if "file" not in columns or is_doubled or not (names or "classes" in columns):
             raise wrong
         for record in reader:
             line = reader.line_num + lines_before
@@ -438,7 +503,7 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 cells["classes"] = SEPARATOR.join(
                     names[column] for column in names if cells[column] == "1"
                 )
-            yield line, {column: cell for column, cell in cells.items() if column not in names}
+            yield line, {column: cells[column] for column in COLUMNS if column in cells}
     except csv.Error as error:
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"

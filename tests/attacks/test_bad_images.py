@@ -15,12 +15,13 @@ from PIL import Image, ImageFile
 
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.decode import decode
+from sopdeploy.images.encode import encode_image
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
 from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
-from sopdeploy_commands.bundles.predict import read_image
+from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_export.lower.accuracy import calibration_images
 from tests.support.counted import counted, record_images
 from tests.support.pictures import chunk, encoded, png
@@ -156,7 +157,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(
         f"{listed}cannot be read"
     )
-    assert fails(lambda: read_image(special, 1000)).startswith(
+    assert fails(lambda: predict(root, special)).startswith(
         f"{listed}cannot be read (not a regular file)"
     )
 
@@ -182,5 +183,5 @@ def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:
         file.write(jpeg(0))
-    assert read_image(Path(f"/dev/fd/{reading}"), 10_000) == jpeg(0)
+    assert encode_image(Path(f"/dev/fd/{reading}")) == jpeg(0)
     os.close(reading)

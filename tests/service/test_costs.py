@@ -618,7 +618,7 @@ ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
         ("GET", "/"): Price("cached", 1300),
         ("GET", "/docs"): Price("cached", 1300),
         ("GET", "/errors"): Price("cached", 1300),
-        ("GET", "/docs/swagger-ui-bundle.js"): Price("cached", 1300),
+        ("GET", "/docs/swagger-ui-bundle.js"): Price("cached", 1400),
         ("GET", "/docs/swagger-ui.css"): Price("cached", 1300),
         ("GET", "/examples"): Price("address", 1200),
         ("GET", "/examples/{number}"): Price("address", 1400),

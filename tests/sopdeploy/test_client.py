@@ -1,15 +1,13 @@
 """The client: requests, parsed responses, retries, deadlines and errors."""
 
-import io
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
 from sopdeploy import client as module
-from sopdeploy.client import Client, encode_image
+from sopdeploy.client import Client
 from sopdeploy.errors import (
     ConfigError,
     DataError,
@@ -164,31 +162,11 @@ def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
         Script(SUCCESS).call("classify", b"x", topk=3)
 
 
-@pytest.mark.parametrize(
-    "image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)]
-)
-def test_arrays_are_encoded_without_loss(image):
-    decoded = np.asarray(Image.open(io.BytesIO(encode_image(image))))
-    np.testing.assert_array_equal(decoded, np.asarray(image))
-
-
-NO_IMAGES = {
-    "number": 3,
-    "floats": PIXELS.astype(np.float32),
-    "batch": PIXELS[None],
-    "empty": PIXELS[:0],
-    "cmyk": Image.new("CMYK", (2, 2)),
-}
-
-
-@pytest.mark.parametrize("name", NO_IMAGES)
-def test_other_values_are_rejected_before_sending(name):
+def test_other_values_are_rejected_before_sending():
     server = Script(SUCCESS)
-    with pytest.raises(ConfigError, match="not an image"):
-        server.call("classify", NO_IMAGES[name])
-    for path in ("none.jpg", "a\0b"):
-        with pytest.raises(DataError, match="cannot be read"):
-            server.call("classify", path)
+    for value in (3, PIXELS[:0], "none.jpg", "a\0b"):
+        with pytest.raises(DataError):
+            server.call("classify", value)
     assert server.requests == []
 
 

@@ -27,7 +27,7 @@ from sopdeploy.checkpoint import (
     read_pytorch,
     write_checkpoint,
 )
-from sopdeploy.client import encode_image
+from sopdeploy.client import encode_images
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.files import check_is_checkpoint, check_is_weights
@@ -69,7 +69,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a checkpoint": ("best.pt", read_checkpoint),
     "a checkpoint, before torch is imported": ("best.pt", check_is_checkpoint),
     "weights": ("weights.pth", lambda path: read_pytorch(check_is_weights(path))),
-    "an image of the client": ("one.jpg", encode_image),
+    "an image of the client": ("one.jpg", lambda path: encode_images([path])),
     "the log of promotions": (
         "promotions.jsonl",
         lambda path: read_promotions(path.with_name("live")),

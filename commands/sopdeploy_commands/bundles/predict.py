@@ -1,32 +1,35 @@
 """`sopdeploy predict`: classify images without a server, with the same code."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeGuard
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image
 from rich.text import Text
 
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
-from sopdeploy.images.decode import Decoded, decode
+from sopdeploy.images.decode import decode
+from sopdeploy.images.encode import (
+    AnyImage,
+    Buffer,
+    check_is_image,
+    encode_image,
+    name_image,
+    naming,
+)
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy.images.pixels import correct_transparency_info, list_changes, preprocess_image
-from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
-
-AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 
 
 class FilePrediction(Classes):
@@ -48,7 +51,7 @@ class FilePrediction(Classes):
 
 def predict_one(
     loaded: LoadedModel,
-    image: bytes | Image.Image,
+    image: object,
     name: str,
     settings: Settings,
     *,
@@ -57,7 +60,11 @@ def predict_one(
     """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
     manifest = loaded.bundle.manifest
     try:
-        decoded = _decode(image, loaded, settings)
+        # Only files have a limit: an image in memory is there already.
+        body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
+        decoded = decode(
+            body, manifest.preprocess, max_bytes=len(body), max_pixels=settings.max_pixels
+        )
     except ImageError as error:
         return FilePrediction(
             image=name, error=describe_error(HttpError.from_image_error(error))
@@ -78,32 +85,6 @@ def predict_one(
     return FilePrediction(
         image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels)
     )
-
-
-def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
-    preprocess = loaded.bundle.manifest.preprocess
-    if isinstance(image, bytes):
-        return decode(
-            image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels
-        )
-    try:
-        correct_transparency_info(image)  # as `decode` does for the bytes of a file
-        return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("the image is damaged", code="damaged_image", status=422) from error
-
-
-def read_image(path: Path, max_bytes: int) -> bytes:
-    """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
-    try:
-        # A path with the extension of an image must be a regular file: `photos/*` can match a
-        # FIFO, on which reading may wait forever. Other paths, such as /dev/stdin or
-        # <(command), may be pipes.
-        with open_regular(path) if has_image_suffix(path.name) else path.open("rb") as file:
-            return read_at_most(file, max_bytes + 1)
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}); name an image file, or a folder of images"
-        raise DataError(f"{path}: {reason}") from error
 
 
 def print_prediction(prediction: FilePrediction) -> None:
@@ -165,8 +146,8 @@ def predict(
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
-        images: Image files, and folders of them; in Python also PIL images, and uint8 arrays (H, W),
-            (H, W, 3 or 4), (N, H, W, 3).
+        images: Image files, and folders of them; in Python also what the client takes: bytes, files, PIL
+            images, uint8 arrays (H, W, 3), (H, W, 4), (H, W), and (N, H, W, 3).
         top_k: Classes per image.
         explain: Also find the parts of the image on which its first class depends; takes 50 times as long.
         runtime: Runtime, as for `serve`; by default the setting.
@@ -180,50 +161,30 @@ def predict(
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
     """
-    is_single_array = isinstance(images, np.ndarray) and images.ndim < 4
-    is_single = is_single_array or isinstance(images, str | Path | Image.Image)
-    arguments: Iterable[Any] = [images] if is_single else images  # type: ignore[assignment]
-    sources: list[Path | Image.Image] = []
-    for number, argument in enumerate(arguments):
-        source = _to_path_or_image(argument, number)
-        if isinstance(source, Path) and source.is_dir():
-            files = open_any_images(source)
+    sources: list[Any] = []
+    for number, argument in enumerate(images if _are_several(images) else [images]):
+        if isinstance(argument, str | Path) and Path(argument).is_dir():
+            files = open_any_images(Path(argument))
             sources += [files.path(index) for index in range(len(files))]
         else:
-            sources.append(source)
-    for source in sources:
-        if isinstance(source, Path):
-            is_pipe = source.exists() and not source.is_file()  # what is read from it is gone
-            if not is_pipe or has_image_suffix(source.name):
-                read_image(source, max_bytes=0)  # raises an error before the network is loaded
+            with naming(name_image(argument, number), DataError):
+                check_is_image(argument)  # before the network is loaded
+            sources.append(argument)
+
     loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
     for number, source in enumerate(sources):
-        image: bytes | Image.Image
-        if isinstance(source, Path):
-            name, image = str(source), read_image(source, loaded_settings.max_body_bytes)
-        else:  # `Image.open` sets the name of the file
-            name, image = str(getattr(source, "filename", "") or f"image {number}"), source
-        predictions.append(predict_one(loaded, image, name, loaded_settings, explain=explain))
+        name = name_image(source, number)
+        with naming(name, DataError):
+            prediction = predict_one(loaded, source, name, loaded_settings, explain=explain)
+        predictions.append(prediction)
     return tuple(predictions)
 
 
-def _to_path_or_image(image: object, number: int) -> Path | Image.Image:
-    """Convert a text to a path, an array to an image; raises `DataError` about image *number*."""
-    if isinstance(image, str | Path):
-        return Path(image)
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise DataError(
-                f"image {number}: a PIL image without pixels {image.size}; give another"
-            )
-        return image
-    description = type(image).__name__
-    if isinstance(image, np.ndarray):
-        has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-        if image.dtype == np.uint8 and has_image_shape and 0 not in image.shape:
-            return Image.fromarray(image)
-        description = f"{image.dtype} array {image.shape}"
-    expected = "a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)"
-    raise DataError(f"image {number}: {description}; give {expected}")
+def _are_several(images: Any) -> TypeGuard[Iterable[Any]]:
+    """Tell whether *images* is no single image, but an iterable or an array (N, H, W, 3) of them."""
+    if hasattr(images, "shape"):
+        return len(images.shape) == 4
+    is_file = isinstance(images, str | os.PathLike | Buffer) or hasattr(images, "read")
+    return isinstance(images, Iterable) and not is_file

@@ -71,7 +71,8 @@ def push(bundle: Path, destination: str) -> Pushed:
     Raises:
         BundleError: The bundle is damaged, or the upload failed.
     """
-    opened, signature = open_bundle(bundle), signing.signature_path(bundle)
+    opened = open_bundle(bundle)
+    signature = signing.signature_path(opened.path)
     signed = signature.is_file()
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
         archive = Path(folder) / f"bundle{tar.ARCHIVE_SUFFIX}"

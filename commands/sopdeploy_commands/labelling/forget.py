@@ -23,7 +23,7 @@ from sopdeploy.files import (
     writing,
 )
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import KEPT_ID, normalize, walk
+from sopdeploy.photos.files import kept_id, normalize, walk
 
 RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
@@ -122,13 +122,11 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
         _check_format(table)
     images = [path for path in files if wanted.is_shown_by(path)]
     # A kept photograph is named by its id, and so are the records beside it.
-    ids = wanted.ids.union(
-        filter(KEPT_ID.fullmatch, (_final_path(image).stem for image in images))
-    )
+    ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
     found = set(images)
     for path in files:
         final_path = _final_path(path)
-        if final_path.stem in ids and (
+        if kept_id(final_path.name) in ids and (
             final_path.suffix.lower() in RECORDS or is_image(final_path)
         ):
             found.add(path)
@@ -160,7 +158,7 @@ class _Wanted(NamedTuple):
         """Read the file *photograph*, if there is one; otherwise it is a name."""
         path = Path(photograph)
         digest = sha256(path) if path.is_file() else ""
-        ids = {digest[:32], path.stem if KEPT_ID.fullmatch(path.stem) else ""} - {""}
+        ids = {digest[:32], kept_id(path.name)} - {""}
         return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
 
     def is_shown_by(self, path: Path) -> bool:
@@ -222,7 +220,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
             listed |= {(output, row.path): row for row in rows}
 
     def is_wanted(row: _TableRow) -> bool:
-        if Path(row.path).stem in wanted.ids:
+        if kept_id(row.path) in wanted.ids:
             return True
         if not wanted.is_file:
             return any(wanted.is_named(Path(name)) for name in (row.path, row.location))

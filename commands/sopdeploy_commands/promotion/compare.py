@@ -20,9 +20,10 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.live import LOG, read_log
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import OtherVersionError, StrictModel, Text, parse_json, validate_format
+from sopdeploy.config import OtherVersionError, StrictModel, Text, validate_format
 from sopdeploy.errors import ConfigError, DataError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import (
@@ -37,7 +38,6 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
     smallest_difference,
 )
-from sopdeploy.files import MAX_NAMES_BYTES, read_file
 from sopdeploy.html.report import percent
 from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
@@ -50,7 +50,6 @@ from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
-LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
 
 
 class BundleScore(StrictModel):
@@ -265,7 +264,8 @@ def compare(
         BundleError: A bundle is damaged.
     """
     settings = load_settings()
-    pair = [load_model(path, settings) for path in (first, second)]
+    # `latest` is the last export here, even if another bundle is live.
+    pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
     return compare_loaded(
         pair,
         data,
@@ -354,23 +354,12 @@ def compare_loaded(
 def read_promotions(link: Path) -> list[Promotion]:
     """Read the recorded moves of *link* and the refused ones, the oldest first.
 
-    A line that is not JSON is skipped: the machine stopped while it was written. Raises
-    `ConfigError` for any other line that cannot be read, as one of a later version: each
-    attempt and each move counts.
+    Raises `ConfigError` as `read_log` does, and for a line that cannot be read, as one of a later
+    version: each attempt and each move counts.
     """
-    log, promotions = link.with_name(LOG), list[Promotion]()
-    try:
-        lines = read_file(log, MAX_NAMES_BYTES).splitlines() if os.path.lexists(log) else []
-    except OSError as error:
-        raise ConfigError(
-            f"{log}: cannot be read ({error.strerror}); repair or move it away"
-        ) from error
-    for number, line in enumerate(lines, 1):
-        try:
-            fields = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(fields, dict) and fields.get("link") == link.name:
+    promotions = []
+    for number, fields in read_log(link.parent):
+        if fields.get("link") == link.name:
             try:
                 promotions.append(validate_format(Promotion, fields))
             except ValueError as error:
@@ -379,6 +368,7 @@ def read_promotions(link: Path) -> list[Promotion]:
                     if isinstance(error, OtherVersionError)
                     else "; repair or remove this line"
                 )
+                log = link.with_name(LOG)
                 raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
     return promotions
 

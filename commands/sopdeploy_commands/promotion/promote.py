@@ -13,6 +13,7 @@ from pathlib import Path
 import pydantic
 
 from sopdeploy.bundle.folder import read_files
+from sopdeploy.bundle.live import LOG
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
@@ -30,7 +31,6 @@ from sopdeploy.files import (
 )
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import (
-    LOG,
     BundleComparison,
     Promotion,
     Tolerance,

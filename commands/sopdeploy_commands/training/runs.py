@@ -11,12 +11,15 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-MAX_BEFORE = 5  # runs that a page lists; reading one takes a tenth of a second
+MAX_BEFORE = 5  # runs that a page lists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRow:
-    """A run, a bundle, or a bundle and its run; `problem` says why it is not served or cannot be read."""
+    """A run, a bundle, or a bundle and its run; `problem` says why it is not served or cannot be read.
+
+    `live`: `promote` has recorded it so. `newest`: of its project, the last export that is complete.
+    """
 
     project: str = ""
     date: str = ""
@@ -25,6 +28,7 @@ class RunRow:
     num_classes: int | None = None
     estimate: str = ""
     bundle: str = ""
+    live: bool = False
     newest: bool = False
     problem: str = ""
 
@@ -47,7 +51,7 @@ def _show(rows: list[RunRow]) -> None:
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
         estimate = row.estimate.partition(" (")[0]  # without its interval
-        state = "newest" if row.newest else row.problem
+        states = ("live" if row.live else "", "newest" if row.newest else "", row.problem)
         cells = (
             row.date[:19],
             row.run,
@@ -55,7 +59,7 @@ def _show(rows: list[RunRow]) -> None:
             row.num_classes,
             estimate,
             row.bundle,
-            state,
+            ", ".join(filter(None, states)),
         )
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
@@ -65,17 +69,19 @@ def _show(rows: list[RunRow]) -> None:
 
 @command(_show)
 def runs() -> list[RunRow]:
-    """List runs and bundles, the newest first; a server of `bundles` serves the newest of each project.
+    """List runs and bundles, the newest first, and what a server of `bundles` serves.
+
+    Of each project, that is the live bundle, if `promote` has recorded one, otherwise the newest
+    that was not refused.
 
     Example: sopdeploy runs
     """
     from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
 
     row_of_run = _read_runs()
-    rows, exported = [], set()  # `exported` are the ids of runs with a bundle
-    for path, manifest, why_not_served, *_ in list_bundles(
-        Path("bundles")
-    ):  # the newest one is served
+    rows, exported, projects = [], set(), set()  # `exported` are the ids of runs with a bundle
+    for listed in list_bundles(Path("bundles")):
+        manifest = listed.manifest
         row = RunRow()  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
@@ -84,8 +90,17 @@ def runs() -> list[RunRow]:
                 run_id, _describe_origin(manifest.origin)
             )  # the run may be elsewhere
             row = replace(row, project=manifest.project, date=manifest.exported_at)
+        is_newest = row.project not in projects and not listed.is_damaged
+        if is_newest:
+            projects.add(row.project)
         rows.append(
-            replace(row, bundle=path.name, newest=not why_not_served, problem=why_not_served)
+            replace(
+                row,
+                bundle=listed.path.name,
+                live=listed.is_live,
+                newest=is_newest,
+                problem=listed.why_not_served,
+            )
         )
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: row.date, reverse=True)
@@ -125,7 +140,9 @@ def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ..
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
     others.sort(key=lambda best: best.stat().st_mtime, reverse=True)
     rows: list[tuple[object, ...]] = []
-    for best in others[:MAX_BEFORE]:
+    for best in others:
+        if len(rows) == MAX_BEFORE:
+            break
         _, row = read_run(best)
         if row.estimate and row.project == project:
             date = row.date[:16].replace("T", " ")

@@ -1,8 +1,9 @@
 """Admit a request, and read its body under limits of size, time, rate and memory.
 
-The model and the deadline are chosen before the body is read. The memory budget counts the
-bytes of a body from their arrival until the end of the request. It does not count announced
-bytes, because a client could then use up the budget with a header.
+The model is chosen before the body is read. A body has to arrive at a rate, however long it
+takes, and the deadline of the answer begins at its end. The memory budget counts the bytes of a
+body from their arrival until the end of the request. It does not count announced bytes, because
+a client could then use up the budget with a header.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import orjson
@@ -18,6 +20,7 @@ import pydantic
 from fastapi import Request, Response
 from starlette.types import Receive
 
+from sopdeploy.config import describe_problem
 from sopdeploy.images.formats import too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.signatures import FIRST_BYTES
@@ -29,8 +32,8 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.inference.uploads import SMALL_BODY, UPLOADS_FULL, Body
 from sopdeploy_service.origins import client_address
-from sopdeploy_service.settings import LARGE_BODY_SHARE
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
@@ -38,17 +41,11 @@ BAD_TIMEOUT = HttpError(
     "invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)"
 )
 
-# most images are smaller; the last eighth of the budget is reserved for such bodies
-SMALL_BODY = 1_000_000
-
+NO_CODING = {"", "identity", "utf-8", "utf8"}  # some clients name a charset
 ENCODED = HttpError(
     "unsupported_encoding", 415, "send the body itself, without a Content-Encoding"
 )
 SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
-LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
-UPLOADS_FULL = HttpError(
-    "uploads_full", 429, "too many bytes are being uploaded; retry later", 2
-)
 
 _NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
 STRIPPED = HttpError(
@@ -63,6 +60,7 @@ NOT_A_FORM = HttpError(
 
 _Value = TypeVar("_Value")
 _Values = TypeVarTuple("_Values")
+_Query = TypeVar("_Query", bound=pydantic.BaseModel)
 
 
 def service_of(request: Request) -> Service:
@@ -89,14 +87,26 @@ def json_response(
 
 @dataclass(eq=False, slots=True)
 class AdmittedRequest:
-    """A request to *model*, which stays loaded; *started* and *deadline* are times of `time.monotonic`."""
+    """A request to *model*, which stays loaded.
+
+    *started*, *received* and *deadline* are times of `time.monotonic`: the request has arrived
+    at *received*, and is answered within *timeout* seconds after it.
+    """
 
     request: Request
     service: Service
     context: RequestContext
     model: Model
+    body: Body
     started: float
+    timeout: float
+    received: float
     deadline: float
+
+    def end_upload(self) -> None:
+        """Begin the time for the answer."""
+        self.received = time.monotonic()
+        self.deadline = self.received + self.timeout
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
@@ -152,9 +162,7 @@ class AdmittedRequest:
         stages["receive"] = (
             time.monotonic() - self.started - stages.get("load", 0.0)
         )  # all but the load
-        client = context.key_name or client_address(
-            context.headers, context.peer, service.settings.trusted_proxies
-        )
+        client = self.body.client
         if explain:
             work = service.explain(self.model, images, self.deadline, client)
         else:
@@ -189,15 +197,20 @@ async def admit(
     started = time.monotonic()
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
-    deadline = started + timeout_of(context.headers, service.settings.request_timeout)
+    timeout = timeout_of(context.headers, service.settings.request_timeout)
+    deadline = started + timeout  # until the body has arrived
+    proxies = service.settings.trusted_proxies
+    client = context.key_name or client_address(context.headers, context.peer, proxies)
     model = find_and_record_model(request, name, version)
     result: Literal["success", "fail"] = "fail"
     try:
         service.check_admission(model, deadline)
         if context.rate_limit is not None:
             context.rate_limit.spend(1, check_only=True)  # before the body is read
-        with service.registry.use(model):
-            admitted = AdmittedRequest(request, service, context, model, started, deadline)
+        with service.registry.use(model), service.uploads.open(client) as body:
+            admitted = AdmittedRequest(
+                request, service, context, model, body, started, timeout, started, deadline
+            )
             if not model.is_loaded:
                 began = time.monotonic()
                 async with admitted.preparing():
@@ -277,14 +290,40 @@ class ClassifyRequest(pydantic.BaseModel):
 
 
 class Upload(NamedTuple):
-    """The images of one request; *is_list* selects a list as response."""
+    """The images of one request; *is_list* selects a list as response, *texts* are fields of a form."""
 
     images: list[bytes]
     is_list: bool = False
+    texts: Mapping[str, str] = MappingProxyType({})
+
+    def complete(self, query: _Query, model: Model) -> _Query:
+        """Add the text fields that are parameters to *query*, which wins; others are left out.
+
+        Raises `RejectedError` if one is invalid, or names another model than *model*, which was
+        chosen before the form was read.
+        """
+        known = {
+            name: self.texts[name]
+            for name in type(query).model_fields
+            if name in self.texts and name not in query.model_fields_set
+        }
+        for name, chosen in (("model", model.name), ("version", model.version)):
+            if known.get(name, chosen) != chosen:
+                message = (
+                    f"{name}: this form goes to {chosen}; choose it in the address, ?{name}="
+                )
+                raise bad_request("malformed_request", message)
+        if not known:
+            return query
+        try:
+            return type(query).model_validate(query.model_dump(exclude_unset=True) | known)
+        except pydantic.ValidationError as problem:
+            message = describe_problem(problem.errors()[0])
+            raise RejectedError(HttpError("invalid_parameter", 422, message)) from problem
 
 
 async def read_upload(admitted: AdmittedRequest) -> Upload:
-    """Read the images of a request before its deadline: raw, as a form, or in JSON.
+    """Read the images of a request: raw, as a form, or in JSON.
 
     Raises `RejectedError` for errors of the request as a whole; single images may still be
     invalid.
@@ -303,10 +342,10 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
             raise RejectedError(NOT_A_FORM)
         body = await read_body(admitted, settings.max_body_bytes)
         if len(body) <= SMALL_BODY:
-            images = parse_form(body, content_type, settings.max_images)
+            form = parse_form(body, content_type, settings.max_images)
         else:  # it would take too long on the event loop
-            images = await admitted.parse(parse_form, body, content_type, settings.max_images)
-        return Upload(images, is_list=len(images) > 1)
+            form = await admitted.parse(parse_form, body, content_type, settings.max_images)
+        return Upload(form.images, is_list=len(form.images) > 1, texts=form.texts)
     body = await read_body(admitted, settings.max_body_bytes)
     # curl's --data sends this type, and removes zero bytes and line ends, which every image
     # file has.
@@ -332,15 +371,15 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 
 
 async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
-    """Read at most *limit* bytes of the body before the deadline.
+    """Read at most *limit* bytes of the body, and begin the time for the answer.
 
-    Counts the bytes in `service.upload_bytes`, from which the middleware takes them after the
-    answer. Delays beyond the minimum rate may add up to a grace period, which faster pieces
-    restore. Raises `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget
-    full, 499 client disconnected.
+    Counts the bytes in `service.uploads`. Delays beyond the minimum rate may add up to a grace
+    period, which faster pieces restore. Raises `RejectedError`: 408 too slow, 413 too large,
+    415 compressed, 429 budget full, 499 client disconnected.
     """
     service, context, settings = admitted.service, admitted.context, admitted.service.settings
-    if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    body = admitted.body
+    if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
@@ -350,14 +389,13 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
         # body in vain.
-        _check_budget(service, received=context.bytes, more=max(0, announced - context.bytes))
+        service.uploads.check(body, max(0, announced - context.bytes))
         began = time.monotonic()
         try:
-            async with asyncio.timeout(min(grace, admitted.deadline - began)):
+            async with asyncio.timeout(grace) as body.timer:
                 message = await admitted.request.receive()
         except TimeoutError as problem:
-            is_late = time.monotonic() >= admitted.deadline
-            raise RejectedError(LATE_BODY if is_late else SLOW_BODY) from problem
+            raise RejectedError(UPLOADS_FULL if body.is_refused else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
@@ -367,21 +405,15 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         grace = min(settings.body_grace_seconds, grace - delay)
         # Other bodies may have grown during the wait, and a chunked one does not announce its
         # length.
-        _check_budget(service, received=context.bytes, more=len(piece))
-        service.upload_bytes += len(piece)
+        if body.is_refused:
+            raise RejectedError(UPLOADS_FULL)
+        service.uploads.add(body, len(piece))
         context.bytes += len(piece)
         if context.bytes > limit:
             raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
         if piece:
             pieces.append(piece)
         if not message.get("more_body", False):
+            body.timer = None
+            admitted.end_upload()
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _check_budget(service: Service, received: int, more: int) -> None:
-    """Raise `RejectedError` (429) if a body of *received* bytes may not grow by *more* bytes."""
-    budget = service.max_upload_bytes  # for the bodies of all requests together
-    if received + more > SMALL_BODY:
-        budget = int(budget * LARGE_BODY_SHARE)  # large bodies leave the rest to small ones
-    if service.upload_bytes + more > budget:
-        raise RejectedError(UPLOADS_FULL)

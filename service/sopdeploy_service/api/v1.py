@@ -69,11 +69,12 @@ Fields: TypeAlias = dict[str, object]  # of a response model, which need no vali
     openapi_extra=BODY,
 )
 async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
-    """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
+    """Classify the image in the body, or 1..n images in a form (its files) or in JSON. Text
+    fields of a form with the name of a parameter count like it, others do not.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with
     status 200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the
-    whole request (queue full, deadline, malformed form) fail it as a whole. A multi-label
+    whole request (queue full, malformed form) fail it as a whole. A multi-label
     network lists all classes above their threshold, at most `top_k` if the request or the
     setting limits them. `warnings` next to the classes name changes made while decoding, such
     as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
@@ -82,12 +83,11 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     """
     async with admit(request, query.model, query.version) as admitted:
         service, model = admitted.service, admitted.model
-        if query.threshold is not None and not model.decision.is_multi_label:
-            message = f"{model.name}: predicts one class per image; omit threshold"
-            raise bad_request("no_thresholds", message)
-        if query.reported is not None:
-            check_report(admitted, query)
+        check_query(admitted, query)  # before the body is read
         upload = await read_upload(admitted)
+        if upload.texts:
+            query = upload.complete(query, model)
+            check_query(admitted, query)
         top_k = query.top_k or model.top_k
         is_report = query.reported is not None
         outcomes = await admitted.infer(
@@ -106,6 +106,16 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             return {**answer.fields(model.labels), "warnings": prediction.warnings}
 
         return _respond(admitted, upload, outcomes, format_classes)
+
+
+def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
+    """Raise `RejectedError` for parameters that do not apply to the network or the server."""
+    model = admitted.model
+    if query.threshold is not None and not model.decision.is_multi_label:
+        message = f"{model.name}: predicts one class per image; omit threshold"
+        raise bad_request("no_thresholds", message)
+    if query.reported is not None:
+        check_report(admitted, query)
 
 
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
@@ -143,6 +153,7 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
             message = f"{admitted.model.name}: has no features; export it with --with-features"
             raise bad_request("no_features", message)
         upload = await read_upload(admitted)
+        query = upload.complete(query, admitted.model)
         outcomes = await admitted.infer(upload.images, features=True)
 
         def format_embedding(prediction: Prediction) -> Fields:

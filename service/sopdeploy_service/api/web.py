@@ -11,6 +11,7 @@ import base64
 import hashlib
 import math
 import re
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -20,6 +21,7 @@ import orjson
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
+from starlette.types import Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
@@ -27,13 +29,14 @@ from sopdeploy.images.limits import MAX_BYTES, describe_formats
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
-from sopdeploy_service.http.middleware import PAGE_FILES
+from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _SHARED = files("sopdeploy.html")  # the style sheet that reports have, too
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 MAX_EXAMPLES = 8
+PIECE_BYTES = 1 << 16  # of a response, for one client at a time
 EXAMPLE_SECONDS = 10.0  # for reading one; the disk may hang
 _INERT = {  # a file of the owner never runs in this origin
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -137,8 +140,22 @@ async def openapi(request: Request) -> Response:
     return Response(app.state.openapi, media_type="application/json")
 
 
+class SharedResponse(Response):
+    """Bytes that clients share: each piece is copied for a client when it has taken those before."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send the pieces, each when the connection has room for it."""
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        for begin in range(0, max(1, len(self.body)), PIECE_BYTES):
+            end = begin + PIECE_BYTES
+            piece, is_last = bytes(self.body[begin:end]), end >= len(self.body)
+            await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
+
+
 async def _send_static_file(content: bytes, media_type: str) -> Response:
-    return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
+    headers = {"Cache-Control": "max-age=86400"}
+    return SharedResponse(content, media_type=media_type, headers=headers)
 
 
 class Examples(StrictModel):
@@ -147,35 +164,58 @@ class Examples(StrictModel):
     names: tuple[str, ...]
 
 
-def list_examples(folder: Path | None) -> list[Path]:
+@dataclass(eq=False)
+class Example:
+    """A photograph that the page offers; its file is read once, at the first request."""
+
+    path: Path
+    _reading: asyncio.Task[bytes] | None = None
+
+    async def read(self) -> bytes:
+        """Return the bytes of the file; raises `OSError`, also if the disk hangs."""
+        if self._reading is None or self._has_failed(self._reading):
+            work = asyncio.to_thread(read_file, self.path, MAX_BYTES)
+            self._reading = asyncio.create_task(work)
+        async with asyncio.timeout(EXAMPLE_SECONDS):
+            return await asyncio.shield(self._reading)
+
+    def _has_failed(self, reading: asyncio.Task[bytes]) -> bool:
+        return reading.done() and (reading.cancelled() or reading.exception() is not None)
+
+
+def list_examples(folder: Path | None) -> list[Example]:
     """List at most `MAX_EXAMPLES` photographs below *folder*, spread over it; raises `DataError`."""
     if folder is None:
         return []
     images = open_any_images(folder)
     step = math.ceil(len(images) / MAX_EXAMPLES)
-    return [images.path(index) for index in range(0, len(images), step)]
+    return [Example(images.path(index)) for index in range(0, len(images), step)]
 
 
 @router.get("/examples")
 async def examples(request: Request) -> Response:
     """Return the names of the examples that the page offers, those of the setting `examples`."""
     return json_response(
-        Examples(names=tuple(path.name for path in request.app.state.examples))
+        Examples(names=tuple(one.path.name for one in request.app.state.examples))
     )
 
 
 @router.get("/examples/{number}")
 async def example(request: Request, number: int) -> Response:
-    """Return the bytes of the example *number*."""
-    paths: list[Path] = request.app.state.examples
-    if not 0 <= number < len(paths):
+    """Return the bytes of the example *number*, which cost a key as much as one image."""
+    examples: list[Example] = request.app.state.examples
+    if not 0 <= number < len(examples):
         raise HTTPException(404, "no such example")
+    context: RequestContext = request.scope["state"]["context"]
+    if context.rate_limit is not None:
+        context.rate_limit.spend(1)
     try:
-        async with asyncio.timeout(EXAMPLE_SECONDS):
-            content = await asyncio.to_thread(read_file, paths[number], MAX_BYTES)
+        content = await examples[number].read()
     except OSError as error:  # or `TimeoutError`, which is one
         raise HTTPException(404, "no such example") from error
-    return Response(content, media_type=media_type_of(content[:HEAD_BYTES]), headers=_INERT)
+    return SharedResponse(
+        content, media_type=media_type_of(content[:HEAD_BYTES]), headers=_INERT
+    )
 
 
 INDEX = Page(

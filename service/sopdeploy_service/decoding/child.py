@@ -59,17 +59,13 @@ PIXEL_BYTES = (
 
 
 class ChildOptions(NamedTuple):
-    """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`.
-
-    Empty *formats* accept all.
-    """
+    """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`."""
 
     memory: int
     niceness: int
     is_light: bool
     max_bytes: int
     max_pixels: int
-    formats: tuple[str, ...]
     sandbox: str
 
 
@@ -90,7 +86,6 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
-            formats=options.formats or None,
         )
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)

@@ -62,6 +62,7 @@ class Request:
     A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a
     `Reply`, `ChildEnded`, or the reason why no child runs the request. While it waits, it
     counts as *pixels*; a child ends if it takes more than *seconds* of CPU time (0: no limit).
+    `began` is the time of `time.monotonic` at which a child got it, or None.
     """
 
     image: bytes = field(repr=False)
@@ -71,6 +72,11 @@ class Request:
     result: "asyncio.Future[Any]"
     pixels: int = 0
     seconds: float = 0.0
+    began: float | None = None
+
+    def busy_seconds(self) -> float:
+        """Return for how long a child has had the image; 0 while it waits."""
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def settle(self, result: object) -> None:
         """Set *result* unless nobody waits for one any more."""
@@ -225,7 +231,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
                 self._end_child()
             else:  # nothing: the child has ended
                 self._end_child(WRONG_REPLY if unexpected else "")
-        self._request, self._started = request, time.monotonic()
+        request.began = time.monotonic()
+        self._request, self._started = request, request.began
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace_child(sends=True))
         else:

@@ -218,7 +218,7 @@ def serve_http(
     service: Service = app.state.service
     service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
     service.num_front_ends = config.front_ends
-    service.max_upload_bytes = upload_budget(settings, count)
+    service.uploads.budget = upload_budget(settings, count)
     # The supervisor, the other processes as far as they run, and processes like this one.
     at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
     if config.device is None:

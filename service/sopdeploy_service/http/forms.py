@@ -1,17 +1,23 @@
-"""Parse `multipart/form-data` into images, in memory.
+"""Parse `multipart/form-data` into images and text fields, in memory.
+
+A part with a file name is an image, whatever its field is called, as is one without that begins
+like one. Every other part is a text field.
 
 Starlette's form parser writes files above 1 MB to disk and accepts truncated bodies.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartState, parse_options_header
 
+from sopdeploy.images.limits import FORMATS
+from sopdeploy.images.signatures import HEAD_BYTES, find_format
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
-FIELDS = {"image", "images", "file", "files"}
+MAX_TEXTS, MAX_TEXT_BYTES = 200, 1000  # longer texts are no options
 MAX_TYPE_CHARS = 1000  # of the content type, whose parser takes quadratic time
 
 _MALFORMED = HttpError(
@@ -20,15 +26,27 @@ _MALFORMED = HttpError(
 NO_BOUNDARY = HttpError(
     "malformed_multipart", 400, "the content type has no valid multipart boundary"
 )
-_NO_IMAGE = HttpError("no_image", 422, "the form has no image; add it as a field named `image`")
+_NO_IMAGE = HttpError(
+    "no_image", 422, "the form has no file; add the image, as `curl -F image=@photo.jpg` does"
+)
+_TOO_MANY_TEXTS = HttpError(
+    "malformed_multipart", 400, f"the form has more than {MAX_TEXTS} fields beside its images"
+)
 
 
-def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
-    """Read the images of the form *body*, whose boundary is in *content_type*.
+class Form(NamedTuple):
+    """The images of a form, in order, and its short text fields by name."""
+
+    images: list[bytes]
+    texts: dict[str, str]
+
+
+def parse_form(body: bytes, content_type: str, max_images: int) -> Form:
+    """Read the form *body*, whose boundary is in *content_type*.
 
     Bytes before the first delimiter and after the last one are skipped (RFC 2046, section
-    5.1.1). Raises `RejectedError` for a form that is malformed, truncated or empty, or has
-    other fields or more images.
+    5.1.1). Raises `RejectedError` for a form that is malformed or truncated, or has no image or
+    more than *max_images*.
     """
     is_short = len(content_type) <= MAX_TYPE_CHARS
     boundary = parse_options_header(content_type)[1].get(b"boundary") if is_short else None
@@ -44,10 +62,8 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
                 ),
                 "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
                 "on_header_end": parts.end_header,
-                "on_headers_finished": parts.begin_image,
-                "on_part_data": lambda data, start, end: parts.images[-1].extend(
-                    data[start:end]
-                ),
+                "on_part_data": lambda data, start, end: parts.content.extend(data[start:end]),
+                "on_part_end": parts.end_part,
             },
         )
     except FormParserError as problem:
@@ -63,39 +79,59 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         raise RejectedError(_MALFORMED)
     if not parts.images:
         raise RejectedError(_NO_IMAGE)
-    return [bytes(image) for image in parts.images]
+    return Form(parts.images, parts.texts)
 
 
 @dataclass(slots=True)
 class _Parts:
-    """What the parser's callbacks collect: the images, and *header* and *value* of the present header.
+    """What the parser's callbacks collect: images and texts, and the present header and part.
 
     A reference to the parser would be a cycle and keep the images longer.
     """
 
     max_images: int
-    images: list[bytearray] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    num_texts: int = 0
     header: bytearray = field(default_factory=bytearray)
     value: bytearray = field(default_factory=bytearray)
-    name: str | None = None  # of the field whose headers are parsed
+    name: str = ""  # of the field
+    file_name: bytes | None = None
+    content: bytearray = field(default_factory=bytearray)
 
     def end_header(self) -> None:
-        """Take the name of the field from a header that has it."""
+        """Take the names of field and file from a header that has them."""
         if self.header.lower() == b"content-disposition":
-            name = parse_options_header(bytes(self.value))[1].get(b"name", b"")
-            self.name = name.decode("utf-8", "replace")
+            options = parse_options_header(bytes(self.value))[1]
+            self.name = options.get(b"name", b"").decode("utf-8", "replace")
+            self.file_name = options.get(b"filename")
         self.header.clear()
         self.value.clear()
 
-    def begin_image(self) -> None:
-        """Begin the next image; raise `RejectedError` for another field or one too many."""
-        if self.name not in FIELDS:
-            message = f"field {str(self.name)[:80]!r}: images must be in fields named `image`"
-            raise RejectedError(HttpError("unexpected_field", 422, message))
+    def end_part(self) -> None:
+        """Add an image or a text; raise `RejectedError` for one too many."""
+        content, name, file_name = bytes(self.content), self.name, self.file_name
+        self.content.clear()
+        self.name, self.file_name = "", None
+
+        # A browser sends a file input without a file like this.
+        if file_name == b"" and not content:
+            return
+
+        if file_name is None and find_format(content[:HEAD_BYTES]) not in FORMATS.values():
+            self._add_text(name, content)
+            return
         if len(self.images) == self.max_images:
             message = (
                 f"the form has more than {self.max_images} images, the limit of this server"
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
-        self.images.append(bytearray())
-        self.name = None
+        self.images.append(content)
+
+    def _add_text(self, name: str, content: bytes) -> None:
+        """Add a text field, unless it is long; raise `RejectedError` for one too many."""
+        self.num_texts += 1
+        if self.num_texts > MAX_TEXTS:
+            raise RejectedError(_TOO_MANY_TEXTS)
+        if len(content) <= MAX_TEXT_BYTES:
+            self.texts[name] = content.decode("utf-8", "replace")

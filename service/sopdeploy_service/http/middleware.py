@@ -143,7 +143,6 @@ class RequestContextMiddleware:
             await respond_with_error(scope, reason)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
-            self.service.upload_bytes -= context.bytes  # counted by `read_body`
             seconds = time.monotonic() - started
             route = inner.get(
                 "route"

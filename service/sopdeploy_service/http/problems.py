@@ -106,6 +106,8 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             detail = f"no such path;{hint} {root}/docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             use = f"use {headers['Allow']} ({root}/docs has examples)"
+            if path == "/" and request.method == "POST":
+                use = f"send images to {root}/v1/classify ({root}/docs has examples)"
             detail = f"{root}{path} does not accept {request.method}; {use}"
         return respond_with_error(
             request.scope, HttpError(status.name.lower(), status, detail), headers

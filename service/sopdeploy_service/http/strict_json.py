@@ -7,6 +7,7 @@ values, which are counted first, keep that short.
 """
 
 import binascii
+import re
 from typing import TypeVar
 
 import orjson
@@ -22,6 +23,7 @@ MAX_ESCAPES = 1_000_000  # some clients escape two characters of the alphabet of
 MAX_LISTS = 100_000  # and objects, beside those of a tensor
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
+URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
@@ -92,6 +94,11 @@ def decode_text(text: object, where: str) -> bytes:
             raise bad_request(
                 "bad_base64", f"{where}: not base64: a data URI must contain `;base64,`"
             )
+    if URL.match(text):
+        message = (
+            f"{where}: is a URL, and URLs are not fetched; send the image itself, as base64"
+        )
+        raise bad_request("bad_base64", message)
     if not text.isascii():
         raise bad_request(
             "bad_base64", f"{where}: not base64: characters outside of the alphabet"

@@ -16,6 +16,7 @@ from sopdeploy.bundle.folder import (
     describe_projects,
     follow_link,
     list_bundles,
+    note_meaning,
     read_manifest,
 )
 from sopdeploy.bundle.manifest import Manifest
@@ -66,25 +67,29 @@ async def follow_links(
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
             found = await asyncio.to_thread(_read_links, target_of_link.keys())
-        except OSError:  # the folder cannot be read now
+        except (OSError, ConfigError):  # the folder, or its log, cannot be read now
             continue
         if found != target_of_link:
             target_of_link = found
             reload()
 
 
-def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bundle]:
+def find_bundles(
+    sources: Iterable[str | Path],
+    read: ReadNamed,
+    projects: Mapping[str, str] | None = None,
+) -> dict[str, Bundle]:
     """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name; *read* reads each, once.
 
     For a folder, the log gets a line about each project, a warning if a bundle cannot be
     served. Raises `BundleError` for a path without a bundle and `ConfigError` for different
-    bundles with one name.
+    bundles with one name, and for a source that is one bundle whose project is not the one that
+    *projects*, if given, has for its name: clients of the server rely on the classes.
     """
     bundles: dict[str, Bundle] = {}
     for given_name, source in map(_parse_source, sources):
-        path = follow_link(
-            source
-        )  # every process then serves the same bundle, even if the link changes
+        # Every process then serves the same bundle, even if the link changes.
+        path = note_meaning(source)
         is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
         if is_folder_of_bundles:
             listed = list_bundles(
@@ -104,6 +109,12 @@ def find_bundles(sources: Iterable[str | Path], read: ReadNamed) -> dict[str, Bu
         else:
             manifest = read_manifest(path)
             name = given_name or manifest.project
+            if projects is not None and projects.get(name) != manifest.project:
+                present = projects.get(given_name, ", ".join(projects))
+                raise ConfigError(
+                    f"{source}: leads to {manifest.name}, of another project than the served {present}; "
+                    "start the server again to serve it"
+                )
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
             is_known = name in bundles and bundles[name].manifest.has_content_of(manifest)
             found = [(name, bundles[name] if is_known else read(name, path, manifest))]

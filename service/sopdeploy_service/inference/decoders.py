@@ -10,6 +10,9 @@ A child can also end without any fault of its image, as when the system runs out
 image whose child ends by another cause than its own limits is therefore decoded once more, by a
 child for large images.
 
+What no decoder accepts is refused by its first bytes, before any queue. An image that a decoder
+refuses by its header, or whose header tells nothing, is light: that takes little.
+
 Clients share the children for large images. Each has two groups of images there: slow ones,
 which are small but took too long for a light child, and large ones. The groups take turns, and
 if too many images wait, the group with most pixels loses its last one.
@@ -22,16 +25,17 @@ import logging
 import math
 import os
 import signal
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
-from sopdeploy.images.decode import Decoded
+from sopdeploy.images.formats import detect_format, empty_error
 from sopdeploy.images.limits import MAX_PIXELS
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Pixels, Preprocess
 from sopdeploy_service.decoding import child, pool
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions
 from sopdeploy_service.decoding.pool import (
@@ -68,6 +72,14 @@ WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped a
 log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
+
+
+class DecodedImage(NamedTuple):
+    """What `Decoded` has, and the seconds of the stages `decode_queue` (the wait) and `decode`."""
+
+    pixels: Pixels
+    warnings: tuple[str, ...]
+    stage_seconds: Mapping[str, float]
 
 
 class Plan(NamedTuple):
@@ -121,9 +133,15 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     return Plan(light, large, large_memory)
 
 
-def light_seconds(length: int, cost: Cost | None) -> float:
-    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
-    if cost is None or cost.pixels > LIGHT_PIXELS:
+def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
+    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large.
+
+    A decoder reads only the header of a file that has more than *max_pixels*, or that does not
+    tell its cost, in which case it is usually damaged.
+    """
+    if cost is None or cost.encoded > max_pixels:
+        return LIGHT_SECONDS
+    if cost.pixels > LIGHT_PIXELS or cost.is_slow:
         return 0.0
     seconds = LIGHT_SECONDS + cost.pixels * SECONDS_PER_PIXEL
     if not cost.is_proportional:
@@ -249,7 +267,6 @@ class Decoders:
             is_light=False,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            formats=settings.formats,
             sandbox=settings.sandbox,
         )
         light = large._replace(memory=LIGHT_MEMORY, niceness=0, is_light=True)
@@ -288,26 +305,32 @@ class Decoders:
         preprocess: Preprocess,
         deadline: float = math.inf,
         client: str | None = None,
-    ) -> Decoded:
+    ) -> DecodedImage:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
         Raises `ImageError`, and `RejectedError` if its children end, if none is free before
         *deadline*, or if too many large images wait; those without a client, of the server
         itself, are never refused.
         """
+        if not image:
+            raise empty_error()
+        detect_format(image, self._settings.formats or None)
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
-        reply = await self._run_with_retries(
+        started = time.monotonic()
+        reply, seconds = await self._run_with_retries(
             image, preprocess, child.PIXELS, sizes, deadline, client
         )
+        waited = max(0.0, time.monotonic() - started - seconds)
         warnings = tuple(
             name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index)
         )
-        return Decoded(reply.data.reshape(shape), warnings)
+        stages = {"decode_queue": waited, "decode": seconds}
+        return DecodedImage(reply.data.reshape(shape), warnings, stages)
 
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
-        reply = await self._run_with_retries(
+        reply, _ = await self._run_with_retries(
             image, None, child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
         )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
@@ -324,15 +347,17 @@ class Decoders:
         sizes: range,
         deadline: float,
         client: str | None,
-    ) -> Reply:
+    ) -> tuple[Reply, float]:
         """Run a request in a light child or, if *image* is too much for one, in one for large images.
 
         If a child for large images ends without the fault of the image, the request runs again,
-        unless a child of either kind has ended so before. Raises as `decode` does.
+        unless a child of either kind has ended so before. Returns the reply, and the seconds
+        that children had the image. Raises as `decode` does.
         """
         rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
-        seconds = light_seconds(len(image), cost)
+        seconds = light_seconds(len(image), cost, self._settings.max_pixels)
+        busy = 0.0
         num_crashes = 0  # of children, without the fault of the image
         # A slow one, or one whose pixels are not known, counts as one of the largest.
         pixels = (
@@ -360,6 +385,7 @@ class Decoders:
             finally:
                 if timer is not None:
                     timer.cancel()
+            busy += request.busy_seconds()
             if isinstance(reply, HttpError):
                 raise RejectedError(reply)
             if isinstance(reply, ChildEnded):
@@ -380,7 +406,7 @@ class Decoders:
                 )  # then waits among slow images of its client
                 pixels = self._settings.max_pixels if is_slow else pixels
             elif reply.kind == kind:
-                return reply
+                return reply, busy
             else:
                 code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
                 if not (

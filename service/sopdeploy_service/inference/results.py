@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # a supervisor does not import it
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
-    *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`, `explain`.
+    *stage_seconds* are by name: `decode_queue` and `decode` (of an encoded image), `queue`,
+    `infer`, `explain`.
     *pixels* are the network's input. *warnings* name what decoding changed in the image.
     *occluded* has the logits (n, C) of its copies with a gray part, if an explanation was
     requested.

@@ -23,11 +23,10 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import ImageError, SopdeployError
-from sopdeploy.images.decode import Decoded
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
-from sopdeploy_service.inference.decoders import Decoders, upload_budget
+from sopdeploy_service.inference.decoders import DecodedImage, Decoders, upload_budget
 from sopdeploy_service.inference.loader import (
     LoadedModel,
     check_trust,
@@ -37,6 +36,7 @@ from sopdeploy_service.inference.loader import (
 from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
+from sopdeploy_service.inference.uploads import Uploads
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import (
@@ -46,6 +46,8 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
+# A request none of whose images has another outcome is refused as a whole.
+UNANSWERED = {results.DEADLINE, results.DECODERS_BUSY}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
@@ -118,7 +120,12 @@ class ModelRegistry(Registry):
             async with self.changing:
                 # Reads those that are served, too: a folder may have other files under the same
                 # manifest.
-                finding = daemon_threads.start(partial(find_bundles, sources, self._read))
+                projects = {
+                    name: model.bundle.manifest.project for name, model in self._by_name.items()
+                }
+                finding = daemon_threads.start(
+                    partial(find_bundles, sources, self._read, projects)
+                )
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
                 await self.replace(bundles)
         except Exception as error:  # nothing awaits the task of a reload
@@ -197,7 +204,6 @@ class Service:
         """Serve the models of *registry*."""
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
-        self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         self.metrics_page = Shared(
             self.make_metrics
         )  # of all processes if the server has several
@@ -212,10 +218,10 @@ class Service:
         self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
-        self.max_upload_bytes = upload_budget(settings)
+        self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
-        self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
+        self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
         self._draining, self._was_drained = (
             True,
             False,
@@ -336,8 +342,8 @@ class Service:
         *client* the key or address that shares the decoders for large images; *features*
         requests the embedding, *may_keep* allows to keep the images, and those that are not
         *for_drift* do not count for the drift. Cancelling the call removes its images from the
-        queue; call `check_queue` before. Raises `RejectedError` if the deadline has passed, or
-        if too many large images wait for a decoder.
+        queue; call `check_queue` before. Raises `RejectedError` if all images miss the deadline
+        or find too many others waiting for a decoder.
         """
         predict = partial(
             self._predict,
@@ -355,12 +361,9 @@ class Service:
                 outcomes = await asyncio.gather(*map(predict, images))
         finally:
             self.admitted -= len(images)
-        for outcome in outcomes:  # an image that is late or gets no decoder ends the request
-            if isinstance(outcome, HttpError) and outcome in {
-                results.DEADLINE,
-                results.DECODERS_BUSY,
-            }:
-                raise RejectedError(outcome)
+        # An image that is late or finds no decoder fails alone, beside others that have an answer.
+        if all(isinstance(one, HttpError) and one in UNANSWERED for one in outcomes):
+            raise RejectedError(outcomes[0])
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
@@ -381,12 +384,13 @@ class Service:
         try:
             stages: dict[str, float] = {}
             if isinstance(image, bytes):
-                started, rules = time.monotonic(), model.bundle.manifest.preprocess
+                rules = model.bundle.manifest.preprocess
                 decoded = await self.decoders.decode(image, rules, deadline, client)
-                stages["decode"] = time.monotonic() - started
-                self.metrics.observe_stage("decode", stages["decode"])
+                stages |= decoded.stage_seconds
+                for stage, seconds in decoded.stage_seconds.items():
+                    self.metrics.observe_stage(stage, seconds)
             else:
-                decoded = Decoded(image, ())
+                decoded = DecodedImage(image, (), {})
             ran = await model.run(
                 decoded.pixels, deadline, features=features, for_drift=for_drift
             )

@@ -24,7 +24,8 @@ from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, find_drift
 from sopdeploy_service.observability.logs import DROPPED
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-REQUEST_RESULTS, REQUEST_STAGES = ("success", "fail"), ("decode", "queue", "infer")
+REQUEST_RESULTS = ("success", "fail")
+REQUEST_STAGES = ("decode_queue", "decode", "queue", "infer")
 WINDOW_IMAGES = 1000  # predictions per test for drift
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -58,7 +59,7 @@ class Metrics:
         )
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
-            "Load (wait for the model), receive, decode, queue, infer",
+            "Load (wait for the model), receive, decode_queue, decode, queue, infer",
             ("stage",),
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
@@ -193,7 +194,7 @@ class Metrics:
         self._child(self._request_seconds, route, model_name).observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
+        """Count *seconds* spent in `load`, `receive` or one of `REQUEST_STAGES`."""
         self._child(self._stage_seconds, stage).observe(seconds)
 
     def count_inference(

@@ -45,7 +45,7 @@ from sopdeploy.photos.copies import (
     find_near_duplicates,
     number_classes,
 )
-from sopdeploy.photos.files import KEPT_NAME
+from sopdeploy.photos.files import is_kept_photograph
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -355,7 +355,7 @@ def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
-    is_kept_N = np.asarray([KEPT_NAME.fullmatch(name) is not None for name in names], np.bool_)
+    is_kept_N = np.asarray([is_kept_photograph(name) for name in names], np.bool_)
     if images.is_multi_label or not is_kept_N.any() or (~is_kept_N).sum() < MIN_COSINES:
         return np.ones(len(images), np.bool_)
     classes_with_others = np.unique(images.targets[~is_kept_N])

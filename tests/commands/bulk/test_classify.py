@@ -34,6 +34,7 @@ from tests.commands.bulk.conftest import (
     rows_of,
     stop_at,
 )
+from tests.service.decoding.misbehaving import START
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import graph, write_computed
 from tests.support.service import LABELS, RULES, deciding, picture_bytes, write_bundle
@@ -160,7 +161,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
 ):
     """One image ends every child that gets it, one is too large for a light child."""
     bodies = {
-        "bad": b"die",
+        "bad": START + b"die",
         "large": picture_bytes(size=(2000, 1600)),
         **dict.fromkeys("abcdefgh", BODY),
     }

@@ -29,6 +29,7 @@ ID, OTHER_ID = (hashlib.sha256(body).hexdigest()[:32] for body in (BODY, OTHER))
 FILES = {  # a kept copy has other bytes than the file that was sent
     f"kept/{ID}.jpg": b"copy", f"kept/{ID}.json": b"{}", f"kept/{ID}.skipped": b"",
     f"kept/0/{ID}.png": b"copy", f"photos/hat/{ID}.jpg": b"copy",
+    f"photos/hat/{ID}-2.jpg": b"copy", f"photos/hat/{ID} (1).jpg": b"copy", "photos/hat/other-2.jpg": OTHER,
     "photos/hat/mine.jpg": BODY, "photos/shoes/sent.JPG": OTHER,
     f"kept/{OTHER_ID}.jpg": b"other", f"kept/{OTHER_ID}.json": b"{}", "photos/notes.json": b"{}",
     "photos/.partial": b"",  # no temporary file of another one

@@ -126,6 +126,14 @@ def test_every_accepted_format_is_classified_whatever_its_media_type(client):
 FORM, GZIP = "multipart/form-data", {"Content-Encoding": "gzip"}
 PART = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 NAMELESS = b"--XX\r\nContent-Type: image/png\r\n\r\nx\r\n--XX--\r\n"
+
+
+def text_part(name: str, text: str) -> bytes:
+    """Write a text field of a form."""
+    head = f'--XX\r\nContent-Disposition: form-data; name="{name}"'
+    return f"{head}\r\n\r\n{text}\r\n".encode()
+
+
 BAD_FORMS = {
     "no form": (b"hello", 400, "malformed_multipart"),
     "empty body": (b"", 400, "malformed_multipart"),
@@ -133,12 +141,23 @@ BAD_FORMS = {
     "another delimiter": (b"--YY\r\n" + PART[6:], 400, "malformed_multipart"),
     "cut in a part": (PART + b"\xff\xd8\xff", 400, "malformed_multipart"),
     "cut after a part": (PART + b"x\r\n--XX", 400, "malformed_multipart"),
-    "another field": (
-        PART.replace(b'"image"', b'"upload"') + b"x\r\n--XX--\r\n",
+    "part without a name": (NAMELESS, 422, "no_image"),
+    "a name instead of a file": (
+        text_part("image", "photo.jpg") + b"--XX--\r\n",
         422,
-        "unexpected_field",
+        "no_image",
     ),
-    "part without a name": (NAMELESS, 422, "unexpected_field"),
+    "a parameter that is no number": (
+        text_part("top_k", "many") + PART + b"x\r\n--XX--\r\n",
+        422,
+        "invalid_parameter",
+    ),
+    "another model": (
+        text_part("model", "other") + PART + b"x\r\n--XX--\r\n",
+        400,
+        "malformed_request",
+    ),
+    "too many texts": (text_part("a", "") * 201 + b"--XX--\r\n", 400, "malformed_multipart"),
     "empty image": (PART + b"\r\n--XX--\r\n", 400, "empty_body"),
     "9 images of 8": ((PART + b"x\r\n") * 9 + b"--XX--\r\n", 400, "too_many_images"),
 }
@@ -178,6 +197,37 @@ def test_a_bad_request_is_rejected_and_the_next_request_succeeds(client, jpeg, n
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
+FILE_PART = b'--XX\r\nContent-Disposition: form-data; name="%b"; filename="%b"\r\n\r\n%b\r\n'
+PHOTO = picture_bytes()
+FORMS = {  # parts of a form with a photograph, as upload widgets and browsers send them
+    "a name of PHP": FILE_PART % (b"files[]", b"a.jpg", PHOTO),
+    "a token": text_part("csrf", "abc") + FILE_PART % (b"image", b"a.jpg", PHOTO),
+    "metadata under the same name": text_part("image", "{}")
+    + FILE_PART % (b"image", b"a.jpg", PHOTO),
+    "an input without a file": FILE_PART % (b"image", b"a.jpg", PHOTO)
+    + FILE_PART % (b"other", b"", b""),
+    "no file name": text_part("image", "")[:-2] + PHOTO + b"\r\n",
+    "a long text": text_part("comment", "a" * 5000) + FILE_PART % (b"photo", b"a", PHOTO),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_files_of_a_form_are_its_images_and_its_texts_are_options(client, name):
+    headers = {"Content-Type": f"{FORM}; boundary=XX"}
+    content = FORMS[name] + text_part("top_k", "2") + b"--XX--\r\n"
+    for query, num_classes in (("", 2), ("?top_k=3", 3)):
+        reply = client.post(f"/v1/classify{query}", content=content, headers=headers)
+        assert (reply.status_code, len(reply.json()["classes"])) == (200, num_classes)
+
+
+def test_what_others_add_to_an_address_or_to_the_headers_is_left_out(client, jpeg):
+    for query in ("_=1732752000", "utm_source=x&utm_medium=y", "api-version=2024-01-01"):
+        assert client.post(f"/v1/classify?{query}", content=jpeg).status_code == 200
+    for coding in ("", "identity", "UTF-8"):
+        headers = {"Content-Encoding": coding}
+        assert client.post("/v1/classify", content=jpeg, headers=headers).status_code == 200
+
+
 def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg):
     reply = client.post("/v1/classify", content=iter([bytes(65_536)] * 400))
     assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
@@ -199,6 +249,7 @@ BAD_LINES = {  # status, and what the detail says
         405,
         "/v1/classify does not accept GET; use POST (/docs has examples)",
     ),
+    "POST /": (405, "/ does not accept POST; send images to /v1/classify (/docs has examples)"),
     "POST /livez": (405, "/livez does not accept POST; use GET, HEAD (/docs has examples)"),
     "OPTIONS /v1/classify": (405, "use POST"),
     "POST /classify": (404, "no such path; did you mean /v1/classify? /docs lists all"),
@@ -248,6 +299,7 @@ BAD_TEXTS = [
     "data:image/png,abc",
     "data:image/png;base64",
     "YR=\0=",
+    "https://shop.example/a.jpg",
 ]
 
 

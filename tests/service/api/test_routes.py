@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from sopdeploy.files import read_file
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.api import status, web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
+from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings
@@ -38,7 +40,7 @@ def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timi
     assert reply.headers["x-model-digest"] == bundle.manifest.id
     assert reply.headers["x-request-id"] == "abc-1"
     stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
-    assert stages == ["receive", "decode", "queue", "infer"]
+    assert stages == ["receive", "decode_queue", "decode", "queue", "infer"]
     found = probabilities(reply.json())
     assert len(found) == 5
     assert found == sorted(found, reverse=True)
@@ -147,6 +149,31 @@ def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(client, bundle
     )
 
 
+def test_an_example_is_read_once_and_costs_a_key_one_image(
+    serve_with, jpeg, tmp_path, monkeypatch
+):
+    content, num_reads = jpeg + bytes(2 * web.PIECE_BYTES), []
+
+    def read_once(path, limit):
+        num_reads.append(path)
+        if len(num_reads) == 1:
+            raise OSError
+        return read_file(path, limit)
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(content)
+    keys = tmp_path / "keys.toml"
+    secret = new_key(keys, "page", 0.01)
+    keys.write_text(keys.read_text().replace("burst = 64", "burst = 3"))
+    monkeypatch.setattr(web, "read_file", read_once)
+    client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path / "images", keys=keys)
+    headers = {"x-api-key": secret}
+    replies = [client.get("/examples/0", headers=headers) for _ in range(4)]
+    assert [reply.status_code for reply in replies] == [404, 200, 200, 429]
+    assert [reply.content == content for reply in replies[1:3]] == [True, True]
+    assert len(num_reads) == 2
+
+
 def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
     serve_with, jpeg, tmp_path, monkeypatch
 ):
@@ -199,7 +226,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     for number in range(3):
         client.get(f"/nothing/{number}")
     text = client.get("/metrics").text
-    stages = ("receive", "decode", "queue", "infer")
+    stages = ("receive", "decode_queue", "decode", "queue", "infer")
     for line in (
         'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
         'sopdeploy_rejected_total{reason="not_an_image"}',

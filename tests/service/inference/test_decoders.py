@@ -39,6 +39,7 @@ from sopdeploy_service.inference.decoders import (
 from sopdeploy_service.inference.results import DRAINING
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
+from tests.service.decoding.misbehaving import START
 from tests.support import hostile_images as hostile
 from tests.support.children import children_of
 from tests.support.decoding import error_of, running_child
@@ -56,7 +57,6 @@ OPTIONS = ChildOptions(
     is_light=True,
     max_bytes=20_000_000,
     max_pixels=70_000_000,
-    formats=("jpeg", "png", "webp"),
     sandbox="auto",
 )
 LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False)
@@ -107,6 +107,43 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
     assert client.get("/errors").text.count(said) == 2
 
 
+NO_IMAGES = {  # files that no decoder accepts, or that one refuses by its header; code
+    "text": (b"hello", "not_an_image"),
+    "a PDF": (b"%PDF-1.4\n" + bytes(300), "unsupported_format"),
+    "a HEIC without the setting": (b"\0\0\0\x18ftypheic" + bytes(200), "unsupported_format"),
+    "a file without bytes": (b"", "empty_body"),
+    "a JPEG that was cut": (picture_bytes()[:100], "truncated_image"),
+    "a JPEG of 200 megapixels": (hostile.jpeg(20_000, 10_000)[:2000], "too_many_pixels"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_files_that_no_decoder_accepts_need_none_for_large_images(
+    serve_with, jpeg, name
+) -> None:
+    body, code = NO_IMAGES[name]
+    client = serve_with(FakeRuntime(num_classes=7))
+    files = [("image", (f"{number}.jpg", body)) for number in range(12)]
+    with holding_large(client):
+        reply = client.post("/v1/classify", files=[("image", jpeg), *files])
+    results = reply.json()["results"]
+    assert "classes" in results[0]
+    assert [one["error"]["code"] for one in results[1:]] == [code] * 12
+
+
+def test_images_that_find_no_decoder_fail_alone(serve_with, jpeg, monkeypatch) -> None:
+    monkeypatch.setattr(decoders, "MAX_WAITING", 0)
+    client = serve_with(FakeRuntime(num_classes=7))
+    large = ("image", hostile.jpeg(4000, 3000))
+    with holding_large(client):
+        reply = client.post("/v1/classify", files=[("image", jpeg), large])
+        alone = client.post("/v1/classify", files=[large, large])
+    answered, refused = reply.json()["results"]
+    assert (reply.status_code, "classes" in answered) == (200, True)
+    assert refused["error"]["code"] == "decoders_busy"
+    assert (alone.status_code, alone.json()["code"]) == (503, "decoders_busy")
+
+
 @pytest.fixture
 def template(monkeypatch) -> Iterator[pool.DecoderTemplate]:
     """The template of servers of a test, whose children misbehave."""
@@ -118,10 +155,11 @@ def template(monkeypatch) -> Iterator[pool.DecoderTemplate]:
 
 @pytest.mark.usefixtures("template")
 def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), decode_seconds=4, request_timeout=120)
+    client = serve_with(FakeRuntime(num_classes=7), decode_seconds=2, request_timeout=120)
     misused = (b"hang", b"nonsense", b"too little", b"long message")
-    expected = dict.fromkeys(misused, (422, "damaged_image"))
-    expected |= {b"bug": (500, "decoder_failed"), b"die": (422, "decoder_crashed")}
+    expected = {START + name: (422, "damaged_image") for name in misused}
+    expected[START + b"bug"] = (500, "decoder_failed")
+    expected[START + b"die"] = (422, "decoder_crashed")
     with ThreadPoolExecutor(8) as threads:
         bad = {
             body: threads.submit(client.post, "/v1/classify", content=body) for body in expected
@@ -196,7 +234,7 @@ def test_images_that_wait_or_come_after_the_end_are_refused() -> None:
 @pytest.mark.usefixtures("template")
 @pytest.mark.parametrize(
     ("suffix", "num_kills", "expected"),
-    [(b"hang once", 1, (200, None)), (b"hang", 2, (503, "decoder_killed"))],
+    [(b"hang once", 1, (200, None)), (START + b"hang", 2, (503, "decoder_killed"))],
 )
 def test_an_image_whose_child_is_killed_is_decoded_once_more(
     serve_with, jpeg, caplog, suffix, num_kills, expected
@@ -304,6 +342,12 @@ def photograph(**options: object) -> bytes:
     return file.getvalue()
 
 
+def heic(width: int, height: int) -> bytes:
+    """Write the start of a HEIC file that tells its size."""
+    sizes = b"ispe" + bytes(4) + width.to_bytes(4) + height.to_bytes(4)
+    return b"\0\0\0\x18ftypheic" + sizes
+
+
 SCALED, FULL = Preprocess(decoding="scaled"), Preprocess()
 LIGHT = {  # file, rules, length of the file if it had more metadata, whether it is light
     "a photograph at a quarter of its sides": (photograph, SCALED, LIGHT_BODY, True),
@@ -339,8 +383,31 @@ LIGHT = {  # file, rules, length of the file if it had more metadata, whether it
     ),
     "a GIF": (lambda: picture_bytes(kind="GIF"), FULL, LIGHT_BODY, True),
     "a BMP": (lambda: picture_bytes(kind="BMP"), FULL, LIGHT_BODY, True),
-    "a HEIC": (lambda: b"\0\0\0\x18ftypheic", FULL, LIGHT_BODY, False),
-    "no image": (lambda: b"\xff\xd8\xff", FULL, LIGHT_BODY, False),
+    "a HEIC": (lambda: heic(1024, 768), FULL, LIGHT_BODY, False),
+    "one with more pixels than any decoder accepts": (
+        lambda: heic(20_000, 10_000),
+        FULL,
+        LIGHT_BODY,
+        True,
+    ),
+    "one that does not tell its size": (
+        lambda: b"\0\0\0\x18ftypheic",
+        FULL,
+        LIGHT_BODY,
+        True,
+    ),
+    "a JPEG that ends after its first bytes": (
+        lambda: b"\xff\xd8\xff",
+        FULL,
+        LIGHT_BODY,
+        True,
+    ),
+    "a JPEG with more pixels than any decoder accepts": (
+        lambda: hostile.jpeg(20_000, 10_000),
+        FULL,
+        LIGHT_BODY,
+        True,
+    ),
 }
 
 
@@ -348,7 +415,7 @@ LIGHT = {  # file, rules, length of the file if it had more metadata, whether it
 def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> None:
     make, rules, length, is_light = LIGHT[name]
     cost = estimate_cost(make(), rules)
-    assert (light_seconds(length, cost) > 0) == is_light
+    assert (light_seconds(length, cost, MAX_PIXELS) > 0) == is_light
 
 
 def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_child() -> None:
@@ -358,15 +425,14 @@ def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_
         hostile.jpeg(1000, 1000, scans=98),
     ):
         cost = estimate_cost(body, SCALED)
-        assert light_seconds(0, cost) == light_seconds(LIGHT_BODY, cost) < 0.16
+        of_short, of_long = (light_seconds(size, cost, MAX_PIXELS) for size in (0, LIGHT_BODY))
+        assert of_short == of_long < 0.16
     phone = estimate_cost(photograph(), SCALED)
-    assert light_seconds(2_000_000, phone) == pytest.approx(0.1, abs=0.01)
-    longest = light_seconds(PROPORTIONAL_BODY, phone._replace(pixels=LIGHT_PIXELS))
-    assert longest == pytest.approx(0.27)
-    assert (
-        light_seconds(LIGHT_BODY, phone._replace(pixels=LIGHT_PIXELS, is_proportional=False))
-        < 0.16
-    )
+    assert light_seconds(2_000_000, phone, MAX_PIXELS) == pytest.approx(0.1, abs=0.01)
+    most = phone._replace(pixels=LIGHT_PIXELS)
+    assert light_seconds(PROPORTIONAL_BODY, most, MAX_PIXELS) == pytest.approx(0.27)
+    many_scans = most._replace(is_proportional=False)
+    assert light_seconds(LIGHT_BODY, many_scans, MAX_PIXELS) < 0.16
 
 
 def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(

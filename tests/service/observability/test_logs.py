@@ -58,7 +58,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert line["model"] == "tiny"
     assert len(line["digest"]) >= 12
     assert line["bytes"] > 2 * len(jpeg)
-    assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
+    assert set(line["stages_ms"]) == {"receive", "decode_queue", "decode", "queue", "infer"}
     assert line["ms"] >= max(line["stages_ms"].values())
     assert (rejected["status"], rejected["code"], rejected["route"]) == (
         401,

@@ -453,3 +453,61 @@ def test_a_text_that_lists_no_images_is_not_named(tmp_path: Path, text: str) -> 
             )
     (tmp_path / "notes.txt").write_text(text, encoding="utf-8")
     assert not [note for note in open_folder(tmp_path).notes if "lists the images" in note]
+
+
+# What label tools write for a.png (cat), b.png and d.png (dog), and the name of the file.
+TOOLS: dict[str, tuple[str, str]] = {
+    "Label Studio, CSV": (
+        "project-1-at-2026-11-01.csv",
+        "image,id,choice,annotator,lead_time\n/data/upload/1/0a1b2c3d-a.png,1,cat,1,3.2\n"
+        "/data/upload/1/4a1b2c3d-b.png,2,dog,1,3.2\n/data/local-files/?d=x%20y/d.png,3,dog,1,3.2\n",
+    ),
+    "Label Studio, short JSON": (
+        "project-1.json",
+        json.dumps([
+            {"image": "/data/upload/1/0a1b2c3d-a.png", "id": 1, "choice": "cat", "annotator": 1},
+            {"image": "/data/upload/1/4a1b2c3d-b.png", "id": 2, "choice": "dog", "annotator": 1},
+            {"image": "/data/upload/1/5a1b2c3d-d.png", "id": 3, "choice": {"choices": ["dog"]}},
+        ]),
+    ),
+    "Label Studio, JSON": (
+        "project-1.json",
+        json.dumps([
+            {"id": 1, "data": {"image": f"/data/upload/1/0a1b2c3d-{name}.png"}, "annotations": [
+                {"result": [{"value": {"choices": [label]}, "type": "choices"}]}
+            ]}
+            for name, label in (("a", "cat"), ("b", "dog"), ("d", "dog"))
+        ]),
+    ),
+    "further columns": (
+        "labels.csv",
+        "file,classes,annotator,seconds\na.png,cat,a,3\nb.png,dog,a,3\nd.png,dog,a,3\n",
+    ),
+    "no heading": ("labels.csv", "a.png,cat\nb.png,dog\nd.png,dog\n"),
+    "paths of another machine": (
+        "labels.csv",
+        "filename,label\nC:\\photos\\a.png,cat\n/home/me/b.png,dog\nall/d.png,dog\n",
+    ),
+    # Of these, the columns are made as the error says; the names stay as the tool writes them.
+    "VIA": ("labels.csv", "file,classes\na.png,cat\nb.png,dog\nd.png,dog\n"),
+    "CVAT": ("labels.csv", "file,classes\nimages/train/a.png,cat\nimages/b.png,dog\nd,dog\n"),
+    "makesense": ("labels.csv", "file,classes\na.png,cat\nb.png,dog\nd.png,dog\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_exports_of_label_tools_are_read(folder: Path, tool: str) -> None:
+    shutil.rmtree(folder / "sub")
+    name, text = TOOLS[tool]
+    (folder / name).write_text(text)
+    assert rows(folder) == {"a.png": [1, 0], "b.png": [0, 1], "d.png": [0, 1]}
+    notes = check_data(folder).notes
+    assert any("these columns are left out: annotator, seconds" in note for note in notes) == (
+        tool == "further columns"
+    )
+
+
+def test_a_name_elsewhere_that_two_images_have_is_not_guessed(folder: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "sub" / "a.png")
+    with pytest.raises(DataError, match=r"line 2: '/x/a\.png' is not the path of an image"):
+        open_folder(write(folder, "file,classes\n/x/a.png,cat\nb.png,dog\n"))

@@ -7,7 +7,7 @@ const WARNINGS = {
   first_frame_only: "Only the first frame of the animation was classified.",
   sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",
 };
-const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", explain: "explain", rest: "connection" };
+const STAGES = { receive: "receive", decode_queue: "wait", decode: "decode", queue: "queue", infer: "infer", explain: "explain", rest: "connection" };
 
 const percent = (value) => (value < 0.0005 ? "< 0.1 %" : `${(100 * value).toFixed(1)} %`);
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;

@@ -135,7 +135,7 @@ async def model_infer(
         )  # fmt: skip
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(
-                admitted.deadline, admitted.started + parsed.timeout_seconds
+                admitted.deadline, admitted.received + parsed.timeout_seconds
             )
         outcomes = await admitted.infer(
             parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True

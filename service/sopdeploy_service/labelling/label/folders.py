@@ -11,6 +11,7 @@ succeeds. Its record is deleted after that; `read_kept` skips a record that rema
 """
 
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -35,6 +36,7 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     normalize,
+    numbered_name,
     part_kind,
 )
 from sopdeploy.photos.table import find_table
@@ -257,10 +259,9 @@ class LabelFolders:
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
             folder = _class_folders(parent).get(name, parent / name)
-        target, number = folder / photo.path.name, 1
-        while os.path.lexists(target):  # photographs of a heap can have equal names
-            number += 1
-            target = folder / f"{photo.path.stem}-{number}{photo.path.suffix}"
+        # Photographs of a heap can have equal names.
+        targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
+        target = next(path for path in targets if not os.path.lexists(path))
         is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:

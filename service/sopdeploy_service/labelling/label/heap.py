@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import KEPT_ID, list_folder
+from sopdeploy.photos.files import kept_id, list_folder
 
 Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
@@ -39,7 +39,7 @@ class Heap(NamedTuple):
 def list_heap(folder: Path) -> Heap:
     """List the heap in *folder*, without what a server has written; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file()]
-    files = [folder / name for name in names if not KEPT_ID.fullmatch(name.partition(".")[0])]
+    files = [folder / name for name in names if not kept_id(name)]
     heap = Heap([], [])
     for path in files:
         if is_image(path):

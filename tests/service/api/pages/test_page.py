@@ -84,7 +84,7 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
         == "The image was rotated by its EXIF orientation."
     )
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
-    assert rows == ["receive", "decode", "queue", "infer", "connection"]
+    assert rows == ["receive", "wait", "decode", "queue", "infer", "connection"]
     label, percent = expected(client, body)[0]
     assert (
         page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")

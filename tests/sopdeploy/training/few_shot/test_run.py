@@ -679,8 +679,9 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
 
 
 def kept_names(count: int, first: int = 0) -> list[bytes]:
-    """Name *count* photographs as a server does that keeps them."""
-    return [f"{first + number:032x}.jpg".encode() for number in range(count)]
+    """Name *count* photographs as a server does that keeps them, and every second as a copy."""
+    ends = (".jpg", "-2.jpg")
+    return [f"{first + number:032x}{ends[number % 2]}".encode() for number in range(count)]
 
 
 # Own photographs of each of two classes, kept ones of each, those of a new class, and the
