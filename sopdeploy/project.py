@@ -20,6 +20,8 @@ Time = Annotated[
         r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"
     ),
 ]
+# Where `train` and `export` write by default.
+RUNS, BUNDLES = Path("runs"), Path("bundles")
 SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
 

@@ -1,7 +1,7 @@
 """The ASGI app of the service, for any server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import Key, read_keys
+from sopdeploy_service.http.api_keys import KeyRing, keys_of_server
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
@@ -38,25 +38,21 @@ def create_app(
     models: Mapping[str, LoadedModel] | Registry,
     settings: Settings,
     *,
-    keys: Sequence[Key] | None = None,
-    limits: "memoryview[float] | None" = None,
+    keys: KeyRing | None = None,
     is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *keys* are those of the key file, if it was read before, and *limits* is the memory of their
-    rate limits, if processes share it. If one process keeps the photographs of several,
-    *is_keeper* says whether it is this one. `app.state.service` is the `Service`,
-    `app.state.keeper` the `Keeper` or None. Raises `ConfigError` if the key file, the folder
+    *keys* are those of the key file, if it was read before. If one process keeps the
+    photographs of several, *is_keeper* says whether it is this one. `app.state.service` is the
+    `Service`, `app.state.keeper` the `Keeper` or None, `app.state.keys` the `KeyRing` or None.
+    Raises `ConfigError` if the key file, the folder
     `keep` or `root_path` of *settings* cannot be used.
     """
     if settings.keys is None:
         keys = None
     elif keys is None:
-        keys = read_keys(settings.keys)
-    if keys is not None and not keys:
-        reason = "has no key, so no request would be accepted; see `sopdeploy key`"
-        raise ConfigError(f"{settings.keys}: {reason}")
+        keys = KeyRing(keys_of_server(settings.keys))
     prefix = settings.root_path.split("/")[:2]  # the names before and after the first slash
     if any(path.split("/")[:2] == prefix for path in PATHS if path != "/"):
         reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
@@ -101,7 +97,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.service, app.state.keeper = service, keeper
+    app.state.service, app.state.keeper, app.state.keys = service, keeper, keys
     app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
     app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
@@ -117,7 +113,7 @@ def create_app(
         guards.append(OriginGuard(settings))
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
-        guards.append(KeyGuard(keys, open_paths, limits))
+        guards.append(KeyGuard(keys, open_paths))
     app.add_middleware(RequestContextMiddleware, service=service, guards=guards)
     if settings.allowed_origins:
         app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)

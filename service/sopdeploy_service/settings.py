@@ -172,10 +172,7 @@ class Settings(StrictModel):
         256_000_000, "all unfinished bodies; at most an eighth of the memory"
     )
     decode_seconds: Seconds = setting(20.0, "an image whose decoding takes longer gets 422")
-    formats: Formats = setting(
-        tuple(name for name in FORMATS if name != "heic"),
-        "to accept; also heic, with the extra heif",
-    )
+    formats: Formats = setting(tuple(FORMATS), "to accept; heic needs the extra heif")
     min_body_rate: Count = setting(
         10_000, "bytes per second of a request body, after body_grace_seconds"
     )

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pathlib import Path
 # after signal N. The id 0 and an error number if the system forks no other process.
 REPLY = struct.Struct("<Ii")
 START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
+LOOK_SECONDS = 1.0  # after which it is asked whether the template is stopped
 STOPPED = "T"  # a state of `run_states`
 
 
@@ -48,7 +50,7 @@ class TemplateProcess(ABC):
             try:
                 end = self._socket or self._start()
                 socket.send_fds(end, [message], files)
-                reply = end.recv(REPLY.size, socket.MSG_WAITALL)
+                reply = self._wait_for_reply(end)
                 if len(reply) != REPLY.size:
                     raise ConnectionResetError
             except ConnectionError as error:
@@ -60,14 +62,33 @@ class TemplateProcess(ABC):
         process, code = REPLY.unpack(reply)
         return process, code
 
+    def abort(self) -> None:
+        """Kill the process of the template; whoever waits for its reply gets an error."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the template."""
+        self.abort()
         with self._lock:
             self._close()
 
+    def _wait_for_reply(self, end: socket.socket) -> bytes:
+        """Return the reply at *end*; empty if the template ends or is stopped. Raises `TimeoutError`."""
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return end.recv(REPLY.size, socket.MSG_WAITALL)
+            except TimeoutError:
+                if self.process is None or STOPPED in run_states(self.process)[0]:
+                    return b""
+                if time.monotonic() > give_up:
+                    raise
+
     def _start(self) -> socket.socket:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(START_SECONDS)
+        self._socket.settimeout(LOOK_SECONDS)
         with theirs:
             self._process = self.run(theirs.fileno())
         return self._socket

@@ -242,7 +242,7 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     if any(FORMATS[name] == detected for name in accepted):
         return detected
     advice = f"use {describe_formats(accepted)}" + (
-        "" if formats is None else " (the setting formats)"
+        " (the setting formats)" if len(set(accepted)) < len(FORMATS) else ""
     )
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)

@@ -20,7 +20,7 @@ eigenvalues.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import pydantic
 import torch
@@ -199,11 +199,12 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
     x_BdM = covariance_factor(at_least_float32(features_BdHW))
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
-    norm_B11 = (
-        covariance_trace(matrix_Bnn)
-        if config.prenorm == "trace"
-        else frobenius_norm(matrix_Bnn)
-    )
+    if config.prenorm == "trace":
+        norm_B11 = covariance_trace(matrix_Bnn)
+    elif config.prenorm == "frobenius":
+        norm_B11 = frobenius_norm(matrix_Bnn)
+    else:
+        assert_never(config.prenorm)
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
     return Prenormalized(x_BdM, norm_B11, matrix_Bnn / norm_B11, use_gram)
 
@@ -352,6 +353,8 @@ def _prenorm_adjoint(
     total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
-    else:  # dn / dP = P / n
+    elif config.prenorm == "frobenius":  # dn / dP = P / n
         matrix_grad_Bnn.addcmul_(matrix_Bnn, total_term_B11)
+    else:
+        assert_never(config.prenorm)
     return matrix_grad_Bnn / norm_B11

@@ -47,7 +47,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
 from sopdeploy.photos.split import Record
 from sopdeploy.plugins import plugin_versions
-from sopdeploy.project import SAMPLED, Origin
+from sopdeploy.project import RUNS, SAMPLED, Origin
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_settings import SaveConfig
@@ -62,7 +62,7 @@ from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
 from sopdeploy.version import __version__
 
-RUNS = Path("runs")
+IN_USE = "run_in_use"  # code of the error about a folder in which another process trains
 
 
 class Position(StrictModel, frozen=False):
@@ -437,6 +437,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path}: another process trains in this folder; wait for its end or choose another",
                 setting="out",
+                code=IN_USE,
             )
 
     def unlock(self) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
-from sopdeploy.errors import ConfigError, DataError, is_memory_exhausted, shorten
+from sopdeploy.errors import ConfigError, DataError, amount, is_memory_exhausted, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -67,6 +67,7 @@ ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
     "so the accuracy of the class cannot be measured; add different photographs"
 )
+HEIC_SUFFIXES = (".heic", ".heif")
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
 LOOP_INSTEAD = "procedure.kind=loop trains all weights"
@@ -341,6 +342,15 @@ def _check_data(
             callback.on_warning(problem)
     if unknown is not None and (note := open_unknown(unknown).note):
         callback.on_warning(note)
+    num_heic = sum(
+        data.train.identity(index).lower().endswith(HEIC_SUFFIXES)
+        for index in range(len(data.train))
+    )
+    if num_heic:
+        callback.on_warning(
+            f"{amount(num_heic, 'training image')} in HEIC: install sopdeploy[heif] where the network "
+            "is served, too"
+        )
 
 
 def warn_of_equal_files(

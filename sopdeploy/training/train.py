@@ -106,6 +106,8 @@ def train_run(
     folder = RunFolder(out_dir, strategy)
     try:
         last = folder.open(resume=resume)
+        if last is None:  # before minutes of work, so that others take the next number
+            folder.lock()
         setup = set_up_run(recipe, folder, last, callback, given)
         try:
             return _fit(setup, last, folder, callback)
@@ -124,7 +126,7 @@ def train_run(
 def _fit(
     setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> FinishedRun:
-    """Train by the procedure of *setup*, from *last* or anew; locks *folder* before it writes."""
+    """Train by the procedure of *setup*, from *last* or anew, into the locked *folder*."""
     if setup.uses_loop:
         from sopdeploy.training.loop.run import fit_loop  # noqa: PLC0415
         from sopdeploy.training.loop.state import LoopState, restore_loop  # noqa: PLC0415
@@ -141,9 +143,6 @@ def _fit(
         from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
 
         fit = partial(fit_fine_tune, setup, last)
-    if last is None and not setup.data.left_out:
-        # `open` has locked that of a resumed run, an earlier attempt that of this one
-        folder.lock()
     for line in setup.describe(is_new=last is None):
         callback.on_message(line)
     return FinishedRun(setup, *fit(folder, callback))

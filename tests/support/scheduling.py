@@ -13,6 +13,7 @@ from xdist.scheduler import LoadFileScheduling
 ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/", "tests/sopdeploy/training/")
 ONE_GROUP_PER_TEST = (
     "tests/sopdeploy/training/test_recipe_walks.py",
+    "tests/attacks/test_planted_networks.py",
     "tests/sweep/test_catalog_sweep.py",
 )
 LONGEST_FIRST = (

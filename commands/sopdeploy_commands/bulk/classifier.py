@@ -149,10 +149,8 @@ class BatchClassifier:
     def _decode_ahead(
         self, images: Iterable[ListedImage]
     ) -> Generator[DecodedImage, None, None]:
-        """Decode *images* of any format in child processes, some in advance; yield them in order."""
-        decoders = Decoders(
-            self._workers, self._settings.model_copy(update={"formats": ()}), Metrics()
-        )
+        """Decode *images* in child processes, some in advance; yield them in order."""
+        decoders = Decoders(self._workers, self._settings, Metrics())
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
         with running_loop() as loop:

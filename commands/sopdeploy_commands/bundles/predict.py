@@ -63,7 +63,11 @@ def predict_one(
         # Only files have a limit: an image in memory is there already.
         body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
         decoded = decode(
-            body, manifest.preprocess, max_bytes=len(body), max_pixels=settings.max_pixels
+            body,
+            manifest.preprocess,
+            max_bytes=len(body),
+            max_pixels=settings.max_pixels,
+            formats=settings.formats,
         )
     except ImageError as error:
         return FilePrediction(

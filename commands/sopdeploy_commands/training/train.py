@@ -20,7 +20,7 @@ from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.photos.folder import open_any_images, open_folder
 from sopdeploy.photos.photo import Split
-from sopdeploy.project import Name, folder_project
+from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import (
     list_recipes,
     parse_override,
@@ -231,7 +231,7 @@ def train(
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
-    from sopdeploy.training.checkpoints import RunFolder, numbered_folder
+    from sopdeploy.training.checkpoints import IN_USE, RunFolder, numbered_folder
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
     from sopdeploy.training.train import summarize_run, train_run
     from sopdeploy_commands.training.runs import list_runs_before
@@ -266,10 +266,17 @@ def train(
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
         resume = RESUME[options.resume]
-        folder = out or numbered_folder(str(selected.project), strategy, resume=bool(resume))
-        run = train_run(
-            selected, folder, resume=resume, callback=observer, strategy=strategy, given=given
-        )
+        options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
+        while True:
+            folder = out or numbered_folder(
+                str(selected.project), strategy, resume=bool(resume)
+            )
+            try:
+                run = train_run(selected, folder, given=given, **options_of_run)
+                break
+            except ConfigError as error:  # another process was faster to take this number
+                if error.code != IN_USE or out is not None or resume:
+                    raise
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -375,7 +382,6 @@ def read_previous(source: Path) -> "Checkpoint":
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
-    from sopdeploy.training.checkpoints import RUNS
 
     run, run_id = source, None
     if has_manifest(source):  # a bundle names its run

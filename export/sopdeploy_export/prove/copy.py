@@ -4,7 +4,7 @@ The network that the user gave is captured, not a copy, because its classes can 
 are copied.
 
 Refused: a class that copies itself as something else (`COPIES` in
-`tests/attacks/user_networks.py`).
+`tests/attacks/planted/graphs.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

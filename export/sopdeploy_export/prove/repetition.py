@@ -13,7 +13,7 @@ anything else, such as a counter, is computed every time.
 A change that comes after more than `CALLS` calls, and that nothing the network holds shows, is
 not found.
 
-Refused: a counter, in whatever holds it (`tests/export/prove/test_repetition.py`).
+Refused: a counter, in whatever holds it (`tests/attacks/planted/state.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -127,7 +128,9 @@ async def _show_page(page: Page, request: Request) -> Response:
 @lru_cache
 def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
     """Return the bytes of *page* with the *formats* that the server accepts, made once."""
-    return page.html.replace("{formats}", describe_formats(formats)).encode()
+    has_heif = find_spec("pillow_heif") is not None
+    decodable = [name for name in formats if name != "heic" or has_heif]
+    return page.html.replace("{formats}", describe_formats(decodable)).encode()
 
 
 @router.get("/openapi.json")

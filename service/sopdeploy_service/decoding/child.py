@@ -29,7 +29,7 @@ from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service import templates
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.runtime.device_memory import limit_heaps
+from sopdeploy_service.runtime.device_memory import keep_freed, limit_heaps
 
 # Number of the request; bytes of the rules (none: copy the image) and of the image; seconds of
 # CPU time after which the child ends (0: no limit).
@@ -138,10 +138,11 @@ def restrict(options: ChildOptions) -> str:
             resource.RLIMIT_DATA, (used + options.memory,) * 2
         )  # soft and hard limit
     os.nice(options.niceness)
-    # Pillow keeps up to this number of freed blocks of pixels for the next image. A light child
-    # decodes all the time; one for large images is mostly idle, and would occupy memory for
-    # nothing.
-    Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]
+    # A light child decodes all the time, and keeps its memory for the next image. One for large
+    # images is mostly idle, and would occupy memory for nothing.
+    if options.is_light:
+        keep_freed(options.memory)
+    Image.core.set_blocks_max(int(options.is_light))  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 
 

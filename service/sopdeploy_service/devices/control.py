@@ -7,12 +7,13 @@ process that sends anything else is replaced. A message arrives as a whole (`SOC
 it has a kind and, after a space, the rest. An empty one means that the other process has ended
 or left.
 
-The supervisor sends the connections of clients, and the ends of channels. Each process reports
-its status ten times per second. The supervisor asks for metrics, and sends processes that serve
-HTTP those of all.
+The supervisor sends the connections of clients, the ends of channels, and new API keys. It
+numbers channels and keys. Each process reports its status ten times per second, with the
+numbers of what it has; one that does not report, or lacks what it was sent, is replaced. The
+supervisor asks for metrics, and sends processes that serve HTTP those of all.
 
-The shared memory has the state of every bucket of a rate limit and the number of images that
-each process has admitted, without a lock: if two processes charge a key in the same
+Two files in shared memory have no lock: the number of images that each process has admitted,
+and the state of every bucket of a rate limit. If two processes charge a key in the same
 microsecond, one of the charges is lost.
 """
 
@@ -24,9 +25,10 @@ from typing import NamedTuple
 
 from sopdeploy_service.server.lifetime import BEAT_SECONDS
 
-# To a process, with a file; for channels, the name of the engine or front end at the other end
-# follows.
+# To a process, with a file; for `CHANNEL`, its number and the name of the process at the other
+# end follow.
 CLIENT, CHANNEL, PHOTOS = b"client", b"channel", b"photos"
+KEYS = b"keys"  # with two files: the keys and the state of their limits; their number follows
 SEND_METRICS, PAGE = (
     b"send-metrics",
     b"page",
@@ -34,11 +36,8 @@ SEND_METRICS, PAGE = (
 RELOAD = b"reload"  # the bundles
 # To the supervisor
 STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
-NEW_MODELS, BAD_FRONT_END = (
-    b"models",
-    b"bad",
-)  # of an engine: after a reload; with the name of a front end
-COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20, BAD_FRONT_END: 20}  # of messages, in tokens
+NEW_MODELS = b"models"  # of an engine, after a reload
+COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20}  # of messages, in tokens
 # Tokens of a process. It gets another one for each client, because it reports its arrival.
 TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
 MAX_MESSAGE = 1 << 14
@@ -46,11 +45,9 @@ BUFFER_BYTES = (
     1 << 16
 )  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
 
-COUNTS = struct.Struct("=QI")
-ADMITTED_BYTES, LIMIT_BYTES = (
-    4096,
-    16,
-)  # of the shared memory: for all processes, then for each key
+COUNTS = struct.Struct("=QI?H")  # of `Status`; whether it is ready; how many numbers follow
+NUMBER = struct.Struct("=I")
+ADMITTED_BYTES = 4096  # of the shared memory of admitted images
 METRICS_SECONDS = (
     1.0  # a process that takes longer counts as down; the supervisor has twice the time
 )
@@ -66,27 +63,48 @@ class Message(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What a process reports: connections received and open ones, or images; names of its bundles."""
+    """What a process reports: connections received and open ones, or images; names of its bundles.
+
+    A process that starts has no *bundles*. *has* are the numbers of its open channels and of
+    its API keys.
+    """
 
     received: int
     open: int
-    bundles: str
+    bundles: str | None
+    has: frozenset[int] = frozenset()
 
     def to_bytes(self) -> bytes:
         """Convert the status to the rest of a message."""
-        return COUNTS.pack(self.received, self.open) + self.bundles.encode()[: MAX_MESSAGE // 2]
+        counts = COUNTS.pack(self.received, self.open, self.bundles is not None, len(self.has))
+        numbers = b"".join(map(NUMBER.pack, self.has))
+        return counts + numbers + (self.bundles or "").encode()[: MAX_MESSAGE // 2]
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Status":
         """Convert what `to_bytes` returned; raises `ValueError` for anything else."""
         if len(data) < COUNTS.size:
             raise ValueError("a status without counts")
-        bundles = data[COUNTS.size :].decode(errors="replace")
+        received, num_open, is_ready, num_numbers = COUNTS.unpack_from(data)
+        end = COUNTS.size + NUMBER.size * num_numbers
+        if len(data) < end:
+            raise ValueError("a status without its numbers")
+        has = frozenset(number for (number,) in NUMBER.iter_unpack(data[COUNTS.size : end]))
+        bundles = data[end:].decode(errors="replace")
         printable = "".join(
             character if character.isprintable() else "?" for character in bundles
         )
-        received, num_open = COUNTS.unpack_from(data)
-        return cls(received, num_open, printable)
+        return cls(received, num_open, printable if is_ready else None, has)
+
+    def send(self, supervisor: socket.socket) -> None:
+        """Report the status to the *supervisor*."""
+        send_message(supervisor, STATUS, self.to_bytes())
+
+
+def parse_channel(rest: bytes) -> tuple[int, str]:
+    """Return the number of a channel and the name of the process at its other end."""
+    number, _, name = rest.partition(b" ")
+    return int(number), name.decode()
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -6,11 +6,13 @@ supervisor, or is the engine of front ends. A front end serves HTTP with the mod
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -30,7 +32,7 @@ from sopdeploy_service.devices.engine import Engine
 from sopdeploy_service.devices.processes import ANY_DEVICE, LaunchConfig
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.devices.template import wait_for_launch
-from sopdeploy_service.http.api_keys import KeyFile
+from sopdeploy_service.http.api_keys import Key, KeyFile, KeyRing
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
@@ -38,9 +40,11 @@ from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.runtime.base import may_use_gpu
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
-from sopdeploy_service.server.lifetime import USER_ERROR, start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
 from sopdeploy_service.settings import Settings
+
+STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine
 
 
 class DeviceServer(DrainingServer):
@@ -57,6 +61,7 @@ class DeviceServer(DrainingServer):
         super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
         self._received = 0  # connections
+        self._keys_number = 0  # of the keys that the supervisor has sent
         self._keeper = app.state.keeper
         self._page: asyncio.Future[bytes] | None = (
             None  # of metrics, which the supervisor will send
@@ -71,10 +76,12 @@ class DeviceServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
-        """Tell the supervisor how many connections came, how many are open, and which bundles are served."""
+        """Tell the supervisor which connections came and are open, which bundles are served, and what is here."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
-        status = Status(self._received, num_open, self.bundles)
-        control.send_message(self._supervisor, control.STATUS, status.to_bytes())
+        registry = self._service.registry
+        channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
+        has = frozenset((*channels, self._keys_number))
+        Status(self._received, num_open, self.bundles, has).send(self._supervisor)
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
@@ -84,11 +91,14 @@ class DeviceServer(DrainingServer):
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
         if message.kind == control.RELOAD:
-            self.reload()
+            self.reload_bundles()
         if (
             message.kind == control.CLIENT
         ):  # it comes without a file if this process can open no more
             self._received += 1
+        if message.kind == control.KEYS and len(message.files) == 2:
+            self._use_keys(int(message.rest), *message.files)
+            message.files.clear()
         for file in message.files:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
@@ -97,13 +107,24 @@ class DeviceServer(DrainingServer):
                 if self._page is not None and not self._page.done():
                     self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
-                engine = message.rest.decode()
-                start_task(self._attaching, registry.attach(engine, socket.socket(fileno=file)))
+                number, engine = control.parse_channel(message.rest)
+                connection = socket.socket(fileno=file)
+                start_task(self._attaching, registry.attach(engine, connection, number))
             elif message.kind == control.PHOTOS and self._keeper is not None:
                 self._keeper.connect(socket.socket(fileno=file))
-            else:  # `CLIENT`
+            elif message.kind == control.CLIENT:
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
+            else:
+                os.close(file)
         self._report()
+
+    def _use_keys(self, number: int, keys: int, states: int) -> None:
+        """Accept the keys in the file *keys*, whose limits are in the memory *states*."""
+        self._app.state.keys.replace(read_keys(keys), map_states(states))
+        self._keys_number = number
+
+    async def _reload_keys(self) -> None:
+        """Do nothing: the supervisor reads the file of the keys, and sends them."""
 
     async def collect_metrics(self) -> bytes:
         """Return the page of the supervisor with the metrics of all processes; if it is late, the own one."""
@@ -160,8 +181,11 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     """Load the models, then serve HTTP or front ends; return the exit code."""
     settings = config.settings
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
+    STARTING.send(supervisor)
     links = find_links(config.sources, settings)
-    registry = load_registry(config.sources, settings)
+    registry = load_registry(
+        config.sources, settings, on_progress=partial(STARTING.send, supervisor)
+    )
     if settings.memory_budget is None:
         runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
     else:  # nothing is loaded yet
@@ -171,7 +195,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         raise ConfigError(f"devices: {config.device}: {reason}")
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
-    for file in (config.shared, config.keys):  # an engine serves no client
+    for file in (config.shared, config.keys, config.limits):  # an engine serves no client
         os.close(file)
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
@@ -181,19 +205,21 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
 def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
     """Return the first channel to an engine; `DeviceServer` receives those that follow.
 
-    Exits if the supervisor ends.
+    Reports that this process starts, as long as it waits. Exits if the supervisor ends.
     """
     while True:
-        supervisor.setblocking(True)
+        STARTING.send(supervisor)
+        if not select.select([supervisor], [], [], BEAT_SECONDS)[0]:
+            continue
         message = control.receive_message(supervisor)
-        supervisor.setblocking(False)
         if not message.kind:
             raise SystemExit(0)
-        if message.kind == control.CHANNEL:
-            with suppress(ChannelError):  # the engine has ended, too; another one follows
-                return EngineChannel(
-                    message.rest.decode(), socket.socket(fileno=message.files[0])
-                )
+        if message.kind == control.CHANNEL and message.files:
+            number, engine = control.parse_channel(message.rest)
+            with suppress(ChannelError):  # without it, this process is replaced
+                first = EngineChannel(engine, socket.socket(fileno=message.files[0]), number)
+                STARTING._replace(has=frozenset((number,))).send(supervisor)
+                return first
             continue
         for file in message.files:  # of a request for metrics
             os.close(file)
@@ -211,8 +237,7 @@ def serve_http(
     app = create_app(
         registry,
         settings,
-        keys=KeyFile.model_validate_json(read_memory(config.keys)).key,
-        limits=shared[control.ADMITTED_BYTES :].cast("d"),
+        keys=KeyRing(read_keys(config.keys), map_states(config.limits)),
         is_keeper=config.position == 0,
     )
     service: Service = app.state.service
@@ -227,6 +252,16 @@ def serve_http(
     server = DeviceServer(app, settings, supervisor, config.sources, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
+
+
+def read_keys(file: int) -> tuple[Key, ...]:
+    """Read the keys that the supervisor has written to *file*."""
+    return KeyFile.model_validate_json(read_memory(file)).key
+
+
+def map_states(file: int) -> "memoryview[float]":
+    """Map the states of the limits of keys, which processes share."""
+    return memoryview(map_memory(file)).cast("d")
 
 
 if __name__ == "__main__":

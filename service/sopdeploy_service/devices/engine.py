@@ -2,7 +2,8 @@
 
 Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes
 nothing. Front ends read the bytes of untrusted clients, so everything that they send is
-checked; one that sends what no front end sends is cut off, and replaced by the supervisor.
+checked; one that sends what no front end sends is cut off. The supervisor replaces a front end
+without channel.
 
 After a reload, the front ends get new channels with the new models. The models of a channel are
 in use until the front end closes it.
@@ -27,13 +28,13 @@ from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.bundle_store import follow_links
+from sopdeploy_service.inference.bundle_store import follow, read_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, start_task
 from sopdeploy_service.settings import Settings
 
 LAST_SECONDS = 1.0  # for answers that front ends have not read when the process ends
@@ -42,7 +43,7 @@ log = logging.getLogger("sopdeploy.inference")
 
 
 class FrontEndChannel(asyncio.Protocol):
-    """The engine's end of a channel to the front end *name*, with the *models* that this channel serves.
+    """The engine's end of the channel *number* to the front end *name*, which serves *models*.
 
     The front end gets *opening* first. `cancel_by_slot` has a function for each image, which
     cancels it and returns whether its pixels are not read any more, so that the slot is free.
@@ -55,8 +56,9 @@ class FrontEndChannel(asyncio.Protocol):
         models: Sequence[LocalModel],
         slots: Slots,
         opening: bytes,
+        number: int = 0,
     ) -> None:
-        self.name = name
+        self.name, self.number = name, number
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
         self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
         # For each model: the names of the outputs of an image, without and with features.
@@ -100,12 +102,11 @@ class FrontEndChannel(asyncio.Protocol):
             self.cut_off(str(error))
 
     def cut_off(self, reason: str) -> None:
-        """Log *reason* and end this channel, and let the supervisor replace the front end."""
+        """Log *reason* and end this channel, without which the supervisor replaces the front end."""
         if self.transport is not None:
             self.transport.abort()
             self.transport = None
-            log.error("front end %s: %s; it is replaced", self.name, reason)
-            self._engine.report_bad(self.name)
+            log.error("front end %s: %s; its channel ends", self.name, reason)
 
     def _handle(
         self, kind: int, flags: int, model_number: int, slot: int, deadline: float
@@ -184,6 +185,7 @@ class Engine:
         self._sources, self._links = sources, links
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reloads = Joined(self._reload)
         self._supervisor_left = False
 
     async def run(self) -> int:
@@ -200,7 +202,8 @@ class Engine:
         await self.registry.start()
         loop.add_reader(self._supervisor, self._receive)
         if self._links:
-            start_task(self._tasks, follow_links(self._links, self._start_reload))
+            links = partial(read_links, self._links)
+            start_task(self._tasks, follow(links, self._links, self._reloads.request))
         while self.registry.problem is None and not self._supervisor_left:
             self._report()
             await asyncio.sleep(BEAT_SECONDS)
@@ -229,8 +232,8 @@ class Engine:
         """Show the supervisor that the event loop runs."""
         num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
         bundles = " ".join(model.bundle_name for model in self.registry.models())
-        status = Status(0, num_images, bundles)
-        control.send_message(self._supervisor, control.STATUS, status.to_bytes())
+        channels = frozenset(one.number for one in self.front_ends if one.transport is not None)
+        Status(0, num_images, bundles, channels).send(self._supervisor)
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""
@@ -239,18 +242,18 @@ class Engine:
             asyncio.get_running_loop().remove_reader(self._supervisor)
             self._supervisor_left = True
         if message.kind == control.RELOAD:
-            self._start_reload()
+            self._reloads.request()
         for file in message.files:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
             else:
-                start_task(
-                    self._tasks, self.connect(message.rest.decode(), socket.socket(fileno=file))
-                )
+                number, name = control.parse_channel(message.rest)
+                connection = socket.socket(fileno=file)
+                start_task(self._tasks, self.connect(name, connection, number))
 
-    async def connect(self, name: str, connection: socket.socket) -> None:
-        """Serve the front end *name* at the other end of *connection* with the present models."""
+    async def connect(self, name: str, connection: socket.socket, number: int = 0) -> None:
+        """Serve the front end *name* at the other end of channel *number* with the present models."""
         models = cast(Sequence[LocalModel], self.registry.models())
         facts = [ModelFacts.describe(model) for model in models]
         try:
@@ -260,21 +263,11 @@ class Engine:
         except OSError as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
-                log.error(
-                    "front end %s: has no channel (%s); it is replaced", name, error.strerror
-                )
-                self.report_bad(name)
+                log.error("front end %s: has no channel (%s)", name, error.strerror)
             return
-        front_end = FrontEndChannel(name, self, models, slots, described)
+        front_end = FrontEndChannel(name, self, models, slots, described, number)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
-
-    def report_bad(self, name: str) -> None:
-        """Let the supervisor replace the front end *name*."""
-        control.send_message(self._supervisor, control.BAD_FRONT_END, name.encode())
-
-    def _start_reload(self) -> None:
-        start_task(self._tasks, self._reload())
 
     async def _reload(self) -> None:
         """Reload the bundles; if this changes models, let the supervisor send new channels."""

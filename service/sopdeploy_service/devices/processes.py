@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pydantic
@@ -15,16 +15,27 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
+from sopdeploy_service.server.lifetime import BEAT_SECONDS
 from sopdeploy_service.settings import Settings, decoders_per_process
-from sopdeploy_service.templates import run_states
+from sopdeploy_service.templates import STOPPED, run_states
 
 ANY_DEVICE = ""
 MAX_ON_THE_WAY = 16  # connections that a process has not received
+# When a process is replaced: it has not reported since its last step of loading (beside the
+# time of a load), hangs, does nothing at all, has left, or reports that it lacks something.
+START_SECONDS, HANG_SECONDS, IDLE_SECONDS, LEAVE_SECONDS, LACK_SECONDS = (
+    60.0,
+    5.0,
+    2.0,
+    8.0,
+    5.0,
+)
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
 TRACED, BUSY = (
     "t",
     {"R", "D"},
 )  # states: stopped by a debugger; runs, or waits for a disk or memory
+NOT_STARTED = "does not start"
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
@@ -33,8 +44,8 @@ class LaunchConfig(pydantic.BaseModel):
     """What each process of a server gets: *name*, environment *variables*, *sources* of bundles, *settings*.
 
     The files that come with it are its end of the socket *control* and, for a process that
-    serves HTTP, the memory *shared* of admitted images and rate limits, and the API *keys* as
-    the supervisor has read them. The first of these processes keeps the photographs of all.
+    serves HTTP, the memory *shared* of admitted images, the API *keys* as the supervisor has
+    read them, and the memory of their rate *limits*. The first of these processes keeps the photographs of all.
 
     A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
     *position* counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor*
@@ -54,6 +65,7 @@ class LaunchConfig(pydantic.BaseModel):
     control: int = -1
     shared: int = -1
     keys: int = -1
+    limits: int = -1
 
 
 class Child:
@@ -113,7 +125,11 @@ class Process:
     sent: int = 0  # connections
     received: int = 0  # this and the following: reported by the child
     open: int = 0
-    bundles: str | None = None  # names; None: has not reported
+    bundles: str | None = None  # names; None: starts
+    has: frozenset[int] = frozenset()  # numbers of channels and keys
+    # Numbers that the child should report: of keys, and of the channel to each other process.
+    expected: dict[str, int] = field(default_factory=dict)
+    lacking_beats: int = 0  # since the child has, or is, all that it should
     silent_beats: int = 0  # since the last report, or since the process has left
     silent_ticks: int = 0  # of CPU time, after `QUIET_BEATS` of these
     tokens: TokenBucket | None = None  # for messages; each child has its own
@@ -134,7 +150,7 @@ class Process:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the child has reported since its start."""
+        """Whether the child has reported that it serves."""
         return self.bundles is not None
 
     @property
@@ -158,29 +174,54 @@ class Process:
 
     def reset(self, control_socket: socket.socket) -> None:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
-        self.control, self.bundles = control_socket, None
-        self.sent = self.received = self.open = self.silent_beats = 0
+        self.control, self.bundles, self.has = control_socket, None, frozenset()
+        self.sent = self.received = self.open = self.silent_beats = self.lacking_beats = 0
+        self.expected.clear()
         self.tokens = TokenBucket(control.TOKENS_PER_SECOND, control.MAX_TOKENS, [0.0, 0.0])
 
     def record_status(self, status: Status) -> None:
         """Record a *status* of the child; raises `ValueError` if it cannot be true."""
         if status.received > self.sent:
             raise ValueError(f"{status.received} of {self.sent} connections are received")
-        self.received, self.open, self.bundles = status
+        if self.bundles is not None and status.bundles is None:
+            raise ValueError("it starts for the second time")
+        self.received, self.open, self.bundles, self.has = status
         self.silent_beats = 0
 
-    def count_silent_beat(self) -> bool:
-        """Count a beat without report, unless a debugger stops the child; return whether it does nothing.
+    def count_beat(self, *, lacks: bool, load_seconds: float) -> str:
+        """Count a beat, after which the child *lacks* what it needs or not; return why it is to be replaced.
 
-        A child that loads, or waits for a CPU or memory, is silent, too, but it runs or is
-        about to.
+        The reason is empty if the child can do its work, or may soon: a step of its start takes
+        *load_seconds* at most.
         """
+        self.lacking_beats = self.lacking_beats + 1 if lacks else 0
+        if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
+            return "lacks a channel or keys"
         self.silent_beats += 1
+        is_idle, has_left = self._is_idle(), self.control is None
+        if has_left:
+            limit, reason = LEAVE_SECONDS, "does not end"
+        elif self.is_ready:
+            limit, reason = HANG_SECONDS, "hangs"
+        else:
+            limit, reason = load_seconds + START_SECONDS, NOT_STARTED
+        if is_idle:
+            limit, reason = IDLE_SECONDS, "hangs"
+        return reason if self.silent_beats * BEAT_SECONDS > limit else ""
+
+    def _is_idle(self) -> bool:
+        """Tell whether the silent child does nothing; one under a debugger does not count as silent.
+
+        A child that waits for a CPU or memory is silent, too, but it is about to run. One that
+        starts or ends may wait for a disk; it does nothing only if it is stopped.
+        """
         if self.child is None or self.silent_beats < QUIET_BEATS:
             return False
         states, ticks = run_states(self.child.pid)
         if TRACED in states or self.silent_beats == QUIET_BEATS:
             self.silent_beats, self.silent_ticks = QUIET_BEATS, ticks
+        if self.control is None or not self.is_ready:
+            return states == {STOPPED}
         return not BUSY & states and ticks == self.silent_ticks
 
     def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:

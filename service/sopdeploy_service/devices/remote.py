@@ -30,14 +30,14 @@ log = logging.getLogger("sopdeploy.inference")
 
 
 class EngineChannel(asyncio.Protocol):
-    """This front end's end of the channel at *connection* to the engine with the name *engine*.
+    """This front end's end of the channel *number* at *connection* to the engine with the name *engine*.
 
     *models* are those of the engine, which this channel names by their position.
     """
 
-    def __init__(self, engine: str, connection: socket.socket) -> None:
+    def __init__(self, engine: str, connection: socket.socket, number: int = 0) -> None:
         """Wait for the description of the models; without it, close *connection*, raise `ChannelError`."""
-        self.engine, self._connection = engine, connection
+        self.engine, self.number, self._connection = engine, number, connection
         try:
             self.models, self._slots = channel.receive_opening(connection)
         except Exception as error:  # whatever an engine sends, which is not trusted
@@ -141,16 +141,26 @@ class EngineChannel(asyncio.Protocol):
                 if batch_size == channel.FAILED:
                     settle(future, self._slots.read_error(slot))
                 else:
-                    outputs = self._slots.read_outputs(slot, shapes)
-                    settle(
-                        future,
-                        ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size),
-                    )
+                    settle(future, self._read_result(slot, shapes, batch_size, queue, infer))
                 del self._images[slot]
                 self._free_slots.append(slot)
         except Exception as error:  # the engine is not trusted
             log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
             self.close(results.RUNTIME_DEAD)
+
+    def _read_result(
+        self,
+        slot: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        batch_size: int,
+        queue: float,
+        infer: float,
+    ) -> ImageResult | HttpError:
+        """Read the outputs in *slot*; an error if they are not finite, which an engine should have seen."""
+        outputs = self._slots.read_outputs(slot, shapes)
+        if not all(np.isfinite(values).all() for values in outputs.values()):
+            return results.NONFINITE
+        return ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size)
 
 
 class RemoteModel(Model):
@@ -250,12 +260,17 @@ class RemoteRegistry(Registry):
             if not used.users:
                 self._in_use.discard(used)
 
-    async def attach(self, engine: str, connection: socket.socket) -> None:
-        """Use the channel at *connection* to *engine*; close the earlier one after its last request."""
+    @property
+    def open_channels(self) -> frozenset[int]:
+        """The numbers of the channels that requests use."""
+        return frozenset(one.number for one in self._channels.values() if one.is_open)
+
+    async def attach(self, engine: str, connection: socket.socket, number: int = 0) -> None:
+        """Use channel *number* at *connection* to *engine*; close the earlier one after its last request."""
         async with self._attaching:
             try:
-                new = await asyncio.to_thread(EngineChannel, engine, connection)
-            except ChannelError as error:  # the supervisor starts another one
+                new = await asyncio.to_thread(EngineChannel, engine, connection, number)
+            except ChannelError as error:  # it is missing in the next reports
                 log.warning("no channel to engine %s", error)
                 return
             await new.open()

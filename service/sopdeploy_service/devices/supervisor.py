@@ -4,14 +4,19 @@ A runtime belongs to one process, so several GPUs need several processes. The pr
 device serves HTTP itself or is the engine of front ends, which serve HTTP. The supervisor
 accepts every connection and passes it to the process with the fewest open connections.
 Connections wait while all processes have enough of them on the way; if none is there, they get
-a 503 response at once. SIGHUP reloads the bundles of every device.
+a 503 response at once. SIGHUP reloads the bundles of every device, and the API keys.
 
 When an engine or a front end starts, the supervisor creates the channels between it and the
 others. It trusts no other process (`devices.control`).
+
+One rule keeps the server alive: each process reports every tenth of a second what it has. One
+that does not report, or lacks what the supervisor has sent it, is replaced by another fork
+(`Supervisor._replace_failing`); one that lacks something gets no connections.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -21,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import cast
@@ -28,24 +34,37 @@ from typing import cast
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from sopdeploy.bundle.sealed import create_memory, map_memory
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Message, Status
 from sopdeploy_service.devices.processes import (
+    LEAVE_SECONDS,
+    NOT_STARTED,
     LaunchConfig,
     Process,
     list_devices,
     list_front_ends,
 )
 from sopdeploy_service.devices.template import ServerTemplate
-from sopdeploy_service.http.api_keys import KeyFile, read_keys
+from sopdeploy_service.http.api_keys import (
+    STATE_BYTES,
+    Key,
+    KeyFile,
+    KeyRing,
+    file_identity,
+    keys_of_server,
+    read_again,
+)
 from sopdeploy_service.inference import results
+from sopdeploy_service.inference.bundle_store import follow
+from sopdeploy_service.inference.loader import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     USER_ERROR,
+    Joined,
     start_task,
     terminal_is_closed,
 )
@@ -54,9 +73,7 @@ from sopdeploy_service.settings import Settings
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
-HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
-IDLE_SECONDS = 2.0  # so is one that does not run at all
-LEAVE_SECONDS = 30.0  # so is one that has left, or has to, and does not end
+KEYS = "API keys"  # among the numbers that a process should report; no process has this name
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -92,6 +109,32 @@ def describe_refusal(root_path: str) -> bytes:
     return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
 
 
+class SharedKeys:
+    """The API *keys* in *files* for the processes that serve HTTP: the keys, and the state of their limits."""
+
+    def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
+        """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
+        states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
+        with ExitStack() as unless_written:
+            described = create_memory(
+                "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
+            )
+            unless_written.callback(os.close, described)
+            # At least one byte: nothing else can be mapped.
+            limits = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
+            unless_written.callback(os.close, limits)
+            memory = memoryview(map_memory(os.dup(limits)))
+            unless_written.pop_all()
+        self.files = described, limits
+        memory[: states.nbytes] = states.cast("B")
+        self.ring = KeyRing(keys, memory.cast("d"))
+
+    def close(self) -> None:
+        """Close the files; the processes that have got them keep theirs."""
+        for file in self.files:
+            os.close(file)
+
+
 class Refusal(asyncio.Protocol):
     """Sends *response* to a client, whatever it sends."""
 
@@ -124,7 +167,12 @@ class Supervisor:
         self._front_ends = list_front_ends(settings)
         self._stopping = asyncio.Event()
         self._announced = False
+        self._error: SopdeployError | None = None  # which ends the command
         self._code = 0
+        self._gave_up = False  # waiting for processes that do not end when they are killed
+        self._reloads = Joined(self._reload)
+        self._key_reloads = Joined(self._reload_keys)
+        self._numbers = itertools.count(1)  # of channels and keys
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = CollectorRegistry()  # of this process
         ProcessCollector(registry=self._metrics)
@@ -143,20 +191,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        keys = () if self._settings.keys is None else read_keys(self._settings.keys)
+        keys = () if self._settings.keys is None else keys_of_server(self._settings.keys)
         with ExitStack() as stack:
-            num_bytes = control.ADMITTED_BYTES + control.LIMIT_BYTES * len(keys)
-            self._shared = create_memory("sopdeploy-shared", num_bytes)
+            self._shared = create_memory("sopdeploy-shared", control.ADMITTED_BYTES)
+            stack.callback(os.close, self._shared)
             # The same for every child, whenever it starts: the file may change.
-            self._keys = create_memory(
-                "sopdeploy-keys", [KeyFile(key=keys).model_dump_json().encode()]
-            )
-            for file in (self._shared, self._keys):
-                stack.callback(os.close, file)
+            self._keys = SharedKeys(keys)
+            stack.callback(lambda: self._keys.close())
             stack.callback(self._template.close)
-            memory = memoryview(map_memory(os.dup(self._shared)))
-            self._admitted = memory[: control.ADMITTED_BYTES].cast("q")
-            start_task(self._tasks, self._kill_hanging())
+            self._admitted = memoryview(map_memory(os.dup(self._shared))).cast("q")
+            start_task(self._tasks, self._replace_failing())
+            if self._settings.follow and self._settings.keys is not None:
+                identity = partial(file_identity, self._settings.keys)
+                start_task(self._tasks, follow(identity, None, self._key_reloads.request))
             if count := len(self._front_ends):
                 log.info(
                     "front ends", extra={"front_ends": count, "engines": len(self._devices)}
@@ -164,6 +211,8 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 for process in (*self._devices, *self._front_ends):
                     group.create_task(self._supervise(process))
+        if self._error is not None:
+            raise self._error
         return self._code
 
     def _stop(self) -> None:
@@ -172,9 +221,10 @@ class Supervisor:
         if not self._stopping.is_set():
             start_task(self._tasks, self._end_drain())
         self._stopping.set()
+        self._template.abort()
         for process in self._servers:
-            if process.child is not None and process.is_running:
-                process.child.send_signal(number)
+            if process.child is not None:
+                process.child.send_signal(number if process.is_ready else signal.SIGKILL)
         self._end_unused_engines()
 
     def _end_unused_engines(self) -> None:
@@ -184,15 +234,39 @@ class Supervisor:
         for process in self._devices:
             self._close_control(process)  # this ends an engine, which ignores SIGTERM
             if not process.is_ready and process.child is not None:
-                process.child.send_signal(signal.SIGTERM)
+                process.child.kill()
 
     def _on_hangup(self) -> None:
-        """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
+        """Stop if the terminal was closed; a SIGHUP that a program sends reloads bundles and keys."""
         if terminal_is_closed():
             self._stop()
-            return
+        else:
+            self._reloads.request()
+
+    async def _reload(self) -> None:
+        """Let devices reload their bundles, and the processes that serve HTTP get the keys of the file."""
         for process in self._devices:
             process.send(control.RELOAD)
+        await self._reload_keys()
+
+    async def _reload_keys(self) -> None:
+        """Send the keys of the file to the processes that serve HTTP, if they have changed."""
+        keys = await read_again(self._settings, self._keys.ring.keys)
+        if keys == self._keys.ring.keys:
+            return
+        async with self._starting:  # no process starts with the earlier ones
+            try:
+                new = SharedKeys(keys, self._keys.ring)
+            except OSError as error:
+                log.error("keys not reloaded, those in use stay: %s", error.strerror)
+                return
+            self._keys.close()
+            self._keys = new
+            number = next(self._numbers)
+            for process in self._servers:
+                process.expected[KEYS] = number
+                process.send(control.KEYS, b"%d" % number, *new.files)
+        log.info("keys reloaded", extra={"keys": len(keys)})
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
@@ -204,11 +278,20 @@ class Supervisor:
                 async with self._starting:  # each process knows those before it
                     await self._start(process)
                 while process.child is not None and (code := process.child.poll()) is None:
+                    if self._gave_up:
+                        log.error("%s: does not end", process.title)
+                        break
                     await asyncio.sleep(BEAT_SECONDS)
                 end = f"exited with code {code}"
+            except TimeoutError:  # of the template
+                end = NOT_STARTED
+                self._fail_start(process)
             except OSError as error:  # too many processes or files, or too little memory
                 end = f"cannot start ({error.strerror or error})"
             self._close_control(process)
+            process.expected.clear()
+            for other in self._front_ends:  # its channels have ended with it
+                other.expected.pop(process.name, None)
             if process in self._servers:  # what it had admitted makes room
                 self._admitted[process.position] = 0
             if self._stopping.is_set():
@@ -249,7 +332,7 @@ class Supervisor:
         ours, theirs = control.socket_pair()
         with theirs, ExitStack() as unless_started:
             unless_started.enter_context(ours)
-            files = theirs.fileno(), self._shared, self._keys
+            files = theirs.fileno(), self._shared, *self._keys.files
             process.child = await self._template.start(config, *files)
             unless_started.pop_all()
         if self._stopping.is_set():  # meanwhile
@@ -259,20 +342,41 @@ class Supervisor:
         if process.is_front_end:
             for engine in self._devices:
                 if engine.is_ready:
-                    self._connect(control.CHANNEL, engine, process)
+                    self._connect(engine, process)
 
-    def _connect(self, kind: bytes, receiver: Process, sender: Process) -> None:
-        """Create a channel of *kind* from *sender* to *receiver*, or let `_supervise` replace the sender."""
-        try:
-            pair = control.socket_pair() if kind == control.PHOTOS else socket.socketpair()
-        except OSError as error:  # too many files
-            self._replace(sender, f"has no channel ({error.strerror})")
-            return
-        for end, process, other in zip(
-            pair, (receiver, sender), (sender, receiver), strict=True
-        ):
-            with end:
-                process.send(kind, other.name.encode(), end.fileno())
+    def _connect(self, engine: Process, front_end: Process) -> None:
+        """Send a new channel to *engine* and *front_end*, which report it when it is open."""
+        number = front_end.expected[engine.name] = next(self._numbers)
+        with contextlib.suppress(OSError):  # too many files: the channel is missing
+            for end, process, other in zip(
+                socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
+            ):
+                with end:
+                    described = f"{number} {other.name}".encode()
+                    process.send(control.CHANNEL, described, end.fileno())
+
+    def _lacks(self, process: Process) -> bool:
+        """Tell whether *process* does not have what it needs for its work.
+
+        Both ends of a channel have to report it. An engine lacks channels if no front end has
+        one to it, a front end that starts if it has none to any engine.
+        """
+        if process in self._devices and self._front_ends:
+            connected = [one for one in self._front_ends if process.name in one.expected]
+            return bool(connected) and all(
+                self._lacks_channel(one, process) for one in connected
+            )
+        engines = [one for one in self._devices if one.name in process.expected]
+        lacks_channel = [self._lacks_channel(process, engine) for engine in engines]
+        if not process.is_ready:
+            return bool(engines) and all(lacks_channel)
+        number = process.expected.get(KEYS)
+        return (number is not None and number not in process.has) or any(lacks_channel)
+
+    @staticmethod
+    def _lacks_channel(front_end: Process, engine: Process) -> bool:
+        number = front_end.expected[engine.name]
+        return number not in front_end.has or number not in engine.has
 
     def _replace(self, process: Process, reason: str) -> None:
         """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` goes on."""
@@ -312,7 +416,7 @@ class Supervisor:
         """Return the kinds of messages that *process* may send."""
         if process in self._servers:
             return {control.STATUS, control.METRICS}
-        return {control.STATUS, control.NEW_MODELS, control.BAD_FRONT_END}
+        return {control.STATUS, control.NEW_MODELS}
 
     def _handle(self, process: Process, message: Message) -> None:
         """Handle a *message* that *process* may send; raises `ValueError` if its rest is invalid."""
@@ -323,30 +427,29 @@ class Supervisor:
                 start_task(self._tasks, self._send_page(process))
             case control.NEW_MODELS:
                 self._connect_front_ends(process)
-            case control.BAD_FRONT_END:
-                for front_end in self._front_ends:
-                    if front_end.name.encode() == message.rest and front_end.child is not None:
-                        # it has sent nonsense; `_supervise` starts another one
-                        front_end.child.kill()
 
     def _connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""
         for front_end in self._front_ends:
             if front_end.control is not None:
-                self._connect(control.CHANNEL, engine, front_end)
+                self._connect(engine, front_end)
 
     def _connect_keeper(self, process: Process) -> None:
         """Create channels for photographs, from *process* or to it, if another process keeps them."""
         keeper, *others = self._servers
         for other in others if process is keeper else [process]:
-            if self._settings.keep is not None and keeper.is_ready and other.is_ready:
-                self._connect(control.PHOTOS, keeper, other)
+            if self._settings.keep is None or not keeper.is_ready or not other.is_ready:
+                continue
+            with contextlib.suppress(OSError):  # too many files: no photograph is kept
+                for end, receiver in zip(control.socket_pair(), (keeper, other), strict=True):
+                    with end:
+                        receiver.send(control.PHOTOS, b"", end.fileno())
 
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
-        is_first_report = not process.is_ready
+        was_ready = process.is_ready
         process.record_status(status)
-        if is_first_report:
+        if process.is_ready and not was_ready:
             log.info("%s: ready", process.title)
             if process in self._servers:
                 self._connect_keeper(process)
@@ -390,7 +493,9 @@ class Supervisor:
             for process in self._servers
             if process.is_ready and process.control is not None
         ]
-        accepting = [process for process in serving if process.accepts]
+        # One that lacks an engine answers fast, with 503; without any other, clients get that.
+        able = [process for process in serving if not process.lacking_beats]
+        accepting = [process for process in able or serving if process.accepts]
         if len(self._refusals) >= SPARE or (
             serving and not accepting
         ):  # pause until there is room again
@@ -425,27 +530,38 @@ class Supervisor:
         refusal.transport.abort()
         self._resume_accepting()
 
-    async def _kill_hanging(self) -> None:
-        """Kill processes that hang; time in which this process is paused does not count."""
+    async def _replace_failing(self) -> None:
+        """Replace each process that cannot work; time in which this process is paused does not count."""
+        seconds = load_seconds(self._settings)
         while True:
             await asyncio.sleep(BEAT_SECONDS)
+            if self._stopping.is_set():
+                self._template.abort()  # also one that has just been started
             for process in (*self._devices, *self._front_ends):
-                is_idle = process.count_silent_beat()  # `Process.record_status` begins again
-                has_left = process.control is None
-                limit = LEAVE_SECONDS if has_left else IDLE_SECONDS if is_idle else HANG_SECONDS
-                if (
-                    process.is_ready
-                    and process.is_running
-                    and process.silent_beats * BEAT_SECONDS > limit
-                ):
-                    self._replace(process, "does not end" if has_left else "hangs")
+                if not process.is_running:
+                    continue
+                lacks = not self._stopping.is_set() and self._lacks(process)
+                reason = process.count_beat(lacks=lacks, load_seconds=seconds)
+                if reason == NOT_STARTED:
+                    self._fail_start(process)
+                if reason:
+                    self._replace(process, reason)
+
+    def _fail_start(self, process: Process) -> None:
+        """End the server if it has never been ready and *process* does not start."""
+        if not self._announced and not self._stopping.is_set():
+            message = f"{process.title}: it {NOT_STARTED}; check the device and the disk"
+            self._error = RuntimeUnavailableError(message)
+            self._stop()
 
     async def _end_drain(self) -> None:
-        """Kill the processes that do not end."""
+        """Kill the processes that do not end, and do not wait for those that cannot even be killed."""
         await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
         for process in (*self._devices, *self._front_ends):
             if process.is_running:
                 self._replace(process, "does not end")
+        await asyncio.sleep(LINGER_SECONDS)
+        self._gave_up = True
 
     async def _send_page(self, process: Process) -> None:
         """Send the metrics of all processes to *process*."""

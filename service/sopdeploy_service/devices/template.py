@@ -10,6 +10,7 @@ import ctypes
 import errno
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import time
 
 from sopdeploy.bundle.sealed import create_memory, read_memory
 from sopdeploy_service import templates
+from sopdeploy_service.decoding.sandbox import end_with_parent
 from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.server.lifetime import STDERR
 
 MODULE = "sopdeploy_service.devices.device_server"
 SET_NAME, SET_SUBREAPER = 15, 36  # PR_SET_NAME, PR_SET_CHILD_SUBREAPER
-LAUNCH, NUM_FILES = b"launch", 4  # a message: with the launch config and the files of a process
+LAUNCH, NUM_FILES = b"launch", 5  # a message: with the launch config and the files of a process
 LIBC = ctypes.CDLL(None)
 
 
@@ -30,7 +32,7 @@ class ServerTemplate(templates.TemplateProcess):
     """Forks the processes of a server, which are children of this process and do not end with it."""
 
     async def start(self, config: LaunchConfig, *files: int) -> Child:
-        """Start a process with *config* and *files*: its control socket, shared memory and keys.
+        """Start a process with *config* and *files*: its control socket, shared memory, keys and limits.
 
         Raises `OSError` if the system has no room for it.
         """
@@ -62,8 +64,9 @@ def wait_for_launch() -> LaunchConfig:
     """Fork a process for each message of the supervisor; return in each of them, with its config.
 
     The socket to the supervisor is the argument of the command line. Exits when the supervisor
-    ends.
+    ends, also while it is stopped.
     """
+    end_with_parent(os.getppid(), signal.SIGKILL)
     LIBC.prctl(SET_NAME, b"template")
     # the garbage collector of a process would write to the pages, and thereby copy them
     gc.freeze()
@@ -73,11 +76,12 @@ def wait_for_launch() -> LaunchConfig:
         if not message:
             raise SystemExit(0)
         if _fork_orphan(requests):
-            described, own, shared, keys = files
+            described, own, shared, keys, limits = files
             config = LaunchConfig.model_validate_json(read_memory(described))
             LIBC.prctl(SET_NAME, config.name.encode())  # as `ps -o comm` and `top` show it
             os.environ.update(config.variables)
-            return config.model_copy(update={"control": own, "shared": shared, "keys": keys})
+            given = {"control": own, "shared": shared, "keys": keys, "limits": limits}
+            return config.model_copy(update=given)
         for file in files:
             os.close(file)
 

@@ -1,27 +1,33 @@
 """API keys: a file with names, hashes and rate limits; a token bucket per key.
 
 A key has 256 random bits, so the file stores its plain SHA-256: a slow hash protects only
-secrets that can be guessed. `sopdeploy key` creates keys and prints each one once.
+secrets that can be guessed. `sopdeploy key` creates keys and prints each one once. A server
+reads the file at its start and at every reload (`read_again`).
 """
 
 import hashlib
 import hmac
+import logging
 import math
 import os
 import secrets
 import time
 from collections import Counter
 from collections.abc import MutableSequence, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.file_systems import locked_folder, set_mode, set_owner
 from sopdeploy.files import atomic_write, read_text, writing
+from sopdeploy_service.inference import daemon_threads
+from sopdeploy_service.inference.loader import finish_in_time
 from sopdeploy_service.inference.results import HttpError, RejectedError
+from sopdeploy_service.settings import Settings
 
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
@@ -31,10 +37,13 @@ _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 # memory, without a lock: if two of them change it at once, a few requests more may pass.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
 _TOKENS, _FILLED = 0, 1
+STATE_BYTES = 16  # of a key
 RATE_HEADERS = "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
 KeyName = Annotated[
     str, matching(r"[A-Za-z0-9._-]{1,64}", "name of 1 to 64 letters, digits, dots, `_` and `-`")
 ]
+
+log = logging.getLogger("sopdeploy.http")
 
 
 class Key(StrictModel):
@@ -77,6 +86,36 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             if count > 1:
                 raise ConfigError(f"{path}: two keys have the {attribute} {value}; remove one")
     return keys
+
+
+def keys_of_server(path: Path) -> tuple[Key, ...]:
+    """Read the keys that a server accepts from *path*; raises `ConfigError` also if there are none."""
+    keys = read_keys(path)
+    if not keys:
+        reason = "has no key, so no request would be accepted; see `sopdeploy key`"
+        raise ConfigError(f"{path}: {reason}")
+    return keys
+
+
+async def read_again(settings: Settings, in_use: Sequence[Key]) -> tuple[Key, ...]:
+    """Read the keys of a server again; if this is not possible, log why and return those *in_use*."""
+    if settings.keys is None:
+        return ()
+    try:
+        reading = daemon_threads.start(partial(keys_of_server, settings.keys))
+        return await finish_in_time(reading, settings.keys, settings)
+    except (SopdeployError, OSError) as error:
+        log.error("keys not reloaded, those in use stay: %s", error)
+        return tuple(in_use)
+
+
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """Return what changes if the file at *path* is written or replaced; (0, 0, 0) without a file."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
@@ -165,3 +204,41 @@ class TokenBucket:
         tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now
         return tokens
+
+
+class KeyRing:
+    """The keys that a server accepts and, for each, two numbers in *states* for its rate limit."""
+
+    def __init__(self, keys: Sequence[Key], states: "BucketState | None" = None) -> None:
+        """Accept *keys*; without *states*, their numbers are in memory of this process."""
+        self.keys: Sequence[Key] = ()
+        self._states: BucketState = []
+        self.replace(keys, states)
+
+    def replace(self, keys: Sequence[Key], states: "BucketState | None" = None) -> None:
+        """Accept *keys* instead; without *states*, those of keys whose names stay are copied."""
+        self._states = self.states_of(keys) if states is None else states
+        self.keys = keys
+        self._buckets = {
+            key.name: TokenBucket(key.rate, key.burst, self._state_at(number))
+            for number, key in enumerate(keys)
+            if key.rate is not None
+        }
+
+    def states_of(self, keys: Sequence[Key]) -> "memoryview[float]":
+        """Copy the states of *keys*; that of a new name is zero, a full bucket."""
+        states = memoryview(bytearray(STATE_BYTES * len(keys))).cast("d")
+        positions = {key.name: number for number, key in enumerate(self.keys)}
+        for number, key in enumerate(keys):
+            if key.name in positions:
+                state = self._state_at(positions[key.name])
+                states[2 * number], states[2 * number + 1] = state[_TOKENS], state[_FILLED]
+        return states
+
+    def find(self, secret: bytes) -> tuple[Key, TokenBucket | None] | None:
+        """Return the key with *secret* and its rate limit; None without such a key."""
+        key = find_key(self.keys, secret)
+        return None if key is None else (key, self._buckets.get(key.name))
+
+    def _state_at(self, number: int) -> BucketState:
+        return self._states[2 * number : 2 * number + 2]

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
+from sopdeploy_service.http.api_keys import KeyRing, TokenBucket
 from sopdeploy_service.http.problems import INTERNAL, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
@@ -265,22 +265,8 @@ class AllowedOrigins(CORSMiddleware):
 class KeyGuard:
     """Refuses requests without one of *keys* with 401, except those for *open_paths*."""
 
-    def __init__(
-        self,
-        keys: Sequence[Key],
-        open_paths: Collection[str],
-        limits: "memoryview[float] | None",
-    ) -> None:
-        """Keep two numbers per key in *limits*, by default in memory of this process."""
-        states = (
-            memoryview(bytearray(2 * 8 * len(keys))).cast("d") if limits is None else limits
-        )
+    def __init__(self, keys: KeyRing, open_paths: Collection[str]) -> None:
         self._keys, self._open_paths = keys, open_paths
-        self._buckets = {
-            key.name: TokenBucket(key.rate, key.burst, states[2 * number : 2 * number + 2])
-            for number, key in enumerate(keys)
-            if key.rate is not None
-        }
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed; set key and rate limit."""
@@ -292,8 +278,8 @@ class KeyGuard:
             if scheme.lower() == "bearer"
             else context.headers.get("x-api-key", "")
         )
-        key = find_key(self._keys, secret.encode("latin-1"))
-        if key is None:
+        accepted = self._keys.find(secret.encode("latin-1"))
+        if accepted is None:
             raise RejectedError(NO_KEY)
+        key, context.rate_limit = accepted
         context.key_name = key.name
-        context.rate_limit = self._buckets.get(key.name)

@@ -45,7 +45,7 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
 
 def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     """Return where the links among *sources* lead now; raises `ConfigError` if there are none."""
-    target_of_link = _read_links(
+    target_of_link = read_links(
         path for _, path in map(_parse_source, sources) if path.is_symlink()
     )
     if not target_of_link:
@@ -55,22 +55,23 @@ def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     return target_of_link
 
 
-def _read_links(links: Iterable[Path]) -> dict[Path, Path]:
+def read_links(links: Iterable[Path]) -> dict[Path, Path]:
+    """Return where *links* lead now."""
     return {link: follow_link(link) for link in links}
 
 
-async def follow_links(
-    target_of_link: Mapping[Path, Path], reload: Callable[[], object]
+async def follow(
+    read: Callable[[], object], before: object, reload: Callable[[], object]
 ) -> None:
-    """Call *reload* whenever a link, a key of *target_of_link*, leads elsewhere; check each second."""
+    """Call *reload* whenever *read*, which is called each second, returns something else than *before*."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
-            found = await asyncio.to_thread(_read_links, target_of_link.keys())
+            now = await asyncio.to_thread(read)
         except (OSError, ConfigError):  # the folder, or its log, cannot be read now
             continue
-        if found != target_of_link:
-            target_of_link = found
+        if now != before:
+            before = now
             reload()
 
 

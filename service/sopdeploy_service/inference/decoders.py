@@ -314,7 +314,7 @@ class Decoders:
         """
         if not image:
             raise empty_error()
-        detect_format(image, self._settings.formats or None)
+        detect_format(image, self._settings.formats)
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         started = time.monotonic()

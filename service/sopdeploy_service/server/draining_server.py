@@ -1,7 +1,6 @@
 """A uvicorn server with the limits of the settings, which drains before it ends."""
 
 import asyncio
-import functools
 import gc
 import logging
 import signal
@@ -11,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,14 +19,20 @@ import uvicorn
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy_service.inference.bundle_store import follow_links
+from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
+from sopdeploy_service.inference.bundle_store import follow, read_links
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import (
     Connections,
     LimitedHttpProtocol,
     limited_config,
 )
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
+from sopdeploy_service.server.lifetime import (
+    BEAT_SECONDS,
+    Joined,
+    start_task,
+    terminal_is_closed,
+)
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 
@@ -86,8 +92,9 @@ class DrainingServer(uvicorn.Server):
     The first signal makes the server not ready: new requests get 503, admitted ones are
     completed within `drain_seconds`, then the port is closed. Connections that are open by then
     may send one more request, which gets 503. A second signal ends the drain: unfinished
-    requests get 503. SIGHUP reloads the bundles of *sources*, and so does a move of one of
-    *links*, which maps them to where they lead now.
+    requests get 503. SIGHUP reloads the bundles of *sources* and the API keys. A move of one of
+    *links*, which maps them to where they lead now, reloads the bundles; with `follow`, a
+    change of the key file reloads the keys.
     """
 
     def __init__(
@@ -101,9 +108,10 @@ class DrainingServer(uvicorn.Server):
         self._app, self._service = app, cast(Service, app.state.service)
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources, self._links = sources, links or {}
-        self._reloads: set[asyncio.Task[None]] = (
-            set()
-        )  # the end of the server does not wait for them
+        # The end of the server does not wait for these.
+        self._following: set[asyncio.Task[None]] = set()
+        self._bundle_reload = Joined(self._reload_bundles)
+        self._key_reload = Joined(self._reload_keys)
         self._drain_until: float | None = None
         self._is_draining = False
         self._last_beat = time.monotonic()
@@ -135,7 +143,11 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links:
-            start_task(self._reloads, follow_links(self._links, self.reload))
+            links = partial(read_links, self._links)
+            start_task(self._following, follow(links, self._links, self.reload_bundles))
+        if self._service.settings.follow and self._service.settings.keys is not None:
+            identity = partial(file_identity, self._service.settings.keys)
+            start_task(self._following, follow(identity, None, self._key_reload.request))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -146,7 +158,7 @@ class DrainingServer(uvicorn.Server):
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
         """Serve accepted *connections*."""
-        create_protocol = functools.partial(
+        create_protocol = partial(
             cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
             config=self.config,
             server_state=self.server_state,
@@ -158,16 +170,29 @@ class DrainingServer(uvicorn.Server):
             )
 
     def on_hangup(self) -> None:
-        """Drain if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
+        """Drain if the terminal was closed; a SIGHUP that a program sends reloads bundles and keys."""
         if terminal_is_closed():
             self.handle_exit(signal.SIGHUP, None)
         else:
-            self.reload()
+            self._key_reload.request()
+            self.reload_bundles()
 
-    def reload(self) -> None:
+    def reload_bundles(self) -> None:
         """Begin to serve bundles that have changed, unless the server drains."""
         if self._drain_until is None:
-            start_task(self._reloads, self._service.registry.reload(self._sources))
+            self._bundle_reload.request()
+
+    async def _reload_bundles(self) -> None:
+        await self._service.registry.reload(self._sources)
+
+    async def _reload_keys(self) -> None:
+        """Accept the keys that the file has now."""
+        ring = cast(KeyRing | None, self._app.state.keys)
+        if ring is not None:
+            keys = await read_again(self._service.settings, ring.keys)
+            if keys != ring.keys:
+                ring.replace(keys)
+                log.info("keys reloaded", extra={"keys": len(keys)})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""

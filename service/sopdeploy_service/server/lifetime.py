@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 STDERR, USER_ERROR = 2, 2
@@ -23,3 +23,27 @@ def start_task(
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
+
+
+class Joined:
+    """Does *work* when it is requested; requests that come during it are one more time. For one event loop."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+        self._is_requested = self._is_running = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def request(self) -> None:
+        """Do the work once after this call."""
+        self._is_requested = True
+        if not self._is_running:
+            self._is_running = True
+            start_task(self._tasks, self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._is_requested:
+                self._is_requested = False
+                await self._work()
+        finally:
+            self._is_running = False

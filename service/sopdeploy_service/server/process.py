@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,12 @@ def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, 
     )
 
 
-def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRegistry":
-    """Load the bundles at *sources* in the time that *settings* allow."""
+def load_registry(
+    sources: Sequence[str | Path],
+    settings: Settings,
+    on_progress: Callable[[], object] = lambda: None,
+) -> "ModelRegistry":
+    """Load the bundles at *sources* in the time that *settings* allow; call *on_progress* for each."""
 
     def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.
@@ -103,6 +107,8 @@ def load_registry(sources: Sequence[str | Path], settings: Settings) -> "ModelRe
 
     if settings.memory_budget is not None:
         return BudgetedRegistry(bundles, settings)
-    return ModelRegistry(
-        {name: load_bundle(bundles.pop(name), settings) for name in list(bundles)}, settings
-    )
+    loaded = {}
+    for name in list(bundles):
+        on_progress()
+        loaded[name] = load_bundle(bundles.pop(name), settings)
+    return ModelRegistry(loaded, settings)

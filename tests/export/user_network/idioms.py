@@ -298,30 +298,6 @@ def registers(net: Any, x: Tensor) -> Tensor:
     return logits(net, x * net.table)
 
 
-def with_buffer(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
-    """Return a builder of a network with a buffer that is None before the first run."""
-
-    def build() -> nn.Module:
-        network = variant(function, aux=False)
-        network.register_buffer("table", None, persistent=False)
-        return network
-
-    return build
-
-
-def of_first_image(net: Any, x: Tensor) -> Tensor:
-    if net.table is None:
-        net.table = x.amax().sub(2).relu()  # no probe is so bright
-    return logits(net, x + net.table)
-
-
-def in_first_run(net: Any, x: Tensor) -> Tensor:
-    if net.table is None:
-        net.table = torch.zeros(())
-        return logits(net, x)
-    return logits(net, x).clamp(max=1e6)
-
-
 def profiled(net: Any, x: Tensor) -> Tensor:
     with torch.profiler.record_function("features"):
         features = net.features(x)
@@ -704,21 +680,6 @@ REFUSED: dict[str, Case] = {
         pooled(adds_by_mask),
         {},
         r"^no ONNX form: its code depends on values of the image, .*: use torch\.where$",
-    ),
-    "a buffer made from the first image": (
-        with_buffer(of_first_image),
-        {},
-        r"^table changes while the trained network runs, which computes something else afterwards",
-    ),
-    "another first run, in which a buffer is made": (
-        with_buffer(in_first_run),
-        {},
-        r"^table changes while the trained network runs, which computes something else afterwards",
-    ),
-    "a buffer that each run replaces": (
-        with_buffer(lambda net, x: (setattr(net, "table", x.mean()), logits(net, x))[1]),
-        {},
-        r"^the network writes to table while it runs; an exported network must be stateless",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),

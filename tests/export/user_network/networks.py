@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -180,18 +179,6 @@ class DeformableConvolution(nn.Module):
         return self.fc(self.conv(images, self.offset(images)).mean((2, 3)))
 
 
-class HiddenBranch(Small):
-    """Lists no tensors of the branch, but depends on it."""
-
-    def named_modules(self, *arguments: Any, **options: Any) -> Any:
-        return (
-            item for item in super().named_modules(*arguments, **options) if item[0] != "aux"
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return leaks(self, images)
-
-
 class Clamp(torch.autograd.Function):
     """A function with a gradient of its own."""
 
@@ -213,13 +200,6 @@ def trained(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def patched(network: Small) -> Small:
-    """Replace `forward` on the instance."""
-    original = network.forward
-    network.forward = types.MethodType(lambda _self, images: original(images) * 1, network)  # type: ignore[method-assign]
-    return network
-
-
 def with_nan(network: Small) -> Small:
     """Damage one weight."""
     network.stem[0].weight.data[0, 0, 0, 0] = float("nan")
@@ -231,12 +211,6 @@ def lazy() -> nn.Module:
     network = Small(aux=False)
     network.fc = nn.LazyLinear(CLASSES)
     return network.eval()
-
-
-def leaks(self: Any, images: Tensor) -> Tensor:
-    """Add nothing of the auxiliary head, by its value."""
-    features = self.features(images)
-    return self.fc(features) + (0 if self.aux is None else 0 * self.aux(features))
 
 
 def uses_numpy(self: Any, images: Tensor) -> Tensor:
@@ -273,21 +247,6 @@ def is_unusual(self: Any, images: Tensor) -> Tensor:
     if not hasattr(self, "scale"):
         self.scale = torch.ones(8)
     return self.fc(Clamp.apply(self.features(images.sub_(0.5))) * self.scale)
-
-
-def adds_position(self: Any, images: Tensor) -> Tensor:
-    """Add a row of a table that the position in the batch selects; the first rows are zero."""
-    rows = torch.zeros(64, 4)
-    rows[32:] = 1.0
-    logits: Tensor = self.fc(self.features(images)) + rows[torch.arange(images.shape[0])]
-    return logits
-
-
-def branches_by_value(self: Any, images: Tensor) -> Tensor:
-    """Choose a branch by a value."""
-    logits = self.fc(self.features(images))
-    chosen: Tensor = torch.cond(logits.sum() > 0, lambda x: x * 1, lambda x: x * 2, (logits,))
-    return chosen
 
 
 @torch.inference_mode()

@@ -210,17 +210,6 @@ def test_a_network_that_keeps_images_apart_is_exported(case: str, tmp_path: Path
     assert exported.certificate.mixes_images == ()
 
 
-class Scaled(n.Small):
-    """Scales the rows of a table while it reads them."""
-
-    def __init__(self) -> None:
-        super().__init__(aux=False)
-        self.table = nn.Embedding(8, 8, max_norm=1.0)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.table(self.features(images).argmax(1)))
-
-
 def regions(network: Any, images: Tensor) -> Tensor:
     corners = torch.tensor([[0.0, 0, 0, 6, 6], [0.0, 6, 6, 9, 9]])
     pooled = roi_align(network.stem(images), corners, 2).mean((0, 2, 3))
@@ -228,16 +217,6 @@ def regions(network: Any, images: Tensor) -> Tensor:
 
 
 REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
-    "y + 0 * aux": (
-        lambda: n.variant(n.leaks),
-        AUX,
-        r"output of the trained network depends on aux\.(bias|weight)",
-    ),
-    "a replaced forward": (
-        lambda: n.patched(n.Small()),
-        AUX,
-        r"that forward of the whole trained network was replaced",
-    ),
     "NumPy": (lambda: n.variant(n.uses_numpy), {}, r"numpy|captured"),
     "NaN": (lambda: n.with_nan(n.Small()), {}, r"^stem\.0\.weight holds NaN"),
     "half precision": (
@@ -272,21 +251,6 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {},
         r"no ONNX form in opset 18: .*DeformConv",
     ),
-    "a branch that is not listed": (
-        n.HiddenBranch,
-        {"training_only": ["aux"]},
-        r"output .* depends on aux",
-    ),
-    "a row of a table for each position in the batch": (
-        lambda: n.variant(n.adds_position),
-        {"options": RANGE},
-        r"mixes images: GatherND in forward combines them, or uses .* positions; try allow_batch_dependence",
-    ),
-    "control flow": (
-        lambda: n.variant(n.branches_by_value),
-        {},
-        r"uses torch\.cond; a graph has no control flow: .* torch\.where",
-    ),
     "an exit for a single image": (
         lambda: n.variant(
             lambda self, x: self.fc(
@@ -311,24 +275,12 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"options": RANGE},
         r"^no rule for RoiAlign in forward shows that it keeps images apart; .* try allow_batch_dependence",
     ),
-    "the views of the wrong image": (
-        lambda: n.variant(
-            lambda net, x: net.fc(both(net, x).view(-1, 2, 8).mean(1)), aux=False
-        ),
-        {"options": RANGE},
-        r"^the network mixes images: Reshape in forward combines them, .* try allow_batch_dependence=True$",
-    ),
     "a size of the batch": (
         lambda: n.variant(
             lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False
         ),
         {"options": RANGE},
         r"its code treats some batch sizes differently, or fixes the size in test_export_network\.py:\d+ \(",
-    ),
-    "a table that is scaled while it is read": (
-        Scaled,
-        {"options": RANGE},
-        r"writes to table\.weight while it runs; .*: scale its rows once, and set max_norm to None$",
     ),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }

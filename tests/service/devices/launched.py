@@ -54,7 +54,7 @@ async def start(of: template.ServerTemplate) -> tuple[Child, socket.socket, dict
             name="front-0", device=None, variables={"CUDA_VISIBLE_DEVICES": "7"}, sources=(),
             settings=Settings(), supervisor=os.getpid(), front_ends=1, position=0, num_servers=1, others=(),
         )  # fmt: skip
-        child = await of.start(config, theirs.fileno(), shared, shared)
+        child = await of.start(config, theirs.fileno(), shared, shared, shared)
     os.close(shared)
     return child, ours, json.loads(await asyncio.get_running_loop().sock_recv(ours, 10_000))
 

@@ -29,7 +29,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.labelling.kept import read_kept
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task
+from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import load_settings
 from tests.service.devices import gated_device
 from tests.service.labelling.keep.test_keeper import photos, results
@@ -118,53 +118,115 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
         wait_for(lambda: not any(is_alive(process) for process in orphans))
 
 
-# the state of a silent process and its ticks of CPU time by beat -> seconds until it is killed
+# the state of a silent process and its ticks of CPU time by beat -> seconds until it is replaced
 SILENT = {
-    "stopped or in a deadlock": (lambda beat: ("S", 7), 2),
+    "in a deadlock": (lambda beat: ("S", 7), 2),
+    "stopped": (lambda beat: ("T", 7), 2),
     "in a loop": (lambda beat: ("S", 7 + beat), 5),
     "waits for a CPU": (lambda beat: ("R", 7), 5),
     "waits for memory": (lambda beat: ("D", 7), 5),
     "stopped by a debugger": (lambda beat: ("t", 7), None),
     "stopped by a debugger for a while": (lambda beat: ("t" if beat < 40 else "S", 7), 6),
 }
+# what such a process does -> seconds until it is replaced, unless it is stopped or debugged
+SILENT_WHILE = {"it serves": None, "it loads": 7, "it ends": 8}
 
 
-@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("phase", SILENT_WHILE)
 @pytest.mark.parametrize("name", SILENT)
-def test_only_a_silent_process_that_is_not_debugged_or_loading_is_killed(
-    monkeypatch, name, loads
+def test_a_silent_process_that_is_not_debugged_is_replaced_in_every_phase(
+    monkeypatch, name, phase
 ) -> None:
     state_at, expected = SILENT[name]
+    if phase != "it serves" and expected is not None and name != "stopped":
+        expected = SILENT_WHILE[phase]
+    if phase != "it serves" and name == "stopped by a debugger for a while":
+        expected = SILENT_WHILE[phase] + 3.5  # the beats of the debugger do not count
     killed: list[int] = []
     beats = itertools.count(1)
 
     async def next_beat(_seconds: float) -> None:
-        if killed or (beat := next(beats)) > 100:
+        if killed or (beat := next(beats)) > 200:
             raise asyncio.CancelledError
         now.append(beat)
 
     def states_now(_pid: int) -> tuple[set[str], int]:
         state, ticks = state_at(now[-1])
-        return {"S", state}, ticks
+        return {state}, ticks
 
     now: list[int] = []
-    process = Process("cpu", {}, load_settings(), "cpu", 0)
+    monkeypatch.setattr(processes, "START_SECONDS", 6.0)
+    settings = load_settings(front_ends=0, load_timeout=1.0)
+    process = Process("cpu", {}, settings, "cpu", 0)
     process.child = SimpleNamespace(
-        pid=1, poll=lambda: None, kill=lambda: killed.append(now[-1])
+        pid=1,
+        poll=lambda: None,
+        kill=lambda: killed.append(now[-1]),
+        send_signal=lambda _: None,
     )
     monkeypatch.setattr(processes, "run_states", states_now)
     monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
     with socket.socket() as listener:
-        server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
-        server._loop = SimpleNamespace(remove_reader=lambda _file: None)
+        server = supervisor.Supervisor([], settings, [process], listener)
+        server._announced = True
+        server._loop = SimpleNamespace(remove_reader=lambda _: None, add_reader=lambda *_: None)
         process.reset(SimpleNamespace(close=lambda: None))
-        if not loads:
+        if phase != "it loads":
             process.record_status(Status(0, 0, ""))
+        if phase == "it ends":
+            process.control = None
         with pytest.raises(asyncio.CancelledError):
-            asyncio.run(server._kill_hanging())
-    assert [round(beat * BEAT_SECONDS) for beat in killed] == (
-        [] if loads or expected is None else [expected]
-    )
+            asyncio.run(server._replace_failing())
+    assert killed == ([] if expected is None else [pytest.approx(10 * expected, abs=5)])
+
+
+LACKS: dict[str, tuple[dict[str, set[int]], str]] = {  # numbers that each reports -> replaced
+    "nothing": ({"engine": {1, 2}, "front-0": {1, 9}, "front-1": {2, 9}}, ""),
+    "a later channel": ({"engine": {1, 2, 3}, "front-0": {1, 3, 9}, "front-1": {2, 9}}, ""),
+    "a channel at the front end": ({"engine": {1, 2}, "front-0": {1, 9}, "front-1": {9}}, "front-1"),
+    "a channel at the engine": ({"engine": {1}, "front-0": {1, 9}, "front-1": {2, 9}}, "front-1"),
+    "the last keys": ({"engine": {1, 2}, "front-0": {1}, "front-1": {2, 9}}, "front-0"),
+    "all channels": ({"engine": set(), "front-0": {1, 9}, "front-1": {2, 9}}, "front-0 front-1 engine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replaced(
+    monkeypatch, name
+) -> None:
+    reported, expected = LACKS[name]
+    settings, killed, order = load_settings(front_ends=0), [], []
+    monkeypatch.setattr(processes, "run_states", lambda _pid: ({"R"}, 0))
+    engine = Process("engine", {}, settings, "", 0)
+    front_ends = [Process(f"front-{number}", {}, settings, None, number) for number in range(2)]
+    with socket.socket() as listener:
+        server = supervisor.Supervisor([], settings, [engine], listener)
+        server._front_ends, server._announced = front_ends, True
+        for number, process in enumerate([*front_ends, engine], 1):
+            process.reset(SimpleNamespace(close=lambda: None))
+            process.child = SimpleNamespace(
+                poll=lambda: None, kill=lambda name=process.name: killed.append(name), pid=1
+            )
+            if process is not engine:
+                process.expected.update({"engine": number, supervisor.KEYS: 9})
+
+        async def next_beat(_seconds: float) -> None:
+            order.append(len(killed))
+            if len(order) > 120:
+                raise asyncio.CancelledError
+            for process in (engine, *front_ends):
+                if process.name not in killed:
+                    process.record_status(Status(0, 0, "", frozenset(reported[process.name])))
+            if len(order) == 3:
+                sent_to = [one.name for one in front_ends if not one.lacking_beats]
+                lacking = [name for name in expected.split() if name != "engine"]
+                assert set(sent_to).isdisjoint(lacking)
+
+        monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
+        monkeypatch.setattr(server, "_replace", lambda process, _: process.child.kill())
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(server._replace_failing())
+    assert list(dict.fromkeys(killed)) == expected.split()
 
 
 def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
@@ -186,7 +248,7 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         async def start(_: Process) -> None:
             if next(starts) == 1100:
                 server._stopping.set()
-            process.child = SimpleNamespace(poll=lambda: 1, send_signal=lambda _: None)
+            process.child = SimpleNamespace(poll=lambda: 1, kill=lambda: None)
 
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
@@ -222,23 +284,20 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
     )
 
 
-def test_a_front_end_for_which_no_channel_can_be_made_is_replaced(monkeypatch, caplog) -> None:
+def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    settings, killed = load_settings(), []
+    settings = load_settings()
     engine, front_end = (
         Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None))
     )
-    front_end.child = SimpleNamespace(kill=lambda: killed.append(front_end))
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [engine], listener)
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
-        server._connect(control.CHANNEL, engine, front_end)
-    assert (killed, "f: has no channel (Too many open files)" in caplog.text) == (
-        [front_end],
-        True,
-    )
+        server._connect(engine, front_end)
+        front_end.record_status(Status(0, 0, ""))
+        assert server._lacks(front_end)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +324,11 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         server = DeviceServer.__new__(DeviceServer)
         server._service, server._keeper = SimpleNamespace(registry=None), None
         server._supervisor, server._received, server.bundles = theirs, 0, ""
+        server._keys_number = 7
         server.server_state, server._tasks = SimpleNamespace(connections=()), set()
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
-        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "")
+        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "", {7})
 
 
 def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:
@@ -284,7 +344,8 @@ def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:
         devices = [Process(str(number), {}, settings, "cpu", number) for number in range(3)]
         with socket.socket() as listener:
             server = supervisor.Supervisor([], settings, devices, listener)
-            server._loop, server._shared, server._keys = asyncio.get_running_loop(), -1, -1
+            server._loop, server._shared = asyncio.get_running_loop(), -1
+            server._keys = SimpleNamespace(files=(-1, -1))
             monkeypatch.setattr(server._template, "start", start)
             tasks = [asyncio.create_task(server._supervise(device)) for device in devices]
             while not all(device.child for device in devices):
@@ -500,7 +561,26 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+        new = new_key(tmp_path / "new.toml", "new")
+        text = file.read_text()
+        begin, end = (
+            text.index('[[key]]\nname = "free"'),
+            text.index('[[key]]\nname = "limited"'),
+        )
+        file.write_text(text[:begin] + text[end:] + (tmp_path / "new.toml").read_text())
+        client.child.send_signal(signal.SIGHUP)
+        for key, code in ((free, 401), (new, 200)):
+            client.headers["x-api-key"] = key
+            wait_for(
+                lambda code=code: (
+                    {client.post("/v1/classify", content=jpeg).status_code for _ in range(6)}
+                    == {code}
+                )
+            )
+        client.headers["x-api-key"] = limited
+        assert client.post("/v1/classify", content=jpeg).status_code == 429  # as before
         file.write_text("")
+        client.child.send_signal(signal.SIGHUP)  # those in use stay
         before = set(processes_of(client.child.pid))
         for process in before:
             os.kill(process, signal.SIGKILL)

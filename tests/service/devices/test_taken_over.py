@@ -18,7 +18,7 @@ import pytest
 
 from sopdeploy.bundle.sealed import CONTENT, SIZE, create_memory, map_memory, read_memory
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.devices import channel, control, supervisor
+from sopdeploy_service.devices import channel, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import Process
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
@@ -149,10 +149,9 @@ class Server:
 
 
 STATUS = control.STATUS + b" "
+READY = control.COUNTS.pack(0, 0, True, 0)
 # Of a front end: each replaces it, and nothing else.
 FORGED: dict[str, bytes] = {
-    "the end of another front end": b"bad front-0",
-    "its own end": b"bad front-1",
     "new models": b"models",
     "a speed": b"speed 0.001",
     "a client": b"client",
@@ -168,11 +167,14 @@ FORGED: dict[str, bytes] = {
     "a space": b"x ",
     "no counts": STATUS + bytes(11),
     "half a status": control.STATUS,
-    "connections that it did not get": STATUS + control.COUNTS.pack(1, 0),
-    "the most connections": STATUS + control.COUNTS.pack(2**64 - 1, 0),
+    "connections that it did not get": STATUS + control.COUNTS.pack(1, 0, True, 0),
+    "the most connections": STATUS + control.COUNTS.pack(2**64 - 1, 0, True, 0),
+    "fewer numbers than it says": STATUS + control.COUNTS.pack(0, 0, True, 65_535) + bytes(100),
+    "a second start": STATUS + control.COUNTS.pack(0, 0, False, 0),
     "a message without an end": STATUS + bytes(control.MAX_MESSAGE),
 }
 OF_ENGINES = {
+    "the end of a front end": b"bad front-0",
     "a speed that is no number": b"speed nan",
     "a speed before time": b"speed -1",
     "a speed in words": b"speed fast",
@@ -205,7 +207,7 @@ def test_files_that_a_process_sends_unasked_are_closed_by_the_kernel() -> None:
             server = Server(stack)
             reading, writing = os.pipe()
             for _ in range(50):
-                status = STATUS + control.COUNTS.pack(0, 0)
+                status = STATUS + READY
                 socket.send_fds(server.ends["front-1"], [status], [writing] * 200)
                 server.receive("front-1")
             os.close(writing)
@@ -216,7 +218,7 @@ def test_files_that_a_process_sends_unasked_are_closed_by_the_kernel() -> None:
     asyncio.run(scenario())
 
 
-FLOODS = {"reports": STATUS + control.COUNTS.pack(0, 0), "metrics": b"metrics"}
+FLOODS = {"reports": STATUS + READY, "metrics": b"metrics"}
 
 
 @pytest.mark.parametrize("name", FLOODS)
@@ -243,7 +245,7 @@ def test_a_process_that_sends_too_many_messages_is_replaced(name, monkeypatch) -
     assert control.MAX_TOKENS < asyncio.run(scenario()) < 2 * control.MAX_TOKENS
 
 
-def test_an_engine_has_front_ends_replaced_and_connected_at_a_price() -> None:
+def test_an_engine_has_front_ends_connected_at_a_price() -> None:
     async def scenario() -> None:
         with ExitStack() as stack:
             server = Server(stack)
@@ -255,18 +257,13 @@ def test_an_engine_has_front_ends_replaced_and_connected_at_a_price() -> None:
                         while (message := control.receive_message(server.ends[name])).kind:
                             for file in message.files:
                                 os.close(file)
-            server = Server(stack)
-            server.ends["engine"].send(b"bad front-0")
-            server.ends["engine"].send(b"bad supervisor")
-            server.receive("engine", 2)
-            assert server.killed == ["front-0"]
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("message", [b"", b" "])
 def test_a_process_that_leaves_and_stays_is_killed(message, monkeypatch) -> None:
-    monkeypatch.setattr(supervisor, "LEAVE_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.0)
 
     async def scenario() -> list[str]:
         with ExitStack() as stack:
@@ -274,7 +271,7 @@ def test_a_process_that_leaves_and_stays_is_killed(message, monkeypatch) -> None
             server.ends["front-1"].send(message)
             server.receive("front-1")
             assert server.processes["front-1"].control is None
-            hanging = asyncio.ensure_future(server.supervisor._kill_hanging())
+            hanging = asyncio.ensure_future(server.supervisor._replace_failing())
             await until(lambda: bool(server.killed))
             hanging.cancel()
             return server.killed
@@ -521,6 +518,40 @@ def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
     asyncio.run(scenario())
     assert [record.exc_info for record in caplog.records] == [None]
     assert caplog.messages[0].startswith("engine engine: ")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
+    bundle, value
+) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
+
+    async def scenario() -> None:
+        theirs, ours = socket.socketpair()
+        slots, described = channel.open_channel(theirs, facts, 4)
+        theirs.sendall(described)
+        registry = RemoteRegistry(
+            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
+        )
+        await registry.start()
+        waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
+        theirs.setblocking(False)
+        await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
+        slots.write_outputs(3, {"logits": np.full(7, value, np.float32)}, ["logits"])
+        theirs.sendall(result(3, 1))
+        with pytest.raises(RejectedError) as refused:
+            await asyncio.wait_for(waiting, 5)
+        assert (refused.value.reason.code, refused.value.reason.status) == (
+            "nonfinite_output",
+            500,
+        )
+        assert registry.problem is None  # other images may be right
+        theirs.close()
+        await registry.stop()
+
+    asyncio.run(scenario())
 
 
 def test_what_decoders_write_to_the_log_has_a_rate(monkeypatch) -> None:

@@ -1,7 +1,9 @@
 """API keys, authentication and rate limits; the memory budget of bodies; disconnected clients."""
 
+import asyncio
 import errno
 import hashlib
+import itertools
 import os
 import stat
 import threading
@@ -20,8 +22,19 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_commands.app import app as cli
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http import api_keys
-from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, new_key, read_keys
+from sopdeploy_service.http.api_keys import (
+    Key,
+    KeyRing,
+    TokenBucket,
+    file_identity,
+    find_key,
+    new_key,
+    read_again,
+    read_keys,
+)
 from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.server.draining_server import DrainingServer
+from sopdeploy_service.server.lifetime import Joined
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import EXPECT, POST, connect, count, post_of, read
@@ -448,3 +461,77 @@ def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
         ConfigError, match=rf"\(Permission denied\); .* run chown {os.geteuid()} .*keys\.toml"
     ):
         read_keys(tmp_path / "keys.toml")
+
+
+def test_reloaded_keys_replace_those_before_and_keep_the_state_of_their_limits(
+    tmp_path,
+) -> None:
+    path = tmp_path / "keys.toml"
+    first, second = new_key(path, "first", rate=1e-6), new_key(path, "second")
+    ring = KeyRing(read_keys(path))
+    _, bucket = ring.find(first.encode())
+    bucket.spend(60)
+    third = new_key(tmp_path / "other.toml", "third", rate=1e-6)
+    ring.replace((*read_keys(tmp_path / "other.toml"), *read_keys(path)[:1]))
+    assert ring.find(second.encode()) is None
+    remaining = [
+        ring.find(key.encode())[1].headers()["RateLimit-Remaining"] for key in (first, third)
+    ]
+    assert remaining == ["4", "64"]
+
+
+UNUSABLE_KEYS = {"no file": None, "no key": "", "damaged": "[[key]", "no hash": "[[key]]\n"}
+
+
+@pytest.mark.parametrize("name", UNUSABLE_KEYS)
+def test_keys_that_cannot_be_read_again_leave_those_in_use_in_one_line(
+    tmp_path, caplog, name
+) -> None:
+    path = tmp_path / "keys.toml"
+    if UNUSABLE_KEYS[name] is not None:
+        path.write_text(UNUSABLE_KEYS[name])
+    in_use = (Key(name="a", sha256="0" * 64),)
+    assert asyncio.run(read_again(Settings(keys=path), in_use)) == in_use
+    (line,) = caplog.messages
+    assert line.startswith(f"keys not reloaded, those in use stay: {path}: ")
+
+
+def test_a_server_in_one_process_accepts_the_keys_that_the_file_has_at_a_reload(
+    tmp_path,
+) -> None:
+    path = tmp_path / "keys.toml"
+    ring, new = KeyRing((Key(name="a", sha256=DIGEST),)), new_key(path, "b")
+    server = DrainingServer.__new__(DrainingServer)
+    server._service = SimpleNamespace(settings=Settings(keys=path))
+    server._app = SimpleNamespace(state=SimpleNamespace(keys=ring))
+    asyncio.run(server._reload_keys())
+    assert (ring.find(b"secret"), ring.find(new.encode())[0].name) == (None, "b")
+
+
+def test_a_changed_key_file_has_another_identity(tmp_path) -> None:
+    path = tmp_path / "keys.toml"
+    identities = [file_identity(path)]
+    for name in ("a", "b"):
+        new_key(path, name)
+        identities.append(file_identity(path))
+    assert len(set(identities)) == 3
+
+
+def test_reloads_that_are_requested_during_one_are_one_more() -> None:
+    async def scenario() -> int:
+        gate, count = asyncio.Event(), itertools.count()
+
+        async def work() -> None:
+            next(count)
+            await gate.wait()
+
+        joined = Joined(work)
+        for _ in range(200):
+            joined.request()
+            await asyncio.sleep(0)
+        gate.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return next(count)
+
+    assert asyncio.run(scenario()) == 2

@@ -110,7 +110,7 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
 NO_IMAGES = {  # files that no decoder accepts, or that one refuses by its header; code
     "text": (b"hello", "not_an_image"),
     "a PDF": (b"%PDF-1.4\n" + bytes(300), "unsupported_format"),
-    "a HEIC without the setting": (b"\0\0\0\x18ftypheic" + bytes(200), "unsupported_format"),
+    "an AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "unsupported_format"),
     "a file without bytes": (b"", "empty_body"),
     "a JPEG that was cut": (picture_bytes()[:100], "truncated_image"),
     "a JPEG of 200 megapixels": (hostile.jpeg(20_000, 10_000)[:2000], "too_many_pixels"),

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnxruntime
@@ -14,7 +15,7 @@ from sopdeploy.layers.covariance import (
     covariance_factor,
     covariance_trace,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, Prenorm
 from tests.sopdeploy.layers.numerics.all_poolings import (
     EACH_POOLING,
     build,
@@ -111,7 +112,7 @@ def test_the_iteration_is_unrolled_into_the_products_it_takes(
     )
 
 
-PRENORMS = ["trace", "frobenius"]
+PRENORMS = get_args(Prenorm)
 
 
 @pytest.mark.parametrize("prenorm", PRENORMS)

@@ -20,6 +20,7 @@ from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.training import checkpoints
 from sopdeploy.training.results import LoopResult
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import print_result
@@ -70,6 +71,22 @@ def test_runs_are_numbered_and_latest_leads_to_the_newest_one(photos: Path) -> N
     assert train("--out", "elsewhere/mine", settings=LOOP) == Path("elsewhere/mine")
     assert [path.name for path in Path("elsewhere").iterdir()] == ["mine"]
     assert (latest / "best.pt").read_bytes() == Path("runs/mine/best.pt").read_bytes()
+
+
+def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_file = checkpoints.lock_file
+
+    def lock_unless_first(path: Path, **options: Any) -> Any:
+        if path.parent.name == "photos-1":  # another process has created and locked it just now
+            path.touch()
+            raise BlockingIOError
+        return lock_file(path, **options)
+
+    monkeypatch.setattr(checkpoints, "lock_file", lock_unless_first)
+    assert train(settings=LOOP) == Path("runs/photos-2")
+    assert (Path("runs/latest")).readlink() == Path("photos-2")
 
 
 def listed(*options: str) -> list[dict[str, Any]]:

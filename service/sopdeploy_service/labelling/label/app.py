@@ -25,11 +25,13 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.config import StrictModel, matching
-from sopdeploy.errors import SopdeployError
-from sopdeploy.files import MAX_IMAGE_BYTES, read_file
+from sopdeploy.errors import BundleError, SopdeployError
+from sopdeploy.files import LATEST, MAX_IMAGE_BYTES, read_file
 from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
 from sopdeploy.names import as_utf8
+from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
@@ -310,7 +312,22 @@ def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
     has_name = photos.name not in {"", ".."}
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
-    return f"sopdeploy train {join(words)}"
+    return f"sopdeploy train {join([*words, *_from_live()])}"
+
+
+def _from_live() -> list[str]:
+    """Return the option `--from` with the link to the live bundle, if it and its run are here.
+
+    The live run sets the margins of the next one.
+    """
+    for link in sorted(BUNDLES.glob("*")):
+        if not link.is_symlink() or link.name == LATEST:
+            continue
+        with suppress(BundleError):
+            origin = read_manifest(link).origin
+            if origin is not None and (RUNS / origin.run / "best.pt").is_file():
+                return ["--from", str(link)]
+    return []
 
 
 def run_label_server(

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.app import app as program
 from sopdeploy_service.labelling.label import app
 from sopdeploy_service.labelling.label.app import run_label_server
 from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.labelling.label.conftest import KEY, files_below, identity, label_server
+from tests.support.forged import write_hollow
 from tests.support.raw import connect
 from tests.support.service import picture_bytes
 
@@ -388,3 +390,22 @@ def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(
         f"disk/flowers/hat/{identity(1)}.jpg",
         f"photos-unknown/{identity(2)}.jpg",
     }
+
+
+def test_the_printed_command_continues_from_the_live_run_if_it_is_here(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kept", "photos", "bundles"):
+        Path(name).mkdir()
+    fields = {"run_id": "0", "started": utc_now(), "data": "photos"}
+    origin = Origin(run="photos-1", num_images=9, num_classes=3, **fields)
+    bundle = write_hollow(Path("bundles"), origin=origin)
+    folders, start = LabelFolders(Path("kept"), Path("photos")), "sopdeploy train --data photos"
+    Path("bundles/live").symlink_to(bundle.name)
+    assert app.training_command(folders, Path("photos")) == start  # its run is elsewhere
+    Path("runs/photos-1").mkdir(parents=True)
+    Path("runs/photos-1/best.pt").touch()
+    assert app.training_command(folders, Path("photos")) == f"{start} --from bundles/live"
+    Path("bundles/live").unlink()
+    assert app.training_command(folders, Path("photos")) == start

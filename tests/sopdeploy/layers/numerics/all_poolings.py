@@ -27,7 +27,8 @@ def textbook_root(features: Tensor, rule: NewtonSchulzConfig) -> Tensor:
     x = x - x.mean(dim=2, keepdim=True)
     cov = x @ x.transpose(1, 2) / x.shape[2]
     trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)
-    norm = (trace if rule.prenorm == "trace" else torch.linalg.matrix_norm(cov))[:, None, None]
+    norms = {"trace": trace, "frobenius": torch.linalg.matrix_norm(cov)}
+    norm = norms[rule.prenorm][:, None, None]
     identity = torch.eye(cov.shape[1], dtype=cov.dtype)
     y, z = cov / norm, identity.expand_as(cov)
     for _ in range(rule.iterations):

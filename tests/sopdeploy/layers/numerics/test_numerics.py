@@ -1,6 +1,7 @@
 """The numerics of second-order poolings: roots, gradients, repeated eigenvalues and extreme inputs."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sopdeploy.layers.isqrt_cov import (
     ISqrtCov,
     ISqrtVector,
     NewtonSchulzConfig,
+    Prenorm,
     covariance_root,
     gram_is_cheaper,
     isqrt_vector,
@@ -33,7 +35,7 @@ from tests.sopdeploy.layers.numerics.all_poolings import (
 )
 from tests.sweep.smallest import POOLINGS
 
-PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
+PRENORMS = pytest.mark.parametrize("prenorm", get_args(Prenorm))
 
 
 @PRENORMS
@@ -65,7 +67,7 @@ def test_the_cheaper_form_is_selected(channels, positions, iterations, expected)
     assert gram_is_cheaper(channels, positions, iterations) is expected
 
 
-@pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
+@pytest.mark.parametrize("prenorm", get_args(Prenorm))
 @pytest.mark.parametrize("iterations", range(1, 16))
 @pytest.mark.parametrize("side", [3, 9], ids=["rank-deficient", "full rank"])
 def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, prenorm) -> None:
@@ -81,7 +83,7 @@ def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, pre
 RULES = [
     NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
     for iterations, prenorm, compensate in itertools.product(
-        (1, 2, 3, 5, 9), ("trace", "frobenius"), (True, False)
+        (1, 2, 3, 5, 9), get_args(Prenorm), (True, False)
     )
 ]
 
@@ -109,7 +111,7 @@ def test_handwritten_gradient_equals_autograd(
 
 
 @SHAPES
-@pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
+@pytest.mark.parametrize("prenorm", get_args(Prenorm))
 def test_first_and_second_gradients_are_those_of_finite_differences(
     channels, side, prenorm
 ) -> None:
