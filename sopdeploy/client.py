@@ -254,6 +254,10 @@ class Client:
         if (pool := self._pools.get(os.getpid())) is not None:
             pool.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle has: everything but the connections, which belong to this process."""
+        return {**self.__dict__, "_pools": {}}
+
     def __enter__(self) -> Self:
         return self
 

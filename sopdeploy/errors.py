@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from shlex import quote
+from typing import Any
 
 # What errors of torch mean for the code of a network.
 _REMEDIES = (
@@ -83,6 +84,10 @@ class SopdeployError(Exception):
 
     def __str__(self) -> str:
         return self.describe()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the error by its attributes, whatever arguments its class takes."""
+        return _restore, (type(self), self.args), self.__dict__
 
     def describe(self, write: Callable[[str, object], str] = python_argument) -> str:
         """Return the message with its settings; *write* formats a setting and its value."""
@@ -223,6 +228,11 @@ class UnreachableError(ServiceError):
     """The server did not respond, or not before the deadline."""
 
     code = "unreachable"
+
+
+def _restore(kind: type[SopdeployError], arguments: tuple[Any, ...]) -> SopdeployError:
+    """Create an error of *kind*, which gets its attributes next."""
+    return kind.__new__(kind, *arguments)
 
 
 def is_memory_exhausted(error: BaseException) -> bool:

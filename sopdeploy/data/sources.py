@@ -58,16 +58,19 @@ class FolderConfig(HoldOut):
 
     Images of a folder in whose names, without suffix, the regular expression `groups` finds the
     same text are never divided, such as `clip1_01.jpg` and `clip1_02.jpg` with `^clip[0-9]+`.
-    It replaces all other groups but those of copies.
+    It replaces all other groups but those of copies. `classes_from` is `folders` if each folder
+    is a class even if it seems to be none, or a regular expression that finds the class in the
+    names of files, such as `^\\D+` for `cat.1.jpg`.
     """
 
     kind: Literal["folder"]
     path: Path | None = None
     groups: str = ""
+    classes_from: str = ""
 
-    @pydantic.field_validator("groups")
+    @pydantic.field_validator("groups", "classes_from")
     @classmethod
-    def _check_groups(cls, pattern: str) -> str:
+    def _check_pattern(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
         except re.error as error:
@@ -129,7 +132,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
             "data.path: not set; give the folder of the data", remedies={"data": None}
         )
     elif isinstance(config, FolderConfig):
-        split = _group_by_name(open_folder(config.path), config.groups)
+        split = _group_by_name(open_folder(config.path, config.classes_from), config.groups)
     elif isinstance(config, CifarConfig):
         split = open_cifar(config.kind, expand_user(config.path))
     else:  # an official layout

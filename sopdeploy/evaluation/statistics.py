@@ -7,7 +7,7 @@ be independent.
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Literal
 
 from sopdeploy.evaluation.metrics import Z_95, Interval
@@ -102,37 +102,17 @@ def difference_interval(wins: int, losses: int, images: int) -> Interval:
     return Interval(*bounds)
 
 
-def share_of_level(attempt: int) -> float:
-    """Return the share of the level that attempt 1, 2, ... may use; the shares from 2 on sum to 1.
-
-    By Bonferroni's inequality, the first attempt errs with 5 % and all others together with at
-    most 5 %, however many there are and whatever images and classifiers they compare.
-    """
-    return 1.0 if attempt == 1 else 1 / (attempt * (attempt - 1))
-
-
-def _quantile_not_worse(attempt: int) -> float:
-    """Return the quantile of "not worse" in this *attempt*, `Z_NOT_WORSE` in the first one."""
-    normal = NormalDist()
-    return -normal.inv_cdf(normal.cdf(-Z_NOT_WORSE) * share_of_level(attempt))
-
-
-def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> Verdict:
+def decide(wins: int, losses: int, images: int, tolerance: float) -> Verdict:
     """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
 
     If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 %
-    of cases. A caller that compares again after a refusal gives the number of this *attempt*:
-    see `share_of_level`.
+    of cases.
     """
     p = mcnemar(wins, losses)  # of the hypothesis that both accuracies are equal
-    if wins > losses and p <= ALPHA * share_of_level(attempt):
+    if wins > losses and p <= ALPHA:
         return "better"
-    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(
-        attempt
-    ):  # above -tolerance
+    if score_statistic(wins, losses, images, -tolerance) >= Z_NOT_WORSE:  # above -tolerance
         return "not worse"
-    # Both "worse" and "undecided" refuse the second classifier, so these attempts need not
-    # share ALPHA.
     return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
@@ -145,25 +125,3 @@ def smallest_difference(wins: int, losses: int, images: int) -> float:
         images + 2
     )  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
     return min(1.0, max(TESTABLE / images, (Z_95 + Z_POWER) * math.sqrt(variance / images)))
-
-
-def images_to_decide(
-    wins: int, losses: int, images: int, tolerance: float, attempt: int = 1
-) -> int | None:
-    """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
-    difference = (wins - losses) / images
-    variance = (wins + losses + 1) / (
-        images + 2
-    )  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
-    # for each verdict: variance ((quantile + Z_POWER) / distance to the excluded difference)^2
-    totals = []
-    if difference > -tolerance:  # "not worse" excludes the difference -tolerance
-        totals.append(
-            variance
-            * ((_quantile_not_worse(attempt) + Z_POWER) / (difference + tolerance)) ** 2
-        )
-    if difference < 0:  # "worse" excludes the difference 0
-        totals.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
-    if not totals:
-        return None
-    return max(1, math.ceil(min(totals)) - images)  # for the verdict that needs fewer images

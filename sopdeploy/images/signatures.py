@@ -17,6 +17,7 @@ from sopdeploy.files import PARTIAL, open_regular
 from sopdeploy.images.limits import FORMATS, describe_formats
 
 SUFFIXES = (*(f".{name}" for name in FORMATS), ".jpg", ".heif")  # only to open fewer files
+NO_PHOTOGRAPHS = (PARTIAL, ".thm")  # of a copy, and of a camera's thumbnail of a video
 HEAD_BYTES = 64  # what `find_format` needs
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -84,7 +85,8 @@ def has_image_suffix(name: str) -> bool:
 def counts_as_image(name: str, read_head: Callable[[], bytes]) -> bool:
     """Tell whether the file *name* is read as an image: by its ending, or else by its first bytes."""
     return has_image_suffix(name) or (
-        not name.endswith(PARTIAL) and find_format(read_head()) in FORMATS.values()
+        not name.lower().endswith(NO_PHOTOGRAPHS)
+        and find_format(read_head()) in FORMATS.values()
     )
 
 

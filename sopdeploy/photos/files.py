@@ -14,12 +14,13 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user, holds_output
-from sopdeploy.images.signatures import is_image
+from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
 
 Log = Callable[[str], None]
@@ -31,6 +32,7 @@ SYSTEM_FOLDERS = {
 }  # fmt: skip
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
+FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 SAMPLE_FOLDER = "sample"
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 _KEPT_STEM = re.compile(
@@ -73,9 +75,10 @@ def is_hidden(name: str) -> bool:
 
 
 def part_kind(name: str) -> str:
-    """Return *name* without affixes, `train` for `seg_train`; "" if it is not in `TRAINING` or `HELD_OUT`."""
+    """Return *name* without affixes, `train` for `seg_train2`; "" if it is not in `TRAINING` or `HELD_OUT`."""
+    without_number = re.sub(r"\d+$", "", name.lower())  # of `test1` or `val_2017`
     words = [
-        word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES
+        word for word in re.split(r"[\s_.-]+", without_number) if word and word not in AFFIXES
     ]
     kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
     return kind if kind in TRAINING or kind in HELD_OUT else ""
@@ -113,6 +116,39 @@ def check_labels(where: Path, labels: Sequence[str]) -> None:
     """Raise `DataError` for the first of *labels*, of images in *where*, that cannot name a class."""
     if problem := label_problem(labels):
         raise DataError(f"{where}: {problem}; rename the class")
+
+
+class UndecodableNameError(DataError):
+    """The name of a file is not UTF-8."""
+
+
+@contextmanager
+def naming_all_undecodable(root: Path) -> Iterator[None]:
+    """Name all files below *root* whose names are not UTF-8 in the error of the first one."""
+    try:
+        yield
+    except UndecodableNameError:
+        names = [
+            os.fsdecode(os.path.relpath(os.path.join(folder, name), os.fsencode(root)))  # noqa: PTH118
+            for folder, folders, files in os.walk(os.fsencode(root))
+            for name in (*folders, *files)
+            if not _is_utf8(name)
+        ]
+        if len(names) < 2:
+            raise
+        raise DataError(
+            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP file of Windows; rename them: "
+            f"{shorten([repr(name) for name in sorted(names)])}",
+            lists={"names": sorted(names)},
+        ) from None
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Parts(NamedTuple):
@@ -188,23 +224,43 @@ def holds_images(folder: Path) -> bool:
     )
 
 
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """List the names of the images and of the other files in *folder* itself; raises `DataError`."""
+    names = [entry.name for entry in list_folder(folder) if entry.is_file()]
+    images = [name for name in names if is_image(folder / name)]
+    return images, [name for name in names if name not in {*images}]
+
+
 def list_images(
     root: Path, folder: str = "", visited: set[FolderIdentity] | None = None
 ) -> tuple[list[bytes], list[str]]:
     """List the images below the subfolder *folder* of *root*, sorted, and the other files below it.
 
     All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an
-    array; the others are text for messages. Folders in *visited* are left out, as `walk` does.
-    Raises `DataError` for a folder that cannot be listed.
+    array; the others are text for messages. A copy that a program left beside an image is one
+    of the others (`_is_copy_beside`). Folders in *visited* are left out, as `walk` does. Raises
+    `DataError` for a folder that cannot be listed.
     """
-    images, others = [], []
+    images, unsuffixed, others = set[str](), list[str](), list[str]()
     for path in walk(root / folder, visited):
-        relative = path.relative_to(root)
-        if is_image(path):
-            images.append(os.fsencode(relative))
+        relative = str(path.relative_to(root))
+        if not is_image(path):
+            others.append(relative)
+        elif has_image_suffix(path.name):
+            images.add(relative)
         else:
-            others.append(str(relative))
-    return sorted(images), others
+            unsuffixed.append(relative)
+    for name in unsuffixed:
+        if _is_copy_beside(name, images):
+            others.append(name)
+        else:
+            images.add(name)
+    return sorted(map(os.fsencode, images)), sorted(others)
+
+
+def _is_copy_beside(name: str, images: Collection[str]) -> bool:
+    """Tell whether the file *name* adds to that of one of the *images*, as `1.jpg~` and `1.jpg.bak` do."""
+    return any(name[:end] in images for end in range(len(name) - 1, name.rfind("/") + 1, -1))
 
 
 def walk(
@@ -270,12 +326,10 @@ def list_folder(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]
         ) from error
     if not hidden:  # the names will be shown; with hidden ones, they are only compared
         for entry in entries:
-            try:
-                os.fsencode(entry.name).decode("utf-8")
-            except UnicodeDecodeError:
-                raise DataError(
+            if not _is_utf8(os.fsencode(entry.name)):
+                raise UndecodableNameError(
                     f"{folder}: the name {entry.name!r} is not UTF-8; rename it"
-                ) from None
+                )
     return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 
 

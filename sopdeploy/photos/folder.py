@@ -6,7 +6,7 @@ with their classes (`table`), and official layouts are read by torchvision (`lib
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import chain
@@ -25,6 +25,7 @@ from sopdeploy.images.signatures import (
     note_skipped,
 )
 from sopdeploy.photos.files import (
+    FOLDERS,
     SAMPLE_FOLDER,
     TRAIN,
     TRAINING,
@@ -38,16 +39,26 @@ from sopdeploy.photos.files import (
     hint_at_spelling,
     holds_images,
     is_kept_photograph,
+    list_files,
     list_images,
     list_outputs,
     list_subfolders,
     lookalike_key,
+    naming_all_undecodable,
     normalize,
     part_folder,
     part_kind,
 )
+from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
+from sopdeploy.photos.questions import (
+    ask_about_numbered_folders,
+    ask_about_repeated_folders,
+    class_in_name,
+    suggest_folder,
+    suggest_names,
+)
 from sopdeploy.photos.table import (
     LABELS_FILE,
     SPLIT,
@@ -55,22 +66,26 @@ from sopdeploy.photos.table import (
     OpenedParts,
     check_has_classes,
     describe_other_table,
+    find_other_table,
     find_table,
+    mentions,
     read_label_table,
 )
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 
 
-def open_folder(path: Path) -> Split:
+def open_folder(path: Path, classes_from: str = "") -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
+    *classes_from* is `FOLDERS` if each folder at the top is a class, whatever it seems to hold,
+    a regular expression that finds the class in the name of a file, or "" (`list_classes`).
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
     class indices. Without a folder of held-out images, classes of a single image are left out.
     Raises `DataError`.
     """
     root = data_folder(path)
-    opened = open_parts(root, max_held_out=1)
+    opened = open_parts(root, max_held_out=1, classes_from=classes_from)
     notes = [*opened.notes]
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
@@ -99,17 +114,25 @@ def open_folder(path: Path) -> Split:
     return Split.undivided(select_classes(train, kept), notes)
 
 
-def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
+def open_parts(
+    root: Path, max_held_out: int | None = None, classes_from: str = ""
+) -> OpenedParts:
     """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
-    Of the folders with held-out images, it opens the first *max_held_out*, by default all.
-    Raises `DataError`.
+    Of the folders with held-out images, it opens the first *max_held_out* that have classes, by
+    default all. With *classes_from*, `list_classes` reads the classes. Raises `DataError`.
     """
+    with naming_all_undecodable(root):
+        return _open_parts(root, max_held_out, classes_from)
+
+
+def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
     if (kind := detect_kind(root)) is not None:
         train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
-    if (where := find_table(root)) is None:
-        return _open_class_folders(root, max_held_out)
+    where = None if classes_from else find_table(root)
+    if where is None:
+        return _open_class_folders(root, max_held_out, classes_from)
     table = read_label_table(where)
     for name, images in table.parts.items():
         check_has_classes(where, name, images)
@@ -124,51 +147,114 @@ def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     return table._replace(problems=problems, notes=notes)
 
 
-def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
-    """Open the class folders of the parts in *root*, or those in *root* itself; raises `DataError`."""
+def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+    """Open the classes of the parts in *root*, or those in *root* itself; raises `DataError`."""
     parts = find_parts(root)
-    folders = _find_part_folders(root, parts, max_held_out)
+    folders = _find_part_folders(root, parts)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
-    if tables:
-        return _open_part_tables(root, folders, tables)
-    listings = {name: list_classes(folder) for name, folder in folders.items()}
-    train = listings[parts.train or UNSPLIT].images
-    if not train.labels:
-        raise no_classes(root, train.root)
-    other_table = _find_other_table(root, listings.values())
-    if len(train.labels) == 1:
-        raise DataError(
-            f"{train.root}: holds only one class ({train.labels[0]}); a classifier needs at least two"
-            + (_suggest_folder(train) or (other_table and f"; {other_table}"))
-        )
-    notes = [*_describe_parts(root, parts)]
+    if tables and not classes_from:
+        return _open_part_tables(root, _first_parts(folders, max_held_out), tables)
+
+    # The training images tell the classes, or nothing does.
+    train_name, *held_out_names = folders
+    train = list_classes(folders[train_name], classes_from)
+    other_table = _find_other_table(root, train)
+    _check_tells_classes(root, train, other_table, classes_from)
+
+    # Held-out images need classes, but not all of them.
+    listings, unlabelled, labels = {train_name: train}, dict[str, str](), train.images.labels
+    for name in held_out_names:
+        if len(listings) - 1 == max_held_out:
+            break
+        listing = list_classes(folders[name], classes_from)
+        if _has_no_classes(listing, labels):
+            unlabelled[name] = _describe_unlabelled(listing)
+        else:
+            listings[name] = listing
+    problems = [
+        problem
+        for listing in listings.values()
+        for problem in _describe_class_problems(listing, labels)
+    ]
+    notes = [*_describe_parts(root, parts, [*listings][:2], unlabelled)]
+    for name, listing in listings.items():
+        if not problems and listing.images.labels != labels:
+            missing = [label for label in labels if label not in listing.images.labels]
+            listings[name] = listing._replace(images=select_classes(listing.images, labels))
+            notes.append(
+                f"{listing.images.root}: no images of {shorten(missing)}, so that the score tells nothing about them"
+            )
+
+    # What is not used is named and counted.
     if outputs := list_outputs(root):
         notes.append(
             f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}"
         )
-    problems, other_files = list[str](), list[str]()
+    other_files = list[str]()
     for listing in listings.values():
         _check_no_parts_inside(listing)
-        problems += _describe_class_problems(listing, train.labels)
-        if listing.nested:
+        notes += listing.notes
+        other_files += chain.from_iterable(listing.other_files.values())
+    for folder in dict.fromkeys((root, *(one.images.root for one in listings.values()))):
+        beside, others = list_files(folder)
+        other_files += others
+        if beside and not is_pattern(classes_from):
+            count = amount(len(beside), "image")
             notes.append(
-                f"{listing.images.root}: images of folders in a class folder count as images of that class, "
-                f"those of several folders as a group each: {shorten(listing.nested)}"
-                + (
-                    _suggest_folder(listing.images)
-                    or "; move these folders up if they are classes"
-                )
+                f"{folder}: {count} beside the class folders left out: {shorten(beside)}"
             )
-        notes += [
-            f"{listing.images.root}: {line}"
-            for line in describe_confusable(listing.images.labels)
-        ]
-        for files in listing.other_files.values():
-            other_files += files
     if other_table:
-        notes.append(other_table)
+        notes.append(describe_other_table(root, other_table))
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _check_tells_classes(
+    root: Path, train: "ClassListing", other_table: Path | None, classes_from: str
+) -> None:
+    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones."""
+    images = train.images
+    listing = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    if not images.labels:
+        raise no_classes(root, images.root, suggest_names(root, train.beside))
+    if len(images.labels) == 1:
+        hints = (
+            suggest_folder(images),
+            listing,
+            suggest_names(root, images.paths.tolist()),
+        )
+        raise DataError(
+            f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
+            + next(filter(None, hints), "")
+        )
+    _check_no_parts_inside(train)
+    if not classes_from:
+        ask_about_repeated_folders(images)
+        is_listed = other_table and not mentions(other_table, images.labels)
+        ask_about_numbered_folders(images, listing if is_listed else "")
+
+
+def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[str, Path]:
+    """Return the training part of *folders* and the first *max_held_out* others."""
+    stop = None if max_held_out is None else max_held_out + 1
+    return dict(list(folders.items())[:stop])
+
+
+def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
+    """Tell whether a held-out folder holds images of unknown classes: none of *labels*, or no class folders."""
+    num_classes = int(np.count_nonzero(listing.images.class_counts()))
+    return num_classes < 2 and not {*listing.images.labels} & {*labels}
+
+
+def _describe_unlabelled(listing: "ClassListing") -> str:
+    """Say that the images of a held-out folder have no classes, and what can be done with them."""
+    folder, count = listing.images.root, len(listing.beside) + len(listing.images)
+    if not count:
+        return f"{folder}: left out, because it is empty"
+    return (
+        f"{folder}: left out, because it has none of the classes: {amount(count, 'image')}, which "
+        f"`sopdeploy predict BUNDLE {quote(str(folder))}` can classify"
+    )
 
 
 def _open_part_tables(
@@ -203,23 +289,21 @@ def _open_part_tables(
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def _find_other_table(root: Path, listings: Iterable["ClassListing"]) -> str:
-    """Describe a table in *root*, in a part or in a class folder that lists the images; "" without one."""
-    files, images = sorted(root.glob("*.*")), list[bytes]()
-    for listing in listings:
-        images += listing.images.paths.tolist()
-        if listing.images.root != root:
-            files += sorted(listing.images.root.glob("*.*"))
-        for others in listing.other_files.values():
-            files += [listing.images.root / file for file in others]
-    return describe_other_table(root, images, files)
+def _find_other_table(root: Path, train: "ClassListing") -> Path | None:
+    """Find a table in *root*, in the training part or in a class that lists its images; None without one."""
+    folders = dict.fromkeys((root, train.images.root))
+    files = [file for folder in folders for file in sorted(folder.glob("*.*"))]
+    for others in train.other_files.values():
+        files += [train.images.root / file for file in others]
+    return find_other_table(train.images.paths.tolist(), files)
 
 
-def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> dict[str, Path]:
-    """Find the folder of training images, or *root*, and the first *max_held_out* of held-out ones."""
+def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
+    """Find the folder of training images, or *root*, and then those of held-out ones."""
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
-            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there"
+            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there, or rename the "
+            "folders if they are classes"
         )
     if not parts.train:
         return {UNSPLIT: root}
@@ -231,9 +315,7 @@ def _find_part_folders(root: Path, parts: Parts, max_held_out: int | None) -> di
             f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
             f"rename it if it is a class, or move the others out of this folder"
         )
-    return {
-        name: part_folder(root, name) for name in (parts.train, *parts.held_out[:max_held_out])
-    }
+    return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
 def _check_no_parts_inside(listing: "ClassListing") -> None:
@@ -250,59 +332,127 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold, with paths relative to the root of `images`.
 
-    `other_files` are the files that are no images by class, `nested` the folders with images in
-    class folders.
+    `other_files` are the files that are no images by class, `nested` the folders of class
+    folders that hold several, and `beside` the images of no class. `notes` name what is left
+    out and what may be a mistake.
     """
 
     images: ImageFiles
     other_files: dict[str, list[str]]
     nested: list[str]
+    beside: list[bytes]
+    notes: list[str]
 
 
-def list_classes(root: Path) -> ClassListing:
-    """List the content of every class folder in *root*, sorted; a class may be empty.
+def list_classes(root: Path, classes_from: str = "") -> ClassListing:
+    """List the images of every class folder in *root*, sorted; a class may be empty.
 
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link to a class folder is not
-    followed.
+    followed. Masks, and photographs in another form, are left out (`find_leftovers`), and so is
+    a class of nothing else, unless *classes_from* is `FOLDERS`. A regular expression in it finds
+    the class in the names of all images below *root* instead.
     """
+    paths_of_folder, other_files = _list_folders(root)
+    beside, _ = list_files(root)
+    notes = list[str]()
+    if classes_from != FOLDERS:
+        for leftover in find_leftovers(root, paths_of_folder):
+            remaining = {
+                label: [path for path in paths if path not in leftover.paths]
+                for label, paths in paths_of_folder.items()
+            }
+            paths_of_folder = {
+                label: paths
+                for label, paths in remaining.items()
+                if paths or not paths_of_folder[label]
+            }
+            where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
+            notes.append(
+                f"{root}: left out, because they are {leftover.content}: "
+                f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
+            )
+    if is_pattern(classes_from):
+        paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_folder.values())]
+        return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
+
+    # A class folder's entry that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
+    # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
+    labels = tuple(sorted(paths_of_folder))
+    paths, groups, targets, nested = list[bytes](), list[bytes](), list[int](), set[bytes]()
+    for target, label in enumerate(labels):
+        class_paths = paths_of_folder[label]
+        entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
+        if len({*entries}) > 1:
+            nested |= {*entries} - {*class_paths}
+            groups += entries
+        else:  # it says nothing: each image is then a group of its own
+            groups += class_paths
+        targets += [target] * len(class_paths)
+        paths += class_paths
+
+    no_two_together = len(set(groups)) == len(groups)
+    known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
+    images = ImageFiles(
+        root, labels, np.asarray(paths, np.bytes_), np.asarray(targets, np.int64), known_groups
+    )
+    nested_folders = sorted(map(os.fsdecode, nested))
+    if nested_folders:
+        notes.append(
+            f"{root}: images of folders in a class folder count as images of that class, those of several "
+            f"folders as a group each: {shorten(nested_folders)}"
+            + (suggest_folder(images) or "; move these folders up if they are classes")
+        )
+    notes += [f"{root}: {line}" for line in describe_confusable(labels)]
+    return ClassListing(images, other_files, nested_folders, [*map(os.fsencode, beside)], notes)
+
+
+def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[str]]]:
+    """List the images and the other files of each class folder in *root*, by class."""
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
-    paths: list[bytes] = []
-    groups: list[bytes] = []
-    targets: list[int] = []
-    other_files: dict[str, list[str]] = {}
-    nested: set[str] = set()
-    for target, label in enumerate(sorted(folders)):
-        class_paths: list[bytes] = []
-        other_files[label] = []
+    images, other_files = dict[str, list[bytes]](), dict[str, list[str]]()
+    for label in sorted(folders):
+        images[label], other_files[label] = [], []
         for name in folders[label]:
             images_of_folder, others = list_images(root, name, visited)
-            class_paths += images_of_folder
+            images[label] += images_of_folder
             other_files[label] += others
-        # The entry of the class folder that holds each image: the folder `cat/x` for
-        # `cat/x/1.jpg` and for `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
-        entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
-        nested.update(
-            map(os.fsdecode, set(entries) - set(class_paths))
-        )  # the folders among the entries
-        has_one_entry = (
-            len(set(entries)) == 1
-        )  # it says nothing: each image is then a group of its own
-        groups += class_paths if has_one_entry else entries
-        targets += [target] * len(class_paths)
-        paths += class_paths
-    no_two_together = len(set(groups)) == len(groups)
-    known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
-    path_array, target_array = (
-        np.asarray(paths, dtype=np.bytes_),
-        np.asarray(targets, dtype=np.int64),
+    return images, other_files
+
+
+def _list_by_name(
+    root: Path,
+    paths: list[bytes],
+    other_files: dict[str, list[str]],
+    pattern: str,
+    notes: list[str],
+) -> ClassListing:
+    """Sort the images *paths* in *root* by the classes that *pattern* finds in their names."""
+    found = [class_in_name(path, pattern) for path in paths]
+    labels = tuple(sorted(filter(None, set(found))))
+    check_labels(root, labels)
+    without = [path for path, label in zip(paths, found, strict=True) if not label]
+    if without and labels:
+        names = shorten([*map(os.fsdecode, without)])
+        notes.append(
+            f"{root}: {amount(len(without), 'image')} left out, in whose names {pattern!r} finds no class: {names}"
+        )
+    kept = [path for path, label in zip(paths, found, strict=True) if label]
+    targets = [labels.index(label) for label in found if label]
+    images = ImageFiles(
+        root, labels, np.asarray(kept, np.bytes_), np.asarray(targets, np.int64)
     )
-    images = ImageFiles(root, tuple(sorted(folders)), path_array, target_array, known_groups)
-    return ClassListing(images, other_files, sorted(nested))
+    notes += [f"{root}: {line}" for line in describe_confusable(labels)]
+    return ClassListing(images, other_files, [], without, notes)
+
+
+def is_pattern(classes_from: str) -> bool:
+    """Tell whether *classes_from* is a regular expression for the names of files."""
+    return classes_from not in ("", FOLDERS)
 
 
 def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
@@ -320,17 +470,17 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
             missing.append(label)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
-    if missing:
+    if missing and unknown:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
     used = set(images.targets.tolist())
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_suffixes(count_suffixes(listing.other_files[empty[0]]))
+        ignored = describe_suffixes(count_suffixes(listing.other_files.get(empty[0], ())))
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({describe_formats()}) or remove the folder{_suggest_folder(images)}"
+            f"add some ({describe_formats()}) or remove the folder{suggest_folder(images)}"
         )
 
 
@@ -340,53 +490,26 @@ def single_images(images: ImageFiles) -> Iterator[str]:
         yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
-def no_classes(root: Path, part: Path | None = None) -> DataError:
+def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataError:
     """Build the error for *root*, or a *part* of it, without classes; it names a table of the images."""
     images, others = list_images(root)
-    other_table = describe_other_table(root, images, (root / file for file in others))
+    table = find_other_table(images, (root / file for file in others))
+    other_table = "" if table is None else describe_other_table(root, table)
     return DataError(
         f"{root if part is None else part}: holds no class folders and no labels.csv; "
-        + (other_table or "sort the images into one subfolder per class")
+        + (other_table or f"sort the images into one subfolder per class{hint}")
     )
 
 
-def _suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
-    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
-
-    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
-    holds images itself, or if the subfolders of several class folders share no name: they are
-    then the objects of each class.
-    """
-    counts = defaultdict[str, Counter[str]](
-        Counter
-    )  # images of each subfolder, by the path of its parent
-    for path in images.paths.tolist():
-        parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
-        counts[parent][subfolder] += 1
-    if not counts or "" in counts:  # no images, or a class folder that holds some itself
-        return ""
-    best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
-    names = counts.pop(best)
-    other_names = set[str]().union(*counts.values())
-    is_only_class = len(set(images.targets.tolist())) == 1
-    may_be_classes = len(names) > 1 and (is_only_class or names.keys() & other_names)
-    if not may_be_classes:
-        return ""
-    while part_kind(best.rpartition("/")[2]):  # a part of the data set
-        best = best.rpartition("/")[0]
-    return f"; if {shorten(sorted(names))} are the classes, {advice} {quote(str(images.root / best))}"
-
-
-def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
+def _describe_parts(
+    root: Path, parts: Parts, used: Sequence[str], unlabelled: Mapping[str, str]
+) -> Iterator[str]:
     """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
+    yield from unlabelled.values()
     if parts.train:
-        used = (
-            parts.train,
-            *parts.held_out[:1],
-        )  # the first folder of held-out images, if there is one
-        unused = (*parts.held_out[1:], *parts.others)
+        unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}
         if unused:
-            yield f"{root}: training uses {' and '.join(used)} only, not {shorten(unused)}"
+            yield f"{root}: training uses {' and '.join(used)} only, not {shorten(sorted(unused))}"
     elif parts.others and (
         trains := [name for name in parts.others if part_kind(name) in TRAINING]
     ):
@@ -411,7 +534,15 @@ def open_evaluation_images(
     part that is opened. Raises `DataError` for folders that are no class of the network, unless
     *other_classes* are left out, or if there are no images.
     """
-    root = check_holds_classes(root)
+    with naming_all_undecodable(root):
+        return _open_evaluation_images(
+            check_holds_classes(root), labels, multi_label, other_classes, log
+        )
+
+
+def _open_evaluation_images(
+    root: Path, labels: tuple[str, ...], multi_label: bool, other_classes: bool, log: Log
+) -> ImageFiles:
     if multi_label:
         folder = _held_out_folder(root, labels, log)
         if (table := find_table(root) or find_table(folder)) is None:
@@ -488,7 +619,7 @@ def _match_classes(
     are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
     hint = hint_at_spelling(unknown, labels)
     if unknown and not are_allowed:
-        hint = hint or _suggest_folder(images, "give")
+        hint = hint or suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
@@ -528,7 +659,8 @@ def class_aliases() -> dict[str, str]:
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
     root = data_folder(root, ANY_IMAGES)
-    listed, others = list_images(root)
+    with naming_all_undecodable(root):
+        listed, others = list_images(root)
     note_skipped(root, count_suffixes(others))
     paths = np.asarray(listed, dtype=np.bytes_)
     if not len(paths):

@@ -333,8 +333,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
     return next((each for each in found if each is not None), None)
 
 
-def describe_other_table(root: Path, images: Sequence[bytes], files: Iterable[Path]) -> str:
-    """Name one of the *files* that lists the *images* below *root* but is not read; "" without one.
+def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
+    """Find one of the *files* that lists *images* but is not read; None without one.
 
     It is a text file that contains the names of half of a sample of the images, with or without
     suffix.
@@ -352,12 +352,25 @@ def describe_other_table(root: Path, images: Sequence[bytes], files: Iterable[Pa
             if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(
                 names
             ):
-                return (
-                    f"{table}: lists the images, but is not read; if the classes are in it, save it as "
-                    f"{root / LABELS_FILE} with the columns file,classes (the name of an image is enough, "
-                    "without its folder or suffix)"
-                )
-    return ""
+                return table
+    return None
+
+
+def describe_other_table(root: Path, table: Path) -> str:
+    """Say that *table*, which lists the images below *root*, is not read."""
+    return (
+        f"{table}: lists the images, but is not read; if the classes are in it, save it as "
+        f"{root / LABELS_FILE} with the columns file,classes (the name of an image is enough, "
+        "without its folder or suffix)"
+    )
+
+
+def mentions(table: Path, names: Iterable[str]) -> bool:
+    """Tell whether the beginning of the text file *table* has one of *names* as a word."""
+    with suppress(OSError), table.open("rb") as file:
+        text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
+        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names)
+    return False
 
 
 def _is_named(image: PurePosixPath, text: str) -> bool:

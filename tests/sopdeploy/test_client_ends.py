@@ -7,13 +7,20 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.client import Client
-from sopdeploy.errors import BundleError, ServiceError, UnreachableError
+from sopdeploy.errors import (
+    BundleError,
+    OverloadedError,
+    ServiceError,
+    SopdeployError,
+    UnreachableError,
+)
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull
 from tests.support.stub_server import Received, reply, stub_server
@@ -285,3 +292,27 @@ def test_a_task_that_is_cancelled_leaves_no_response_to_the_next_one() -> None:
 
     with stub_server(answer) as server, Client(server.url, timeout=60) as client:
         assert asyncio.run(calls(client)) == "second"
+
+
+def all_errors(base: type[SopdeployError] = SopdeployError) -> list[type[SopdeployError]]:
+    below = (kind for one in base.__subclasses__() for kind in all_errors(one))
+    return [base, *below]
+
+
+def test_every_error_goes_to_other_processes_with_all_that_it_says() -> None:
+    kinds = all_errors()
+    assert OverloadedError in kinds
+    for kind in kinds:
+        error = kind.__new__(kind)
+        SopdeployError.__init__(error, "message", code="c", status=503, remedies={"a": 1})
+        error.retry_after = 2.5
+        copy = ForkingPickler.loads(ForkingPickler.dumps(error))
+        assert (type(copy), str(copy)) == (kind, str(error))
+        assert copy.__dict__ == error.__dict__
+
+
+def test_a_client_that_was_used_goes_to_other_processes() -> None:
+    with stub_server(named) as server, Client(server.url, timeout=60) as client:
+        label_of(client, "here")
+        with ForkingPickler.loads(ForkingPickler.dumps(client)) as other:
+            assert label_of(other, "there") == "there"

@@ -1,9 +1,9 @@
 """`sopdeploy compare`: compare two bundles on the same photographs, with the server's code.
 
-What decides is the photographs of classes that both bundles have. Photographs of a class that
-only the second bundle has are wrong for the first one by definition; counted, they would hide a
-loss in the other classes. They are reported beside the comparison, in which the answer "new
-class" to another photograph is a mistake.
+What decides is the uniform sample of the recent traffic. A class that only the second bundle
+has counts as the sample has it; the other classes are then tested alone
+(`sopdeploy.evaluation.permission`). So is the best bundle that was live before, the anchor:
+many bundles that each lose a little would otherwise lose much.
 
 Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes.
 Near-duplicates are not independent; only the first of a group counts. Letters: N photographs, C
@@ -12,9 +12,9 @@ classes.
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypedDict
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pydantic
@@ -26,21 +26,27 @@ from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import OtherVersionError, StrictModel, Text, validate_format
 from sopdeploy.errors import ConfigError, DataError, amount, shorten
 from sopdeploy.evaluation.metrics import Rate, log_loss
+from sopdeploy.evaluation.permission import (
+    MIN_IMAGES,
+    TOLERANCE,
+    Counts,
+    Rule,
+    rule_of_all,
+    rule_of_old,
+)
 from sopdeploy.evaluation.statistics import (
     ALPHA,
     TESTABLE,
-    TOLERANCE,
     Verdict,
-    decide,
     difference_interval,
     holm,
-    images_to_decide,
     mcnemar,
     smallest_difference,
 )
 from sopdeploy.html.report import percent
 from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.folder import open_evaluation_images, open_unknown
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED, Time
@@ -50,14 +56,21 @@ from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
+RECENT_DAYS = 14  # before the newest photograph that a server kept
+MIN_RECENT = 100  # photographs that decide, if there are as many
 
 
 class BundleScore(StrictModel):
-    """Accuracy and log loss of one bundle; shares of known and of rejected unknown images, if it has any."""
+    """Scores of one bundle: accuracy on the recent photographs, `top1`, and on all of them, `top1_all`.
+
+    Log loss and the share of known images are those of recent photographs of classes that both
+    bundles have; `rejected` is that of unknown images, if there are any.
+    """
 
     bundle: str
     id: str
     top1: Rate
+    top1_all: Rate | None = None
     log_loss: float
     accepted: Rate | None
     rejected: Rate | None
@@ -89,16 +102,47 @@ class ClassChange(Change):
     second: int
 
 
-class BundleComparison(StrictModel):
-    """The second bundle compared with the first on `num_images` photographs of `classes`.
+class Check(StrictModel):
+    """A bound on what the second bundle loses, as fractions: it passes if `low` is at least `limit`.
 
-    Accuracies and differences are fractions. `new` and `removed` are classes of the second or
-    the first bundle only. `num_copies` near-duplicates, those of unknown images included, and
-    `trained_on` training images were left out. `suspects` are bundles some of whose training
-    images were found, but whose record of them is incomplete. `attempt` counts the comparisons
-    of `promote` with this first bundle, and includes this one. `num_more_images` would decide
-    what is undecided, in the next attempt. `unknown` is None without unknown images; a second
-    bundle that rejects fewer of them is worse.
+    `of` are all recent photographs, those of `old` classes, which the first bundle has, or all
+    recent ones compared with the `anchor`, the best bundle that was live before.
+    """
+
+    of: Literal["all", "old", "anchor"]
+    num_images: int
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    limit: float
+    num_more_images: int | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether a difference below the limit is unlikely."""
+        return self.low >= self.limit
+
+    @property
+    def figures(self) -> str:
+        """The difference, its bound and the limit, in points."""
+        return (
+            f"{100 * self.difference:+.1f} points "
+            f"(at least {100 * self.low:+.1f}, limit {100 * self.limit:+.1f})"
+        )
+
+
+class BundleComparison(StrictModel):
+    """The second bundle compared with the first on `num_images` recent photographs.
+
+    Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
+    `removed` those of the second or the first bundle only. `num_copies` near-duplicates, those
+    of unknown images included, and `trained_on` training images were left out. `suspects` are
+    bundles some of whose training images were found, but whose record of them is incomplete.
+    `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
+    `checks` decide; a comparison of before 0.2 has none. `num_more_images` would decide what is
+    undecided, in the next attempt. `unknown` is None without unknown images; a second bundle
+    that rejects fewer of them is worse.
     """
 
     first: BundleScore
@@ -115,6 +159,7 @@ class BundleComparison(StrictModel):
     p: float
     tolerance: float
     attempt: int
+    checks: tuple[Check, ...] = ()
     verdict: Verdict
     num_more_images: int | None
     unknown: Change | None
@@ -124,30 +169,58 @@ class BundleComparison(StrictModel):
     notes: tuple[str, ...]
 
     @property
+    def passes(self) -> bool:
+        """Whether the second bundle may replace the first."""
+        return self.verdict in {"better", "not worse"}
+
+    @property
     def summary(self) -> str:
-        """The verdict in one line."""
-        text: str = self.verdict
-        no_answer_differs = self.wins == self.losses == 0
-        if self.unknown is not None:
-            no_answer_differs = (
-                no_answer_differs and self.unknown.wins == self.unknown.losses == 0
-            )
-        if text == "not worse":
-            text += f" within {100 * self.tolerance:g} points"
-        elif no_answer_differs and self.first.id == self.second.id:
-            text = "no difference, both are the same bundle"
-        elif text == "undecided" and self.num_more_images is not None:
+        """The verdict and what it follows from, in one line."""
+        if self.first.id == self.second.id:
+            return f"no difference, both are the same bundle: {self._figures}"
+        if self.passes:
+            return f"passes: {self._figures}"
+        return f"{'; '.join([self.verdict, *self._problems])}: {self._figures}"
+
+    @property
+    def _problems(self) -> Iterator[str]:
+        """What speaks against the second bundle, the failed checks first."""
+        of = {
+            "all": "",
+            "old": "the classes of both ",
+            "anchor": "than the best earlier bundle ",
+        }
+        for check in self.checks:
+            if not check.passes:
+                if check.num_images < MIN_IMAGES:
+                    yield f"{of[check.of]}{amount(check.num_images, 'photograph')}, too few"
+                    continue
+                loss = -100 * check.low
+                limit = -100 * check.limit
+                yield f"{of[check.of]}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
+        if self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
-            text += f" (about {rounded:,.0f} more labels would decide)"
+            yield f"label about {rounded:,.0f} more to decide"
         if self.unknown is not None and self.unknown.is_worse:
-            text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
-        if no_answer_differs:
-            text += ", no answer differs"
-        points, low, high = (
-            f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)
+            yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+
+    @property
+    def _figures(self) -> str:
+        """The differences on all photographs, on old classes and on new ones."""
+        right, live = self.second.top1.right, self.first.top1.right
+        checks = {check.of: check for check in self.checks}
+        text = (
+            f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
         )
-        text += f": {points} points ({low} to {high}) on {self.num_images:,} photographs"
-        return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
+        if "all" in checks:
+            text += f": {checks['all'].figures}"
+        if "old" in checks:
+            text += f"; classes of both {checks['old'].figures}"
+        for change in self.new:
+            text += f"; new class {change.label} {change.second} of {change.num_images}"
+        if "anchor" in checks:
+            text += f"; to the best earlier bundle {checks['anchor'].figures}"
+        return text if self.attempt < 2 else f"{text}; attempt {self.attempt}"
 
     @property
     def evidence(self) -> str:
@@ -171,7 +244,8 @@ class Promotion(StrictModel):
     """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
     `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
-    None for the first bundle; `comparison` is None if nothing was compared.
+    None for the first bundle; `comparison` is None if nothing was compared. `anchor` is the best
+    bundle after this move; None in the records of before 0.2.
     """
 
     time: Time
@@ -182,6 +256,7 @@ class Promotion(StrictModel):
     reason: Text
     refused: bool = False
     comparison: BundleComparison | None = None
+    anchor: LinkPath | None = None
 
 
 def _show(result: BundleComparison) -> None:
@@ -219,16 +294,21 @@ def _show(result: BundleComparison) -> None:
         )
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
     for change in result.new:
-        say(
-            f"new class {change.label}: {change.second} of {change.num_images} correct, not counted"
-        )
+        say(f"new class {change.label}: {change.second} of {change.num_images} correct")
     if result.removed:
-        say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
+        say(f"only in the first bundle: {', '.join(result.removed)}")
     say(
         f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
         f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
         result.evidence,
     )
+    for score in (result.first, result.second):
+        if score.top1_all is not None:
+            say(
+                f"accuracy on recent traffic, {score.bundle}: {percent(score.top1.share)} on "
+                f"{score.top1.count:,} photographs; on all {score.top1_all.count:,}: "
+                f"{percent(score.top1_all.share)}"
+            )
     say(result.summary, style="bold")
 
 
@@ -239,13 +319,14 @@ def compare(
     data: Path,
     *,
     unknown: Path | None = None,
-    tolerance: Tolerance = 100 * TOLERANCE,
+    tolerance: Tolerance = TOLERANCE,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
-    The photographs of classes of both bundles decide. Training images and near-duplicates are
-    left out; so are folders that are no class of either bundle, with a note.
+    The recent photographs decide: those that a server kept in the last 14 days, at least 100,
+    and those of others. Training images and near-duplicates are left out; so are folders that
+    are no class of either bundle, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
@@ -255,7 +336,7 @@ def compare(
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`; of those that a server kept,
             only the uniform sample counts.
-        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        tolerance: Points of accuracy that the second bundle may lose on 100 photographs; half with ten times as many.
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
@@ -271,6 +352,7 @@ def compare(
         data,
         count_comparisons(first),
         settings,
+        anchor=load_anchor(first, settings),
         unknown=unknown,
         tolerance=tolerance,
         on_image=on_image,
@@ -285,28 +367,39 @@ def compare_loaded(
     *,
     unknown: Path | None,
     tolerance: float,
+    anchor: LoadedModel | None = None,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons."""
+    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons.
+
+    The second one is also compared with the *anchor*, the best bundle that was live before.
+    """
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
+    models = [*pair] if anchor is None else [*pair, anchor]
+
+    # A photograph's target is an index in the labels of both bundles.
     notes: list[str] = []
-    first_labels, second_labels = set(pair[0].bundle.labels), set(pair[1].bundle.labels)
+    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
     all_labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
-    images, left_out = _leave_out_seen(all_images, pair, notes)
-    labels, targets = (
-        images.labels,
-        images.targets.astype(np.int64),
-    )  # a target is an index in *labels*
-    common_labels = first_labels & second_labels
-    is_common_C = np.array([label in common_labels for label in labels])
-    common_N = is_common_C[targets]  # the photographs that decide; the others are only reported
+    images, left_out = _leave_out_seen(all_images, models, notes)
+    labels = images.labels
+    targets_N = images.targets.astype(np.int64)
+
+    # What decides: recent photographs; those of old classes again, alone.
+    recent_N = _are_recent(images)
+    is_old_C = np.array([label in first_labels for label in labels])
+    is_common_C = np.array([label in first_labels & second_labels for label in labels])
+    old_N = is_old_C[targets_N]
+    common_N = recent_N & is_common_C[targets_N]
     if not common_N.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
+
+    # Unknown images, of which near-duplicates count once.
     unknown_images: ImageFiles | None = None
     if unknown is not None:
         unknown_images, note = open_unknown(unknown)
@@ -316,39 +409,122 @@ def compare_loaded(
         are_first = _are_first(group_photographs(unknown_images).groups)
         left_out["num_copies"] += int((~are_first).sum())
         unknown_images = unknown_images.select(are_first)
-    num_unknown = 0 if unknown_images is None else len(unknown_images)
-    total = len(pair) * (len(images) + num_unknown)  # predictions
-    done = itertools.count(1)
-    shared = (images, common_N, unknown_images, settings, lambda: on_image(next(done), total))
-    first, second = _evaluate(pair[0], *shared), _evaluate(pair[1], *shared)
 
-    classes = compare_classes(
-        labels, targets[common_N], first.right[common_N], second.right[common_N]
-    )
-    other_N = ~common_N
-    other_classes = compare_classes(
-        labels, targets[other_N], first.right[other_N], second.right[other_N]
-    )
-    wins = sum(change.wins for change in classes)
-    losses = sum(change.losses for change in classes)
-    count, tolerated, attempt = int(common_N.sum()), tolerance / 100, num_earlier + 1
-    low, high = difference_interval(wins, losses, count)
-    verdict = decide(wins, losses, count, tolerated, attempt)
+    num_unknown = 0 if unknown_images is None else len(unknown_images)
+    total = len(models) * len(images) + len(pair) * num_unknown  # predictions
+    done = itertools.count(1)
+    shared = (images, recent_N, common_N)
+    options = (settings, lambda: on_image(next(done), total))
+    first = _evaluate(pair[0], *shared, unknown_images, *options)
+    second = _evaluate(pair[1], *shared, unknown_images, *options)
+
+    # Three bounds: on all recent photographs, on those of old classes, and to the anchor.
+    attempt = num_earlier + 1
+    rule = rule_of_all(tolerance, attempt)
+    next_rule = rule_of_all(tolerance, attempt + 1)
+    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
+    if (recent_N & ~old_N).any():
+        rule_old = rule_of_old(tolerance)
+        old = recent_N & old_N
+        checks.append(_check("old", rule_old, rule_old, first.right, second.right, old))
+    if anchor is not None:
+        best = _evaluate(anchor, *shared, None, *options)
+        checks.append(_check("anchor", rule, next_rule, best.right, second.right, recent_N))
+
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
         counts = _count_changes(first.rejected, second.rejected)
         rejections = Change(**counts, p=mcnemar(**counts))
-        if rejections.is_worse:  # even if it is better on the photographs
-            verdict = "worse"
+
+    in_all = checks[0]
+    verdict = _decide(checks, rejections)
+    num_more_images: int | None = None
+    if verdict == "undecided":
+        failed = [check.num_more_images for check in checks if not check.passes]
+        if None not in failed:
+            num_more_images = max(count for count in failed if count is not None)
+    old_classes, new_classes = (
+        compare_classes(labels, targets_N[mask], first.right[mask], second.right[mask])
+        for mask in (recent_N & old_N, recent_N & ~old_N)
+    )
+    interval = difference_interval(in_all.wins, in_all.losses, in_all.num_images)
     return BundleComparison(
-        first=first.score, second=second.score, num_images=count, **left_out,
-        wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
-        p=mcnemar(wins, losses), tolerance=tolerated, attempt=attempt, verdict=verdict, unknown=rejections,
-        classes=classes, new=[change for change in other_classes if change.label in second_labels],
-        removed=sorted(first_labels - second_labels), notes=notes,
-        # More images are for another attempt, which needs stronger evidence than this one.
-        num_more_images=images_to_decide(wins, losses, count, tolerated, attempt + 1),
-    )  # fmt: skip
+        first=first.score,
+        second=second.score,
+        num_images=in_all.num_images,
+        **left_out,
+        wins=in_all.wins,
+        losses=in_all.losses,
+        difference=in_all.difference,
+        low=interval.low,
+        high=interval.high,
+        p=mcnemar(in_all.wins, in_all.losses),
+        tolerance=tolerance / 100,
+        attempt=attempt,
+        checks=checks,
+        verdict=verdict,
+        num_more_images=num_more_images,
+        unknown=rejections,
+        classes=old_classes,
+        new=new_classes,
+        removed=sorted(first_labels - second_labels),
+        notes=notes,
+    )
+
+
+def _check(
+    of: Literal["all", "old", "anchor"],
+    rule: Rule,
+    next_rule: Rule,
+    first_N: NDArray[np.bool_],
+    second_N: NDArray[np.bool_],
+    counted_N: NDArray[np.bool_],
+) -> Check:
+    """Bound what is lost on the photographs *counted_N*, with *next_rule* at the next attempt."""
+    changes = _count_changes(first_N[counted_N], second_N[counted_N])
+    counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
+    bound = rule.bound(counts)
+    return Check(
+        of=of,
+        num_images=counts.images,
+        **changes,
+        difference=bound.difference,
+        low=bound.low,
+        limit=bound.limit,
+        num_more_images=next_rule.labels_to_pass(counts),
+    )
+
+
+def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
+    """Decide by *checks*, of which the first is that of all photographs, and *unknown* images."""
+    if unknown is not None and unknown.is_worse:  # even if it is better on the photographs
+        return "worse"
+    if all(check.passes for check in checks):
+        in_all = checks[0]
+        is_better = in_all.wins > in_all.losses
+        if is_better and mcnemar(in_all.wins, in_all.losses) <= ALPHA:
+            return "better"
+        return "not worse"
+    for check in checks:
+        if check.losses > check.wins and mcnemar(check.wins, check.losses) <= ALPHA:
+            return "worse"
+    return "undecided"
+
+
+def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:
+    """Return the mask (N,) of recent *images*: those of the last `RECENT_DAYS`, at least `MIN_RECENT`.
+
+    A label keeps the time of the file, at which a server kept it. The newest one counts as
+    today. Photographs that no server kept have no such time, and are recent.
+    """
+    paths = [images.path(index) for index in range(len(images))]
+    is_kept_N = np.array([KEPT_NAME.fullmatch(path.name) is not None for path in paths])
+    times_N = np.array([path.stat().st_mtime for path in paths])
+    kept_times = np.sort(times_N[is_kept_N])[::-1]  # the newest first
+    if len(kept_times) <= MIN_RECENT:
+        return np.ones(len(images), np.bool_)
+    since = min(kept_times[0] - 86_400 * RECENT_DAYS, kept_times[MIN_RECENT - 1])
+    return ~is_kept_N | (times_N >= since)
 
 
 def read_promotions(link: Path) -> list[Promotion]:
@@ -397,6 +573,28 @@ def count_comparisons(link: Path) -> int:
     return len(different)
 
 
+def read_anchor(link: Path) -> str | None:
+    """Read the best bundle that was live before the one that *link* leads to; None without another one.
+
+    A bundle that was moved to without a comparison, by force or as the first one, is the best.
+    """
+    live = read_link(link)
+    if live is None:
+        return None
+    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
+    if not moves or moves[-1].anchor == live:
+        return None
+    return moves[-1].anchor
+
+
+def load_anchor(link: Path, settings: Settings) -> LoadedModel | None:
+    """Load the bundle of `read_anchor`; None without one, or if it was deleted."""
+    anchor = read_anchor(link)
+    if anchor is None or not (link.parent / anchor).exists():
+        return None
+    return load_model(link.parent / anchor, settings)
+
+
 class LeftOut(TypedDict):
     """The fields of `BundleComparison` about photographs that are not compared."""
 
@@ -406,7 +604,7 @@ class LeftOut(TypedDict):
 
 
 def _leave_out_seen(
-    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
+    images: ImageFiles, models: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
@@ -416,7 +614,7 @@ def _leave_out_seen(
     grouped = group_photographs(images)
     recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
     suspects = []
-    for model in pair:
+    for model in models:
         name, origin = model.bundle.name, model.bundle.manifest.origin
         if origin is None or not origin.sample:
             notes.append(
@@ -468,33 +666,45 @@ class Evaluated(NamedTuple):
 def _evaluate(
     loaded: LoadedModel,
     images: ImageFiles,
+    recent_N: NDArray[np.bool_],
     common_N: NDArray[np.bool_],
     unknown: ImageFiles | None,
     settings: Settings,
     on_image: Callable[[], None],
 ) -> Evaluated:
-    """Run a bundle on *images* and, if given, *unknown* ones; score it on those of the mask *common_N*."""
+    """Run a bundle on *images* and, if given, *unknown* ones.
+
+    It is scored on those of the mask *recent_N*. Those of *common_N*, whose classes both bundles
+    have, give the log loss and the share of known images.
+    """
     bundle, labels = loaded.bundle, images.labels
     logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
     rejected = None  # or a mask (U,)
     if unknown is not None:
         _, known_U = _predict_known(loaded, unknown, settings, on_image)
         rejected = ~known_U
+
     # A class has two numbers: its target, the index in *labels*, and its output, the index in
-    # the bundle.
-    target_of_output = np.array([labels.index(label) for label in bundle.labels])
-    right_N = target_of_output[logits_NC.argmax(axis=1)] == images.targets
-    labels_K = [
-        labels[target] for target in images.targets[common_N]
-    ]  # of the K photographs in the mask
-    outputs_K = np.array([bundle.labels.index(label) for label in labels_K])
+    # the bundle. The anchor may have classes that neither bundle of the pair has.
+    answers = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
+    labels_N = [labels[target] for target in images.targets]
+    right_N = np.array([one == other for one, other in zip(answers, labels_N, strict=True)])
+    outputs = {label: output for output, label in enumerate(bundle.labels)}
+    has_class_N = np.array([label in outputs for label in labels_N])
+    scored_N = common_N & has_class_N
+    outputs_K = np.array([outputs[labels_N[index]] for index in np.flatnonzero(scored_N)])
+    loss = log_loss(logits_NC[scored_N].astype(np.float64), outputs_K)
+
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
-        top1=Rate.of(int(right_N[common_N].sum()), len(labels_K)),
-        log_loss=log_loss(logits_NC[common_N].astype(np.float64), outputs_K),
-        accepted=Rate.of(int(known_N[common_N].sum()), len(labels_K)) if has_rule else None,
+        top1=Rate.of(int(right_N[recent_N].sum()), int(recent_N.sum())),
+        top1_all=Rate.of(int(right_N.sum()), len(right_N)),
+        log_loss=loss,
+        accepted=Rate.of(int(known_N[common_N].sum()), int(common_N.sum()))
+        if has_rule
+        else None,
         rejected=Rate.of(int(rejected.sum()), len(rejected))
         if has_rule and rejected is not None
         else None,

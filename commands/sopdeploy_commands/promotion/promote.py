@@ -3,7 +3,7 @@
 `promotions.jsonl` beside the link has one line for each move and for each attempt that was
 refused. The line is on disk before the link is moved. Trying again until a bundle passes would
 promote a worse one more often than stated, so each further comparison with one live bundle
-needs stronger evidence (`decide`).
+needs stronger evidence (`rule_of_all`).
 """
 
 import os
@@ -19,7 +19,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.config import MAX_LINE, first_problem
 from sopdeploy.errors import ConfigError, PromotionError, StorageError, shorten
-from sopdeploy.evaluation.statistics import TOLERANCE
+from sopdeploy.evaluation.permission import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
 from sopdeploy.files import (
     MAX_NAMES_BYTES,
@@ -36,6 +36,8 @@ from sopdeploy_commands.promotion.compare import (
     Tolerance,
     compare_loaded,
     count_comparisons,
+    load_anchor,
+    read_anchor,
     read_link,
     read_promotions,
 )
@@ -58,17 +60,18 @@ def promote(
     data: Path | None = None,
     *,
     unknown: Path | None = None,
-    tolerance: Tolerance = 100 * TOLERANCE,
+    tolerance: Tolerance = TOLERANCE,
     force: str | None = None,
     back: Path | None = None,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Promotion:
-    """Move the link that a server follows to a bundle that is better or not worse, and record why.
+    """Move the link that a server follows to a bundle that loses little or nothing, and record why.
 
-    A bundle is refused if it is worse, overall or in a class, or if the photographs do not show
-    that it is not worse. `promotions.jsonl` beside the link has the figures of each move and
-    refusal; each further attempt at the same live bundle needs stronger evidence. The new
-    bundle is loaded before the move, which checks its hashes and outputs.
+    A bundle is refused if it may lose more than the tolerance on recent photographs, or twice
+    that in the classes of both, or if it is worse in a class. `promotions.jsonl` beside the link
+    has the figures of each move and refusal; each further attempt at the same live bundle needs
+    stronger evidence. The new bundle is loaded before the move, which checks its hashes and
+    outputs.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -79,7 +82,7 @@ def promote(
         over: Link that the server follows; created if absent.
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`.
-        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        tolerance: Points of accuracy that it may lose on 100 photographs; half with ten times as many.
         force: Reason to move the link in any case; recorded.
         back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
         on_image: Called with the numbers of photographs done and in total.
@@ -117,8 +120,8 @@ def promote(
         return _record_and_move(over, before, after, force or "first bundle", None, manifest)
     live = load_model(over, settings)
     comparison = compare_loaded(
-        (live, loaded), data, count_comparisons(over), settings,
-        unknown=unknown, tolerance=tolerance, on_image=on_image,
+        (live, loaded), data, count_comparisons(over), settings, unknown=unknown,
+        tolerance=tolerance, anchor=load_anchor(over, settings), on_image=on_image,
     )  # fmt: skip
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
     if objections and force is None:
@@ -129,15 +132,29 @@ def promote(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
-    return _record_and_move(
-        over, before, after, force or comparison.summary, comparison, manifest
-    )
+    anchor = after
+    if force is None and before is not None:
+        anchor = _best_of(comparison, before, read_anchor(over), after)
+    reason = force or comparison.summary
+    return _record_and_move(over, before, after, reason, comparison, manifest, anchor=anchor)
+
+
+def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after: str) -> str:
+    """Return *after* or, if it is worse on these photographs, the *anchor*, by default the *live* bundle."""
+    checks = {check.of: check for check in comparison.checks}
+    if anchor is None or "anchor" not in checks:
+        anchor = live
+        against = checks["all"]
+    else:
+        against = checks["anchor"]
+    return after if against.wins >= against.losses else anchor
 
 
 def _move_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion of the live one, and record it."""
     live = _read_target(link)
-    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
+    all_moves = [move for move in read_promotions(link) if not move.refused]
+    moves = [move for move in all_moves if move.after == live]
     previous = [
         move.before for move in moves if move.before
     ]  # oldest first; a first bundle has none
@@ -150,13 +167,16 @@ def _move_back(link: Path) -> Promotion:
     loaded = load_model(
         link.parent / after, load_settings()
     )  # raises an error for a damaged bundle
-    return _record_and_move(link, live, after, "back", None, loaded.bundle.manifest)
+    anchors = [move.anchor for move in all_moves if move.after == after]
+    anchor = anchors[-1] if anchors else None
+    manifest = loaded.bundle.manifest
+    return _record_and_move(link, live, after, "back", None, manifest, anchor=anchor)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
     """List what speaks against the second bundle, such as another name of its project."""
     objections = []
-    if comparison.verdict in {"worse", "undecided"}:
+    if not comparison.passes:
         objections.append(comparison.summary)
     if comparison.worse_classes:
         objections.append(f"worse in {shorten(comparison.worse_classes)}")
@@ -191,6 +211,7 @@ def _record_and_move(
     manifest: Manifest,
     *,
     refused: bool = False,
+    anchor: str | None = None,
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
@@ -204,7 +225,7 @@ def _record_and_move(
     try:
         move = Promotion(
             time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
-            refused=refused, comparison=comparison,
+            refused=refused, comparison=comparison, anchor=anchor,
         )  # fmt: skip
     except pydantic.ValidationError as error:
         raise ConfigError(

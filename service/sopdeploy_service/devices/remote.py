@@ -141,16 +141,26 @@ class EngineChannel(asyncio.Protocol):
                 if batch_size == channel.FAILED:
                     settle(future, self._slots.read_error(slot))
                 else:
-                    outputs = self._slots.read_outputs(slot, shapes)
-                    settle(
-                        future,
-                        ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size),
-                    )
+                    settle(future, self._read_result(slot, shapes, batch_size, queue, infer))
                 del self._images[slot]
                 self._free_slots.append(slot)
         except Exception as error:  # the engine is not trusted
             log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
             self.close(results.RUNTIME_DEAD)
+
+    def _read_result(
+        self,
+        slot: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        batch_size: int,
+        queue: float,
+        infer: float,
+    ) -> ImageResult | HttpError:
+        """Read the outputs in *slot*; an error if they are not finite, which an engine should have seen."""
+        outputs = self._slots.read_outputs(slot, shapes)
+        if not all(np.isfinite(values).all() for values in outputs.values()):
+            return results.NONFINITE
+        return ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size)
 
 
 class RemoteModel(Model):

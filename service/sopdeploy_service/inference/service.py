@@ -362,8 +362,11 @@ class Service:
         finally:
             self.admitted -= len(images)
         # An image that is late or finds no decoder fails alone, beside others that have an answer.
-        if all(isinstance(one, HttpError) and one in UNANSWERED for one in outcomes):
-            raise RejectedError(outcomes[0])
+        unanswered = [
+            one for one in outcomes if isinstance(one, HttpError) and one in UNANSWERED
+        ]
+        if unanswered and len(unanswered) == len(outcomes):
+            raise RejectedError(unanswered[0])
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
+MAX_LINES = 20_000  # of a page of a process, which are copied; 100 models have 5,000
 
 # A page of metrics, as prometheus_client writes it; the label `process` is not for a process to
 # write.
@@ -82,7 +83,7 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
 
 def _is_page(page: bytes) -> bool:
     """Tell whether *page* is one of metrics, without labels that are given twice."""
-    if not page or not _PAGE.fullmatch(page):
+    if not page or page.count(b"\n") > MAX_LINES or not _PAGE.fullmatch(page):
         return False
     labels = (re.findall(rb'[{,](\w+)="', line) for line in page.splitlines())
     return all(len(set(names)) == len(names) for names in labels)

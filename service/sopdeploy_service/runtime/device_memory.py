@@ -43,8 +43,8 @@ def keep_freed(num_bytes: int) -> None:
 
 def _set_heaps(values: Mapping[str, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, option, _ in MALLOPT if mallopt is not None else ():
-        if name in values:
+    for name, option, _ in MALLOPT:
+        if mallopt is not None and name in values:
             mallopt(option, values[name])
 
 

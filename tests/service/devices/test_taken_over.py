@@ -520,6 +520,40 @@ def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
     assert caplog.messages[0].startswith("engine engine: ")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
+    bundle, value
+) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
+
+    async def scenario() -> None:
+        theirs, ours = socket.socketpair()
+        slots, described = channel.open_channel(theirs, facts, 4)
+        theirs.sendall(described)
+        registry = RemoteRegistry(
+            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
+        )
+        await registry.start()
+        waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
+        theirs.setblocking(False)
+        await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
+        slots.write_outputs(3, {"logits": np.full(7, value, np.float32)}, ["logits"])
+        theirs.sendall(result(3, 1))
+        with pytest.raises(RejectedError) as refused:
+            await asyncio.wait_for(waiting, 5)
+        assert (refused.value.reason.code, refused.value.reason.status) == (
+            "nonfinite_output",
+            500,
+        )
+        assert registry.problem is None  # other images may be right
+        theirs.close()
+        await registry.stop()
+
+    asyncio.run(scenario())
+
+
 def test_what_decoders_write_to_the_log_has_a_rate(monkeypatch) -> None:
     pauses: list[float] = []
     reading, writing = os.pipe()

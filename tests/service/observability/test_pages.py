@@ -94,6 +94,7 @@ NO_PAGES = {
     "labels without an end": HEAD + b'a{b="c\\"} 1.0\n',
     "a label twice": HEAD + b'a{b="c",b="d"} 1.0\n',
     "a comment": HEAD + b"# EOF\n",
+    "too many lines": HEAD + b"a 1\n" * 20_000,
     "a metric of two lines": b"# HELP a b\n# TYPE a gauge\n# TYPE b gauge\n",
 }
 

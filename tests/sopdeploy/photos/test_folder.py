@@ -5,15 +5,18 @@ import os
 import re
 import shlex
 from pathlib import Path
+from random import Random
 from zlib import crc32
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.files import FOLDERS
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
 from sopdeploy.photos.photo import Split
 from sopdeploy.photos.split import choose_held_out, divide
@@ -72,7 +75,8 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     (tmp_path / "README").write_text("mine")
     split, lines = open_at(tmp_path), open_folder(tmp_path).notes
     formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
-    assert lines[-1] == f"{tmp_path}: 2 files skipped, not {formats}: .tif 1, .txt 1"
+    skipped = ".tif 1, .txt 1, without an ending 1"
+    assert lines[-1] == f"{tmp_path}: 3 files skipped, not {formats}: {skipped}"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
     assert len(split.train) + len(split.held_out) == 15
 
@@ -199,8 +203,8 @@ BAD_FOLDERS = [
     ({"a": 3, "b": 1}, "a classifier needs two classes of two images or more; add images of b"),
     ({"train": 0}, "train: holds no class folders"),
     (
-        {"train__a": 2, "train__b": 2, "val__a": 1},
-        "val: training classes b are missing, add them",
+        {"train__a": 2, "train__b": 2, "val__a": 1, "val__B": 1},
+        "val: the class 'B' is 'b' in the training images; rename one of them",
     ),
     (
         {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
@@ -294,7 +298,7 @@ UNCLEAR = [
     (
         below("train", "val", "test") | {"extra__new": 2},
         (6, 6),
-        "training uses train and val only, not test, extra",
+        "training uses train and val only, not extra, test",
     ),
     (PETS | {"test": 3}, (9, 0), "test counts as a class, because there is no folder train"),
     ({"train": 3, "car": 3}, (6, 0), ""),
@@ -531,3 +535,198 @@ def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
     assert result.stderr.startswith(
         "error: --out: runs is in the photographs of .; choose a folder outside"
     )
+
+
+def mask(path: Path, size: tuple[int, int] = (32, 24)) -> None:
+    """Write a mask: two values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("L", size)
+    image.paste(255, (4, 4, 20, 16))
+    image.save(path)
+
+
+MASKS = {
+    "in a folder of each class": ("images/{}.jpg", "masks/{}.png"),
+    "with the same number": ("images/img_{}.jpg", "masks/mask_{}.png"),
+    "beside each photograph": ("a ({}).jpg", "a ({})_mask.png"),
+    "several of a photograph": ("a ({}).jpg", "a ({})_mask_1.png"),
+    "named before": ("{}.jpg", "mask-{}.png"),
+    "in a folder beside the photographs": ("{}.jpg", "segmentation/{}.png"),
+}
+
+
+@pytest.mark.parametrize(("photograph", "other"), MASKS.values(), ids=MASKS)
+def test_masks_of_photographs_are_left_out_and_named(tmp_path, photograph, other) -> None:
+    for number in range(8):
+        for label in ("cat", "dog"):
+            paint(
+                tmp_path / label / photograph.format(number),
+                crc32(f"{label} {number}".encode()),
+            )
+            mask(tmp_path / label / other.format(number))
+    split = open_folder(tmp_path)
+    assert (split.train.labels, len(split.train)) == (("cat", "dog"), 16)
+    assert split.train.groups is None
+    assert split.notes[0].startswith(
+        f"{tmp_path}: left out, because they are masks of photographs: 16 images in cat"
+    )
+    assert len(open_folder(tmp_path, FOLDERS).train) == 32
+    assert len(open_evaluation_images(tmp_path, ("cat", "dog"))) == 16
+
+
+def test_drawings_and_equally_numbered_photographs_are_no_masks(tmp_path) -> None:
+    for number in range(6):
+        mask(tmp_path / "circle" / f"{number}.png")
+        mask(tmp_path / "square" / f"{number}.png", (24, 24))
+    assert len(open_folder(tmp_path).train) == 12
+    photographs = make(tmp_path / "photos", cat__day=6, cat__night=6, dog__day=6, dog__dusk=6)
+    for number in range(6):  # of other proportions, such as the drawing of something else
+        mask(photographs / "sketch" / f"{number:03}.png", (32, 32))
+    assert open_folder(photographs).train.class_counts().tolist() == [12, 12, 6]
+
+
+def test_the_same_photographs_in_another_form_are_left_out(tmp_path) -> None:
+    for label in ("cat", "dog"):
+        for number in range(6):
+            seed = crc32(f"{label} {number}".encode())
+            path = tmp_path / label / "color" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            blocks = Image.frombytes("RGB", (8, 6), Random(seed).randbytes(144))
+            blocks.resize((80, 60)).save(path)
+            gray = tmp_path / label / "BW" / path.name
+            gray.parent.mkdir(exist_ok=True)
+            blocks.convert("L").resize((80, 60)).save(gray)
+    split = open_folder(tmp_path)
+    assert {name.split("/")[1] for name in names(split.train)} == {"color"}
+    assert "the same photographs in another form: 12 images in cat/BW, dog/BW" in split.notes[0]
+
+
+def test_a_folder_of_masks_is_no_class_and_the_names_may_hold_the_classes(tmp_path) -> None:
+    for number in range(4):
+        for label in ("Persian", "shiba_inu"):
+            name = f"{label}_{number}"
+            paint(tmp_path / "images" / f"{name}.jpg", crc32(name.encode()))
+            mask(tmp_path / "annotations" / "trimaps" / f"{name}.png")
+    with pytest.raises(DataError) as problem:
+        open_folder(tmp_path)
+    assert (
+        f"if Persian, shiba_inu in the names of the files are the classes, run: sopdeploy train --data {tmp_path}"
+        in str(problem.value)
+    )
+    pattern = shlex.split(str(problem.value).partition("data.classes_from=")[2])[0]
+    data = open_data(FolderConfig(kind="folder", path=tmp_path, classes_from=pattern))
+    assert data.train.labels == ("Persian", "shiba_inu")
+    assert data.train.class_counts().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("test", ["test", "test1"])
+def test_classes_in_the_names_of_training_images_are_read_on_demand(tmp_path, test) -> None:
+    for number in range(4):
+        for label in ("cat", "dog"):
+            name = f"{label}.{number}"
+            paint(tmp_path / "train" / f"{name}.jpg", crc32(name.encode()))
+        paint(tmp_path / test / f"{number}.jpg", number)
+    with pytest.raises(DataError, match=r"add|run: .* --set data\.classes_from='\^\\D\+'"):
+        open_folder(tmp_path)
+    split = open_folder(tmp_path, r"^\D+")
+    assert (split.train.labels, len(split.train), len(split.held_out)) == (("cat", "dog"), 8, 0)
+    assert (
+        f"{tmp_path}/{test}: left out, because it has none of the classes: 4 images"
+        in split.notes[0]
+    )
+
+
+ASKED = {
+    "the same folders in all": (
+        {"farm__cow": 2, "farm__pig": 2, "zoo__cow": 2, "zoo__pig": 2}, "but all of them hold cow, pig;"
+    ),
+    "shards": ({}, "shard_1, shard_2 would be the classes, but may be parts of one archive;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "problem"), ASKED.values(), ids=ASKED)
+def test_folders_that_may_be_no_classes_are_asked_about(tmp_path, folders, problem) -> None:
+    make(tmp_path, **folders)
+    for number in range(0 if folders else 12):
+        label = ("cat", "dog")[number % 2]
+        paint(tmp_path / f"shard_{1 + number // 6}" / f"{label}_{number}.jpg", number)
+    with pytest.raises(DataError, match=re.escape(problem)) as caught:
+        open_folder(tmp_path)
+    assert "add --set data.classes_from=folders if they are" in str(caught.value)
+    assert len(open_folder(tmp_path, FOLDERS).train.labels) == 2
+
+
+NOT_ASKED = [
+    {"cat__1": 2, "cat__2": 2, "dog__1": 2, "dog__2": 2},  # objects
+    {"cat__2025-01": 2, "cat__2025-02": 2, "dog__2025-01": 2, "dog__2025-02": 2},
+    {"c0": 3, "c1": 3},
+    {"class 1": 3, "class 2": 3},
+]
+
+
+@pytest.mark.parametrize("folders", NOT_ASKED, ids=str)
+def test_numbered_folders_are_objects_or_classes(tmp_path, folders) -> None:
+    assert len(open_folder(make(tmp_path, **folders)).train.labels) == 2
+
+
+UNLABELLED: dict[str, tuple[dict[str, int], str]] = {
+    "no folders": ({"test": 3}, "test: left out, because it has none of the classes: 3 images, which `sopdeploy"),
+    "one other folder": ({"test__unknown": 3}, "test: left out, because it has none of the classes: 3 images"),
+    "nothing": ({"test": 0}, "test: left out, because it is empty"),
+    "before one with classes": ({"val": 3, "test__a": 1, "test__b": 1}, "val: left out, because it has none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "line"), UNLABELLED.values(), ids=UNLABELLED)
+def test_held_out_images_without_classes_are_left_out_in_one_line(
+    tmp_path, folders, line
+) -> None:
+    split = open_folder(make(tmp_path, train__a=2, train__b=2, **folders))
+    assert len(split.held_out) == (2 if "test__a" in folders else 0)
+    (note,) = split.notes
+    assert line in note
+
+
+def test_held_out_images_may_lack_a_class(tmp_path) -> None:
+    split = open_folder(make(tmp_path, train__a=2, train__b=2, train__c=2, val__c=1, val__a=2))
+    assert split.held_out.labels == split.train.labels
+    assert split.held_out.class_counts().tolist() == [2, 0, 1]
+    assert split.notes == (
+        f"{tmp_path}/val: no images of b, so that the score tells nothing about them",
+    )
+
+
+def test_everything_at_the_top_that_is_not_used_is_named(tmp_path) -> None:
+    make(tmp_path, cat=3, dog=3)
+    for number in range(12):
+        paint(tmp_path / f"bird_{number:02}.jpg", number)
+    (tmp_path / "manual.pdf").write_bytes(b"%PDF-1.4")
+    beside, skipped = open_folder(tmp_path).notes
+    assert beside.startswith(
+        f"{tmp_path}: 12 images beside the class folders left out: bird_00.jpg, "
+    )
+    assert skipped.endswith(": .pdf 1")
+
+
+@pytest.mark.parametrize(
+    "name", ["0.jpg_original", "0.jpg~", "0.jpg.bak", "0.jpg (copy)", "video.THM", "video.thm"]
+)
+def test_what_programs_leave_beside_a_photograph_is_none(tmp_path, name) -> None:
+    make(tmp_path, a=3, b=3)
+    for label in ("a", "b"):
+        folder = tmp_path / label
+        (folder / "0.jpg").write_bytes((folder / "000.jpg").read_bytes())
+        (folder / name).write_bytes((folder / "000.jpg").read_bytes())
+        (folder / "IMG_7").write_bytes((folder / "001.jpg").read_bytes())  # a photograph
+    assert open_folder(tmp_path).train.class_counts().tolist() == [5, 5]
+
+
+def test_all_names_that_are_not_utf8_are_in_one_error(tmp_path) -> None:
+    make(tmp_path, a=2, b=2)
+    try:
+        for name in ("a/Stra\udcdfe.jpg", "b/gr\udcfcn.jpg"):
+            paint(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"2 names are not UTF-8, .*a/Stra.*b/gr"):
+        open_folder(tmp_path)

@@ -14,6 +14,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.photos import table
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.files import FOLDERS
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
 from sopdeploy.photos.split import choose_held_out, divide
 from tests.support.counted import counted
@@ -427,12 +428,12 @@ def test_a_table_that_lists_the_images_is_named_with_the_next_step(
         Image.new("RGB", (40, 40), (9 * number, 9, 9)).save(tmp_path / shard / f"{image}.png")
     beside = tmp_path / "train" if layout == "train" else tmp_path
     (beside / name).write_text(TABLES[name], encoding="utf-8")
-    if layout == "shards":
-        told = "\n".join(open_folder(tmp_path).notes)
-    else:
-        with pytest.raises(DataError) as caught:
-            open_folder(tmp_path)
-        told = str(caught.value)
+    with pytest.raises(DataError) as caught:
+        open_folder(tmp_path)
+    told = str(caught.value)
+    if layout == "shards":  # only the user knows whether these are classes
+        assert "add --set data.classes_from=folders if they are classes" in told
+        told = "\n".join(open_folder(tmp_path, FOLDERS).notes)
     assert (
         f"{beside / name}: lists the images, but is not read; if the classes are in it, save it"
         in told

@@ -1,0 +1,105 @@
+"""Whether a bundle may replace the live one: a loss that matters must be unlikely.
+
+A replacement can be taken back in seconds, so no gain has to be proved. What is bounded is the
+difference of the accuracies on the same photographs, wins and losses as in
+`sopdeploy.evaluation.statistics`. The tolerated loss halves with ten times as many photographs:
+few photographs cannot show a small loss, and many can.
+
+Photographs of a class that only the new bundle has count as they are: the live one is wrong on
+them. The other photographs are then tested alone, so that a new class cannot hide what the old
+classes lose. `benchmarks/promotions.py` measures which bundles pass.
+"""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+from sopdeploy.evaluation.statistics import ALPHA, Z_POWER, score_statistic
+
+TOLERANCE = 5.0  # points that a bundle may lose on `TOLERANCE_IMAGES` photographs
+TOLERANCE_IMAGES = 100
+MIN_TOLERANCE_IMAGES = (
+    60  # with fewer, the tolerance grows no more; the rule was measured from here on
+)
+MIN_IMAGES = 20  # with fewer, the score test errs more often than stated, and nothing passes
+OLD_TOLERANCES = 2  # tolerances that the old classes alone may lose
+OLD_ALPHA = 0.2  # probability that they pass although they lose as much
+MAX_IMAGES = 100_000
+
+
+class Counts(NamedTuple):
+    """Photographs, and those that only the new bundle (*wins*) or the live one (*losses*) answers right."""
+
+    images: int
+    wins: int
+    losses: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the new bundle minus that of the live one."""
+        return (self.wins - self.losses) / self.images
+
+
+class Bound(NamedTuple):
+    """A difference of accuracies, the smallest one that is likely, and the limit for that one."""
+
+    difference: float
+    low: float
+    limit: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether a difference below the limit is unlikely."""
+        return self.low >= self.limit
+
+
+class Rule(NamedTuple):
+    """A level, as the *quantile* of the normal distribution, and a *tolerance* in points on 100 images."""
+
+    quantile: float
+    tolerance: float
+
+    def limit(self, images: int) -> float:
+        """Return the smallest tolerated difference, a negative fraction, on so many *images*."""
+        halvings = math.log10(max(images, MIN_TOLERANCE_IMAGES) / TOLERANCE_IMAGES)
+        return -min(0.99, self.tolerance / 100 * 2.0**-halvings)
+
+    def bound(self, counts: Counts) -> Bound:
+        """Bound the difference of *counts*: `score_statistic` rejects the ones below at this level."""
+        if counts.images < MIN_IMAGES:
+            return Bound(counts.difference, -1.0, self.limit(counts.images))
+        accepted, rejected = counts.difference, -1.0
+        for _ in range(50):  # bisection
+            middle = (accepted + rejected) / 2
+            statistic = score_statistic(counts.wins, counts.losses, counts.images, middle)
+            if statistic < self.quantile:
+                accepted = middle
+            else:
+                rejected = middle
+        return Bound(counts.difference, accepted, self.limit(counts.images))
+
+    def labels_to_pass(self, counts: Counts) -> int | None:
+        """Estimate how many more labels let a bundle pass in 80 % of cases if the shares stay.
+
+        None if `MAX_IMAGES` are not enough, as for one that is worse: the tolerance shrinks.
+        """
+        # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+        variance = (counts.wins + counts.losses + 1) / (counts.images + 2)
+        quantiles = self.quantile + Z_POWER
+        images = counts.images
+        while images < MAX_IMAGES:
+            images += max(1, images // 50)
+            distance = counts.difference - self.limit(images)
+            if images >= MIN_IMAGES and quantiles * math.sqrt(variance / images) <= distance:
+                return images - counts.images
+        return None
+
+
+def rule_of_all(tolerance: float, attempt: int) -> Rule:
+    """Return the rule for all photographs; further attempts at one live bundle share the level."""
+    return Rule(NormalDist().inv_cdf(1 - ALPHA / attempt), tolerance)
+
+
+def rule_of_old(tolerance: float) -> Rule:
+    """Return the rule for the photographs of classes that the live bundle has."""
+    return Rule(NormalDist().inv_cdf(1 - OLD_ALPHA), OLD_TOLERANCES * tolerance)

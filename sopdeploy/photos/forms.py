@@ -1,0 +1,235 @@
+"""Images beside photographs that are none of their own: masks, and the same pictures in other forms.
+
+Archives hold them in folders with the same names in every class (`<class>/images`,
+`<class>/masks`), in a folder beside that of the photographs, or beside each photograph
+(`1.jpg`, `1_mask.png`). Names only propose what to compare; pixels decide.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.errors import DataError
+from sopdeploy.files import read_file
+from sopdeploy.images.limits import MAX_BYTES
+from sopdeploy.photos.photo import Photo
+
+# Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
+SAMPLED_SIDE, MASK_VALUES, MASK_SHARE = 64, 32, 0.95
+PROPORTIONS = 0.02  # relative difference between those of a mask and its photograph
+MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
+FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
+FORM_SIDE = 16  # pixels of the pictures that are compared
+
+Pair: TypeAlias = tuple[bytes, bytes]  # a photograph, and what may be another form of it
+
+
+class Leftover(NamedTuple):
+    """Paths of images that are no photographs of their own, and what they are."""
+
+    paths: set[bytes]
+    content: str
+
+
+def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Leftover]:
+    """Find masks, and photographs that another folder of the class holds in a better form.
+
+    *images* are the paths below each class folder, relative to *root*. Reads a few files for
+    each kind of names that could be those of masks, and none where no names propose it.
+    """
+    masks, others = _find_masks(root, images), set[bytes]()
+    photographs = {
+        label: [path for path in paths if path not in masks] for label, paths in images.items()
+    }
+    for pairs in _propose_forms(photographs):
+        # The form of an earlier pair of folders may be left out already.
+        remaining = [pair for pair in pairs if others.isdisjoint(pair)]
+        if worse := _worse_form(root, remaining):
+            others.update(pair[worse - 1] for pair in remaining)
+    leftovers = [
+        Leftover(masks, "masks of photographs"),
+        Leftover(others, "the same photographs in another form"),
+    ]
+    return [leftover for leftover in leftovers if leftover.paths]
+
+
+def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]:
+    """Find images with few values that are named like photographs of the same proportions."""
+    masks = set[bytes]()
+    for pairs in _propose_masks(images):
+        if all(_is_mask(root, *pair) for pair in _spread(pairs, MASKS_READ)):
+            masks.update(mask for _, mask in pairs)
+    return masks
+
+
+def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
+    """Yield the pairs of each kind of images that may be masks, by their names.
+
+    A kind are the images of equally named folders of all classes, those whose names add the
+    same text to the names of others, or those of one folder at the top.
+    """
+    kinds = defaultdict[tuple[str, str], list[Pair]](list)
+    folders_of_stem = defaultdict[str, dict[str, bytes]](dict)  # one path per folder at the top
+    for label, paths in images.items():
+        by_stem = defaultdict[str, list[PurePosixPath]](list)
+        by_numbers = defaultdict[str, list[PurePosixPath]](list)
+        files = [PurePosixPath(os.fsdecode(path)) for path in paths]
+        for file, path in zip(files, paths, strict=True):
+            by_stem[file.stem].append(file)
+            by_numbers[_numbers(file.stem)].append(file)
+            folders_of_stem[file.stem].setdefault(label, path)
+
+        for file in files:
+            for part in _parts(file.stem):
+                for photograph in by_stem.get(part, ()):
+                    if photograph != file and photograph.parent == file.parent:
+                        added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
+                        kinds["", added].append(_pair(photograph, file))
+            others = (
+                by_numbers[_numbers(file.stem)] if _numbers(file.stem) else by_stem[file.stem]
+            )
+            other = next((one for one in others if one.parent != file.parent), None)
+            if other is not None:
+                kinds[_below_class(file), ""].append(_pair(other, file))
+
+    # A folder at the top is of one kind if most of its images have namesakes in another one.
+    for label, paths in images.items():
+        pairs = []
+        for path in paths:
+            namesakes = folders_of_stem[PurePosixPath(os.fsdecode(path)).stem]
+            elsewhere = [one for name, one in namesakes.items() if name != label]
+            if elsewhere:
+                pairs.append((elsewhere[0], path))
+        if pairs and 2 * len(pairs) >= len(paths):
+            yield pairs
+    yield from kinds.values()
+
+
+def _pair(photograph: PurePosixPath, other: PurePosixPath) -> Pair:
+    return os.fsencode(photograph), os.fsencode(other)
+
+
+def _numbers(stem: str) -> str:
+    """Return the digits of *stem*, which a photograph and its mask share: 7 for `img_7` and `mask_7`."""
+    return " ".join(re.findall(r"\d+", stem))
+
+
+def _parts(stem: str) -> Iterator[str]:
+    """Yield the beginnings and ends of *stem* between other characters than letters and digits."""
+    for separator in re.finditer(r"[\W_]+", stem):
+        beginning, end = stem[: separator.start()], stem[separator.end() :]
+        yield from {beginning, stem[: separator.end()].rstrip(" _-."), end} - {""}
+
+
+def _below_class(file: PurePosixPath) -> str:
+    """Return the folder of *file* below the class folder; "" if it is the class folder itself."""
+    return "/".join(file.parent.parts[1:])
+
+
+def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
+    """Tell whether *other* has few values, and *photograph* many in the same proportions."""
+    try:
+        pixels = _read(root, other)
+        if not _has_few_values(pixels):
+            return False
+        against = _read(root, photograph)
+    except DataError:
+        return False
+    (width, height), (other_width, other_height) = against.size, pixels.size
+    products = width * other_height, other_width * height
+    is_similar = abs(products[0] - products[1]) <= PROPORTIONS * max(products)
+    return is_similar and not _has_few_values(against)
+
+
+def _has_few_values(pixels: Image.Image) -> bool:
+    """Tell whether `MASK_VALUES` colors make `MASK_SHARE` of the *pixels*."""
+    sampled = pixels.resize((SAMPLED_SIDE, SAMPLED_SIDE), Image.Resampling.NEAREST)
+    counts = Counter(sampled.get_flattened_data()).most_common(MASK_VALUES)
+    return sum(count for _, count in counts) >= MASK_SHARE * SAMPLED_SIDE**2
+
+
+def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
+    """Yield the pairs of namesakes of every two folders that each class has, by the folders' names."""
+    if len(images) < 2:
+        return
+    folders_of_class = []
+    for paths in images.values():
+        folders = defaultdict[str, dict[str, bytes]](dict)
+        for path in paths:
+            file = PurePosixPath(os.fsdecode(path))
+            folders[_below_class(file)][file.stem] = path
+        folders_of_class.append(folders)
+    of_all = set[str](folders_of_class[0]).intersection(*folders_of_class)
+    for one, other in combinations(sorted(of_all), 2):
+        pairs = [
+            (folders[one][stem], folders[other][stem])
+            for folders in folders_of_class
+            for stem in sorted(folders[one].keys() & folders[other].keys())
+        ]
+        count = sum(len(folders[other]) for folders in folders_of_class)
+        if len(pairs) >= FORMS_READ and 2 * len(pairs) >= count:
+            yield pairs
+
+
+def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
+    """Return 1 or 2, which of *pairs* shows the same pictures with fewer pixels or less color, or 0.
+
+    The pictures are the same if each is most like its namesake. Otherwise these folders hold
+    different photographs with the same numbers, such as those of two days.
+    """
+    if len(pairs) < FORMS_READ:
+        return 0
+    try:
+        read = [
+            [_read(root, path) for path in form]
+            for form in zip(*_spread(pairs, FORMS_READ), strict=True)
+        ]
+    except DataError:
+        return 0
+    one, other = (np.stack([_small(pixels) for pixels in form]) for form in read)
+    likeness = one @ other.T
+    order = np.arange(FORMS_READ)
+    if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
+        return 0
+    qualities = [
+        (sum(pixels.width * pixels.height for pixels in form), sum(map(_color, form)))
+        for form in read
+    ]
+    return 2 if qualities[0] >= qualities[1] else 1
+
+
+def _small(pixels: Image.Image) -> NDArray[np.float64]:
+    """Return the gray values of a small *pixels*, normalized so that products are correlations."""
+    gray = pixels.convert("L").resize((FORM_SIDE, FORM_SIDE), Image.Resampling.BOX)
+    values = np.asarray(gray, np.float64).ravel()
+    values -= values.mean()
+    return values / max(float(np.linalg.norm(values)), 1e-9)
+
+
+def _color(pixels: Image.Image) -> float:
+    """Return the mean difference of the color channels of *pixels*; 0 for gray ones."""
+    small = np.asarray(pixels.resize((FORM_SIDE, FORM_SIDE)), np.float64)
+    return float(np.ptp(small, axis=2).mean())
+
+
+def _read(root: Path, path: bytes) -> Image.Image:
+    """Read the upright pixels of the file; raises `DataError` if it cannot be read."""
+    name = root / os.fsdecode(path)
+    try:
+        return Photo(str(name), read_file(name, MAX_BYTES)).pixels
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read") from error
+
+
+def _spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Return *count* of *pairs*, or all, spread over them."""
+    positions = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
+    return [pairs[position] for position in positions.tolist()]

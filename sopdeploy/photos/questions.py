@@ -1,0 +1,133 @@
+"""Folders of which nobody can tell where the classes are: what is asked, and the option that goes on.
+
+What repeats in all classes is no object, and folders that differ in a number only may be the
+parts of an archive.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from shlex import quote
+from typing import NamedTuple
+
+from sopdeploy.errors import DataError, shorten
+from sopdeploy.photos.files import FOLDERS, normalize, part_kind
+from sopdeploy.photos.photo import ImageFiles
+
+# Where the class may be in a name: before the first digit, or behind the last one.
+NAME_PATTERNS = (r"^\D+", r"\D+$")
+FEW_WORDS = 3  # images per class that names must tell on average
+IN_NAMES = 0.9  # share of the images whose names have a class
+GO_ON = f"add --set data.classes_from={FOLDERS}"
+
+
+class _Subfolders(NamedTuple):
+    """The subfolders of `folder`, relative to the root, that may be the classes."""
+
+    folder: str
+    names: list[str]
+    are_in_all: bool  # the subfolders of all others at this depth have these names, too
+
+
+def ask_about_repeated_folders(images: ImageFiles) -> None:
+    """Raise `DataError` if all class folders hold the same folders, which may be the classes.
+
+    Folders that differ in a number only are the objects of each class.
+    """
+    subfolders = _find_subfolders(images)
+    if (
+        subfolders is not None
+        and subfolders.are_in_all
+        and len(set(map(_without_digits, subfolders.names))) > 1
+    ):
+        raise DataError(
+            f"{images.root}: {shorten(images.labels)} would be the classes, but all of them hold "
+            f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+        )
+
+
+def ask_about_numbered_folders(images: ImageFiles, listing: str) -> None:
+    """Raise `DataError` if the class folders seem to be the parts of an archive.
+
+    Their names differ in a number only, and *listing* describes a table that lists the images
+    without these names, or the names of files begin with the same words in all of them.
+    """
+    without_numbers = {*map(_without_digits, images.labels)}
+    if len(without_numbers) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(without_numbers))):
+        return
+    words_of_class = defaultdict[str, set[str]](set)
+    for path in images.paths.tolist():
+        label = os.fsdecode(path).partition("/")[0]
+        words_of_class[label].add(class_in_name(path, NAME_PATTERNS[0]))
+    words = {word for word in set.intersection(*words_of_class.values()) if word}
+    hint = listing or suggest_names(images.root, images.paths.tolist())
+    if hint and (listing or len(words) > 1):
+        raise DataError(
+            f"{images.root}: {shorten(images.labels)} would be the classes, but may be parts of one archive; "
+            f"{GO_ON} if they are classes{hint}"
+        )
+
+
+def _without_digits(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
+    """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
+
+    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
+    holds images itself, or if the subfolders of several class folders share no name: they are
+    then the objects of each class.
+    """
+    subfolders = _find_subfolders(images)
+    if subfolders is None:
+        return ""
+    folder = subfolders.folder
+    while part_kind(folder.rpartition("/")[2]):  # a part of the data set
+        folder = folder.rpartition("/")[0]
+    names = shorten(subfolders.names)
+    return f"; if {names} are the classes, {advice} {quote(str(images.root / folder))}"
+
+
+def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
+    """Find the subfolders that may be the classes, of the folder with the most images; None without any."""
+    # Images of each subfolder, by the path of its parent.
+    counts = defaultdict[str, Counter[str]](Counter)
+    for path in images.paths.tolist():
+        parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
+        counts[parent][subfolder] += 1
+    if not counts or "" in counts:  # no images, or a class folder that holds some itself
+        return None
+    best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
+    names = counts.pop(best)
+    other_names = set[str]().union(*counts.values())
+    is_only_class = len(set(images.targets.tolist())) == 1
+    if len(names) < 2 or not (is_only_class or names.keys() & other_names):
+        return None
+    are_in_all = bool(counts) and all(names.keys() == one.keys() for one in counts.values())
+    return _Subfolders(best, sorted(names), are_in_all)
+
+
+def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
+    """Give the option that reads the classes from the names of the images *paths*, or ""."""
+    for pattern in NAME_PATTERNS:
+        counts = Counter(class_in_name(path, pattern) for path in paths)
+        without = counts.pop("", 0)
+        are_few = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
+        if are_few and without <= (1 - IN_NAMES) * len(paths):
+            return (
+                f"; if {shorten(sorted(counts))} in the names of the files are the classes, run: sopdeploy train "
+                f"--data {quote(str(root))} --set data.classes_from={quote(pattern)}"
+            )
+    return ""
+
+
+def class_in_name(path: bytes, pattern: str) -> str:
+    """Return the text that *pattern* finds in the name of a file without suffix; "" if it finds none.
+
+    Characters that are neither letters nor digits are removed from both ends: `cat` for `cat.1.jpg`.
+    """
+    match = re.search(pattern, PurePosixPath(normalize(os.fsdecode(path))).stem)
+    return "" if match is None else re.sub(r"^[\W_]+|[\W_]+$", "", match.group())
