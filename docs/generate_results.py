@@ -39,8 +39,8 @@ class Measured:
     date: str
     commit: str
     page: str
-    values: dict[str, float | str]
-    claims: list[str]
+    values: dict[str, float | str] = field(default_factory=dict)
+    claims: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
 
     def texts(self) -> list[str]:

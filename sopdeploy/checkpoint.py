@@ -63,7 +63,9 @@ COUNTER = (
 )
 # Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
 COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
-_MORE_NUMBERS, _MORE_PARAMETERS = 1 << 28, 20_000  # of a network while it is built
+# of a network while it is built
+_MORE_NUMBERS = 1 << 28
+_MORE_PARAMETERS = 20_000
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
 
 
@@ -143,7 +145,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the content of the file of *checkpoint*, which `parse_checkpoint` reads."""
-    decision, origin = checkpoint.decision, checkpoint.origin
+    decision = checkpoint.decision
+    origin = checkpoint.origin
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
@@ -210,7 +213,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                 raise CheckpointError(
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
-    version, training = content.pop("version", None), content.get("training")
+    version = content.pop("version", None)
+    training = content.get("training")
     unknown = [
         str(name) for name in content.keys() - {field.name for field in fields(Checkpoint)}
     ]
@@ -436,9 +440,8 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     they are built.
     """
     stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
-    bytes_by_address = {
-        storage.data_ptr(): storage.nbytes() for storage in stored
-    }  # tensors may share one
+    # Tensors may share one
+    bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}
     left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
     left_parameters = _MORE_PARAMETERS + 10 * len(weights)
 
@@ -489,9 +492,8 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         advice = version_advice(writer_of(checkpoint.training)) or "; train or import it again"
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
-    is_contiguous = (
-        checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"
-    )  # others: channels-last
+    # Any other one is channels-last.
+    is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"
     vars(network)[IMAGES_FORMAT] = (
         torch.contiguous_format if is_contiguous else torch.channels_last
     )

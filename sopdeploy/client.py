@@ -39,23 +39,24 @@ CONTENT_TYPE = (
 )
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
-DURATION = re.compile(
-    r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)"
-)  # linear, whatever a server sends
+# linear, whatever a server sends
+DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
+# 64 KiB of these, which httpx expands at once, are 64 MB
 ENCODINGS = {
     "",
     "identity",
     "gzip",
     "deflate",
-}  # 64 KiB of these, which httpx expands at once, are 64 MB
+}
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 FOREIGN = "foreign_answer"  # code of what another server sends
+# Before a response
 BROKEN = (
     httpx.NetworkError,
     httpx.RemoteProtocolError,
     httpx.ConnectTimeout,
-)  # before a response
+)
 
 
 class ImageResult(StrictModel):
@@ -152,10 +153,11 @@ class Client:
         try:
             self._url = httpx.URL(url)
             address = str(self._url.copy_with(userinfo=b""))
+            # What the socket will require
             _ = (
                 urlsplit(address).port,
                 self._url.host.encode("idna"),
-            )  # what the socket will require
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(
                 f"{url!r}: not a URL ({error}); write it as http://host:8000"
@@ -167,7 +169,8 @@ class Client:
         self._transport = transport
         self._proxy = find_proxy(address, HTTPX_PROXIES) if transport is None else None
         self._pools: dict[int, httpx.Client] = {}  # by process
-        self._timeout, self._retries = timeout, retries
+        self._timeout = timeout
+        self._retries = retries
 
     @overload
     def classify(
@@ -270,16 +273,16 @@ class Client:
         Two processes on one connection would read each other's responses, and a lock may be
         held for ever.
         """
-        process, proxy = os.getpid(), None if self._proxy is None else self._proxy.url
+        process = os.getpid()
+        proxy = None if self._proxy is None else self._proxy.url
         if process not in self._pools:
             if self._transport is not None and self._pools:
                 raise ConfigError(
                     "a client with a transport of its own works in one process; make another"
                 )
             try:
-                verify = (
-                    self._url.scheme == "https"
-                )  # without TLS, httpx need not load certificates (60 ms)
+                # Without TLS, httpx need not load certificates (60 ms)
+                verify = self._url.scheme == "https"
                 own = self._transport or obey_deadlines(
                     httpx.HTTPTransport(verify=verify, proxy=proxy)
                 )
@@ -332,7 +335,8 @@ class Client:
         `Retry-After`.
         """
         seconds = self._timeout if timeout is None else timeout
-        end, attempt = time.monotonic() + seconds, 0
+        end = time.monotonic() + seconds
+        attempt = 0
         http = self._connections()
         extensions = {"proxy": self._proxy}  # for messages
         while True:
@@ -346,15 +350,14 @@ class Client:
                 with deadline(end):
                     response = _receive(http, request)
             except httpx.RequestError as failure:
-                error, delay = _no_response_error(request, failure, seconds), backoff(attempt)
+                error = _no_response_error(request, failure, seconds)
+                delay = backoff(attempt)
                 may_retry = isinstance(failure, BROKEN) and error.code != FOREIGN
             else:
                 if response.is_success:
                     return response
-                error, delay = (
-                    _response_error(response),
-                    backoff(attempt) + retry_after(response),
-                )
+                error = _response_error(response)
+                delay = backoff(attempt) + retry_after(response)
                 may_retry = response.status_code in RETRY_STATUSES
             is_last = attempt == self._retries or delay >= end - time.monotonic()
             if is_last or not may_retry:
@@ -374,18 +377,16 @@ def encode_images(images: Sequence[object]) -> list[bytes]:
 
 def backoff(attempt: int) -> float:
     """Compute the delay in seconds before the next attempt: exponential with jitter."""
-    longest = min(
-        MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10)
-    )  # no overflow after many attempts
+    # no overflow after many attempts
+    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
     return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
 def retry_after(response: httpx.Response) -> float:
     """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
-    return (
-        float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
-    )  # 9 digits exceed every timeout
+    # 9 digits exceed every timeout
+    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
@@ -414,11 +415,12 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     finally:
         response.close()
     headers = httpx.Headers(response.headers)
+    # *content* is decoded
     for name in (
         "Content-Encoding",
         "Content-Length",
         "Transfer-Encoding",
-    ):  # *content* is decoded
+    ):
         headers.pop(name, None)
     return httpx.Response(
         response.status_code, headers=headers, content=bytes(content), request=request
@@ -461,16 +463,15 @@ def _no_response_error(
     kind: type[ServiceError] = UnreachableError
     code = "unreachable"
     if isinstance(failure, httpx.TimeoutException):
-        code, text = "timeout", f"no response within {seconds:.3g} s"
+        code = "timeout"
+        text = f"no response within {seconds:.3g} s"
     elif isinstance(failure, httpx.RemoteProtocolError) and getattr(
         failure.__cause__, "__context__", None
     ):
         # Its parser has failed; a server that has disconnected is no cause of an error.
-        kind, code, text = (
-            ServiceError,
-            FOREIGN,
-            f"no HTTP response ({reason[:200]}); check the URL",
-        )
+        kind = ServiceError
+        code = FOREIGN
+        text = f"no HTTP response ({reason[:200]}); check the URL"
     else:
         direct = f"does it work? Without it: NO_PROXY={request.url.host}"
         advice = direct if request.extensions["proxy"] else "is a server running there?"
@@ -499,9 +500,8 @@ def _parse_results(
     are_complete = all(
         result.model_fields_set & {"classes", "values", "error"} for result in results
     )
-    if (
-        len(results) != count or not are_complete
-    ):  # all fields have defaults: other JSON may be valid
+    # All fields have defaults: other JSON may be valid
+    if len(results) != count or not are_complete:
         raise _foreign_answer_error(response)
     return results
 

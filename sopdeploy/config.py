@@ -18,9 +18,8 @@ from sopdeploy.version import __version__
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
-PositiveRate = Annotated[
-    float, pydantic.Field(gt=0, le=1e6)
-]  # float32 can represent small multiples of it
+# float32 can represent small multiples of it
+PositiveRate = Annotated[float, pydantic.Field(gt=0, le=1e6)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -52,9 +51,8 @@ def parse_json(raw: bytes | str) -> Any:
     and lists.
     """
     document = raw.encode() if isinstance(raw, str) else raw
-    num_parts = sum(
-        map(document.count, (b",", b"[", b"{"))
-    )  # of 2 bytes, each takes 100 or more in memory
+    # of 2 bytes, each takes 100 or more in memory
+    num_parts = sum(map(document.count, (b",", b"[", b"{")))
     if num_parts > MAX_JSON_PARTS:
         raise ValueError("not JSON: has too many lists, objects and values")
     try:
@@ -64,9 +62,8 @@ def parse_json(raw: bytes | str) -> Any:
     parts = [values]
     while parts:
         part = parts.pop()
-        if isinstance(part, float) and math.isinf(
-            part
-        ):  # of 1e999, or of hundreds of digits and .0
+        # of 1e999, or of hundreds of digits and .0
+        if isinstance(part, float) and math.isinf(part):
             raise ValueError("not JSON: has a number that is too large")
         if isinstance(part, list | dict):
             parts.extend(part.values() if isinstance(part, dict) else part)
@@ -123,13 +120,14 @@ class StrictModel(pydantic.BaseModel):
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
+                # or a field's name
                 if part.get("type") in (
                     "list",
                     "tuple",
                     "set",
                     "frozenset",
                     "dict",
-                ):  # or a field's name
+                ):
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
                 waiting += [value for key, value in part.items() if key not in _NO_SCHEMAS]
@@ -207,9 +205,8 @@ def with_registered(
                 return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":
                 raise
-            if isinstance(
-                value, base
-            ):  # a plugin's config, which was validated when it was built
+            # a plugin's config, which was validated when it was built
+            if isinstance(value, base):
                 return value
             context = problem["ctx"]
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
@@ -315,16 +312,17 @@ class _Shortener(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, MAX_SHOWN, MAX_SHOWN
+        self.maxlevel = 3
+        self.maxstring = MAX_SHOWN
+        self.maxother = MAX_SHOWN
 
     def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002 - the base class gives it
         is_long = value.bit_length() > 4 * MAX_SHOWN  # Python refuses to write some of them
         return f"a number of {value.bit_length()} bits" if is_long else str(value)
 
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
-        return super().repr_dict(
-            dict(islice(value.items(), self.maxdict)), level
-        )  # the base class sorts all
+        # The base class sorts all
+        return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)
 
 
 _SHORTENER = _Shortener()
@@ -348,7 +346,8 @@ def describe_problem(
     problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None
 ) -> str:
     """Describe *problem*, an entry of `pydantic.ValidationError.errors`, as `first_problem` does."""
-    kind, context = problem["type"], problem.get("ctx", {})
+    kind = problem["type"]
+    context = problem.get("ctx", {})
     where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
     reason = reason_of(problem)
     if kind.startswith("union_tag_"):
@@ -363,7 +362,8 @@ def describe_problem(
 
 def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     """Say what is wrong with the value of *problem*; a kind of error without words here is "not accepted"."""
-    kind, context = problem["type"], problem.get("ctx", {})
+    kind = problem["type"]
+    context = problem.get("ctx", {})
     if kind in _OF_VALIDATOR and "error" in context:
         return str(context["error"])[: 10 * MAX_SHOWN]
     if kind.startswith("missing"):
@@ -373,7 +373,8 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     if kind == "union_tag_not_found":
         return "missing"
     if kind == "union_tag_invalid":
-        tag, known = str(context["tag"])[:MAX_SHOWN], context["expected_tags"]
+        tag = str(context["tag"])[:MAX_SHOWN]
+        known = context["expected_tags"]
         return (
             f"{tag!r} is none of {known}" + _suggest(problem)
             if tag
@@ -391,10 +392,11 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+# a validator of this package or a plug-in raised it
 _OF_VALIDATOR = (
     "value_error",
     "assertion_error",
-)  # a validator of this package or a plug-in raised it
+)
 _REASONS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -421,7 +423,8 @@ _REASONS = {
     "frozen_field": "cannot be changed",
     "frozen_instance": "cannot be changed",
 }
-_NOUNS = {  # of the types `NOUN_type` and `NOUN_parsing`
+# of the types `NOUN_type` and `NOUN_parsing`
+_NOUNS = {
     "bool": "true or false",
     "int": "a whole number",
     **dict.fromkeys(("float", "decimal", "fraction"), "a number"),
@@ -460,7 +463,8 @@ def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> st
     """
     parts = list(path)
     keys = []
-    is_known, value = values is not None, values
+    is_known = values is not None
+    value = values
     for index, part in enumerate(parts):
         if isinstance(value, pydantic.BaseModel):
             value = dict(value)

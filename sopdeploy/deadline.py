@@ -51,7 +51,9 @@ class _Stream(httpcore.NetworkStream):
     """A connection whose every read and write ends at the deadline."""
 
     def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream, self.has_read = stream, False  # since the last write
+        # since the last write
+        self._stream = stream
+        self.has_read = False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         self.has_read = True

@@ -18,9 +18,8 @@ from sopdeploy.names import MAX_CLASSES
 
 Activation = Literal["softmax", "sigmoid"]
 Estimate = Literal["held-out", "cross-validation"]
-Occurrences = Annotated[
-    int, pydantic.Field(ge=0, le=2**53)
-]  # larger ones are not exact as floats, or none
+# Larger ones are not exact as floats, or none
+Occurrences = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 # Bounds of the confidence histogram, closer together near 1, where most confidences are.
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,

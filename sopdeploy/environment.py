@@ -16,12 +16,16 @@ from typing import Any, NoReturn
 from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
-CGROUP, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux only
+# Linux only
+CGROUP = Path("/sys/fs/cgroup")
+PROCESS_CGROUP = Path("/proc/self/cgroup")
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can
 # saturate. With this session option ONNX Runtime stores the int8 weights as uint8, which is
 # exact. With VNNI it changes no result and takes up to 2.2 times as long (ONNX Runtime 1.32).
 EXACT_INT8 = ("session.x64quantprecision", "1")
-DAEMON_THREAD, WORKER_THREAD = "daemon", "model_worker"  # names of threads that may never end
+# names of threads that may never end
+DAEMON_THREAD = "daemon"
+WORKER_THREAD = "model_worker"
 SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
 
 
@@ -68,14 +72,13 @@ def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
         for line in PROCESS_CGROUP.read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
             if number == "0":  # version 2, such as `0::/user.slice`
-                roots, version = [CGROUP], 2
+                roots = [CGROUP]
+                version = 2
             elif controller in controllers.split(
                 ","
             ):  # version 1, such as `9:cpu,cpuacct:/docker/1f`
-                roots, version = (
-                    [CGROUP / name for name in dict.fromkeys((controller, controllers))],
-                    1,
-                )
+                roots = [CGROUP / name for name in dict.fromkeys((controller, controllers))]
+                version = 1
             else:
                 continue
             for root in roots:
@@ -206,12 +209,10 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        package = {"sklearn": "scikit-learn"}.get(
-            module, module.replace("_", "-")
-        )  # its name on PyPI
-        requirements = "\n".join(
-            metadata.requires("sopdeploy") or []
-        )  # lines: `timm>=1; extra == "train"`
+        # Its name on PyPI
+        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
+        # lines: `timm>=1; extra == "train"`
+        requirements = "\n".join(metadata.requires("sopdeploy") or [])
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]
         if not extras:  # no extra installs it: the error stays as it is

@@ -23,7 +23,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Sentences with what a library asks of its own users.
 _OF_THE_LIBRARY = re.compile(r"https?://|\bplease\b|\bfile an? \w+|\breport\b", re.IGNORECASE)
 _MAX_LISTED = 10  # names in a message
-_MAX_MESSAGE, _MAX_END = 4_000, 500  # characters; files of others can have names of any length
+# characters; files of others can have names of any length
+_MAX_MESSAGE = 4_000
+_MAX_END = 500
 
 
 def python_argument(setting: str, value: object = None) -> str:
@@ -73,13 +75,12 @@ class SopdeployError(Exception):
         if len(message) > _MAX_MESSAGE:  # the end says what to do
             message = f"{message[: _MAX_MESSAGE - _MAX_END]}...{message[-_MAX_END:]}"
         super().__init__(message)
-        self.code, self.status = code or self.code, status
-        self.message, self.setting, self.value, self.remedies = (
-            message,
-            setting,
-            value,
-            dict(remedies or {}),
-        )
+        self.code = code or self.code
+        self.status = status
+        self.message = message
+        self.setting = setting
+        self.value = value
+        self.remedies = dict(remedies or {})
         self.lists = {name: list(values) for name, values in (lists or {}).items() if values}
 
     def __str__(self) -> str:

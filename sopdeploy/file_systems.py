@@ -64,9 +64,8 @@ def lock_file(
             os.close(file)
             raise
         tries += 1
-        is_deleted = not _is_at(
-            file, path
-        )  # by its last owner, unless the file system changes inodes
+        # by its last owner, unless the file system changes inodes
+        is_deleted = not _is_at(file, path)
         if failure or not is_deleted or tries == _MAX_TRIES:
             return Lock(file, failure)
         os.close(file)
@@ -162,9 +161,8 @@ def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str
     except BlockingIOError:
         raise
     except OSError as error:
-        if (
-            of_process and error.errno == errno.EACCES
-        ):  # POSIX allows it for a lock that is held
+        # POSIX allows it for a lock that is held
+        if of_process and error.errno == errno.EACCES:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return os.strerror(error.errno or errno.ENOLCK)
     return ""

@@ -72,17 +72,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
-    missing = [
-        folder for folder in (path, *path.parents) if not folder.exists()
-    ]  # the innermost first
+    # The innermost first
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
         yield
     finally:
         for folder in missing:
-            with suppress(
-                OSError
-            ):  # it holds a file, was not created, or another process uses it
+            # it holds a file, was not created, or another process uses it
+            with suppress(OSError):
                 folder.rmdir()
 
 
@@ -188,9 +186,8 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
-    while piece := file.read(
-        min(limit - len(content), BLOCK_BYTES)
-    ):  # empty at the end and at *limit*
+    # Empty at the end and at *limit*
+    while piece := file.read(min(limit - len(content), BLOCK_BYTES)):
         content += piece
     return bytes(content)
 
@@ -248,7 +245,8 @@ _WEIGHTS = (
     "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
     "network, too"
 )
-_OF_OTHERS = {  # what files of other programs are, by suffix, and what to give instead
+# What files of other programs are, by suffix, and what to give instead
+_OF_OTHERS = {
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
         "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
     ),

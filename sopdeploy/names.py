@@ -13,12 +13,10 @@ from sopdeploy.config import parse_json, shown
 MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 1_000  # characters
 MAX_LINK = 4_096  # characters of a path in a link
-_PROJECT = re.compile(
-    r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
-)  # files have up to 50 more characters
-_BUNDLE_END = re.compile(
-    r"-(?=[0-9a-f]{12}$)"
-)  # before the id of a bundle, which ends its name
+# Files have up to 50 more characters
+_PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+# Before the id of a bundle, which ends its name
+_BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")
 # The ends of the Unicode names of characters that are letters or symbols by category, but have
 # no glyph.
 _JOINERS = (

@@ -36,7 +36,8 @@ class StoredKind:
     """What a pickle says of a dtype of numpy, such as "f8"; `order` is "<", ">" or "|"."""
 
     def __init__(self, text: Any = None, *_: Any) -> None:
-        self.text, self.order = text, "|"
+        self.text = text
+        self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
         """Read the order of bytes; the other entries are those of fields and of dates."""
@@ -145,7 +146,9 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             operands = [
                 extent for extent in (stack.pop() for _ in before) if extent is not None
             ]
-        values, levels = 1, 0  # of what the operation puts on the stack
+        # of what the operation puts on the stack
+        values = 1
+        levels = 0
         if name.startswith("TUPLE"):
             values += sum(extent.values for extent in operands)
             levels = 1 + max((extent.levels for extent in operands), default=0)
@@ -164,9 +167,8 @@ def distinct_values(content: Any) -> list[Any]:
     than `MAX_LEVELS`, and if *content* contains itself.
     """
     found: list[Any] = []
-    extents: dict[
-        int, _Extent | None
-    ] = {}  # by the identity of an object; None while it is measured
+    # by the identity of an object; None while it is measured
+    extents: dict[int, _Extent | None] = {}
 
     def measure(value: Any, outer_levels: int) -> _Extent:
         """Measure *value*, once for each object; add it to *found* if it is no container."""
@@ -188,7 +190,8 @@ def distinct_values(content: Any) -> list[Any]:
             if num_values > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
         else:
-            num_values, levels = 1, 0
+            num_values = 1
+            levels = 0
             found.append(value)
         measured = extents[id(value)] = _Extent(num_values, levels)
         return measured

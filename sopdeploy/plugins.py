@@ -27,7 +27,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from sopdeploy.errors import ConfigError, first_line
 
-_GROUP, RECIPES = "sopdeploy.plugins", "sopdeploy.recipes"  # groups of entry points
+# groups of entry points
+_GROUP = "sopdeploy.plugins"
+RECIPES = "sopdeploy.recipes"
 _THIS_PROJECT = "sopdeploy"
 VARIABLE = "SOPDEPLOY_PLUGINS"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -137,9 +139,8 @@ def import_if_named(source: Any) -> Any:
 
 DATA_SOURCES: PluginRegistry[Any] = PluginRegistry("data source")
 IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
-FIRST_BYTES: dict[
-    str, bytes
-] = {}  # of the files of an importer that is registered as `module:name`
+# of the files of an importer that is registered as `module:name`
+FIRST_BYTES: dict[str, bytes] = {}
 MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
 RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")

@@ -21,7 +21,8 @@ Time = Annotated[
     ),
 ]
 # Where `train` and `export` write by default.
-RUNS, BUNDLES = Path("runs"), Path("bundles")
+RUNS = Path("runs")
+BUNDLES = Path("bundles")
 SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
 
@@ -71,9 +72,8 @@ def folder_project(folder: Path) -> str:
     named = path.parent if path.is_file() else path
     name = folder_name(named)
     if name.lower() in {"train", "training"}:
-        name = folder_name(
-            named / ".."
-        )  # `named.parent` would be wrong where *folder* ends with `..`
+        # `named.parent` would be wrong where *folder* ends with `..`
+        name = folder_name(named / "..")
     return _as_project(name)
 
 

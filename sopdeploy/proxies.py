@@ -16,12 +16,14 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
+# Also of the hub's
 HTTPX_PROXIES = (
     *HTTP_PROXIES,
     *(("socks5", "socks5h") if find_spec("socksio") else ()),
-)  # also of the hub's
+)
 S3_SCHEMES = ("s3", "s3a")
-HOSTS, MAX_HOSTS_BYTES = Path("/etc/hosts"), 1 << 24
+HOSTS = Path("/etc/hosts")
+MAX_HOSTS_BYTES = 1 << 24
 
 
 class Proxy(NamedTuple):
@@ -42,7 +44,8 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
     and networks without a proxy; this machine never has one. Raises `ConfigError` for no URL of
     one of *schemes*.
     """
-    target, proxies = urlsplit(url), getproxies()
+    target = urlsplit(url)
+    proxies = getproxies()
     host = (target.hostname or "").rstrip(".")
     kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
     if (
@@ -128,9 +131,8 @@ def is_this_machine(host: str) -> bool:
         if ip_address(address[0]).is_loopback:
             return True
         with socket.socket(family, kind) as probe:
-            probe.connect(
-                address
-            )  # sends nothing: the system chooses the address that it would send from
+            # Sends nothing: the system chooses the address that it would send from
+            probe.connect(address)
             source = probe.getsockname()[0]
     except (OSError, ValueError):  # a name, or an address without a route
         return False

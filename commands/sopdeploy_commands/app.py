@@ -16,7 +16,8 @@ ABOUT = "Train an image classifier on a folder of images, export it with a proof
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
-SETTINGS: Any = {  # of every `typer.Typer`
+# of every `typer.Typer`
+SETTINGS: Any = {
     "rich_markup_mode": None,  # tables of Rich cut the names of options
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
@@ -72,9 +73,8 @@ TOPICS = {
     },
 }
 COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
-ONLY_COMMAND_OF_GROUP = {
-    "data": "check"
-}  # `sopdeploy data check`; the group has no other command
+# `sopdeploy data check`; the group has no other command
+ONLY_COMMAND_OF_GROUP = {"data": "check"}
 QUICK_START = (
     "sopdeploy train --data photos",
     "sopdeploy export runs/latest/best.pt --detach",
@@ -131,14 +131,12 @@ class Commands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         source, _summary = COMMANDS[name]
         module, _, function = source.partition(":")
-        run = getattr(
-            import_module(module, __package__), function
-        ).run_command  # set by `command`
+        # Set by `command`
+        run = getattr(import_module(module, __package__), function).run_command
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
-        if (
-            name in ONLY_COMMAND_OF_GROUP
-        ):  # with a callback, Typer keeps a group of a single command
+        # With a callback, Typer keeps a group of a single command
+        if name in ONLY_COMMAND_OF_GROUP:
             app.callback(help=run.__doc__)(lambda: None)
         return typer.main.get_command(app)
 
@@ -258,9 +256,8 @@ def _run_and_flush() -> Any:
     try:
         sys.stdout.flush()  # the interpreter would do it too late to handle an error
     except OSError:
-        if (
-            not code
-        ):  # a command that failed has printed its own error, so this one is not shown
+        # a command that failed has printed its own error, so this one is not shown
+        if not code:
             raise
     return code
 
@@ -273,17 +270,14 @@ def _to_config_error(error: Any) -> Exception:
     message = " ".join(error.format_message().split()).rstrip(".")
     parameters = [] if error.ctx is None else error.ctx.command.params
     name = getattr(error, "option_name", None)
-    if (
-        hasattr(error, "possibilities") and name is not None
-    ):  # an option that the command does not have
+    # an option that the command does not have
+    if hasattr(error, "possibilities") and name is not None:
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
     elif name is not None:  # an option without a value, or one that takes none
-        named = [
-            parameter for parameter in parameters if name in parameter.opts
-        ]  # not `--help`
-        choices = (
-            get_args(named[0].type_descriptor.annotation) if named else ()
-        )  # of a `Literal`
+        # Not `--help`
+        named = [parameter for parameter in parameters if name in parameter.opts]
+        # of a `Literal`
+        choices = get_args(named[0].type_descriptor.annotation) if named else ()
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"
     return ConfigError(f"{command}: {message}; see {command} --help")

@@ -22,7 +22,8 @@ from sopdeploy_commands.app import QUICK_START
 _PACKAGED = Path(__file__).parent / "photos"  # of a wheel
 PHOTOS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "examples" / "photos"
 EXPORT = "export runs/latest/best.pt --detach"
-PHOTOGRAPHS, DIGITS = "train --data photos/clothing", "train --recipe digits-dsop"
+PHOTOGRAPHS = "train --data photos/clothing"
+DIGITS = "train --recipe digits-dsop"
 SERVE = "serve bundles/latest --port 0"
 MIN_ACCURACY = 0.8  # of the photographs, in cross-validation and over HTTP
 MIN_REJECTED = 0.8  # of the photographs of other things
@@ -54,10 +55,11 @@ def demo(*, out: Path = Path("demo")) -> None:
         classify_photographs(out)
     show_digits(digits.result())
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
+    # `serve` checks a bundle and classifies, too
     optional_steps = (
         "sopdeploy verify",
         "sopdeploy predict",
-    )  # `serve` checks a bundle and classifies, too
+    )
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
 
 
@@ -73,14 +75,13 @@ def classify_photographs(out: Path) -> None:
     top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
     expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
     _run(EXPORT, out)
-    new, others = (
-        sorted(out.glob("photos/new/*/*.jpg")),
-        sorted(out.glob("photos/others/*.jpg")),
-    )
+    new = sorted(out.glob("photos/new/*/*.jpg"))
+    others = sorted(out.glob("photos/others/*.jpg"))
     say("", f"$ sopdeploy {SERVE}", style="bold cyan")
     with _serving(out) as (ready, client):
         say(ready)
-        found, unknown = client.classify(new), client.classify(others)
+        found = client.classify(new)
+        unknown = client.classify(others)
     say("New photographs, over HTTP:", style="bold")
     rate = _show_answers([photo.parent.name for photo in new], found, len(new))
     expect("the new photographs", rate, MIN_ACCURACY)
@@ -173,9 +174,8 @@ def _serving(out: Path) -> Iterator[tuple[str, Client]]:
             ready = cast(TextIO, server.stdout).readline().strip()
             if not ready:  # the server has printed its error
                 raise typer.Exit(server.wait())
-            with Client(
-                ready.split()[1], timeout=_TIMEOUT
-            ) as client:  # the second word is the URL
+            # The second word is the URL
+            with Client(ready.split()[1], timeout=_TIMEOUT) as client:
                 yield ready, client
         finally:
             server.terminate()

@@ -9,10 +9,9 @@ from sopdeploy.config import check_format
 from sopdeploy.version import __version__
 
 VERSION: Literal[1] = 1
-VERSION_KEY, _WRITER_KEY = (
-    b"sopdeploy.version",
-    b"sopdeploy.written_by",
-)  # metadata of a parquet file
+# Metadata of a parquet file
+VERSION_KEY = b"sopdeploy.version"
+_WRITER_KEY = b"sopdeploy.written_by"
 
 
 def make_schema(columns: Mapping[str, Any]) -> Any:

@@ -36,9 +36,8 @@ def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Netw
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     originals = {id(module) for _, module in modules(network)}
-    kind = (
-        fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
-    )  # each has its own class
+    # Each has its own class
+    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
     if not isinstance(copied, kind) or any(
         id(module) in originals for _, module in modules(copied)
     ):

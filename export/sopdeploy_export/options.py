@@ -60,9 +60,8 @@ class ExportOptions(Options):
                     raise ConfigError("only with precision int8", setting=name)
         elif self.calibrate is None:
             problem = "int8 needs images to measure ranges on"
-            remedies = {
-                "calibrate": None
-            }  # without a value to try: only the user knows the folder
+            # Without a value to try: only the user knows the folder
+            remedies = {"calibrate": None}
             raise ConfigError(problem, setting="precision", remedies=remedies)
         is_measured = self.calibrate is not None or self.evaluate is not None
         if self.max_drop != type(self).model_fields["max_drop"].default and not is_measured:
@@ -126,9 +125,8 @@ class NetworkExportOptions(NetworkOptions):
         if self.network is None:
             for name, field in type(self).model_fields.items():
                 if getattr(self, name) != field.default:
-                    remedies = {
-                        "network": None
-                    }  # without a value to try: only the user knows the builder
+                    # Without a value to try: only the user knows the builder
+                    remedies = {"network": None}
                     raise ConfigError(
                         "only for a network of your own", setting=name, remedies=remedies
                     )

@@ -74,9 +74,8 @@ def export_checkpoint(
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     check_exportable(subject.network, subject.detachment.training_only)
-    if (
-        options.name is None
-    ):  # a name that the user gave may be that of a bundle, in order to replace it
+    # a name that the user gave may be that of a bundle, in order to replace it
+    if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
     return export_subject(subject, destination, options, on_step)
 
@@ -88,7 +87,8 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     another hash here than in the certificate, for example because torch captures it in another
     way.
     """
-    checkpoint, lineage = read_checkpoint(path), manifest.lineage
+    checkpoint = read_checkpoint(path)
+    lineage = manifest.lineage
     if checkpoint.sha256 != lineage.checkpoint_sha256:
         raise CheckpointError(
             f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
@@ -168,15 +168,16 @@ def export_subject(
         raise ConfigError(f"{problem}; rename the class and train again")
     has_photos = options.calibrate is not None or options.evaluate is not None
     accuracy_check = AccuracyCheck(subject, options) if has_photos else None
-    preprocess, started = subject.preprocess, time.monotonic()
-    with bundle.staging(
-        destination
-    ) as folder:  # first, because it checks that the folder can be written
+    preprocess = subject.preprocess
+    started = time.monotonic()
+    # first, because it checks that the folder can be written
+    with bundle.staging(destination) as folder:
         images = generated_images(preprocess.crop)
         trained, detached = _detach_subject(subject, images, options)
         captures = captures or Captures(preprocess, options.batch)
         images_BHWC = torch.from_numpy(images)
-        proof, captured, probe_outputs = certify(  # the statements about networks
+        # The statements about networks
+        proof, captured, probe_outputs = certify(
             trained,
             detached,
             captures,
@@ -186,7 +187,8 @@ def export_subject(
             on_step=on_step,
         )
         on_step("converting to ONNX")
-        program, outputs = captured["detached"].any_batch, output_names(detached)
+        program = captured["detached"].any_batch
+        outputs = output_names(detached)
         folded = fold_constant_parts(program)
         certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
@@ -210,7 +212,8 @@ def export_subject(
             on_step(f"converting the graph to {options.precision}")
         measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
         converted = convert_precision(certified, preprocess, options, measuring)
-        model, precision = converted.model, converted.precision
+        model = converted.model
+        precision = converted.precision
         (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
         shipped_root = root if options.precision == "fp32" else onnx_root(model)
         certificate = Certificate.of(proof, root, shipped_root, mixes_images, options.precision)
@@ -250,10 +253,8 @@ def export_subject(
         manifest = write_reports(
             subject, folder, options, probes, results, model.opset_import[0].version
         )
-        path, seconds = (
-            bundle.publish(folder, manifest, destination),
-            time.monotonic() - started,
-        )
+        path = bundle.publish(folder, manifest, destination)
+        seconds = time.monotonic() - started
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     exported = Exported(
         **vars(results),
@@ -275,7 +276,8 @@ def _detach_subject(
     """
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(subject.network, training_only):
-        kind, parts = type(subject.network).__name__, ", ".join(training_only)
+        kind = type(subject.network).__name__
+        parts = ", ".join(training_only)
         problem = f"{kind} still carries training-only parts ({parts})"
         raise DetachError(problem, remedies={"detach": True})
     if options.with_features:
@@ -286,7 +288,8 @@ def _detach_subject(
 
 def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
     """Make the input of the last linear layer an output of the network of *subject*."""
-    classes, training_only = len(subject.labels), subject.detachment.training_only
+    classes = len(subject.labels)
+    training_only = subject.detachment.training_only
     add_embedding_output(subject.network, subject.preprocess, images, classes, training_only)
 
 
@@ -295,7 +298,9 @@ def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.M
 
     *images* run in it to find this layer.
     """
-    decision, preprocess, classes = subject.decision, subject.preprocess, len(subject.labels)
+    decision = subject.decision
+    preprocess = subject.preprocess
+    classes = len(subject.labels)
     if decision is None or decision.temperature == 1:
         return subject.network
     return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)

@@ -146,7 +146,8 @@ def fingerprint(program: ExportedProgram) -> Fingerprint | None:
     positions = {
         node: str(position) for position, node in enumerate([*used_placeholders, *others])
     }
-    described, hashes = [str(program.range_constraints)], []
+    described = [str(program.range_constraints)]
+    hashes = []
     try:
         hashes_by_placeholder = _hash_placeholders(program)
         for spec in used_specs:
@@ -156,9 +157,8 @@ def fingerprint(program: ExportedProgram) -> Fingerprint | None:
             hashes.append(hashes_by_placeholder[spec.arg.name])
         for node in others:
             if node.op != "output":
-                described.append(
-                    _name_operation(node)
-                )  # raises an error unless the node is a call
+                # Raises an error unless the node is a call
+                described.append(_name_operation(node))
             described.append(_encode([node.args, node.kwargs], positions.__getitem__))
     except CertificateError:
         return None
@@ -379,14 +379,13 @@ class _ValueHasher:
     """Computes the hash of every value of a program, or the value if it does not depend on the images."""
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
-        self.program, self.root = program, ""
+        self.program = program
+        self.root = ""
         self.constants: dict[fx.Node, Any] = {}  # the values that do not depend on the images
-        self.hashes: dict[
-            fx.Node, str
-        ] = {}  # the hashes of the others, among them those of symbolic sizes
-        self.operations: dict[
-            str, str
-        ] = {}  # maps each hash to the name and module of its operation
+        # The hashes of the others, among them those of symbolic sizes
+        self.hashes: dict[fx.Node, str] = {}
+        # Maps each hash to the name and module of its operation
+        self.operations: dict[str, str] = {}
         # The hash and the shape of the value that a reshape, or a chain of them, begins with.
         self.unshaped: dict[fx.Node, tuple[str, str]] = {}
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -437,7 +436,8 @@ class _ValueHasher:
         elif self._keeps_values(
             node
         ):  # of a chain of them, the first value and the last shape count
-            operand, shape = node.all_input_nodes[0], self._format_shape(node)
+            operand = node.all_input_nodes[0]
+            shape = self._format_shape(node)
             source, source_shape = self.unshaped.get(
                 operand, (self._hash(operand), self._format_shape(operand))
             )
@@ -454,13 +454,11 @@ class _ValueHasher:
 
     def _keeps_values(self, node: fx.Node) -> bool:
         """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
-        if (
-            operator_name(node) == "aten.expand"
-        ):  # repeats values, unless the shape stays the same
+        # Repeats values, unless the shape stays the same
+        if operator_name(node) == "aten.expand":
             return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
-        reads_bytes = (
-            str(node.target) == "aten.view.dtype"
-        )  # an overload of `view` for another type
+        # an overload of `view` for another type
+        reads_bytes = str(node.target) == "aten.view.dtype"
         return operator_name(node) in SAME_VALUES and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
@@ -522,9 +520,8 @@ def _is_random(node: fx.Node) -> bool:
         return False
     names = [argument.name for argument in target._schema.arguments]
     arguments = dict(zip(names, _all_arguments(node), strict=True))
-    is_off = any(
-        arguments.get(name) == 0 for name in ("p", "dropout_p")
-    )  # `dropout_p` of attention
+    # `dropout_p` of attention
+    is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval
 

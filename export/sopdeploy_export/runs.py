@@ -49,9 +49,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del types
         args = tuple(map(widen_dtype, args))
         kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # so that `ReportsFloat32` does not change `value.dtype` here
+        # so that `ReportsFloat32` does not change `value.dtype` here
+        with torch._C.DisableTorchFunction():
             dtypes = {
                 value.dtype
                 for value in tree_leaves((args, kwargs))
@@ -150,12 +149,10 @@ def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
     smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
-    margins = (
-        smallest_chosen - ranked[:, chosen:]
-    )  # to each logit that is not chosen (P, N - chosen)
-    return np.asarray(
-        (margins > 2 * tolerance).all(axis=1), dtype=np.bool_
-    )  # the two logits may both drift
+    # to each logit that is not chosen (P, N - chosen)
+    margins = smallest_chosen - ranked[:, chosen:]
+    # The two logits may both drift
+    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
 
 
 def run_in_batches(

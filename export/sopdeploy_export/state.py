@@ -50,7 +50,8 @@ VALUES = (
     torch.Size,
 )
 _PLAIN = (dict, list, tuple, deque, OrderedDict)  # these hold nothing but their items
-_MODULES = {  # of libraries whose objects are read
+# of libraries whose objects are read
+_MODULES = {
     *(
         "argparse",
         "array",
@@ -126,9 +127,8 @@ def read_state(network: nn.Module) -> dict[str, object]:
                 state |= {f"{prefix}{key}": object_id(item) for key, item in value.items()}
             else:
                 unread.append((f"{prefix}{attribute}", value))
-        unread += [
-            (kind.__name__, kind) for kind in type(module).__mro__
-        ]  # with class attributes
+        # With class attributes
+        unread += [(kind.__name__, kind) for kind in type(module).__mro__]
     while unread:
         path, value = unread.pop()
         content = _comparable_content(value)
@@ -212,10 +212,11 @@ def _items_and_referents(value: Any) -> Iterator[tuple[str, Any]]:
     if type(value) in _PLAIN or isinstance(value, nn.Module):  # a module holds attributes only
         return
     if isinstance(value, GeneratorType):
+        # None: it has ended
         yield (
             " (state)",
             value.gi_frame.f_lasti if value.gi_frame else None,
-        )  # None: it has ended
+        )
     elif type(value).__module__ in _MODULES:
         yield " (state)", _describe_state(value)
     # Slots, and what iterators, methods and subclasses of containers hold, are known to `gc`
@@ -269,9 +270,8 @@ def object_id(value: object) -> ObjectId:
         and isinstance(value, Tensor)
         and value.layout == torch.strided
     ):
-        version = (
-            -1 if value.is_inference() else value._version
-        )  # inference tensors have no version
+        # Inference tensors have no version
+        version = -1 if value.is_inference() else value._version
         return ObjectId(value, id(value), (version, value.data_ptr()))
     return ObjectId(value, id(value), (len(value),) if isinstance(value, set) else ())
 
@@ -340,9 +340,8 @@ class PythonNumbers:
     })  # fmt: skip
 
     def __init__(self) -> None:
-        self._values = (
-            WeakIdKeyDictionary()
-        )  # also of tensors that torch.export gives no values
+        # Also of tensors that torch.export gives no values
+        self._values = WeakIdKeyDictionary()
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Compute a call on known tensors, or one that makes a tensor of Python numbers.
@@ -358,9 +357,8 @@ class PythonNumbers:
         if operands:
             computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
         else:
-            numbers = tree_leaves(
-                args[:1]
-            )  # without an array, whose memory the tensor can share
+            # Without an array, whose memory the tensor can share
+            numbers = tree_leaves(args[:1])
             are_numbers = bool(numbers) and all(
                 isinstance(number, int | float) for number in numbers
             )
@@ -406,7 +404,8 @@ class PythonReads(TorchFunctionMode):
         """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
         known_value = self._numbers.compute(function, args, kwargs or {})
-        result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        result = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
         self._numbers.remember(result, known_value)
         returns_data = not all(
             isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result)
@@ -469,9 +468,8 @@ def attributes_restored(network: nn.Module) -> Iterator[None]:
     finally:
         for container, content in saved:
             container.clear()
-            fill = (
-                container.extend if isinstance(container, list) else container.update
-            )  # of a dict or a set
+            # of a dict or a set
+            fill = container.extend if isinstance(container, list) else container.update
             fill(content)
 
 

@@ -83,9 +83,8 @@ class ExportSubject:
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
-        versions = (
-            recorded if isinstance(recorded, dict) else {}
-        )  # checkpoints can hold anything
+        # Checkpoints can hold anything
+        versions = recorded if isinstance(recorded, dict) else {}
         return {
             **{str(name): str(versions[name]) for name in versions},
             **plugin_versions(self.network.modules()),

@@ -33,9 +33,8 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
             "sends single images; export it with a minimum batch of 1"
         )
-    broken = [
-        label for label in bundle.labels if len(f"{label}.".splitlines()) > 1
-    ]  # also "label\n"
+    # Also "label\n"
+    broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
     if broken:
         raise BundleError(
             f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}; rename it"
@@ -110,7 +109,8 @@ dynamic_batching {{
 
 def _model_config(bundle: Bundle) -> str:
     """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
-    manifest, image = bundle.manifest, bundle.manifest.inputs[0]
+    manifest = bundle.manifest
+    image = bundle.manifest.inputs[0]
     batch = manifest.batch
     tensors = [_tensor_config("input", record, batch) for record in manifest.inputs]
     tensors += [
@@ -126,10 +126,10 @@ def _model_config(bundle: Bundle) -> str:
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
-    for size in sorted(
-        {1, batch.optimum, batch.maximum}
-    ):  # Triton repeats one probe image to this size
-        name, kind = json.dumps(image.name), TYPES[image.dtype]
+    # Triton repeats one probe image to this size
+    for size in sorted({1, batch.optimum, batch.maximum}):
+        name = json.dumps(image.name)
+        kind = TYPES[image.dtype]
         text += WARMUP_CONFIG.format(
             size=size, name=name, kind=kind, dims=_dims(image, batch), file=WARMUP
         )
@@ -140,7 +140,8 @@ def _model_config(bundle: Bundle) -> str:
 
 def _tensor_config(field: str, record: TensorRecord, batch: BatchRange, more: str = "") -> str:
     """Write the *field* `input` or `output` for the tensor of *record*, with *more* fields of its message."""
-    name, kind = json.dumps(record.name), TYPES[record.dtype]
+    name = json.dumps(record.name)
+    kind = TYPES[record.dtype]
     return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record, batch)}{more} }}"
 
 

@@ -79,9 +79,8 @@ def create_app(
             keeper.start()
         yield
         if keeper is not None:
-            await asyncio.to_thread(
-                keeper.stop
-            )  # before the service, whose decoders make its copies
+            # Before the service, whose decoders make its copies
+            await asyncio.to_thread(keeper.stop)
         await service.stop()
 
     names = sorted({model.name for model in service.registry.models()})
@@ -97,7 +96,9 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.service, app.state.keeper, app.state.keys = service, keeper, keys
+    app.state.service = service
+    app.state.keeper = keeper
+    app.state.keys = keys
     app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
     app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))

@@ -82,7 +82,8 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """
     headers: dict[str, str] = {}
     for raw_name, raw_value in lines:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        name = raw_name.decode("latin-1")
+        value = raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -121,7 +122,8 @@ class OwnOrigins:
         proxies: tuple[Network, ...],
         pages: Collection[str] = (),
     ) -> None:
-        self._own, self._proxies = [parse_host(name) for name in allowed], proxies
+        self._own = [parse_host(name) for name in allowed]
+        self._proxies = proxies
         self._pages = [*self._own, *(parse_host(page) for page in pages if page != "*")]
         self._all_pages = "*" in pages
         for name in names:
@@ -177,9 +179,8 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
     try:
-        parsed = ip_address(
-            address.partition("%")[0]
-        )  # without the zone of a link-local address
+        # Without the zone of a link-local address
+        parsed = ip_address(address.partition("%")[0])
     except ValueError:  # a connection without an address
         return False
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
@@ -188,6 +189,5 @@ def is_within(address: str, networks: tuple[Network, ...]) -> bool:
 
 def parse_network(text: str) -> Network:
     """Parse an address or network, such as `10.0.0.0/8`; raises `ValueError` if *text* is neither."""
-    return ip_network(
-        text.strip(), strict=False
-    )  # the network of an address such as `10.1.2.3/8`
+    # The network of an address such as `10.1.2.3/8`
+    return ip_network(text.strip(), strict=False)

@@ -284,24 +284,20 @@ class Settings(StrictModel):
             raise ValueError(
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
-        if (
-            self.follow and self.memory_budget is not None
-        ):  # bundles under a budget are not reloaded
+        # Bundles under a budget are not reloaded
+        if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
-        if (
-            self.front_ends not in {"auto", 0} and self.memory_budget is not None
-        ):  # engines load all models
+        # Engines load all models
+        if self.front_ends not in {"auto", 0} and self.memory_budget is not None:
             raise ValueError("front_ends excludes memory_budget; remove one of them")
-        if (
-            self.max_images > self.queue_size
-        ):  # else a request of so many images is never admitted
+        # Else a request of so many images is never admitted
+        if self.max_images > self.queue_size:
             sizes = (
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             )
             raise ValueError(f"{sizes}; lower it")
-        if (
-            self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE
-        ):  # such a body is never admitted
+        # Such a body is never admitted
+        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
             limit = (
                 f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
             )
@@ -341,7 +337,8 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     try:
         return Settings(**values)
     except pydantic.ValidationError as problem:
-        first, hint = problem.errors()[0], ""
+        first = problem.errors()[0]
+        hint = ""
         if shown(first.get("input", "")).startswith("'tcp://"):
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
         elif first["type"] == "extra_forbidden":

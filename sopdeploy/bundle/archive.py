@@ -127,7 +127,8 @@ def upload(file: Path, destination: str, name: str) -> str:
     In folders and object stores, readers never see an incomplete file under *name*. A failure
     leaves no new folder.
     """
-    folder, url = destination.removeprefix("file://"), f"{destination.rstrip('/')}/{name}"
+    folder = destination.removeprefix("file://")
+    url = f"{destination.rstrip('/')}/{name}"
     if "://" in folder:
         with _open_store(url) as (store, path):
             store.put_file(str(file), path)
@@ -178,9 +179,8 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         raise missing_store_error(url) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
-        if (
-            isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS
-        ):  # of file:// and mounted disks
+        # of file:// and mounted disks
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
         where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))

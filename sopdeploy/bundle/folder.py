@@ -143,10 +143,11 @@ def seal(
     files = {path.name: record(path) for path in folder.iterdir()}
     manifest = manifest_of(files)
     if certificate is not None:
+        # Without the certificate
         fields = {
             **certificate,
             "contents": manifest.contents_sha256,
-        }  # without the certificate
+        }
         path = folder / CERTIFICATE
         path.write_bytes(
             to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
@@ -369,9 +370,8 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                 )
             for name, record in manifest.files.items():
                 current = path / name
-                flags = (
-                    os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                )  # it may be a link or a FIFO meanwhile
+                # it may be a link or a FIFO meanwhile
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
                     _check_type_and_size(current, os.fstat(file.fileno()), record)
                     blocks = HashedBlocks(file, record.bytes)
@@ -527,7 +527,8 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
             live_by_project[manifest.project] = manifest
             bundles[place] = bundles[place]._replace(is_live=True)
 
-    listed, served_by_project = [], dict(live_by_project)
+    listed = []
+    served_by_project = dict(live_by_project)
     for bundle, real in zip(bundles, real_paths, strict=True):
         manifest = bundle.manifest
         if manifest is None:  # `read_bundles` has set `why_not_served`

@@ -36,11 +36,12 @@ MAX_EXAMPLES = 4
 TOLERANCES = 2
 _MAX_LEVELS = 1  # gray levels between decoders
 _SEED = 11
-CELL, LARGE_CELL = 8, 12  # pixels per random color
-LARGE, TURNED = (
-    5,
-    6,
-)  # shorter side of the large example relative to `resize`, and its orientation
+# pixels per random color
+CELL = 8
+LARGE_CELL = 12
+# Shorter side of the large example relative to `resize`, and its orientation
+LARGE = 5
+TURNED = 6
 MAX_LARGE_RESIZE = 640  # of 13 megapixels; rules that resize to more have no large example
 
 RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logits (C,)
@@ -84,8 +85,10 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     pixels tell which.
     """
     random = np.random.default_rng(_SEED)
-    side, files = preprocess.resize, []
-    large, turned = LARGE * side, Image.Exif()
+    side = preprocess.resize
+    files = []
+    large = LARGE * side
+    turned = Image.Exif()
     turned[ORIENTATION] = TURNED
     sizes = [
         (
@@ -130,7 +133,8 @@ def write_golden(
         pixels = decode(body, preprocess).pixels
         if not usable(pixels):
             continue
-        jpeg, raw = f"golden-{number}.jpg", f"golden-{number}.rgb"
+        jpeg = f"golden-{number}.jpg"
+        raw = f"golden-{number}.rgb"
         (folder / jpeg).write_bytes(body)
         (folder / raw).write_bytes(pixels.tobytes())
         logits = tuple(float(value) for value in run(pixels))
@@ -141,10 +145,10 @@ def write_golden(
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     """Read the examples of *bundle*; raises `BundleError` for files that do not fit it."""
-    manifest, examples = bundle.manifest, list[Golden]()
-    is_mixture = any(
-        output.name == GATES for output in manifest.outputs
-    )  # which may have fewer examples
+    manifest = bundle.manifest
+    examples = list[Golden]()
+    # Which may have fewer examples
+    is_mixture = any(output.name == GATES for output in manifest.outputs)
     try:
         index = GoldenIndex.model_validate_json(bundle.contents[GOLDEN])
         for example in index.examples:
@@ -155,9 +159,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             jpeg = bundle.contents[example.jpeg]
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
-        is_strict = (
-            index.tolerance <= TOLERANCES * logit_tolerance
-        )  # otherwise a wrong runtime could pass
+        # Otherwise a wrong runtime could pass
+        is_strict = index.tolerance <= TOLERANCES * logit_tolerance
         fits = is_strict and (
             is_mixture or len(examples) == count_examples(manifest.preprocess)
         )

@@ -54,7 +54,8 @@ def read_live(folder: Path) -> Live:
     target_of_link: dict[str, str] = {}  # in the order of the last moves
     refused = set[str]()
     for _, fields in read_log(folder):
-        link, after = fields.get("link"), fields.get("after")
+        link = fields.get("link")
+        after = fields.get("after")
         if not isinstance(link, str) or not isinstance(after, str):
             continue
         target = os.path.realpath(folder / after)

@@ -37,7 +37,8 @@ ProofKind = Literal[
     "trained-rebuilt",
     "trained-only",
 ]
-PROOFS: dict[ProofKind, tuple[str, ...]] = {  # the networks that each kind compares
+# The networks that each kind compares
+PROOFS: dict[ProofKind, tuple[str, ...]] = {
     "three-way": ("trained", "detached", "plain"),
     "trained-detached-rebuilt": ("trained", "detached", "rebuilt"),
     "trained-detached": ("trained", "detached"),
@@ -169,10 +170,11 @@ class Manifest(StrictModel):
         fields = parse_json(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
+        # Computed by `to_bytes`, and compared with all other bytes below
         for name in (
             "id",
             "sha256",
-        ):  # computed by `to_bytes`, and compared with all other bytes below
+        ):
             fields.pop(name, None)
         manifest = validate_format(cls, fields)
         if manifest.to_bytes() != raw:

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     import onnx
 
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
-CERTIFIED = (  # fields of a certificate that are compared
+# Fields of a certificate that are compared
+CERTIFIED = (
     "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
 )  # fmt: skip
+# of the program, of model.onnx, of the float32 graph
 CERTIFIED_ROOTS = (
     "any_batch",
     "shipped",
     "onnx",
-)  # of the program, of model.onnx, of the float32 graph
+)
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
@@ -189,7 +191,8 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
 def check_certificate(bundle: Bundle) -> None:
     """Raise `BundleError` unless the certificate of *bundle* is unchanged and certifies this bundle."""
-    manifest, path = bundle.manifest, bundle.path / CERTIFICATE
+    manifest = bundle.manifest
+    path = bundle.path / CERTIFICATE
     certificate = _read_fields(bundle, CERTIFICATE)
     roots = certificate.get("roots")
     missing = [name for name in CERTIFIED if name not in certificate]
@@ -205,10 +208,8 @@ def check_certificate(bundle: Bundle) -> None:
             certificate["roots"][name] for name in CERTIFIED_ROOTS
         )
         compared = tuple(certificate["compared"])
-        detached_parts, mixes_images = (
-            tuple(certificate["detached"]),
-            tuple(certificate["mixes_images"]),
-        )
+        detached_parts = tuple(certificate["detached"])
+        mixes_images = tuple(certificate["mixes_images"])
         is_known_proof = compared == PROOFS.get(certificate["proof"])
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
@@ -253,9 +254,8 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
 
     def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
         tensor = value.type.tensor_type
-        sizes = [
-            dimension.dim_value for dimension in tensor.shape.dim
-        ]  # 0: the graph states none
+        # 0: the graph states none
+        sizes = [dimension.dim_value for dimension in tensor.shape.dim]
         return (
             value.name == record.name
             and tensor.elem_type == helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
@@ -266,7 +266,8 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
             )
         )
 
-    graph, manifest = model.graph, bundle.manifest
+    graph = model.graph
+    manifest = bundle.manifest
     has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [
         ("", manifest.opset)
     ]

@@ -44,7 +44,8 @@ class Probes:
         Each repetition begins with another one: no part of a batch has the outputs of an
         earlier part.
         """
-        rows, count = np.arange(num_images), len(self.images)
+        rows = np.arange(num_images)
+        count = len(self.images)
         return self.select((rows + rows // count) % count)
 
     def in_whole_batches(self, size: int) -> "Probes":
@@ -93,7 +94,8 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
 
 def read_probes(bundle: Bundle) -> Probes:
     """Read the probes of *bundle*; raises `BundleError` unless they can tell another network."""
-    path, manifest = bundle.path / PROBES, bundle.manifest
+    path = bundle.path / PROBES
+    manifest = bundle.manifest
     try:
         arrays = read_arrays(bundle.contents[PROBES])
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]

@@ -124,7 +124,9 @@ class HashedBlocks:
     """The next *size* bytes of *file* in blocks; `sha256` is the hash of those that were read."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file, self._missing, self._digest = file, size, hashlib.sha256()
+        self._file = file
+        self._missing = size
+        self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[bytes]:
         while block := self._file.read(min(self._missing, BLOCK_BYTES)):

@@ -42,11 +42,12 @@ _SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises):\n")
 _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 _SCALARS = {bool, int, float, str, Path}
 _SEQUENCES = {Iterable, Sequence, list, tuple}
+# Parameters that a command sets, to show its progress
 _PROGRESS = {
     "on_image",
     "on_step",
     "progress",
-}  # parameters that a command sets, to show its progress
+}
 
 
 class SettingOptions(NamedTuple):
@@ -84,9 +85,8 @@ def command(
         parameters = _declare_parameters(function, options)
         show_parameters: list[inspect.Parameter] = []
         if show is not None:
-            result_name = next(
-                iter(inspect.signature(show).parameters)
-            )  # the first is the result
+            # The first is the result
+            result_name = next(iter(inspect.signature(show).parameters))
             show_parameters = _declare_parameters(
                 show, options=(), hidden={result_name, "as_json"}
             )
@@ -112,9 +112,8 @@ def command(
                 parameter.name: values.pop(parameter.name) for parameter in show_parameters
             }
             with one_line_errors(as_json), ExitStack() as stack:
-                stack.callback(
-                    setattr, err, "quiet", err.quiet
-                )  # at the end, *err* is as before
+                # at the end, *err* is as before
+                stack.callback(setattr, err, "quiet", err.quiet)
                 err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
@@ -125,9 +124,8 @@ def command(
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
             if not distributed or is_main_process():
-                with (
-                    one_line_errors()
-                ):  # not as JSON: stdout may already hold the document of the result
+                # Not as JSON: stdout may already hold the document of the result
+                with one_line_errors():
                     exit_code = _show_result(
                         result, show, summarize, show_values, as_json=as_json
                     )
@@ -179,9 +177,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     def call(*args: Any, **keywords: Any) -> _Result:
         """Call *function* with models in place of their fields in *keywords*."""
         for name, options in option_classes.items():
-            if not isinstance(
-                keywords.get(name), options
-            ):  # the caller may give the model itself
+            # The caller may give the model itself
+            if not isinstance(keywords.get(name), options):
                 fields = {
                     field: keywords.pop(field)
                     for field in options.model_fields
@@ -206,9 +203,8 @@ def _show_result(
     as_json: bool,
 ) -> int | None:
     """Print *result*, unless the function has printed it; return the exit code, None for success."""
-    if (
-        show is None
-    ):  # the function has printed its result, and returned the code; there is no --json
+    # The function has printed its result, and returned the code; there is no --json
+    if show is None:
         exit_code: int | None = result
         return exit_code
     if "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
@@ -248,7 +244,8 @@ def _declare_parameters(
             continue
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
-            limits, group = _limits(parameter.annotation), headings.get(name)
+            limits = _limits(parameter.annotation)
+            group = headings.get(name)
             declared.append(
                 _option(name, value_type, parameter.default, text, limits=limits, group=group)
             )

@@ -35,9 +35,8 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 MAX_ROW = 100_000  # columns of a row in a file
-_COPIED = re.compile(
-    r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*"
-)  # paths and commands, which may become input
+# Paths and commands, which may become input
+_COPIED = re.compile(r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*")
 # Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a
 # space.
 _DIRECTIONS = {"R": "R", "AL": "R", "NSM": "w", "AN": "w", "EN": "w", "ES": "w", "WS": " "}
@@ -61,15 +60,13 @@ def _isolate_right_to_left(line: str) -> str:
     name.
     """
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
-    directions = "".join(
-        _DIRECTIONS.get(each, "-") for each in classes
-    )  # a letter for each character
+    # a letter for each character
+    directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)
     if "R" not in directions:
         return line
     copied = [match.span() for match in _COPIED.finditer(line)]
-    for run in reversed(
-        [*_RIGHT_TO_LEFT.finditer(directions)]
-    ):  # from the end: positions before it stay
+    # From the end: positions before it stay
+    for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
             line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
@@ -179,9 +176,8 @@ def stdout_to_stderr() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, saved, 1)
             with suppress(OSError, TypeError):  # not on Windows
-                stack.callback(
-                    ctypes.CDLL(None).fflush, None
-                )  # writes what C has kept, before `dup2`
+                # Writes what C has kept, before `dup2`
+                stack.callback(ctypes.CDLL(None).fflush, None)
         stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
@@ -208,7 +204,9 @@ class ProgressBars:
     """A training callback that draws a progress bar and prints a line per epoch."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.stage, self.epochs = console, "", 0
+        self.console = console
+        self.stage = ""
+        self.epochs = 0
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(28),
@@ -258,14 +256,16 @@ class ProgressBars:
 
     def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
         """Show the number of evaluated images."""
-        description, note = f"epoch {epoch + 1}/{epochs}", f"{done} held-out images"
+        description = f"epoch {epoch + 1}/{epochs}"
+        note = f"{done} held-out images"
         self.progress.update(self.task, description=description, note=note)
 
     def on_epoch_end(self, row: Any) -> None:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
         if self.stage:  # a procedure without epochs; its result is printed at the end
             return
-        loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
+        loss = row.losses.get("loss", 0.0)
+        name = row.metrics.score_name
         self.console.print(
             f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{100 * row.metrics.score:6.2f} %[/]  "
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"

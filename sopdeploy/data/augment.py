@@ -86,21 +86,19 @@ class RandomResizedCrop(BoxCrop):
         for _ in range(10):
             area = image_width * image_height * random.uniform(*self.scale)
             ratio = math.exp(random.uniform(*log_ratios))
-            width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            width = round(math.sqrt(area * ratio))
+            height = round(math.sqrt(area / ratio))
             if 0 < width <= image_width and 0 < height <= image_height:
-                left, top = (
-                    random.randint(0, image_width - width),
-                    random.randint(0, image_height - height),
-                )
+                left = random.randint(0, image_width - width)
+                top = random.randint(0, image_height - height)
                 return left, top, left + width, top + height
-        ratio = min(
-            max(image_width / image_height, self.ratio[0]), self.ratio[1]
-        )  # the nearest valid one
-        width = min(
-            image_width, max(1, round(image_height * ratio))
-        )  # at least one side is the image's
+        # The nearest valid one
+        ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])
+        # at least one side is the image's
+        width = min(image_width, max(1, round(image_height * ratio)))
         height = min(image_height, max(1, round(image_width / ratio)))
-        left, top = (image_width - width) // 2, (image_height - height) // 2
+        left = (image_width - width) // 2
+        top = (image_height - height) // 2
         return left, top, left + width, top + height
 
 
@@ -118,13 +116,15 @@ class RandomSide(BoxCrop):
         width, height = size
         side = max(crop, random.randint(*sorted(self.sides)))  # the crop must fit
         window = crop * (min(width, height) / side)  # side of the crop, in source pixels
-        left, top = random.random() * (width - window), random.random() * (height - window)
+        left = random.random() * (width - window)
+        top = random.random() * (height - window)
+        # Despite rounding errors
         return (
             left,
             top,
             min(width, left + window),
             min(height, top + window),
-        )  # despite rounding errors
+        )
 
 
 Augmentation = Annotated[
@@ -171,9 +171,8 @@ class AugmentedDataset(FittedDataset):
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
         augmentation = self.augmentation
-        samples = [
-            index % len(self.images) for index in indices
-        ]  # an index is sample + copy * len(images)
+        # an index is sample + copy * len(images)
+        samples = [index % len(self.images) for index in indices]
         randoms = [
             Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
             for index in indices
@@ -186,9 +185,11 @@ class AugmentedDataset(FittedDataset):
             arrays = np.stack(crops)
         else:
             arrays = self.fit(samples, self.preprocess)
-        pad, is_doubled = 0, False
+        pad = 0
+        is_doubled = False
         if isinstance(augmentation, PadCrop):
-            pad, is_doubled = augmentation.pad, augmentation.doubled
+            pad = augmentation.pad
+            is_doubled = augmentation.doubled
         windows = []
         for index, random in zip(indices, randoms, strict=True):
             top, left = (

@@ -137,10 +137,8 @@ def open_data(config: DataConfig | DataSource) -> Split:
         split = open_cifar(config.kind, expand_user(config.path))
     else:  # an official layout
         root = expand_user(config.path)
-        train, held_out = (
-            open_part(config.kind, "train", root),
-            open_part(config.kind, "held_out", root),
-        )
+        train = open_part(config.kind, "train", root)
+        held_out = open_part(config.kind, "held_out", root)
         split = Split(train=train, held_out=held_out)
     return split if config.classes is None else _draw_classes(split, config.classes)
 

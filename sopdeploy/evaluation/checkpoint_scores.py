@@ -53,9 +53,11 @@ def score_checkpoint(
     # converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
-    count, noun = len(images), "image"
+    count = len(images)
+    noun = "image"
     if images.groups is not None:  # one image of each counts, as in a run
-        count, noun = len(np.unique(images.groups)), "different image"
+        count = len(np.unique(images.groups))
+        noun = "different image"
     if accepts is not None and not is_multi_label and count < MIN_IMAGES:
         raise DataError(
             f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"

@@ -69,10 +69,10 @@ def fit_decision(
         left_out: Energies (N,) of the images if their own class is left out, another test.
     """
     if groups is not None:
-        first_of_group = np.sort(
-            np.unique(groups, return_index=True)[1]
-        )  # indices, in the images' order
-        logits, targets = logits[first_of_group], targets[first_of_group]
+        # indices, in the images' order
+        first_of_group = np.sort(np.unique(groups, return_index=True)[1])
+        logits = logits[first_of_group]
+        targets = targets[first_of_group]
         left_out = None if left_out is None else left_out[first_of_group]
     if len(logits) < min_images or logits.shape[1] < 2:
         return Decision()
@@ -132,9 +132,8 @@ def threshold_rank(images: int, accepts: float) -> int:
     of at most k / (images + 1). The result is the largest k for which this is at most 1 -
     *accepts*.
     """
-    rank = math.floor(
-        (images + 1) * (1 - accepts) + 1e-9
-    )  # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    rank = math.floor((images + 1) * (1 - accepts) + 1e-9)
     return min(images, rank)  # *accepts* = 0 gives images + 1
 
 
@@ -148,11 +147,12 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
-    a, b = images - rank + 1, rank  # parameters of the beta distribution of the accepted share
-    n, k = (
-        images,
-        np.arange(images + 1),
-    )  # new images, and all possible numbers of accepted ones
+    # parameters of the beta distribution of the accepted share
+    a = images - rank + 1
+    b = rank
+    # New images, and all possible numbers of accepted ones
+    n = images
+    k = np.arange(images + 1)
     # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k
     # + 1))
     log_ratio = betaln(k + a, n - k + b) - betaln(a, b)
@@ -191,9 +191,8 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
         loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
     )
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    significant = (
-        len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
-    )  # `loss` is a mean over images
+    # `loss` is a mean over images
+    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
@@ -219,13 +218,11 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
-    precision, recall, distinct = precision_recall_curve(
-        true, scores
-    )  # the distinct scores, ascending
-    precision, recall = (
-        precision[:-1],
-        recall[:-1],
-    )  # at each of them; the last is that of no prediction
+    # The distinct scores, ascending
+    precision, recall, distinct = precision_recall_curve(true, scores)
+    # at each of them; the last is that of no prediction
+    precision = precision[:-1]
+    recall = recall[:-1]
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     with np.errstate(divide="ignore"):
         logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
@@ -241,7 +238,8 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval
     below the other.
     """
-    now, earlier = _recognition_rate(rule), _recognition_rate(before)
+    now = _recognition_rate(rule)
+    earlier = _recognition_rate(before)
     if now is None:
         return ""
     has_fallen = earlier is not None and now.high < earlier.low

@@ -61,14 +61,13 @@ def compare_counts(first: _Counts, second: _Counts) -> Comparison:
     shares_2K = counts_2K / sizes_21
     distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
     is_rare_K = counts_2K.sum(axis=0) * sizes_21.min() / sizes_21.sum() < MIN_EXPECTED
-    kept, rest = counts_2K[:, ~is_rare_K], counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
+    kept = counts_2K[:, ~is_rare_K]
+    rest = counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
     merged_2M = np.concatenate([kept, rest], axis=1) if rest.any() else kept
-    expected_2M = (
-        sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()
-    )  # if both have the same distribution
-    statistic = float(
-        (np.square(merged_2M - expected_2M) / expected_2M).sum()
-    )  # Pearson's chi-square
+    # if both have the same distribution
+    expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()
+    # Pearson's chi-square
+    statistic = float((np.square(merged_2M - expected_2M) / expected_2M).sum())
     return Comparison(distance, chi_square_tail(statistic, degrees=merged_2M.shape[1] - 1))
 
 

@@ -37,7 +37,8 @@ def wilson(successes: float, trials: float) -> Interval:
     """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
     if trials == 0:  # nothing is known
         return Interval(0.0, 1.0)
-    fraction, square = successes / trials, Z_95**2
+    fraction = successes / trials
+    square = Z_95**2
     center = (fraction + square / (2 * trials)) / (1 + square / trials)
     spread = math.sqrt(fraction * (1 - fraction) / trials + square / (4 * trials**2))
     half = Z_95 * spread / (1 + square / trials)
@@ -164,16 +165,17 @@ def classification_report(
     )
     units = effective_count(groups)
     shown = np.union1d(targets, predicted)  # sorted
-    confusion = np.zeros(
-        (len(shown), len(shown)), np.int64
-    )  # a row per target, a column per prediction
+    # a row per target, a column per prediction
+    confusion = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
     )
     classes = []
     for row, class_index in enumerate(shown.tolist()):
-        hits, images = int(confusion[row, row]), int(confusion[row].sum())
-        predictions, of_class = int(confusion[:, row].sum()), groups[targets == class_index]
+        hits = int(confusion[row, row])
+        images = int(confusion[row].sum())
+        predictions = int(confusion[:, row].sum())
+        of_class = groups[targets == class_index]
         classes.append(
             ClassMetrics(
                 label=labels[class_index],

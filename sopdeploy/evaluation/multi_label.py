@@ -45,18 +45,16 @@ class MeanPrecision(StrictModel):
         default images, and is extended to contain the value. Raises `DataError` if no image
         shows any class.
         """
-        shown = np.flatnonzero(
-            true.any(axis=0)
-        ).tolist()  # the columns of classes that have an image
+        # The columns of classes that have an image
+        shown = np.flatnonzero(true.any(axis=0)).tolist()
         if not shown:
             raise DataError(NO_CLASS)
         value = float(
             np.mean([average_precision(true[:, column], scores[:, column]) for column in shown])
         )
         given_N = np.arange(len(true)) if groups is None else groups
-        unique, group_N = np.unique(
-            given_N, return_inverse=True
-        )  # the groups as numbers from 0
+        # The groups as numbers from 0
+        unique, group_N = np.unique(given_N, return_inverse=True)
         equal_shares_G = [1 / len(unique)] * len(unique)
         draws_BG = np.random.default_rng(seed).multinomial(
             len(unique), equal_shares_G, _RESAMPLES
@@ -147,9 +145,11 @@ class MultiLabelPredictions:
         """Compute all metrics, with classes sorted by name; raise `DataError` if no image shows any class."""
         if not len(self.targets):
             raise DataError(NO_IMAGES)
-        true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
+        true = self.targets > 0
+        predicted = self.probabilities >= np.asarray(self.thresholds)
         hits = (true & predicted).sum(axis=0)  # (C,), as the next two
-        counts, answers = true.sum(axis=0), predicted.sum(axis=0)
+        counts = true.sum(axis=0)
+        answers = predicted.sum(axis=0)
         by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(
@@ -190,16 +190,14 @@ def resampled_precision(
     same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    is_last_of_rank = np.append(
-        np.diff(scores[best_first]) != 0, True
-    )  # the next image has another score
+    # The next image has another score
+    is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
     counts = draws[:, best_first].astype(np.float64)
     # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
     # of them show the class. hits / images is the precision of a rank; its weight is the number
     # of hits it adds.
-    images = np.maximum(
-        np.cumsum(counts, axis=1)[:, is_last_of_rank], 1
-    )  # 0 before the first image drawn
+    # 0 before the first image drawn
+    images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)
     hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
     added_hits = np.diff(hits, axis=1, prepend=0)
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN

@@ -68,7 +68,8 @@ class Rule(NamedTuple):
         """Bound the difference of *counts*: `score_statistic` rejects the ones below at this level."""
         if counts.images < MIN_IMAGES:
             return Bound(counts.difference, -1.0, self.limit(counts.images))
-        accepted, rejected = counts.difference, -1.0
+        accepted = counts.difference
+        rejected = -1.0
         for _ in range(50):  # bisection
             middle = (accepted + rejected) / 2
             statistic = score_statistic(counts.wins, counts.losses, counts.images, middle)

@@ -111,20 +111,18 @@ def held_out_metrics(
     C).
     """
     activation: Activation = "sigmoid" if targets.ndim == 2 else "softmax"
-    logits_NC, true = torch.from_numpy(logits), torch.from_numpy(targets)
+    logits_NC = torch.from_numpy(logits)
+    true = torch.from_numpy(targets)
     loss = float(classification_loss(logits_NC, true, activation))
     if not math.isfinite(loss):
         raise TrainingError(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
     if activation == "softmax":
-        right = (
-            logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]
-        )  # (N, 5)
-        top1, top5 = (
-            int(right[:, 0].sum()) / len(right),
-            int(right.any(dim=1).sum()) / len(right),
-        )
+        # Which of the five best answers are right, (N, 5).
+        right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]
+        top1 = int(right[:, 0].sum()) / len(right)
+        top5 = int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
     probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
@@ -158,27 +156,25 @@ def predict_logits(
     if it has images left, and calls *on_batch* with the number of images that all processes
     have done.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    was_training = model.training
     normalize = Normalize(preprocess, images_format(model)).to(device)
-    images_here = range(
-        processes.rank, len(dataset), processes.world
-    )  # of two: 0, 2, ... and 1, 3, ...
+    # of two: 0, 2, ... and 1, 3, ...
+    images_here = range(processes.rank, len(dataset), processes.world)
     positions_by_batch = sequential_batches(len(images_here), batch_size)
     batches = [
         [images_here[position] for position in positions] for positions in positions_by_batch
     ]
     images_per_round = batch_size * processes.world
-    rounds = range(
-        1, math.ceil(len(dataset) / images_per_round) + 1
-    )  # process 0 has a batch in each one
+    # Process 0 has a batch in each one
+    rounds = range(1, math.ceil(len(dataset) / images_per_round) + 1)
     computed: list[Tensor] = []
     model.eval()
     try:
         loader = load_batches(dataset, batches, workers, device)
         for finished_rounds, batch in zip_longest(rounds, loader):
-            if (
-                batch is not None
-            ):  # None in the last round, if only other processes have images left
+            # None in the last round, if only other processes have images left
+            if batch is not None:
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), finished_rounds * images_per_round))
     finally:
@@ -187,9 +183,8 @@ def predict_logits(
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
-        logits[processes.rank :: processes.world] = torch.cat(
-            computed
-        )  # the rows of `images_here`
+        # The rows of `images_here`
+        logits[processes.rank :: processes.world] = torch.cat(computed)
     # The rows of other processes are 0, so the sum holds all rows.
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
@@ -202,10 +197,9 @@ class Mirrored(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.training = (
-            model,
-            model.training,
-        )  # the mode that `predict_logits` restores
+        # The mode that `predict_logits` restores
+        self.model = model
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (B, C) of normalized (B, 3, H, W) images."""
@@ -223,10 +217,9 @@ class AllHeads(nn.Module):
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.model, self.training = (
-            model,
-            model.training,
-        )  # the mode that `predict_logits` restores
+        # The mode that `predict_logits` restores
+        self.model = model
+        self.training = model.training
         self.names: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def make_predictions(
         ranked = [class_of_output[output] for output, _ in answer.ranked]  # all classes
         probabilities = [probability for _, probability in answer.ranked]
         likelihood = probabilities[ranked.index(target)]
-        top5, confidence = tuple(ranked[:TOP_K]), probabilities[0]
+        top5 = tuple(ranked[:TOP_K])
+        confidence = probabilities[0]
         scores.append(ImageScore(target, top5, confidence, likelihood, answer.known, group))
     return scores
 
@@ -167,7 +168,8 @@ def _describe_classes(
         metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
     ):
         precision = "none predicted" if row.precision is None else percent(row.precision)
-        recall, interval = "no images", ""
+        recall = "no images"
+        interval = ""
         if row.recall is not None:
             recall = percent(row.recall.share)
             interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}"

@@ -41,12 +41,14 @@ Verdict = Literal["better", "not worse", "worse", "undecided"]
 
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the exact two-sided p-value of equal accuracies (McNemar, Psychometrika 1947)."""
-    trials, larger = wins + losses, max(wins, losses)
+    trials = wins + losses
+    larger = max(wins, losses)
     if trials == 0:
         return 1.0
     # The tail of the binomial distribution with probability 1/2, from integers: both sides, so
     # 2 / 2**trials.
-    binomial, tail = math.comb(trials, larger), 0
+    binomial = math.comb(trials, larger)
+    tail = 0
     for successes in range(larger, trials + 1):
         tail += binomial
         binomial = binomial * (trials - successes) // (successes + 1)
@@ -55,13 +57,13 @@ def mcnemar(wins: int, losses: int) -> float:
 
 def holm(values: Sequence[float]) -> list[float]:
     """Correct p-values for their number (Holm, "A Simple Sequentially Rejective Procedure", 1979)."""
-    corrected, largest = [0.0] * len(values), 0.0
+    corrected = [0.0] * len(values)
+    largest = 0.0
     ascending = sorted(range(len(values)), key=values.__getitem__)
     for rank, index in enumerate(ascending):
         num_not_smaller = len(values) - rank
-        largest = max(
-            largest, min(1.0, num_not_smaller * values[index])
-        )  # at least that of a smaller one
+        # at least that of a smaller one
+        largest = max(largest, min(1.0, num_not_smaller * values[index]))
         corrected[index] = largest
     return corrected
 
@@ -79,19 +81,18 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
-    variance = images * (
-        2 * share + difference * (1 - difference)
-    )  # 0 if wins = losses = difference = 0
-    return (wins - losses - images * difference) / math.sqrt(
-        max(variance, 1e-12)
-    )  # then 0, not 0 / 0
+    # 0 if wins = losses = difference = 0
+    variance = images * (2 * share + difference * (1 - difference))
+    # Then 0, not 0 / 0
+    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))
 
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
     """Compute the 95 % interval of the difference: the values that `score_statistic` does not reject."""
     bounds = []
     for limit in (-1.0, 1.0):
-        accepted, rejected = (wins - losses) / images, limit
+        accepted = (wins - losses) / images
+        rejected = limit
         for _ in range(50):  # bisection
             middle = (accepted + rejected) / 2
             if abs(score_statistic(wins, losses, images, middle)) < Z_95:
@@ -121,7 +122,6 @@ def smallest_difference(wins: int, losses: int, images: int) -> float:
 
     It is at least `TESTABLE` of the *images*, and at most 1.
     """
-    variance = (wins + losses + 1) / (
-        images + 2
-    )  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+    # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+    variance = (wins + losses + 1) / (images + 2)
     return min(1.0, max(TESTABLE / images, (Z_95 + Z_POWER) * math.sqrt(variance / images)))

@@ -37,7 +37,10 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     """Estimate the cost of decoding *body* by *rules* (None: in full); None if it does not tell."""
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
-    width, height, num_scans = 0, 0, 0  # several scans are 2
+    # several scans are 2
+    width = 0
+    height = 0
+    num_scans = 0
     if body.startswith(b"\xff\xd8\xff"):
         width, height, num_scans = _jpeg_fields(body)
     elif body.startswith(b"\x89PNG"):
@@ -72,17 +75,21 @@ def _heic_cost(body: bytes) -> Cost | None:
 
 def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
     """Read width, height and number of scans (1, or 2 for several) of the JPEG *body*; zeros if unclear."""
-    position, frame = 2, (0, 0, 0)  # `frame`: width, height, number of components
+    # `frame`: width, height, number of components
+    position = 2
+    frame = (0, 0, 0)
     is_progressive = False
     for _ in range(MAX_SEGMENTS):
         if body[position : position + 1] != b"\xff" or position + 4 > len(body):
             break
-        marker, length = body[position + 1], int.from_bytes(body[position + 2 : position + 4])
+        marker = body[position + 1]
+        length = int.from_bytes(body[position + 2 : position + 4])
         if marker in FRAMES:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)
             )
-            frame, is_progressive = (width, height, body[position + 9]), marker == PROGRESSIVE
+            frame = (width, height, body[position + 9])
+            is_progressive = marker == PROGRESSIVE
         if marker == SCAN:
             has_one_scan = not is_progressive and body[position + 4] == frame[2]
             return frame[0], frame[1], 1 if has_one_scan else 2

@@ -45,7 +45,8 @@ JPEG = {"JPEG", "MPO"}  # MPO: has further images
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # a restart marker, number 0 to 7 in turn
-FIRST_RESTART, NUM_RESTARTS = 0xD0, 8
+FIRST_RESTART = 0xD0
+NUM_RESTARTS = 8
 
 
 class Decoded(NamedTuple):
@@ -106,7 +107,8 @@ def _loaded(
 ) -> Iterator[_Loaded]:
     """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it."""
     try:
-        opened_size, scale = image.size, 1
+        opened_size = image.size
+        scale = 1
         if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels
             image.load()
             check_decoded_size(image, opened_size)
@@ -140,17 +142,15 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:
-            scan_end = (
-                next_begin - MARKER_BYTES
-            )  # the content of the next segment begins after its marker
+            # The content of the next segment begins after its marker
+            scan_end = next_begin - MARKER_BYTES
             break
     # A decoder that expects a certain restart marker skips everything before it. So the noise
     # is repeated after each of the markers, in their order, beginning with the one that follows
     # the last in the scan.
     restarts = RESTART.findall(body[:scan_end])
-    due = (
-        restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
-    )  # number of the next marker, modulo 8
+    # Number of the next marker, modulo 8
+    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
     noise = NOISE
     for number in range(due, due + NUM_RESTARTS):
         noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE

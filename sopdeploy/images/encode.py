@@ -37,7 +37,8 @@ AnyImage: TypeAlias = (
 )
 Buffer = bytes | bytearray | memoryview
 EXPECTED = "a path, bytes, a file, a PIL image, or a uint8 array (H, W, 3), (H, W, 4) or (H, W)"
-MODES = {  # of PIL images: those of the accepted formats, and what PIL converts to RGB
+# of PIL images: those of the accepted formats, and what PIL converts to RGB
+MODES = {
     "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV",
 } | SIXTEEN_BIT  # fmt: skip
 PNG_MODES = {"1", "L", "RGB"}  # without alpha and 16 bits
@@ -201,7 +202,8 @@ def _problem_of_values(array: NDArray[Any]) -> str:
         return "looks like 16 bits; give (array // 257).astype(np.uint8)"
     if array.dtype.kind not in "iuf":
         return f"looks like no image; give {EXPECTED}"
-    low, high = array.min(), array.max()
+    low = array.min()
+    high = array.max()
     if array.dtype.kind == "f" and low >= 0 and high <= 1:
         return "looks like colors from 0 to 1; give (array * 255).round().astype(np.uint8)"
     if low >= 0 and high <= 255:

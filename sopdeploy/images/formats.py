@@ -24,27 +24,30 @@ from sopdeploy.images.signatures import HEAD_BYTES, find_format
 warnings.filterwarnings("ignore", module="PIL")
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
-ITEM_SIZE = re.compile(
-    rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL
-)  # sizes of the images in a HEIC file
+# Sizes of the images in a HEIC file
+ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
 ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # T.81, table B.1
 SCAN = 0xDA
-MARKER = re.compile(
-    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
-)  # of segments with a length, and of the end
+# of segments with a length, and of the end
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 MARKER_BYTES = 2
-COMMENT, END = 0xFE, 0xD9
+COMMENT = 0xFE
+END = 0xD9
 # Of the segments of applications, those that the colors depend on, with the least length that
 # libjpeg reads.
 COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
-APPLICATION_1, EXIF, XMP = 0xE1, b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+APPLICATION_1 = 0xE1
+EXIF = b"Exif\0\0"
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
 # Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
 TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
 TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
-CONTROL, CONTROL_BYTES = 0xF9, 4  # an extension of GIF
+# an extension of GIF
+CONTROL = 0xF9
+CONTROL_BYTES = 4
 MAX_TEXT = 1_000_000  # bytes of all such texts of a file, unpacked
 
 
@@ -72,9 +75,8 @@ def open_image(
             _register_heif()
         if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
-                if (
-                    marker in ARITHMETIC_FRAMES
-                ):  # libjpeg does not tell whether their data are complete
+                # Libjpeg does not tell whether their data are complete
+                if marker in ARITHMETIC_FRAMES:
                     reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
@@ -103,7 +105,8 @@ def without_metadata(body: bytes) -> bytes:
     find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(
         body[:2]
     )
-    parts, begin = [], 0
+    parts = []
+    begin = 0
     for start, end in () if find is None else find(body):
         parts.append(body[begin:start])
         begin = end
@@ -136,9 +139,12 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the chunks that `without_metadata` leaves out."""
-    begin, remaining = 8, MAX_TEXT  # after the signature; bytes of texts that may be unpacked
+    # after the signature; bytes of texts that may be unpacked
+    begin = 8
+    remaining = MAX_TEXT
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
-        name, content = body[begin + 4 : begin + 8], slice(begin + 8, end - 4)
+        name = body[begin + 4 : begin + 8]
+        content = slice(begin + 8, end - 4)
         if name == b"IEND" or not name.isalpha():
             return
         if name[:1].islower():
@@ -166,7 +172,8 @@ def png_frames(body: bytes) -> int:
 
 def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the graphic control blocks before the first image that are too short."""
-    has_palette, palette_size = body[10] & 0x80, 6 << (body[10] & 7)
+    has_palette = body[10] & 0x80
+    palette_size = 6 << (body[10] & 7)
     begin = 13 + (palette_size if has_palette else 0)
     while body.startswith(b"!", begin):
         end = begin + 2
@@ -246,9 +253,8 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     )
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
-    shown = (
-        "HEIC" if detected == "HEIF" else detected
-    )  # Pillow's name of the format is not the common one
+    # Pillow's name of the format is not the common one
+    shown = "HEIC" if detected == "HEIF" else detected
     raise _unsupported_error(f"{shown} files are not accepted; {advice}")
 
 
@@ -283,24 +289,20 @@ def webp_size(body: bytes) -> tuple[int, int]:
     libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks
     memory. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    kind, chunk = (
-        body[8:16],
-        body[20:30],
-    )  # the content of the first chunk, after its name and length
-    if (
-        kind == b"WEBPVP8X"
-    ):  # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
+    # The content of the first chunk, after its name and length
+    kind = body[8:16]
+    chunk = body[20:30]
+    # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
+    if kind == b"WEBPVP8X":
         return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(
             chunk[7:10], "little"
         )
-    if (
-        kind == b"WEBPVP8L"
-    ):  # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
+    # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
+    if kind == b"WEBPVP8L":
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
-    if (
-        kind == b"WEBPVP8 "
-    ):  # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
+    # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
+    if kind == b"WEBPVP8 ":
         return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(
             chunk[8:], "little"
         ) & 0x3FFF

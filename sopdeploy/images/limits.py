@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 70_000_000  # of an image; phones take photos of 50 and 64 megapixels
-FORMATS = {  # names in settings, which are also endings of files, and those of Pillow
+# Names in settings, which are also endings of files, and those of Pillow
+FORMATS = {
     "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "heic": "HEIF",
 }  # fmt: skip
 

@@ -23,7 +23,8 @@ from sopdeploy.images.preprocess import Preprocess
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is written as PNG
 HASHED_ROWS = 256
 NO_TIME = -1
-_EXIF_IFD, _TIME_TAKEN = 0x8769, 0x9003
+_EXIF_IFD = 0x8769
+_TIME_TAKEN = 0x9003
 JFIF = 0xE0
 # The segments that pixels depend on, by marker, with the start of their content: frames, scans,
 # tables of the Huffman code and quantization, number of lines, restart interval.
@@ -55,13 +56,15 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
             copy = _copy_jpeg(body, exif_orientation(image))
-            copy_hash, original_hash = _hash_pixels(copy), _hash_pixels(body)
+            copy_hash = _hash_pixels(copy)
+            original_hash = _hash_pixels(body)
             if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
+            # None: it lacks the end marker, which the copy has
             if original_hash in {
                 None,
                 copy_hash,
-            }:  # None: it lacks the end marker, which the copy has
+            }:
                 return copy, ".jpg"
             # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other
             # formats do.
@@ -88,9 +91,8 @@ def _hash_pixels(body: bytes) -> bytes | None:
     try:
         with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
             digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-            for top in range(
-                0, image.height, HASHED_ROWS
-            ):  # a few rows at a time need little memory
+            # a few rows at a time need little memory
+            for top in range(0, image.height, HASHED_ROWS):
                 rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
                 digest.update(rows.tobytes())
     except Exception:  # a decoder may raise anything
@@ -102,22 +104,17 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        tiff_header = b"MM" + struct.pack(
-            ">HI", 42, 8
-        )  # big-endian, with the directory of tags at byte 8
-        tag = struct.pack(
-            ">HHIHxx", ORIENTATION, 3, 1, orientation
-        )  # one value of type 3, 16 bits
-        exif = (
-            b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
-        )  # one tag, no second directory
+        # big-endian, with the directory of tags at byte 8
+        tiff_header = b"MM" + struct.pack(">HI", 42, 8)
+        # One value of type 3, 16 bits
+        tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)
+        # One tag, no second directory
+        exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
     data_begin: int | None = None  # of the data that follow a scan; None after another segment
     for marker, position in jpeg_segments(body):  # the position of the length, after the marker
-        begin, end = (
-            position - MARKER_BYTES,
-            position + int.from_bytes(body[position : position + 2], "big"),
-        )
+        begin = position - MARKER_BYTES
+        end = position + int.from_bytes(body[position : position + 2], "big")
         if data_begin is not None:  # they end where this segment begins
             parts.append(body[data_begin:begin])
         data_begin = end if marker == SCAN else None

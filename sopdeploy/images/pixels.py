@@ -19,7 +19,8 @@ from PIL import Image
 
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
-ORIENTATION, UPRIGHT = 0x0112, 1
+ORIENTATION = 0x0112
+UPRIGHT = 1
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # formats of `struct` by the type of a tag
 TEXT_PROFILE = "Raw profile type exif"  # in the text of a PNG
 XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -29,18 +30,18 @@ TURNS = dict(zip(range(2, 9), (
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip
-MIRRORED_X, MIRRORED_Y, TRANSPOSED = (
-    {2, 3, 6, 7},
-    {3, 4, 7, 8},
-    {5, 6, 7, 8},
-)  # orientations of EXIF
+# Orientations of EXIF
+MIRRORED_X = {2, 3, 6, 7}
+MIRRORED_Y = {3, 4, 7, 8}
+TRANSPOSED = {5, 6, 7, 8}
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
+# 8-bit levels between the gray values of PNGs of 2 and 4 bits
 GRAY_STEPS = {
     "L;2": 85,
     "L;4": 17,
-}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
+}
 FRAME_BOX = (
     "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
 )
@@ -77,9 +78,8 @@ def _read_orientation(data: bytes) -> int | None:
     with suppress(struct.error):  # the data are cut
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
-        for number in range(
-            count
-        ):  # 12 bytes: tag, type, number of values, and the value if it fits
+        # 12 bytes: tag, type, number of values, and the value if it fits
+        for number in range(count):
             tag, type_code, _, value = struct.unpack_from(
                 order + "HHI4s", data, start + 2 + 12 * number
             )
@@ -177,11 +177,14 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
         return rules.crop, rules.crop
     if rules.fit == "squash-crop":
         return rules.resize, rules.resize
-    shorter, longer = min(size), max(size)
+    shorter = min(size)
+    longer = max(size)
     if rules.fit == "pad":  # rounded as by timm's `ResizeKeepRatio`
-        new_shorter, new_longer = max(1, round(rules.crop * shorter / longer)), rules.crop
+        new_shorter = max(1, round(rules.crop * shorter / longer))
+        new_longer = rules.crop
     else:  # cut off as by torchvision's `Resize`
-        new_shorter, new_longer = rules.resize, max(1, int(rules.resize * longer / shorter))
+        new_shorter = rules.resize
+        new_longer = max(1, int(rules.resize * longer / shorter))
     return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
 
@@ -205,9 +208,8 @@ def to_rgb(
     if is_opaque and image.mode not in SIXTEEN_BIT:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
-    for box in tile_boxes(
-        image.size
-    ):  # a tile at a time, because the copies in RGBA need much memory
+    # a tile at a time, because the copies in RGBA need much memory
+    for box in tile_boxes(image.size):
         tile = to_rgba(image.crop(box))
         if frame_alpha is not None:
             tile.putalpha(frame_alpha.crop(box))
@@ -243,9 +245,8 @@ def to_rgba(tile: Image.Image) -> Image.Image:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)
     clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
-    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(
-        np.uint8
-    )  # nearest; 65535 becomes 255
+    # nearest; 65535 becomes 255
+    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
     gray = Image.fromarray(scaled).convert("RGBA")
     transparent = tile.info.get("transparency")
     if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
@@ -281,12 +282,14 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     width, height = resized_size(size, rules)
     if rules.fit == "pad":
         return View((0, 0, *size), (width, height))
-    x, y = size[0] / width, size[1] / height  # source pixels per pixel of the resized image
-    left, top = (
-        round((side - rules.crop) / 2.0) for side in (width, height)
-    )  # not negative: crop <= resize
+    # source pixels per pixel of the resized image
+    x = size[0] / width
+    y = size[1] / height
+    # Not negative: crop <= resize
+    left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     # Rounding may move right and bottom out of the image.
-    right, bottom = min(size[0], (left + rules.crop) * x), min(size[1], (top + rules.crop) * y)
+    right = min(size[0], (left + rules.crop) * x)
+    bottom = min(size[1], (top + rules.crop) * y)
     return View((left * x, top * y, right, bottom), (rules.crop, rules.crop))
 
 
@@ -310,9 +313,8 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    has_transparent_pixels = (
-        FRAME_BOX in image.info
-    )  # a frame that leaves out a part of the image
+    # a frame that leaves out a part of the image
+    has_transparent_pixels = FRAME_BOX in image.info
     if image.has_transparency_data:
         alphas = (to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
         has_transparent_pixels = any(

@@ -21,9 +21,8 @@ Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
 Decoding = Literal["full", "scaled"]
 Fit = Literal["crop", "pad", "squash", "squash-crop"]
-Box = tuple[
-    float, float, float, float
-]  # left, top, right, bottom in pixels of the upright image
+# left, top, right, bottom in pixels of the upright image
+Box = tuple[float, float, float, float]
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
@@ -60,9 +59,8 @@ class Preprocess(StrictModel):
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":
         """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
-        if (
-            "crop" in self.model_fields_set and "resize" not in self.model_fields_set
-        ):  # in the usual ratio
+        # in the usual ratio
+        if "crop" in self.model_fields_set and "resize" not in self.model_fields_set:
             vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
@@ -117,10 +115,11 @@ class Preprocess(StrictModel):
         bicubic.
         """
         try:
+            # a `ValueError` for two sides
             (crop,), (resize,) = (
                 transforms.crop_size,
                 transforms.resize_size,
-            )  # a `ValueError` for two sides
+            )
             interpolation = str(transforms.interpolation.value)
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:

@@ -25,12 +25,13 @@ SIGNATURES = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
 }
+# of every accepted format; other files have some, too
 FIRST_BYTES = (
     *SIGNATURES,
     b"BM",
     b"RIFF",
     b"\0\0",
-)  # of every accepted format; other files have some, too
+)
 BITMAP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # their lengths; texts can begin with BM
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",

@@ -32,11 +32,13 @@ _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<nam
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
 _BULLET = re.compile(r"[-*+\u2022\u2013]\s+")
 _QUOTED = re.compile(r"""(["'`])(.*)\1""")
+# of tables; `tench, Tinca tinca` is one name
 _CELL_ENDS = (
     re.compile(r"\t"),
     re.compile(r"[,;](?!\s)"),
-)  # of tables; `tench, Tinca tinca` is one name
-_NO_NAMES = {  # what lines of other files are
+)
+# What lines of other files are
+_NO_NAMES = {
     "begins with a quote": re.compile(r"[\"'`].*"),
     "begins with a bullet": _BULLET,
     "may be a comment": re.compile(r"(#|//).*"),
@@ -124,7 +126,8 @@ def _names_of_value(value: Any) -> tuple[str, ...] | None:
         return tuple(value) if value and all(isinstance(name, str) for name in value) else None
     if not isinstance(value, dict) or not value:
         return None
-    keys, values = list(value), list(value.values())
+    keys = list(value)
+    values = list(value.values())
     if all(map(_is_index, keys)) and all(isinstance(name, str) for name in values):
         by_number: Mapping[int, str] = {int(key): name for key, name in value.items()}
     elif all(isinstance(name, str) for name in keys) and all(map(_is_index, values)):

@@ -84,9 +84,8 @@ class DataReport(StrictModel):
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
-        num_trained = len(self.parts[0].classes) - len(
-            self.too_few
-        )  # the first part is the training part
+        # The first part is the training part
+        num_trained = len(self.parts[0].classes) - len(self.too_few)
         if num_trained < 2:  # training leaves classes of one image out, and needs two others
             problems += self.too_few
         if problems:
@@ -144,9 +143,8 @@ def check_data(
         notes.append(EDGES_MISS)
     if keeps_small and (possible_clip := _describe_clip(readable)):
         notes.append(possible_clip)
-    shorter, longer = np.sort(
-        [info.size for info in readable] or [(0, 0)], axis=1
-    ).T  # two sides per image
+    # Two sides per image
+    shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     train, *held_out = opened.parts.values()
     # If no images are held out by folder, training leaves out classes of one image: it cannot
     # divide them.
@@ -171,7 +169,8 @@ def check_data(
 
 def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) -> _FileInfo:
     """Describe the file of an image, with its small image if *keeps_small*; or its length and error."""
-    file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
+    file = str(images.path(index))
+    label = SEPARATOR.join(images.class_names(index))
     length = 0  # if it cannot be read
     try:
         photo = images.photo(index)

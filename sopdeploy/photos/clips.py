@@ -30,24 +30,28 @@ NEAREST = 32  # images of the class that are known for each image, the most simi
 # Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames
 # of clips and turntables, 0.3 for tiles and slices of one object, 0 to 0.1 for others
 # (docs/benchmarks/copied_photos.md).
-CLEAR, DOUBTFUL = 0.45, 0.25
+CLEAR = 0.45
+DOUBTFUL = 0.25
 # median cosine of frames with the most similar one; those of one camera or place reach 0.3
 SIMILAR = 0.35
-MIN_EVIDENCE, MIN_DEVIATIONS = (
-    4.0,
-    4.0,
-)  # images that chance does not relate, and standard deviations
-MIN_IMAGES, MAX_PATTERNS = (
-    6,
-    8,
-)  # images that share a pattern of names, and patterns that are compared
+# Images that chance does not relate, and standard deviations
+MIN_EVIDENCE = 4.0
+MIN_DEVIATIONS = 4.0
+# Images that share a pattern of names, and patterns that are compared
+MIN_IMAGES = 6
+MAX_PATTERNS = 8
 WINDOW = 2  # neighbors in a sequence, on each side
 CHAIN_SECONDS = 10  # between two photographs of a burst
-START, END, TIME, SEQUENCE = "start", "end", "time", "sequence"  # what related images share
+# what related images share
+START = "start"
+END = "end"
+TIME = "time"
+SEQUENCE = "sequence"
+# of the cosines of distant images, which those of next frames exceed
 LINK_QUANTILES = (
     0.9,
     0.75,
-)  # of the cosines of distant images, which those of next frames exceed
+)
 _BLOCK = 2**25  # cosines that are computed at once
 
 
@@ -90,13 +94,12 @@ class _Name(NamedTuple):
         """Divide the path *identity*; the folders are a part of the first text, and their digits are text."""
         folder, slash, file = identity.rpartition("/")
         stem = file.rpartition(".")[0] or file
-        parts = re.split(
-            r"(\d+)", stem
-        )  # texts and numbers in turn; the first and the last are texts
-        texts, numbers = parts[::2], tuple(map(int, parts[1::2]))
-        template = re.sub(
-            r"[^\W\d_]+", "a", "#".join(texts)
-        )  # `a` for letters, `#` for a number
+        # Texts and numbers in turn; the first and the last are texts
+        parts = re.split(r"(\d+)", stem)
+        texts = parts[::2]
+        numbers = tuple(map(int, parts[1::2]))
+        # `a` for letters, `#` for a number
+        template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))
         return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
 
@@ -211,7 +214,8 @@ def _list_relations(
     names: Sequence[str], times: NDArray[np.int64], classes: NDArray[np.int64]
 ) -> list[_Relation]:
     """List the relations that names and times suggest: the smallest groups first, sequences last."""
-    count, parsed = len(names), [_Name.of(name) for name in names]
+    count = len(names)
+    parsed = [_Name.of(name) for name in names]
     groupings: list[_Relation] = []
     sequences: list[_Relation] = []
     templates = Counter(name.template for name in parsed if name.numbers)
@@ -223,9 +227,8 @@ def _list_relations(
         # Names with equal texts whose first or last numbers are equal: none, one or more, but
         # not all.
         length = len(parsed[members[0]].numbers)
-        digits = [
-            r"\D+".join([r"\d+"] * num) for num in range(length)
-        ]  # patterns of 0, 1, .. numbers
+        # Patterns of 0, 1, .. numbers
+        digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [
             (END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)
@@ -296,13 +299,15 @@ def _measure(
     cosines_NK: NDArray[np.float32],
 ) -> _Measured | None:
     """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
-    runs, ranks = relation.runs, relation.ranks
+    runs = relation.runs
+    ranks = relation.ranks
     # The most similar image of the class outside of the group, and whether it is related: a
     # hit.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
-    near_N, cosine_N = nearest_NK[index_N, first_N], cosines_NK[index_N, first_N]
+    near_N = nearest_NK[index_N, first_N]
+    cosine_N = cosines_NK[index_N, first_N]
     is_hit_N = runs[near_N] == runs
     if ranks is not None:
         is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
@@ -312,8 +317,10 @@ def _measure(
     chance_N = _count_related(relation, groups) / np.maximum(outside_class_N, 1)
     # Hits beyond those by chance, over the images that can be a hit or none.
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
-    chance, hits = chance_N[counted_N], is_hit_N[counted_N]
-    evidence, beyond = float((1 - chance).sum()), float(hits.sum() - chance.sum())
+    chance = chance_N[counted_N]
+    hits = is_hit_N[counted_N]
+    evidence = float((1 - chance).sum())
+    beyond = float(hits.sum() - chance.sum())
     if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt(
         (chance * (1 - chance)).sum()
     ):
@@ -329,13 +336,15 @@ def _measure(
 
 def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
     """Count for each image (N,) the images outside of its group that *relation* relates to it."""
-    runs, ranks = relation.runs, relation.ranks
+    runs = relation.runs
+    ranks = relation.ranks
     if ranks is None:
         return _count_equal(runs) - _count_equal(runs, groups)
     related_N = np.zeros(len(runs), np.int64)
     order = np.lexsort((ranks, runs))
     for step in range(1, WINDOW + 1):
-        earlier, later = order[:-step], order[step:]
+        earlier = order[:-step]
+        later = order[step:]
         are_related = (runs[earlier] == runs[later]) & (groups[earlier] != groups[later])
         related_N[earlier] += are_related
         related_N[later] += are_related
@@ -364,14 +373,16 @@ def _link_sequence(
     order = np.lexsort((ranks, runs))
     order = order[runs[order] >= 0]
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
-    links, strengths, distant = [], [], []
+    links = []
+    strengths = []
+    distant = []
     for members in np.split(order, starts[1:]):
-        rows, count = vectors[members], len(members)
+        rows = vectors[members]
+        count = len(members)
         if count < 2:
             continue
-        strength = (rows[:-1] * rows[1:]).sum(
-            axis=1
-        )  # of each gap: the cosine of its two neighbors
+        # of each gap: the cosine of its two neighbors
+        strength = (rows[:-1] * rows[1:]).sum(axis=1)
         over_one = (rows[:-2] * rows[2:]).sum(axis=1)  # of images two apart, across two gaps
         strength[:-1] = np.maximum(strength[:-1], over_one)  # the first of the two gaps
         strength[1:] = np.maximum(strength[1:], over_one)  # and the second

@@ -30,28 +30,32 @@ from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
-CANDIDATES, CANDIDATES_BY_EDGES = (
-    8,
-    20,
-)  # images that are compared with an image, by whitened and plain vectors
+# Images that are compared with an image, by whitened and plain vectors
+CANDIDATES = 8
+CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
 # signs and solar cells.
-ALIKE, SHARE_ALIKE = 0.45, 0.9
+ALIKE = 0.45
+SHARE_ALIKE = 0.9
 NEARLY = 0.85  # share of the equal tiles of a copy where images look alike
-ONE_GROUP, MIN_ONE_GROUP = (
-    0.9,
-    8,
-)  # share of a class that no group may reach, and the number of its images
+# Share of a class that no group may reach, and the number of its images
+ONE_GROUP = 0.9
+MIN_ONE_GROUP = 8
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
 MAX_SIGNATURES = (
     20_000  # among more images, only equal files are found without features, and no turned ones
 )
-NO_PAIRS, NO_VECTORS = np.zeros((2, 0), np.intp), np.zeros((0, 0), np.float32)
+NO_PAIRS = np.zeros((2, 0), np.intp)
+NO_VECTORS = np.zeros((0, 0), np.float32)
 SMALL = 64  # pixels of a side of the gray images that are kept of photographs
-TURNED_SIDE, TURNED = 16, 0.96  # pixels of a side, and cosine of equal images
-CELLS, DIRECTIONS = 8, 8  # cells of 8 x 8 pixels, and directions of a signature
+# pixels of a side, and cosine of equal images
+TURNED_SIDE = 16
+TURNED = 0.96
+# cells of 8 x 8 pixels, and directions of a signature
+CELLS = 8
+DIRECTIONS = 8
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
 
@@ -81,9 +85,8 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), one is compared.
     """
-    first_N = np.sort(
-        np.unique(hashes, return_index=True)[1]
-    )  # of the images with equal pixels, one
+    # of the images with equal pixels, one
+    first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
     candidates = _find_candidates([part[first_N] for part in views], whiten, num_candidates)
@@ -118,9 +121,8 @@ def _find_candidates(
     num_others = min(num_others, count - 1)
     if num_others < 1:
         return NO_PAIRS
-    parts_by_view = [
-        [part[:, view] for part in views] for view in range(num_views)
-    ]  # lists of (N, D)
+    # Lists of (N, D)
+    parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]
     whole_ND = whiten(parts_by_view[0])
     plain = [
         part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
@@ -156,9 +158,8 @@ def _confirm(
     Also tells which images (N,) are of *classes* (N,) that look alike, or whose images would
     nearly all be one group: no pairs of the latter are selected.
     """
-    groups = connect(
-        len(classes), candidates[:, shares >= MOSTLY]
-    )  # pairs of two copies do not count
+    # Pairs of two copies do not count
+    groups = connect(len(classes), candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
     for images in candidates[:, is_outside]:
@@ -196,14 +197,14 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no
     # index changes.
-    lowest_N, has_changed = np.arange(count), True
+    lowest_N = np.arange(count)
+    has_changed = True
     while has_changed:
         before = lowest_N.copy()
         np.minimum.at(lowest_N, one, before[other])
         np.minimum.at(lowest_N, other, before[one])
-        lowest_N = lowest_N[
-            lowest_N
-        ]  # the lowest index of that image, too: long chains need few rounds
+        # The lowest index of that image, too: long chains need few rounds
+        lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
@@ -216,9 +217,8 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
         np.square(part - mean).sum(axis=1).mean()
         for part, mean in zip(parts, means, strict=True)
     ]
-    norms = [
-        max(float(np.sqrt(square)), 1e-12) for square in squares
-    ]  # not 0 if all vectors are equal
+    # Not 0 if all vectors are equal
+    norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
 
     def center_and_join(given: _Parts) -> NDArray[np.float32]:
         scaled = [
@@ -236,10 +236,10 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
     damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
     kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
-    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    components = (
-        rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
-    )  # (D, K), norm 1
+    eigenvalues = eigenvalues[kept]
+    vectors = vectors[:, kept]
+    # (D, K), norm 1
+    components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
     def apply(given: _Parts) -> NDArray[np.float32]:
@@ -265,7 +265,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
     Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
     """
-    count, width = len(small), SMALL // TURNED_SIDE
+    count = len(small)
+    width = SMALL // TURNED_SIDE
     small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(
         axis=(2, 4), dtype=np.float32
     )
@@ -274,9 +275,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    is_plain_N = (
-        lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
-    )  # which all plain images would equal
+    # Which all plain images would equal
+    is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
     whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []
@@ -291,24 +291,21 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of a *small* image, (512,)."""
-    down, right = np.gradient(
-        small.astype(np.float32)
-    )  # (64, 64) each, as all arrays of pixels below
+    # (64, 64) each, as all arrays of pixels below
+    down, right = np.gradient(small.astype(np.float32))
     strength = np.hypot(down, right)  # of the edge at each pixel
     turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
     direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
     lower_bin = direction.astype(int)
-    share_of_next = (
-        direction - lower_bin
-    )  # an edge between two directions counts in both, in shares
+    # an edge between two directions counts in both, in shares
+    share_of_next = direction - lower_bin
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
-        bins = (
-            first_bin + (lower_bin + shift) % DIRECTIONS
-        )  # after the last direction comes the first one
+        # After the last direction comes the first one
+        bins = first_bin + (lower_bin + shift) % DIRECTIONS
         histogram += np.bincount(
             bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
         )
@@ -323,9 +320,8 @@ def group_by_edges(
 
     Also returns the vectors (N, D) that tell how similar the images are.
     """
-    views = np.stack([signature(one) for one in small])[
-        :, None
-    ]  # (N, 1, 512): the whole image is the only view
+    # (N, 1, 512): the whole image is the only view
+    views = np.stack([signature(one) for one in small])[:, None]
     found = find_near_duplicates(
         [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
     )
@@ -377,7 +373,6 @@ def group_photographs(images: LabeledImages) -> Grouped:
         groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], small)
         return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
-    files = np.where(
-        file_hashes == UNREADABLE, known, file_hashes
-    )  # unreadable files are no equal files
+    # Unreadable files are no equal files
+    files = np.where(file_hashes == UNREADABLE, known, file_hashes)
     return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)

@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 # Of 1,800 photographs of ten kinds, no two different ones have more than half of their tiles
 # equal; those of hand signs and solar cells, before one camera, up to 0.7 and 0.9
 # (docs/benchmarks/copied_photos.md).
-SAME, MOSTLY = (
-    0.95,
-    0.6,
-)  # correlation of equal tiles, and the share of the tiles of a copy that are equal
-TILES, MIN_TILES = 8, 6  # tiles per side, and those that must show something
+# Correlation of equal tiles, and the share of the tiles of a copy that are equal
+SAME = 0.95
+MOSTLY = 0.6
+# tiles per side, and those that must show something
+TILES = 8
+MIN_TILES = 6
 PLAIN = (
     2.0  # standard deviation of the gray levels of a tile, or of an image, that shows nothing
 )
-SIDE, BLUR = (
-    32,
-    1.25,
-)  # pixels of a side that are compared, and standard deviation of the removed frequencies
+# Pixels of a side that are compared, and standard deviation of the removed frequencies
+SIDE = 32
+BLUR = 1.25
 SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a part may show
 # pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
 MARGIN = 4
@@ -39,11 +39,12 @@ MIN_FOUND = 0.4  # correlation below which a place is not aligned
 OTHER_WAY = (
     0.9  # share of the correlation in the better way from which on both ways are aligned
 )
-STEPS, MAX_STEP = (
-    8,
-    0.15,
-)  # Gauss-Newton steps, and the largest change of an affine map by one of them
-MIN_AREA, MAX_AREA = 0.3, 1.3  # of the first image that the second one may show
+# Gauss-Newton steps, and the largest change of an affine map by one of them
+STEPS = 8
+MAX_STEP = 0.15
+# of the first image that the second one may show
+MIN_AREA = 0.3
+MAX_AREA = 1.3
 OUTLIER = 1.5  # standard deviations of a difference that counts half
 _BLOCK = 1024  # pairs that are compared at once
 
@@ -58,7 +59,8 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
     order = np.argsort(both_ways[0], kind="stable")
-    correlations, boxes = np.empty(2 * num_pairs, np.float32), np.empty((2 * num_pairs, 4))
+    correlations = np.empty(2 * num_pairs, np.float32)
+    boxes = np.empty((2 * num_pairs, 4))
     for start in range(0, 2 * num_pairs, _BLOCK):
         block = order[start : start + _BLOCK]
         correlations[block], boxes[block] = _search(small, both_ways[:, block])
@@ -76,23 +78,23 @@ def _search(
     small: NDArray[np.uint8], pairs: NDArray[np.intp]
 ) -> tuple[_Images, NDArray[np.float64]]:
     """Find correlations (P,) and boxes (P, 4) of the second images of *pairs*, sorted, in the first ones."""
-    side, num_pairs = small.shape[1], pairs.shape[1]
+    side = small.shape[1]
+    num_pairs = pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
     margins = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
     scenes = np.pad(_remove_low(_resample(small[images], whole, SIDE)), margins)
-    best, boxes = np.full(num_pairs, -1.0, np.float32), np.tile(whole[0], (num_pairs, 1))
-    starts = np.flatnonzero(
-        np.diff(first, prepend=-1)
-    )  # where the pairs of each first image begin
+    best = np.full(num_pairs, -1.0, np.float32)
+    boxes = np.tile(whole[0], (num_pairs, 1))
+    # Where the pairs of each first image begin
+    starts = np.flatnonzero(np.diff(first, prepend=-1))
     for size in (SIDE * SIZES).round().astype(int).tolist():
         crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
         num_places = SIDE + 2 * MARGIN - size + 1  # per side
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
-            scene = scenes[
-                first[start]
-            ]  # the first image of these pairs, compared at all places at once
+            # The first image of these pairs, compared at all places at once
+            scene = scenes[first[start]]
             windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
             windows = windows - windows.mean(axis=1, keepdims=True)
             lengths = np.maximum(np.linalg.norm(windows, axis=1), 1e-3)
@@ -117,7 +119,8 @@ def _align(
     The maps change inversely: how the second image changes with a map of itself is computed
     once.
     """
-    side, num_pairs = small.shape[1], pairs.shape[1]
+    side = small.shape[1]
+    num_pairs = pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
@@ -131,9 +134,8 @@ def _align(
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
-    matrices = np.zeros(
-        (num_pairs, 2, 2), np.float32
-    )  # from `points_K2` to pixels of the first image
+    # From `points_K2` to pixels of the first image
+    matrices = np.zeros((num_pairs, 2, 2), np.float32)
     matrices[:, [0, 1], [0, 1]] = boxes[:, 2:] / 2
     centers = (boxes[:, :2] + boxes[:, 2:] / 2 - 0.5).astype(np.float32)
     scenes = _smooth(small[images])
@@ -181,7 +183,8 @@ def _share_equal(
         tiles = samples_PK.reshape(len(samples_PK), TILES, SIDE // TILES, TILES, SIDE // TILES)
         return tiles.transpose(0, 1, 3, 2, 4).reshape(len(samples_PK), TILES**2, -1)
 
-    shown, expected = cut(shown_PK), cut(expected_PK)
+    shown = cut(shown_PK)
+    expected = cut(expected_PK)
     shown = shown - shown.mean(axis=2, keepdims=True)
     expected = expected - expected.mean(axis=2, keepdims=True)
     contrasts = [np.sqrt((part**2).mean(axis=2)) for part in (shown, expected)]
@@ -210,9 +213,8 @@ def _sample(
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)
-    lower = points.astype(
-        np.intp
-    )  # of the four pixels around each point, the first row and column
+    # of the four pixels around each point, the first row and column
+    lower = points.astype(np.intp)
     index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2
     down, right = np.moveaxis(points - lower.astype(np.float32), 2, 0)
     pixels = images.reshape(-1)
@@ -234,7 +236,8 @@ def _resample(images: NDArray[np.uint8], boxes: NDArray[np.float64], side: int) 
             np.float32
         )
 
-    rows, columns = weights(boxes[:, 0], boxes[:, 2]), weights(boxes[:, 1], boxes[:, 3])
+    rows = weights(boxes[:, 0], boxes[:, 2])
+    columns = weights(boxes[:, 1], boxes[:, 3])
     return rows @ images.astype(np.float32) @ columns.transpose(0, 2, 1)
 
 

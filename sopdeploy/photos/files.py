@@ -35,11 +35,11 @@ SYSTEM_FOLDERS = {
 FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 SAMPLE_FOLDER = "sample"
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
-_KEPT_STEM = re.compile(
-    r"([0-9a-f]{32})(?:[-_ (].*)?"
-)  # also of copies: ID-2, `ID (1)`, `ID copy`
+# Also of copies: ID-2, `ID (1)`, `ID copy`
+_KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
+# Best first
 HELD_OUT = (
     "val",
     "valid",
@@ -49,7 +49,7 @@ HELD_OUT = (
     "evaluation",
     "test",
     "testing",
-)  # best first
+)
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 
 
@@ -199,9 +199,8 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     images. *setting* names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
-    real_folder = Path(
-        os.path.realpath(folder)
-    )  # `resolve` raises an error for a link that leads to itself
+    # `resolve` raises an error for a link that leads to itself
+    real_folder = Path(os.path.realpath(folder))
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
         raise ConfigError(
             f"{folder} is in the photographs of {images}; {advice}", setting=setting
@@ -211,9 +210,8 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
         inner = waiting.pop()
         if holds_images(inner):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        if inner == folder or part_kind(
-            inner.name
-        ):  # its class folders, and those of train/ and val/
+        # Its class folders, and those of train/ and val/
+        if inner == folder or part_kind(inner.name):
             waiting += [inner / name for name in list_subfolders(inner)]
 
 
@@ -241,7 +239,9 @@ def list_images(
     of the others (`_is_copy_beside`). Folders in *visited* are left out, as `walk` does. Raises
     `DataError` for a folder that cannot be listed.
     """
-    images, unsuffixed, others = set[str](), list[str](), list[str]()
+    images = set[str]()
+    unsuffixed = list[str]()
+    others = list[str]()
     for path in walk(root / folder, visited):
         relative = str(path.relative_to(root))
         if not is_image(path):
@@ -345,9 +345,8 @@ def find_parts(root: Path) -> Parts:
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
     candidates = [name for name in names if kinds[name] in TRAINING]
-    if not all(
-        kinds.values()
-    ):  # beside others, `train` may be a class; as a part it contains folders
+    # Beside others, `train` may be a class; as a part it contains folders
+    if not all(kinds.values()):
         candidates = [name for name in candidates if list_subfolders(root / name)]
     if len(candidates) > 1:
         raise DataError(

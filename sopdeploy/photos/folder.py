@@ -128,7 +128,8 @@ def open_parts(
 
 def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
     if (kind := detect_kind(root)) is not None:
-        train, held_out = open_part(kind, "train", root), open_part(kind, "held_out", root)
+        train = open_part(kind, "train", root)
+        held_out = open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
     where = None if classes_from else find_table(root)
     if where is None:
@@ -162,7 +163,9 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     _check_tells_classes(root, train, other_table, classes_from)
 
     # Held-out images need classes, but not all of them.
-    listings, unlabelled, labels = {train_name: train}, dict[str, str](), train.images.labels
+    listings = {train_name: train}
+    unlabelled = dict[str, str]()
+    labels = train.images.labels
     for name in held_out_names:
         if len(listings) - 1 == max_held_out:
             break
@@ -248,7 +251,8 @@ def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
 
 def _describe_unlabelled(listing: "ClassListing") -> str:
     """Say that the images of a held-out folder have no classes, and what can be done with them."""
-    folder, count = listing.images.root, len(listing.beside) + len(listing.images)
+    folder = listing.images.root
+    count = len(listing.beside) + len(listing.images)
     if not count:
         return f"{folder}: left out, because it is empty"
     return (
@@ -261,7 +265,9 @@ def _open_part_tables(
     root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]
 ) -> OpenedParts:
     """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
-    parts, notes, ignored = dict[str, ImageFiles](), list[str](), Counter[str]()
+    parts = dict[str, ImageFiles]()
+    notes = list[str]()
+    ignored = Counter[str]()
     for name, folder in folders.items():
         if (table := tables.get(name)) is None:
             used = next(iter(tables.values()))
@@ -379,7 +385,10 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     # A class folder's entry that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
     # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
     labels = tuple(sorted(paths_of_folder))
-    paths, groups, targets, nested = list[bytes](), list[bytes](), list[int](), set[bytes]()
+    paths = list[bytes]()
+    groups = list[bytes]()
+    targets = list[int]()
+    nested = set[bytes]()
     for target, label in enumerate(labels):
         class_paths = paths_of_folder[label]
         entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
@@ -414,7 +423,8 @@ def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[st
         folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
-    images, other_files = dict[str, list[bytes]](), dict[str, list[str]]()
+    images = dict[str, list[bytes]]()
+    other_files = dict[str, list[str]]()
     for label in sorted(folders):
         images[label], other_files[label] = [], []
         for name in folders[label]:
@@ -458,8 +468,10 @@ def is_pattern(classes_from: str) -> bool:
 def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
     """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders."""
     images = listing.images
-    root, folders = images.root, set(images.labels)
-    unknown, missing = sorted(folders - set(labels)), list[str]()
+    root = images.root
+    folders = set(images.labels)
+    unknown = sorted(folders - set(labels))
+    missing = list[str]()
     for label in sorted(set(labels) - folders):
         alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
         if alike:
@@ -550,9 +562,8 @@ def _open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return _held_out_of_table(
-            table, labels, multi_label=True
-        )  # has exactly the classes *labels*
+        # Has exactly the classes *labels*
+        return _held_out_of_table(table, labels, multi_label=True)
     kind = detect_kind(root)
     if kind is not None:
         images = open_part(kind, "held_out", root)
@@ -566,9 +577,8 @@ def _open_evaluation_images(
             note_skipped(
                 root, count_suffixes(chain.from_iterable(listing.other_files.values()))
             )
-    allow_unknown = (
-        other_classes or kind is not None
-    )  # the names of official classes are no mistakes
+    # The names of official classes are no mistakes
+    allow_unknown = other_classes or kind is not None
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
@@ -579,14 +589,12 @@ def _open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
-    if names <= {
-        normalize(label) for label in labels
-    }:  # each one is a class, even if named val
+    # Each one is a class, even if named val
+    if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)
-    val_is_a_class = (
-        parts.others and not parts.train
-    )  # as in training, which needs a train/ next to a val/
+    # as in training, which needs a train/ next to a val/
+    val_is_a_class = parts.others and not parts.train
     if val_is_a_class or not parts.held_out:
         return root
     folder = part_folder(root, parts.held_out[0])

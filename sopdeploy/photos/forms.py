@@ -23,7 +23,9 @@ from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.photos.photo import Photo
 
 # Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
-SAMPLED_SIDE, MASK_VALUES, MASK_SHARE = 64, 32, 0.95
+SAMPLED_SIDE = 64
+MASK_VALUES = 32
+MASK_SHARE = 0.95
 PROPORTIONS = 0.02  # relative difference between those of a mask and its photograph
 MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
@@ -45,7 +47,8 @@ def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Le
     *images* are the paths below each class folder, relative to *root*. Reads a few files for
     each kind of names that could be those of masks, and none where no names propose it.
     """
-    masks, others = _find_masks(root, images), set[bytes]()
+    masks = _find_masks(root, images)
+    others = set[bytes]()
     photographs = {
         label: [path for path in paths if path not in masks] for label, paths in images.items()
     }
@@ -125,7 +128,8 @@ def _numbers(stem: str) -> str:
 def _parts(stem: str) -> Iterator[str]:
     """Yield the beginnings and ends of *stem* between other characters than letters and digits."""
     for separator in re.finditer(r"[\W_]+", stem):
-        beginning, end = stem[: separator.start()], stem[separator.end() :]
+        beginning = stem[: separator.start()]
+        end = stem[separator.end() :]
         yield from {beginning, stem[: separator.end()].rstrip(" _-."), end} - {""}
 
 

@@ -89,9 +89,8 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     )
     options: dict[str, Any] = {"loader": str}  # the images are their paths
     if kind == "places365":
-        options["small"] = (
-            root / "val_256"
-        ).is_dir()  # the official files with images of 256 pixels
+        # The official files with images of 256 pixels
+        options["small"] = (root / "val_256").is_dir()
     try:
         dataset = dataset_class(str(root), split=split, download=False, **options)
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
@@ -101,12 +100,10 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
             "use the official files in its layout"
         ) from error
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
-    if (
-        kind == "places365"
-    ):  # the label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
-        without_letter = [
-            name.strip("/").partition("/")[2] for name in labels
-        ]  # apartment_building/outdoor
+    # The label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
+    if kind == "places365":
+        # apartment_building/outdoor
+        without_letter = [name.strip("/").partition("/")[2] for name in labels]
         labels = [name.replace("/", "-") for name in without_letter]
     paths = np.asarray(
         [os.fsencode(file.removeprefix(f"{root}/")) for file in files], dtype=np.bytes_

@@ -33,14 +33,13 @@ from sopdeploy.photos.files import normalize
 
 UNREADABLE = 0  # the hash of a file that cannot be read
 # A run leaves damaged images out, up to this share and fewer than this number of them.
-MAX_DAMAGED, MANY_DAMAGED = 0.05, 3
-MAX_IN_MEMORY = (
-    2**29
-)  # bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
+MAX_DAMAGED = 0.05
+MANY_DAMAGED = 3
+# Bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
+MAX_IN_MEMORY = 2**29
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
-SHOWN = Preprocess(
-    decoding="scaled"
-)  # how much of a photograph is decoded to compare it, or to show it
+# How much of a photograph is decoded to compare it, or to show it
+SHOWN = Preprocess(decoding="scaled")
 SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
 _Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
@@ -54,7 +53,8 @@ class Photo:
     """
 
     def __init__(self, name: str, content: bytes) -> None:
-        self.name, self.content = name, content
+        self.name = name
+        self.content = content
 
     @cached_property
     def file_hash(self) -> int:
@@ -276,9 +276,8 @@ class Split:
     left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
-        if problem := label_problem(
-            self.train.labels
-        ):  # of data sources that plug-ins register
+        # of data sources that plug-ins register
+        if problem := label_problem(self.train.labels):
             raise DataError(f"{problem}; rename the class")
 
     def without(self, left_out: Sequence[LeftOut]) -> "Split":
@@ -327,11 +326,13 @@ class FittedPixels:
     """
 
     def __init__(self, images: LabeledImages, rules: Preprocess) -> None:
-        self.images, self.rules = images, rules
+        self.images = images
+        self.rules = rules
         shape = (len(images), rules.crop, rules.crop, 3)
         self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
         kept_shape = shape if self.is_kept else (0, 0, 0, 3)
-        self.pixels, self.is_computed = shared_zeros(kept_shape), shared_zeros(kept_shape[:1])
+        self.pixels = shared_zeros(kept_shape)
+        self.is_computed = shared_zeros(kept_shape[:1])
         self.rows = np.arange(len(images))  # the row of `pixels` of each image
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -360,7 +361,8 @@ class FittedPixels:
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true; both objects share their pixels."""
         selected = copy.copy(self)
-        selected.images, selected.rows = self.images.select(mask), self.rows[mask]
+        selected.images = self.images.select(mask)
+        selected.rows = self.rows[mask]
         return selected
 
 
@@ -415,7 +417,8 @@ class PreprocessedDataset(FittedDataset):
 
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the pixels (B, crop, crop, 3) at *indices*, shifted by `pad` at most."""
-        arrays, pad = self.fit(indices, self.preprocess), self.pad
+        arrays = self.fit(indices, self.preprocess)
+        pad = self.pad
         if not pad:
             return arrays
         windows = []
@@ -488,17 +491,14 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    first_N = first_of_hash[
-        hash_number_N
-    ].tolist()  # for each image, the index of the first with its hash
-    is_equal = (
-        images.targets[first_N] == images.targets
-    )  # (N,), or (N, C) if an image has several classes
+    # For each image, the index of the first with its hash
+    first_N = first_of_hash[hash_number_N].tolist()
+    # (N,), or (N, C) if an image has several classes
+    is_equal = images.targets[first_N] == images.targets
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
     is_readable_N = hashes != UNREADABLE
-    contradictions = np.flatnonzero(
-        is_readable_N & ~same_labels_N
-    ).tolist()  # never the first of its hash
+    # Never the first of its hash
+    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()
     pairs = [
         f"{images.describe(first_N[index])} = {images.describe(index)}"
         for index in contradictions
@@ -570,7 +570,8 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
     out.
     """
-    found, errors = list[LeftOut](), list[str]()
+    found = list[LeftOut]()
+    errors = list[str]()
     for name, images in (("train", split.train), ("held_out", split.held_out)):
         for index, error in find_unreadable(images).items():
             reason = error.removeprefix(f"{images.describe(index)}: ")
@@ -578,7 +579,8 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
             errors.append(error)
     if not found:
         raise first
-    count, remaining = len(split.train) + len(split.held_out), split.without(found)
+    count = len(split.train) + len(split.held_out)
+    remaining = split.without(found)
     least = np.minimum(split.train.class_counts(), 1 if len(split.held_out) else 2)
     too_few = (remaining.train.class_counts() < least).any() or (
         len(split.held_out) and not len(remaining.held_out)

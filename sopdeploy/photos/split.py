@@ -17,9 +17,8 @@ from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.seeds import derive_seed
 
 NONE = -1  # the group of a training image in a choice
-Choice = NDArray[
-    np.int64
-]  # (N,): the group of each held-out image, and `NONE` for each training image
+# (N,): the group of each held-out image, and `NONE` for each training image
+Choice = NDArray[np.int64]
 Record = NDArray[np.int64]  # (M, 2): hash of the file and group of each held-out image, sorted
 
 
@@ -40,35 +39,32 @@ def hold_out(
     the images without a class, as in the iterative stratification of Sechidis et al. (ECML
     2011), section 4.
     """
-    ranks = [
-        (derive_seed(seed, "hold-out", key), key) for key in keys
-    ]  # equal hashes are sorted by key
-    shuffled_N = np.asarray(
-        sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64
-    )  # image indices
+    # Equal hashes are sorted by key
+    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
+    # Image indices
+    shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
     classes_of_N: NDArray[np.int64] | list[NDArray[np.int64]]
     if targets.ndim == 1:
-        classes_of_N, in_training_C = targets[:, None].astype(np.int64), np.bincount(targets)
+        classes_of_N = targets[:, None].astype(np.int64)
+        in_training_C = np.bincount(targets)
         sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
-        starts = (
-            np.flatnonzero(np.diff(targets[sorted_by_class])) + 1
-        )  # where the class changes
+        # Where the class changes
+        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1
         class_members = np.split(sorted_by_class, starts)
     else:
         classes_of_N = [np.flatnonzero(row) for row in targets]
         in_training_C = np.count_nonzero(targets, axis=0)
         rarest_first = np.argsort(in_training_C, kind="stable")
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
-        class_members.append(
-            shuffled_N[~targets[shuffled_N].any(axis=1)]
-        )  # the images without a class
-    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+        # The images without a class
+        class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])
+    held_out = np.zeros(len(keys), np.bool_)
+    decided = np.zeros(len(keys), np.bool_)
     # An image of several classes is decided once, with the rarest of them, and counts for all
     # of them.
     for members in class_members:  # image indices in random order
-        at_most = max(
-            0, len(members) - 1
-        )  # one image remains for training; a class may have no images here
+        # One image remains for training; a class may have no images here
+        at_most = max(0, len(members) - 1)
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
         for image in members[~decided[members]]:

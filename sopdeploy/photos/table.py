@@ -73,14 +73,17 @@ _NAMES = {
 _LABEL_STUDIO = "project-*.csv", "project-*.json"  # names of its exports
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
 _SEPARATORS = ",;\t"
-SPLIT, GROUP = "split", "group"  # optional columns
+# optional columns
+SPLIT = "split"
+GROUP = "group"
 COLUMNS = (*_REQUIRED, SPLIT, GROUP)
-SEPARATOR, SEPARATORS = "|", re.compile(r"[|;]")  # of classes: written, and read
-MAX_TABLES, MAX_SAMPLED, MAX_SEARCHED = (
-    20,
-    30,
-    2**24,
-)  # other tables that are searched, images, and bytes
+# of classes: written, and read
+SEPARATOR = "|"
+SEPARATORS = re.compile(r"[|;]")
+# Other tables that are searched, images, and bytes
+MAX_TABLES = 20
+MAX_SAMPLED = 30
+MAX_SEARCHED = 2**24
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
@@ -150,11 +153,11 @@ def read_table_text(table: Path) -> str:
         if "\0" in text:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
-        name, where = encoding.removesuffix("-sig").upper(), "it"
+        name = encoding.removesuffix("-sig").upper()
+        where = "it"
         if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
-            number = (
-                error.object.count(b"\n", 0, error.start) + 1
-            )  # of what is behind the byte order mark
+            # of what is behind the byte order mark
+            number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
             f"{table}: cannot be read ({where} is not {name}); write a CSV file in UTF-8, "
@@ -267,7 +270,9 @@ def _read_rows(
     path_of_short_name = _index_names(image_paths)
     rows: dict[bytes | str, _Row] = {}
     for line, cells in _read_cells(table, [] if notes is None else notes):
-        where, name, listed = f"{table}: line {line}", cells["file"], cells["classes"]
+        where = f"{table}: line {line}"
+        name = cells["file"]
+        listed = cells["classes"]
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         found = _find_by_name(name, path_of_short_name)  # None: no image, or several
@@ -459,12 +464,16 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
     try:
         heading, _, rest = text.partition("\n")
         if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
-            text, lines_before, separator = rest, 1, given_separator[1]
+            text = rest
+            lines_before = 1
+            separator = given_separator[1]
         else:
-            lines_before, separator = 0, max(_SEPARATORS, key=heading.count)
+            lines_before = 0
+            separator = max(_SEPARATORS, key=heading.count)
         first = next(csv.reader([heading], delimiter=separator), [])
         if len(first) == 2 and has_image_suffix(first[0].strip()):
-            text, lines_before = f"{separator.join(_REQUIRED)}\n{text}", lines_before - 1
+            text = f"{separator.join(_REQUIRED)}\n{text}"
+            lines_before = lines_before - 1
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             delimiter=separator,
@@ -478,11 +487,12 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
         )
+        # of classes with a column each
         names = {
             column: name
             for column, name in zip(columns, written, strict=True)
             if column not in COLUMNS
-        }  # of classes with a column each
+        }
         others = shorten([*names.values()])
         if "classes" in columns and names:
             notes.append(f"{table}: these columns are left out: {others}")

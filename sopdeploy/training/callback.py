@@ -45,7 +45,9 @@ class ExpectedTime:
     def __init__(
         self, callback: Callback, advice: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.callback, self.advice, self.clock = callback, advice, clock
+        self.callback = callback
+        self.advice = advice
+        self.clock = clock
         self.first_at: float | None = None  # when the first part was done
         self.first_done = 0  # parts that were done then
         self.is_measured = False
@@ -53,8 +55,10 @@ class ExpectedTime:
     def update(self, done: int, total: int) -> None:
         """Receive that *done* of *total* parts, images or steps, are done; may send the message."""
         if self.first_at is None:  # the first part is slower than the others
-            self.first_at, self.first_done = self.clock(), done
-        seconds, measured = self.clock() - self.first_at, done - self.first_done
+            self.first_at = self.clock()
+            self.first_done = done
+        seconds = self.clock() - self.first_at
+        measured = done - self.first_done
         if self.is_measured or seconds < MEASURED_SECONDS or measured == 0:
             return
         self.is_measured = True

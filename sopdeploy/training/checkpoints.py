@@ -134,10 +134,11 @@ class Setup:
             return ""
         if self.weights is None:
             return "all weights"
+        # Not below the head
         replaced = (
             *self.model.training_only,
             classifier_name(self.model),
-        )  # not below the head
+        )
         remaining = []
         for part in self.weights.new:  # the random ones
             is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
@@ -153,7 +154,8 @@ class Setup:
             yield self.reason
         if self.uses_loop and self.recipe.first_phase:
             yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
-        next_epoch, crop = self.position.epoch + 1, self.recipe.preprocess.crop
+        next_epoch = self.position.epoch + 1
+        crop = self.recipe.preprocess.crop
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
@@ -201,9 +203,8 @@ class ResumeState(TypedDict, total=False):
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
     weights = fit.network.state_dict()
-    learning = (
-        {} if fit.learning is None else fit.learning.state_dict()
-    )  # raw, if *weights* are averages
+    # raw, if *weights* are averages
+    learning = {} if fit.learning is None else fit.learning.state_dict()
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
         raise TrainingError(
@@ -211,9 +212,8 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             "optimizer.clip_norm"
         )
     decision = fit.decision
-    if (
-        decision is None and setup.activation == "sigmoid"
-    ):  # with the thresholds of the last finished epoch
+    # With the thresholds of the last finished epoch
+    if decision is None and setup.activation == "sigmoid":
         thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,) * len(setup.labels)
         metrics = fit.position.history[-1].metrics if fit.position.history else None
         if isinstance(metrics, MultiLabelMetrics) and metrics.thresholds:
@@ -240,7 +240,8 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
 
 def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
     """Describe how the weights were trained."""
-    history, device = fit.position.history, setup.strategy.device
+    history = fit.position.history
+    device = setup.strategy.device
     plugins = plugin_versions([*fit.network.modules(), setup.recipe.data])
     return {
         "recipe": setup.recipe.model_dump(mode="json"),
@@ -333,9 +334,8 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
     if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
         raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
     with state_errors(last, source):
-        if not is_state_dict(
-            state.get("weights")
-        ):  # the raw ones; those of the checkpoint may be averages
+        # The raw ones; those of the checkpoint may be averages
+        if not is_state_dict(state.get("weights")):
             raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
         report = None if report is None else StartReport.model_validate(report)
@@ -368,15 +368,12 @@ def has_same_images(
     """
     with state_errors(last, source):
         arrays = (last.resume or {}).get("procedure", {})
-        targets, recorded = (
-            arrays.get("targets"),
-            arrays.get("file_hashes", last.image_hashes).numpy(),
-        )
+        targets = arrays.get("targets")
+        recorded = arrays.get("file_hashes", last.image_hashes).numpy()
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
-        if np.array_equal(
-            recorded, np.unique(recorded)
-        ):  # of a loop, or resumed by an older version
+        # of a loop, or resumed by an older version
+        if np.array_equal(recorded, np.unique(recorded)):
             file_hashes = np.unique(file_hashes)
         return (
             not len(recorded) or not len(file_hashes) or np.array_equal(recorded, file_hashes)
@@ -400,15 +397,15 @@ class RunFolder:
     """The folder of a run; it is created with the first checkpoint."""
 
     def __init__(self, path: Path, strategy: Strategy) -> None:
-        self.path, self.strategy = path, strategy
+        self.path = path
+        self.strategy = strategy
         self.last = path / "last.pt"
         self.best = path / "best.pt"
         self.history = path / "history.csv"
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
-        self._created = (
-            ExitStack()
-        )  # removes the folders that `lock` created, if they are empty
+        # Removes the folders that `lock` created, if they are empty
+        self._created = ExitStack()
 
     def lock(self, *, is_resumed: bool = False) -> None:
         """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
@@ -417,7 +414,8 @@ class RunFolder:
         The first process holds the lock; the system releases it when this process ends in any
         way. Loader processes, which may live a few seconds longer, do not inherit it.
         """
-        path, is_free = self.path / LOCK, True
+        path = self.path / LOCK
+        is_free = True
         if self.strategy.rank == 0:
             with ExitStack() as created:
                 with writing(path):

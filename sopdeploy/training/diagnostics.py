@@ -26,6 +26,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.photos.photo import PreprocessedDataset
 
 MAX_IMAGES = 512
+# Those that a network has
 HELD_OUT_METRICS = (
     "loss",
     "top1",
@@ -33,7 +34,7 @@ HELD_OUT_METRICS = (
     "map",
     "macro_f1",
     "micro_f1",
-)  # those that a network has
+)
 
 
 class Diagnostics(StrictModel):
@@ -76,17 +77,15 @@ def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) ->
     branches.
     """
     if not frozen_backbone:
-        return max(
-            history, key=lambda row: (row.metrics.score, -row.epoch)
-        )  # of equal ones, the first
+        # of equal ones, the first
+        return max(history, key=lambda row: (row.metrics.score, -row.epoch))
 
     def score_of_branches(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    return max(
-        history, key=lambda row: (score_of_branches(row), row.epoch)
-    )  # of equal ones, the last
+    # of equal ones, the last
+    return max(history, key=lambda row: (score_of_branches(row), row.epoch))
 
 
 def median_throughput(history: Sequence[EpochRow]) -> float:
@@ -159,9 +158,8 @@ def diagnose(
     )
     logits = network.split(joined)  # by head
     labels = held_out.images.labels
-    if (
-        targets.ndim == 2 and not targets.any()
-    ):  # no metric of these images, while all images have one
+    # no metric of these images, while all images have one
+    if targets.ndim == 2 and not targets.any():
         logits = {}
     right = ""  # a character per image, if each has one class
     if targets.ndim == 1:

@@ -46,7 +46,8 @@ class Strategy(ProcessGroup):
         self.device = device
         self.joined = dist.is_available() and dist.is_initialized()
         if self.joined:
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.rank = dist.get_rank()
+            self.world = dist.get_world_size()
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum *values* over the processes, on their device; a single process returns *values* themselves."""
@@ -83,9 +84,8 @@ class Strategy(ProcessGroup):
         if not self.joined or not parameters:
             return list(tensors)
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        passed = (
-            counts.nonzero().flatten().tolist()
-        )  # indices of the parameters that any process passes
+        # Indices of the parameters that any process passes
+        passed = counts.nonzero().flatten().tolist()
         sums: list[Tensor | None] = [None] * len(parameters)
         if not passed:
             return sums
@@ -93,24 +93,20 @@ class Strategy(ProcessGroup):
         for index in passed:
             tensor = tensors[index]
             summands.append(torch.zeros_like(parameters[index]) if tensor is None else tensor)
-        flat = torch.cat(
-            [tensor.reshape(-1) for tensor in summands]
-        )  # a copy of all, for a single sum
+        # a copy of all, for a single sum
+        flat = torch.cat([tensor.reshape(-1) for tensor in summands])
         dist.all_reduce(flat)  # in place
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(passed, parts, strict=True):
-            like_parameter = torch.empty_like(
-                parameters[index]
-            )  # with the memory layout of the parameter
+            # With the memory layout of the parameter
+            like_parameter = torch.empty_like(parameters[index])
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))
         return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""
-        start, end = (
-            len(samples) * self.rank // self.world,
-            len(samples) * (self.rank + 1) // self.world,
-        )
+        start = len(samples) * self.rank // self.world
+        end = len(samples) * (self.rank + 1) // self.world
         return list(samples[start:end])
 
 
@@ -210,7 +206,8 @@ def join_processes() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        number, count = launcher_number("LOCAL_RANK", 0), torch.cuda.device_count()
+        number = launcher_number("LOCAL_RANK", 0)
+        count = torch.cuda.device_count()
         if number >= count:
             raise ConfigError(
                 f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "

@@ -86,15 +86,13 @@ def fit_fine_tune(
         run = LoopState(setup, frozen)
         restore_loop(run, last, folder.last)
     held_out = setup.data.held_out
-    groups = np.arange(
-        len(held_out)
-    )  # near-duplicates are not independent, but few images need no search
+    # near-duplicates are not independent, but few images need no search
+    groups = np.arange(len(held_out))
     if len(held_out) >= TESTABLE:
         groups = group_photographs(held_out).groups
     if len(np.unique(groups)) < TESTABLE:
-        run.position.epoch = (
-            setup.recipe.epochs
-        )  # no comparison can decide, so there is nothing to train
+        # no comparison can decide, so there is nothing to train
+        run.position.epoch = setup.recipe.epochs
     folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))
 
@@ -111,7 +109,9 @@ def keep_better(
     Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The
     means and the temperature of the trained network are fitted in place.
     """
-    frozen, tuned, recipe = run.frozen, run.exported, run.recipe
+    frozen = run.frozen
+    tuned = run.exported
+    recipe = run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
         raise TypeError("the loop did not start from a fitted head")
     first_of_group = np.unique(groups, return_index=True)[1]

@@ -29,7 +29,8 @@ from sopdeploy.training.recipe_files import (
     set_value,
 )
 
-CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
+# The recipe keys that may change when a run is resumed
+CHANGEABLE_KEYS = {
     "summary",
     "workers",
     "threads",
@@ -350,16 +351,16 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    if all(
-        isinstance(side, int) and side > 0 for side in sides
-    ):  # else the validation names it
+    # Else the validation names it
+    if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 
 
 def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> None:
     """Drop the options that the network, data source or procedure selected by *changed* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
-        table, chosen = values.get(name), changed.get(f"{name}.{selector}")
+        table = values.get(name)
+        chosen = changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
             # no values or no choice; the validation of the recipe finds those of a wrong type
             continue
@@ -367,12 +368,13 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
             continue
         config: type[StrictModel] | None
         if name == "model":
-            config, options = entry(chosen).config, table.get("config")
+            config = entry(chosen).config
+            options = table.get("config")
         else:
-            config, options = _find_config(name, chosen), table
-        if (
-            isinstance(options, dict) and config is not None
-        ):  # None: the validation names the unknown kind
+            config = _find_config(name, chosen)
+            options = table
+        # None: the validation names the unknown kind
+        if isinstance(options, dict) and config is not None:
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
 
@@ -433,9 +435,8 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
     """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
-    known = sorted(
-        set(_list_keys(Recipe))
-    )  # of all kinds of optimizers, data sources and others
+    # of all kinds of optimizers, data sources and others
+    known = sorted(set(_list_keys(Recipe)))
     same_name = [key for key in known if key == name or key.endswith(f".{name}")]
     return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
 
@@ -455,13 +456,11 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     An empty table is a value if the recipe may omit it.
     """
     for key, value in table.items():
-        field = (
-            None if prefix else Recipe.model_fields.get(key)
-        )  # tables in tables are never optional
+        # Tables in tables are never optional
+        field = None if prefix else Recipe.model_fields.get(key)
         is_optional = field is not None and field.default is None
-        is_value = (
-            is_optional and not value
-        )  # like None: an empty table, such as `ema`, selects its defaults
+        # Like None: an empty table, such as `ema`, selects its defaults
+        is_value = is_optional and not value
         if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -122,9 +122,8 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
     *tables, last = key.split(".")
     table = values
     for name in tables:
-        if (
-            table.get(name) is None
-        ):  # such as an average, a teacher or start weights that a recipe omits
+        # Such as an average, a teacher or start weights that a recipe omits
+        if table.get(name) is None:
             table[name] = {}
         table = table[name]
         if not isinstance(table, dict):

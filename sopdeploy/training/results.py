@@ -79,7 +79,8 @@ class Tuning(StrictModel):
     @classmethod
     def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> "Tuning":
         """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
-        wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+        wins = int((second & ~first).sum())
+        losses = int((first & ~second).sum())
         return cls(
             count=len(first),
             first=int(first.sum()),
@@ -323,9 +324,8 @@ class FewShotResult(StrictModel):
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         counts = self.judged_counts or self.class_counts
         label = max(counts, key=lambda label: counts[label])
-        majority = counts[label] / max(
-            1, sum(counts.values())
-        )  # multi-label images may show none
+        # multi-label images may show none
+        majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
@@ -338,9 +338,11 @@ class FewShotResult(StrictModel):
         """Yield notes on related, doubtful and unusual training images, if there are any."""
         photographs = self.num_photographs or self.num_groups  # 0 in older runs
         if self.num_groups < self.num_images:
-            related, judged = [], ""
+            related = []
+            judged = ""
             if photographs < self.num_images:
-                related, judged = ["copies"], "; of copies, the largest is judged"
+                related = ["copies"]
+                judged = "; of copies, the largest is judged"
             if self.num_groups < photographs:
                 related.append("photographs of one folder or object")
             groups = amount(self.num_groups, "independent group")
@@ -400,9 +402,8 @@ class FewShotResult(StrictModel):
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.is_uneven:
-            ratio = max(counts.values()) / max(
-                1, min(counts.values())
-            )  # the smallest may have no images
+            # The smallest may have no images
+            ratio = max(counts.values()) / max(1, min(counts.values()))
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
         estimated = {gain.label for gain in self.gains}
         few = [
@@ -434,7 +435,8 @@ class PageTexts(NamedTuple):
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     """Build the texts of the page; for a training loop, they say why scores are too high."""
-    score, shown = result.score, "no estimate"
+    score = result.score
+    shown = "no estimate"
     if isinstance(score, float):
         shown = percent(score)
     elif score is not None:

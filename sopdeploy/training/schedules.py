@@ -50,9 +50,8 @@ class Cosine(StrictModel):
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
         if time < self.warmup_epochs:
             return time / self.warmup_epochs
-        remaining = (
-            epochs - self.warmup_epochs
-        )  # 0 or less if the warm-up is as long as the run
+        # 0 or less if the warm-up is as long as the run
+        remaining = epochs - self.warmup_epochs
         progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -68,15 +67,18 @@ class OneCycle(StrictModel):
 
     def factor(self, time: float, epochs: int) -> float:
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
-        first, last = (
-            1 / 25,
-            1 / 25 / 1e4,
-        )  # PyTorch's `div_factor` is 25, its `final_div_factor` 1e4
+        # PyTorch's `div_factor` is 25, its `final_div_factor` 1e4
+        first = 1 / 25
+        last = 1 / 25 / 1e4
         progress = time / epochs
         if progress < self.rise:
-            start, end, part = first, 1.0, progress / self.rise
+            start = first
+            end = 1.0
+            part = progress / self.rise
         else:
-            start, end, part = 1.0, last, (progress - self.rise) / (1 - self.rise)
+            start = 1.0
+            end = last
+            part = (progress - self.rise) / (1 - self.rise)
         return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 

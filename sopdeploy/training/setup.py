@@ -159,7 +159,8 @@ def _resume_setup(
     recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
 ) -> Setup:
     """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
-    source, images = folder.last, division.data.train
+    source = folder.last
+    images = division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
     check_same_recipe(recipe, recorded, source)
     state = read_resumed(last, source)
@@ -257,8 +258,11 @@ def divide_images(
     than `MAX_HASHED` images. The first process decides for all, and alone reads the files, each
     once.
     """
-    images, config = opened.train, recipe.data
-    hashes, record = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)  # of no file
+    images = opened.train
+    config = recipe.data
+    # of no file
+    hashes = np.zeros(0, np.int64)
+    record = np.zeros((0, 2), np.int64)
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
@@ -276,9 +280,8 @@ def divide_images(
                 groups, hashes = _group_and_hash(recipe, images)
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
-    choice = strategy.all_reduce(
-        torch.from_numpy(choice)
-    ).numpy()  # the other processes add zeros
+    # The other processes add zeros
+    choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
     return Division(divide(opened, choice), of_training_files, record)
 
@@ -306,7 +309,9 @@ def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
     """Check the images before the training; raises errors about what could not be used after it."""
-    data, file_hashes, unknown = division.data, division.file_hashes, recipe.rejection.unknown
+    data = division.data
+    file_hashes = division.file_hashes
+    unknown = recipe.rejection.unknown
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
@@ -405,10 +410,8 @@ def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Cla
     """
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    sides, what = (
-        {recipe.preprocess.crop, recipe.training_crop},
-        f"preprocess.crop: {recipe.model.name}",
-    )
+    sides = {recipe.preprocess.crop, recipe.training_crop}
+    what = f"preprocess.crop: {recipe.model.name}"
     vars(placed)[IMAGES_FORMAT] = find_images_format(sides, placed, strategy.device, what)
     return placed
 
@@ -430,7 +433,8 @@ def find_images_format(
         except RuntimeError as error:
             if is_memory_exhausted(error):
                 raise
-            failure, failed_side = error, side
+            failure = error
+            failed_side = side
         else:
             return layout
     raise ConfigError(

@@ -33,20 +33,22 @@ from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
+# That networks add to a backbone
 ADDED_PARTS = {
     "pooling",
     "attention",
     "reduction",
     "root",
     POOLED_HEAD,
-}  # that networks add to a backbone
+}
+# Names of classifiers in weight files
 CLASSIFIER_PARTS = {
     "fc",
     "classifier",
     "linear",
     "head",
     "head_dist",
-}  # names of classifiers in weight files
+}
 
 
 class StartReport(StrictModel):
@@ -104,9 +106,8 @@ def read_start_weights(
             remedies={"weights": "imagenet"},
         )
     weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
-    strategy.all_reduce(
-        torch.zeros(1)
-    )  # the others wait until the first process has filled the cache
+    # The others wait until the first process has filled the cache
+    strategy.all_reduce(torch.zeros(1))
     return _read_weights_file(recipe, source) if weights is None else weights
 
 
@@ -125,9 +126,8 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, or *source*, which was opened before."""
-    model = recipe.model.name.removeprefix(
-        "head:"
-    )  # `head:resnet50` reads the file of `resnet50`
+    # `head:resnet50` reads the file of `resnet50`
+    model = recipe.model.name.removeprefix("head:")
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
         path = expand_user(weights)
@@ -203,9 +203,8 @@ def load_start_weights(
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
     has_other_classes = weights.labels is not None and weights.labels != labels
-    not_loaded = (
-        [*classifiers, *branch_classifiers] if has_other_classes else []
-    )  # even if their shapes fit
+    # Even if their shapes fit
+    not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
     if isinstance(model, TimmBackbone):
@@ -241,18 +240,17 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
-    container = classifier_name(model).rpartition(".")[
-        0
-    ]  # `classifier` of `classifier.6`; "" of `fc`
-    contains_backbone = is_in(
-        next(iter(own)), container
-    )  # the first tensor belongs to the backbone
+    # `classifier` of `classifier.6`; "" of `fc`
+    container = classifier_name(model).rpartition(".")[0]
+    # The first tensor belongs to the backbone
+    contains_backbone = is_in(next(iter(own)), container)
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
+    # Each one is loaded, in a new part, a counter, or an error
     for (
         name,
         tensor,
-    ) in own.items():  # each one is loaded, in a new part, a counter, or an error
+    ) in own.items():
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -265,9 +263,8 @@ def _match_tensors(
             if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
-            new.add(
-                name.rpartition(".")[0]
-            )  # another pooling gives this layer an input of another length
+            # Another pooling gives this layer an input of another length
+            new.add(name.rpartition(".")[0])
         else:
             raise _misfit_error(
                 weights, f"{name} is {tuple(stored.shape)}, not {tuple(tensor.shape)}"
@@ -311,7 +308,8 @@ def create_initial_model(
 
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
     """Create the model of *recipe*; position embeddings are for its `preprocess.crop`, or for *tensors*."""
-    name, config = recipe.model.name, recipe.model.config
+    name = recipe.model.name
+    config = recipe.model.config
 
     def create(**size: int) -> Classifier:
         torch.manual_seed(derive_seed(recipe.seed, "weights"))

@@ -152,7 +152,8 @@ def summarize_run(
     run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
 ) -> TrainingResult:
     """Describe a finished run; *page* has `report`, `previous` and `mistakes` if a page was written."""
-    setup, fit = run.setup, run.fit
+    setup = run.setup
+    fit = run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]
     is_map = setup.activation == "sigmoid"

@@ -44,7 +44,8 @@ from sopdeploy_service.settings import Settings
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
-COLUMNS = {  # of a row; docs/batch.md
+# of a row; docs/batch.md
+COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),
     "classes": pa.list_(pa.string()),
@@ -75,9 +76,8 @@ class ImageRow(TypedDict, total=False):
     features: NDArray[np.float32]
 
 
-DecodedImage: TypeAlias = tuple[
-    ImageRow, NDArray[np.uint8]
-]  # (H, W, 3), zeros for an image with an error
+# (H, W, 3), zeros for an image with an error
+DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
 OnImages = Callable[[int], None]  # is called with a number of images when they are classified
 
 
@@ -91,7 +91,9 @@ class BatchClassifier:
 
     def __init__(self, path: Path, settings: Settings, options: ClassifyOptions) -> None:
         loaded = load_model(path, settings)
-        self._bundle, self._runtime, self._settings = loaded.bundle, loaded.runtime, settings
+        self._bundle = loaded.bundle
+        self._runtime = loaded.runtime
+        self._settings = settings
         manifest = loaded.bundle.manifest
         optional: dict[Literal["logits", "features"], str] = {}
         if options.logits:
@@ -130,9 +132,8 @@ class BatchClassifier:
         sizes = folder.sizes()
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
-        with closing(
-            self._decode_ahead(images)
-        ) as decoded:  # yields the images of all parts, in order
+        # Yields the images of all parts, in order
+        with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 rows: list[ImageRow] = []
                 for start in range(0, sizes[part], self._batch_size):
@@ -168,7 +169,8 @@ class BatchClassifier:
 
     def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
         """Read, hash and decode *image* as a server does; one with an error becomes black."""
-        rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
+        rules = self._bundle.manifest.preprocess
+        max_bytes = self._settings.max_body_bytes
         row: ImageRow = {"path": image.path, "warnings": ()}
         try:
             body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
@@ -184,17 +186,15 @@ class BatchClassifier:
 
     def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
-        names = list(
-            {self._bundle.manifest.outputs[0].name, *self._optional.values()}
-        )  # each once
+        # Each once
+        names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
         try:
             outputs = run_bisected(
                 lambda images: self._runtime.run(np.stack(images)), pixels, names
             )
             if all(output is INFERENCE_FAILED for output in outputs):
-                check_device(
-                    self._runtime, pixels[0].shape
-                )  # raises `DeviceLostError` if no image can run
+                # Raises `DeviceLostError` if no image can run
+                check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(
                 f"the device is lost ({error}); run again to continue"
@@ -211,7 +211,8 @@ class BatchClassifier:
 
     def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
         """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
-        manifest, labels = self._bundle.manifest, self._bundle.labels
+        manifest = self._bundle.manifest
+        labels = self._bundle.labels
         row["bundle"] = manifest.id
         if "error" in row:
             return

@@ -47,10 +47,8 @@ class PartActor:
         out: Path,
         state: RowsState,
     ) -> None:
-        self._folder, self._classifier = (
-            OutputFolder(out),
-            BatchClassifier(bundle, settings, options),
-        )
+        self._folder = OutputFolder(out)
+        self._classifier = BatchClassifier(bundle, settings, options)
         if self._classifier.state != state:
             own = self._classifier.state
             raise ConfigError(
@@ -126,12 +124,13 @@ class RayClassifier:
 
 def _connect(options: ClassifyOptions) -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
-    address, new_cluster = str(options.ray), {}  # options of one that is started here
+    # options of one that is started here
+    address = str(options.ray)
+    new_cluster = {}
     try:
         if options.starts_cluster:
-            requested = (options.actors or 1) * (
-                options.workers or 1
-            )  # Ray waits for CPUs that it lacks
+            # Ray waits for CPUs that it lacks
+            requested = (options.actors or 1) * (options.workers or 1)
             new_cluster = {
                 "num_cpus": max(usable_cores(), requested),
                 "include_dashboard": False,
@@ -159,9 +158,8 @@ def errors_of_actors() -> Iterator[None]:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
         last_line = str(error).strip().rpartition("\n")[2]
-        own_errors = ERROR_OF_ACTOR.findall(
-            str(error)
-        )  # class and message, each after its cause
+        # Class and message, each after its cause
+        own_errors = ERROR_OF_ACTOR.findall(str(error))
         class_name, text = (
             own_errors[-1] if own_errors else ("RuntimeUnavailableError", last_line)
         )

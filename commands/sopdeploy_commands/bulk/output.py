@@ -40,8 +40,11 @@ from sopdeploy.version import __version__
 from sopdeploy_commands.bulk.sources import ListedImage
 from sopdeploy_commands.tables import VERSION, make_schema
 
-ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
-_TEXT, _NUMBER = pa.string(), pa.int64()
+ROWS_FOLDER = "rows"
+LISTING = "_list.parquet"
+STATE = "_run.json"
+_TEXT = pa.string()
+_NUMBER = pa.int64()
 
 
 LIST_SCHEMA = make_schema(
@@ -105,9 +108,8 @@ class OutputFolder:
         """
         with ExitStack() as created:
             with writing(self.path):
-                created.enter_context(
-                    new_folder(self.path)
-                )  # removes what this run created and left empty
+                # Removes what this run created and left empty
+                created.enter_context(new_folder(self.path))
                 try:
                     lock = lock_file(self.path / LOCK)
                 except BlockingIOError as error:
@@ -201,7 +203,9 @@ class OutputFolder:
 
 def _write_list(file: Path, images: Iterable[ListedImage], part_images: int) -> str:
     """Write *images* to *file*; return their number and a hash of their names, positions and sizes."""
-    remaining, count, digest = iter(images), 0, hashlib.sha256()
+    remaining = iter(images)
+    count = 0
+    digest = hashlib.sha256()
     with pq.ParquetWriter(file, LIST_SCHEMA, compression="zstd") as writer:
         while part := list(islice(remaining, part_images)):
             count += len(part)

@@ -107,7 +107,9 @@ def classify(
         "://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names
     ):
         raise ConfigError("is a source; choose another folder", setting="out", value=out)
-    folder, done, skipped = OutputFolder(Path(out)), 0, Counter[str]()
+    folder = OutputFolder(Path(out))
+    done = 0
+    skipped = Counter[str]()
     with (
         closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier,
         folder.locked(),
@@ -122,18 +124,16 @@ def classify(
             on_image(done, total)
 
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
-        add_done(
-            total - sum(sizes[part] for part in pending)
-        )  # the images that earlier runs classified
+        # The images that earlier runs classified
+        add_done(total - sum(sizes[part] for part in pending))
         try:
             if pending:
                 classifier.classify_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
-    num_errors = sum(
-        count for count in error_counts if count is not None
-    )  # now all parts are written
+    # Now all parts are written
+    num_errors = sum(count for count in error_counts if count is not None)
     rows = folder.path / ROWS_FOLDER
     return Classified(rows=rows, num_images=done, num_errors=num_errors, skipped=dict(skipped))
 
@@ -159,7 +159,8 @@ def _classify_to_csv(
                 "only with a folder of parquet files; give one as out", setting=name
             )
     skipped = Counter[str]()
-    images, num_errors = list(list_sources(sources, skipped)), 0
+    images = list(list_sources(sources, skipped))
+    num_errors = 0
     loaded = load_model(bundle, settings)
     is_multi_label = loaded.bundle.manifest.rules.is_multi_label
     with (

@@ -29,7 +29,8 @@ from sopdeploy.images.signatures import (
 from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
-_TAR, _LIST = ".tar", ".txt"
+_TAR = ".tar"
+_LIST = ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
 MAX_OPENED = (
@@ -120,9 +121,8 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         for name, metadata in sorted(store.find(root, detail=True).items()):
             if any(map(is_hidden, name.removeprefix(root).split("/"))):
                 continue
-            size = (
-                metadata.get("size") or UNKNOWN
-            )  # some stores report 0 or None if they do not know it
+            # Some stores report 0 or None if they do not know it
+            size = metadata.get("size") or UNKNOWN
             if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
                 yield ListedImage(path=location, location=location, size=size)
@@ -164,9 +164,8 @@ def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
 def _describe_file(path: str) -> ListedImage:
     """Look up size and location of the image file *path*; a missing one is no error yet."""
     size = UNKNOWN
-    with suppress(
-        OSError, ValueError
-    ):  # the file does not exist, or a line of a list has null bytes
+    # The file does not exist, or a line of a list has null bytes
+    with suppress(OSError, ValueError):
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
     return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
 
@@ -183,14 +182,12 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
-            if (
-                archive.offset <= member.offset
-            ):  # the next entry: tarfile would read the same ones for ever
+            # The next entry: tarfile would read the same ones for ever
+            if archive.offset <= member.offset:
                 raise ValueError(f"an entry of {member.size} bytes")
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            is_sparse = (
-                member.sparse is not None
-            )  # a file with holes, whose bytes are not in one place
+            # a file with holes, whose bytes are not in one place
+            is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes
             if not parts or any(map(is_hidden, parts)) or member.isdir():
@@ -238,7 +235,9 @@ class _BoundedReads:
     """A file in which `tarfile` reads at most `MAX_HEADER_BYTES` at once, such as a long name."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:

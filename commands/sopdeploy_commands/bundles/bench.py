@@ -21,7 +21,8 @@ from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
 
 WARMUP_RUNS = 3
-MIN_RUNS, MAX_RUNS = 10, 1000
+MIN_RUNS = 10
+MAX_RUNS = 1000
 BUDGET_SECONDS = 2.0  # of timed runs of one bundle at one batch size
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "sopdeploy", "tensorrt")
 _SEED = 0
@@ -85,13 +86,13 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    settings, batches = (
-        settings or load_settings(),
-        parse_batch_sizes(batch),
-    )  # their range is checked below
+    # Their range is checked below
+    settings = settings or load_settings()
+    batches = parse_batch_sizes(batch)
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
-    opened, runtime = loaded.bundle, loaded.runtime
+    opened = loaded.bundle
+    runtime = loaded.runtime
     if wrong := [size for size in batches if not 1 <= size <= runtime.largest_batch]:
         raise ConfigError(
             f"{opened.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"

@@ -120,12 +120,12 @@ def export(
         ConfigError: Options that are invalid or do not fit together.
         SopdeployError: A step failed; *out* contains nothing new.
     """
-    path, out = Path(checkpoint), Path(out)
+    path = Path(checkpoint)
+    out = Path(out)
     if source.network is None:
         try:
-            check_is_checkpoint(
-                path
-            )  # before the imports, which take seconds, as the checks below
+            # Before the imports, which take seconds, as the checks below
+            check_is_checkpoint(path)
         except CheckpointError as error:
             if not describe_foreign(path) or path.suffix == ".onnx":
                 raise
@@ -270,7 +270,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         admitted = admit(network, preprocess, logits_key=options.logits_key)
         if not options.allow_constants:
             admitted.check_constants(build)
-    unused, labels = admitted.removable, loaded.labels
+    unused = admitted.removable
+    labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
         labels = None  # those of another network
     names_file = CLASS_NAMES_FILE if labels is None else None
@@ -334,7 +335,8 @@ def read_preprocess(text: str | None) -> Preprocess:
 
 
 def _show_engine(engine: "EngineFile") -> None:
-    record, key = engine.record, engine.record.key
+    record = engine.record
+    key = engine.record.key
     print_field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
     print_field("built", engine.reason or "no, it was in the cache")
     print_field("profiles", f"batches {', '.join(map(str, key.profiles))}")

@@ -21,10 +21,9 @@ from sopdeploy_service.runtime.base import OwnRuntime, Runtime
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
-MIN_ROUNDS, ROUND_SECONDS = (
-    4,
-    1.5,
-)  # seconds of all rounds together; the first round is not counted
+# Seconds of all rounds together; the first round is not counted
+MIN_ROUNDS = 4
+ROUND_SECONDS = 1.5
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -90,9 +89,8 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
         for title, runtime in runtimes_on_cpu().items():
             if precision not in runtime.precisions():
                 continue
-            with suppress(
-                RuntimeUnavailableError
-            ):  # not installed, or an operator that it lacks
+            # Not installed, or an operator that it lacks
+            with suppress(RuntimeUnavailableError):
                 forms[BundleForm(precision, title)] = runtime(form_bundle, ONE_THREAD)
     return measure_alternately(
         {form: partial(runtime.run, images) for form, runtime in forms.items()}
@@ -102,7 +100,8 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
 def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key, list[float]]:
     """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
     times: dict[_Key, list[float]] = {name: [] for name in runs}
-    end, rounds = time.process_time() + ROUND_SECONDS, 0
+    end = time.process_time() + ROUND_SECONDS
+    rounds = 0
     while rounds < MIN_ROUNDS or time.process_time() < end:
         rounds += 1
         for name, run in runs.items():

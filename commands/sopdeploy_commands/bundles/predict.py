@@ -104,9 +104,8 @@ def print_prediction(prediction: FilePrediction) -> None:
         Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim"))
     )
     if prediction.explanation is not None:
-        losses = np.array(
-            prediction.explanation
-        )  # of the first class, if a cell of the image is hidden
+        # of the first class, if a cell of the image is hidden
+        losses = np.array(prediction.explanation)
         row, column = np.unravel_index(losses.argmax(), losses.shape)
         cell = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
         label = prediction.classes[0].label  # without a class there is no explanation

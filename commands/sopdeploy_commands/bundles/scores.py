@@ -40,7 +40,8 @@ def scores_of_bundle(
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
-    labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
+    labels = loaded.bundle.labels
+    decision = loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.rules.is_multi_label
     # Multi-label targets have a column for each logit, in the bundle's order. Other targets are
@@ -75,7 +76,8 @@ def logits_of_images(
 ) -> NDArray[np.float32]:
     """Compute the logits (N, C) of *images*, with *mirror* means over them and their mirror images."""
     manifest = loaded.bundle.manifest
-    max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
+    max_bytes = settings.max_body_bytes
+    max_pixels = settings.max_pixels
     rows: list[NDArray[np.float32]] = []
     for index in range(len(images)):
         path = images.path(index)

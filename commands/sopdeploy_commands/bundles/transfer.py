@@ -132,9 +132,8 @@ def pull(
     check_takes_output(destination, None)
     with ExitStack() as stack:
         folder = stack.enter_context(staging(destination))
-        with writing(
-            destination
-        ):  # without a name, so that nobody exchanges it and nothing can stay
+        # Without a name, so that nobody exchanges it and nothing can stay
+        with writing(destination):
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.:/@-]", "_", without_password(source))[-200:]  # in messages
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
@@ -206,9 +205,8 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
     newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
     time = manifest.exported_at
     for other in of_project:
-        if (
-            other.id == manifest.id
-        ):  # the same bundle: a later time in the archive does not make it newer
+        # The same bundle: a later time in the archive does not make it newer
+        if other.id == manifest.id:
             time = other.exported_at
     if time < newest.exported_at:
         raise BundleError(

@@ -90,7 +90,8 @@ def verify(
     """
     chosen = settings or load_settings(runtime=runtime)
     loaded = load_model(Path(bundle), chosen, thorough=True)
-    manifest, examples = loaded.bundle.manifest, read_golden(loaded.bundle)
+    manifest = loaded.bundle.manifest
+    examples = read_golden(loaded.bundle)
     output = manifest.outputs[0].name
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

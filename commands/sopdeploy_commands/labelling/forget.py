@@ -29,7 +29,10 @@ RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
 # other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
-LISTING, STATE, ROWS_FOLDER = "_list.parquet", "_run.json", "rows"  # of `classify`
+# of `classify`
+LISTING = "_list.parquet"
+STATE = "_run.json"
+ROWS_FOLDER = "rows"
 # Values of columns that cannot be empty.
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
@@ -246,12 +249,10 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     from sopdeploy_commands.tables import VERSION_KEY
 
     schema = pq.read_schema(table)
-    columns = [
-        name for name in _TableRow._fields[1:] if name in schema.names
-    ]  # without `number`
-    if (
-        VERSION_KEY not in (schema.metadata or {}) or "path" not in columns
-    ):  # selected columns keep the key
+    # Without `number`
+    columns = [name for name in _TableRow._fields[1:] if name in schema.names]
+    # Selected columns keep the key
+    if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
         return
     rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
@@ -286,9 +287,8 @@ def _check_one_photograph(
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
-    photographs: dict[
-        str, str
-    ] = {}  # the first path of each, by hash or, if not readable, absolute path
+    # The first path of each, by hash or, if not readable, absolute path
+    photographs: dict[str, str] = {}
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
         identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100

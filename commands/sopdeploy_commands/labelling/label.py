@@ -45,9 +45,8 @@ def label(
         print_field("page", url, style="bold green")
 
     settings = load_settings(host=host, port=port)
-    folders = run_label_server(
-        kept, photos, settings, print_page, embed_lazily
-    )  # returns after Ctrl-C
+    # Returns after Ctrl-C
+    folders = run_label_server(kept, photos, settings, print_page, embed_lazily)
     num_labels = sum(not step.is_skip for step in folders.steps)
     say(f"{num_labels:,} labels")
     if folders.photos.is_dir():

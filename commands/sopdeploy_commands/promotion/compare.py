@@ -207,7 +207,8 @@ class BundleComparison(StrictModel):
     @property
     def _figures(self) -> str:
         """The differences on all photographs, on old classes and on new ones."""
-        right, live = self.second.top1.right, self.first.top1.right
+        right = self.second.top1.right
+        live = self.first.top1.right
         checks = {check.of: check for check in self.checks}
         text = (
             f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
@@ -561,7 +562,8 @@ def read_link(link: Path) -> str | None:
 
 def count_comparisons(link: Path) -> int:
     """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
-    different, live = set(), read_link(link)
+    different = set()
+    live = read_link(link)
     if live is None:
         return 0
     for promotion in read_promotions(link):
@@ -615,7 +617,8 @@ def _leave_out_seen(
     recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
     suspects = []
     for model in models:
-        name, origin = model.bundle.name, model.bundle.manifest.origin
+        name = model.bundle.name
+        origin = model.bundle.manifest.origin
         if origin is None or not origin.sample:
             notes.append(
                 f"{name}: its training images are not recorded; leave them out yourself"
@@ -630,9 +633,8 @@ def _leave_out_seen(
             f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
         )
     group_N = grouped.groups  # equal for near-duplicates
-    trained_on_N = np.isin(
-        group_N, group_N[recorded_N]
-    )  # also the near-duplicates of recorded images
+    # Also the near-duplicates of recorded images
+    trained_on_N = np.isin(group_N, group_N[recorded_N])
     is_first_N = _are_first(group_N)
     kept_N = is_first_N & ~trained_on_N
     if not kept_N.any():
@@ -649,9 +651,8 @@ def _leave_out_seen(
 
 def _are_first(group_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return the mask (N,) of the images that are the first of their group."""
-    _, first_G = np.unique(
-        group_N, return_index=True
-    )  # the index of the first image of each of G groups
+    # The index of the first image of each of G groups
+    _, first_G = np.unique(group_N, return_index=True)
     return np.isin(np.arange(len(group_N)), first_G)
 
 
@@ -677,7 +678,8 @@ def _evaluate(
     It is scored on those of the mask *recent_N*. Those of *common_N*, whose classes both bundles
     have, give the log loss and the share of known images.
     """
-    bundle, labels = loaded.bundle, images.labels
+    bundle = loaded.bundle
+    labels = images.labels
     logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
     rejected = None  # or a mask (U,)
     if unknown is not None:
@@ -735,7 +737,8 @@ def compare_classes(
     """Compare the two bundles in each class of *targets_N*; *first_N* and *second_N*: what they get right."""
     changes = []
     for target in np.unique(targets_N).tolist():
-        first, second = first_N[targets_N == target], second_N[targets_N == target]
+        first = first_N[targets_N == target]
+        second = second_N[targets_N == target]
         change = ClassChange(
             label=labels[target],
             num_images=len(first),

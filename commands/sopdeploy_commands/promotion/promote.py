@@ -99,10 +99,9 @@ def promote(
         raise ConfigError(
             f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
         )
-    before, has_live = (
-        _read_target(over),
-        over.exists(),
-    )  # a link may lead to a bundle that was deleted
+    # a link may lead to a bundle that was deleted
+    before = _read_target(over)
+    has_live = over.exists()
     if has_live:
         if os.path.realpath(over) == os.path.realpath(new):
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
@@ -114,9 +113,8 @@ def promote(
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
-    if (
-        not has_live or data is None
-    ):  # nothing to compare with, or a forced move without photographs
+    # Nothing to compare with, or a forced move without photographs
+    if not has_live or data is None:
         return _record_and_move(over, before, after, force or "first bundle", None, manifest)
     live = load_model(over, settings)
     comparison = compare_loaded(
@@ -155,18 +153,16 @@ def _move_back(link: Path) -> Promotion:
     live = _read_target(link)
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
-    previous = [
-        move.before for move in moves if move.before
-    ]  # oldest first; a first bundle has none
+    # Oldest first; a first bundle has none
+    previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(
             f"{link}: {log} names no bundle before the live one; name the bundle to promote"
         )
     after = target_of(link, link.parent / previous[-1])
-    loaded = load_model(
-        link.parent / after, load_settings()
-    )  # raises an error for a damaged bundle
+    # Raises an error for a damaged bundle
+    loaded = load_model(link.parent / after, load_settings())
     anchors = [move.anchor for move in all_moves if move.after == after]
     anchor = anchors[-1] if anchors else None
     manifest = loaded.bundle.manifest
@@ -219,9 +215,8 @@ def _record_and_move(
     *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
     loaded and compared.
     """
-    user = os.environ.get("USER") or str(
-        os.getuid()
-    )  # a container may have no name for the user
+    # a container may have no name for the user
+    user = os.environ.get("USER") or str(os.getuid())
     try:
         move = Promotion(
             time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
@@ -245,9 +240,8 @@ def _record_and_move(
             raise ConfigError(
                 f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere"
             )
-        is_torn = bool(recorded) and not recorded.endswith(
-            b"\n"
-        )  # its last line is not complete
+        # Its last line is not complete
+        is_torn = bool(recorded) and not recorded.endswith(b"\n")
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
         flush(log.fileno())

@@ -85,7 +85,8 @@ def _print_report(report: "DataReport") -> None:
     """Print a table of the parts, and lines about the images."""
     from sopdeploy.images.signatures import describe_skipped
 
-    rows, lines = [], []
+    rows = []
+    lines = []
     for part in report.parts:
         counts = sorted(part.classes.values()) or [0]
         numbers = len(part.classes), counts[0], counts[-1]
@@ -122,10 +123,8 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
     """Summarize the *groups* of images and list them, the most harmful ones first."""
     if not groups:
         return [f"{name}: none"]
-    across, differ = (
-        sum(group.across for group in groups),
-        sum(group.labels_differ for group in groups),
-    )
+    across = sum(group.across for group in groups)
+    differ = sum(group.labels_differ for group in groups)
     summary = (
         f"{name}: {amount(len(groups), 'group')} with {content}, {across} in both "
         f"training and held-out data, {differ} in different classes"

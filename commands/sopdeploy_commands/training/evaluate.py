@@ -136,7 +136,8 @@ def evaluate(
         DataError: The classes do not match, an image cannot be read, or `fit_decision` gets fewer than 50
             images.
     """
-    path, data = Path(source), Path(data)
+    path = Path(source)
+    data = Path(data)
     kind: Literal["checkpoint", "bundle"] = "bundle" if has_manifest(path) else "checkpoint"
     _check_options(path, kind, options)
     notes: list[str] = []

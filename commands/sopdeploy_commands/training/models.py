@@ -83,10 +83,11 @@ def _show_description(description: "Description") -> None:
             f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
         )
     options = []
+    # a pooling by its kind, text without quotes, else JSON
     for (
         key,
         value,
-    ) in description.config.items():  # a pooling by its kind, text without quotes, else JSON
+    ) in description.config.items():
         short = value.get("kind", value) if isinstance(value, dict) else value
         options.append(f"{key}={short if isinstance(short, str) else json.dumps(short)}")
     say(f"features: {description.representation}", f"options: {', '.join(options)}")

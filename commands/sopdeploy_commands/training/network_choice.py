@@ -83,13 +83,11 @@ def choose_network(
     data = open_data(shared.data) if given.data is None else given.data
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
-        torch.set_num_threads(
-            shared.threads
-        )  # as in the run, which then finds the features in the cache
+        # as in the run, which then finds the features in the cache
+        torch.set_num_threads(shared.threads)
     recipes = select_procedures(configured, data)
-    reachable = fetch_weights(
-        recipes, callback, may_skip=may_skip, download=False
-    )  # before the measurements
+    # Before the measurements
+    reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)
     speeds = measure_networks(recipes, len(data.train.labels), callback)
     fast = [
         name for name, speed in speeds.items() if within is None or speed.milliseconds <= within
@@ -259,9 +257,8 @@ def score_network(
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
     right = None
-    if (
-        not images.is_multi_label
-    ):  # one class per image, so that a prediction is either right or wrong
+    # One class per image, so that a prediction is either right or wrong
+    if not images.is_multi_label:
         right = validation.shifted_logits.argmax(axis=1) == images.targets
     if (score := validation.score()) is None:
         raise DataError(
@@ -275,9 +272,8 @@ def is_significantly_better(best: Validated, other: Validated) -> bool:
     if best.right is None or other.right is None:
         return other.score.value < best.score.low
     first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group
-    best_right, other_right = best.right[first_G], other.right[first_G]
-    wins, losses = (
-        int((best_right & ~other_right).sum()),
-        int((other_right & ~best_right).sum()),
-    )
+    best_right = best.right[first_G]
+    other_right = other.right[first_G]
+    wins = int((best_right & ~other_right).sum())
+    losses = int((other_right & ~best_right).sum())
     return difference_interval(wins, losses, len(first_G)).low > 0

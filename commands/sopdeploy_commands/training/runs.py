@@ -37,7 +37,8 @@ def _describe_origin(origin: Origin | None) -> RunRow:
     """Return what *origin* says about a run."""
     if origin is None:
         return RunRow()
-    num_images, num_classes = origin.num_images, origin.num_classes
+    num_images = origin.num_images
+    num_classes = origin.num_classes
     return RunRow(
         date=origin.started, run=origin.run, num_images=num_images, num_classes=num_classes
     )
@@ -79,16 +80,18 @@ def runs() -> list[RunRow]:
     from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
 
     row_of_run = _read_runs()
-    rows, exported, projects = [], set(), set()  # `exported` are the ids of runs with a bundle
+    # `exported` are the ids of runs with a bundle
+    rows = []
+    exported = set()
+    projects = set()
     for listed in list_bundles(Path("bundles")):
         manifest = listed.manifest
         row = RunRow()  # of a bundle whose manifest cannot be read
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
-            row = row_of_run.get(
-                run_id, _describe_origin(manifest.origin)
-            )  # the run may be elsewhere
+            # The run may be elsewhere
+            row = row_of_run.get(run_id, _describe_origin(manifest.origin))
             row = replace(row, project=manifest.project, date=manifest.exported_at)
         is_newest = row.project not in projects and not listed.is_damaged
         if is_newest:

@@ -249,9 +249,8 @@ def train(
             from sopdeploy_commands.training.network_choice import choose_network
 
             within = None if options.within is None else _parse_milliseconds(options.within)
-            if (
-                out is not None
-            ):  # raises the error of another run there before minutes of measurements
+            # Raises the error of another run there before minutes of measurements
+            if out is not None:
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             if skipped := [
                 name for name in options.networks() if name not in networks_to_train
@@ -284,9 +283,8 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         before = list_runs_before(folder, selected.project)
-        mistakes = write_run_page(
-            run, folder, on_image, networks, before
-        )  # the most frequent ones first
+        # The most frequent ones first
+        mistakes = write_run_page(run, folder, on_image, networks, before)
         decisions = (run.fit.decision, None if previous is None else previous.decision)
         rule, rule_before = (
             None if decision is None else decision.rejection for decision in decisions
@@ -319,9 +317,8 @@ def read_request(
     """
     opened = None
     for assignment in options.set:
-        parse_override(
-            assignment
-        )  # for its errors; the values are read in `configure`, with the recipe
+        # For its errors; the values are read in `configure`, with the recipe
+        parse_override(assignment)
     if recipe is not None:
         read_values(recipe)  # for its errors, too
     elif (
@@ -383,17 +380,18 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
 
-    run, run_id = source, None
+    run = source
+    run_id = None
     if has_manifest(source):  # a bundle names its run
         exported_from = read_manifest(source).origin
         if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
             raise ConfigError(
                 f"{source}: its run is not in {RUNS}; give the run", setting="from"
             )
-        run, run_id = RUNS / exported_from.run, exported_from.run_id
-    best = (
-        run / "best.pt" if (run / "best.pt").is_file() else run
-    )  # *source* can be the checkpoint itself
+        run = RUNS / exported_from.run
+        run_id = exported_from.run_id
+    # *source* can be the checkpoint itself
+    best = run / "best.pt" if (run / "best.pt").is_file() else run
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
@@ -406,7 +404,8 @@ def read_previous(source: Path) -> "Checkpoint":
 
 def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     """Say what the run *before* reached, and what *setup* adds; empty if it is not known."""
-    result_before, origin = read_result(before.training), before.origin
+    result_before = read_result(before.training)
+    origin = before.origin
     if result_before is None or origin is None:
         return ""
     names = [name for name in setup.labels if name not in before.labels]
@@ -457,18 +456,16 @@ def configure(
     changes += [(key, value) for key, value in option_values.items() if value is not None]
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
-    protects = (
-        previous is not None and "procedure.margins" not in keys
-    )  # the classes of the previous run
+    # The classes of the previous run
+    protects = previous is not None and "procedure.margins" not in keys
     if protects and isinstance(changed.procedure, HeadOptions):
         procedure = changed.procedure.model_copy(update={"margins": True})
         changed = changed.model_copy(update={"procedure": procedure})
     start_weights = None if changed.start is None else changed.start.weights
     names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
     weights: WeightSource | None = start_file
-    if not names_network and isinstance(
-        start_weights, Path
-    ):  # then the weights determine the network
+    # Then the weights determine the network
+    if not names_network and isinstance(start_weights, Path):
         path = expand_user(start_weights)
         if start_file is None and path.is_file():
             start_file = check_is_weights(path)

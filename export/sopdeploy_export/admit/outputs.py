@@ -58,10 +58,8 @@ def check_first_runs(
     (B, classes) logits, returns probabilities or reads tensors in Python code, or if the last
     two runs change other state than attributes of modules, or return other logits.
     """
-    images, network = (
-        torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]),
-        deployed.network,
-    )
+    images = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:])
+    network = deployed.network
     before = read_state(network)
     first_logits = run_and_check(deployed, images, role, classes)
     run_and_check(deployed, images[:1], role, classes)
@@ -104,9 +102,8 @@ def check_first_runs(
 def check_finite(logits: Tensor, role: str) -> None:
     """Raise `LoweringError`, or `CertificateError` for the detached network, unless *logits* are finite."""
     if not bool(torch.isfinite(logits).all()):
-        if (
-            role == "detached"
-        ):  # those of the trained network were finite, so a stub's NaN is in these
+        # Those of the trained network were finite, so a stub's NaN is in these
+        if role == "detached":
             raise CertificateError(
                 "the output depends on a removed part: without its values, the logits are NaN or infinite; "
                 "keep this part",

@@ -122,7 +122,8 @@ class _Uses:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors  # kept, so that no other one gets their memory
         self.found = False
-        uses, addresses = self, {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        uses = self
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         known = {id(tensor) for tensor in tensors}
 
         class Functions(TorchFunctionMode):
@@ -195,7 +196,8 @@ def check_unread(
     """
     network = deployed.network
     images = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:])
-    content, expected = constant_content(network, names), images[:0]
+    content = constant_content(network, names)
+    expected = images[:0]
     stays = dict.fromkeys(names, True)  # whether the runs change what is in a container
     for run in (images[-1:], images, images[:1]):
         before = {name: _value(network, name) for name in names}
@@ -207,7 +209,8 @@ def check_unread(
         if uses.found or constant_content(network, names) != content:
             raise _changes(names[0])
     used: list[str] = []
-    poison, owners = _poison(used), dict(modules(network))
+    poison = _poison(used)
+    owners = dict(modules(network))
     with attributes_restored(network):
         for name in names:
             owner, _, attribute = name.rpartition(".")

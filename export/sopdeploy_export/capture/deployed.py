@@ -92,7 +92,8 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
-    output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
+    output = network(pixels)
+    key = vars(network).get(EXPORT_LOGITS)
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
     if not isinstance(output, Tensor):
@@ -180,9 +181,8 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     """
     random = np.random.default_rng(_SEED)
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
-    square = (
-        np.arange(side) // 4
-    )  # number of the square, 4 pixels wide, that a row or column belongs to
+    # Number of the square, 4 pixels wide, that a row or column belongs to
+    square = np.arange(side) // 4
     checkerboard = 255.0 * ((square[:, None] + square) % 2)
     colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
@@ -191,9 +191,8 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
-    for i in range(
-        GENERATED - len(images)
-    ):  # the others are enlarged noise, first the coarsest
+    # The others are enlarged noise, first the coarsest
+    for i in range(GENERATED - len(images)):
         size = min(side, 2 + 6 * i)
         noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
         images.append(

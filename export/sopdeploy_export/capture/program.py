@@ -42,10 +42,9 @@ from sopdeploy_export.state import attributes_restored, object_id, recording_cal
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
-ANY_BATCH, ONE_IMAGE = (
-    "any batch size",
-    "a batch of one",
-)  # what the two programs of a network are for
+# What the two programs of a network are for
+ANY_BATCH = "any batch size"
+ONE_IMAGE = "a batch of one"
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
@@ -112,7 +111,8 @@ class Captures:
     """
 
     def __init__(self, preprocess: Preprocess, batch: BatchRange | None = None) -> None:
-        self.preprocess, self.batch = preprocess, batch or BatchRange()
+        self.preprocess = preprocess
+        self.batch = batch or BatchRange()
         self._programs: dict[tuple[object, ...], Programs] = {}
         self._unread: set[tuple[object, ...]] = set()
 
@@ -288,7 +288,8 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
     Code of torch and of this package does not count.
     """
     places: list[str] = []
-    needs_number, compares = SymNode.guard_int.__code__, SymNode.guard_bool.__code__
+    needs_number = SymNode.guard_int.__code__
+    compares = SymNode.guard_bool.__code__
 
     def record(frame: FrameType, event: str, _argument: object) -> None:
         if event != "call" or frame.f_code not in (needs_number, compares):
@@ -297,7 +298,8 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
             if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
-                file, line = caller.f_code.co_filename, caller.f_lineno
+                file = caller.f_code.co_filename
+                line = caller.f_lineno
                 places.append(
                     f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
                 )

@@ -53,15 +53,12 @@ def simplify_operators(program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=pooling.default):
             x, output_size = node.args
             if output_size == [1] * num_axes:
-                node.target, node.args = (
-                    aten.mean.dim,
-                    (x, [*range(-1, -1 - num_axes, -1)], True),
-                )
+                node.target = aten.mean.dim
+                node.args = (x, [*range(-1, -1 - num_axes, -1)], True)
     # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        if (
-            len(node.args) == 6 and node.args[5]
-        ):  # the last argument is `ceil_mode`, by default False
+        # The last argument is `ceil_mode`, by default False
+        if len(node.args) == 6 and node.args[5]:
             x, kernel, stride, padding, dilation, _ = node.args
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
             floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
@@ -104,7 +101,8 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
             sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1)
         )
     unused = [letter for letter in ascii_letters if letter not in terms]
-    labeled_terms, longest = [], ""
+    labeled_terms = []
+    longest = ""
     for term, rank in zip(terms.split(","), ranks, strict=True):
         num_hidden = rank - len(term.replace("...", ""))
         # Reversed, so that the last hidden axis, at which operands are aligned, is always
@@ -167,9 +165,12 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
     """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:  # both are flattened
         return torch.take_along_dim(input, indices)
-    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)  # (..., n) and (..., k)
+    # The axis is the last one: (..., n) of the operand, (..., k) of the indices.
+    x = input.movedim(dim, -1)
+    chosen = indices.movedim(dim, -1)
     shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
-    x, chosen = x.expand(*shape, x.shape[-1]), chosen.expand(*shape, chosen.shape[-1])
+    x = x.expand(*shape, x.shape[-1])
+    chosen = chosen.expand(*shape, chosen.shape[-1])
     return x.gather(-1, chosen).movedim(-1, dim)
 
 

@@ -41,15 +41,13 @@ def detach(
     is_of_catalog = isinstance(network, Classifier)
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    owners = [
-        _find_owner(network, name) for name in training_only
-    ]  # raises for an unknown name
+    # Raises for an unknown name
+    owners = [_find_owner(network, name) for name in training_only]
     if not training_only or (is_of_catalog and not has_tensors(network, training_only)):
         return network
     removed = [getattr(owner, attribute) for owner, attribute in owners]
-    substitutes: dict[
-        int, Any
-    ] = {}  # what `copy.deepcopy` puts in place of the object with an id
+    # What `copy.deepcopy` puts in place of the object with an id
+    substitutes: dict[int, Any] = {}
     if is_of_catalog:
         substitutes = dict.fromkeys(map(id, removed))
     else:

@@ -200,9 +200,8 @@ def record_calls(network: nn.Module, parts: Sequence[str], pixels: Tensor) -> Re
     pairs = zip(for_first, for_second, strict=True)
     several = tuple(call._replace(second=other.second) for call, other in pairs)
     for call in several:
-        call.make_answer(
-            pixels
-        )  # raises the error of a call that depends on the size in another way
+        # Raises the error of a call that depends on the size in another way
+        call.make_answer(pixels)
     return Recording(several, one=calls_by_size[1])
 
 
@@ -279,7 +278,8 @@ class Stub(nn.Module):
         super().__init__()
         calls = (*recording.several, *recording.one)
         held = {**removed._parameters, **removed._buffers}
-        vars(self).update(  # not by assignment, for which `nn.Module` has rules
+        # Not by assignment, for which `nn.Module` has rules
+        vars(self).update(
             part=part,
             names_of_removed={*dir(type(removed)), *vars(removed)} - set(dir(nn.Module)),
             methods={call.method for call in calls if call.part == part},

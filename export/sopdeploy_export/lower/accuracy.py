@@ -35,10 +35,9 @@ MAX_DEVIATION = 0.5
 EVERY = (
     4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
 )
-ALIKE, GRAY_SIDE = (
-    5.0,
-    8,
-)  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+# Root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+ALIKE = 5.0
+GRAY_SIDE = 8
 
 
 class AccuracyCheck:
@@ -55,7 +54,8 @@ class AccuracyCheck:
         `ConfigError` for one folder given twice or `evaluate` with a network that predicts
         several classes per image.
         """
-        self.options, self._preprocess = options, subject.preprocess
+        self.options = options
+        self._preprocess = subject.preprocess
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._measured: NDArray[np.uint8] | None = None
         self._labeled: ImageFiles | None = None
@@ -63,7 +63,8 @@ class AccuracyCheck:
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
             is_measured = choose_measured(images)
-            self.calibration, self._measured = images[~is_measured], images[is_measured]
+            self.calibration = images[~is_measured]
+            self._measured = images[is_measured]
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -84,7 +85,8 @@ class AccuracyCheck:
         """Compare the graphs on the images; the logits of *float32* are computed once and kept."""
         if self._float32_logits is None:
             self._float32_logits = self._logits(open_session(float32))
-        before, after = self._float32_logits, self._logits(exported)
+        before = self._float32_logits
+        after = self._logits(exported)
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
@@ -105,7 +107,8 @@ class AccuracyCheck:
 
         These are `max_drop` for the accuracy and `MAX_DEVIATION` for the logits.
         """
-        measured, limit = report.accuracy, self.options.max_drop
+        measured = report.accuracy
+        limit = self.options.max_drop
         if measured is None:
             return
         advice = (
@@ -120,9 +123,8 @@ class AccuracyCheck:
             )
         if measured.drop <= limit:
             return
-        metric = (
-            "agreement with float32" if measured.before is None else "top-1"
-        )  # which needs labels
+        # Which needs labels
+        metric = "agreement with float32" if measured.before is None else "top-1"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
             f"images, more than {limit:g}{advice}",
@@ -173,13 +175,15 @@ def compare_top_classes(
     The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the
     percentage of images whose class differs, which is an upper bound of this loss.
     """
-    count, agree = len(float32), int((float32 == exported).sum())
+    count = len(float32)
+    agree = int((float32 == exported).sum())
     if truth is None:
         drop = round(100 * (1 - agree / count), 6)
         return Accuracy(
             num_images=count, before=None, after=None, num_agreeing=agree, drop=drop
         )
-    before, after = float((float32 == truth).mean()), float((exported == truth).mean())
+    before = float((float32 == truth).mean())
+    after = float((exported == truth).mean())
     drop = round(100 * (before - after), 6)
     return Accuracy(num_images=count, before=before, after=after, num_agreeing=agree, drop=drop)
 
@@ -211,9 +215,8 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
     distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
     pairs = np.argwhere(distances <= ALIKE).T
-    groups = connect(
-        len(images), pairs
-    )  # (P,): images that are alike have the same number, from 0
+    # (P,): images that are alike have the same number, from 0
+    groups = connect(len(images), pairs)
     count = int(groups.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
@@ -221,7 +224,6 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
             "some calibrate, the others measure the loss",
             setting="calibrate",
         )
-    measured: NDArray[np.bool_] = (
-        groups % EVERY == EVERY - 1
-    )  # the distinct images 3, 7, 11 and so on
+    # The distinct images 3, 7, 11 and so on
+    measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1
     return measured

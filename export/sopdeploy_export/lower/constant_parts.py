@@ -42,17 +42,15 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
         function: Any = node.target
         return function(*args, **kwargs)
 
-    evaluated: set[fx.Node] = (
-        set()
-    )  # constant nodes whose values decide sizes, and those behind them
+    # Constant nodes whose values decide sizes, and those behind them
+    evaluated: set[fx.Node] = set()
     for node in program.graph.nodes:
         is_behind = not evaluated.isdisjoint(node.all_input_nodes)
         if node in constant and (is_behind or _has_size_from_values(node)):
             evaluated.add(node)
     with torch.no_grad():
-        masks = _constant_masks(
-            program, constant
-        )  # before masks that depend on sizes are replaced
+        # Before masks that depend on sizes are replaced
+        masks = _constant_masks(program, constant)
         for node in list(program.graph.nodes):
             if node in evaluated and node.op == "call_function":
                 _replace_by_value(program, node, evaluate(node), constant)
@@ -66,7 +64,8 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
 def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     """Find the nodes that depend on no image and on no random number."""
-    images, constant = set(program.graph_signature.user_inputs), set[fx.Node]()
+    images = set(program.graph_signature.user_inputs)
+    constant = set[fx.Node]()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             is_constant = node.name not in images

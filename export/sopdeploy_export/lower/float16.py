@@ -37,11 +37,12 @@ from sopdeploy_export.runs import InFloat64, ReportsFloat32
 _Part = TypeVar("_Part", bound=nn.Module)
 # ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).
 ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
+# of a result, as shares of their number: in the middle, anywhere, the last one
 ELEMENTS = (
     0.5,
     0.62,
     1.0,
-)  # of a result, as shares of their number: in the middle, anywhere, the last one
+)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -123,9 +124,8 @@ class _Sums(fx.Interpreter):
             adds = adds_elements(n.target, args, kwargs)
             if adds is not None:
                 self.adds_elements[n.target] = adds
-        if self.adds_elements.get(
-            n.target
-        ):  # in float32 also because CPUs have no float16 form of some
+        # in float32 also because CPUs have no float16 form of some
+        if self.adds_elements.get(n.target):
             result = _in_float32(n.target, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -212,9 +212,8 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     *weight_dtype*.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(
-        isinstance(child, nn.ParameterList) for child in part.children()
-    )  # of its own weights
+    # of its own weights
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     if isinstance(part, nn.LocalResponseNorm):  # squares of activations can overflow in float16
@@ -279,7 +278,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     """Fold the batch norms of *network* into its convolutions, in place; return the number of folds."""
-    signature, num_folds = program.graph_signature, 0
+    signature = program.graph_signature
+    num_folds = 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM:
@@ -296,10 +296,8 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
             names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
             for value in (weight, norm_weight)
         )
-        convolution, norm = (
-            network.get_submodule(convolution_name),
-            network.get_submodule(norm_name),
-        )
+        convolution = network.get_submodule(convolution_name)
+        norm = network.get_submodule(norm_name)
         if type(norm) is nn.BatchNorm2d:
             after_norm: nn.Module = nn.Identity()
         elif (
@@ -319,7 +317,8 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
 @torch.no_grad()
 def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold *norm*, (W x + b - mean) * scale + shift, into the weights and bias of *convolution*, in place."""
-    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    mean = norm.get_buffer("running_mean")
+    variance = norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
     bias_before = 0.0 if convolution.bias is None else convolution.bias.double()
     bias = (bias_before - mean.double()) * scale + norm.bias.double()

@@ -50,17 +50,15 @@ def _masked_attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    added, allowed = mask, mask != -torch.inf
+    added = mask
+    allowed = mask != -torch.inf
     if mask.dtype == torch.bool:
-        added, allowed = (
-            torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf),
-            mask,
-        )
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        allowed = mask
     token = _handles_mask.set(True)
     try:
-        result = ATTENTION(
-            query, key, value, added, *args, **options
-        )  # calls `_attention` again
+        # Calls `_attention` again
+        result = ATTENTION(query, key, value, added, *args, **options)
     finally:
         _handles_mask.reset(token)
     filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
@@ -94,9 +92,8 @@ def _expm1(values: Tensor) -> Tensor:
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
-    far = (y.abs() == torch.inf) & (
-        x.abs() == torch.inf
-    )  # then the angle is that of a diagonal
+    # Then the angle is that of a diagonal
+    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
     slope = torch.where(far, y.sign() * x.sign(), y / divisor)
     # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x,
@@ -205,10 +202,9 @@ def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int)
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
-    last, mirrored = (
-        dim[-1],
-        size - size // 2 - 1,
-    )  # values 1 to `mirrored` occur again, in reverse
+    # Values 1 to `mirrored` occur again, in reverse
+    last = dim[-1]
+    mirrored = size - size // 2 - 1
     real, imaginary = (part.narrow(last, 0, size // 2 + 1) for part in (real, imaginary))
     if mirrored:
         real = torch.cat([real, real.narrow(last, 1, mirrored).flip(last)], last)
@@ -261,9 +257,8 @@ def _transform(
 
 def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return cos and sin of -2 pi j k / *size*, or of 2 pi j k / *size*, as float32 (*rows*, *columns*)."""
-    steps = (
-        torch.outer(torch.arange(rows), torch.arange(columns)) % size
-    )  # exact, unlike the angle of j k
+    # exact, unlike the angle of j k
+    steps = torch.outer(torch.arange(rows), torch.arange(columns)) % size
     angles = steps.double() * ((2 if inverse else -2) * math.pi / size)
     return angles.cos().float(), angles.sin().float()
 

@@ -99,7 +99,9 @@ class Int8Quantizer:
         Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is
         left.
         """
-        self.images, self.scheme, self.runtime = images, SCHEMES[runtime], runtime
+        self.images = images
+        self.scheme = SCHEMES[runtime]
+        self.runtime = runtime
         self.original = model
         self.model = onnx.shape_inference.infer_shapes(model)
         for position, node in enumerate(self.model.graph.node):
@@ -115,7 +117,8 @@ class Int8Quantizer:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
-        activations = {  # quantized only if the form lists their operator
+        # Quantized only if the form lists their operator
+        activations = {
             node.name
             for node in nodes
             if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
@@ -155,10 +158,11 @@ class Int8Quantizer:
 
     def measure_ranges(self) -> TensorsData:
         """Find the smallest and largest inputs and outputs of the operators on the images."""
+        # it prints progress
         with (
             tempfile.TemporaryDirectory() as folder,
             redirect_stdout(StringIO()),
-        ):  # it prints progress
+        ):
             path = Path(folder) / "float.onnx"
             onnx.save(self.model, path)
             calibrator = create_calibrator(
@@ -167,9 +171,8 @@ class Int8Quantizer:
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            for image in (
-                self.images
-            ):  # a reader for each, because a reader's activations stay in memory
+            # a reader for each, because a reader's activations stay in memory
+            for image in self.images:
                 calibrator.collect_data(_OneImage(image))
             return calibrator.compute_data()
 
@@ -247,16 +250,16 @@ class Int8Quantizer:
             codes, scale = (
                 numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name]
             )
-            scale_by_channel = scale.reshape(
-                -1, *[1] * (codes.ndim - 1)
-            )  # (C, 1, ...); zero points are 0
+            # (C, 1, ...); zero points are 0
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
             errors[node.name] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
         for convolution, missing in self._mean_outputs(errors).items():  # (C,)
             _, _, bias = inputs[convolution]
             if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs
                 stored, scale = (tensors[name] for name in codes_and_scale[bias])
                 steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
-                low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+                low = np.iinfo(np.int32).min
+                high = np.iinfo(np.int32).max
                 corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(
                     np.int32
                 )
@@ -275,9 +278,8 @@ class Int8Quantizer:
         if not weights:  # a graph without outputs cannot run
             return {}
         probed = onnx.ModelProto()
-        probed.CopyFrom(
-            self.original
-        )  # its values have the same names as those of `self.model`
+        # Its values have the same names as those of `self.model`
+        probed.CopyFrom(self.original)
         del probed.graph.output[:]
         for node in self.model.graph.node:
             if node.name not in weights:

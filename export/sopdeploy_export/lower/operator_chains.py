@@ -86,9 +86,8 @@ class Operator(NamedTuple):
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
-        remaining = iter(
-            operands
-        )  # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        remaining = iter(operands)
         args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
         results = self.target(*args, **kwargs)
         return (
@@ -319,9 +318,8 @@ def record_chains(
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     bounds = [_Bounds(module, values) for values in (ORDINARY, (0.0,), (1.0,))]
     for each in bounds:
-        with suppress(
-            Exception
-        ):  # of code that cannot use them all, for example as positions in a table
+        # of code that cannot use them all, for example as positions in a table
+        with suppress(Exception):
             each.run(pixels)
     recorder = _Recorder(module, bounds, compared)
     recorder.run(pixels)

@@ -10,11 +10,11 @@ from torch import Tensor
 from sopdeploy.errors import LoweringError
 from sopdeploy_export.lower.operator_chains import ORDINARY, Chain
 
-INF, NAN = math.inf, math.nan
-TINY, LARGEST = (
-    torch.finfo(torch.float32).tiny,
-    torch.finfo(torch.float32).max,
-)  # TINY / 4 is denormal
+INF = math.inf
+NAN = math.nan
+# TINY / 4 is denormal
+TINY = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
 BEYOND_INT32 = (3e9, -3e9)
 # Operands without differences, or with one: the value of every third element, and of the
 # others.
@@ -25,11 +25,12 @@ UNDEFINED = ((NAN, NAN), (NAN, 1))  # ONNX Runtime's maximum of NaN and 1 is 1, 
 TOLERANCE = 1e-4  # relative to the result
 ROUNDING = 16  # units in the last place of the operands, for the error of elementwise operators
 MAX_ROUNDS = 100  # of an operator with few elements
+# ONNX Runtime computes exp(x) - 1, which cancels
 NOT_NEAR_ZERO = (
     "aten::elu",
     "aten::celu",
     "aten::selu",
-)  # ONNX Runtime computes exp(x) - 1, which cancels
+)
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
 FAR = 1e18  # products of such values can overflow
@@ -42,13 +43,14 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
     of values occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1.
     Those of other operators begin at different values, five apart.
     """
-    filled, run_length = [], 1  # so many elements in a row get the same value
+    # so many elements in a row get the same value
+    filled = []
+    run_length = 1
     for number, operand in enumerate(chain.operands):
         elements = start + np.arange(operand.numel())
         counts = elements // run_length if chain.is_elementwise else elements + 5 * number
-        positions = torch.from_numpy(
-            counts % len(values)
-        )  # which of *values* each element gets (numel,)
+        # Which of *values* each element gets (numel,)
+        positions = torch.from_numpy(counts % len(values))
         if operand.dtype == torch.bool:  # True and False in turn
             filled.append(_with_content(operand, positions % 2 == 0))
         else:
@@ -64,9 +66,8 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
         dtype = torch.promote_types(dtype, torch.float32)
     elif dtype != torch.bool:
         content = operand.flatten()
-    return torch.empty_like(operand, dtype=dtype).copy_(
-        content.reshape(operand.shape)
-    )  # with its strides
+    # With its strides
+    return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))
 
 
 def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
@@ -82,12 +83,12 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
         yield from _fill_uniformly(chain, ordinary)
         # The order of additions decides whether a sum overflows; one of products of these roots
         # does not.
-        low, high = TINY**0.25, LARGEST**0.25
+        low = TINY**0.25
+        high = LARGEST**0.25
         yield fill(chain, (*ORDINARY, low, -low, high, -high), 0)
         return
-    dtypes = [
-        results[0].dtype for results in chain.run(ordinary)
-    ]  # of the first result of each operator
+    # of the first result of each operator
+    dtypes = [results[0].dtype for results in chain.run(ordinary)]
     if any(not (dtype.is_floating_point or dtype == torch.bool) for dtype in dtypes):
         # An integer cannot hold infinities and NaN, and what their conversion gives is not
         # defined.
@@ -164,9 +165,8 @@ def _mark_wrong(
     if not expected.is_floating_point():
         return found != expected
     limits = torch.finfo(expected.dtype)
-    bounded = expected.clamp(
-        limits.min, limits.max
-    )  # ATen's `gelu` of the largest number is infinite
+    # ATen's `gelu` of the largest number is infinite
+    bounded = expected.clamp(limits.min, limits.max)
     magnitudes = [
         operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()
     ]

@@ -62,7 +62,9 @@ def check_operators(
     last = next(reversed(chains), None)
     # Compare groups, because the time of a capture grows with the square of its number of
     # operands.
-    group, num_operands, done = dict[str, Chain](), 0, 0
+    group = dict[str, Chain]()
+    num_operands = 0
+    done = 0
     for description, chain in chains.items():
         group[description] = chain
         num_operands += len(chain.operands)
@@ -116,27 +118,26 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
         itertools.chain.from_iterable(fill(chain, ORDINARY, 0) for chain in chains.values())
     )
     with capturing():
-        program = torch.export.export(
-            _Chains([*chains.values()]), operands
-        )  # one graph for all
+        # One graph for all
+        program = torch.export.export(_Chains([*chains.values()]), operands)
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(to_ir(program, inputs, outputs))
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.chain.operators) == 1]
     pairs = [pair for pair in captured if len(pair.chain.operators) == 2]
-    for (
-        single
-    ) in singles:  # before the whole graph: an error names the operator that cannot run
+    # Before the whole graph: an error names the operator that cannot run
+    for single in singles:
         _compare_values(single, extractor)
     producers = _executed_producers(model)
     executed = {
         each.description: _count_operators(producers, each.result_names) for each in captured
     }
+    # an operator of a pair can be in an earlier group
     known = {
         **_executed_operators,
         **executed,
-    }  # an operator of a pair can be in an earlier group
+    }
     for pair in pairs:
         first, second = (
             Chain((operator,)).cropped().describe() for operator in pair.chain.operators
@@ -162,7 +163,8 @@ def _count_operators(
 ) -> Counter[str]:
     """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
     operators: Counter[str] = Counter()
-    unread, seen = list(results), set[str]()
+    unread = list(results)
+    seen = set[str]()
     while unread:
         name = unread.pop()
         if name in seen or name not in producers:  # inputs and constants have no producer
@@ -182,9 +184,8 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
     """
     chain = captured.chain
     constants = {tensor.name for tensor in extractor.graph.initializer}
-    if not constants.isdisjoint(
-        captured.result_names
-    ):  # it depends on shapes only, as `zeros_like` does
+    # it depends on shapes only, as `zeros_like` does
+    if not constants.isdisjoint(captured.result_names):
         return
     graph = extractor.extract_model(
         captured.operand_names, captured.result_names
@@ -196,9 +197,8 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{chain.last.target}: {problem}") from error
-    needed_names = {
-        value.name for value in session.get_inputs()
-    }  # the ONNX form can need fewer operands
+    # The ONNX form can need fewer operands
+    needed_names = {value.name for value in session.get_inputs()}
     for operands in fill_in_rounds(chain):
         named = zip(captured.operand_names, operands, strict=True)
         feed = {name: operand.numpy() for name, operand in named if name in needed_names}

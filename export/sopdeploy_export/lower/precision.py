@@ -127,7 +127,8 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
-    in_graph, dtypes = weight_types(model), weight_dtypes(network)
+    in_graph = weight_types(model)
+    dtypes = weight_dtypes(network)
     expected = {
         part: str(dtypes[part]).removeprefix("torch.")
         for part, module in network.named_modules()
@@ -245,7 +246,8 @@ def convert_precision(
     if options.precision == "int8":
         from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
-        calibration, runtime = images.calibration, options.int8_for
+        calibration = images.calibration
+        runtime = options.int8_for
         quantizer = Int8Quantizer(
             source.model, calibration, float32_parts(source.network), runtime
         )
@@ -258,10 +260,9 @@ def convert_precision(
         except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
             problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
             raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
-        run, gate = (
-            unfused_runner(model),
-            _gate_runner(model, source.network),
-        )  # no module computes in int8
+        # no module computes in int8
+        run = unfused_runner(model)
+        gate = _gate_runner(model, source.network)
     else:
         run = deployed = Deployed(source.network, preprocess).eval()
         gate = partial(gate_logits, deployed)
@@ -275,9 +276,8 @@ def convert_precision(
 def unfused_runner(model: onnx.ModelProto) -> BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
-    fixed_batch = (
-        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    )  # 0 if the batch varies
+    # 0 if the batch varies
+    fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
         outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))

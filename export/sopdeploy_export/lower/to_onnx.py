@@ -79,7 +79,8 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
         if node.op == "call_function" and any(
             value.dtype == torch.bfloat16 for value in values
         ):
-            raise LoweringError(  # CPUs have no kernels for it
+            # CPUs have no kernels for it
+            raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"
             )
@@ -88,13 +89,11 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
-    for name, value in list(
-        model.graph.initializers.items()
-    ):  # a list, because a new name changes the dict
+    # a list, because a new name changes the dict
+    for name, value in list(model.graph.initializers.items()):
         name_in_network = name.removeprefix(NETWORK_PREFIX)
-        if (
-            name_in_network not in model.graph.initializers
-        ):  # as `normalise.scale` of this package may be
+        # as `normalise.scale` of this package may be
+        if name_in_network not in model.graph.initializers:
             value.name = name_in_network
     common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     model.graph.name = "sopdeploy"
@@ -134,7 +133,8 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
             node.metadata_props["part"] = part if part not in ("", "network") else "forward"
         for output in node.outputs:
             if not output.is_graph_output():
-                output.shape, output.type = None, None
+                output.shape = None
+                output.type = None
 
 
 def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:

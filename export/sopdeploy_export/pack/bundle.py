@@ -98,7 +98,8 @@ def write_golden_examples(
         """Return whether rounding cannot change the choice; True without a gate."""
         if gate is None or parity.routing is None:
             return True
-        logits, chosen = gate(torch.tensor(pixels[None])), find_gate(subject.network).chosen
+        logits = gate(torch.tensor(pixels[None]))
+        chosen = find_gate(subject.network).chosen
         return bool(mark_decided(logits, chosen, parity.routing.tolerance).all())
 
     write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
@@ -120,11 +121,9 @@ def write_reports(
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    certificate, side, precision = (
-        results.certificate,
-        subject.preprocess.crop,
-        options.precision,
-    )
+    certificate = results.certificate
+    side = subject.preprocess.crop
+    precision = options.precision
     versions = {
         "sopdeploy": __version__,
         "python": platform.python_version(),

@@ -7,12 +7,11 @@ from html import escape
 from sopdeploy.html.report import Figure
 from sopdeploy_export.prove.file import OutputParity, ParityReport
 
-_NAMES, _BARS, _ROW, _TEXT = (
-    130,
-    170,
-    22,
-    12,
-)  # pixels: names, the limit, the distance of rows, the font
+# pixels: names, the limit, the distance of rows, the font
+_NAMES = 130
+_BARS = 170
+_ROW = 22
+_TEXT = 12
 
 
 def draw_drift(parity: ParityReport) -> Figure:
@@ -22,7 +21,8 @@ def draw_drift(parity: ParityReport) -> Figure:
         for name, output in parity.outputs.items()
         for size, drift in output.drift.items()
     ]
-    limit, height = parity.floors_allowed, _ROW * len(rows) + 2 * _ROW
+    limit = parity.floors_allowed
+    height = _ROW * len(rows) + 2 * _ROW
     bottom = _ROW * len(rows) + 4
     marks = ""
     for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
@@ -31,7 +31,8 @@ def draw_drift(parity: ParityReport) -> Figure:
         marks += f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{label}</text>'
     bars = ""
     for number, (name, floors) in enumerate(rows):
-        y, length = _ROW * number + 4, _BARS * min(floors / limit, 1.1)
+        y = _ROW * number + 4
+        length = _BARS * min(floors / limit, 1.1)
         color = "#0a7a5c" if floors <= limit else "#a8201a"
         bars += f'<text x="{_NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
         bars += f'<rect x="{_NAMES}" y="{y}" width="{max(length, 1):.1f}" height="14" rx="3" fill="{color}"/>'

@@ -20,7 +20,8 @@ MAX_LABELS = 20
 MARKDOWN = re.compile(
     r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE
 )
-STATEMENT_OF = {  # the statement of the certificate that proves a fact
+# The statement of the certificate that proves a fact
+STATEMENT_OF = {
     "removed": "Tensors",
     "kept": "Tensors",
     "graph": "Graphs",
@@ -44,7 +45,9 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
     Raises `StorageError` if it cannot be written.
     """
-    manifest, facts, bundle = exported.manifest, exported.facts(), str(exported.path)
+    manifest = exported.manifest
+    facts = exported.facts()
+    bundle = str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
     equal = (
         "answers as the trained one"
@@ -138,7 +141,8 @@ def render_model_card(
     Names, classes, facts and training records, which a checkpoint contains, are text without
     markup.
     """
-    preprocess, batch = subject.preprocess, fields["batch"]
+    preprocess = subject.preprocess
+    batch = fields["batch"]
     labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
     if len(subject.labels) > MAX_LABELS:
         labels += f", ... ({len(subject.labels)} in total, see labels.json)"

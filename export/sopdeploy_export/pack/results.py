@@ -83,7 +83,8 @@ class Exported(ExportResults):
 
     def lines(self) -> dict[str, str]:
         """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
-        facts, certificate = self.facts(), self.certificate
+        facts = self.facts()
+        certificate = self.certificate
         compared = " = ".join(certificate.compared)
         equal = (
             f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
@@ -137,10 +138,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         )
         removed = f"{', '.join(certificate.detached)} ({tensors})"
     elif unused:
-        names, size = (
-            shorten([tensor.name for tensor in unused]),
-            sum(tensor.bytes for tensor in unused),
-        )
+        names = shorten([tensor.name for tensor in unused])
+        size = sum(tensor.bytes for tensor in unused)
         removed = f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
     else:
         removed = "nothing: the network has no training-only parts"
@@ -164,9 +163,11 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     """Describe the measured accuracy loss and the quantization."""
     facts: dict[str, str] = {}
-    accuracy, int8 = precision.accuracy, precision.quantisation
+    accuracy = precision.accuracy
+    int8 = precision.quantisation
     if accuracy is not None:
-        top1, images = "", accuracy.num_images
+        top1 = ""
+        images = accuracy.num_images
         if accuracy.before is not None and accuracy.after is not None:
             before, after = (
                 _share(round(top * images), images) for top in (accuracy.before, accuracy.after)

@@ -15,11 +15,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+# The limits of `--max-batch` above 1, and the last size but one
 BATCHES = (
     2,
     999_999,
     1_000_000,
-)  # the limits of `--max-batch` above 1, and the last size but one
+)
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
@@ -96,9 +97,8 @@ class TracedValue:
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
         require(len(self.contents) > 0 and not self.depends_on_batch_size)
-        return [
-            int(number) for number in self.contents[0].reshape(-1)
-        ]  # equal for every batch size
+        # Equal for every batch size
+        return [int(number) for number in self.contents[0].reshape(-1)]
 
 
 class OperatorCall:
@@ -114,11 +114,12 @@ class OperatorCall:
         self.attributes = {
             item.name: helper.get_attribute_value(item) for item in node.attribute
         }
-        self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
+        self.inputs = inputs
+        self.shapes = shapes
+        self.rank = len(shapes[0])
         self.present = [value for value in inputs if value is not None]
-        self.num_outputs = len(
-            [name for name in node.output if name]
-        )  # "" is one that nothing reads
+        # "" is one that nothing reads
+        self.num_outputs = len([name for name in node.output if name])
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
@@ -131,9 +132,8 @@ class OperatorCall:
     def axis_attribute(self, default: int, rank: int | None = None) -> int:
         """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
         rank = self.x.rank if rank is None else rank
-        return int(self.attributes.get("axis", default)) % max(
-            rank, 1
-        )  # a scalar has axis 0, as in torch
+        # a scalar has axis 0, as in torch
+        return int(self.attributes.get("axis", default)) % max(rank, 1)
 
     def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
         """List the axes of `x` that input *index* or the attribute names, counted from 0."""
@@ -144,12 +144,10 @@ class OperatorCall:
 
 def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
-    axes = {layout.axis for layout in layouts} - {
-        None
-    }  # an operand without images fits all others
-    lengths = {layout.run_length for layout in layouts} - {
-        None
-    }  # equal rows (None) fit any run length
+    # an operand without images fits all others
+    axes = {layout.axis for layout in layouts} - {None}
+    # Equal rows (None) fit any run length
+    lengths = {layout.run_length for layout in layouts} - {None}
     require(len(axes) <= 1 and len(lengths) <= 1)
     return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
 
@@ -194,9 +192,8 @@ def layout_after_combining(
     require(common_layout_of(call.inputs[1:]) == NO_BATCH)
     if keeps or batch_axis is None:
         return call.x.layout
-    removed_before = {
-        axis for axis in axes if axis < batch_axis
-    }  # each moves the batch axis to the left
+    # Each moves the batch axis to the left
+    removed_before = {axis for axis in axes if axis < batch_axis}
     return call.x.layout_shifted(-len(removed_before))
 
 
@@ -216,9 +213,8 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     layout = common_layout_of(call.inputs[:operands])
     require(layout.axis in (None, 0))
     require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
-    require(
-        call.num_outputs == 1
-    )  # the second output of MaxPool numbers elements of the whole batch
+    # The second output of MaxPool numbers elements of the whole batch
+    require(call.num_outputs == 1)
     # In training mode, batch norm subtracts the mean of all images.
     require(not call.attributes.get("training_mode"))
     # Resize can change the number of rows, or cut a region first, so that a row comes from
@@ -239,17 +235,15 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     if axis is None or new_axis is None:
         require(axis == new_axis)  # neither has the batch
         return NO_BATCH
-    shape, new_shape, batch = (
-        call.x.shapes[0],
-        call.shapes[0],
-        BATCHES[0],
-    )  # all for the smallest batch
+    # All for the smallest batch
+    shape = call.x.shapes[0]
+    new_shape = call.shapes[0]
+    batch = BATCHES[0]
     if run_length is None:  # of equal rows, any number is right
         run_length = shape[axis] // batch
     elements_of_run = run_length * math.prod(shape[axis + 1 :])
-    elements_of_row = (
-        math.prod(new_shape[new_axis + 1 :]) or 1
-    )  # 1 for a value without elements
+    # 1 for a value without elements
+    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
     # The neighboring elements of an image fill whole rows, and whole batches of these fill the
     # axis.
@@ -268,15 +262,15 @@ def layout_after_transpose(call: OperatorCall) -> BatchLayout:
 
 def layout_after_product(call: OperatorCall) -> BatchLayout:
     """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
-    a, b = call.x, call[1]
+    a = call.x
+    b = call[1]
     require(a.batch_axis != a.rank - 1)  # so a vector *a* has no batch axis
     if a.rank == 1 or b.rank == 1:
         require(b.batch_axis is None)
         return a.layout  # the result (..., m) has the axes of *a* before k
     require(b.batch_axis != b.rank - 2)
-    return layout_after_broadcast(
-        call
-    )  # the axes before the last two are broadcast, m and n stay in place
+    # The axes before the last two are broadcast, m and n stay in place
+    return layout_after_broadcast(call)
 
 
 def layout_after_gemm(call: OperatorCall) -> BatchLayout:
@@ -284,7 +278,8 @@ def layout_after_gemm(call: OperatorCall) -> BatchLayout:
 
     The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
     """
-    a, b = call.x, call[1]
+    a = call.x
+    b = call[1]
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
     require(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
@@ -329,9 +324,8 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
-    layout = layout_of_whole_batches(
-        call
-    )  # of data with more rows than indices, the first are accessed
+    # of data with more rows than indices, the first are accessed
+    layout = layout_of_whole_batches(call)
     require(layout.axis != call.axis_attribute(0))
     return layout
 
@@ -344,9 +338,8 @@ def layout_after_slice(call: OperatorCall) -> BatchLayout:
     axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
     for i, axis in enumerate(axes):
-        starts = [
-            starts_of_batch[i] for starts_of_batch in starts_by_batch
-        ]  # a number for each batch size
+        # a number for each batch size
+        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]
         if axis != call.x.batch_axis:
             require(len(set(starts)) == 1)
             continue
@@ -355,24 +348,22 @@ def layout_after_slice(call: OperatorCall) -> BatchLayout:
         for batch, start, shape, result in zip(
             BATCHES, starts, call.x.shapes, call.shapes, strict=True
         ):
-            rows_of_batch = batch * (
-                call.x.layout.run_length or 1
-            )  # equal rows (None) can be cut anywhere
+            # Equal rows (None) can be cut anywhere
+            rows_of_batch = batch * (call.x.layout.run_length or 1)
             first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
             require(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
             slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
-        require(
-            len(slices_in_batches) == 1
-        )  # the same, such as the second batch, for each size
+        # The same, such as the second batch, for each size
+        require(len(slices_in_batches) == 1)
     return call.x.layout
 
 
 def layout_after_pad(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that pads other axes than the batch."""
-    axes, sizes = call.axes_operand(3, range(call.x.rank)), call[1].numbers()
-    pairs = zip(
-        sizes[: len(axes)], sizes[len(axes) :], strict=True
-    )  # in front of an axis, and behind it
+    axes = call.axes_operand(3, range(call.x.rank))
+    sizes = call[1].numbers()
+    # in front of an axis, and behind it
+    pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)
     padded = [
         axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after
     ]
@@ -386,9 +377,8 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
     4) becomes (batch * 3, 4), where each image has a copy.
     """
     axis = batch_axis_of(call.shapes)
-    if (
-        axis is None or call.x.batch_axis is not None
-    ):  # the result has the batch axis of `x`, or none
+    # The result has the batch axis of `x`, or none
+    if axis is None or call.x.batch_axis is not None:
         return layout_after_broadcast(call)
     run_length = call.shapes[0][axis] // BATCHES[0] if tile else None  # None: equal rows
     return BatchLayout(axis=axis, run_length=run_length)
@@ -398,7 +388,9 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
     """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return NO_BATCH
-    start, step = call[0].numbers(), call[2].numbers()  # input 1 is the limit
+    # input 1 is the limit
+    start = call[0].numbers()
+    step = call[2].numbers()
     require(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
     require(call.x.type == onnx.TensorProto.INT64)  # other types are data, or indices that wrap
     return BatchLayout(axis=0, run_length=1)
@@ -406,16 +398,17 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
 
 def layout_after_gather(call: OperatorCall) -> BatchLayout:
     """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
-    data, indices, axis = call.x, call[1], call.axis_attribute(0)
+    data = call.x
+    indices = call[1]
+    axis = call.axis_attribute(0)
     if data.batch_axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
         require(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
         return indices.layout_shifted(axis)
     require(not indices.image_numbers)  # they would select a row by the position in the batch
     if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
         return indices.layout_shifted(axis)
-    require(
-        indices.layout == NO_BATCH
-    )  # data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    # Data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    require(indices.layout == NO_BATCH)
     is_behind = data.batch_axis is not None and data.batch_axis > axis
     return data.layout_shifted(indices.rank - 1 if is_behind else 0)
 
@@ -427,33 +420,34 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     result is (*shared, *others, *kept). The n numbers of a position are for the n selected
     axes.
     """
-    data, indices, num_shared = call.x, call[1], call.attributes.get("batch_dims", 0)
-    require(
-        indices.batch_axis is None or indices.batch_axis < indices.rank - 1
-    )  # n is no batch axis
-    if selects_own_rows(
-        data, indices, num_shared
-    ):  # data (batch, 7), pairs of image and column (batch, 2)
+    data = call.x
+    indices = call[1]
+    num_shared = call.attributes.get("batch_dims", 0)
+    # n is no batch axis
+    require(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)
+    # Data (batch, 7), pairs of image and column (batch, 2)
+    if selects_own_rows(data, indices, num_shared):
         return indices.layout
     require(not indices.image_numbers)
-    if (
-        data.batch_axis is None
-    ):  # all images select from the same data (5, 7), indices (batch, 2)
+    # All images select from the same data (5, 7), indices (batch, 2)
+    if data.batch_axis is None:
         return indices.layout
-    if (
-        data.batch_axis < num_shared
-    ):  # data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
+    # Data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
+    if data.batch_axis < num_shared:
         require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
-    first_kept, first_kept_of_result = num_shared + indices.shapes[0][-1], indices.rank - 1
+    first_kept = num_shared + indices.shapes[0][-1]
+    first_kept_of_result = indices.rank - 1
     require(indices.batch_axis is None and data.batch_axis >= first_kept)
     return data.layout_shifted(first_kept_of_result - first_kept)
 
 
 def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     """Rule of writing updates (*others, *kept) to data (*selected, *kept) at indices (*others, n)."""
-    data, indices, updates = call.x, call[1], call[2]
+    data = call.x
+    indices = call[1]
+    updates = call[2]
     if indices.batch_axis is not None:
         # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
         require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
@@ -461,10 +455,10 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
     # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3,
     # batch).
-    first_kept, first_kept_of_updates = indices.shapes[0][-1], indices.rank - 1
-    layout_of_updates = updates.layout_shifted(
-        first_kept - first_kept_of_updates
-    )  # in the axes of the data
+    first_kept = indices.shapes[0][-1]
+    first_kept_of_updates = indices.rank - 1
+    # in the axes of the data
+    layout_of_updates = updates.layout_shifted(first_kept - first_kept_of_updates)
     require(data.batch_axis is None or data.batch_axis >= first_kept)
     require(data.batch_axis == layout_of_updates.axis)
     return common_layout(data.layout, layout_of_updates)

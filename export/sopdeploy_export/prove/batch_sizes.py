@@ -17,10 +17,8 @@ def prove_batch_sizes(captured: Programs) -> None:
     """Raise `CertificateError` if the program for any batch size, with one image, is another one."""
     if captured.batch_of_one is captured.any_batch:
         return
-    any_size, one_image = (
-        value_root(captured.any_batch, batch=1),
-        value_root(captured.batch_of_one),
-    )
+    any_size = value_root(captured.any_batch, batch=1)
+    one_image = value_root(captured.batch_of_one)
     if any_size.sha256 != one_image.sha256:
         raise CertificateError(
             "the network for larger batches is not the network for a batch of one: "

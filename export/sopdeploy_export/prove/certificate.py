@@ -49,7 +49,8 @@ from sopdeploy_export.prove.tensors import (
 )
 from sopdeploy_export.subject import Detachment
 
-STATEMENTS = {  # by title: the module beside this one with the sentence `STATEMENT`
+# by title: the module beside this one with the sentence `STATEMENT`
+STATEMENTS = {
     "Tensors": tensors,
     "Graphs": graphs,
     "Batch sizes": batch_sizes,
@@ -156,9 +157,8 @@ def certify(
             compared["detached"] = Compared.of("detached", detached)
         shipped = [*compared.values()][-1]
         removed, kept = prove_tensors(compared["trained"], shipped, detachment.training_only)
-        if (
-            detachment.plain is not None
-        ):  # it comes first, because the others are compared with the first
+        # it comes first, because the others are compared with the first
+        if detachment.plain is not None:
             compared = {detachment.role: load_plain_network(detachment, shipped), **compared}
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()

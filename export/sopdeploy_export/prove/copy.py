@@ -84,13 +84,11 @@ def prove_copy(
     preprocess = captures.preprocess
     stored = list(tensors(given).values())
     devices = {tensor.device for tensor in stored} or {torch.device("cpu")}
-    device = next(
-        iter(devices)
-    )  # of the images; the network itself moves values between several
+    # of the images; the network itself moves values between several
+    device = next(iter(devices))
     on_cpu = devices == {torch.device("cpu")}
-    is_exact = on_cpu and all(
-        tensor.is_contiguous() for tensor in stored
-    )  # stored as in *copied*
+    # Stored as in *copied*
+    is_exact = on_cpu and all(tensor.is_contiguous() for tensor in stored)
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(generated_images(preprocess.crop))
     deployed = Deployed(given, preprocess).eval()
@@ -142,9 +140,8 @@ def prove_copy(
         with randomized(given, parts):
             program = capture_any_batch(given, preprocess, captures.batch)
         captures.note_unread(copied, parts)
-        if (
-            value_root(program).sha256 != value_root(programs.any_batch).sha256
-        ):  # these ignore the layout
+        # These ignore the layout
+        if value_root(program).sha256 != value_root(programs.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
     return programs
 

@@ -31,7 +31,8 @@ _TORCH = str(Path(torch.__file__).parent)
 _OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
 _COMPOSITE = "CompositeImplicitAutograd"
 _UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
-_IMAGE, _UNKNOWN = "image", "unfilled"
+_IMAGE = "image"
+_UNKNOWN = "unfilled"
 # What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
 _HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
 _READERS = ("data_ptr", "tolist")  # hand out values, or the memory with them, as numbers

@@ -62,9 +62,8 @@ LARGEST_BATCH = (
 )
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
-FOUR_ROUNDINGS = 4 * float(
-    np.finfo(np.float32).eps
-)  # four float32 rounding errors, relative to the value
+# Four float32 rounding errors, relative to the value
+FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)
 
 
 FlipCause = Literal["noise", "routing", "error"]
@@ -219,7 +218,8 @@ def compute_reference(
     *rounded* and of four roundings of its largest value to float32. Raises `ParityError` if
     outputs are not finite or the route of no image can be compared.
     """
-    names, network64 = output_names(deployed.network), copy_network(deployed).double()
+    names = output_names(deployed.network)
+    network64 = copy_network(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
     if rounded is None:
@@ -242,9 +242,8 @@ def compute_reference(
     noise_floor = {}
     for name, *of_output in zip(names, rounded.batched, rounded.single, strict=True):
         values = exact[name]
-        rounded_values = [
-            tensor.numpy() for tensor in of_output
-        ]  # of all images, and of the first ones
+        # of all images, and of the first ones
+        rounded_values = [tensor.numpy() for tensor in of_output]
         _require_finite(name, values, rounded_values, precision)
         noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
         for found in rounded_values:
@@ -353,11 +352,11 @@ def count_flips(
 
     *rerouted* (P,) marks images whose gate chose other components.
     """
-    top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
+    top_of_network = expected.argmax(axis=1)
+    top_of_file = values.argmax(axis=1)
     images = np.arange(len(expected))
-    margins = (
-        expected[images, top_of_network] - expected[images, top_of_file]
-    )  # of the network (P,)
+    # of the network (P,)
+    margins = expected[images, top_of_network] - expected[images, top_of_file]
     is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
         "noise": is_small & ~rerouted,

@@ -42,7 +42,8 @@ STATEMENT = (
 )
 
 _MOST_NUMBERS = 1024  # of a value that is evaluated
-_SIZES = {  # the numbers of the inputs that are sizes or positions
+# The numbers of the inputs that are sizes or positions
+_SIZES = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (1, 2),
     "Split": (1,), "Resize": (3,),
 }  # fmt: skip
@@ -60,7 +61,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
 
     The name of an operator without a rule follows `NO_RULE`.
     """
-    image, opsets = model.graph.input[0], list(model.opset_import)
+    image = model.graph.input[0]
+    opsets = list(model.opset_import)
     batch, *sizes = [size.dim_value for size in image.type.tensor_type.shape.dim]
     if batch == 1:  # there are no other images
         return ()
@@ -127,12 +129,10 @@ def infer_results(
     }
     results = _infer_shapes(node, named, opsets)
     shapes = results[0].shapes
-    is_small = (
-        len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
-    )  # for every batch size
-    if (
-        node.op_type == "Shape"
-    ):  # reads no contents, so the operand can be an array that takes no memory
+    # For every batch size
+    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
+    # Reads no contents, so the operand can be an array that takes no memory
+    if node.op_type == "Shape":
         name = node.input[0]
         operands_by_batch = [
             {name: np.broadcast_to(False, shape)} for shape in named[name].shapes
@@ -148,13 +148,11 @@ def infer_results(
         ReferenceEvaluator(node).run(None, operands) for operands in operands_by_batch
     ]
     computed = []
-    for result, *contents in zip(
-        results, *runs, strict=True
-    ):  # its contents for each batch size
+    # Its contents for each batch size
+    for result, *contents in zip(results, *runs, strict=True):
         computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
-    if any(
-        value.depends_on_batch_size for value in named.values()
-    ):  # `is_linear` says why three are enough
+    # `is_linear` says why three are enough
+    if any(value.depends_on_batch_size for value in named.values()):
         require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
 
@@ -208,14 +206,12 @@ def is_linear(value: TracedValue) -> bool:
     """
     if not value.contents:
         return True
-    if (
-        value.contents[0].dtype.kind == "b"
-    ):  # a truth value, such as that of size > 100, can change anywhere
+    # a truth value, such as that of size > 100, can change anywhere
+    if value.contents[0].dtype.kind == "b":
         return False
     low, middle, high = BATCHES
-    at_low, at_middle, at_high = (
-        content.astype(object) for content in value.contents
-    )  # cannot overflow
+    # Cannot overflow
+    at_low, at_middle, at_high = (content.astype(object) for content in value.contents)
     # The slope (at_middle - at_low) / (middle - low) equals the next one. Without divisions:
     return bool(
         np.all((at_middle - at_low) * (high - middle) == (at_high - at_middle) * (middle - low))
@@ -242,9 +238,8 @@ def locate_batch_axes(
     image_numbers = find_image_numbers(node.op_type, call)
     inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
     if inputs_with_numbers:
-        are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [
-            1
-        ]  # input 1 holds indices
+        # Input 1 holds indices
+        are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]
         require(image_numbers != "" or are_indices)
     pairs = zip(results, layouts, strict=False)  # a recurrent layer can have fewer results
     located = [
@@ -261,12 +256,10 @@ def has_whole_images(value: TracedValue) -> bool:
     axis = batch_axis_of(value.shapes)
     if axis != value.batch_axis:
         return False
-    rows_of_batch = BATCHES[0] * (
-        value.layout.run_length or 1
-    )  # runs of 3 fit batch * 6, not batch * 4
-    return (
-        axis is None or value.shapes[0][axis] % rows_of_batch == 0
-    )  # `batch_axis_of` covers other sizes
+    # Runs of 3 fit batch * 6, not batch * 4
+    rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
+    # `batch_axis_of` covers other sizes
+    return axis is None or value.shapes[0][axis] % rows_of_batch == 0
 
 
 def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
@@ -274,16 +267,14 @@ def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "fir
 
     They are none, all, or the first of the last axis, as `TracedValue.image_numbers` says.
     """
-    if (
-        kind == "Range"
-    ):  # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length
+    # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length
+    if kind == "Range":
         return "" if batch_axis_of(call.shapes) is None else "all"
     if call.x.image_numbers != "all":
         return ""
     if kind in SAME_NUMBERS:
-        wraps = (
-            kind == "Cast" and call.attributes["to"] != TensorProto.INT64
-        )  # smaller types repeat numbers
+        # Smaller types repeat numbers
+        wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
         return "" if wraps else "all"
     # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat`
     # joins.
@@ -299,8 +290,7 @@ def prove_images(model: onnx.ModelProto, *, allowed: bool) -> tuple[str, ...]:
     if not mixing or allowed:
         return mixing
     problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-    if mixing[0].startswith(
-        NO_RULE
-    ):  # for example "no rule for Einsum in head shows that it keeps ..."
+    # For example "no rule for Einsum in head shows that it keeps ..."
+    if mixing[0].startswith(NO_RULE):
         problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
     raise LoweringError(problem, remedies={"allow_batch_dependence": True})

@@ -66,7 +66,8 @@ def rename_with_prefix(
 
     Returns *rename* itself if the names are already equal, or differ by more than a prefix.
     """
-    names, renamed = set(tensors(plain)), {rename(name) for name in tensors(detached)}
+    names = set(tensors(plain))
+    renamed = {rename(name) for name in tensors(detached)}
     if names == renamed or not names or not renamed:
         return rename
     # The shortest name of each network, of equal ones the first, is that of the same tensor.
@@ -90,7 +91,8 @@ def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
     """
     if detachment.plain is None:
         raise CertificateError("there is no builder of a plain network")
-    plain, detached = detachment.plain(), source.network
+    plain = detachment.plain()
+    detached = source.network
     rename = rename_with_prefix(plain, detached, detachment.rename)
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight

@@ -63,9 +63,8 @@ class _ReplayedCalls(TorchDispatchMode):
     def begin_call(self) -> None:
         """Begin another call, for which the image alone is known, and nothing that an earlier call left."""
         self._position = 0  # among the operations on the image in this call
-        self._from_image = {
-            id(self._image): self._image
-        }  # kept, so that no other tensor gets such an id
+        # kept, so that no other tensor gets such an id
+        self._from_image = {id(self._image): self._image}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -134,7 +133,8 @@ def prove_repetition(
     """
     copied = copy_network(network)
     pixels = Normalize(preprocess, images_format(network))(probes[: PROBES + 1])
-    images, other = pixels[:-1], pixels[-1:].clone()
+    images = pixels[:-1]
+    other = pixels[-1:].clone()
     before = compute_outputs(copied, images.clone())  # which the network may write to
     try:
         with _ReplayedCalls(other) as replay:

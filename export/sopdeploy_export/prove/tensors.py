@@ -93,7 +93,8 @@ def prove_tensors(
     *training_only*, or shares memory with a removed tensor, or if a removed tensor is not in
     *training_only*.
     """
-    before, after = trained.tensors, detached.tensors
+    before = trained.tensors
+    after = detached.tensors
     if new := sorted(after.keys() - before.keys()):
         raise CertificateError(
             f"the detached network has a tensor {new[0]} that was never trained"
@@ -164,10 +165,9 @@ def prove_values_unread(
     expected_root = programs.roots[ANY_BATCH]  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
         program = export_program(network, captures.preprocess, captures.batch)
-        found, expected = (
-            fingerprint(program),
-            programs.fingerprints[0],
-        )  # None: cannot be hashed
+        # None: cannot be hashed
+        found = fingerprint(program)
+        expected = programs.fingerprints[0]
         hidden = [NETWORK_PREFIX + name for name in removed]
         if (
             found is not None
@@ -201,7 +201,6 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel():
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum(
-        (size - 1) * stride for size, stride in steps
-    )  # strides are never negative
+    # Strides are never negative
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

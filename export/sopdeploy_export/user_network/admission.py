@@ -147,9 +147,8 @@ def admit(
     if parts:
         check_without(parts)
     undeclared = outermost_unneeded(copied, needed, parts)
-    logits, *_ = programs.any_batch.graph.output_node().args[
-        0
-    ]  # the logits are the first output
+    # The logits are the first output
+    logits, *_ = programs.any_batch.graph.output_node().args[0]
     return Admitted(
         given=given,
         network=copied,

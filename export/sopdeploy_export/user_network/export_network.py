@@ -107,12 +107,13 @@ def export_network(
             options=options,
             on_step=on_step,
         )
-        given, copied, parts = admitted.given, admitted.network, admitted.parts
+        given = admitted.given
+        copied = admitted.network
+        parts = admitted.parts
         checked_builder = None
         if (builder := plain or rebuild) is not None:
-            removed = (
-                () if plain is not None else parts
-            )  # *rebuild* builds the training-only parts, too
+            # *rebuild* builds the training-only parts, too
+            removed = () if plain is not None else parts
 
             def check(built: nn.Module) -> None:
                 if not allow_constants:

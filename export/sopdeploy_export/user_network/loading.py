@@ -88,14 +88,16 @@ def network_builder(
 def _advise_import(import_path: str, error: BaseException) -> str:
     """Say what to do after *error*, with which *import_path*, `package.module:callable`, was not found."""
     module_name, _, attribute = import_path.partition(":")
-    wanted, known = "", []
+    wanted = ""
+    known = []
     if isinstance(error, ModuleNotFoundError) and error.name:
         if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
             package, _, submodule = error.name.partition(".")
             if submodule and find_spec(package) is not None:
                 return f"install a release of {package} that has {submodule}"
             return f"install {package}"
-        wanted, parent = error.name, error.name.rpartition(".")[0]
+        wanted = error.name
+        parent = error.name.rpartition(".")[0]
         folders = (
             getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
         )
@@ -251,16 +253,16 @@ def load_weights(
     how it is loaded. Raises `WeightsError` for a file that cannot be read or does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
-    path, content = weights.path, weights.content
+    path = weights.path
+    content = weights.content
     state = _own_state(network, path)
     expected = _tensors_of(state)
     tables = dict(find_tables(content))
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
-    if (
-        all(fit.missing for fit in fits) and len(tables) > 1
-    ):  # each may hold one part of the network
+    # Each may hold one part of the network
+    if all(fit.missing for fit in fits) and len(tables) > 1:
         tables[""] = {
             f"{name}.{each}".strip("."): value
             for name, table in tables.items()
@@ -278,12 +280,12 @@ def load_weights(
         path, {name: named[source] for name, source in chosen.sources.items()}
     )
     for name, tensor in tensors.items():
-        if (
-            name.endswith(COUNTERS) and tensor.numel() == 1
-        ):  # some files have counters of shape (1,)
+        # Some files have counters of shape (1,)
+        if name.endswith(COUNTERS) and tensor.numel() == 1:
             tensors[name] = tensor.reshape(expected[name].shape)
         elif tensor.shape != expected[name].shape:
-            shape, expected_shape = tuple(tensor.shape), tuple(expected[name].shape)
+            shape = tuple(tensor.shape)
+            expected_shape = tuple(expected[name].shape)
             raise WeightsError(
                 f"{path}: {name} is {shape} in the file and {expected_shape} in the network; check its "
                 "options"
@@ -379,9 +381,8 @@ def _check_ignored(
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     wrappers = fit.naming.wrappers
-    owners: dict[
-        str, str
-    ] = {}  # names of modules, by those in the file; the root of either is ""
+    # Names of modules, by those in the file; the root of either is ""
+    owners: dict[str, str] = {}
     for name, source in fit.sources.items():
         of_network = name.split(".")[:-1]
         of_file = without_wrappers(source, wrappers).split(".")[:-1]
@@ -403,7 +404,8 @@ def _check_ignored(
         )
         if name.endswith(COUNTERS) or (depth := next(known, None)) is None:
             continue
-        owner, part = owners[".".join(parts[:depth])], parts[depth]
+        owner = owners[".".join(parts[:depth])]
+        part = parts[depth]
         module = modules[owner]
         own = {**module._parameters, **module._buffers}.get(part, ...)
         if depth < len(parts) - 1:
@@ -431,9 +433,8 @@ def _load_and_compare(
     Raises `WeightsError`.
     """
     advice = "remove its load_state_dict, or let it load all tensors"
-    copies = {
-        name: tensor.clone() for name, tensor in tensors.items()
-    }  # the network may keep or change them
+    # The network may keep or change them
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         network.load_state_dict({**copies, **extra})
     except Exception as error:  # the user's code
@@ -462,9 +463,10 @@ def _find_fits(
     stored = _tensors_of(named)
     wrappers = find_wrappers(expected, stored)
     short_names = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
+    # "" is in no file
     required = [
         without_wrappers(name, wrappers) for name in expected if not name.endswith(COUNTERS)
-    ] or [""]  # "" is in no file
+    ] or [""]
     parts_by_depth = zip(*(name.split(".")[:-1] for name in required), strict=False)
     shared = [
         parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)

@@ -28,9 +28,8 @@ def removable_parts(
         try:
             check((*removed, *parts))
         except ReadError as error:
-            read = next(
-                (name for name in parts if is_in(error.part, name)), None
-            )  # or a part inside it
+            # or a part inside it
+            read = next((name for name in parts if is_in(error.part, name)), None)
             if read is None:
                 return ()
             module = network.get_submodule(read)

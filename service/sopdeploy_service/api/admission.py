@@ -73,7 +73,8 @@ def find_and_record_model(request: Request, name: str | None, version: str | Non
     """Find the model of *request*, or raise `RejectedError`; record it for headers, metrics and log."""
     model = service_of(request).registry.find(name, version)
     context: RequestContext = request.scope["state"]["context"]
-    context.model_name, context.model_digest = model.name, model.version
+    context.model_name = model.name
+    context.model_digest = model.version
     return model
 
 
@@ -147,11 +148,11 @@ class AdmittedRequest:
         `IMAGES_PER_MAP` images. Raises `RejectedError` if these exceed `max_images`, the queue
         is full or the rate limit is exceeded, and what `Service.infer` raises.
         """
-        context, service = self.context, self.service
+        context = self.context
+        service = self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
-        if (
-            explain and num_images > service.settings.max_images
-        ):  # the parser has checked len(images)
+        # The parser has checked len(images)
+        if explain and num_images > service.settings.max_images:
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
         service.check_queue(self.model, num_images)
@@ -159,9 +160,8 @@ class AdmittedRequest:
             context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)
         context.num_images += num_images
         stages = context.stage_seconds
-        stages["receive"] = (
-            time.monotonic() - self.started - stages.get("load", 0.0)
-        )  # all but the load
+        # All but the load
+        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
         client = self.body.client
         if explain:
             work = service.explain(self.model, images, self.deadline, client)
@@ -220,9 +220,8 @@ async def admit(
         result = "success"
     except RejectedError as error:
         is_own_fault = error.reason.retry_after is None  # else the client should send it again
-        if (
-            context.rate_limit is not None and is_own_fault and not context.num_images
-        ):  # these are paid
+        # These are paid
+        if context.rate_limit is not None and is_own_fault and not context.num_images:
             context.rate_limit.charge(1 + context.bytes // SMALL_BODY)
         raise
     finally:
@@ -377,15 +376,16 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     period, which faster pieces restore. Raises `RejectedError`: 408 too slow, 413 too large,
     415 compressed, 429 budget full, 499 client disconnected.
     """
-    service, context, settings = admitted.service, admitted.context, admitted.service.settings
+    service = admitted.service
+    context = admitted.context
+    settings = admitted.service.settings
     body = admitted.body
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
-    grace = (
-        settings.body_grace_seconds
-    )  # seconds by which the body may still fall behind the minimum rate
+    # Seconds by which the body may still fall behind the minimum rate
+    grace = settings.body_grace_seconds
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
         # body in vain.
@@ -399,9 +399,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        delay = (
-            time.monotonic() - began - len(piece) / settings.min_body_rate
-        )  # negative: it came sooner
+        # negative: it came sooner
+        delay = time.monotonic() - began - len(piece) / settings.min_body_rate
         grace = min(settings.body_grace_seconds, grace - delay)
         # Other bodies may have grown during the wait, and a chunked one does not announce its
         # length.

@@ -125,8 +125,10 @@ async def info(request: Request) -> Response:
     service = service_of(request)
     models: list[ModelInfo] = []
     for model in service.registry.models():
-        manifest, runtime = model.bundle.manifest, model.runtime
-        thresholds, rejection = model.decision.thresholds, model.decision.rejection
+        manifest = model.bundle.manifest
+        runtime = model.runtime
+        thresholds = model.decision.thresholds
+        rejection = model.decision.rejection
         shapes = {output.name: output.shape for output in manifest.outputs}
         models.append(
             ModelInfo(

@@ -29,7 +29,8 @@ FORM = {
     "properties": {"image": {"type": "array", "items": BINARY}},
     "required": ["image"],
 }
-BODY = {  # read by `read_upload`, within the limits of the settings
+# Read by `read_upload`, within the limits of the settings
+BODY = {
     "requestBody": {
         "required": True,
         "content": {
@@ -82,7 +83,8 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     `reported`, after a wrong answer, keeps the image for a label if the server keeps images.
     """
     async with admit(request, query.model, query.version) as admitted:
-        service, model = admitted.service, admitted.model
+        service = admitted.service
+        model = admitted.model
         check_query(admitted, query)  # before the body is read
         upload = await read_upload(admitted)
         if upload.texts:

@@ -39,7 +39,8 @@ _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 MAX_EXAMPLES = 8
 PIECE_BYTES = 1 << 16  # of a response, for one client at a time
 EXAMPLE_SECONDS = 10.0  # for reading one; the disk may hang
-_INERT = {  # a file of the owner never runs in this origin
+# a file of the owner never runs in this origin
+_INERT = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -136,7 +137,8 @@ def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
     """Return the OpenAPI document, which is made at the first request."""
-    app, root = request.app, request.scope["root_path"]
+    app = request.app
+    root = request.scope["root_path"]
     if app.state.openapi is None:
         document = {**app.openapi(), "servers": [{"url": root}]} if root else app.openapi()
         app.state.openapi = orjson.dumps(document)
@@ -152,7 +154,8 @@ class SharedResponse(Response):
         await send({"type": "http.response.start", **start})
         for begin in range(0, max(1, len(self.body)), PIECE_BYTES):
             end = begin + PIECE_BYTES
-            piece, is_last = bytes(self.body[begin:end]), end >= len(self.body)
+            piece = bytes(self.body[begin:end])
+            is_last = end >= len(self.body)
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
 

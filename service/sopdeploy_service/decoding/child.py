@@ -41,7 +41,8 @@ UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not kn
 READY, FAILED, PIXELS, COPY, FIRST_ERROR = range(5)
 MAX_MESSAGE = 500
 TOO_MUCH_MEMORY = "too_much_memory"
-ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
+# Codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
+ERRORS = (
     ("empty_body", 400),
     ("too_large", 413),
     ("too_many_pixels", 413),
@@ -89,12 +90,13 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         )
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-        return [
-            REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels
-        ]  # one part wakes the server once
+        # One part wakes the server once
+        return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]
     except ImageError as error:
         # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
-        code, status, message = error.code, error.status, str(error)
+        code = error.code
+        status = error.status
+        message = str(error)
         # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is
         # damaged.
         width, height = webp_size(image)
@@ -102,13 +104,17 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         if isinstance(error.__cause__, MemoryError) or (
             code == "damaged_image" and is_large_webp
         ):
-            code, status = TOO_MUCH_MEMORY, 413
+            code = TOO_MUCH_MEMORY
+            status = 413
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             message = f"decoding needs more than {limit}; send it smaller"
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
-        code, status, message = "decoder_failed", 500, "the decoder failed on this image"
-    kind, data = FIRST_ERROR + ERRORS.index((code, status)), message.encode()[:MAX_MESSAGE]
+        code = "decoder_failed"
+        status = 500
+        message = "the decoder failed on this image"
+    kind = FIRST_ERROR + ERRORS.index((code, status))
+    data = message.encode()[:MAX_MESSAGE]
     return [REPLY.pack(number, kind, 0, len(data)), data]
 
 
@@ -134,9 +140,8 @@ def restrict(options: ChildOptions) -> str:
     with contextlib.suppress(FileNotFoundError):  # only Linux has this file
         lines = Path("/proc/self/status").read_text().splitlines()
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
-        resource.setrlimit(
-            resource.RLIMIT_DATA, (used + options.memory,) * 2
-        )  # soft and hard limit
+        # Soft and hard limit
+        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
     os.nice(options.niceness)
     # A light child decodes all the time, and keeps its memory for the next image. One for large
     # images is mostly idle, and would occupy memory for nothing.
@@ -150,15 +155,18 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
     """Restrict this process, tell the server at *end* whether this succeeded, and serve it until it ends."""
     try:
         try:
-            kind, text = READY, restrict(options).encode()
+            kind = READY
+            text = restrict(options).encode()
         except OSError as error:
-            kind, text = FAILED, str(error.strerror).encode()
+            kind = FAILED
+            text = str(error.strerror).encode()
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
         # After FAILED, a server that requires a sandbox closes its end; others use this child
         # without one.
         while True:
             number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
-            rules, image = receive(end, rules_size), receive(end, size)
+            rules = receive(end, rules_size)
+            image = receive(end, size)
             # SIGPROF ends this process; with 0 seconds there is no timer.
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             reply = answer(number, rules, image, options)

@@ -29,14 +29,16 @@ from sopdeploy_service.templates import START_SECONDS, TemplateProcess
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-LOGGED_CHARACTERS, LOG_PAUSE_SECONDS = (
-    500,
-    0.1,
-)  # of what children write to standard error at once
+# of what children write to standard error at once
+LOGGED_CHARACTERS = 500
+LOG_PAUSE_SECONDS = 0.1
 
 # Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a
 # signal.
-TIME, WRONG_REPLY, UNKNOWN, EXIT = "time", "wrong_reply", "unknown", "exit"
+TIME = "time"
+WRONG_REPLY = "wrong_reply"
+UNKNOWN = "unknown"
+EXIT = "exit"
 
 log = logging.getLogger("sopdeploy.decoding")
 
@@ -198,8 +200,11 @@ class DecoderProcess(asyncio.BufferedProtocol):
         on_end: Callable[[str], object] = lambda _reason: None,
     ) -> None:
         """Start no child yet; *on_idle* gets the seconds of a request, *on_end* why a child is replaced."""
-        self._template, self._options, self._seconds = template, options, seconds
-        self._on_idle, self._on_end = on_idle, on_end
+        self._template = template
+        self._options = options
+        self._seconds = seconds
+        self._on_idle = on_idle
+        self._on_end = on_end
         self.process = self._number = 0  # id of the child; number of the last request
         self._transport: asyncio.Transport | None = (
             None  # None: there is no child, or it has to be replaced
@@ -232,7 +237,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
             else:  # nothing: the child has ended
                 self._end_child(WRONG_REPLY if unexpected else "")
         request.began = time.monotonic()
-        self._request, self._started = request, request.began
+        self._request = request
+        self._started = request.began
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace_child(sends=True))
         else:
@@ -248,7 +254,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Use the new child."""
         self._transport = cast(asyncio.Transport, transport)
-        self._data, self._unfilled = None, self._header
+        self._data = None
+        self._unfilled = self._header
 
     def _send(self, transport: asyncio.Transport, request: Request) -> None:
         self._number += 1
@@ -285,7 +292,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
             if size:
                 return
         request.settle(Reply(kind, bits, self._data))
-        self._data, self._unfilled = None, self._header
+        self._data = None
+        self._unfilled = self._header
         self._timer.cancel()
         self._become_idle()
 
@@ -301,7 +309,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         if self._transport is None:
             return
         self._transport.abort()
-        self._transport, self._reason = None, reason
+        self._transport = None
+        self._reason = reason
         if self._request is not None:  # otherwise, the next request replaces the child
             self._timer.cancel()
             self._replacing = self._loop.create_task(self._replace_child(sends=False))
@@ -312,7 +321,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         try:
             if self.process:
                 code = await asyncio.to_thread(self._template.kill, self.process)
-                reason, self.process = self._reason or exit_reason(code), 0
+                reason = self._reason or exit_reason(code)
+                self.process = 0
                 self._on_end(reason)
                 if reason != TIME:
                     log.warning("a decoder process has ended (%s) and is replaced", reason)

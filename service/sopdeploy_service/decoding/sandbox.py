@@ -65,8 +65,12 @@ class AllowedValues(NamedTuple):
 INT = 0xFFFFFFFF  # the bits of an argument of the type `int`
 EXECUTABLE = 4  # PROT_EXEC
 EMPTY_PATH = 0x1000  # AT_EMPTY_PATH: `newfstatat` describes an open file, as `fstat` does
-THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
-SET_NAME, SET_VMA = 15, 0x53564D41  # PR_SET_NAME and PR_SET_VMA: names of threads and of memory
+# CLONE_THREAD; CLONE_NEW*
+THREAD = 0x10000
+NAMESPACES = 0x7E020080
+# PR_SET_NAME and PR_SET_VMA: names of threads and of memory
+SET_NAME = 15
+SET_VMA = 0x53564D41
 
 
 def argument_rules(process: int) -> tuple[AllowedValues, ...]:
@@ -91,18 +95,31 @@ def argument_rules(process: int) -> tuple[AllowedValues, ...]:
     )
 
 
+# Column of numbers, AUDIT_ARCH_*
 ARCHITECTURES = {
     "x86_64": (0, 0xC000003E),
     "aarch64": (1, 0xC00000B7),
-}  # column of numbers, AUDIT_ARCH_*
+}
 CLONE3 = 435
-ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
-LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF instructions on 32 bits
-NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16  # offsets in struct seccomp_data
+ALLOW = 0x7FFF0000
+FAIL = 0x00050000
+KILL = 0x80000000
+# BPF instructions on 32 bits
+LOAD = 0x20
+EQUAL = 0x15
+AND = 0x54
+RETURN = 0x06
+# offsets in struct seccomp_data
+NUMBER_AT = 0
+ARCHITECTURE_AT = 4
+ARGUMENTS_AT = 16
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
-NO_NEW_PRIVS, SET_FILTER, ALL_THREADS = 38, 1, 1
+NO_NEW_PRIVS = 38
+SET_FILTER = 1
+ALL_THREADS = 1
 SECCOMP = {"x86_64": 317, "aarch64": 277}
-CREATE_RULESET, RESTRICT_SELF = 444, 446
+CREATE_RULESET = 444
+RESTRICT_SELF = 446
 # Numbers of rights of files, of TCP and of scopes (abstract sockets, signals) in each version
 # of Landlock.
 LANDLOCK = {
@@ -154,14 +171,16 @@ def build_filter(machine: str, process: int) -> bytes:
         for value in rule.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
         check.append((RETURN, 0, 0, deny))
+        # Other calls skip the check
         code += [
             (EQUAL, 0, len(check), rule.numbers[column]),
             *check,
-        ]  # other calls skip the check
+        ]
+    # The C library then calls clone
     code += [
         (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, FAIL | errno.ENOSYS),
-    ]  # the C library then calls clone
+    ]
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
@@ -181,9 +200,8 @@ def enter() -> str:
     code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
     # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    if libc.syscall(
-        SECCOMP[machine], SET_FILTER, ALL_THREADS, program
-    ):  # > 0: a thread has another filter
+    # > 0: a thread has another filter
+    if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
     return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
 
@@ -194,14 +212,12 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     Landlock denies every right of a rule set except those that a rule allows, and this set has
     no rules.
     """
-    version: int = libc.syscall(
-        CREATE_RULESET, None, ctypes.c_size_t(0), 1
-    )  # 1: asks for the version
+    # 1: asks for the version
+    version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return 0
-    numbers = LANDLOCK[
-        min(version, max(LANDLOCK))
-    ]  # a later version also has the rights of earlier ones
+    # a later version also has the rights of earlier ones
+    numbers = LANDLOCK[min(version, max(LANDLOCK))]
     # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of
     # the kind.
     rights = struct.pack("QQQ", *((1 << number) - 1 for number in numbers))

@@ -35,18 +35,21 @@ from sopdeploy_service.inference.model import Model, RuntimeFacts
 from sopdeploy_service.inference.results import HttpError
 
 REQUEST = struct.Struct("=BBHId")  # kind, flags, number of the model, slot, deadline
-RUN, CANCEL = 1, 2  # kinds; the others are numbers of a slot in use
-FEATURES, FOR_DRIFT = 1, 2  # flags
-RESULT = struct.Struct(
-    "=IHdd"
-)  # slot; images in the batch, or `FAILED`; seconds of queue and batch
+# kinds; the others are numbers of a slot in use
+RUN = 1
+CANCEL = 2
+# flags
+FEATURES = 1
+FOR_DRIFT = 2
+# slot; images in the batch, or `FAILED`; seconds of queue and batch
+RESULT = struct.Struct("=IHdd")
 FAILED = 0  # in place of the images in the batch: the slot has the error
-OPENING = struct.Struct(
-    "=IIII"
-)  # slots, bytes of the outputs and of the pixels in each, bytes of the models
+# slots, bytes of the outputs and of the pixels in each, bytes of the models
+OPENING = struct.Struct("=IIII")
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
-MAX_SLOTS, MAX_MODELS_BYTES = 1 << 20, 1 << 28
+MAX_SLOTS = 1 << 20
+MAX_MODELS_BYTES = 1 << 28
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
@@ -101,7 +104,8 @@ class ModelFacts(NamedTuple):
         """Convert what `to_fields` returned, after JSON."""
         manifest = Manifest.from_bytes(fields["manifest"].encode())
         contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
-        path, labels = Path(fields["path"]), tuple(fields["labels"])
+        path = Path(fields["path"])
+        labels = tuple(fields["labels"])
         bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
         return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
 
@@ -112,7 +116,8 @@ class Slots:
     def __init__(
         self, memory: mmap.mmap, count: int, output_bytes: int, pixel_bytes: int
     ) -> None:
-        self.count, self._output_bytes = count, output_bytes
+        self.count = count
+        self._output_bytes = output_bytes
         self._memory = np.frombuffer(memory, np.uint8).reshape(
             count, output_bytes + pixel_bytes
         )
@@ -136,7 +141,8 @@ class Slots:
         self, slot: int, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, NDArray[np.float32]]:
         """Copy the outputs with *shapes* by name, in the order in which `write_outputs` wrote them."""
-        outputs, begin = {}, 0
+        outputs = {}
+        begin = 0
         for name, shape in shapes.items():
             end = begin + 4 * math.prod(shape)
             outputs[name] = self._memory[slot, begin:end].copy().view(np.float32).reshape(shape)
@@ -187,25 +193,21 @@ def open_channel(
     Each slot is large enough for an image of any of *models*. Returns the slots, and the
     description of *models*, which the caller sends next.
     """
-    output_bytes, pixel_bytes = (
-        MAX_ERROR_BYTES + ERROR_SIZE.size,
-        0,
-    )  # a slot has outputs or an error
+    # a slot has outputs or an error
+    output_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size
+    pixel_bytes = 0
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
-        output_bytes, pixel_bytes = (
-            max(output_bytes, needed_outputs),
-            max(pixel_bytes, needed_pixels),
-        )
+        output_bytes = max(output_bytes, needed_outputs)
+        pixel_bytes = max(pixel_bytes, needed_pixels)
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
     described = json.dumps([model.to_fields() for model in models]).encode()
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
-        socket.send_fds(
-            connection, [opening], [file]
-        )  # a few bytes, which a new connection takes at once
+        # a few bytes, which a new connection takes at once
+        socket.send_fds(connection, [opening], [file])
     except OSError:
         os.close(file)
         raise

@@ -27,23 +27,26 @@ from sopdeploy_service.server.lifetime import BEAT_SECONDS
 
 # To a process, with a file; for `CHANNEL`, its number and the name of the process at the other
 # end follow.
-CLIENT, CHANNEL, PHOTOS = b"client", b"channel", b"photos"
+CLIENT = b"client"
+CHANNEL = b"channel"
+PHOTOS = b"photos"
 KEYS = b"keys"  # with two files: the keys and the state of their limits; their number follows
-SEND_METRICS, PAGE = (
-    b"send-metrics",
-    b"page",
-)  # with a file: a socket for its metrics; those of all processes
+# With a file: a socket for its metrics; those of all processes
+SEND_METRICS = b"send-metrics"
+PAGE = b"page"
 RELOAD = b"reload"  # the bundles
 # To the supervisor
-STATUS, METRICS = b"status", b"metrics"  # `Status`; asks for `PAGE`
+# `Status`; asks for `PAGE`
+STATUS = b"status"
+METRICS = b"metrics"
 NEW_MODELS = b"models"  # of an engine, after a reload
 COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20}  # of messages, in tokens
 # Tokens of a process. It gets another one for each client, because it reports its arrival.
-TOKENS_PER_SECOND, MAX_TOKENS = 5 / BEAT_SECONDS, 500
+TOKENS_PER_SECOND = 5 / BEAT_SECONDS
+MAX_TOKENS = 500
 MAX_MESSAGE = 1 << 14
-BUFFER_BYTES = (
-    1 << 16
-)  # of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
+# of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
+BUFFER_BYTES = 1 << 16
 
 COUNTS = struct.Struct("=QI?H")  # of `Status`; whether it is ready; how many numbers follow
 NUMBER = struct.Struct("=I")
@@ -142,10 +145,11 @@ def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files:
 
 async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
+    # no free file, or a TimeoutError
     with (
         contextlib.ExitStack() as stack,
         contextlib.suppress(OSError),
-    ):  # no free file, or a TimeoutError
+    ):
         ours, theirs = map(stack.enter_context, socket.socketpair())
         if control is None or not send_message(control, SEND_METRICS, b"", theirs.fileno()):
             return b""

@@ -92,9 +92,8 @@ class DeviceServer(DrainingServer):
             self._supervisor_left.set()
         if message.kind == control.RELOAD:
             self.reload_bundles()
-        if (
-            message.kind == control.CLIENT
-        ):  # it comes without a file if this process can open no more
+        # it comes without a file if this process can open no more
+        if message.kind == control.CLIENT:
             self._received += 1
         if message.kind == control.KEYS and len(message.files) == 2:
             self._use_keys(int(message.rest), *message.files)
@@ -232,7 +231,8 @@ def serve_http(
     links: Mapping[Path, Path],
 ) -> int:
     """Serve *registry* on the supervisor's connections, in a share of the memory; return the exit code."""
-    settings, count = config.settings, config.num_servers
+    settings = config.settings
+    count = config.num_servers
     shared = memoryview(map_memory(config.shared))
     app = create_app(
         registry,

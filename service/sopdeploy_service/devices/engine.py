@@ -58,9 +58,13 @@ class FrontEndChannel(asyncio.Protocol):
         opening: bytes,
         number: int = 0,
     ) -> None:
-        self.name, self.number = name, number
+        self.name = name
+        self.number = number
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
-        self._engine, self._models, self._slots, self._opening = engine, models, slots, opening
+        self._engine = engine
+        self._models = models
+        self._slots = slots
+        self._opening = opening
         # For each model: the names of the outputs of an image, without and with features.
         self._names = [
             [tuple(shapes) for shapes in channel.output_shapes(model.bundle)]
@@ -119,16 +123,16 @@ class FrontEndChannel(asyncio.Protocol):
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
-                self._answer(
-                    slot, (), results.CLIENT_GONE
-                )  # nobody reads it; the front end reuses the slot
+                # Nobody reads it; the front end reuses the slot
+                self._answer(slot, (), results.CLIENT_GONE)
             return
         is_slot_in_use = cancel is not None
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if model_number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {model_number} with deadline {deadline} is invalid")
-        model, features = self._models[model_number], bool(flags & channel.FEATURES)
+        model = self._models[model_number]
+        features = bool(flags & channel.FEATURES)
         names = self._names[model_number][features]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
         for_drift = bool(flags & channel.FOR_DRIFT)
@@ -158,7 +162,8 @@ class FrontEndChannel(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Send the answers unless the front end has gone; cut it off if it does not read."""
-        answers, self._answers = self._answers, bytearray()
+        answers = self._answers
+        self._answers = bytearray()
         if self.transport is not None:
             self.transport.write(answers)
             if self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
@@ -181,8 +186,11 @@ class Engine:
         sources: Sequence[str | Path],
         links: Mapping[Path, Path],
     ) -> None:
-        self.registry, self._settings, self._supervisor = registry, settings, supervisor
-        self._sources, self._links = sources, links
+        self.registry = registry
+        self._settings = settings
+        self._supervisor = supervisor
+        self._sources = sources
+        self._links = links
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloads = Joined(self._reload)
@@ -214,9 +222,8 @@ class Engine:
             await asyncio.sleep(BEAT_SECONDS)
         # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
-        self.registry.close(
-            results.DRAINING
-        )  # unless the death of the runtime has answered all images
+        # Unless the death of the runtime has answered all images
+        self.registry.close(results.DRAINING)
         await asyncio.sleep(0)  # `FrontEndChannel._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:

@@ -23,21 +23,19 @@ ANY_DEVICE = ""
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 # When a process is replaced: it has not reported since its last step of loading (beside the
 # time of a load), hangs, does nothing at all, has left, or reports that it lacks something.
-START_SECONDS, HANG_SECONDS, IDLE_SECONDS, LEAVE_SECONDS, LACK_SECONDS = (
-    60.0,
-    5.0,
-    2.0,
-    8.0,
-    5.0,
-)
+START_SECONDS = 60.0
+HANG_SECONDS = 5.0
+IDLE_SECONDS = 2.0
+LEAVE_SECONDS = 8.0
+LACK_SECONDS = 5.0
 QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
-TRACED, BUSY = (
-    "t",
-    {"R", "D"},
-)  # states: stopped by a debugger; runs, or waits for a disk or memory
+# states: stopped by a debugger; runs, or waits for a disk or memory
+TRACED = "t"
+BUSY = {"R", "D"}
 NOT_STARTED = "does not start"
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
-VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ORDER = "CUDA_DEVICE_ORDER"
 
 
 class LaunchConfig(pydantic.BaseModel):
@@ -174,7 +172,9 @@ class Process:
 
     def reset(self, control_socket: socket.socket) -> None:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
-        self.control, self.bundles, self.has = control_socket, None, frozenset()
+        self.control = control_socket
+        self.bundles = None
+        self.has = frozenset()
         self.sent = self.received = self.open = self.silent_beats = self.lacking_beats = 0
         self.expected.clear()
         self.tokens = TokenBucket(control.TOKENS_PER_SECOND, control.MAX_TOKENS, [0.0, 0.0])
@@ -198,15 +198,20 @@ class Process:
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
             return "lacks a channel or keys"
         self.silent_beats += 1
-        is_idle, has_left = self._is_idle(), self.control is None
+        is_idle = self._is_idle()
+        has_left = self.control is None
         if has_left:
-            limit, reason = LEAVE_SECONDS, "does not end"
+            limit = LEAVE_SECONDS
+            reason = "does not end"
         elif self.is_ready:
-            limit, reason = HANG_SECONDS, "hangs"
+            limit = HANG_SECONDS
+            reason = "hangs"
         else:
-            limit, reason = load_seconds + START_SECONDS, NOT_STARTED
+            limit = load_seconds + START_SECONDS
+            reason = NOT_STARTED
         if is_idle:
-            limit, reason = IDLE_SECONDS, "hangs"
+            limit = IDLE_SECONDS
+            reason = "hangs"
         return reason if self.silent_beats * BEAT_SECONDS > limit else ""
 
     def _is_idle(self) -> bool:
@@ -219,7 +224,8 @@ class Process:
             return False
         states, ticks = run_states(self.child.pid)
         if TRACED in states or self.silent_beats == QUIET_BEATS:
-            self.silent_beats, self.silent_ticks = QUIET_BEATS, ticks
+            self.silent_beats = QUIET_BEATS
+            self.silent_ticks = ticks
         if self.control is None or not self.is_ready:
             return states == {STOPPED}
         return not BUSY & states and ticks == self.silent_ticks
@@ -243,15 +249,13 @@ def list_devices(settings: Settings) -> list[Process]:
         if devices.count(device) > 1:
             name = f"{device}-{position}"
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
-        if (
-            device == "cpu" and settings.runtime == "auto"
-        ):  # "auto" chooses CUDA wherever it is installed
+        # "auto" chooses CUDA wherever it is installed
+        if device == "cpu" and settings.runtime == "auto":
             from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
 
             changed["runtime"] = cpu_runtime()
-        if (
-            device != "cpu" and settings.decoders == "auto"
-        ):  # "auto" would take all cores for one GPU
+        # "auto" would take all cores for one GPU
+        if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
         variables = visible_devices(device) if device != ANY_DEVICE else {}
         processes.append(
@@ -282,9 +286,8 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
         return {VISIBLE: ""}
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
-        allowed = list(
-            itertools.takewhile(lambda name: name and name != "-1", listed)
-        )  # as CUDA does
+        # as CUDA does
+        allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))
         is_position = device.isdecimal()  # in the list; anything else is the UUID of a GPU
         is_listed = int(device) < len(allowed) if is_position else device in allowed
         if not is_listed:

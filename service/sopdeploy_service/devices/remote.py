@@ -37,7 +37,9 @@ class EngineChannel(asyncio.Protocol):
 
     def __init__(self, engine: str, connection: socket.socket, number: int = 0) -> None:
         """Wait for the description of the models; without it, close *connection*, raise `ChannelError`."""
-        self.engine, self.number, self._connection = engine, number, connection
+        self.engine = engine
+        self.number = number
+        self._connection = connection
         try:
             self.models, self._slots = channel.receive_opening(connection)
         except Exception as error:  # whatever an engine sends, which is not trusted
@@ -70,7 +72,8 @@ class EngineChannel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept images from now on."""
-        self._transport, self.is_open = cast(asyncio.Transport, transport), True
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Refuse all images: the engine has ended, or this end was closed."""
@@ -109,9 +112,8 @@ class EngineChannel(asyncio.Protocol):
             result = await future
         finally:
             timer.cancel()
-            if (
-                self._images.get(slot) is image
-            ):  # no answer yet; the one that comes frees the slot
+            # no answer yet; the one that comes frees the slot
+            if self._images.get(slot) is image:
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
         if isinstance(result, HttpError):
             raise RejectedError(result)
@@ -124,7 +126,8 @@ class EngineChannel(asyncio.Protocol):
         self._requests += channel.REQUEST.pack(*request)
 
     def _flush(self) -> None:
-        requests, self._requests = self._requests, bytearray()
+        requests = self._requests
+        self._requests = bytearray()
         if self.is_open:
             self._transport.write(requests)
 
@@ -210,7 +213,8 @@ class RemoteRegistry(Registry):
 
     def __init__(self, channels: Iterable[EngineChannel], settings: Settings) -> None:
         """Use the models at the other ends of *channels*, one for each engine."""
-        self.metrics, self._settings = Metrics(), settings
+        self.metrics = Metrics()
+        self._settings = settings
         # By name of the engine; the newest last.
         self._channels = {to_engine.engine: to_engine for to_engine in channels}
         self._by_name: dict[str, RemoteModel] = {}
@@ -289,9 +293,8 @@ class RemoteRegistry(Registry):
 
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
-        routes: dict[
-            tuple[str, str], list[tuple[EngineChannel, int]]
-        ] = {}  # by name and version
+        # by name and version
+        routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}
         versions: dict[str, str] = {}  # by name
         for to_engine in self._channels.values():
             for number, facts in enumerate(to_engine.models):

@@ -96,7 +96,8 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
 def describe_refusal(root_path: str) -> bytes:
     """Write the response while no process serves HTTP, below *root_path*, as `http.problems` does."""
     reason = results.RUNTIME_DEAD
-    title, page = HTTPStatus(reason.status).phrase, f"{root_path}/errors#{reason.code}"
+    title = HTTPStatus(reason.status).phrase
+    page = f"{root_path}/errors#{reason.code}"
     problem = {"type": page, "title": title, "status": reason.status, "code": reason.code}
     body = json.dumps({**problem, "detail": reason.message}, separators=(",", ":")).encode()
     lines = (
@@ -139,7 +140,8 @@ class Refusal(asyncio.Protocol):
     """Sends *response* to a client, whatever it sends."""
 
     def __init__(self, response: bytes) -> None:
-        self._response, self.ended = response, asyncio.Event()
+        self._response = response
+        self.ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the response as the last one."""
@@ -163,7 +165,9 @@ class Supervisor:
         listener: socket.socket,
     ) -> None:
         self._sources = tuple(str(source) for source in sources)
-        self._settings, self._devices, self._listener = settings, devices, listener
+        self._settings = settings
+        self._devices = devices
+        self._listener = listener
         self._front_ends = list_front_ends(settings)
         self._stopping = asyncio.Event()
         self._announced = False
@@ -178,7 +182,8 @@ class Supervisor:
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
         self._refusals: set[asyncio.Task[None]] = set()
-        self._template, self._starting = ServerTemplate(), asyncio.Lock()
+        self._template = ServerTemplate()
+        self._starting = asyncio.Lock()
 
     @property
     def _servers(self) -> Sequence[Process]:
@@ -303,9 +308,8 @@ class Supervisor:
             early_deaths = (
                 early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
             )
-            delay = min(
-                MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1
-            )  # 0, 0, 1, 3, 7 ...
+            # 0, 0, 1, 3, 7 ...
+            delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)
             log.error("%s: %s; restart in %.0f s", process.title, end, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
@@ -390,7 +394,8 @@ class Supervisor:
         if process.control is not None:
             self._loop.remove_reader(process.control)
             process.control.close()
-            process.control, process.silent_beats = None, 0
+            process.control = None
+            process.silent_beats = 0
             self._resume_accepting()
 
     def _receive(self, process: Process) -> None:
@@ -467,9 +472,8 @@ class Supervisor:
 
     def _resume_accepting(self) -> None:
         """Let `_accept` look again, which removes this reader while all processes have enough connections."""
-        if (
-            self._announced and self._listener.fileno() != -1
-        ):  # -1: closed at the end of the drain
+        # -1: closed at the end of the drain
+        if self._announced and self._listener.fileno() != -1:
             self._loop.add_reader(self._listener, self._accept)
 
     def _stop_sending(self, process: Process) -> None:
@@ -496,9 +500,8 @@ class Supervisor:
         # One that lacks an engine answers fast, with 503; without any other, clients get that.
         able = [process for process in serving if not process.lacking_beats]
         accepting = [process for process in able or serving if process.accepts]
-        if len(self._refusals) >= SPARE or (
-            serving and not accepting
-        ):  # pause until there is room again
+        # Pause until there is room again
+        if len(self._refusals) >= SPARE or (serving and not accepting):
             self._loop.remove_reader(self._listener)
             return
         try:

@@ -23,8 +23,12 @@ from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.server.lifetime import STDERR
 
 MODULE = "sopdeploy_service.devices.device_server"
-SET_NAME, SET_SUBREAPER = 15, 36  # PR_SET_NAME, PR_SET_CHILD_SUBREAPER
-LAUNCH, NUM_FILES = b"launch", 5  # a message: with the launch config and the files of a process
+# PR_SET_NAME, PR_SET_CHILD_SUBREAPER
+SET_NAME = 15
+SET_SUBREAPER = 36
+# a message: with the launch config and the files of a process
+LAUNCH = b"launch"
+NUM_FILES = 5
 LIBC = ctypes.CDLL(None)
 
 
@@ -91,7 +95,8 @@ def _fork_orphan(requests: socket.socket) -> bool:
 
     Returns whether this is the new process. *requests* gets the reply.
     """
-    supervisor, between = os.getppid(), 0
+    supervisor = os.getppid()
+    between = 0
     try:
         if between := os.fork():
             os.waitpid(between, 0)
@@ -106,9 +111,8 @@ def _fork_orphan(requests: socket.socket) -> bool:
         return False
     while os.getppid() == between:
         time.sleep(0.001)
-    if (
-        os.getppid() != supervisor
-    ):  # it has ended, or the system gives orphans to another process
+    # it has ended, or the system gives orphans to another process
+    if os.getppid() != supervisor:
         requests.send(templates.REPLY.pack(0, errno.ENOSYS))
         os._exit(1)
     requests.send(templates.REPLY.pack(os.getpid(), 0))

@@ -36,7 +36,8 @@ _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 # The tokens, and the time of the last fill, 0 before the first one. Processes may share this
 # memory, without a lock: if two of them change it at once, a few requests more may pass.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
-_TOKENS, _FILLED = 0, 1
+_TOKENS = 0
+_FILLED = 1
 STATE_BYTES = 16  # of a key
 RATE_HEADERS = "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
 KeyName = Annotated[
@@ -159,7 +160,9 @@ class TokenBucket:
     """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop."""
 
     def __init__(self, rate: float, burst: int, state: BucketState) -> None:
-        self._rate, self.burst, self._state = rate, burst, state
+        self._rate = rate
+        self.burst = burst
+        self._state = state
         if not state[_FILLED]:
             state[_TOKENS], state[_FILLED] = float(burst), time.monotonic()
 
@@ -178,9 +181,8 @@ class TokenBucket:
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[_TOKENS] = max(
-                0.0, tokens - num_images
-            )  # up to `_ROUNDING` may be missing
+            # up to `_ROUNDING` may be missing
+            self._state[_TOKENS] = max(0.0, tokens - num_images)
 
     def charge(self, num_tokens: int) -> float:
         """Take *num_tokens*, up to *burst* of them before they are there; return how many are left."""
@@ -195,12 +197,14 @@ class TokenBucket:
 
     def _fill(self) -> float:
         """Add the tokens gained since the last call; return how many there are now."""
-        now, burst = time.monotonic(), float(self.burst)
-        tokens, filled = self._state[_TOKENS], self._state[_FILLED]
-        if not (
-            -burst <= tokens <= burst and filled <= now
-        ):  # of a process that writes nonsense
-            tokens, filled = burst, now
+        now = time.monotonic()
+        burst = float(self.burst)
+        tokens = self._state[_TOKENS]
+        filled = self._state[_FILLED]
+        # of a process that writes nonsense
+        if not (-burst <= tokens <= burst and filled <= now):
+            tokens = burst
+            filled = now
         tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now
         return tokens

@@ -17,7 +17,9 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.signatures import HEAD_BYTES, find_format
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
-MAX_TEXTS, MAX_TEXT_BYTES = 200, 1000  # longer texts are no options
+# longer texts are no options
+MAX_TEXTS = 200
+MAX_TEXT_BYTES = 1000
 MAX_TYPE_CHARS = 1000  # of the content type, whose parser takes quadratic time
 
 _MALFORMED = HttpError(
@@ -110,9 +112,12 @@ class _Parts:
 
     def end_part(self) -> None:
         """Add an image or a text; raise `RejectedError` for one too many."""
-        content, name, file_name = bytes(self.content), self.name, self.file_name
+        content = bytes(self.content)
+        name = self.name
+        file_name = self.file_name
         self.content.clear()
-        self.name, self.file_name = "", None
+        self.name = ""
+        self.file_name = None
 
         # A browser sends a file input without a file like this.
         if file_name == b"" and not content:

@@ -144,9 +144,8 @@ class RequestContextMiddleware:
         finally:
             self.service.active_requests -= 1
             seconds = time.monotonic() - started
-            route = inner.get(
-                "route"
-            )  # the router adds it to the scope that the app was called with
+            # The router adds it to the scope that the app was called with
+            route = inner.get("route")
             self._record(context, scope["method"], route, status, seconds)
 
     def _add_context(self, scope: Scope) -> RequestContext:
@@ -183,9 +182,8 @@ class RequestContextMiddleware:
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
         """Record a request in metrics and access log; *status* is 0 if no response was sent."""
-        path = getattr(
-            route, "path", "other"
-        )  # the template: few values, whatever clients send
+        # The template: few values, whatever clients send
+        path = getattr(route, "path", "other")
         self.service.metrics.count_request(path, status, seconds, context.model_name)
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
@@ -266,7 +264,8 @@ class KeyGuard:
     """Refuses requests without one of *keys* with 401, except those for *open_paths*."""
 
     def __init__(self, keys: KeyRing, open_paths: Collection[str]) -> None:
-        self._keys, self._open_paths = keys, open_paths
+        self._keys = keys
+        self._open_paths = open_paths
 
     def __call__(self, context: RequestContext) -> None:
         """Raise `RejectedError` unless the request is allowed; set key and rate limit."""

@@ -48,22 +48,22 @@ def problem_response(
     headers = dict(given_headers)
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
+    # The body may be unread, or another server should be asked
     if reason.status in {
         408,
         413,
         503,
-    }:  # the body may be unread, or another server should be asked
+    }:
         headers["Connection"] = "close"
     if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
     if path == "/v2" or path.startswith("/v2/"):
         headers["X-Error-Code"] = reason.code
-        body, media_type = orjson.dumps({"error": reason.message}), "application/json"
+        body = orjson.dumps({"error": reason.message})
+        media_type = "application/json"
     else:
-        body, media_type = (
-            orjson.dumps(describe_error(reason, root_path).model_dump()),
-            PROBLEM_JSON,
-        )
+        body = orjson.dumps(describe_error(reason, root_path).model_dump())
+        media_type = PROBLEM_JSON
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
@@ -94,8 +94,10 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
         if "GET" in allowed:  # `RequestContextMiddleware` handles HEAD like it
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
-        status, detail = HTTPStatus(error.status_code), str(error.detail)
-        path, root = request.scope["state"]["context"].path, request.scope["root_path"]
+        status = HTTPStatus(error.status_code)
+        detail = str(error.detail)
+        path = request.scope["state"]["context"].path
+        root = request.scope["root_path"]
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
             if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(

@@ -27,7 +27,8 @@ URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
-TOO_COMPLEX = HttpError(  # more than any valid request has
+# More than any valid request has
+TOO_COMPLEX = HttpError(
     "json_too_complex", 400, "the JSON has too many strings, numbers, lists or objects"
 )
 TOO_DEEP = HttpError(

@@ -24,9 +24,8 @@ from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
 
 FOLLOW_SECONDS = 1.0
-ReadNamed: TypeAlias = Callable[
-    [str, Path, Manifest], Bundle
-]  # name in the server, folder, its manifest
+# Name in the server, folder, its manifest
+ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]
 
 log = logging.getLogger("sopdeploy.models")
 
@@ -96,9 +95,8 @@ def find_bundles(
             listed = list_bundles(
                 path, lambda folder, manifest: read(manifest.project, folder, manifest)
             )
-            if all(
-                bundle.why_not_served for bundle in listed
-            ):  # none is served, or none is here
+            # None is served, or none is here
+            if all(bundle.why_not_served for bundle in listed):
                 none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
                 raise BundleError(
                     f"{path}: {listed[0].why_not_served if listed else none_here}"

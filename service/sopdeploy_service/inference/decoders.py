@@ -53,17 +53,22 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 from sopdeploy_service.templates import STOPPED, run_states
 
 _MIB = 1 << 20
-LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
+LIGHT_MEMORY = 80 * _MIB
+LIGHT_PIXELS = 3_000_000
+LIGHT_BODY = 2_000_000
 # CPU time of a light child: twice that of ordinary files, which other load slows down. A WebP
 # takes up to 24 ns per pixel, a PNG 15, a JPEG with one scan less, and 13 to 20 ns per byte.
-LIGHT_SECONDS, SECONDS_PER_PIXEL, SECONDS_PER_BYTE = 0.03, 40e-9, 20e-9
-PROPORTIONAL_BODY, PROPORTIONAL_PIXELS = 6_000_000, 25_000_000  # of a JPEG with one scan
+LIGHT_SECONDS = 0.03
+SECONDS_PER_PIXEL = 40e-9
+SECONDS_PER_BYTE = 20e-9
+# of a JPEG with one scan
+PROPORTIONAL_BODY = 6_000_000
+PROPORTIONAL_PIXELS = 25_000_000
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
 NICENESS = 10  # of children for large images
-USED_SHARE = (
-    3 / 4
-)  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
+# of the memory; the rest is for batches, JSON, and pages that the allocator keeps
+USED_SHARE = 3 / 4
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_COPY_BYTES = 1 << 26
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
@@ -92,9 +97,8 @@ class Plan(NamedTuple):
 
 def upload_budget(settings: Settings, processes: int = 1) -> int:
     """Return how many bytes of request bodies one of *processes* may hold."""
-    least = math.ceil(
-        settings.max_body_bytes / LARGE_BODY_SHARE
-    )  # admits one body of the largest size
+    # Admits one body of the largest size
+    least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)
     return min(
         settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes))
     )
@@ -114,17 +118,15 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     each beside 8 MiB of its own.
     """
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
-    light = max(
-        1, min(decoders, budget // light_bytes - 1)
-    )  # - 1: for a child for large images
+    # - 1: for a child for large images
+    light = max(1, min(decoders, budget // light_bytes - 1))
     rest = budget - light * light_bytes
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     largest_need = max_pixels * PIXEL_BYTES  # of any image
     # At least `LIGHT_MEMORY`: even if *max_pixels* is small, the file of an image can be large.
     large_memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, largest_need))
-    usual_need = min(
-        LARGE_MEMORY // 2, largest_need
-    )  # of 10 megapixels, such as a photo of a phone
+    # of 10 megapixels, such as a photo of a phone
+    usual_need = min(LARGE_MEMORY // 2, largest_need)
     if light < decoders or large_memory < usual_need:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
@@ -160,7 +162,8 @@ class SharedChildren:
     """
 
     def __init__(self, metrics: Metrics, max_pixels: int = MAX_PIXELS) -> None:
-        self._metrics, self._max_waiting_pixels = metrics, MAX_WAITING * max_pixels
+        self._metrics = metrics
+        self._max_waiting_pixels = MAX_WAITING * max_pixels
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
         # By group: the requests that wait, in order.
@@ -241,7 +244,9 @@ class Decoders:
 
     def __init__(self, max_children: int, settings: Settings, metrics: Metrics) -> None:
         """Decode light images in up to *max_children* children."""
-        self._max_children, self._settings, self._metrics = max_children, settings, metrics
+        self._max_children = max_children
+        self._settings = settings
+        self._metrics = metrics
         self.light = SharedChildren(metrics)
         self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
         self.budget: int | None = (
@@ -365,7 +370,8 @@ class Decoders:
             if cost is None
             else min(cost.pixels, self._settings.max_pixels)
         )
-        is_light, is_slow = seconds > 0, False
+        is_light = seconds > 0
+        is_slow = False
         while True:
             request = Request(
                 image, rules, kind, sizes, self._loop.create_future(), pixels, seconds
@@ -394,27 +400,27 @@ class Decoders:
                 if not is_light and is_fault_of_image:
                     raise RejectedError(results.DAMAGED)
                 if not is_light and num_crashes > 1:
+                    # by the system or a user
                     is_kill = reply.reason in {
                         signal.SIGKILL.name,
                         pool.UNKNOWN,
-                    }  # by the system or a user
+                    }
                     raise RejectedError(
                         results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
                     )
-                is_slow = (
-                    is_light and is_fault_of_image
-                )  # then waits among slow images of its client
+                # Then waits among slow images of its client
+                is_slow = is_light and is_fault_of_image
                 pixels = self._settings.max_pixels if is_slow else pixels
             elif reply.kind == kind:
                 return reply, busy
             else:
                 code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
-                if not (
-                    is_light and code == child.TOO_MUCH_MEMORY
-                ):  # which a child for large images has
+                # Which a child for large images has
+                if not (is_light and code == child.TOO_MUCH_MEMORY):
                     message = reply.data.tobytes().decode(errors="replace")
                     raise ImageError(message, code=code, status=status)
-            is_light, seconds = False, 0.0
+            is_light = False
+            seconds = 0.0
 
     async def _watch(self) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""
@@ -432,9 +438,8 @@ class Decoders:
             for process in stopped & suspects:
                 log.warning("the decoder process %d is stopped; it is ended", process)
                 with suppress(ProcessLookupError):
-                    os.kill(
-                        process, signal.SIGKILL
-                    )  # not by the template, which may be the one
+                    # Not by the template, which may be the one
+                    os.kill(process, signal.SIGKILL)
             suspects = stopped
 
 

@@ -47,7 +47,8 @@ from sopdeploy_service.runtime.base import (
 )
 from sopdeploy_service.settings import Settings
 
-LOAD_SECONDS_ON_CPU, LOAD_SECONDS_ON_GPU = 120.0, 600.0
+LOAD_SECONDS_ON_CPU = 120.0
+LOAD_SECONDS_ON_GPU = 600.0
 LOAD_TIMEOUT = "load_timeout"  # code of the error
 LARGEST_ON_CPU = (
     4  # larger batches gain nothing on a CPU and delay the first image of the batch
@@ -111,7 +112,8 @@ def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Resu
 
 async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
     """Wait for *work* on *what*, at most as long as a load may take; raises `RuntimeUnavailableError`."""
-    result, seconds = asyncio.wrap_future(work), load_seconds(settings)
+    result = asyncio.wrap_future(work)
+    seconds = load_seconds(settings)
     try:
         async with asyncio.timeout(
             seconds
@@ -270,10 +272,11 @@ def _replay_all(
 
     size = min(max_batch, len(probes.images))
     if thorough or size == 1:
+        # All of them alone and, unless *size* is 1, in batches
         probes_by_size = {
             1: probes,
             size: probes,
-        }  # all of them alone and, unless *size* is 1, in batches
+        }
     else:  # the first one alone, the others in batches
         probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
     replays = {
@@ -293,13 +296,15 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
 
     # The other batch has inverted images, so that the outputs differ.
     def run_after_other(images: NDArray[np.uint8]) -> Outputs:
-        wait_for_other, wait = runtime.begin(list(~images)), runtime.begin(list(images))
+        wait_for_other = runtime.begin(list(~images))
+        wait = runtime.begin(list(images))
         wait_for_other()
         return wait()
 
     def run_before_other(images: NDArray[np.uint8]) -> Outputs:
         # The other batch has a single image, so that an engine uses its other profile, too.
-        wait, wait_for_other = runtime.begin(list(images)), runtime.begin(list(~images[:1]))
+        wait = runtime.begin(list(images))
+        wait_for_other = runtime.begin(list(~images[:1]))
         outputs = wait()
         wait_for_other()
         return outputs

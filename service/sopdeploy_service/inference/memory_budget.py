@@ -36,7 +36,8 @@ from sopdeploy_service.settings import Settings
 # Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB, and
 # once more the file, which is sealed in memory meanwhile. Afterwards, at most 1.25 times the
 # file and 55 MB remain.
-FILE_FACTOR, ACTIVATION_BYTES = 3, 64_000_000
+FILE_FACTOR = 3
+ACTIVATION_BYTES = 64_000_000
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 _POLL_SECONDS = 0.01
 RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
@@ -49,7 +50,9 @@ log = logging.getLogger("sopdeploy.models")
 class NoRuntime:
     """The runtime of a model that is not loaded; runs nothing."""
 
-    name, device, largest_batch = NOT_LOADED, "none", 1
+    name = NOT_LOADED
+    device = "none"
+    largest_batch = 1
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Raise `NotImplementedError`: requests wait until the model is loaded."""
@@ -151,9 +154,8 @@ class BudgetedRegistry(ModelRegistry):
                 bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
                 model = self._by_name[name] = self._start_model(name, loaded)
-                model.drift = (
-                    lazy.placeholder.drift
-                )  # it has counted since the start of the server
+                # it has counted since the start of the server
+                model.drift = lazy.placeholder.drift
                 self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)

@@ -107,17 +107,18 @@ class Model(ABC):
         settings: Settings,
     ) -> None:
         """Describe *bundle* on *runtime*; *timings* has (images, seconds) of batches that have run."""
-        self.name, self.bundle, self.labels = name, bundle, bundle.labels
+        self.name = name
+        self.bundle = bundle
+        self.labels = bundle.labels
         manifest = bundle.manifest
         self.decision = manifest.rules
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
-        self.version, self.logits_name = manifest.id, manifest.outputs[0].name
+        self.version = manifest.id
+        self.logits_name = manifest.outputs[0].name
         self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
-        self.runtime, self.is_loaded, self.largest_batch = (
-            runtime,
-            runtime.is_loaded,
-            runtime.largest_batch,
-        )
+        self.runtime = runtime
+        self.is_loaded = runtime.is_loaded
+        self.largest_batch = runtime.largest_batch
         self.latency = LatencyTable(timings)
         self.users = 0  # requests
         self.unused = asyncio.Event()

@@ -179,7 +179,8 @@ class LocalModel(Model):
     def __init__(
         self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics
     ) -> None:
-        runtime, manifest = loaded.runtime, loaded.bundle.manifest
+        runtime = loaded.runtime
+        manifest = loaded.bundle.manifest
         facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
         super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
         self._is_dead = False
@@ -187,7 +188,8 @@ class LocalModel(Model):
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
         metrics.create_series(name, rejects=self.decision.rejection is not None)
-        self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
+        self._metrics = metrics
+        self._timeout = settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
         # Used by the thread, except that the watchdog and `close` read `_in_flight` and
@@ -280,9 +282,8 @@ class LocalModel(Model):
             # which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
-            num_images = (
-                len(batches[0].images) if batches else 0
-            )  # without a batch, `check_device` may run
+            # Without a batch, `check_device` may run
+            num_images = len(batches[0].images) if batches else 0
             seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)
             if seconds > limit:
@@ -308,7 +309,8 @@ class LocalModel(Model):
                     if self._must_check_device:
                         self._batch_started = time.monotonic()  # for the watchdog
                         check_device(self._runtime, self.bundle.manifest.image_shape)
-                        self._batch_started, self._must_check_device = None, False
+                        self._batch_started = None
+                        self._must_check_device = False
                     if not self._begin_batch():  # the queue is closed
                         break
                 # Begin a second batch, but none after one that failed: first, the device is
@@ -317,12 +319,11 @@ class LocalModel(Model):
                     self._begin_batch(only_full=True)
                 # Complete the oldest batch.
                 batch = self._in_flight[0]
-                pixels, names = (
-                    [image.pixels for image in batch.images],
-                    self._names_of(batch.images),
-                )
+                pixels = [image.pixels for image in batch.images]
+                names = self._names_of(batch.images)
                 rows = run_bisected(partial(self._run_images, batch, names), pixels, names)
-                started, ended = cast(float, self._batch_started), time.monotonic()
+                started = cast(float, self._batch_started)
+                ended = time.monotonic()
                 self._must_check_device = all(
                     row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
                 )
@@ -331,11 +332,12 @@ class LocalModel(Model):
                 self._batch_started = ended if len(self._in_flight) > 1 else None
                 del self._in_flight[0]
                 call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
+                # The wait for the next batch must not keep their memory
                 del (
                     batch,
                     pixels,
                     rows,
-                )  # the wait for the next batch must not keep their memory
+                )
         except (
             BaseException
         ):  # logged here because nothing else sees it; the service then ends the process
@@ -351,13 +353,11 @@ class LocalModel(Model):
         batch = _Batch(images)
         if self._batch_started is None:
             self._batch_started = time.monotonic()
-        self._in_flight.append(
-            batch
-        )  # before it begins: the watchdog must see a call that hangs
+        # Before it begins: the watchdog must see a call that hangs
+        self._in_flight.append(batch)
         if self._overlapping is not None:
-            with contextlib.suppress(
-                Exception
-            ):  # `_run_images` tries again, and handles errors
+            # `_run_images` tries again, and handles errors
+            with contextlib.suppress(Exception):
                 pixels = [image.pixels for image in images]
                 batch.wait = self._overlapping.begin(pixels, self._names_of(images))
         return True
@@ -377,7 +377,8 @@ class LocalModel(Model):
         are for parts.
         """
         if batch.wait is not None:
-            wait, batch.wait = batch.wait, None
+            wait = batch.wait
+            batch.wait = None
             return wait()
         if self._overlapping is not None:
             return self._overlapping.begin(images, names)()

@@ -100,9 +100,8 @@ class ModelRegistry(Registry):
                     check_trust(bundle, self._settings)
                 else:
                     loaded[name] = await load_in_background(bundle, self._settings)
-                    stack.callback(
-                        loaded[name].runtime.close
-                    )  # unless all of them can be loaded
+                    # Unless all of them can be loaded
+                    stack.callback(loaded[name].runtime.close)
             stack.pop_all()
         for name in set(self._by_name) - set(bundles):
             self._retire(self._by_name.pop(name))
@@ -202,11 +201,12 @@ class Service:
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         """Serve the models of *registry*."""
-        self.settings, self.registry, self.metrics = settings, registry, registry.metrics
+        self.settings = settings
+        self.registry = registry
+        self.metrics = registry.metrics
         self.active_requests = 0  # counted by the middleware
-        self.metrics_page = Shared(
-            self.make_metrics
-        )  # of all processes if the server has several
+        # of all processes if the server has several
+        self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
         self.keep: KeepImage | None = (
             None  # set by the app if it keeps results; the text is a report
@@ -222,10 +222,9 @@ class Service:
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
-        self._draining, self._was_drained = (
-            True,
-            False,
-        )  # draining until `start`, unless `drain` was called
+        # Draining until `start`, unless `drain` was called
+        self._draining = True
+        self._was_drained = False
 
     async def make_metrics(self) -> bytes:
         """Return the page with the metrics of this process, which a thread makes."""
@@ -242,12 +241,14 @@ class Service:
 
     def share_admitted(self, cells: "memoryview[int]", position: int) -> None:
         """Count in *cells*, one per process of the server; that of this one, at *position*, is set to 0."""
-        self._cells, self._position = cells, position
+        self._cells = cells
+        self._position = position
         self.admitted = 0
 
     def _count_admitted(self) -> int:
         """Return the images of all processes; others, whatever they tell, leave this one its share."""
-        queue_size, num_processes = self.settings.queue_size, len(self._cells)
+        queue_size = self.settings.queue_size
+        num_processes = len(self._cells)
         others = [min(max(0, count), queue_size) for count in self._cells]
         others[self._position] = 0
         return self._admitted + min(
@@ -318,9 +319,8 @@ class Service:
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        if (
-            self.num_front_ends
-        ):  # engines share the images of all front ends, which have about as many each
+        # Engines share the images of all front ends, which have about as many each
+        if self.num_front_ends:
             about = self.admitted * len(self._cells)
             return min(about, self._count_admitted()) // model.num_engines
         return self.admitted  # each process has a device of its own
@@ -422,7 +422,8 @@ class Service:
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
         if not predictions:
             return outcomes
-        started, rules = time.monotonic(), model.bundle.manifest.preprocess
+        started = time.monotonic()
+        rules = model.bundle.manifest.preprocess
         copies = np.concatenate(
             [occlude(prediction.pixels, rules) for prediction in predictions]
         )

@@ -88,7 +88,8 @@ class Uploads:
             sizes[other.client] += other.num_bytes
 
         # A body that has arrived stays until it is answered.
-        now, leaving = time.monotonic(), []
+        now = time.monotonic()
+        leaving = []
         arriving = {one for one in self._bodies if one.timer is not None and one.num_bytes}
         while excess > 0:
             largest = max(

@@ -102,7 +102,8 @@ def read_kept(folder: Path) -> list[Kept]:
     warnings tell how many, and which version reads them. Raises `OSError` if *folder* cannot be
     read.
     """
-    kept, others = list[Kept](), list[str]()
+    kept = list[Kept]()
+    others = list[str]()
     # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error
     # there.
     device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113

@@ -64,9 +64,8 @@ class LineQueue(logging.Handler):
             data = f"{line}\n".encode(errors="backslashreplace")
             try:
                 while data:
-                    data = data[
-                        os.write(self._file, data) :
-                    ]  # the rest, if only a part was written
+                    # The rest, if only a part was written
+                    data = data[os.write(self._file, data) :]
             except OSError:  # the disk is full, or nobody has the pipe open
                 DROPPED.inc()
 
@@ -82,7 +81,8 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         yield
         return
     for_people = settings.log == "console" or (settings.log is None and os.isatty(file))
-    added: list[Processor] = [  # run first
+    # Run first
+    added: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -109,9 +109,8 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
     )
-    logging.getLogger().addHandler(
-        handler
-    )  # also for other libraries, whose level stays at warning
+    # Also for other libraries, whose level stays at warning
+    logging.getLogger().addHandler(handler)
     is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
     level = (
         "warning"

@@ -114,9 +114,8 @@ class Metrics:
             SopdeployError.code,
             *(kind.code for kind in SopdeployError.__subclasses__()),
         ]
-        for (
-            code
-        ) in codes:  # from 0 on: Prometheus sees no increase in a series that begins at 1
+        # From 0 on: Prometheus sees no increase in a series that begins at 1
+        for code in codes:
             self.load_failures.labels(code)
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter(
@@ -205,10 +204,11 @@ class Metrics:
         stages: Mapping[str, float],
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
+        # The others are counted per image and batch
         for stage in stages.keys() & {
             "load",
             "receive",
-        }:  # the others are counted per image and batch
+        }:
             self.observe_stage(stage, stages[stage])
         self._child(self.last_inference, model_name).set_to_current_time()
         self._child(self.inference_seconds, model_name, result).observe(seconds)
@@ -247,7 +247,9 @@ class DriftWindow:
     """
 
     def __init__(self, reference: Reference, metrics: Metrics, model_name: str) -> None:
-        self._reference, self._metrics, self._model_name = reference, metrics, model_name
+        self._reference = reference
+        self._metrics = metrics
+        self._model_name = model_name
         self._counts = PredictionCounts(len(reference.classes))
         self._latest: Drift | None = None  # of the last full window
         self.publish()
@@ -264,7 +266,8 @@ class DriftWindow:
 
     def publish(self) -> None:
         """Set the metrics: the number of predictions, and the result of the last full window, if any."""
-        metrics, name = self._metrics, self._model_name
+        metrics = self._metrics
+        name = self._model_name
         metrics.drift_images.labels(name).set(self._counts.num_images)
         for test in TESTS:
             if self._latest is None:  # removes what a previous bundle of this name has set

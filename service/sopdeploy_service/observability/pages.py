@@ -43,9 +43,8 @@ class Shared(Generic[_Value]):
         if self._made is None or (self._made.done() and now >= self._next):
             self._made = asyncio.ensure_future(self._make())
             self._next = now + SHARED_SECONDS
-        return await asyncio.shield(
-            self._made
-        )  # one who leaves does not cancel it for the others
+        # One who leaves does not cancel it for the others
+        return await asyncio.shield(self._made)
 
 
 def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
@@ -59,7 +58,9 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
         b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid)
         for name in pages
     ]
-    merged, help_line, samples = {_UP[1].split()[2]: (_UP, up)}, b"", up
+    merged = {_UP[1].split()[2]: (_UP, up)}
+    help_line = b""
+    samples = up
     for process, page in {**valid, "supervisor": supervisor}.items():
         label = b'process="%b"' % process.encode()
         for line in page.split(b"\n")[:-1]:

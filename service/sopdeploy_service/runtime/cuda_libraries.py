@@ -16,7 +16,8 @@ from sopdeploy.errors import RuntimeUnavailableError
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # opened by the provider at its first convolution
-SHARED, CUDA_PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
+SHARED = "libonnxruntime_providers_shared.so"
+CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 NO_DRIVER = (
     f"no NVIDIA driver is usable here ({DRIVER} cannot be loaded); start a container with `--gpus all`, or "
     "install the driver"
@@ -56,15 +57,13 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
         raise RuntimeUnavailableError(NO_DRIVER) from error
     capi = Path(onnxruntime.__file__).parent / "capi"
     try:
-        ctypes.CDLL(
-            str(capi / SHARED), mode=ctypes.RTLD_GLOBAL
-        )  # has symbols that the provider needs
+        # Has symbols that the provider needs
+        ctypes.CDLL(str(capi / SHARED), mode=ctypes.RTLD_GLOBAL)
         for library in (str(capi / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)
     except OSError as error:
-        name, _, reason = str(error).partition(
-            ": "
-        )  # the message of the loader begins with the library
+        # The message of the loader begins with the library
+        name, _, reason = str(error).partition(": ")
         raise RuntimeUnavailableError(
             f"onnxruntime {onnxruntime.__version__} needs {Path(name).name} for CUDA ({reason}); "
             'run: pip install "sopdeploy[gpu]"'

@@ -65,7 +65,10 @@ _Job: TypeAlias = tuple[
 class OnnxRuntime(OwnRuntime):
     """A session on `model.onnx` of a bundle, on the CPU."""
 
-    setting, title, extra, needs_gpu = "onnxruntime-cpu", "ONNX Runtime", "cpu", False
+    setting = "onnxruntime-cpu"
+    title = "ONNX Runtime"
+    extra = "cpu"
+    needs_gpu = False
     _provider = CPU
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
@@ -74,9 +77,8 @@ class OnnxRuntime(OwnRuntime):
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            onnxruntime.set_default_logger_severity(
-                FATAL
-            )  # of the CUDA provider; sessions have their own
+            # of the CUDA provider; sessions have their own
+            onnxruntime.set_default_logger_severity(FATAL)
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
@@ -117,7 +119,10 @@ class CudaOnnxRuntime(OnnxRuntime):
     each of these sizes when it first occurs.
     """
 
-    setting, title, extra, needs_gpu = "onnxruntime-cuda", "ONNX Runtime with CUDA", "gpu", True
+    setting = "onnxruntime-cuda"
+    title = "ONNX Runtime with CUDA"
+    extra = "gpu"
+    needs_gpu = True
     _provider = CUDA
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
@@ -136,9 +141,8 @@ class CudaOnnxRuntime(OnnxRuntime):
         self._needs_session_per_size = any(
             "Conv" in operator for operator in _count_operators(self._session)
         )
-        self._sessions = {
-            1: self._session
-        }  # by batch size; the first session takes batches of one
+        # by batch size; the first session takes batches of one
+        self._sessions = {1: self._session}
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
@@ -186,9 +190,8 @@ class CudaOnnxRuntime(OnnxRuntime):
         names = self._outputs if names is None else list(names)
         count = len(images)
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
-        size = min(
-            large_enough, default=count
-        )  # a batch that is too large is not padded, and may fail
+        # a batch that is too large is not padded, and may fail
+        size = min(large_enough, default=count)
         # Memory that the system gives for each batch anew would cost more time than the copy of
         # the images.
         if self._buffers and size <= len(self._buffers[-1]):
@@ -243,11 +246,12 @@ def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
             future.set_result(run())
         except Exception as error:  # raised where the outputs are due
             future.set_exception(error)
+        # The idle thread must not keep a session or the memory of a batch alive
         del (
             job,
             run,
             future,
-        )  # the idle thread must not keep a session or the memory of a batch alive
+        )
 
 
 def import_onnxruntime() -> Any:

@@ -45,7 +45,10 @@ def openvino_core() -> Any:
 class OpenVINORuntime(OwnRuntime):
     """`model.onnx` of a bundle, compiled for this CPU."""
 
-    setting, title, extra, needs_gpu = "openvino", "OpenVINO", "openvino", False
+    setting = "openvino"
+    title = "OpenVINO"
+    extra = "openvino"
+    needs_gpu = False
     device = "cpu"
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:

@@ -24,7 +24,10 @@ log = logging.getLogger("sopdeploy.service")
 class TensorRTRuntime(EngineSession, OwnRuntime):
     """The engine of a bundle on this machine's first GPU."""
 
-    setting, title, extra, needs_gpu = "tensorrt", "TensorRT", "tensorrt", True
+    setting = "tensorrt"
+    title = "TensorRT"
+    extra = "tensorrt"
+    needs_gpu = True
     device = "cuda:0"
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:

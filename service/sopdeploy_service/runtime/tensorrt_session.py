@@ -230,9 +230,8 @@ class BatchBuffer:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            sizes = [
-                size for size in tensor.shape[1:] if size is not None
-            ]  # only the first size is None
+            # Only the first size is None
+            sizes = [size for size in tensor.shape[1:] if size is not None]
             shape = (largest, *sizes)
             self.host[tensor.name] = resources.allocate_pinned_array(
                 shape, np.dtype(tensor.dtype)
@@ -240,7 +239,8 @@ class BatchBuffer:
             self.device[tensor.name] = resources.allocate_device_memory(
                 self.host[tensor.name].nbytes
             )
-        self.uploaded, self.done = resources.create_event(), resources.create_event()
+        self.uploaded = resources.create_event()
+        self.done = resources.create_event()
 
 
 class EngineSession:
@@ -258,7 +258,9 @@ class EngineSession:
         Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little
         memory. On error, nothing stays allocated.
         """
-        self._cuda, self._profiles, self._logger = cuda, key.profiles, reset_logger(trt)
+        self._cuda = cuda
+        self._profiles = key.profiles
+        self._logger = reset_logger(trt)
         self._loaded = deserialize(trt, plan, self._logger)  # runtime and engine
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
@@ -293,9 +295,8 @@ class EngineSession:
         needs, because their kernels never run at the same time.
         """
         size = int(self._engine.device_memory_size_v2)
-        shared = self._resources.allocate_device_memory(
-            max(1, size)
-        )  # 0 bytes would have no address
+        # 0 bytes would have no address
+        shared = self._resources.allocate_device_memory(max(1, size))
         # The engine and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:
@@ -338,7 +339,8 @@ class EngineSession:
         names = self._outputs if names is None else names
         count = len(images)
         index = profile_index(self._profiles, count)
-        buffer, call = self._free.pop(), self._cuda.call
+        buffer = self._free.pop()
+        call = self._cuda.call
         try:
             pinned = buffer.host[self._input][:count]
             np.stack(images, out=pinned)
@@ -346,9 +348,8 @@ class EngineSession:
                 pinned, buffer.device[self._input], self._upload_stream, upload=True
             )
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
-            call(
-                "cudaStreamWaitEvent", self._stream, buffer.uploaded, 0
-            )  # kernels start after the upload
+            # Kernels start after the upload
+            call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             self._enqueue_kernels(index, buffer, count)
             for name in names:
                 self._cuda.copy(
@@ -365,7 +366,8 @@ class EngineSession:
 
     def _enqueue_kernels(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Enqueue the kernels of the profile *index* for *count* images in *buffer*."""
-        context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
+        context = self._contexts[index]
+        shape = (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
                 raise RuntimeError(
@@ -376,9 +378,8 @@ class EngineSession:
                 f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}"
             )
         if not context.execute_async_v3(int(self._stream)):
-            self._cuda.call(
-                "cudaStreamSynchronize", self._stream
-            )  # raises if the device failed
+            # Raises if the device failed
+            self._cuda.call("cudaStreamSynchronize", self._stream)
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
 
     def _wait_for_outputs(

@@ -105,9 +105,11 @@ class DrainingServer(uvicorn.Server):
         links: Mapping[Path, Path] | None = None,
     ) -> None:
         super().__init__(http_config(app, settings))
-        self._app, self._service = app, cast(Service, app.state.service)
+        self._app = app
+        self._service = cast(Service, app.state.service)
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
-        self._sources, self._links = sources, links or {}
+        self._sources = sources
+        self._links = links or {}
         # The end of the server does not wait for these.
         self._following: set[asyncio.Task[None]] = set()
         self._bundle_reload = Joined(self._reload_bundles)
@@ -115,9 +117,8 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._is_draining = False
         self._last_beat = time.monotonic()
-        self._lags: deque[float] = deque(
-            [0.0], maxlen=BEATS
-        )  # seconds by which ticks of uvicorn were late
+        # Seconds by which ticks of uvicorn were late
+        self._lags: deque[float] = deque([0.0], maxlen=BEATS)
         self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
 
     def serve_until_end(self, *listeners: socket.socket) -> int:

@@ -28,7 +28,9 @@ from sopdeploy_service.settings import Settings
 
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
-MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
+# of one request
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32_768
 # a connection closed with unread input is reset: the client could not read the response
 LINGER_SECONDS = 2.0
 # seconds for headers, a body or reading; who takes longer may have to make room for another one
@@ -77,20 +79,16 @@ class Connections:
     settings: Settings
     metrics: Metrics
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
-    idle: "dict[LimitedHttpProtocol, None]" = field(
-        default_factory=dict
-    )  # ordered by start of idle time
-    waiting: "dict[LimitedHttpProtocol, float]" = field(
-        default_factory=dict
-    )  # ordered by this time
+    # Ordered by start of idle time
+    idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
+    # Ordered by this time
+    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    closing: "dict[LimitedHttpProtocol, None]" = field(
-        default_factory=dict
-    )  # ordered by time of closing
-    num_by_address: Counter[str] = field(
-        default_factory=Counter
-    )  # without those of trusted proxies
+    # Ordered by time of closing
+    closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
+    # Without those of trusted proxies
+    num_by_address: Counter[str] = field(default_factory=Counter)
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
         """Admit *connection*; if there are too many, close another one, or return the error for this one.
@@ -158,9 +156,8 @@ class Connections:
         longest_idle = next((one for one in self.idle if one in candidates), None)
         if longest_idle is not None:
             return longest_idle
-        rates: dict[
-            LimitedHttpProtocol, float
-        ] = {}  # bytes per second; 0 if the client does not read
+        # Bytes per second; 0 if the client does not read
+        rates: dict[LimitedHttpProtocol, float] = {}
         for connection, since in self.unread.items():
             if connection in candidates and since <= before:
                 rates[connection] = 0.0
@@ -214,7 +211,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
-        self.address, self.is_trusted = "", False  # of the client or proxy
+        # of the client or proxy
+        self.address = ""
+        self.is_trusted = False
         self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
         # Whether the headers or the body of a request are arriving now; neither between two
@@ -256,9 +255,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.resume_writing()  # stops the write timeout
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.transport = (
-                self.transport
-            )  # not this object, which also refers to the cycle
+            # Not this object, which also refers to the cycle
+            self.cycle.transport = self.transport
 
     def data_received(self, data: bytes) -> None:
         """Parse *data* unless the last request has arrived."""
@@ -276,9 +274,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             self._error = self._error or _MALFORMED
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
-        limit = (
-            MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
-        )  # with the URL
+        # With the URL
+        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
         if self._error is None and self._overhead_bytes > limit:
             self._error = LARGE_HEADERS
         is_responding = self.cycle is not None and not self.cycle.response_complete
@@ -309,9 +306,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 name + b": " + value for name, value in self.headers if name in BODY_LENGTH
             ]
             head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
-            body_start = upgrade.args[
-                0
-            ]  # httptools's offset, in *data*, of the first byte after the headers
+            # httptools's offset, in *data*, of the first byte after the headers
+            body_start = upgrade.args[0]
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
                 on_chunk_header=self.on_chunk_header,
@@ -338,7 +334,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         closes the connection, and the client sends the request again (RFC 9112, section 9.3.2).
         """
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive, self._ignores_input = False, True
+            self.cycle.keep_alive = False
+            self._ignores_input = True
             raise RejectedError(_MALFORMED)  # stops the parser
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
@@ -386,17 +383,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # The request has the present list. Trailers, which it must not use, are appended to a
         # copy.
         self.headers = list(self.headers)
-        self._in_body, self.body_bytes = True, 0
-        self.cycle.transport = cast(
-            asyncio.Transport, self
-        )  # so that it calls `write` and `close` here
+        self._in_body = True
+        self.body_bytes = 0
+        # so that it calls `write` and `close` here
+        self.cycle.transport = cast(asyncio.Transport, self)
 
     def on_chunk_header(self) -> None:
         """Limit the number of chunks whose content does not pay for them."""
         self._overhead_bytes += CALLBACK_BYTES
-        if (
-            self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes
-        ):  # what the read has added, too
+        # What the read has added, too
+        if self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes:
             self._refuse(LARGE_HEADERS)
 
     def on_body(self, body: bytes) -> None:
@@ -415,9 +411,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
-        if (
-            self.cycle.response_complete
-        ):  # before the end of the body: the idle time begins only now
+        # Before the end of the body: the idle time begins only now
+        if self.cycle.response_complete:
             self._stop_timer()  # stops the timer of the rest of the body
             self._begin_idle_time()
 
@@ -528,7 +523,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _write_error(self, reason: HttpError) -> None:
         """Send the response of *reason* as the last one, without the app."""
         identifier = request_id(join_headers(self.headers or []))
-        root, url = self._limits.root_path, self.url.partition(b"?")[0].decode("latin-1")
+        root = self._limits.root_path
+        url = self.url.partition(b"?")[0].decode("latin-1")
         headers = {"Connection": "close", "X-Request-ID": identifier}
         response = problem_response(reason, headers, without_prefix(url, root), root)
         lines = [STATUS_LINE[reason.status]]

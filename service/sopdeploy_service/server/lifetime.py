@@ -5,7 +5,8 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-STDERR, USER_ERROR = 2, 2
+STDERR = 2
+USER_ERROR = 2
 HAS_TERMINAL = os.isatty(STDERR)  # at the start
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 

@@ -23,7 +23,9 @@ from sopdeploy_service.settings import Settings
 if TYPE_CHECKING:  # a supervisor does not import it
     from sopdeploy_service.inference.service import ModelRegistry
 
-MIN_FRONT_ENDS, CORES_PER_FRONT_END = 2, 4  # the other cores decode
+# the other cores decode
+MIN_FRONT_ENDS = 2
+CORES_PER_FRONT_END = 4
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -35,10 +37,11 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     errors of `find_bundles` and `load_bundle`.
     """
     if threading.current_thread() is threading.main_thread():
+        # They would end a server that is not ready yet
         for number in (
             signal.SIGHUP,
             signal.SIGUSR1,
-        ):  # they would end a server that is not ready yet
+        ):
             signal.signal(number, signal.SIG_IGN)
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
     # With several devices, this only checks that there are links; each process reads them on
@@ -98,9 +101,8 @@ def load_registry(
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.
         return read_files(path, manifest, with_graph=settings.memory_budget is None)
 
-    finding = daemon_threads.start(
-        partial(find_bundles, sources, read)
-    )  # before the slow imports
+    # Before the slow imports
+    finding = daemon_threads.start(partial(find_bundles, sources, read))
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415

@@ -100,9 +100,8 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        groups_of_strata = np.unique(
-            np.stack([self.strata, groups_N]), axis=1
-        )  # each pair once
+        # Each pair once
+        groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)
         _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
         num_folds = min(
             at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist()
@@ -127,16 +126,16 @@ def spread_groups(
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
     images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
     np.add.at(images_GS, (groups_N, stratum_N), 1)
-    shuffled_G = np.random.RandomState(seed % 2**32).permutation(
-        num_groups
-    )  # NumPy's limit for seeds
+    # NumPy's limit for seeds
+    shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
     for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
         # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
         attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
         unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
-        sizes, best = images_FS.sum(axis=1).tolist(), 0
+        sizes = images_FS.sum(axis=1).tolist()
+        best = 0
         for fold in range(1, num_folds):
             difference = unevenness[fold] - unevenness[best]
             is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
@@ -183,7 +182,8 @@ class Discriminant(NamedTuple):
         corrected norm is uncertain for few, with one class per image that of all classes counts
         as `COMMON` photographs of each class.
         """
-        present_K, counted_K = self.numbers > 0, np.maximum(self.numbers, 1e-12)
+        present_K = self.numbers > 0
+        counted_K = np.maximum(self.numbers, 1e-12)
         norms_K = (
             self.own
             - self.others
@@ -217,9 +217,13 @@ class Moments(NamedTuple):
         the mean of all class means. With "sigmoid", each class is compared with the images that
         do not show it.
         """
-        sums_KR, counts_K1, counts_K = self.sums[:, :-1], self.sums[:, -1:], self.sums[:, -1]
-        total_R, count = self.products[-1, :-1], self.products[-1, -1]
-        means_KR, mean_R = sums_KR / np.maximum(counts_K1, 1), total_R / max(1, count)
+        sums_KR = self.sums[:, :-1]
+        counts_K1 = self.sums[:, -1:]
+        counts_K = self.sums[:, -1]
+        total_R = self.products[-1, :-1]
+        count = self.products[-1, -1]
+        means_KR = sums_KR / np.maximum(counts_K1, 1)
+        mean_R = total_R / max(1, count)
         total_RR = self.products[:-1, :-1] - count * np.outer(mean_R, mean_R)
         if activation == "softmax":
             present = counts_K > 0
@@ -238,9 +242,8 @@ class Moments(NamedTuple):
         )
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
-        if (
-            activation == "sigmoid"
-        ):  # without the scatter between presence and absence (Sherman, Morrison)
+        # Without the scatter between presence and absence (Sherman, Morrison)
+        if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
@@ -253,7 +256,8 @@ class Moments(NamedTuple):
         other_numbers_K = (
             count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
         )
-        own_K, others_K = (weight * means_KR).sum(axis=1), (weight * others_KR).sum(axis=1)
+        own_K = (weight * means_KR).sum(axis=1)
+        others_K = (weight * others_KR).sum(axis=1)
         return Discriminant(weight, own_K, others_K, numbers_K, other_numbers_K)
 
 
@@ -297,7 +301,8 @@ class Scaling(NamedTuple):
         / (N + 2), the rule of succession: without errors, the temperature would otherwise be 0.
         The margins are 0 unless *has_margins*.
         """
-        classes_NK, wrong = targets.classes, 1 / (len(targets.classes) + 2)
+        classes_NK = targets.classes
+        wrong = 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
         margins: Array | float = 0.0  # with them, the temperature would be too high
@@ -339,14 +344,11 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
     surplus = expected = 0.0
     for one in validations:
         for fold, head in enumerate(one.heads):
-            products_nK, shown_nK = (
-                one.products[one.folds == fold],
-                is_shown_NK[one.folds == fold],
-            )
-            present_K, is_single_K = (
-                head.numbers > 0,
-                np.isinf(head.other_numbers),
-            )  # one class per image
+            products_nK = one.products[one.folds == fold]
+            shown_nK = is_shown_NK[one.folds == fold]
+            # One class per image
+            present_K = head.numbers > 0
+            is_single_K = np.isinf(head.other_numbers)
             of_class_K = present_K * shown_nK.sum(axis=0)
             surplus += (present_K * shown_nK * (head.own - products_nK)).sum()
             in_common_K = is_single_K / max(1, present_K.sum())
@@ -405,12 +407,12 @@ class Space(NamedTuple):
         different lengths and units have equal weights. No target is used for this.
         """
         centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
-        scales, inputs = [], []
+        scales = []
+        inputs = []
         for part, center in zip(parts, centers, strict=True):
             centered = part - center
-            norm = (
-                np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
-            )  # 0 without differences
+            # 0 without differences
+            norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
             scales.append(np.full(part.shape[1], 1 / norm))
             inputs.append(centered / norm)
         basis = np.linalg.qr(np.concatenate(inputs, axis=1).T)[0]
@@ -458,9 +460,11 @@ class LinearProblem:
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
         """Compute the sums over *images* (N,), in blocks to save memory."""
-        num_classes, rank = self.targets.classes.shape[1], self.reduced.shape[1]
+        num_classes = self.targets.classes.shape[1]
+        rank = self.reduced.shape[1]
         chosen = np.flatnonzero(images)
-        products, sums = np.zeros((rank + 1, rank + 1)), np.zeros((num_classes, rank + 1))
+        products = np.zeros((rank + 1, rank + 1))
+        sums = np.zeros((num_classes, rank + 1))
         for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
             inputs = np.pad(
                 self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0
@@ -492,9 +496,8 @@ class LinearProblem:
         class and than `IMPLAUSIBLE`.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        is_label_NK = (
-            self.targets.classes > 0
-        )  # true once in each row, so that it selects N values
+        # True once in each row, so that it selects N values
+        is_label_NK = self.targets.classes > 0
         of_label_N = log_probabilities_NK[is_label_NK]
         another_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = another_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
@@ -516,7 +519,8 @@ class LinearProblem:
 
     def cosines(self, folds_N: Indices) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest class mean without its fold."""
-        classes_NK, cosines_N = self._weighted_classes(), np.zeros(len(self.own))
+        classes_NK = self._weighted_classes()
+        cosines_N = np.zeros(len(self.own))
         total_KD = class_sums(self.own, classes_NK)
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
@@ -613,9 +617,8 @@ def estimate_score(
     units = effective_count(groups_N) / variance_factor
     rate = Rate.of(int(right.sum()), len(right), units)
     highest_share = rate.share
-    if (
-        folds > 0
-    ):  # with G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+    # With G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
+    if folds > 0:
         num_groups_K = np.asarray(
             [len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T]
         )

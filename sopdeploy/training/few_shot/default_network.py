@@ -62,7 +62,6 @@ def _open_default_network() -> CachedNetwork:
     """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
-    model, recipe, _ = create_initial_model(
-        recipe, ("one", "other"), strategy
-    )  # its classes are not used
+    # Its classes are not used
+    model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)
     return CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)

@@ -31,11 +31,14 @@ from sopdeploy.training.few_shot.classifier import (
 )
 from sopdeploy.training.recipe import Recipe
 
-WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
+# channels of the covariances, and number of feature maps
+WIDTH = 64
+TAPS = 2
+# images; the maps of four stay in a CPU's cache, which halves the time
 BATCHES = {
     "cpu": 4,
     "cuda": 64,
-}  # images; the maps of four stay in a CPU's cache, which halves the time
+}
 CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
 MAX_WAITING = 16  # batches that wait for others with photographs to compute
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
@@ -80,18 +83,18 @@ def compute_features(
     *kind* is that of the head to fit. *on_image* receives the numbers of images done and in
     total.
     """
-    count, pooled, head = (
-        len(images),
-        outputs.network.pooled_head,
-        head_to_fit(outputs.network, kind),
-    )
+    count = len(images)
+    pooled = outputs.network.pooled_head
+    head = head_to_fit(outputs.network, kind)
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     pooled.fit_projection([batch.maps for batch in first])
     columns = pooled.columns() if head.taps else pooled.columns()[:1]  # of what the head reads
     projection = _Projection(count, columns)
-    hashes, num_done = [""] * count, 0
-    file_hashes, times = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    hashes = [""] * count
+    num_done = 0
+    file_hashes = np.zeros(count, np.int64)
+    times = np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
     own = np.zeros((count, columns[0].stop), np.float32)
     views: list[NDArray[np.float32]] = []
@@ -127,7 +130,8 @@ class _Projection:
     """The coordinates `reduced` (count, R) of vectors in the space of the first of them."""
 
     def __init__(self, count: int, columns: Sequence[slice]) -> None:
-        self.count, self.columns = count, columns
+        self.count = count
+        self.columns = columns
         self.space: Space | None = None
         self.reduced = np.zeros((count, 0), np.float32)
         self.num_added = 0
@@ -163,9 +167,8 @@ def build_fitted(
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
-    if (
-        pooled.poolings
-    ):  # the head reads roots of covariances, after the projections of *network*
+    # The head reads roots of covariances, after the projections of *network*
+    if pooled.poolings:
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
     if has_energy:
         pooled.means.copy_(torch.from_numpy(problem.class_means()))
@@ -196,7 +199,8 @@ class _Photographs(Dataset):
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3)."""
         side = self.preprocess.crop
-        pixels, facts = np.zeros((len(indices), side, side, 3), np.uint8), []
+        pixels = np.zeros((len(indices), side, side, 3), np.uint8)
+        facts = []
         for position, index in enumerate(indices):
             photo = self.images.photo(index)
             is_decoded = index == self.always_decoded or not self.cache.has(photo.file_hash)
@@ -235,9 +239,8 @@ class CachedNetwork:
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
         for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
-            outputs = zip(
-                *entries, strict=True
-            )  # all hashes, all own vectors, all maps of each tap
+            # All hashes, all own vectors, all maps of each tap
+            outputs = zip(*entries, strict=True)
             digests, small, own_vectors, *maps = (
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
             )
@@ -263,9 +266,8 @@ class CachedNetwork:
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
-        waiting: list[
-            _Loaded
-        ] = []  # until a full batch of photographs without an entry is there
+        # Until a full batch of photographs without an entry is there
+        waiting: list[_Loaded] = []
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.mark_used(file_hash) for file_hash in hashes.tolist()]
@@ -277,9 +279,8 @@ class CachedNetwork:
                     yield from self._load(images, batches)  # again, without the cache
                     return
             for position, entry in enumerate(entries):
-                if (
-                    entry is None and not are_decoded[position]
-                ):  # the cache has an entry, but it is damaged
+                # The cache has an entry, but it is damaged
+                if entry is None and not are_decoded[position]:
                     decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
@@ -311,9 +312,8 @@ class CachedNetwork:
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
         """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
-        positions = torch.arange(self.batch_size).clamp(
-            max=len(pixels) - 1
-        )  # 0, 1, ... and the last one
+        # 0, 1, ... and the last one
+        positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
         entries = []
@@ -336,7 +336,8 @@ def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArr
     averages = []
     for features in maps.values():
         high, wide = (max(1, round(CORNER * side)) for side in features.shape[2:])
-        rows, columns = (slice(high), slice(-high, None)), (slice(wide), slice(-wide, None))
+        rows = (slice(high), slice(-high, None))
+        columns = (slice(wide), slice(-wide, None))
         corners = [features[:, :, row, column] for row in rows for column in columns]
         views = [part.float().mean(dim=(2, 3)) for part in (features, *corners)]
         averages.append(torch.stack(views, dim=1).cpu().numpy())

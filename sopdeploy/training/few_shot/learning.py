@@ -15,10 +15,9 @@ from sopdeploy.training.results import Gain
 MIN_JUDGED = 20  # photographs; a share of fewer says little
 MAX_REDUCED = 20  # classes, by lot
 PRIOR = 4  # photographs of average classes that judge a class, too
-CLEAR, MAX_GAINS = (
-    0.03,
-    3,
-)  # smallest gain of a class of `ENOUGH` photographs, and number of them
+# Smallest gain of a class of `ENOUGH` photographs, and number of them
+CLEAR = 0.03
+MAX_GAINS = 3
 
 
 def found_when_reduced(
@@ -29,13 +28,15 @@ def found_when_reduced(
     Each class is reduced in turn, to one with this *margin*; one photograph of each group is
     judged.
     """
-    random, labels_N = np.random.default_rng(number), problem.targets.strata
+    random = np.random.default_rng(number)
+    labels_N = problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
     found_K = [np.zeros(0, np.bool_)]
     for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
         of_class = random.permutation(np.flatnonzero(labels_N == label))
         different = of_class[np.unique(groups_N[of_class], return_index=True)[1]]
-        kept, judged = different[:number], different[number:]
+        kept = different[:number]
+        judged = different[number:]
         if len(kept) == number and len(judged):
             fitted_N = labels_N != label
             fitted_N[kept] = True
@@ -69,7 +70,8 @@ def estimate_gains(
     )
     numbers_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(int)
     margins_K = np.broadcast_to(scaling.margins, numbers_K.shape)
-    judged_K, error_K = classes_NK[judged].sum(axis=0), classes_NK[judged][~right].sum(axis=0)
+    judged_K = classes_NK[judged].sum(axis=0)
+    error_K = classes_NK[judged][~right].sum(axis=0)
     half = max(1, int(np.median(numbers_K)) // 2)
     found: dict[int, float] = {}
     for number in {half, ENOUGH, *numbers_K[(numbers_K > 0) & (numbers_K < ENOUGH)].tolist()}:
@@ -79,7 +81,8 @@ def estimate_gains(
             found[number] = float(of_number.mean())
     mean_error = float((~right).mean())
     remaining = min(1.0, mean_error / max(1e-9, 1 - found.get(half, 1.0)))
-    few, others = [], []
+    few = []
+    others = []
     for label, number, judged_of, errors in zip(
         labels, numbers_K.tolist(), judged_K, error_K, strict=True
     ):

@@ -85,10 +85,9 @@ FEW_GROUPS = 200
 # were rejected, with 1/8 93 % (docs/benchmarks/copied_photos.md).
 KEPT_WEIGHT = 0.125
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
-CHANCE, MIN_CONFUSED = (
-    0.4,
-    3,
-)  # share and number of the images of a class that chance takes for another one
+# Share and number of the images of a class that chance takes for another one
+CHANCE = 0.4
+MIN_CONFUSED = 3
 # ratio of the largest class to the smallest from which on the result says how it is corrected
 UNEVEN = 1.5
 
@@ -109,7 +108,8 @@ def fit_few_shot(
     else:  # `rejection` may have changed
         fit = read_few_shot_fit(setup, last, folder.last)
         fit = with_decision(setup, fit)
-    best, history = run_record(setup, fit), fit.position.history
+    best = run_record(setup, fit)
+    history = fit.position.history
     folder.save_best(best)
     folder.save_history(history)
     if last is None:
@@ -123,31 +123,34 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be
     used.
     """
-    since, recipe, images = time.monotonic(), setup.recipe, setup.data.train
+    since = time.monotonic()
+    recipe = setup.recipe
+    images = setup.data.train
     with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
-            expected.update(
-                min(done, len(images)), len(images)
-            )  # the features take most of the time
+            # The features take most of the time
+            expected.update(min(done, len(images)), len(images))
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
             found = cross_validate(recipe, setup.model, images, on_progress)
-            if not len(
-                setup.file_hashes
-            ):  # otherwise, `set_up_run` has read the files and warned
+            # otherwise, `set_up_run` has read the files and warned
+            if not len(setup.file_hashes):
                 warn_of_equal_files(
                     images, setup.data.held_out, found.features.file_hashes, callback
                 )
-            problem, head = found.problem, found.features.head
+            problem = found.problem
+            head = found.features.head
             network = build_fitted(
                 found.network, head, problem, problem.fit_all(found.scaling), recipe
             )
             score, metrics = _evaluate(setup, network, found)
-            label_logits, num_doubted = None, 0  # with several classes per image
+            # with several classes per image
+            label_logits = None
+            num_doubted = 0
             if problem.targets.activation == "softmax":
                 plain = found.scaling._replace(margins=0.0)  # they contradict no label
                 logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
@@ -215,8 +218,10 @@ class CrossValidation:
         targets = self.problem.targets
         if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
             return None
-        classes, num_folds = targets.classes[self.judged], int(self.folds.max()) + 1
-        logits, groups = self.logits[self.judged], self.groups[self.judged]
+        classes = targets.classes[self.judged]
+        num_folds = int(self.folds.max()) + 1
+        logits = self.logits[self.judged]
+        groups = self.groups[self.judged]
         return estimate_score(
             classes, targets.activation, logits, self.recipe.seed, groups, num_folds
         )
@@ -234,7 +239,9 @@ def cross_validate(
     of copies.
     """
     config: Any = recipe.procedure
-    name, count, targets = recipe.model.name, len(images), Targets.of(images)
+    name = recipe.model.name
+    count = len(images)
+    targets = Targets.of(images)
     started = time.monotonic()
     outputs = CachedNetwork(full_head(recipe, model), recipe)
     features = compute_features(
@@ -259,16 +266,14 @@ def cross_validate(
             names, features.times, number_classes(images.targets), near.vectors, clips.groups
         )
         pairs = clips.select_pairs(pairs)
-    copies_N = connect(
-        count, pairs, features.hashes
-    )  # groups of copies, without the given groups
+    # Groups of copies, without the given groups
+    copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    _, first_image_G = np.unique(
-        groups_N, return_index=True
-    )  # its hash is the key of the whole group
+    # Its hash is the key of the whole group
+    _, first_image_G = np.unique(groups_N, return_index=True)
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
@@ -279,7 +284,8 @@ def cross_validate(
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
     logits_NK = problem.logits(validations[0], scaling)
-    shifted_NK, left_out_N = logits_NK, None
+    shifted_NK = logits_NK
+    left_out_N = None
     if targets.activation == "softmax":
         cosines_N = np.mean(
             [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
@@ -324,12 +330,10 @@ def _choose_judged(
     Those of a class that is one group do not count, because no classifier is fitted to others
     of it.
     """
-    _, largest_G = np.unique(
-        copies_N, return_index=True
-    )  # the first image of each group, often its only one
-    for group in np.flatnonzero(
-        np.bincount(copies_N) > 1
-    ):  # only the images of these groups are opened
+    # The first image of each group, often its only one
+    _, largest_G = np.unique(copies_N, return_index=True)
+    # Only the images of these groups are opened
+    for group in np.flatnonzero(np.bincount(copies_N) > 1):
         members = np.flatnonzero(copies_N == group)
         num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
@@ -371,7 +375,9 @@ def _evaluate(
     setup: Setup, network: Classifier, found: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
     """Return the score and the metrics of the held-out images, or else of the cross-validation."""
-    recipe, held_out, images = setup.recipe, setup.data.held_out, setup.data.train
+    recipe = setup.recipe
+    held_out = setup.data.held_out
+    images = setup.data.train
     if len(held_out):
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
         logits, targets = predict_logits(
@@ -384,9 +390,8 @@ def _evaluate(
             expected.classes, expected.activation, logits, recipe.seed, groups
         ), metrics
     score = found.score()
-    counted = (
-        np.arange(len(images)) if score is None else found.judged
-    )  # of copies of a photograph, one
+    # of copies of a photograph, one
+    counted = np.arange(len(images)) if score is None else found.judged
     metrics = held_out_metrics(
         setup.labels, found.shifted_logits[counted], images.targets[counted]
     )
@@ -397,8 +402,10 @@ def _describe(
     setup: Setup, found: CrossValidation, score: Rate | MeanPrecision | None, num_doubted: int
 ) -> FewShotResult:
     """Describe the training images, their groups and copies, the classifier and its *score*."""
-    images, targets = setup.data.train, found.problem.targets
-    head, classes_NK = found.features.head, targets.classes
+    images = setup.data.train
+    targets = found.problem.targets
+    head = found.features.head
+    classes_NK = targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
     judged_K = classes_NK[found.judged].sum(axis=0).astype(int)
     if len(setup.data.held_out):
@@ -407,14 +414,14 @@ def _describe(
     num_groups = {
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
-    contradictions, labels_N = [], number_classes(images.targets)
+    contradictions = []
+    labels_N = number_classes(images.targets)
     for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
         indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
-            if (
-                len(indices) > MAX_COPIES
-            ):  # such as the frames of a clip: one image of each class
+            # Such as the frames of a clip: one image of each class
+            if len(indices) > MAX_COPIES:
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
     has_one_class = targets.activation == "softmax"
@@ -474,11 +481,9 @@ def _find_confused(
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
     """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
-    recipe, targets, accepts = (
-        setup.recipe,
-        setup.data.train.targets,
-        setup.recipe.rejection.accepts,
-    )
+    recipe = setup.recipe
+    targets = setup.data.train.targets
+    accepts = setup.recipe.rejection.accepts
     if setup.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))

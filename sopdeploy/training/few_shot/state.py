@@ -63,7 +63,8 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
     with state_errors(last, source):
         state: Any = last.resume  # None raises a TypeError
         arrays = state["procedure"]
-        label_logits, left_out = arrays.get("label_logits"), arrays.get("left_out")
+        label_logits = arrays.get("label_logits")
+        left_out = arrays.get("left_out")
         return FewShotFit(
             name=last.model,
             network=setup.model,

@@ -22,7 +22,8 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, decay: float, model: Classifier) -> None:
-        self.decay, self.count = decay, 0
+        self.decay = decay
+        self.count = 0
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
@@ -30,7 +31,8 @@ class ExponentialMovingAverage:
         """Update the averages with *model* after a step, with a smaller decay in the first ones."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        averages, values = self.model.state_dict(), model.state_dict()
+        averages = self.model.state_dict()
+        values = model.state_dict()
         floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
         for name in averages.keys() - set(floating):
             averages[name].copy_(values[name])

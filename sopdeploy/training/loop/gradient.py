@@ -18,7 +18,8 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     Waits for no result of the device. `LoopState.read_steps` finds what is not finite before it
     is written.
     """
-    recipe, position = run.recipe, run.position
+    recipe = run.recipe
+    position = run.position
     # Each process draws other random numbers; process 0 draws those of a run of a single
     # process.
     rank_key = [run.strategy.rank] if run.strategy.rank > 0 else []
@@ -56,10 +57,12 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     The mean loss of a part is weighted by its share, so that the sum is the mean over the step.
     """
     images, targets = batch
-    recipe, position = run.recipe, run.position
+    recipe = run.recipe
+    position = run.position
     bf16 = recipe.precision == "bf16"  # second-order layers disable autocast themselves
     with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
-        output, weights = run.model(images), run.model.loss_weights()
+        output = run.model(images)
+        weights = run.model.loss_weights()
         loss = training_loss(
             output, targets, weights, recipe.loss.label_smoothing, run.activation
         )

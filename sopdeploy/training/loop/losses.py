@@ -73,7 +73,8 @@ class Teacher:
         label_smoothing: float,
         seed: int,
     ) -> None:
-        self.config, self.label_smoothing = config, label_smoothing
+        self.config = config
+        self.label_smoothing = label_smoothing
         self.learns = config.weights is None
         if config.weights is not None:
             path = expand_user(config.weights)
@@ -101,9 +102,8 @@ class Teacher:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
-        if self.learns and hasattr(
-            self.model.config, "balance_weight"
-        ):  # of networks with a gate
+        # of networks with a gate
+        if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
                 "teacher.weights"
@@ -118,7 +118,8 @@ class Teacher:
         which does not reach the teacher. A teacher that learns adds its own loss.
         """
         logits = output if isinstance(output, Tensor) else output.logits
-        temperature, share = self.config.temperature, self.config.share
+        temperature = self.config.temperature
+        share = self.config.share
         with torch.set_grad_enabled(self.learns):
             teacher_output = self.model(
                 images.contiguous(memory_format=images_format(self.model))

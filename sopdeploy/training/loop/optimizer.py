@@ -84,9 +84,8 @@ class AdaHessian(Optimizer):
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             loss, self.trainable, create_graph=True, allow_unused=True
         )
-        curved: dict[
-            Tensor, Tensor
-        ] = {}  # gradients that depend on parameters; the others are constant
+        # Gradients that depend on parameters; the others are constant
+        curved: dict[Tensor, Tensor] = {}
         for parameter, gradient in zip(self.trainable, gradients, strict=True):
             if gradient is None:  # the loss does not depend on the parameter
                 continue
@@ -143,7 +142,8 @@ class AdaHessian(Optimizer):
                 state["curvature"] = torch.zeros_like(parameter)
             state["step"] += 1
             decay, decay_curvature = group["betas"]
-            lr, count = group["lr"], int(state["step"])
+            lr = group["lr"]
+            count = int(state["step"])
             diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
             if diagonal.dim() == 4:
                 diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)

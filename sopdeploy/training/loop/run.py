@@ -117,7 +117,9 @@ def train_epoch(
     The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
     Raises `TrainingStoppedError` then if a process was stopped.
     """
-    recipe, epoch, position = run.recipe, run.position.epoch, run.position
+    recipe = run.recipe
+    epoch = run.position.epoch
+    position = run.position
     batches = epoch_batches(recipe, len(training), epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
@@ -154,7 +156,9 @@ def evaluate_epoch(
     callback: Callback,
 ) -> None:
     """Evaluate the exported weights on held-out images, and begin the next epoch."""
-    since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
+    since = time.monotonic()
+    epoch = run.position.epoch
+    recipe = run.recipe
     mirror = recipe.validation.mirror
     run.synchronize_buffers()
 
@@ -181,16 +185,15 @@ def evaluate_epoch(
 
 def save_derived_files(run: LoopState, folder: RunFolder) -> None:
     """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best."""
-    position, history = run.position, run.position.history
+    position = run.position
+    history = run.position.history
     if not history:
         return
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    has_best_weights = (
-        position.step == 0 and best.epoch == position.epoch
-    )  # no step since the best epoch
-    if (
-        has_best_weights and run.frozen is None
-    ):  # otherwise `best.pt` has the frozen network until the end
+    # no step since the best epoch
+    has_best_weights = position.step == 0 and best.epoch == position.epoch
+    # Otherwise `best.pt` has the frozen network until the end
+    if has_best_weights and run.frozen is None:
         # in all processes, which together average the running statistics
         folder.save_best(run_record(run.setup, run.synchronized_fit()))
     folder.save_history(history)
@@ -217,10 +220,8 @@ def fit_best(
     if run.strategy.rank != 0:
         return fit, {}
     checkpoint = read_checkpoint(folder.best)
-    model, decision = (
-        build_classifier(checkpoint, folder.best).to(run.strategy.device),
-        checkpoint.decision,
-    )
+    model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
+    decision = checkpoint.decision
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
         epochs = recipe.epochs  # the progress is that of the last one
         logits, targets = predict_logits(
@@ -264,11 +265,9 @@ def estimate_best(
     for all images.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
-    count, score, is_map = (
-        best.metrics.count,
-        best.metrics.score,
-        best.metrics.score_name == "mAP",
-    )
+    count = best.metrics.count
+    score = best.metrics.score
+    is_map = best.metrics.score_name == "mAP"
     group_N = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
     # For each epoch, a text with a character per image: "1" if its predicted class is right,
     # else "0".

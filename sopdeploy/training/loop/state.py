@@ -84,13 +84,16 @@ class LoopState:
     groups: list[dict[str, Any]]
 
     def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
-        self.setup, self.recipe, self.strategy = setup, setup.recipe, setup.strategy
+        self.setup = setup
+        self.recipe = setup.recipe
+        self.strategy = setup.strategy
         self.frozen = frozen
         self.name = (
             setup.recipe.model.name if frozen is None else tuned_name(setup.recipe.model.name)
         )
         self.activation: Activation = setup.activation
-        self.model, self.position = setup.model, setup.position
+        self.model = setup.model
+        self.position = setup.position
         self.unread: list[FinishedStep] = []
         self.trainable = {
             name for name, value in setup.model.named_parameters() if value.requires_grad
@@ -111,7 +114,8 @@ class LoopState:
             )
         self._prepare_training()
         if self.teacher is not None:  # it sees training images only
-            teacher, sides = self.teacher.model, {recipe.training_crop}
+            teacher = self.teacher.model
+            sides = {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
         self.average: ExponentialMovingAverage | None = None
@@ -151,13 +155,13 @@ class LoopState:
 
         Raises `TrainingError` if a value of a step is not finite.
         """
-        steps, position = self.unread, self.position
+        steps = self.unread
+        position = self.position
         if not steps:
             return []
         self.unread = []
-        values = [
-            step.values() for step in steps
-        ]  # a network may have penalties in some steps only
+        # a network may have penalties in some steps only
+        values = [step.values() for step in steps]
         numbers = iter(torch.cat(values).tolist())
         rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
         losses = []
@@ -178,9 +182,8 @@ class LoopState:
             for name, part in {"loss": total, **part_of_name}.items():
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
             if counts:
-                before = position.component_counts or (0,) * len(
-                    counts
-                )  # empty before the first step
+                # Empty before the first step
+                before = position.component_counts or (0,) * len(counts)
                 position.component_counts = tuple(map(operator.add, before, map(int, counts)))
             position.seen += step.num_samples
             position.gradient += norm * step.num_samples
@@ -235,7 +238,8 @@ class LoopState:
 
     def _prepare_training(self) -> None:
         """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
-        recipe, start = self.recipe, self.recipe.start_of(self.position.epoch)
+        recipe = self.recipe
+        start = self.recipe.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
@@ -251,11 +255,9 @@ class LoopState:
 
     def start_epoch(self) -> None:
         """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
-        epoch, removal, model = (
-            self.position.epoch,
-            self.recipe.model.remove_branches_at,
-            self.model,
-        )
+        epoch = self.position.epoch
+        removal = self.recipe.model.remove_branches_at
+        model = self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
         # A run that resumes after a step of the epoch has begun it with the rate of its last
@@ -296,9 +298,8 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
             keeps_statistics = isinstance(module, _BatchNorm) and not is_in(
                 name, *model.training_only
             )
-            if name and (
-                name in frozen or keeps_statistics
-            ):  # the mode of the root is that of its branches
+            # The mode of the root is that of its branches
+            if name and (name in frozen or keeps_statistics):
                 module.training = False
         return
     parts = learning_parts(model, learn)

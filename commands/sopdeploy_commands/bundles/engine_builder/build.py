@@ -33,7 +33,9 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     name = copied.graph.input[0].name
     if copied.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
         return copied
-    uint8_values, readers = {name}, set()  # names of values, and the operators that read them
+    # names of values, and the operators that read them
+    uint8_values = {name}
+    readers = set()
     for node in copied.graph.node:  # in topological order
         if uint8_values.isdisjoint(node.input):
             continue
@@ -106,9 +108,8 @@ def parse_and_build(
 def interrupts_recorded() -> Iterator[threading.Event]:
     """Set an event on Ctrl-C in the block; raise at its end, because TensorRT's C++ code must not see it."""
     interrupt = threading.Event()
-    in_main_thread = (
-        threading.current_thread() is threading.main_thread()
-    )  # others cannot set handlers
+    # Others cannot set handlers
+    in_main_thread = threading.current_thread() is threading.main_thread()
     is_replaced = (
         in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )

@@ -56,9 +56,8 @@ def get_engine(
     or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
     the probes.
     """
-    if (
-        bundle.manifest.int8_for == "cpu"
-    ):  # TensorRT reads its uint8 as int8, and rejects zero points
+    # TensorRT reads its uint8 as int8, and rejects zero points
+    if bundle.manifest.int8_for == "cpu":
         raise LoweringError(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
             "with --precision int8 --int8-for tensorrt"
@@ -66,7 +65,8 @@ def get_engine(
     profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "torch-tensorrt":  # it builds plans with one profile
         profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
-    trt, cuda = import_tensorrt(), open_cuda()
+    trt = import_tensorrt()
+    cuda = open_cuda()
     gpu = cuda.gpu()
     fields = cache.key_fields(bundle, str(trt.__version__), gpu)
     key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})

@@ -78,9 +78,8 @@ def build_from_program(
             )
         )
     except Exception as error:  # its errors have no common base class
-        cause = first_line(
-            error.__cause__ or error
-        )  # names the operator; the error itself shows the graph
+        # Names the operator; the error itself shows the graph
+        cause = first_line(error.__cause__ or error)
         raise EngineError(
             f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}"
         ) from error

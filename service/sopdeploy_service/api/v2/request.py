@@ -25,7 +25,9 @@ MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
 IMAGE_INPUT = (
     "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
 )
-UINT8, BYTES = "UINT8", "BYTES"  # datatypes of the bundle's input and of encoded files
+# datatypes of the bundle's input and of encoded files
+UINT8 = "UINT8"
+BYTES = "BYTES"
 # datatype of all outputs; clients that compute in floating point also send pixels in it
 FP32 = "FP32"
 PIXELS_ONLY = (
@@ -116,9 +118,8 @@ def parse_body(
             raise bad_request("bad_header_length", message)
         json_length = int(digits)
     pixel_input = manifest.inputs[0]
-    values_per_image = prod(
-        size or 1 for size in pixel_input.shape
-    )  # None is the number of images
+    # None is the number of images
+    values_per_image = prod(size or 1 for size in pixel_input.shape)
     request = parse_json(InferBody, body[:json_length], max_json, max_images * values_per_image)
     timeout = request.parameters.timeout
     return InferRequest(
@@ -133,9 +134,8 @@ def parse_body(
 
 def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
     """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
-    binary_by_default = bool(
-        request.parameters.binary_data_output
-    )  # of outputs that choose no format
+    # of outputs that choose no format
+    binary_by_default = bool(request.parameters.binary_data_output)
     is_binary: dict[str, bool] = {}
     for output in request.outputs:
         if output.name not in names:
@@ -240,11 +240,11 @@ def _read_pixels(
 
 def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     """Return the elements of the data of *tensor*, a list that is flat or nested like *shape*."""
-    data, elements = tensor.data, [tensor.data]
+    data = tensor.data
+    elements = [tensor.data]
     is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
-    lengths = (
-        (prod(shape),) if is_flat else shape
-    )  # of the lists at each level, from the outermost one
+    # of the lists at each level, from the outermost one
+    lengths = (prod(shape),) if is_flat else shape
     for length in lengths:
         if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
             message = f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
@@ -255,7 +255,8 @@ def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
 
 def _split_elements(tensor: InputTensor, raw: memoryview, count: int) -> list[bytes]:
     """Split a BYTES tensor: each of *count* elements is its length, 4 bytes little-endian, and its bytes."""
-    elements, position = [], 0
+    elements = []
+    position = 0
     for number in range(count):
         begin = position + LENGTH_BYTES
         end = begin + int.from_bytes(raw[position:begin], "little")

@@ -38,7 +38,8 @@ _ERROR: dict[str, Any] = {
 _STATUSES = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(_STATUSES, _ERROR)
 
-MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+MODEL = "/v2/models/{name}"
+VERSION = "/v2/models/{name}/versions/{version}"
 _VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 INFER_BODY = {
@@ -127,7 +128,8 @@ async def model_infer(
 ) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
     async with admit(request, name, version) as admitted:
-        settings, model = admitted.service.settings, admitted.model
+        settings = admitted.service.settings
+        model = admitted.model
         body = await read_body(admitted, settings.max_body_bytes)
         parsed = await admitted.parse(
             parse_body, body, header_length, model.bundle.manifest, settings.max_images,

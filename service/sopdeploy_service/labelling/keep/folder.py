@@ -48,7 +48,8 @@ MAX_STEP = 2.0
 SAVE_SECONDS = (
     600.0  # counted between two writes of the ages, which a process that is killed loses
 )
-AGES, MAX_AGES_BYTES = ".ages", 1 << 26
+AGES = ".ages"
+MAX_AGES_BYTES = 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _SUFFIXES = ".jpg", ".png"
 _OWN = re.compile(
@@ -108,7 +109,9 @@ class KeptFolder:
         folder cannot be written or locked, and `ConfigError` if another process keeps
         photographs there, or if none ever has and there are labelled ones.
         """
-        self.path, self._max_bytes, self._age = path, max_bytes, days * 86_400
+        self.path = path
+        self._max_bytes = max_bytes
+        self._age = days * 86_400
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
@@ -299,9 +302,8 @@ class KeptFolder:
         path = self.path / record.image
         if self.has_duplicate(path.stem, record.reasons, record.near_hash):
             return "near_duplicate"
-        previous = self._photos.get(
-            path.name
-        )  # of the same image: the name is a hash of the original bytes
+        # of the same image: the name is a hash of the original bytes
+        previous = self._photos.get(path.name)
         if previous is not None:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             suggested = record.suggested or previous.suggested
@@ -351,7 +353,8 @@ class KeptFolder:
         self, path: Path, record: KeptRecord, size: int, kept_at: float
     ) -> _StoredPhoto:
         """Note a photograph as the newest one."""
-        reasons, number = frozenset(record.reasons), int(record.near_hash, 16)
+        reasons = frozenset(record.reasons)
+        number = int(record.near_hash, 16)
         photo = _StoredPhoto(path, kept_at, number, reasons, size, record.suggested)
         self._photos[path.name] = photo
         return photo

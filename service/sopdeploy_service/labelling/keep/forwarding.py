@@ -21,8 +21,11 @@ from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.kept import KeptRecord
 
 # Of a message; tokens are kilobytes, of which a message needs at least `MIN_TOKENS`.
-MAX_BYTES, MAX_RECORD_BYTES = 64_000_000, 1 << 17
-MIN_TOKENS, TOKENS_PER_SECOND, MAX_TOKENS = 640, 64_000, 160_000
+MAX_BYTES = 64_000_000
+MAX_RECORD_BYTES = 1 << 17
+MIN_TOKENS = 640
+TOKENS_PER_SECOND = 64_000
+MAX_TOKENS = 160_000
 PAUSE_SECONDS = 0.1  # without tokens
 SIZE = struct.Struct("=I")  # bytes of the record
 Receive: TypeAlias = Callable[[bytes, KeptRecord], None]
@@ -51,7 +54,9 @@ class Receiver:
         self, end: socket.socket, receive: Receive, on_drop: Callable[[], None]
     ) -> None:
         """Begin; *on_drop* is called for a photograph that is not read."""
-        self._end, self._receive, self._on_drop = end, receive, on_drop
+        self._end = end
+        self._receive = receive
+        self._on_drop = on_drop
         self._tokens = TokenBucket(TOKENS_PER_SECOND, MAX_TOKENS, [0.0, 0.0])
         self._loop = asyncio.get_running_loop()
         self._resume()
@@ -66,7 +71,8 @@ class Receiver:
         except BlockingIOError:
             return
         except OSError:
-            message, files = b"", []
+            message = b""
+            files = []
         if not message:  # the other process has ended
             self._loop.remove_reader(self._end)
             self._end.close()

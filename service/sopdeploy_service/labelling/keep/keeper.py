@@ -43,8 +43,11 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
-MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
-COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
+MAX_QUEUED_PHOTOS = 256
+MAX_QUEUED_PHOTO_BYTES = 64_000_000
+# of the time; seconds that may be spent at once, or owed
+COPY_SHARE = 0.01
+COPY_BURST = 0.25
 RECENT_PHOTOS = (
     1000  # outside of the sample, whose copies were not kept; others near them are not copied
 )
@@ -141,7 +144,9 @@ class Keeper:
     def __init__(
         self, folder: KeptFolder | None, share: float, metrics: Metrics, copy: CopyImage
     ) -> None:
-        self._folder, self._share, self._copy = folder, share, copy
+        self._folder = folder
+        self._share = share
+        self._copy = copy
         self._socket: socket.socket | None = None  # to the keeping process
         self._counts = {
             result: metrics.kept_images.labels(result) for result in get_args(KeptResult)
@@ -200,7 +205,8 @@ class Keeper:
 
     def _queue_or_drop(self, photo: PredictedPhoto | WorthPhoto) -> None:
         """Queue *photo* for the thread; count it as dropped if the queue is full."""
-        size, queued = _size_of(photo), self._bytes_in - self._bytes_out
+        size = _size_of(photo)
+        queued = self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._drop()
             return
@@ -245,7 +251,8 @@ class Keeper:
 
     def _log_dropped(self) -> None:
         """Log how many photographs were dropped since the last call, if any, and what keeps them."""
-        unqueued, uncopied = self._num_unqueued, self._num_uncopied
+        unqueued = self._num_unqueued
+        uncopied = self._num_uncopied
         if (dropped := unqueued + uncopied - self._num_logged) > 0:
             self._num_logged += dropped
             log.warning(
@@ -264,7 +271,8 @@ class Keeper:
         counts.
         """
         if isinstance(photo, WorthPhoto):
-            name, reasons = Path(photo.record.image).stem, photo.record.reasons
+            name = Path(photo.record.image).stem
+            reasons = photo.record.reasons
             near = photo.record.near_hash
         else:
             sha256 = hashlib.sha256(photo.image).hexdigest()
@@ -303,9 +311,8 @@ class Keeper:
         finally:
             if not is_sample:  # the sample stays uniform because its copies need no budget
                 spent = time.monotonic() - started  # includes the wait for a decoder process
-                self._copy_budget = max(
-                    -COPY_BURST, self._copy_budget - spent
-                )  # the debt is limited
+                # The debt is limited
+                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
 
     def _refuse_copy(self, near: int) -> KeptResult | None:
         """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
@@ -334,10 +341,10 @@ def _describe(
     """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
     if isinstance(photo, WorthPhoto):
         return photo.record.model_copy(update={"image": image})
-    manifest, labels = photo.bundle.manifest, photo.bundle.labels
-    indexes = list(
-        range(len(labels))
-    )  # of the labels in the record: all, or those with the largest logits
+    manifest = photo.bundle.manifest
+    labels = photo.bundle.labels
+    # of the labels in the record: all, or those with the largest logits
+    indexes = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
         indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
     answer = manifest.rules.answer(photo.logits, top_k=1)

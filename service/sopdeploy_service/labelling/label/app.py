@@ -45,7 +45,8 @@ from sopdeploy_service.settings import Settings
 
 # with the port: a browser sends the cookies of a host to all its ports
 COOKIE = "sopdeploy-label-{}"
-MAX_BODY_BYTES, BODY_SECONDS = 10_000, 10.0
+MAX_BODY_BYTES = 10_000
+BODY_SECONDS = 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MAX_CELLS = 48  # of the grid of a class
@@ -117,7 +118,8 @@ async def guard(
     call_next: RequestResponseEndpoint,
 ) -> Response:
     """Handle a request, whose path loses the prefix `root_path`, or refuse it, also if its body is slow."""
-    full_path, root_path = request.scope["path"], settings.root_path
+    full_path = request.scope["path"]
+    root_path = settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)
     if (response := intercept(request, origins, settings, key)) is not None:
         return response
@@ -273,9 +275,8 @@ def describe_next(folders: LabelFolders) -> LabelState:
     suggested: str | None = None
     probabilities: dict[str, float] = {}
     if folders.waiting:
-        identity, (_, record) = next(
-            iter(folders.waiting.items())
-        )  # a photograph of a heap has no record
+        # a photograph of a heap has no record
+        identity, (_, record) = next(iter(folders.waiting.items()))
         probabilities = folders.probabilities(identity)
         is_sampled = record is not None and "sample" in record.reasons
         known = None if record is None else record.known
@@ -347,13 +348,11 @@ def run_label_server(
     with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
-        bound = settings.model_copy(
-            update={"port": listener.getsockname()[1]}
-        )  # the given one may be 0
+        # The given one may be 0
+        bound = settings.model_copy(update={"port": listener.getsockname()[1]})
         app = create_label_app(folders, bound, key)
-        address = url(listener).replace(
-            "//0.0.0.0:", f"//{socket.gethostname()}:"
-        )  # for other machines
+        # For other machines
+        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(label_config(app, settings)).run(sockets=[listener])

@@ -107,7 +107,8 @@ class LabelFolders:
         """
         # Absolute, but through the links that the user named: the siblings have the names that
         # commands get.
-        self.kept, self.photos = expand_user(kept), Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
+        self.kept = expand_user(kept)
+        self.photos = Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
         if not self.kept.is_dir():
             raise DataError(
                 f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`"
@@ -125,12 +126,10 @@ class LabelFolders:
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        self._skipped_of_heap: set[str] = (
-            set()
-        )  # in this session; kept ones have a file `ID.skipped`
-        self._sampled: set[int] = (
-            set()
-        )  # near hashes of the uniform sample, which `label` compares
+        # in this session; kept ones have a file `ID.skipped`
+        self._skipped_of_heap: set[str] = set()
+        # Near hashes of the uniform sample, which `label` compares
+        self._sampled: set[int] = set()
         self.read()
         others = [
             name
@@ -179,9 +178,8 @@ class LabelFolders:
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        groups: dict[
-            str, int
-        ] = {}  # numbers of the suggested classes, in the order of their appearance
+        # Numbers of the suggested classes, in the order of their appearance
+        groups: dict[str, int] = {}
         ranks: dict[str, tuple[int, float]] = {}  # of the photographs of a heap, by ID
         for identity, photo in self.waiting.items():
             if photo.is_of_heap:
@@ -246,9 +244,8 @@ class LabelFolders:
         photo = self._find(identity)
         is_sampled = False
         if photo.record is not None:
-            near_hash = int(
-                photo.record.near_hash, 16
-            )  # in `_sampled` for a photograph of the sample
+            # in `_sampled` for a photograph of the sample
+            near_hash = int(photo.record.near_hash, 16)
             is_sampled = any(
                 (near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled
             )
@@ -271,9 +268,8 @@ class LabelFolders:
             raise GoneError(GONE) from None
         finally:
             if is_new_folder:
-                with suppress(
-                    OSError
-                ):  # only an empty folder is removed: after a move that failed
+                # Only an empty folder is removed: after a move that failed
+                with suppress(OSError):
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
@@ -372,9 +368,8 @@ def order_by_value(
     2001), and the distance of its probabilities from the closest ones chosen before (k-center:
     Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
     """
-    padded = np.pad(
-        probabilities_NC, ((0, 0), (2, 0))
-    )  # two columns of zeros, in case C is below 2
+    # Two columns of zeros, in case C is below 2
+    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))
     ascending = np.sort(padded, axis=1)
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
     order: list[int] = []
@@ -384,9 +379,8 @@ def order_by_value(
         left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
         distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
         for _ in range(min(MAX_SPREAD, len(left_L))):
-            best = int(
-                (distances_L * uncertainties_N[left_L]).argmax()
-            )  # a position in *left_L*
+            # a position in *left_L*
+            best = int((distances_L * uncertainties_N[left_L]).argmax())
             order.append(int(left_L[best]))
             from_best_L = np.linalg.norm(
                 probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1

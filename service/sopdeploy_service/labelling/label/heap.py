@@ -129,7 +129,8 @@ class Suggestions:
 
     def suggest(self, path: Path) -> dict[str, float]:
         """Suggest classes for the photograph at *path*: their probabilities, or none yet."""
-        means, vector = self._class_means(), self._vectors.get(path)
+        means = self._class_means()
+        vector = self._vectors.get(path)
         if vector is None or not means.names:
             return {}
         probabilities = softmax(SCALE * (means.vectors @ vector))
