@@ -53,7 +53,7 @@ IMAGES = {
 
 @linux
 def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox() -> None:
-    settings = Settings(sandbox="required").model_copy(update={"formats": ()})
+    settings = Settings(sandbox="required")
     decoders, errors = Decoders(1, settings, Metrics()), {}
     with running_loop() as loop:
         asyncio.run_coroutine_threadsafe(decoders.start(), loop).result(60)
