@@ -175,7 +175,6 @@ def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
 RELOADS = {
     "a bundle with other ones": ("tiny", reference(7), ["0.0"]),
     "a bundle without them": ("tiny", None, []),
-    "a bundle with another name": ("other", None, []),
 }
 
 

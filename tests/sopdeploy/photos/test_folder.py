@@ -436,11 +436,6 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
         ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
         (
             "labels.csv",
-            "file,Class,set\n1.jpg,a,train",
-            "the columns file, class, set; write file,clas",
-        ),
-        (
-            "labels.csv",
             "file,Class,label\n1.jpg,1,a",
             "has the columns file, class, label; write file,cl",
         ),
