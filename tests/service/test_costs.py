@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from sopdeploy_service.api.admission import ClassifyRequest
 from sopdeploy_service.api.v2.request import InferBody, InputTensor
 from sopdeploy_service.api.v2.routes import HEADER_LENGTH
+from sopdeploy_service.api.web import Example
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
@@ -666,7 +667,7 @@ def test_a_request_of_a_route_costs_what_the_table_says(
     monkeypatch.setattr(pages, "SHARED_SECONDS", 3600.0)
     (tmp_path / "example.jpg").write_bytes(bytes(1000))
     monkeypatch.setitem(
-        sites["service"].app.state._state, "examples", [tmp_path / "example.jpg"]
+        sites["service"].app.state._state, "examples", [Example(tmp_path / "example.jpg")]
     )
     method, template = route
     request = (

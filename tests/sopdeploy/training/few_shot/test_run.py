@@ -816,6 +816,7 @@ def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image
     shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
     monkeypatch.setattr(Photo, "pixels", None)  # the features need no image of any size
     settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
+    settings.append("data.classes_from=folders")  # no search for masks, which reads pixels
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
     assert result.contradictions == ("blue/copy.png = red/0.png",)
 
