@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sopdeploy.errors import first_line
 from sopdeploy_export.network import modules, tensors
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -57,6 +59,14 @@ class Operator:
         return f"in {self.module or 'the network'} ({self.line})"
 
 
+@dataclass(frozen=True, slots=True)
+class BuiltinCall:
+    """A call of a built-in function of torch: the memory of its arguments, and what it reads inside."""
+
+    arguments: frozenset[int]
+    reads: list[str]
+
+
 @dataclass(slots=True)
 class Remains:
     """What earlier runs left in memory: its makers, what of it depends on an image, the memory itself."""
@@ -75,7 +85,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         hidden_writes: Operators that write to an operand, although their schemas say they do not.
         kept_writes: Operators that write what depends on the image to memory that outlives the run.
         reused: Operators that use what an earlier run made of its image.
+        failures: Calls that cannot be recorded; the network's code may go on after the error.
     """
+
+    supports_higher_order_operators = True  # else they fail in the mode, and only there
 
     def __init__(self, network: nn.Module, image: Tensor, remains: Remains) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -84,8 +97,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.hidden_writes: list[str] = []
         self.kept_writes: list[str] = []
         self.reused: list[str] = []
+        self.failures: list[str] = []
         self.node: fx.Node | None = None  # the node that runs, if a graph does
-        self.pending: list[str] | None = None  # reads within a function of torch
+        self.call: BuiltinCall | None = (
+            None  # the function of torch that runs, if it is built-in
+        )
 
         # What is known before the run: stored tensors by their first name, and the image.
         stored = tensors(network)
@@ -99,6 +115,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What the run makes; memory is kept, so that an address always means the same tensor.
         self._of_image = {address(image)}
         self._born = {address(image)}
+        self._made = {address(image)}  # by operators; what enters from Python is not
         self._alive = {address(image): image.untyped_storage()}
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
         self._contents: dict[tuple[int, str], str] = {}
@@ -125,8 +142,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def depends_on_image(self, values: Any) -> bool:
         """Return whether a tensor in *values* was computed from the image."""
-        leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-        return any(not leaf.is_meta and address(leaf) in self._of_image for leaf in leaves)
+        return any(
+            not tensor.is_meta and address(tensor) in self._of_image
+            for tensor in _tensors(values)
+        )
 
     def behind(self, result: str) -> dict[str, Operator]:
         """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
@@ -138,6 +157,30 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 needed.add(code)
                 unvisited += self.operators[code].operands
         return {code: operator for code, operator in self.operators.items() if code in needed}
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Return whether the memory of *tensor* is stored in the network, or an operator made it."""
+        memory = address(tensor)
+        return memory in self._made or memory in self._stored
+
+    @contextlib.contextmanager
+    def recording(self, function: Any) -> Iterator[None]:
+        """Note it if the record of *function* fails: code may catch the error and do something else.
+
+        What the record itself asks of tensors is not what the network's code does.
+        """
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        except Exception as error:
+            name = getattr(function, "__name__", str(function))
+            self.failures.append(f"{name} {self.place()}: {first_line(error)}")
+            raise
+
+    def place(self) -> str:
+        """Return the module and the line of the code that runs."""
+        module, line = self._locate()
+        return f"in {module or 'the network'} ({line})"
 
     def leave(self) -> None:
         """Note in the `Remains` what somebody else still holds after the run."""
@@ -156,43 +199,55 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operator, and record it."""
         del types
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # runs code of the network, by values
+            if self.depends_on_image((args, kwargs)):
+                self.reads.append(f"{func} {self.place()}")
+            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
             with self:  # in inference mode alone, composite operators arrive undivided
                 return func.decompose(*args, **kwargs)
 
         # What it reads, before it runs: it may write to its operands.
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        of_image = self.depends_on_image(operands)
-        is_random = _draws(func, args, kwargs)
-        has_maker = any(address(operand) in self._made_by for operand in operands)
-        is_constant = not has_maker and not is_random
-        text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
-        code = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        operator = Operator(
-            str(func),
-            tuple(self.known_by(operand).partition(" ")[0] for operand in operands),
-            *self._locate(),
-            is_random=is_random,
-        )
+        with self.recording(func):
+            operands = _tensors((args, kwargs))
+            of_image = self.depends_on_image(operands)
+            is_random = _draws(func, args, kwargs)
+            has_maker = any(address(operand) in self._made_by for operand in operands)
+            is_constant = not has_maker and not is_random
+            text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
+            code = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            operator = Operator(
+                str(func),
+                tuple(self.known_by(operand).partition(" ")[0] for operand in operands),
+                *self._locate(),
+                is_random=is_random,
+            )
 
         result = self._run(func, operands, operator, args, kwargs)
 
         # What it tells: an operator that comes twice on the same operands is one.
-        if any(
-            address(operand) in self._remains.of_image
-            and address(operand) not in self._of_image
-            for operand in operands
-        ):
-            self.reused.append(str(operator))
-        if self._hands_out_values(func, args, operands):
-            has_size = torch.Tag.dynamic_output_shape in func.tags
-            reads = self.reads if self.pending is None or has_size else self.pending
-            reads.append(str(operator))
-        self.operators.setdefault(code, operator)
+        with self.recording(func):
+            if any(
+                address(operand) in self._remains.of_image
+                and address(operand) not in self._of_image
+                for operand in operands
+            ):
+                self.reused.append(str(operator))
+            if self._hands_out_values(func, args, operands):
+                self._reads_of(func, operands).append(str(operator))
+            self.operators.setdefault(code, operator)
 
-        self._note_writes(func, args, kwargs, operator, code, of_image, is_constant)
-        self._note_results(func, result, operands, code, of_image, is_constant)
+            self._note_writes(func, args, kwargs, operator, code, of_image, is_constant)
+            self._note_results(func, result, operands, code, of_image, is_constant)
         return result
+
+    def _reads_of(self, func: Any, operands: Sequence[Tensor]) -> list[str]:
+        """Return the list for a read by *func*: that of the built-in function which reads its own results."""
+        has_size = torch.Tag.dynamic_output_shape in func.tags
+        if self.call is None or has_size:
+            return self.reads
+        is_argument = not self.call.arguments.isdisjoint(map(address, operands))
+        return self.reads if is_argument else self.call.reads
 
     def _run(
         self, func: Any, operands: Sequence[Tensor], operator: Operator, args: Any, kwargs: Any
@@ -260,6 +315,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._born.add(address(tensor))
                 continue
             self._born.add(address(tensor))
+            self._made.add(address(tensor))
             maker = f"{code}#{position}"
             if is_unfilled:
                 maker = _UNKNOWN
@@ -308,7 +364,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and (module is None or not line):
             file = frame.f_code.co_filename
-            if not line and not file.startswith((_TORCH, _OWN_CODE)):
+            if not line and not file.startswith((_TORCH, _OWN_CODE, contextlib.__file__)):
                 line = f"{Path(file).name}:{frame.f_lineno}"
             if module is None and frame.f_code.co_name == "forward":
                 module = self._names.get(id(frame.f_locals.get("self")))
@@ -319,8 +375,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class FunctionReads(TorchFunctionMode):
     """Reports what operators do not show: text, lists, arrays and addresses made of a tensor.
 
-    A value that is read within a built-in function which returns tensors does not reach the
-    code of the network: `one_hot` compares its operand with 0.
+    A number that a built-in function computes and reads itself, and then returns tensors of the
+    image, does not reach the code of the network: `one_hot` compares its smallest number with 0.
+    An argument that becomes a number does: `x.narrow(1, start, 4)` is another operator for each
+    `start`, and `torch.tensor([value])`, which no operator makes, another constant.
     """
 
     def __init__(self, flow: Dataflow) -> None:
@@ -332,27 +390,46 @@ class FunctionReads(TorchFunctionMode):
     ) -> Any:
         """Call *function*; report what of the image it hands to Python."""
         del types
+        kwargs = kwargs or {}
         flow = self._flow
-        outer = flow.pending
+        with flow.recording(function):
+            call = BuiltinCall(frozenset(map(address, _tensors((args, kwargs)))), [])
+        outer = flow.call
         is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
-        flow.pending = [] if is_builtin else None
+        flow.call = call if is_builtin else None
         try:
-            result = function(*args, **(kwargs or {}))
+            result = function(*args, **kwargs)
         finally:
-            pending = flow.pending
-            flow.pending = outer
+            flow.call = outer
 
-        # Values that left the function, and forms of a tensor that hold its values.
-        leaves = tree_leaves(result)
-        if pending and not all(isinstance(leaf, Tensor) for leaf in leaves):
-            flow.reads += pending
-        name = getattr(function, "__name__", str(function))
-        is_attribute = name in ("__get__", "__set__", "type")
-        hands_out = name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves)
-        if hands_out and not is_attribute and flow.depends_on_image((args, kwargs or {})):
-            module, line = flow._locate()
-            flow.reads.append(f"{name} in {module or 'the network'} ({line})")
+        with flow.recording(function):
+            if self._hands_out(function, args, kwargs, result, call):
+                name = getattr(function, "__name__", str(function))
+                flow.reads.append(f"{name} {flow.place()}")
         return result
+
+    def _hands_out(
+        self, function: Any, args: Any, kwargs: Any, result: Any, call: BuiltinCall
+    ) -> bool:
+        """Return whether *result* holds values of the image that no operator shows."""
+        flow = self._flow
+        leaves = tree_leaves(result)
+        if call.reads and not all(map(flow.depends_on_image, leaves)):
+            return True  # what the function read of its own results
+
+        name = getattr(function, "__name__", "")
+        is_attribute = name in ("__get__", "__set__", "type")
+        if is_attribute or not flow.depends_on_image((args, kwargs)):
+            return False
+        if name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves):
+            return True
+
+        # A new constant; of the tensor whose method it is, the function needs the dtype only.
+        data = args[1:] if isinstance(function, MethodDescriptorType) else args
+        return flow.depends_on_image((data, kwargs)) and not all(
+            flow.is_made(tensor) or address(tensor) in call.arguments
+            for tensor in _tensors(result)
+        )
 
 
 class GraphRun(fx.Interpreter):
@@ -374,6 +451,10 @@ class GraphRun(fx.Interpreter):
         if target in self._stored:
             return self._stored[target]
         return super().get_attr(target, args, kwargs)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def address(tensor: Tensor) -> int:

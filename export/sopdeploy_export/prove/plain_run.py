@@ -146,6 +146,11 @@ def prove_plain_run(
 def check_run(run: Run) -> None:
     """Raise `CertificateError` if values of images reach Python, or if the run leaves traces."""
     flow = run.flow
+    if flow.failures:
+        raise CertificateError(
+            f"a plain run of the network cannot be followed: {flow.failures[0]}; use operators of torch on "
+            "dense tensors"
+        )
     if flow.reads:
         raise CertificateError(
             f"the network's code reads values or sizes that depend on the images: {flow.reads[0]}; "

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -56,18 +57,20 @@ def clamps_by_data(network: Small, x: Tensor) -> Tensor:
     return network.fc(y)
 
 
-def sizes_behind_try(network: Small, x: Tensor) -> Tensor:
-    with contextlib.suppress(Exception):
-        if (rare(x) > 0).nonzero().shape[0]:
-            return network.fc(x) + rare(x)
-    return network.fc(x)
+def tries(attempt: Logits, otherwise: Logits = lambda n, x: n.fc(x)) -> Logits:
+    """Do something *otherwise* while the network is captured, where *attempt* fails."""
+
+    def logits(network: Small, x: Tensor) -> Tensor:
+        with contextlib.suppress(Exception):
+            return attempt(network, x)
+        return otherwise(network, x)
+
+    return logits
 
 
-def values_behind_try(network: Small, x: Tensor) -> Tensor:
-    with contextlib.suppress(Exception):
-        if rare(x).sum().item() > 0:
-            return network.fc(x) + rare(x)
-    return network.fc(x)
+def is_rare(x: Tensor) -> Tensor:
+    """Return whether the first image is one that no probe resembles, as a number of shape ()."""
+    return (rare(x)[0, 0] > 0).long()
 
 
 def keeps_the_last(network: Small, x: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def keeps_the_last(network: Small, x: Tensor) -> Tensor:
 
 
 def is_called_by_export(_: Tensor) -> bool:
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if Path(frame.f_code.co_filename).parts[-2:-1] == ("export",):
             return True
@@ -91,8 +94,43 @@ WRONG: dict[str, tuple[Logits, str]] = {
     "asks for the type": (asks(lambda x: type(x) is not Tensor), "graph"),
     "asks for the type of a size": (asks(lambda x: type(x.shape[0]) is not int), "graph"),
     "writes by .data": (clamps_by_data, "graph"),
-    "a size behind try": (sizes_behind_try, r"aten\.nonzero.*\(test_plain_run\.py:\d+\)"),
-    "a value behind try": (values_behind_try, "reads values"),
+    "a size behind try": (
+        tries(lambda n, x: n.fc(x) + (1 if rare(x).nonzero().shape[0] else 0)),
+        r"aten\.nonzero.*\(test_plain_run\.py:\d+\)",
+    ),
+    "a value behind try": (
+        tries(lambda n, x: n.fc(x) + (1 if rare(x).sum().item() else 0)),
+        "reads values",
+    ),
+    "an argument that becomes a number": (
+        tries(
+            lambda n, x: n.fc(torch.cat([x, -x], 1).narrow(1, is_rare(x), 3)),
+            lambda n, x: n.fc(torch.cat([x, -x], 1).narrow(1, 0, 3)),
+        ),
+        "_local_scalar_dense",
+    ),
+    "a list that becomes a constant": (
+        tries(
+            lambda n, x: n.fc(x + torch.tensor([is_rare(x)])),
+            lambda n, x: n.fc(x + torch.tensor([0])),
+        ),
+        "tensor in the network",
+    ),
+    "a new tensor of the image's dtype": (
+        tries(
+            lambda n, x: n.fc(x + x.new_tensor([is_rare(x)])),
+            lambda n, x: n.fc(x + x.new_tensor([0])),
+        ),
+        "new_tensor in the network",
+    ),
+    "a branch by a value": (
+        tries(lambda n, x: torch.cond(is_rare(x) > 0, lambda y: n.fc(-y), n.fc, (x,))),
+        "cond in the network",
+    ),
+    "a tensor that cannot be followed": (
+        tries(lambda n, x: n.fc(x + is_rare(x).expand(3).to_sparse())),
+        "cannot be followed.*sparse",
+    ),
     "keeps the last image": (keeps_the_last, "earlier run"),
     "draws random numbers": (lambda n, x: n.fc(x + torch.rand(3)), "random"),
     "reads a removed part": (lambda n, x: n.fc(x) + 0 * n.aux(x), "aux"),
@@ -108,6 +146,8 @@ RIGHT: dict[str, Logits] = {
     "a constant mask": lambda n, x: n.fc(x[:, torch.tensor([True, True, True])]),
     "compares values in C++": lambda n, x: n.fc(F.one_hot(x.argmax(1), 3).float()),
     "chunks of the batch": lambda n, x: n.fc(sum(torch.cat([x, 2 * x]).chunk(2))),
+    "a constant of the image's dtype": lambda n, x: n.fc(x + x.new_tensor([1, 2, 3])),
+    "a table of the image's dtype": lambda n, x: n.fc(x + torch.arange(3).to(x).expand_as(x)),
     "dropout in eval mode": lambda n, x: n.fc(F.dropout(x, 0.5, training=n.training)),
 }
 
