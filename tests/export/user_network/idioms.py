@@ -674,12 +674,12 @@ REFUSED: dict[str, Case] = {
     "values that a mask selects": (
         pooled(lambda _, f: f.mean((2, 3)) + f[f > 0.5].mean()),
         {},
-        r"^the graph contains NonZero in forward; .*use torch\.where$",
+        r"aten\.index\.Tensor in the network \(idioms\.py:\d+\); use .* torch\.where$",
     ),
     "a sum into values that a mask selects": (
         pooled(adds_by_mask),
         {},
-        r"^no ONNX form: its code depends on values of the image, .*: use torch\.where$",
+        r"aten\.index\.Tensor in the network \(idioms\.py:\d+\); use .* torch\.where$",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
