@@ -206,7 +206,8 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
     )
     shutil.copytree(photos / "dark", photos / "black")
     for number, path in enumerate(sorted((photos / "black").iterdir())):
-        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(path)
+        pixels = np.random.default_rng(number).integers(0, 30, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
     for source, folder, added in (
         (first, "lights-1", "+6 photographs, new: black"),
         (Path("runs/latest"), "lights-2", "+0 photographs"),
