@@ -89,6 +89,8 @@ def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> N
     for file in manifest.files:
         check_file_name(Path(name), file)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
+
+    # The bytes of an archive follow from its manifest: headers and files in turn, then nothing.
     mismatch = f"{name}: is not packed as `sopdeploy push` packs it; push the bundle again"
     archive.seek(0)
     for piece in archive_layout(manifest):
@@ -100,6 +102,7 @@ def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> N
                     missing -= len(block)
         elif archive.read(len(piece)) != piece:  # other bytes, or fewer because the file ends
             raise BundleError(mismatch)
+
     if archive.read(1):  # bytes after the last piece
         raise BundleError(mismatch)
 
@@ -145,6 +148,8 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     Raises `BundleError` if it does not exist or is larger than *limit* bytes.
     """
     size = 0
+
+    # A store, or a file of this machine.
     with ExitStack() as stack:
         if "://" in source:
             store, path = stack.enter_context(_open_store(source))
@@ -156,6 +161,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
             raise BundleError(
                 f"{source}: {problem}; give the path of the .tar file that `push` wrote"
             )
+
         while block := content.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:

@@ -142,6 +142,8 @@ def seal(
 
     files = {path.name: record(path) for path in folder.iterdir()}
     manifest = manifest_of(files)
+
+    # The certificate names the contents, which it is then a part of.
     if certificate is not None:
         # Without the certificate
         fields = {
@@ -153,6 +155,7 @@ def seal(
             to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
         )
         manifest = manifest_of({**files, CERTIFICATE: record(path)})
+
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
@@ -165,6 +168,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     different, damaged or signed bundle has the name.
     """
     existing = give_final_name(folder, manifest, destination).manifest
+
+    # A bundle with this id is here already, with another time: the new one replaces its
+    # manifest.
     target = destination / manifest.name
     if existing != manifest:  # it has another time
         signature = target.with_name(target.name + SIGNATURE_SUFFIX)
@@ -175,6 +181,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
             )
         with writing(target / MANIFEST), atomic_write(target / MANIFEST) as partial:
             partial.write_bytes(manifest.to_bytes())
+
     link_latest(target)
     return target
 
@@ -197,6 +204,8 @@ def give_final_name(
     damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
+
+    # The bundle may be here already, also signed.
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
     is_new = not os.path.lexists(target)
     if not is_new:
@@ -205,6 +214,8 @@ def give_final_name(
                 f"{target}: has the name of the bundle, but is no folder; move it away"
             )
         found = read_same()
+
+    # The signature comes first: nobody sees a bundle without it.
     with writing(target), ExitStack() as undo:
         if signature is not None:
             signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
@@ -212,6 +223,7 @@ def give_final_name(
                 undo.callback(signature_file.unlink, missing_ok=True)
             with atomic_write(signature_file) as partial_file:
                 partial_file.write_bytes(signature)
+
         if is_new:
             is_new = _rename_sealed(folder, target)  # false if another process was faster
             try:
@@ -220,6 +232,7 @@ def give_final_name(
                 if is_new:  # somebody exchanged a file between the check and the new name
                     target.rename(folder)  # the caller deletes it
                 raise
+
         undo.pop_all()  # keep the signature
     return PlacedBundle(found, is_new)
 
@@ -227,10 +240,12 @@ def give_final_name(
 def _rename_sealed(folder: Path, target: Path) -> bool:
     """Let everybody read *folder*, flush its files and rename it; return false if *target* exists."""
     set_mode(folder, 0o755)
+
     for path in folder.iterdir():
         set_mode(path, 0o644)
         with path.open("rb") as file:
             flush(file.fileno())
+
     try:
         folder.rename(target)
     except OSError as error:
@@ -263,9 +278,13 @@ def follow_link(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
+
+    # Links other than `latest` lead to one bundle for ever.
     target = path.parent / path.readlink()
     if path.name != LATEST or not (live := read_live(path.parent).live):
         return target
+
+    # Of the live bundles, the one of the project that the link leads to.
     try:
         project = read_manifest(target).project
     except BundleError:  # its reader names the problem
@@ -287,12 +306,14 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file() or file.is_symlink():
         raise BundleError(f"{path}: {_describe_no_bundle(path)}")
+
     with open_regular(file) as opened:
         content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(
             f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
         )
+
     try:
         return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
@@ -311,6 +332,8 @@ def _describe_no_bundle(path: Path) -> str:
         if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
             return f"{foreign}, and export it"
         return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+
+    # A folder: a run, or one that holds bundles.
     if (best := path / "best.pt").is_file():
         return f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
     bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
@@ -345,6 +368,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
     `open_bundle` does.
     """
     for name in manifest.files:
+        # Names, and sizes in total, before anything is opened.
         check_file_name(path, name)
     for required in REQUIRED:
         if required not in manifest.files:
@@ -356,6 +380,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
         raise BundleError(
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
         )
+
     contents: dict[str, bytes] = {}
     graph: SealedFile | None = None
     current = path  # for the message of an error
@@ -363,11 +388,14 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
         with ExitStack() as stack:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, folder)
+
             for name, record in manifest.files.items():
                 current = path / name
                 _check_type_and_size(
                     current, os.stat(name, dir_fd=folder, follow_symlinks=False), record
                 )
+
+            # Each file is read once, and hashed while it is read.
             for name, record in manifest.files.items():
                 current = path / name
                 # it may be a link or a FIFO meanwhile
@@ -393,6 +421,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             else f"cannot be read ({os_reason(error)})"
         )
         raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
+
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
     return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
 
@@ -488,6 +517,8 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
         raise BundleError(
             f"{folder}: cannot be read ({error.strerror}); check its permissions"
         ) from error
+
+    # Folders and links to elsewhere; others, such as `latest`, are names of these.
     for path in paths:
         try:
             is_link_to_sibling = path.is_symlink() and path.resolve().parent == folder.resolve()
@@ -527,6 +558,7 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
             live_by_project[manifest.project] = manifest
             bundles[place] = bundles[place]._replace(is_live=True)
 
+    # Every bundle in order: the first of each project that is complete is served.
     listed = []
     served_by_project = dict(live_by_project)
     for bundle, real in zip(bundles, real_paths, strict=True):
@@ -577,5 +609,6 @@ def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, boo
             texts.append(f"not {bundle.path.name}, {bundle.why_not_served}")
         if bundle.is_damaged:
             damaged_projects.add(project)
+
     for project, texts in texts_by_project.items():
         yield f"{project}: {'; '.join(texts)}", project in damaged_projects

@@ -86,6 +86,8 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     """
     random = np.random.default_rng(_SEED)
     side = preprocess.resize
+
+    # The sizes of JPEGs in which decoders and resizing differ.
     files = []
     large = LARGE * side
     turned = Image.Exif()
@@ -106,12 +108,15 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
         (side, side * 5 // 4, "L", 0),  # gray
         (large * 5 // 4, large + 7, "RGB", 2),
     ]
+
+    # Colors from few random cells, so that resizing has something to do.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
         cell = CELL if height < large else LARGE_CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
         coarse = random.integers(
             0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8
         )
+
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         quality, more = (60, {"exif": turned}) if height > large else (90, {})
@@ -129,6 +134,7 @@ def write_golden(
 ) -> None:
     """Write the examples with *usable* pixels into *folder*; *run* computes logits with the exported file."""
     examples = []
+
     for number, body in enumerate(draw_jpegs(preprocess)):
         pixels = decode(body, preprocess).pixels
         if not usable(pixels):
@@ -139,6 +145,7 @@ def write_golden(
         (folder / raw).write_bytes(pixels.tobytes())
         logits = tuple(float(value) for value in run(pixels))
         examples.append(GoldenExample(jpeg=jpeg, pixels=raw, logits=logits))
+
     index = GoldenIndex(tolerance=tolerance, examples=tuple(examples))
     (folder / GOLDEN).write_bytes(to_json(index.model_dump(mode="json")))
 
@@ -149,6 +156,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     examples = list[Golden]()
     # Which may have fewer examples
     is_mixture = any(output.name == GATES for output in manifest.outputs)
+
+    # The files of the examples have the shapes of the manifest.
     try:
         index = GoldenIndex.model_validate_json(bundle.contents[GOLDEN])
         for example in index.examples:
@@ -158,6 +167,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             jpeg = bundle.contents[example.jpeg]
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         # Otherwise a wrong runtime could pass
         is_strict = index.tolerance <= TOLERANCES * logit_tolerance
@@ -166,6 +176,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
         )
     except (KeyError, ValueError):
         fits = False
+
     if not fits:
         advice = (
             version_advice(manifest.versions.get("sopdeploy")) or "; export the bundle again"
@@ -188,6 +199,7 @@ def check_golden(
             f"{example.name}: a logit deviates by {deviation:.3g}, the bound is {example.tolerance:.3g}; "
             "this runtime does not compute the exported network"
         )
+
     levels = np.abs(pixels.astype(np.int16) - example.pixels).max()
     if levels > _MAX_LEVELS:
         raise ParityError(

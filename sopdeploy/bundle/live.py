@@ -36,6 +36,7 @@ def read_log(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(
             f"{log}: cannot be read ({error.strerror}); repair or move it away"
         ) from error
+
     for number, line in enumerate(lines, 1):
         try:
             fields = parse_json(line)
@@ -53,6 +54,8 @@ def read_live(folder: Path) -> Live:
     """
     target_of_link: dict[str, str] = {}  # in the order of the last moves
     refused = set[str]()
+
+    # The log tells what each link led to last, and what was refused and not promoted later.
     for _, fields in read_log(folder):
         link = fields.get("link")
         after = fields.get("after")
@@ -65,6 +68,8 @@ def read_live(folder: Path) -> Live:
         refused.discard(target)
         target_of_link.pop(link, None)
         target_of_link[link] = target
+
+    # A link that was moved by hand counts as it is now.
     live = []
     for link, target in reversed(target_of_link.items()):
         path = folder / link

@@ -100,6 +100,7 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
             raise CertificateError(f"{name!r} is defined twice")
         hashes[name] = value_hash
 
+    # What other values are computed from: inputs by position, constants by content.
     if graph.sparse_initializer:
         raise CertificateError("the graph has sparse weights, which may replace others")
     for position, value in enumerate(graph.input):
@@ -109,6 +110,8 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
         )
     for tensor in graph.initializer:
         define(tensor.name, _hash_constant(tensor))
+
+    # Nodes by their operator, attributes and operands.
     for node in graph.node:
         parts: list[str | bytes] = [node.domain, node.op_type]
         for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
@@ -118,6 +121,7 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
         for position, name in enumerate(node.output):
             if name:  # an optional result that is absent has no name
                 define(name, hash_parts(node_hash, str(position)))
+
     return [hashes[value.name] for value in graph.output]
 
 
@@ -144,12 +148,14 @@ def _hash_constant(tensor: "onnx.TensorProto") -> str:
         raise CertificateError(f"the weight {tensor.name} is stored in another file")
     if tensor.string_data:
         raise CertificateError(f"the constant {tensor.name} contains text instead of numbers")
+
     shape = tuple(tensor.dims)
     storing_fields = _NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
     if len(storing_fields) > 1:
         raise CertificateError(f"the weight {tensor.name} is stored twice")
     if not storing_fields and 0 not in shape:
         raise CertificateError(f"the weight {tensor.name} has no values")
+
     content = numpy_helper.to_array(tensor).tobytes()
     return hash_parts(f"constant {tensor.data_type} {shape}", content)
 

@@ -108,11 +108,14 @@ def read_probes(bundle: Bundle) -> Probes:
         )
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a probe file; export the bundle again") from error
+
+    # Limits, shapes and images that could let any network pass.
     for name, tolerance in probes.tolerance.items():
         if not 0 <= tolerance < math.inf:
             raise BundleError(
                 f"{path}: allows output {name!r} any value; export the bundle again"
             )
+
     count = probes.images.shape[0] if probes.images.ndim else 0
     required_shapes = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
     shapes = {
@@ -127,6 +130,7 @@ def read_probes(bundle: Bundle) -> Probes:
     # a file.
     if len({image.tobytes() for image in probes.images}) < count:
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
+
     return probes
 
 
@@ -143,6 +147,8 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     """
     sizes = list(probes_by_batch)
     replays: dict[int, Replay] = {}  # of all batches so far, by their size
+
+    # One batch of each size after another, so that all sizes meet the same load.
     for number in range(
         max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)
     ):
@@ -150,6 +156,8 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
             part = probes_by_batch[size].select(slice(number * size, (number + 1) * size))
             if not len(part.images):
                 continue
+
+            # The worst of all batches of a size counts.
             compared = compare_outputs(part, run(part.images), size)
             if size in replays:
                 before = replays[size]
@@ -178,6 +186,7 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
             raise ParityError(
                 f"probes: output {name!r} is missing, has another shape or is not finite; {ANOTHER_NETWORK}"
             )
+
         deviation = float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
         if not deviation <= probes.tolerance[name]:  # larger, or NaN
             raise ParityError(
@@ -185,6 +194,7 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
                 f"the bound is {probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
         deviations[name] = deviation
+
     return Replay(
         batch=batch,
         num_images=len(probes.images),

@@ -52,6 +52,7 @@ def score_checkpoint(
     # thresholds. Otherwise they are indices of the sorted classes, to which `make_predictions`
     # converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
+
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     count = len(images)
     noun = "image"
@@ -64,6 +65,7 @@ def score_checkpoint(
         )
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
+
     model = build_classifier(checkpoint, path).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -71,10 +73,13 @@ def score_checkpoint(
     logits_NC = score_images(
         network, checkpoint.preprocess, images, workers=workers, on_image=on_image
     )
+
     decision = Decision() if checkpoint.decision is None else checkpoint.decision
     predictions = make_predictions(
         logits_NC / decision.temperature, images, checkpoint.labels, decision
     )
+
+    # A decision for these photographs, if one is asked for.
     if accepts is None:
         fitted = None
     elif is_multi_label:  # without rejection: the fraction is not used

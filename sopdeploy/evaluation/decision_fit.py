@@ -68,6 +68,7 @@ def fit_decision(
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
         left_out: Energies (N,) of the images if their own class is left out, another test.
     """
+    # Copies of a photograph count once.
     if groups is not None:
         # indices, in the images' order
         first_of_group = np.sort(np.unique(groups, return_index=True)[1])
@@ -76,6 +77,8 @@ def fit_decision(
         left_out = None if left_out is None else left_out[first_of_group]
     if len(logits) < min_images or logits.shape[1] < 2:
         return Decision()
+
+    # The temperature first: the threshold is of scaled logits.
     is_scaled = scalable and temperature_lowers_loss(logits, targets)
     temperature = fit_temperature(logits, targets) if is_scaled else 1.0
     scaled = logits / temperature
@@ -86,8 +89,11 @@ def fit_decision(
         num_images=len(logits),
         estimated_on=estimated_on,
     )
+
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
+
+    # The threshold is an order statistic of the known images' scores.
     rejection = None
     if rank := threshold_rank(len(logits), accepts):
         threshold = float(np.sort(log_sum_exp(scaled))[rank - 1])
@@ -99,6 +105,7 @@ def fit_decision(
             recognized=_count_rejected(unknown_energies, threshold),
             new_class=_count_rejected(left_out, threshold),
         )
+
     return Decision(
         calibration=calibration, rejection=rejection, reference=predictions.reference()
     )
@@ -153,11 +160,14 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     # New images, and all possible numbers of accepted ones
     n = images
     k = np.arange(images + 1)
+
+    # The beta-binomial distribution of the number of accepted images.
     # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k
     # + 1))
     log_ratio = betaln(k + a, n - k + b) - betaln(a, b)
     log_coefficient = -np.log(n + 1) - betaln(n - k + 1, k + 1)
     cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))  # P(at most k are accepted)
+
     low, high = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low / n, high / n
 
@@ -190,6 +200,8 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     optimum = minimize_scalar(
         loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
     )
+
+    # A better temperature at the bound, or by chance, is none.
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
     # `loss` is a mean over images
     significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT

@@ -58,12 +58,16 @@ def compare_counts(first: _Counts, second: _Counts) -> Comparison:
     sizes_21 = counts_2K.sum(axis=1, keepdims=True)
     if not sizes_21.all():
         return Comparison(0.0, 1.0)
+
     shares_2K = counts_2K / sizes_21
     distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
+
+    # Rare categories become one, so that each has enough expected images.
     is_rare_K = counts_2K.sum(axis=0) * sizes_21.min() / sizes_21.sum() < MIN_EXPECTED
     kept = counts_2K[:, ~is_rare_K]
     rest = counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
     merged_2M = np.concatenate([kept, rest], axis=1) if rest.any() else kept
+
     # if both have the same distribution
     expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()
     # Pearson's chi-square

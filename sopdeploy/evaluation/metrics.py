@@ -158,18 +158,21 @@ def classification_report(
     count = len(scores)
     if not count:
         raise DataError(NO_IMAGES)
+
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(
         [-1 - index if one.group is None else one.group for index, one in enumerate(scores)]
     )
     units = effective_count(groups)
+
     shown = np.union1d(targets, predicted)  # sorted
     # a row per target, a column per prediction
     confusion = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
     )
+
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits = int(confusion[row, row])
@@ -185,6 +188,7 @@ def classification_report(
                 recall=Rate.of(hits, images, effective_count(of_class)) if images else None,
             )
         )
+
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,

@@ -49,9 +49,12 @@ class MeanPrecision(StrictModel):
         shown = np.flatnonzero(true.any(axis=0)).tolist()
         if not shown:
             raise DataError(NO_CLASS)
+
         value = float(
             np.mean([average_precision(true[:, column], scores[:, column]) for column in shown])
         )
+
+        # The interval: groups are drawn with replacement, and each draw has its own value.
         given_N = np.arange(len(true)) if groups is None else groups
         # The groups as numbers from 0
         unique, group_N = np.unique(given_N, return_inverse=True)
@@ -67,6 +70,7 @@ class MeanPrecision(StrictModel):
             ],
             axis=1,
         )
+
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
         means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -145,11 +149,13 @@ class MultiLabelPredictions:
         """Compute all metrics, with classes sorted by name; raise `DataError` if no image shows any class."""
         if not len(self.targets):
             raise DataError(NO_IMAGES)
+
         true = self.targets > 0
         predicted = self.probabilities >= np.asarray(self.thresholds)
         hits = (true & predicted).sum(axis=0)  # (C,), as the next two
         counts = true.sum(axis=0)
         answers = predicted.sum(axis=0)
+
         by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(
@@ -166,6 +172,7 @@ class MultiLabelPredictions:
             )
             for index in by_label
         ]
+
         precisions = [
             row.average_precision for row in classes if row.average_precision is not None
         ]
@@ -192,6 +199,7 @@ def resampled_precision(
     best_first = np.argsort(-scores, kind="stable")
     # The next image has another score
     is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
+
     counts = draws[:, best_first].astype(np.float64)
     # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
     # of them show the class. hits / images is the precision of a rank; its weight is the number

@@ -68,6 +68,8 @@ class Rule(NamedTuple):
         """Bound the difference of *counts*: `score_statistic` rejects the ones below at this level."""
         if counts.images < MIN_IMAGES:
             return Bound(counts.difference, -1.0, self.limit(counts.images))
+
+        # The smallest difference that the score test does not reject.
         accepted = counts.difference
         rejected = -1.0
         for _ in range(50):  # bisection
@@ -77,6 +79,7 @@ class Rule(NamedTuple):
                 accepted = middle
             else:
                 rejected = middle
+
         return Bound(counts.difference, accepted, self.limit(counts.images))
 
     def labels_to_pass(self, counts: Counts) -> int | None:

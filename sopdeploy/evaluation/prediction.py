@@ -118,12 +118,14 @@ def held_out_metrics(
         raise TrainingError(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
+
     if activation == "softmax":
         # Which of the five best answers are right, (N, 5).
         right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]
         top1 = int(right[:, 0].sum()) / len(right)
         top5 = int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
+
     probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
         labels=labels,
@@ -158,9 +160,11 @@ def predict_logits(
     """
     device = next(model.parameters()).device
     was_training = model.training
+
     normalize = Normalize(preprocess, images_format(model)).to(device)
     # of two: 0, 2, ... and 1, 3, ...
     images_here = range(processes.rank, len(dataset), processes.world)
+
     positions_by_batch = sequential_batches(len(images_here), batch_size)
     batches = [
         [images_here[position] for position in positions] for positions in positions_by_batch
