@@ -32,6 +32,7 @@ from sopdeploy_service.http.api_keys import (
     read_again,
     read_keys,
 )
+from sopdeploy_service.inference import uploads
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.lifetime import Joined
@@ -353,7 +354,11 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
     wait_for(lambda: count(client, "upload_bytes") == 0)
 
 
-def test_the_client_with_most_bytes_makes_room_for_the_body_of_another(serve_with, jpeg):
+def test_the_client_with_most_bytes_makes_room_for_the_body_of_another(
+    serve_with, jpeg, monkeypatch
+):
+    # Without time, the body with fewest bytes is the slowest.
+    monkeypatch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: 0.0))
     limits = {"max_body_bytes": 2_000_000, "max_upload_bytes": 8_000_000}
     client = serve_with(
         FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", body_grace_seconds=60, **limits
