@@ -6,7 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.errors import CertificateError, LoweringError, SopdeployError, first_line
+from sopdeploy.errors import (
+    CertificateError,
+    ConfigError,
+    LoweringError,
+    SopdeployError,
+    amount,
+    first_line,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
@@ -120,7 +127,7 @@ def run_and_check(
 ) -> Tensor:
     """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`.
 
-    With None, any number of *classes* is accepted.
+    With None, any number of *classes* is accepted; another number of logits is a `ConfigError`.
     """
     size = len(images)
     try:
@@ -139,6 +146,13 @@ def run_and_check(
             problem += f"; {DEPENDS_ON_VALUES}"
         raise LoweringError(problem) from error
     shape = tuple(logits.shape)
+    is_table = type(logits) is Tensor and len(shape) == 2 and shape[0] == size
+    if is_table and classes is not None and shape[1] != classes:
+        raise ConfigError(
+            f"{amount(classes, 'name')} for {amount(shape[1], 'logit')} of the {role} network; give "
+            "one name per logit, in their order",
+            setting="labels",
+        )
     if type(logits) is not Tensor or shape != (
         size,
         shape[-1] if classes is None and shape else classes,

@@ -229,7 +229,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "too few labels": (
         plain,
         {"labels": ("a", "b")},
-        r"returns \(4, 4\) for 4 images, not \(4, 2\).*one logit per label",
+        r"2 names for 4 logits of the trained network; give one name per logit",
     ),
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
