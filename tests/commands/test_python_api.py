@@ -86,7 +86,7 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command(
 BAD_IMAGES = {
     "float pixels": np.zeros((8, 8, 3)),
     "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
-    "another type": [b"bytes"],
+    "another type": [object()],
     "a missing file": "missing.jpg",
 }
 

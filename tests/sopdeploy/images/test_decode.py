@@ -35,7 +35,6 @@ FITS = {"preprocess_image"}
 FITS_ALLOWED = {
     "sopdeploy/images/decode.py": "the one way",
     "sopdeploy/photos/photo.py": "arrays, which are no files",
-    "commands/sopdeploy_commands/bundles/predict.py": "images in memory",
 }
 
 

@@ -275,9 +275,6 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
     )
     table = read_label_table(tmp_path / "labels.csv")
     assert len(set(table.parts[UNSPLIT].groups.tolist())) == 1 + 12
-    (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
-    with pytest.raises(DataError, match="optionally split and group"):
-        read_label_table(tmp_path / "labels.csv")
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

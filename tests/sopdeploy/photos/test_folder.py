@@ -434,11 +434,6 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
     ("name", "content", "problem"),
     [
         ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
-        (
-            "labels.csv",
-            "file,Class,label\n1.jpg,1,a",
-            "has the columns file, class, label; write file,cl",
-        ),
         ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
         ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
         ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
