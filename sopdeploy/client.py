@@ -4,6 +4,7 @@ Keys of newer servers are ignored in responses.
 """
 
 import base64
+import math
 import os
 import random
 import re
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
 import numpy as np
@@ -37,6 +39,7 @@ Result = TypeVar("Result", bound="ImageResult")
 CONTENT_TYPE = (
     "application/octet-stream"  # the server detects the format; a wrong type causes a warning
 )
+REQUEST_ID = "X-Request-ID"  # a server returns that of the request
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
 # linear, whatever a server sends
@@ -169,7 +172,8 @@ class Client:
         self._transport = transport
         self._proxy = find_proxy(address, HTTPX_PROXIES) if transport is None else None
         self._pools: dict[int, httpx.Client] = {}  # by process
-        self._timeout = timeout
+        self._timeout = check_timeout(timeout)
+        self._is_closed = False
         self._retries = retries
 
     @overload
@@ -253,7 +257,8 @@ class Client:
             raise _foreign_answer_error(response) from error
 
     def close(self) -> None:
-        """Close the connections of this process."""
+        """Close the connections of this process; later calls are errors."""
+        self._is_closed = True
         if (pool := self._pools.get(os.getpid())) is not None:
             pool.close()
 
@@ -334,7 +339,9 @@ class Client:
         Retries follow 429, 503 and connections that broke before a response, after at least
         `Retry-After`.
         """
-        seconds = self._timeout if timeout is None else timeout
+        if self._is_closed:
+            raise ConfigError("the client is closed; make another one")
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
         end = time.monotonic() + seconds
         attempt = 0
         http = self._connections()
@@ -345,6 +352,7 @@ class Client:
                 method, path, timeout=left, extensions=extensions, **content
             )
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
+            request.headers[REQUEST_ID] = uuid4().hex
             error: ServiceError
             try:
                 with deadline(end):
@@ -364,6 +372,16 @@ class Client:
                 raise error
             time.sleep(delay)
             attempt += 1
+
+
+def check_timeout(timeout: float) -> float:
+    """Return *timeout*; raises `ConfigError` unless it is a positive number of seconds."""
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not is_number or not 0 < timeout < math.inf:
+        raise ConfigError(
+            f"is {timeout!r}; give a positive number of seconds", setting="timeout"
+        )
+    return timeout
 
 
 def encode_images(images: Sequence[object]) -> list[bytes]:
@@ -395,6 +413,13 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     if is_early(response):  # it answers something else
         response.close()
         raise httpx.RemoteProtocolError("an answer came before its request", request=request)
+    # Errors before a request is read have an id of their own, those of proxies none.
+    own_id = request.headers[REQUEST_ID]
+    if response.is_success and response.headers.get(REQUEST_ID, own_id) != own_id:
+        response.close()
+        raise httpx.RemoteProtocolError(
+            "the answer is that of another request", request=request
+        )
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
             raise _foreign_answer_error(response)

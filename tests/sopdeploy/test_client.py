@@ -1,5 +1,6 @@
 """The client: requests, parsed responses, retries, deadlines and errors."""
 
+import math
 from typing import Any
 
 import httpx
@@ -234,3 +235,32 @@ def test_the_server_is_told_the_remaining_time(delays):
         int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests
     )
     assert 0 < second <= first <= 10_000
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, math.inf, math.nan, None, "30", True])
+def test_a_timeout_that_is_no_positive_number_is_one_error_line(timeout: Any) -> None:
+    with pytest.raises(ConfigError, match=r"timeout.*give a positive number of seconds"):
+        Client("http://127.0.0.1:1", timeout=timeout)
+
+
+def test_a_call_after_close_is_one_error_line() -> None:
+    with Client("http://127.0.0.1:1") as client:
+        pass
+    with pytest.raises(ConfigError, match=r"^the client is closed; make another one$"):
+        client.info()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_an_answer_with_the_id_of_another_request_is_none(is_own: bool) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        number = request.headers["x-request-id"] if is_own else "of another"
+        content = {"server": "1", "models": []}
+        return httpx.Response(200, json=content, headers={"X-Request-ID": number})
+
+    transport = httpx.MockTransport(answer)
+    with Client("http://server", transport=transport, retries=0) as client:
+        if is_own:
+            assert client.info().models == ()
+        else:
+            with pytest.raises(UnreachableError, match="that of another request"):
+                client.info()
