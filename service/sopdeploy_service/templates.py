@@ -4,10 +4,14 @@ A fork shares the imported libraries and takes milliseconds. `decoding.pool` and
 `devices.template` say how their templates are started, and whose children the others are.
 """
 
+import ctypes
 import errno
+import os
+import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +23,15 @@ REPLY = struct.Struct("<Ii")
 START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
 LOOK_SECONDS = 1.0  # after which it is asked whether the template is stopped
 STOPPED = "T"  # a state of `run_states`
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+def end_with_parent(parent: int, number: signal.Signals) -> None:
+    """Let the kernel send this process the signal *number* when *parent* has ended, however (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
+        if os.getppid() != parent:  # it has ended before
+            os.kill(os.getpid(), number)
 
 
 class TemplateProcess(ABC):

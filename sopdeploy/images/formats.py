@@ -16,6 +16,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
+from sopdeploy.images.pixels import correct_transparency_info
 from sopdeploy.images.signatures import HEAD_BYTES, find_format
 
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not
@@ -89,9 +90,6 @@ def open_image(
                 _check_dimensions(
                     (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels
                 )
-        # Its module imports NumPy, which a template does not need.
-        from sopdeploy.images.pixels import correct_transparency_info  # noqa: PLC0415
-
         correct_transparency_info(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error

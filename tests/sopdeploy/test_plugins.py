@@ -20,7 +20,7 @@ from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.base import may_use_gpu
+from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.settings import load_settings
 from tests.support.service import bundle, bundle_path  # noqa: F401
 

@@ -15,9 +15,7 @@ import errno
 import importlib
 import os
 import platform
-import signal
 import struct
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,7 +111,6 @@ RETURN = 0x06
 NUMBER_AT = 0
 ARCHITECTURE_AT = 4
 ARGUMENTS_AT = 16
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 NO_NEW_PRIVS = 38
 SET_FILTER = 1
 ALL_THREADS = 1
@@ -130,14 +127,6 @@ LANDLOCK = {
     5: (16, 2, 0),
     6: (16, 2, 2),
 }
-
-
-def end_with_parent(parent: int, number: signal.Signals) -> None:
-    """Let the kernel send this process the signal *number* when *parent* has ended, however (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
-        if os.getppid() != parent:  # it has ended before
-            os.kill(os.getpid(), number)
 
 
 def preload() -> None:

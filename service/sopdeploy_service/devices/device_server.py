@@ -24,7 +24,6 @@ from sopdeploy.bundle.sealed import map_memory, read_memory
 from sopdeploy.environment import exit_process
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.decoding.sandbox import end_with_parent
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.devices.control import Status
@@ -37,12 +36,13 @@ from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.pages import Shared
-from sopdeploy_service.runtime.base import may_use_gpu
+from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.templates import end_with_parent
 
 STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine
 

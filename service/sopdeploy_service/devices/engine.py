@@ -28,13 +28,13 @@ from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.bundle_store import follow, read_links
+from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, follow, start_task
 from sopdeploy_service.settings import Settings
 
 LAST_SECONDS = 1.0  # for answers that front ends have not read when the process ends

@@ -15,6 +15,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.http.api_keys import TokenBucket
+from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.server.lifetime import BEAT_SECONDS
 from sopdeploy_service.settings import Settings, decoders_per_process
 from sopdeploy_service.templates import STOPPED, run_states
@@ -251,8 +252,6 @@ def list_devices(settings: Settings) -> list[Process]:
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         # "auto" chooses CUDA wherever it is installed
         if device == "cpu" and settings.runtime == "auto":
-            from sopdeploy_service.runtime.base import cpu_runtime  # noqa: PLC0415  # it imports numpy
-
             changed["runtime"] = cpu_runtime()
         # "auto" would take all cores for one GPU
         if device != "cpu" and settings.decoders == "auto":

@@ -56,6 +56,7 @@ from sopdeploy_service.http.api_keys import (
     read_again,
 )
 from sopdeploy_service.inference import results
+from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
@@ -63,6 +64,7 @@ from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     USER_ERROR,
     Joined,
+    follow,
     start_task,
     terminal_is_closed,
 )
@@ -206,8 +208,6 @@ class Supervisor:
             start_task(self._tasks, self._replace_failing())
             if self._settings.follow and self._settings.keys is not None:
                 identity = partial(file_identity, self._settings.keys)
-                from sopdeploy_service.inference.bundle_store import follow  # noqa: PLC0415 # imports NumPy
-
                 start_task(self._tasks, follow(identity, None, self._key_reloads.request))
             if count := len(self._front_ends):
                 log.info(
@@ -535,8 +535,6 @@ class Supervisor:
 
     async def _replace_failing(self) -> None:
         """Replace each process that cannot work; time in which this process is paused does not count."""
-        from sopdeploy_service.inference.loader import load_seconds  # noqa: PLC0415 # imports NumPy
-
         seconds = load_seconds(self._settings)
         while True:
             await asyncio.sleep(BEAT_SECONDS)

@@ -18,7 +18,6 @@ import time
 
 from sopdeploy.bundle.sealed import create_memory, read_memory
 from sopdeploy_service import templates
-from sopdeploy_service.decoding.sandbox import end_with_parent
 from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.server.lifetime import STDERR
 
@@ -70,7 +69,7 @@ def wait_for_launch() -> LaunchConfig:
     The socket to the supervisor is the argument of the command line. Exits when the supervisor
     ends, also while it is stopped.
     """
-    end_with_parent(os.getppid(), signal.SIGKILL)
+    templates.end_with_parent(os.getppid(), signal.SIGKILL)
     LIBC.prctl(SET_NAME, b"template")
     # the garbage collector of a process would write to the pages, and thereby copy them
     gc.freeze()

@@ -25,6 +25,7 @@ from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.file_systems import locked_folder, set_mode, set_owner
 from sopdeploy.files import atomic_write, read_text, writing
 from sopdeploy_service.inference import daemon_threads
+from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.settings import Settings
 
@@ -103,9 +104,6 @@ async def read_again(settings: Settings, in_use: Sequence[Key]) -> tuple[Key, ..
         return ()
     try:
         reading = daemon_threads.start(partial(keys_of_server, settings.keys))
-        # Its module imports NumPy, which the supervisor does not need.
-        from sopdeploy_service.inference.loader import finish_in_time  # noqa: PLC0415
-
         return await finish_in_time(reading, settings.keys, settings)
     except (SopdeployError, OSError) as error:
         log.error("keys not reloaded, those in use stay: %s", error)

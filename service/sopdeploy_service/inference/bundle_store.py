@@ -4,7 +4,6 @@ A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which 
 served), or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
 """
 
-import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +22,6 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
 
-FOLLOW_SECONDS = 1.0
 # Name in the server, folder, its manifest
 ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]
 
@@ -57,21 +55,6 @@ def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
 def read_links(links: Iterable[Path]) -> dict[Path, Path]:
     """Return where *links* lead now."""
     return {link: follow_link(link) for link in links}
-
-
-async def follow(
-    read: Callable[[], object], before: object, reload: Callable[[], object]
-) -> None:
-    """Call *reload* whenever *read*, which is called each second, returns something else than *before*."""
-    while True:
-        await asyncio.sleep(FOLLOW_SECONDS)
-        try:
-            now = await asyncio.to_thread(read)
-        except (OSError, ConfigError):  # the folder, or its log, cannot be read now
-            continue
-        if now != before:
-            before = now
-            reload()
 
 
 def find_bundles(

@@ -6,7 +6,6 @@ that one: if the GPU was meant and does not work, the server ends with an error 
 silently using the CPU.
 """
 
-import asyncio
 import itertools
 import logging
 import time
@@ -34,22 +33,19 @@ from sopdeploy.bundle.signing import check_signature, read_signature, signature_
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
+from sopdeploy_service.inference.load_time import finish_in_time, wait_in_time
 from sopdeploy_service.runtime.base import (
     OpenRuntime,
     OverlappingRuntime,
     OwnRuntime,
     Runtime,
-    cpu_runtime,
     is_out_of_memory,
-    may_use_gpu,
     padded_sizes,
     translating_errors,
 )
+from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.settings import Settings
 
-LOAD_SECONDS_ON_CPU = 120.0
-LOAD_SECONDS_ON_GPU = 600.0
-LOAD_TIMEOUT = "load_timeout"  # code of the error
 LARGEST_ON_CPU = (
     4  # larger batches gain nothing on a CPU and delay the first image of the batch
 )
@@ -99,52 +95,12 @@ async def load_in_background(bundle: Bundle, settings: Settings) -> LoadedModel:
     return await finish_in_time(_begin_load(bundle, settings), bundle.path, settings)
 
 
-def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
-    """Wait for the *work* of a daemon thread on *what* as `finish_in_time` does, without an event loop."""
-    seconds = load_seconds(settings)
-    try:
-        return work.result(seconds)
-    except TimeoutError as error:
-        if not work.cancel():  # it has ended meanwhile, or raised this error itself
-            return work.result()
-        raise _too_slow(what, seconds) from error
-
-
-async def finish_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
-    """Wait for *work* on *what*, at most as long as a load may take; raises `RuntimeUnavailableError`."""
-    result = asyncio.wrap_future(work)
-    seconds = load_seconds(settings)
-    try:
-        async with asyncio.timeout(
-            seconds
-        ):  # `wait_for` of Python 3.11 may swallow a cancellation
-            return await result
-    except TimeoutError as error:
-        if not result.cancelled():  # the work itself raised this error
-            raise
-        raise _too_slow(what, seconds) from error
-
-
-def load_seconds(settings: Settings) -> float:
-    """Return how long a load may take: on a GPU, libraries are loaded and kernels chosen, too."""
-    if settings.load_timeout is not None:
-        return settings.load_timeout
-    return LOAD_SECONDS_ON_GPU if may_use_gpu(settings) else LOAD_SECONDS_ON_CPU
-
-
 def _begin_load(
     bundle: Bundle, settings: Settings, *, thorough: bool = False
 ) -> Future[LoadedModel]:
     """Load *bundle* in a daemon thread; close its runtime if nobody waits for it any more."""
     load = partial(_load, bundle, settings, thorough=thorough)
     return daemon_threads.start(load, discard=lambda loaded: loaded.runtime.close())
-
-
-def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
-    return RuntimeUnavailableError(
-        f"{what}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
-        code=LOAD_TIMEOUT,
-    )
 
 
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference import daemon_threads
+from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (
     LoadedModel,
     check_trust,
-    finish_in_time,
     load_in_background,
 )
 from sopdeploy_service.inference.model import NOT_LOADED, Model

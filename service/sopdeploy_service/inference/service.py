@@ -27,10 +27,10 @@ from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import DecodedImage, Decoders, upload_budget
+from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (
     LoadedModel,
     check_trust,
-    finish_in_time,
     load_in_background,
 )
 from sopdeploy_service.inference.model import Model, Registry, State

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,23 +84,6 @@ class OwnRuntime(Runtime, Protocol):
         Raises `RuntimeUnavailableError` if it is set up and cannot compute *bundle*: `auto`
         then fails.
         """
-
-
-def may_use_gpu(settings: Settings) -> bool:
-    """Tell whether the runtime of *settings* uses a GPU, or may use one that is set up."""
-    needed = settings.runtime_needs_gpu()
-    own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
-    return (
-        any(one.needs_gpu and one.is_set_up() for one in own.values())
-        if needed is None
-        else needed
-    )
-
-
-def cpu_runtime() -> str:
-    """Return the runtime that `auto` chooses on machines without a GPU."""
-    own: dict[str, Any] = RUNTIMES.own()
-    return next(name for name, runtime in own.items() if not runtime.needs_gpu)
 
 
 def register_runtime(name: str, open_runtime: OpenRuntime) -> None:

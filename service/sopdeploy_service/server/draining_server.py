@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
-from sopdeploy_service.inference.bundle_store import follow, read_links
+from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import (
     Connections,
@@ -30,6 +30,7 @@ from sopdeploy_service.server.http_protocol import (
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
+    follow,
     start_task,
     terminal_is_closed,
 )

@@ -5,10 +5,13 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from sopdeploy.errors import ConfigError
+
 STDERR = 2
 USER_ERROR = 2
 HAS_TERMINAL = os.isatty(STDERR)  # at the start
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
+FOLLOW_SECONDS = 1.0
 
 
 def terminal_is_closed() -> bool:
@@ -24,6 +27,21 @@ def start_task(
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
+
+
+async def follow(
+    read: Callable[[], object], before: object, reload: Callable[[], object]
+) -> None:
+    """Call *reload* whenever *read*, which is called each second, returns something else than *before*."""
+    while True:
+        await asyncio.sleep(FOLLOW_SECONDS)
+        try:
+            now = await asyncio.to_thread(read)
+        except (OSError, ConfigError):  # the folder, or its log, cannot be read now
+            continue
+        if now != before:
+            before = now
+            reload()
 
 
 class Joined:

@@ -13,9 +13,10 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import usable_cores
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
-from sopdeploy_service.inference.loader import load_bundle, wait_in_time
+from sopdeploy_service.inference.load_time import wait_in_time
+from sopdeploy_service.inference.loader import load_bundle
 from sopdeploy_service.observability import logs
-from sopdeploy_service.runtime.base import may_use_gpu
+from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings

@@ -17,7 +17,7 @@ import pytest
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.plugins import RUNTIMES
-from sopdeploy_service.inference import loader, service
+from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
@@ -295,7 +295,7 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(loader, "open_runtime", stuck)
-            patch.setattr(loader, "load_seconds", lambda _: next(seconds))
+            patch.setattr(load_time, "load_seconds", lambda _: next(seconds))
             await registry.reload([versions[1]])
             with pytest.raises(RuntimeUnavailableError, match=r"not loaded within 0\.01 s"):
                 load_model(versions[1], SETTINGS)
@@ -325,7 +325,7 @@ def test_a_disk_that_hangs_does_not_block_later_reloads(
     async def scenario(registry: ModelRegistry) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(service, function, lambda *_, **__: gate.wait())
-            patch.setattr(loader, "load_seconds", lambda _: 0.01)
+            patch.setattr(load_time, "load_seconds", lambda _: 0.01)
             await registry.reload([versions[1]])
         assert metric(registry, code="load_timeout") == 1
         await registry.reload([versions[1]])
@@ -386,7 +386,7 @@ def test_a_load_has_more_time_on_a_gpu(
     for runtime in RUNTIMES.own().values():
         if runtime.needs_gpu:
             monkeypatch.setattr(runtime, "is_set_up", lambda: cuda)
-    assert loader.load_seconds(Settings(**values)) == seconds
+    assert load_time.load_seconds(Settings(**values)) == seconds
 
 
 @pytest.fixture
