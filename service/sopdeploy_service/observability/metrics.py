@@ -123,9 +123,8 @@ class Metrics:
         )
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self.dropped_log_lines = (
-            DROPPED  # global; an attribute because the documentation lists attributes
-        )
+        # global; an attribute because the documentation lists attributes
+        self.dropped_log_lines = DROPPED
         registry.register(DROPPED)
         ProcessCollector(registry=registry)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")

@@ -22,9 +22,8 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-IMAGE_INPUT = (
-    "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
-)
+# the input for encoded files; a request gives either it or the input of the bundle
+IMAGE_INPUT = "IMAGE"
 # datatypes of the bundle's input and of encoded files
 UINT8 = "UINT8"
 BYTES = "BYTES"

@@ -40,14 +40,12 @@ from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
-CHECK_SECONDS = (
-    60.0  # between two checks of the ages; less if photographs are kept for a short time
-)
+# between two checks of the ages; less if photographs are kept for a short time
+CHECK_SECONDS = 60.0
 # intervals of checks that count between two checks; a machine that slept counts no more
 MAX_STEP = 2.0
-SAVE_SECONDS = (
-    600.0  # counted between two writes of the ages, which a process that is killed loses
-)
+# counted between two writes of the ages, which a process that is killed loses
+SAVE_SECONDS = 600.0
 AGES = ".ages"
 MAX_AGES_BYTES = 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
@@ -115,9 +113,8 @@ class KeptFolder:
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
-        self._counted = self._saved = (
-            0.0  # seconds that keepers of this folder have run, and those in `AGES`
-        )
+        # seconds that keepers of this folder have run, and those in `AGES`
+        self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
         with ExitStack() as opened:
             with writing(path):

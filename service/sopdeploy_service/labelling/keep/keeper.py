@@ -48,9 +48,8 @@ MAX_QUEUED_PHOTO_BYTES = 64_000_000
 # of the time; seconds that may be spent at once, or owed
 COPY_SHARE = 0.01
 COPY_BURST = 0.25
-RECENT_PHOTOS = (
-    1000  # outside of the sample, whose copies were not kept; others near them are not copied
-)
+# outside of the sample, whose copies were not kept; others near them are not copied
+RECENT_PHOTOS = 1000
 LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
@@ -158,9 +157,8 @@ class Keeper:
         # needed. The event loop adds the bytes that it puts into the queue, the keeper's thread
         # those that it takes out.
         self._bytes_in = self._bytes_out = 0
-        self._copy_budget = (
-            COPY_BURST  # seconds that copies may take; negative if they took more
-        )
+        # seconds that copies may take; negative if they took more
+        self._copy_budget = COPY_BURST
         self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
         self._num_logged = 0  # of both
@@ -176,9 +174,8 @@ class Keeper:
         if self._folder is not None:
             forwarding.Receiver(end, self.receive, self._drop)
         else:
-            self._socket = (
-                end  # the thread may still use an earlier one, whose other end is closed
-            )
+            # the thread may still use an earlier one, whose other end is closed
+            self._socket = end
 
     def stop(self) -> None:
         """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
