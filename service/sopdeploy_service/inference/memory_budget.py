@@ -165,9 +165,7 @@ class BudgetedRegistry(ModelRegistry):
                 loaded = await load_in_background(bundle, self._settings)
 
                 # Serve it, and count it.
-                model = self._by_name[name] = self._start_model(name, loaded)
-                # it has counted since the start of the server
-                model.drift = lazy.placeholder.drift
+                self._by_name[name] = self._start_model(name, loaded)
                 self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)
