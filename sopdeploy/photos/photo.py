@@ -231,6 +231,8 @@ class ImageFiles(LabeledImages):
         path = self.path(index)
         try:
             return read_file(path, MAX_BYTES)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no longer there; put it back") from error
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); repair or delete it"
@@ -250,7 +252,7 @@ class ImageFiles(LabeledImages):
 
 
 class LeftOut(NamedTuple):
-    """A damaged image that a run leaves out: its part ("train" or "held_out"), identity, and the reason."""
+    """An unusable image that a run leaves out: its part ("train" or "held_out"), identity, and the reason."""
 
     part: str
     identity: str
@@ -267,7 +269,7 @@ class Split:
     `held_out` is empty if the source has no such images. The procedure that trains then decides
     whether it holds out some of the training images (`choose_held_out`). `notes` are lines
     about what the user may not have intended, such as files and folders that are not used.
-    `left_out` are the damaged images that are no longer in the parts.
+    `left_out` are the unusable images that are no longer in the parts.
     """
 
     train: LabeledImages
@@ -564,9 +566,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged images of *split* out, after *first*, the error of one; its note names them.
+    """Leave the damaged and missing images of *split* out, after *first*, the error of one; its note names them.
 
-    Raises *first* if none is damaged, and an error with all of them if they are too many
+    Raises *first* if all can be read, and an error with all of them if they are too many
     (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
     out.
     """
@@ -591,5 +593,5 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
 
 
 def describe_left_out(errors: Sequence[str]) -> str:
-    """Name the damaged images that a run leaves out, given as texts `IMAGE: REASON`."""
-    return f"{amount(len(errors), 'damaged image')} left out: {shorten_problems(errors)}"
+    """Name the images that a run leaves out, given as texts `IMAGE: REASON`."""
+    return f"{amount(len(errors), 'unusable image')} left out: {shorten_problems(errors)}"
