@@ -48,9 +48,8 @@ from sopdeploy_service.runtime.base import (
 from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.settings import Settings
 
-LARGEST_ON_CPU = (
-    4  # larger batches gain nothing on a CPU and delay the first image of the batch
-)
+# larger batches gain nothing on a CPU and delay the first image of the batch
+LARGEST_ON_CPU = 4
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -111,6 +110,7 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     for refusal in describe_refusals(bundle, settings.formats):
         log.warning("%s: %s", bundle.name, refusal)
     root = check_graph_and_certificate(bundle) if thorough else None
+
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
@@ -120,6 +120,7 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         stack.pop_all()
+
     return LoadedModel(
         bundle=bundle if thorough else bundle.reduced(),
         runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root,
@@ -149,6 +150,7 @@ def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
+    # Choose the runtime: `auto` tries the ones of this project, those for GPUs first.
     name: str = settings.runtime
     if name == "auto":
         own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
@@ -157,6 +159,8 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
         )
         name, reason = next((other, found) for other, found in reasons if found is not None)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
+
+    # Open it. `auto` does not fall back to the CPU.
     try:
         return _open_named(name, bundle, settings)
     except RuntimeUnavailableError as error:
@@ -175,6 +179,7 @@ def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
         raise RuntimeUnavailableError(
             f"runtime {name!r}: no installed package has it; choose another one"
         )
+
     try:
         return open_registered(bundle, settings)
     except SopdeployError:
@@ -197,20 +202,25 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     cost; it runs *max_batch* images once if there are fewer probes, because `_replay_all` then
     runs smaller batches.
     """
+    # Choose the sizes to run.
     timings: list[tuple[int, float]] = []
     if runtime.device == "cpu":
         sizes = [max_batch] if max_batch > len(probes.images) else []
     else:
         ascending = padded_sizes(max_batch)
+
         # The smallest, the largest, the second smallest, the second largest and so on.
         alternating = itertools.chain.from_iterable(
             zip(ascending, reversed(ascending), strict=True)
         )
         sizes = [*ascending, *itertools.islice(alternating, len(ascending))]
+
+    # Run the batches; with too little memory for one, larger ones are left out.
     largest_to_try = max_batch
     for size in sizes:
         if size > largest_to_try:  # there was no memory for a smaller one
             continue
+
         batch = probes.repeat_to(size)
         try:
             started = time.monotonic()
@@ -225,6 +235,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             largest_to_try = size - 1
         else:
             compare_outputs(batch, outputs, size)
+
     return timings
 
 
@@ -244,20 +255,21 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
+    # Choose which probes run alone, and which in batches.
     size = min(max_batch, len(probes.images))
     if thorough or size == 1:
-        # All of them alone and, unless *size* is 1, in batches
-        probes_by_size = {
-            1: probes,
-            size: probes,
-        }
+        # All of them alone and, unless *size* is 1, in batches.
+        probes_by_size = {1: probes, size: probes}
     else:  # the first one alone, the others in batches
         probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
+
     replays = {
         batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()
     }
+
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
+
     return replays
 
 
