@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import ChooseView, preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
+from sopdeploy.images.signatures import HEAD_BYTES, format_of, read_head
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
 
@@ -122,6 +124,13 @@ class LabeledImages(ABC):
     def read(self, index: int) -> bytes:
         """Read an encoded image, such as the bytes of a JPEG; raises `DataError` naming it."""
 
+    def read_head(self, index: int) -> bytes:
+        """Read the first bytes of an encoded image; nothing of one that is unreadable or no file."""
+        try:
+            return self.read(index)[:HEAD_BYTES]
+        except DataError:
+            return b""
+
     @abstractmethod
     def identity(self, index: int) -> str:
         """Return a name that no other image has and that is the same on every machine.
@@ -203,6 +212,10 @@ class ArrayImages(LabeledImages):
         Image.fromarray(self.images[index]).save(file, "BMP")
         return file.getvalue()
 
+    def read_head(self, index: int) -> bytes:  # noqa: ARG002
+        """Return nothing: pixels in memory are no file."""
+        return b""
+
     def identity(self, index: int) -> str:
         """Return the position of an image."""
         return str(index)
@@ -237,6 +250,10 @@ class ImageFiles(LabeledImages):
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); repair or delete it"
             ) from error
+
+    def read_head(self, index: int) -> bytes:
+        """Read the first bytes of a file; nothing of one that cannot be read."""
+        return read_head(self.path(index))
 
     def identity(self, index: int) -> str:
         """Return the path of a file relative to `root`, in the encoding that all machines share."""
@@ -488,6 +505,12 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
             return UNREADABLE
 
     return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
+
+
+def count_formats(images: LabeledImages) -> Counter[str]:
+    """Count *images* by the format of their file, a name of `FORMATS`; others are left out."""
+    heads = map_threaded(images.read_head, len(images))
+    return Counter(filter(None, map(format_of, heads)))
 
 
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
