@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
+from sopdeploy.images.limits import EXTRAS, FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import correct_transparency_info
 from sopdeploy.images.signatures import HEAD_BYTES, find_format
 
@@ -272,11 +272,12 @@ def _register_heif() -> None:
     """Let Pillow open HEIC files, with one thread per image; raise `ImageError` without pillow-heif."""
     if "HEIF" in Image.OPEN:
         return
+    extra, package = EXTRAS["heic"]
     try:
-        pillow_heif = importlib.import_module("pillow_heif")
+        pillow_heif = importlib.import_module(package)
     except ImportError as error:
         raise _unsupported_error(
-            f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[heif]" ({CAMERA})'
+            f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[{extra}]" ({CAMERA})'
         ) from error
     pillow_heif.register_heif_opener(
         decode_threads=1, thumbnails=False, depth_images=False, aux_images=False

@@ -68,6 +68,12 @@ def find_format(head: bytes) -> str:
     return "HTML" if text.startswith(WEB_PAGES) else ""
 
 
+def format_of(head: bytes) -> str:
+    """Name the accepted format of the file that begins with *head*, as settings do; "" for another file."""
+    detected = find_format(head)
+    return next((name for name, known in FORMATS.items() if known == detected), "")
+
+
 def media_type_of(head: bytes) -> str:
     """Return the media type of the image file that begins with *head*."""
     detected = find_format(head)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
@@ -341,10 +342,16 @@ def _show_photographs(
     captions: list[tuple[int, Any]],
     names: Mapping[int, str] = MappingProxyType({}),
 ) -> Section:
-    """Show the images of *captions*, (index, markup), as JPEGs; *names* are for links to them, by index."""
+    """Show the images of *captions*, (index, markup), as JPEGs; *names* are for links to them, by index.
+
+    Those whose file is gone since are not shown.
+    """
     figures = []
     for index, caption in captions:
-        small = images.photo(index).pixels.copy()
+        try:
+            small = images.photo(index).pixels.copy()
+        except DataError:
+            continue
         small.info.clear()  # Pillow would write the comment of the file
         small.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()

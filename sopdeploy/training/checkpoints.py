@@ -307,7 +307,7 @@ def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
 
 
 def read_left_out(last: Checkpoint, source: Path) -> list[LeftOut]:
-    """Return the damaged images that the run of *last* left out; raises `CheckpointError`."""
+    """Return the unusable images that the run of *last* left out; raises `CheckpointError`."""
     with state_errors(last, source):
         return [
             LeftOut(*map(str, fields)) for fields in (last.resume or {}).get("left_out", [])

@@ -135,7 +135,7 @@ class LoopResult(StrictModel):
             `same images`. The score is too high in the last case only.
         mirrored: Whether the score is that of the mean logits of an image and its mirror image.
         tuning: The comparison with the frozen network, if the loop started from it.
-        left_out: The damaged images that the run left out, each with the reason.
+        left_out: The unusable images that the run left out, each with the reason.
     """
 
     kind: Literal["loop"] = "loop"
@@ -247,7 +247,7 @@ class FewShotResult(StrictModel):
         strength: In results of earlier versions, scikit-learn's C of a logistic regression.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         tuning: The comparison with the network that was fine-tuned from this one, which was not better.
-        left_out: The damaged images that the run left out, each with the reason.
+        left_out: The unusable images that the run left out, each with the reason.
     """
 
     model_config = pydantic.ConfigDict(

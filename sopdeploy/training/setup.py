@@ -1,5 +1,6 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from secrets import token_hex
@@ -13,6 +14,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.errors import ConfigError, DataError, amount, is_memory_exhausted, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
+from sopdeploy.images.limits import EXTRAS
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
@@ -23,6 +25,7 @@ from sopdeploy.photos.folder import open_unknown
 from sopdeploy.photos.photo import (
     LabeledImages,
     Split,
+    count_formats,
     count_seen,
     describe_contradictions,
     hash_images,
@@ -67,7 +70,6 @@ ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
     "so the accuracy of the class cannot be measured; add different photographs"
 )
-HEIC_SUFFIXES = (".heic", ".heif")
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
 LOOP_INSTEAD = "procedure.kind=loop trains all weights"
@@ -134,7 +136,19 @@ def set_up_run(
     else:
         setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
-    return replace(setup, reason=reason, origin=_describe_origin(setup, folder, last))
+
+    # Only the first process writes the origin
+    formats = Counter[str]()
+    if strategy.rank == 0:
+        formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
+    for name in formats.keys() & EXTRAS:
+        extra, _ = EXTRAS[name]
+        callback.on_warning(
+            f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "
+            "network is served, too"
+        )
+    origin = _describe_origin(setup, folder, last, sorted(formats))
+    return replace(setup, reason=reason, origin=origin)
 
 
 def new_setup(
@@ -347,15 +361,6 @@ def _check_data(
             callback.on_warning(problem)
     if unknown is not None and (note := open_unknown(unknown).note):
         callback.on_warning(note)
-    num_heic = sum(
-        data.train.identity(index).lower().endswith(HEIC_SUFFIXES)
-        for index in range(len(data.train))
-    )
-    if num_heic:
-        callback.on_warning(
-            f"{amount(num_heic, 'training image')} in HEIC: install sopdeploy[heif] where the network "
-            "is served, too"
-        )
 
 
 def warn_of_equal_files(
@@ -388,8 +393,10 @@ def check_same_step(setup: Setup, folder: RunFolder) -> None:
         )
 
 
-def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -> Origin:
-    """Describe where the run in *folder*, which may continue *last*, comes from."""
+def _describe_origin(
+    setup: Setup, folder: RunFolder, last: Checkpoint | None, formats: Sequence[str]
+) -> Origin:
+    """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
     before = None if last is None else last.origin
     data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
     return Origin(
@@ -400,6 +407,7 @@ def _describe_origin(setup: Setup, folder: RunFolder, last: Checkpoint | None) -
         data=setup.recipe.data.kind if data_path is None else folder_name(data_path),
         num_images=len(setup.data.train) + len(setup.data.held_out),
         sample=(),  # the record adds it
+        formats=tuple(formats),
     )
 
 
