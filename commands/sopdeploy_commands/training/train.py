@@ -263,7 +263,7 @@ def train(
 
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
 
-        # Without a recipe, measure and cross-validate the networks, and train the best.
+        # Of several networks, the fastest of those with the best cross-validated score.
         chosen = RECIPE_NETWORK
         if options.compares:
             from sopdeploy_commands.training.network_choice import choose_network
