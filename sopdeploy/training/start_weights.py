@@ -34,21 +34,9 @@ from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 # That networks add to a backbone
-ADDED_PARTS = {
-    "pooling",
-    "attention",
-    "reduction",
-    "root",
-    POOLED_HEAD,
-}
+ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}
 # Names of classifiers in weight files
-CLASSIFIER_PARTS = {
-    "fc",
-    "classifier",
-    "linear",
-    "head",
-    "head_dist",
-}
+CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}
 
 
 class StartReport(StrictModel):
