@@ -187,17 +187,17 @@ def export_subject(
             on_step=on_step,
         )
         on_step("converting to ONNX")
-        program = captured["detached"].any_batch
+        program = captured["detached"].program
         outputs = output_names(detached)
         folded = fold_constant_parts(program)
         certified = Lowered(detached, program, lower(folded, outputs))
         on_step(announce("ONNX"))
         # Networks may share programs, which then have one graph.
         others = [
-            (role, each) for role, each in captured.items() if each.any_batch is not program
+            (role, each) for role, each in captured.items() if each.program is not program
         ]
         root = prove_onnx(
-            certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others)
+            certified.model, ((role, lower(each.program, outputs)) for role, each in others)
         )
         on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)

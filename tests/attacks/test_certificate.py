@@ -24,7 +24,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.capture.program import Captures, Programs, capture
+from sopdeploy_export.capture.program import Capture, Captures, capture
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.prove import certificate
@@ -81,16 +81,16 @@ class Branched(Classifier, Plain):
         self.branches = nn.ModuleDict({"layer1_0": head})
 
 
-GRAPHS: dict[str, Programs] = {}
+GRAPHS: dict[str, Capture] = {}
 
 
 def capture_once(
     found: Backbone,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Programs],
+    known: Sequence[Capture],
     *_: object,
-) -> Programs:
+) -> Capture:
     if type(found) is not Plain:
         return capture(found, preprocess, batch, known)
     key = digest(repr((found.config, preprocess, batch)), found)
@@ -150,7 +150,7 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
 
 
 def test_a_converter_that_gives_two_networks_with_one_program_two_graphs_is_rejected() -> None:
-    found = capture_once(detach(network()), PREPROCESS, ALONE, ()).any_batch
+    found = capture_once(detach(network()), PREPROCESS, ALONE, ()).program
     model, other = lower(found, ("logits",)), lower(found, ("logits",))
     assert prove_onnx(model, [("plain", other)]) == onnx_root(model)
     next(node for node in other.graph.node if node.op_type == "Relu").op_type = "Sigmoid"

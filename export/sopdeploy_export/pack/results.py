@@ -152,7 +152,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         f"after; the outputs depend on {len(certificate.kept)}",
         **proof,
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
-        f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",
+        f"({certificate.roots.num_operations} operations; also as ONNX)",
         "logits": f"bitwise equal on {certificate.num_images} probe images",
         "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
         if certificate.mixes_images

@@ -22,10 +22,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import Deployed
-from sopdeploy_export.capture.program import Captures, Programs
+from sopdeploy_export.capture.program import Capture, Captures
 from sopdeploy_export.program_hashes import hashing_once
 from sopdeploy_export.prove import (
-    batch_sizes,
     file,
     graphs,
     images,
@@ -35,7 +34,7 @@ from sopdeploy_export.prove import (
     repetition,
     tensors,
 )
-from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
+from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
 from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
@@ -53,7 +52,6 @@ from sopdeploy_export.subject import Detachment
 STATEMENTS = {
     "Tensors": tensors,
     "Graphs": graphs,
-    "Batch sizes": batch_sizes,
     "Plain run": plain_run,
     "Outputs": outputs,
     "Repetition": repetition,
@@ -138,7 +136,7 @@ def certify(
     model: str = "network",
     detachment: Detachment | None = None,
     on_step: Step = lambda _: None,
-) -> tuple[NetworkProof, dict[str, Programs], ProbeOutputs]:
+) -> tuple[NetworkProof, dict[str, Capture], ProbeOutputs]:
     """Prove the statements about networks: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no
@@ -163,12 +161,13 @@ def certify(
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()
         programs = capture_networks(networks, captures, _details("Graphs", on_step))
+        if not detachment.allow_constants and detachment.plain is not None:
+            rebuilt = programs[detachment.role].traced
+            check_constants(programs["trained"].traced, lambda: rebuilt)
         roots, reached = prove_graphs(programs, trained, detachment.training_only)
         if parts and not captures.are_unread(networks["trained"], parts):
             on_step(f"{announce('Tensors')}, random values in what is removed")
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
-        on_step(announce("Batch sizes"))
-        prove_batch_sizes(next(iter(programs.values())))
     deployed = {
         role: Deployed(network, captures.preprocess) for role, network in networks.items()
     }
