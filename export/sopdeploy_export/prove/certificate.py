@@ -28,18 +28,13 @@ from sopdeploy_export.prove import (
     file,
     graphs,
     images,
-    onnx_graphs,
-    outputs,
     plain_run,
-    repetition,
     tensors,
 )
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
-from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
-from sopdeploy_export.prove.plain_run import prove_plain_run
-from sopdeploy_export.prove.repetition import prove_repetition
+from sopdeploy_export.prove.plain_run import LARGEST, prove_plain_run
 from sopdeploy_export.prove.tensors import (
     TensorEntry,
     needed_tensors,
@@ -53,9 +48,6 @@ STATEMENTS = {
     "Tensors": tensors,
     "Graphs": graphs,
     "Plain run": plain_run,
-    "Outputs": outputs,
-    "Repetition": repetition,
-    "ONNX": onnx_graphs,
     "Images": images,
     "File": file,
 }
@@ -136,12 +128,12 @@ def certify(
     model: str = "network",
     detachment: Detachment | None = None,
     on_step: Step = lambda _: None,
-) -> tuple[NetworkProof, dict[str, Capture], ProbeOutputs]:
+) -> tuple[NetworkProof, dict[str, Capture]]:
     """Prove the statements about networks: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no
-    *detachment*, because it declares its own. Returns the proof, the programs by network and
-    their outputs; the trained network stands for a detached one. Raises `CertificateError` with
+    *detachment*, because it declares its own. Returns the proof and the programs by network;
+    the trained network stands for a detached one. Raises `CertificateError` with
     the violated statement; no network is changed.
     """
     if detachment is None:
@@ -168,22 +160,10 @@ def certify(
         if parts and not captures.are_unread(networks["trained"], parts):
             on_step(f"{announce('Tensors')}, random values in what is removed")
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
-    deployed = {
-        role: Deployed(network, captures.preprocess) for role, network in networks.items()
-    }
     on_step(announce("Plain run"))
     largest_batch = captures.batch.maximum
-    prove_plain_run(
-        deployed["trained"], programs["trained"].graph, probes, parts, largest_batch
-    )
-    outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
-    prove_repetition(
-        shipped.network,
-        captures.preprocess,
-        probes,
-        detachment.written,
-        _details("Repetition", on_step),
-    )
+    deployed = Deployed(networks["trained"], captures.preprocess)
+    prove_plain_run(deployed, programs["trained"].graph, probes, parts, largest_batch)
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     needed = needed_tensors(shipped.network, reached)
@@ -197,10 +177,10 @@ def certify(
         unreached=tuple(entry for entry in kept if entry.name not in needed),
         roots=roots,
         compared=PROOFS[kind],
-        batches=outputs.sizes,
+        batches=tuple(range(1, min(LARGEST, largest_batch) + 1)),
         num_images=len(probes),
     )
-    return proof, {"detached": programs["trained"], **programs}, outputs
+    return proof, {"detached": programs["trained"], **programs}
 
 
 def announce(statement: str) -> str:
