@@ -46,20 +46,11 @@ MAX_DELAY = 5.0
 DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 # 64 KiB of these, which httpx expands at once, are 64 MB
-ENCODINGS = {
-    "",
-    "identity",
-    "gzip",
-    "deflate",
-}
+ENCODINGS = {"", "identity", "gzip", "deflate"}
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 FOREIGN = "foreign_answer"  # code of what another server sends
 # Before a response
-BROKEN = (
-    httpx.NetworkError,
-    httpx.RemoteProtocolError,
-    httpx.ConnectTimeout,
-)
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 class ImageResult(StrictModel):
@@ -157,10 +148,7 @@ class Client:
             self._url = httpx.URL(url)
             address = str(self._url.copy_with(userinfo=b""))
             # What the socket will require
-            _ = (
-                urlsplit(address).port,
-                self._url.host.encode("idna"),
-            )
+            _ = (urlsplit(address).port, self._url.host.encode("idna"))
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(
                 f"{url!r}: not a URL ({error}); write it as http://host:8000"
@@ -441,11 +429,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
         response.close()
     headers = httpx.Headers(response.headers)
     # *content* is decoded
-    for name in (
-        "Content-Encoding",
-        "Content-Length",
-        "Transfer-Encoding",
-    ):
+    for name in ("Content-Encoding", "Content-Length", "Transfer-Encoding"):
         headers.pop(name, None)
     return httpx.Response(
         response.status_code, headers=headers, content=bytes(content), request=request

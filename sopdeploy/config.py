@@ -121,13 +121,7 @@ class StrictModel(pydantic.BaseModel):
             part = waiting.pop()
             if isinstance(part, dict):
                 # or a field's name
-                if part.get("type") in (
-                    "list",
-                    "tuple",
-                    "set",
-                    "frozenset",
-                    "dict",
-                ):
+                if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
                 waiting += [value for key, value in part.items() if key not in _NO_SCHEMAS]
@@ -393,10 +387,7 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 # a validator of this package or a plug-in raised it
-_OF_VALIDATOR = (
-    "value_error",
-    "assertion_error",
-)
+_OF_VALIDATOR = ("value_error", "assertion_error")
 _REASONS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",

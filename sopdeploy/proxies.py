@@ -17,10 +17,7 @@ from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
 # Also of the hub's
-HTTPX_PROXIES = (
-    *HTTP_PROXIES,
-    *(("socks5", "socks5h") if find_spec("socksio") else ()),
-)
+HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))
 S3_SCHEMES = ("s3", "s3a")
 HOSTS = Path("/etc/hosts")
 MAX_HOSTS_BYTES = 1 << 24

@@ -37,10 +37,7 @@ _CONVOLUTIONS = (
     (256, 3, 1, 1, 2),
 )
 # Positions of convolutions that response normalization and max pooling follow
-MAX_POOLED = (
-    0,
-    1,
-)
+MAX_POOLED = (0, 1)
 
 
 class VGGConfig(StrictModel):

@@ -70,12 +70,7 @@ HEAD_CHANNELS = 1280
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
 # The last ones at their resolution
-TAPPED_STAGES = (
-    "blocks.1",
-    "blocks.2",
-    "blocks.4",
-    "blocks.6",
-)
+TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 DIVISOR = 8  # of the numbers of channels
 
 

@@ -146,10 +146,7 @@ def seal(
     # The certificate names the contents, which it is then a part of.
     if certificate is not None:
         # Without the certificate
-        fields = {
-            **certificate,
-            "contents": manifest.contents_sha256,
-        }
+        fields = {**certificate, "contents": manifest.contents_sha256}
         path = folder / CERTIFICATE
         path.write_bytes(
             to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})

@@ -27,11 +27,7 @@ CERTIFIED = (
     "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
 )  # fmt: skip
 # of the program, of model.onnx, of the float32 graph
-CERTIFIED_ROOTS = (
-    "any_batch",
-    "shipped",
-    "onnx",
-)
+CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR

@@ -286,10 +286,7 @@ class ISqrtVector(torch.autograd.Function):
         # What `forward` saved, by step.
         ts = factors[: config.iterations]
         # Z_0 = I or Y_0 = A
-        fs = [
-            None if ctx.use_gram else matrix_Bnn,
-            *factors[config.iterations :],
-        ]
+        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]
 
         # The gradient of the whole root: each number of the triangle stands at two places of
         # it.

@@ -24,11 +24,7 @@ from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
 # Table IV, by the number of blocks of a stage
-PATTERNS = {
-    3: (1, 0, 2),
-    4: (0, 2, 0, 2),
-    18: (0, 0, 3) * 6,
-}
+PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):

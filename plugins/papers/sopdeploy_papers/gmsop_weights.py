@@ -183,9 +183,8 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
             # Rounding may make it negative
             variance = (deviation.square() - EPS).clamp_min(0.0)
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
-        elif (
-            kind == "f"
-        ):  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+        # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+        elif kind == "f":
             kernel = values[None, None] if values.dim() == 2 else values
             tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
         elif kind in PARAMETERS:  # of a batch norm, or the bias of a convolution

@@ -103,6 +103,7 @@ def find_lost(paths: Sequence[Path]) -> str | None:
             problem = "" if has_manifest(path) else "was deleted"
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
+
         if problem:
             return as_utf8(
                 f"{path}: the bundle {problem}; it is served until this process ends"
@@ -130,6 +131,7 @@ async def info(request: Request) -> Response:
         thresholds = model.decision.thresholds
         rejection = model.decision.rejection
         shapes = {output.name: output.shape for output in manifest.outputs}
+
         models.append(
             ModelInfo(
                 name=model.name,
@@ -151,6 +153,7 @@ async def info(request: Request) -> Response:
                 loaded=model.is_loaded,
             )
         )
+
     info = ServerInfo(
         server=request.app.version,
         models=tuple(models),
@@ -176,6 +179,7 @@ async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Respon
 
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
+    # Summarize the certificate.
     try:
         certificate = parse_json(bundle.contents[CERTIFICATE])
         roots = certificate["roots"]
@@ -191,6 +195,7 @@ def read_card(bundle: Bundle) -> Card:
         )
     except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
+
     text = bundle.contents.get(CARD, b"").decode("utf-8", "replace")
     labels = bundle.labels[:MAX_SHOWN_LABELS]
     return Card(bundle=bundle.name, text=text, labels=labels, certificate=summary)
