@@ -274,7 +274,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
+    from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit, naming_oddity
+    from sopdeploy_export.user_network.export_network import checked_builder
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     build = network_builder("network", options.network, options.option)
@@ -285,7 +287,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     with naming_oddity(network, ()):
         admitted = admit(network, preprocess, logits_key=options.logits_key)
         if not options.allow_constants:
-            admitted.check_constants(build)
+            rebuild = checked_builder(build, admitted.given, options.logits_key, preprocess)
+            check_constants(admitted.program, lambda: admitted.captures.of(rebuild()).traced)
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
