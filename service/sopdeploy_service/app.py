@@ -49,15 +49,19 @@ def create_app(
     Raises `ConfigError` if the key file, the folder
     `keep` or `root_path` of *settings* cannot be used.
     """
+    # Read the keys, if the settings name a file and no other process has read it.
     if settings.keys is None:
         keys = None
     elif keys is None:
         keys = KeyRing(keys_of_server(settings.keys))
+
+    # A proxy removes the prefix, so no path of the server may begin with it.
     prefix = settings.root_path.split("/")[:2]  # the names before and after the first slash
     if any(path.split("/")[:2] == prefix for path in PATHS if path != "/"):
         reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
         raise ConfigError(f"root_path: {settings.root_path} {reason}")
 
+    # Build the service and, if the settings name a folder, the keeper of its photographs.
     registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     decoders = service.decoders
@@ -83,6 +87,7 @@ def create_app(
             await asyncio.to_thread(keeper.stop)
         await service.stop()
 
+    # Build the app.
     names = sorted({model.name for model in service.registry.models()})
     app = FastAPI(
         title="sopdeploy",
@@ -96,12 +101,15 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
+
+    # What the routes read.
     app.state.service = service
     app.state.keeper = keeper
     app.state.keys = keys
     app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
     app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
+
     for router in ROUTERS:
         app.include_router(router)
     problems.handle_errors(app, PATHS)

@@ -44,12 +44,15 @@ class HostPattern(NamedTuple):
             host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
         )
         has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
+
         if host.is_for_subdomains or not is_named or not has_scheme:
             return False
+
         port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
         # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
         # port is here.
         default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
+
         return port is None or (host.port or default_of_host) == port
 
 
@@ -64,12 +67,16 @@ def parse_host(text: str) -> HostPattern:
         raise ValueError(
             f"{text[:100]!r} is not a host such as example.com, *.example.com or https://example.com"
         )
+
+    # The host name, as browsers send it.
     parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
     name = (parts.hostname or "").removesuffix(".")
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
+
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
+
     scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
 
@@ -81,10 +88,12 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     proxy in front could use another line than this server.
     """
     headers: dict[str, str] = {}
+
     for raw_name, raw_value in lines:
         name = raw_name.decode("latin-1")
         value = raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+
     return headers
 
 
@@ -126,6 +135,7 @@ class OwnOrigins:
         self._proxies = proxies
         self._pages = [*self._own, *(parse_host(page) for page in pages if page != "*")]
         self._all_pages = "*" in pages
+
         for name in names:
             with suppress(ValueError):  # an IPv6 address without brackets
                 self._own.append(parse_host(name))
@@ -138,22 +148,28 @@ class OwnOrigins:
         What a trusted proxy says about the host that the browser sees counts, too. With
         *is_link*, a link on another page may lead here; a browser sends no `Origin` for it.
         """
+        # What the request is for; a proxy tells by which names clients reach it.
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
         schemes = ["http"]
         if is_within(peer, self._proxies):
             hosts += _split_list(headers.get("x-forwarded-host"))
             schemes += _split_list(headers.get("x-forwarded-proto"))
+
         for host in hosts:
             if not is_among(host, self._own, or_address=True):
                 return f"requests for {host[:100]!r}"
+
+        # A page of another site sends its origin, or in newer browsers tells where it is.
         origin = headers.get("origin")
         if origin is not None:
             if self._all_pages:
                 return ""
+
             scheme, _, host = origin.partition("://")
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
+
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 
@@ -165,6 +181,7 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
     """
     if not sent.isascii():
         return False
+
     try:
         host = parse_host(sent)
         if any(pattern.matches(host) for pattern in patterns):
@@ -172,6 +189,7 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
         ip_address(host.name)
     except ValueError:  # *sent* is malformed, or no address
         return False
+
     return or_address
 
 
@@ -183,6 +201,7 @@ def is_within(address: str, networks: tuple[Network, ...]) -> bool:
         parsed = ip_address(address.partition("%")[0])
     except ValueError:  # a connection without an address
         return False
+
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
     return any((mapped or parsed) in network or parsed in network for network in networks)
 

@@ -58,6 +58,7 @@ def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
 
 def _parse_networks(value: Any) -> Any:
     texts = _split_commas(value)
+
     return (
         tuple(parse_network(str(text)) for text in texts)
         if isinstance(texts, (tuple, list))
@@ -284,18 +285,22 @@ class Settings(StrictModel):
             raise ValueError(
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
+
         # Bundles under a budget are not reloaded
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
+
         # Engines load all models
         if self.front_ends not in {"auto", 0} and self.memory_budget is not None:
             raise ValueError("front_ends excludes memory_budget; remove one of them")
+
         # Else a request of so many images is never admitted
         if self.max_images > self.queue_size:
             sizes = (
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             )
             raise ValueError(f"{sizes}; lower it")
+
         # Such a body is never admitted
         if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
             limit = (
@@ -304,6 +309,7 @@ class Settings(StrictModel):
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it"
             )
+
         return self
 
 
@@ -313,6 +319,7 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
     Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid
     setting.
     """
+    # Read the file.
     values: dict[str, Any] = {}
     if file is None and os.environ.get(FILE_VARIABLE):
         file = os.environ[FILE_VARIABLE]
@@ -322,6 +329,7 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
             raise ConfigError(
                 f"{file}: settings file not found; check its name and SOPDEPLOY_CONFIG"
             )
+
         try:
             values = parse_toml(read_text(file))
         except OSError as problem:
@@ -330,10 +338,15 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
             ) from problem
         except ValueError as problem:
             raise ConfigError(f"{file}: {problem}; correct the file") from problem
+
+    # The environment goes before the file, and flags go before the environment.
     for name in Settings.model_fields:
         if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
             values[name] = text
+
     values |= {name: value for name, value in flags.items() if value is not None}
+
+    # Check the settings; the error tells what to do.
     try:
         return Settings(**values)
     except pydantic.ValidationError as problem:
@@ -343,6 +356,7 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
         elif first["type"] == "extra_forbidden":
             hint = "; `sopdeploy serve --print-config` lists all settings"
+
         raise ConfigError(f"settings: {first_problem(problem, values)}{hint}") from problem
 
 
@@ -353,13 +367,16 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
         name, equals, value = text.partition("=")
         if not equals and name in Settings.model_fields:
             raise ConfigError(f"{name}: give it a value, {name}=VALUE")
+
         if name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.7)
             hint = (
                 f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             )
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
+
         assigned[name] = value
+
     return assigned | {name: value for name, value in flags.items() if value is not None}
 
 
@@ -375,11 +392,13 @@ def unused_variables() -> list[str]:
 def to_toml(settings: Settings) -> str:
     """Format *settings* as a settings file; settings without a value become comments."""
     lines = []
+
     for name, value in settings.model_dump(mode="json").items():
         # JSON text is also TOML, without escapes of surrogate pairs such as \ud83d\ude00, which
         # TOML forbids.
         text = json.dumps(value, ensure_ascii=False)
         lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
+
     return "\n".join(lines) + "\n"
 
 

@@ -54,12 +54,15 @@ class TemplateProcess(ABC):
 
     def ask(self, message: bytes, *files: int) -> tuple[int, int]:
         """Send *message* and *files*; return the reply, as `REPLY` says. An `OSError` ends the template."""
+        # End a template that is stopped or dead; a new one starts.
         with self._lock:
             old = self._process  # it may have ended, or somebody has stopped it
             if old is not None and (
                 old.poll() is not None or STOPPED in run_states(old.pid)[0]
             ):
                 self._close()
+
+            # Pass the message on, and wait for the reply.
             try:
                 end = self._socket or self._start()
                 socket.send_fds(end, [message], files)
@@ -72,6 +75,7 @@ class TemplateProcess(ABC):
             except OSError:
                 self._close()
                 raise
+
         process, code = REPLY.unpack(reply)
         return process, code
 
@@ -90,6 +94,7 @@ class TemplateProcess(ABC):
     def _wait_for_reply(self, end: socket.socket) -> bytes:
         """Return the reply at *end*; empty if the template ends or is stopped. Raises `TimeoutError`."""
         give_up = time.monotonic() + START_SECONDS
+
         while True:
             try:
                 return end.recv(REPLY.size, socket.MSG_WAITALL)
@@ -109,9 +114,11 @@ class TemplateProcess(ABC):
     def _close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
         self._socket = self._process = None
 
 
@@ -121,6 +128,7 @@ def run_states(process: int) -> tuple[set[str], int]:
         stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
     except OSError:  # it has ended
         return set(), 0
+
     threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
     return {fields[0] for fields in threads}, sum(
         int(fields[11]) + int(fields[12]) for fields in threads

@@ -117,6 +117,7 @@ class AdmittedRequest:
         """
         self.service.check_queue(self.model, 1)
         self.service.admitted += 1
+
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 yield
@@ -148,6 +149,7 @@ class AdmittedRequest:
         `IMAGES_PER_MAP` images. Raises `RejectedError` if these exceed `max_images`, the queue
         is full or the rate limit is exceeded, and what `Service.infer` raises.
         """
+        # Count the images, also against the rate of the key.
         context = self.context
         service = self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
@@ -155,13 +157,17 @@ class AdmittedRequest:
         if explain and num_images > service.settings.max_images:
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
+
         service.check_queue(self.model, num_images)
         if context.rate_limit is not None:
             context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)
         context.num_images += num_images
+
         stages = context.stage_seconds
         # All but the load
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
+
+        # Run them, unless the client leaves.
         client = self.body.client
         if explain:
             work = service.explain(self.model, images, self.deadline, client)
@@ -174,11 +180,14 @@ class AdmittedRequest:
                 features=features,
                 may_keep=may_keep,
             )
+
         outcomes = await cancel_on_disconnect(work, self.request.receive)
+
         for outcome in outcomes:  # the longest time of each stage counts
             if isinstance(outcome, Prediction):
                 for stage, seconds in outcome.stage_seconds.items():
                     stages[stage] = max(seconds, stages.get(stage, 0.0))
+
         return outcomes
 
 
@@ -194,28 +203,35 @@ async def admit(
     another per `SMALL_BODY` bytes read, unless the client should send the request again or the
     tokens of its images are spent already.
     """
+    # The deadline holds until the body has arrived.
     started = time.monotonic()
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
     timeout = timeout_of(context.headers, service.settings.request_timeout)
     deadline = started + timeout  # until the body has arrived
+
     proxies = service.settings.trusted_proxies
     client = context.key_name or client_address(context.headers, context.peer, proxies)
     model = find_and_record_model(request, name, version)
     result: Literal["success", "fail"] = "fail"
+
+    # Refuse before the body is read, then load the model if that is needed.
     try:
         service.check_admission(model, deadline)
         if context.rate_limit is not None:
             context.rate_limit.spend(1, check_only=True)  # before the body is read
+
         with service.registry.use(model), service.uploads.open(client) as body:
             admitted = AdmittedRequest(
                 request, service, context, model, body, started, timeout, started, deadline
             )
+
             if not model.is_loaded:
                 began = time.monotonic()
                 async with admitted.preparing():
                     admitted.model = await service.registry.wait_until_loaded(model)
                 context.stage_seconds["load"] = time.monotonic() - began
+
             yield admitted
         result = "success"
     except RejectedError as error:
@@ -235,9 +251,11 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
     text = headers.get(TIMEOUT_HEADER)
     if text is None:
         return longest
+
     is_number = text.isascii() and text.isdigit()
     digits = text.lstrip("0")
     is_zero = not digits
+
     if not is_number or is_zero:
         raise RejectedError(BAD_TIMEOUT)
     return longest if len(digits) > MAX_TIMEOUT_DIGITS else min(longest, int(digits) / 1000)
@@ -306,14 +324,18 @@ class Upload(NamedTuple):
             for name in type(query).model_fields
             if name in self.texts and name not in query.model_fields_set
         }
+
+        # A form cannot change the model that its address has chosen.
         for name, chosen in (("model", model.name), ("version", model.version)):
             if known.get(name, chosen) != chosen:
                 message = (
                     f"{name}: this form goes to {chosen}; choose it in the address, ?{name}="
                 )
                 raise bad_request("malformed_request", message)
+
         if not known:
             return query
+
         try:
             return type(query).model_validate(query.model_dump(exclude_unset=True) | known)
         except pydantic.ValidationError as problem:
@@ -327,24 +349,31 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     Raises `RejectedError` for errors of the request as a whole; single images may still be
     invalid.
     """
+    # JSON, unless a client sends an image file under this type.
     settings = admitted.service.settings
     content_type = admitted.context.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "application/json":
         limit = min(settings.max_body_bytes, settings.max_json_bytes)
+
         body = await read_body(admitted, limit)
         if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
             return Upload([body])
         return await admitted.parse(parse_upload, body, limit, settings.max_images)
+
+    # A form.
     if media_type.startswith("multipart/"):
         if media_type != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
+
         body = await read_body(admitted, settings.max_body_bytes)
         if len(body) <= SMALL_BODY:
             form = parse_form(body, content_type, settings.max_images)
         else:  # it would take too long on the event loop
             form = await admitted.parse(parse_form, body, content_type, settings.max_images)
         return Upload(form.images, is_list=len(form.images) > 1, texts=form.texts)
+
+    # An image as it is, unless curl has removed bytes of it.
     body = await read_body(admitted, settings.max_body_bytes)
     # curl's --data sends this type, and removes zero bytes and line ends, which every image
     # file has.
@@ -357,14 +386,17 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     """Parse a JSON body, in a thread; raises `RejectedError` unless it is a valid `ClassifyRequest`."""
     body = parse_json(ClassifyRequest, raw, max_bytes)
+
     if body.image is not None:
         return Upload([decode_text(body.image, "image")])
+
     if not body.images:
         raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:
         raise bad_request(
             "too_many_images", f"images: more than {max_images}, the limit of this server"
         )
+
     images = [decode_text(text, f"images[{i}]") for i, text in enumerate(body.images)]
     return Upload(images, is_list=True)
 
@@ -380,38 +412,50 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     context = admitted.context
     settings = admitted.service.settings
     body = admitted.body
+
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
     announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
+
     pieces: list[bytes] = []
     # Seconds by which the body may still fall behind the minimum rate
     grace = settings.body_grace_seconds
+
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
         # body in vain.
         service.uploads.check(body, max(0, announced - context.bytes))
+
+        # Wait for the next piece, as long as the minimum rate allows.
         began = time.monotonic()
         try:
             async with asyncio.timeout(grace) as body.timer:
                 message = await admitted.request.receive()
         except TimeoutError as problem:
             raise RejectedError(UPLOADS_FULL if body.is_refused else SLOW_BODY) from problem
+
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
+
         piece = message.get("body", b"")
         # negative: it came sooner
         delay = time.monotonic() - began - len(piece) / settings.min_body_rate
         grace = min(settings.body_grace_seconds, grace - delay)
+
         # Other bodies may have grown during the wait, and a chunked one does not announce its
         # length.
         if body.is_refused:
             raise RejectedError(UPLOADS_FULL)
+
+        # Count the piece, within the limits of all bodies and of this one.
         service.uploads.add(body, len(piece))
         context.bytes += len(piece)
         if context.bytes > limit:
             raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+
         if piece:
             pieces.append(piece)
+
         if not message.get("more_body", False):
             body.timer = None
             admitted.end_upload()

@@ -106,6 +106,7 @@ def find_lost(paths: Sequence[Path]) -> str | None:
             problem = "" if has_manifest(path) else "was deleted"
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
+
         if problem:
             return as_utf8(
                 f"{path}: the bundle {problem}; it is served until this process ends"
@@ -133,6 +134,7 @@ async def info(request: Request) -> Response:
         thresholds = model.decision.thresholds
         rejection = model.decision.rejection
         shapes = {output.name: output.shape for output in manifest.outputs}
+
         models.append(
             ModelInfo(
                 name=model.name,
@@ -154,6 +156,7 @@ async def info(request: Request) -> Response:
                 loaded=model.is_loaded,
             )
         )
+
     info = ServerInfo(
         server=request.app.version,
         models=tuple(models),
@@ -179,6 +182,7 @@ async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Respon
 
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
+    # Summarize the certificate.
     try:
         content = bundle.contents[CERTIFICATE]
         if count_parts(content) > MAX_CERTIFICATE_PARTS:
@@ -197,6 +201,7 @@ def read_card(bundle: Bundle) -> Card:
         )
     except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
+
     text = bundle.contents.get(CARD, b"").decode("utf-8", "replace")
     labels = bundle.labels[:MAX_SHOWN_LABELS]
     return Card(bundle=bundle.name, text=text, labels=labels, certificate=summary)

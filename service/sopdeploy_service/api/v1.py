@@ -82,19 +82,24 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     `explain=true` adds the `explanation` of the first class; an image then counts as 50.
     `reported`, after a wrong answer, keeps the image for a label if the server keeps images.
     """
+    # Read the images; the fields of a form are parameters, too.
     async with admit(request, query.model, query.version) as admitted:
         service = admitted.service
         model = admitted.model
         check_query(admitted, query)  # before the body is read
         upload = await read_upload(admitted)
+
         if upload.texts:
             query = upload.complete(query, model)
             check_query(admitted, query)
+
+        # Run them. What a client reports is kept as such, not as the other images.
         top_k = query.top_k or model.top_k
         is_report = query.reported is not None
         outcomes = await admitted.infer(
             upload.images, may_keep=not is_report, explain=query.explain
         )
+
         if is_report and service.keep is not None:
             for image, outcome in zip(upload.images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
@@ -102,6 +107,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
 
         def format_classes(prediction: Prediction) -> Fields:
             logits = prediction.outputs[model.logits_name]
+
             answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
             if answer.known is False:  # None: the bundle does not tell
                 service.metrics.unknown_images.labels(model.name).inc()
@@ -113,9 +119,11 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
 def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` for parameters that do not apply to the network or the server."""
     model = admitted.model
+
     if query.threshold is not None and not model.decision.is_multi_label:
         message = f"{model.name}: predicts one class per image; omit threshold"
         raise bad_request("no_thresholds", message)
+
     if query.reported is not None:
         check_report(admitted, query)
 
@@ -123,12 +131,15 @@ def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
     model = admitted.model
+
     if admitted.service.keep is None:
         raise bad_request(
             "not_keeping", "this server keeps no images; start it with keep, or omit reported"
         )
+
     if query.explain:
         raise bad_request("malformed_request", "reported: is not explained; omit explain")
+
     if query.reported and query.reported not in model.labels:
         message = (
             f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
@@ -148,18 +159,21 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
     Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead
     of `classes`. The bundle must have been exported with `--with-features`.
     """
+    # Refuse a bundle without an embedding before the body is read.
     async with admit(request, query.model, query.version) as admitted:
         if not any(
             output.name == EMBEDDING for output in admitted.model.bundle.manifest.outputs
         ):
             message = f"{admitted.model.name}: has no features; export it with --with-features"
             raise bad_request("no_features", message)
+
         upload = await read_upload(admitted)
         query = upload.complete(query, admitted.model)
         outcomes = await admitted.infer(upload.images, features=True)
 
         def format_embedding(prediction: Prediction) -> Fields:
             vector = prediction.outputs[EMBEDDING]
+
             if query.encoding_format == "float":
                 return {"embedding": vector.tolist(), "warnings": prediction.warnings}
             encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -177,6 +191,7 @@ def _respond(
     """Create the response with *outcomes*, or raise the error of a single image as `RejectedError`."""
     if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
+
     results: list[Fields] = []
     root_path = admitted.request.scope["root_path"]
     for outcome in outcomes:
@@ -185,6 +200,7 @@ def _respond(
             results.append({"error": describe_error(outcome, root_path).model_dump()})
         else:
             results.append(format_result(outcome))
+
     body = {"results": results} if upload.is_list else results[0]
     headers = {"Server-Timing": admitted.context.server_timing()}
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")

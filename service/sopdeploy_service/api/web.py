@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -26,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
-from sopdeploy.images.limits import MAX_BYTES, describe_formats
+from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
@@ -68,10 +67,12 @@ class Page:
         what the rules *policy* say. Files that *folder* does not have are those of this
         package, or shared with reports.
         """
+        # Fill in what all pages share.
         head = _read("head.html").rstrip()
         html = re.sub(
             "<!-- head: (.*) -->", lambda match: head.replace("<!-- title -->", match[1]), html
         )
+
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
         html = re.sub(
@@ -79,9 +80,13 @@ class Page:
             lambda match: f"<style>{_read(match[1], folder)}</style>",
             html,
         )
+
+        # The scripts of the page, and the suffixes of the formats that can be decoded.
         inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
         inline = inline.replace("{suffixes}", "|".join(map(re.escape, SUFFIXES)))
         self.html = html.replace("</body>", f"{inline}</body>")
+
+        # Allow only what the page contains: an injected script would not run.
         rules = [
             "default-src 'none'",
             f"style-src {_policy_sources('style', self.html, assets)}",
@@ -93,6 +98,7 @@ class Page:
             "frame-ancestors 'none'",
             policy,
         ]
+
         self.headers = {
             "Content-Security-Policy": "; ".join(filter(None, rules)),
             "X-Content-Type-Options": "nosniff",
@@ -129,8 +135,7 @@ async def _show_page(page: Page, request: Request) -> Response:
 @lru_cache
 def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
     """Return the bytes of *page* with the *formats* that the server accepts, made once."""
-    has_heif = find_spec("pillow_heif") is not None
-    decodable = [name for name in formats if name != "heic" or has_heif]
+    decodable = [name for name in formats if not missing_extra(name)]
     return page.html.replace("{formats}", describe_formats(decodable)).encode()
 
 
@@ -139,9 +144,11 @@ async def openapi(request: Request) -> Response:
     """Return the OpenAPI document, which is made at the first request."""
     app = request.app
     root = request.scope["root_path"]
+
     if app.state.openapi is None:
         document = {**app.openapi(), "servers": [{"url": root}]} if root else app.openapi()
         app.state.openapi = orjson.dumps(document)
+
     return Response(app.state.openapi, media_type="application/json")
 
 
@@ -151,11 +158,13 @@ class SharedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the pieces, each when the connection has room for it."""
         start = {"status": self.status_code, "headers": self.raw_headers}
+
         await send({"type": "http.response.start", **start})
         for begin in range(0, max(1, len(self.body)), PIECE_BYTES):
             end = begin + PIECE_BYTES
             piece = bytes(self.body[begin:end])
             is_last = end >= len(self.body)
+
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
 
@@ -210,15 +219,19 @@ async def examples(request: Request) -> Response:
 async def example(request: Request, number: int) -> Response:
     """Return the bytes of the example *number*, which cost a key as much as one image."""
     examples: list[Example] = request.app.state.examples
+
     if not 0 <= number < len(examples):
         raise HTTPException(404, "no such example")
+
     context: RequestContext = request.scope["state"]["context"]
     if context.rate_limit is not None:
         context.rate_limit.spend(1)
+
     try:
         content = await examples[number].read()
     except OSError as error:  # or `TimeoutError`, which is one
         raise HTTPException(404, "no such example") from error
+
     return SharedResponse(
         content, media_type=media_type_of(content[:HEAD_BYTES]), headers=_INERT
     )

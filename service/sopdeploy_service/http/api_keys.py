@@ -71,6 +71,7 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Read the key file *path*; raises `ConfigError` if it is missing, malformed or has equal keys."""
+    # Read the file; the errors tell what to do.
     try:
         keys = KeyFile.model_validate(parse_toml(read_text(path))).key
     except OSError as problem:
@@ -82,10 +83,13 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
     except ValueError as problem:
         raise ConfigError(f"{path}: {problem}; correct the file") from problem
+
+    # No two keys may share a name or a secret.
     for attribute in ("name", "sha256"):
         for value, count in Counter(getattr(key, attribute) for key in keys).items():
             if count > 1:
                 raise ConfigError(f"{path}: two keys have the {attribute} {value}; remove one")
+
     return keys
 
 
@@ -102,6 +106,7 @@ async def read_again(settings: Settings, in_use: Sequence[Key]) -> tuple[Key, ..
     """Read the keys of a server again; if this is not possible, log why and return those *in_use*."""
     if settings.keys is None:
         return ()
+
     try:
         reading = daemon_threads.start(partial(keys_of_server, settings.keys))
         return await finish_in_time(reading, settings.keys, settings)
@@ -131,28 +136,35 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
             raise ConfigError(
                 f"{path}: key {name} exists; choose another name or remove its entry first"
             )
+
+        # Make the secret; the file has only its hash.
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
         fields = {
             "name": name,
             "sha256": hashlib.sha256(secret.encode()).hexdigest(),
             "rate": rate,
         }
+
         try:
             key = Key.model_validate(fields)
         except pydantic.ValidationError as problem:
             raise ConfigError(f"key: {first_problem(problem)}") from problem
+
+        # Write the table of the key behind those that the file has.
         limit = (
             "# no rate: unlimited"
             if key.rate is None
             else f"rate = {key.rate!r}\nburst = {key.burst}"
         )
         table = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
+
         with atomic_write(path) as partial:
             set_mode(partial, 0o600)
             if path.exists():
                 table = read_text(path) + table
                 set_owner(partial, path)
             partial.write_text(table, "utf-8")
+
         return secret
 
 
@@ -173,13 +185,16 @@ class TokenBucket:
         the latter case it takes *work* instead, the tokens of what was done for the request.
         """
         tokens = self._fill()
+
         if num_images > self.burst:
             message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             raise RejectedError(HttpError("too_many_images", 400, message))
+
         if num_images > tokens + _ROUNDING:
             wait = math.ceil((num_images - self.charge(work)) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
+
         if not check_only:
             # up to `_ROUNDING` may be missing
             self._state[_TOKENS] = max(0.0, tokens - num_images)
@@ -201,10 +216,12 @@ class TokenBucket:
         burst = float(self.burst)
         tokens = self._state[_TOKENS]
         filled = self._state[_FILLED]
+
         # of a process that writes nonsense
         if not (-burst <= tokens <= burst and filled <= now):
             tokens = burst
             filled = now
+
         tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now
         return tokens
@@ -223,6 +240,7 @@ class KeyRing:
         """Accept *keys* instead; without *states*, those of keys whose names stay are copied."""
         self._states = self.states_of(keys) if states is None else states
         self.keys = keys
+
         self._buckets = {
             key.name: TokenBucket(key.rate, key.burst, self._state_at(number))
             for number, key in enumerate(keys)
@@ -233,10 +251,12 @@ class KeyRing:
         """Copy the states of *keys*; that of a new name is zero, a full bucket."""
         states = memoryview(bytearray(STATE_BYTES * len(keys))).cast("d")
         positions = {key.name: number for number, key in enumerate(self.keys)}
+
         for number, key in enumerate(keys):
             if key.name in positions:
                 state = self._state_at(positions[key.name])
                 states[2 * number], states[2 * number + 1] = state[_TOKENS], state[_FILLED]
+
         return states
 
     def find(self, secret: bytes) -> tuple[Key, TokenBucket | None] | None:

@@ -50,10 +50,13 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> Form:
     5.1.1). Raises `RejectedError` for a form that is malformed or truncated, or has no image or
     more than *max_images*.
     """
+    # Read the boundary.
     is_short = len(content_type) <= MAX_TYPE_CHARS
     boundary = parse_options_header(content_type)[1].get(b"boundary") if is_short else None
     if not boundary:
         raise RejectedError(NO_BOUNDARY)
+
+    # Build a parser that collects the parts.
     parts = _Parts(max_images)
     try:
         parser = MultipartParser(
@@ -70,15 +73,20 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> Form:
         )
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
+
+    # Parse from the first delimiter on; a text may come before it.
     start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
     if start < 0:  # there is no delimiter
         raise RejectedError(_MALFORMED)
+
     try:
         parser.write(body[start:])  # the parser skips the line break before the delimiter
     except FormParserError as problem:
         raise RejectedError(_MALFORMED) from problem
+
     if parser.state != MultipartState.END:  # truncated
         raise RejectedError(_MALFORMED)
+
     if not parts.images:
         raise RejectedError(_NO_IMAGE)
     return Form(parts.images, parts.texts)
@@ -126,11 +134,13 @@ class _Parts:
         if file_name is None and find_format(content[:HEAD_BYTES]) not in FORMATS.values():
             self._add_text(name, content)
             return
+
         if len(self.images) == self.max_images:
             message = (
                 f"the form has more than {self.max_images} images, the limit of this server"
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
+
         self.images.append(content)
 
     def _add_text(self, name: str, content: bytes) -> None:

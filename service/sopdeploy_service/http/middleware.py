@@ -104,8 +104,10 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+
         started = time.monotonic()
         context = self._add_context(scope)
+
         # A copy: the server, which omits the body after HEAD, reads the method from its own
         # scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -127,12 +129,14 @@ class RequestContextMiddleware:
                     ]
             await send(message)
 
+        # The length and the guards refuse before the body is read; then the app gets the request.
         self.service.active_requests += 1
         try:
             limit = self.service.settings.max_body_bytes
             announced = context.headers.get("content-length", "0")
             if int(announced) > limit:  # the server has checked that it is a number
                 raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+
             for guard in self.guards:
                 guard(context)
             await self.app(inner, receive, send_with_headers)
@@ -143,6 +147,7 @@ class RequestContextMiddleware:
             await respond_with_error(scope, reason)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
+
             seconds = time.monotonic() - started
             # The router adds it to the scope that the app was called with
             route = inner.get("route")
@@ -156,9 +161,11 @@ class RequestContextMiddleware:
             scope["headers"] = [
                 (name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs
             ]
+
         root = self.service.settings.root_path
         path = without_prefix(scope["path"], root)
         scope["root_path"], scope["path"] = root, root + path  # also if a proxy has removed it
+
         peer = scope["client"][0] if scope.get("client") else ""
         context = RequestContext(request_id(headers), headers, path, peer)
         scope.setdefault("state", {})["context"] = context
@@ -169,9 +176,11 @@ class RequestContextMiddleware:
         if isinstance(error, MemoryError):
             log.warning("out of memory in %s", getattr(scope.get("route"), "path", "other"))
             error = RejectedError(OUT_OF_MEMORY)
+
         if not isinstance(error, RejectedError):
             log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
             return INTERNAL
+
         if error.reason is CLIENT_GONE:
             self.service.metrics.cancelled.inc()
         else:
@@ -185,9 +194,12 @@ class RequestContextMiddleware:
         # The template: few values, whatever clients send
         path = getattr(route, "path", "other")
         self.service.metrics.count_request(path, status, seconds, context.model_name)
+
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
             return
+
+        # Describe the request; what it does not have is left out.
         fields = {
             "request": context.request_id,
             "key": context.key_name,
@@ -204,6 +216,7 @@ class RequestContextMiddleware:
                 name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()
             },
         }
+
         extra = {name: value for name, value in fields.items() if value is not None}
         access_log.log(level, "request", extra=extra)
 
@@ -232,6 +245,7 @@ class OriginGuard:
         """Raise `RejectedError` unless the request is allowed."""
         if context.path in OPEN:
             return
+
         if foreign := self._origins.why_foreign(context.headers, context.peer):
             advice = ALLOW_PAGE if foreign == FOREIGN_PAGES else ALLOW_HOST
             message = f"this server does not answer {foreign}; {advice}"
@@ -253,6 +267,7 @@ class AllowedOrigins(CORSMiddleware):
             allow_headers=["*"],
             expose_headers=["*"],  # means all of them, because no response allows credentials
         )
+
         self._patterns = [parse_host(origin) for origin in origins if origin != "*"]
 
     def is_allowed_origin(self, origin: str) -> bool:
@@ -271,14 +286,17 @@ class KeyGuard:
         """Raise `RejectedError` unless the request is allowed; set key and rate limit."""
         if context.path in self._open_paths:
             return
+
         scheme, _, token = context.headers.get("authorization", "").partition(" ")
         secret = (
             token.strip()
             if scheme.lower() == "bearer"
             else context.headers.get("x-api-key", "")
         )
+
         accepted = self._keys.find(secret.encode("latin-1"))
         if accepted is None:
             raise RejectedError(NO_KEY)
+
         key, context.rate_limit = accepted
         context.key_name = key.name

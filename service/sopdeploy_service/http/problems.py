@@ -45,18 +45,19 @@ def problem_response(
     Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the
     code is in the header `X-Error-Code`.
     """
+    # Headers by status.
     headers = dict(given_headers)
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
-    # The body may be unread, or another server should be asked
-    if reason.status in {
-        408,
-        413,
-        503,
-    }:
+
+    # The body may be unread, or another server should be asked.
+    if reason.status in {408, 413, 503}:
         headers["Connection"] = "close"
+
     if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
+
+    # The paths of Triton have its errors, all others problem details (RFC 9457).
     if path == "/v2" or path.startswith("/v2/"):
         headers["X-Error-Code"] = reason.code
         body = orjson.dumps({"error": reason.message})
@@ -64,6 +65,7 @@ def problem_response(
     else:
         body = orjson.dumps(describe_error(reason, root_path).model_dump())
         media_type = PROBLEM_JSON
+
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
@@ -90,14 +92,18 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        # HEAD is allowed where GET is.
         headers = dict(error.headers or {})
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
         if "GET" in allowed:  # `RequestContextMiddleware` handles HEAD like it
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
+
         status = HTTPStatus(error.status_code)
         detail = str(error.detail)
         path = request.scope["state"]["context"].path
         root = request.scope["root_path"]
+
+        # Tell what to do: the nearest path, or the methods that the path has.
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
             if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(
@@ -111,12 +117,14 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             if path == "/" and request.method == "POST":
                 use = f"send images to {root}/v1/classify ({root}/docs has examples)"
             detail = f"{root}{path} does not accept {request.method}; {use}"
+
         return respond_with_error(
             request.scope, HttpError(status.name.lower(), status, detail), headers
         )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
+        # An unknown parameter of the query: list those that the route has.
         first = error.errors()[0]
         if first["type"] == "extra_forbidden" and first["loc"][0] == "query":
             operations = request.app.openapi()["paths"][request.scope["route"].path]
@@ -124,10 +132,12 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             known = [
                 parameter["name"] for parameter in parameters if parameter["in"] == "query"
             ]
+
             unknown = str(first["loc"][-1])[:100]
             message = f"{unknown!r}: unknown parameter; known are {', '.join(known)}"
             return respond_with_error(
                 request.scope, HttpError("unknown_parameter", 400, message)
             )
+
         message = describe_problem(first)
         return respond_with_error(request.scope, HttpError("invalid_parameter", 422, message))

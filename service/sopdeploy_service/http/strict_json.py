@@ -46,11 +46,13 @@ def parse_json(
     Raises `RejectedError` if the document is too large, malformed or invalid, has duplicate
     keys, too many values, or more levels than can be written back.
     """
+    # Refuse by its size and its punctuation what would take long to parse, or much memory.
     if len(raw) > limit:
         message = (
             f"the JSON is larger than the limit, {limit} bytes; send binary images or tensors"
         )
         raise RejectedError(HttpError("json_too_large", 413, message))
+
     # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice
     # its elements.
     max_brackets = min(MAX_BRACKETS, MAX_LISTS + 2 * max_elements)
@@ -61,6 +63,8 @@ def parse_json(
         or raw.count(b"\\") > MAX_ESCAPES
     ):
         raise RejectedError(TOO_COMPLEX)
+
+    # Parse it, and write it again: that shows keys that the text has twice.
     try:
         value = orjson.loads(raw)
         written = orjson.dumps(value)
@@ -68,8 +72,11 @@ def parse_json(
         raise bad_request("malformed_json", f"malformed JSON: {problem}") from problem
     except orjson.JSONEncodeError as problem:  # of JSON, only the depth cannot be written
         raise RejectedError(TOO_DEEP) from problem
+
     if count_keys(raw) != count_keys(written):  # *value* has the last of equal keys only
         raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
+
+    # Check the types.
     try:
         return body_type.model_validate(value)
     except pydantic.ValidationError as problem:
@@ -87,6 +94,7 @@ def count_keys(text: bytes) -> int:
 
 def decode_text(text: object, where: str) -> bytes:
     """Decode base64, also URL-safe, unpadded or in a data URI; raises `RejectedError` that names *where*."""
+    # Take the base64 out of a data URI.
     if not isinstance(text, str):
         raise bad_request("malformed_request", f"{where}: must be a base64 string")
     if text[:5].lower() == "data:":
@@ -95,18 +103,23 @@ def decode_text(text: object, where: str) -> bytes:
             raise bad_request(
                 "bad_base64", f"{where}: not base64: a data URI must contain `;base64,`"
             )
+
     if URL.match(text):
         message = (
             f"{where}: is a URL, and URLs are not fetched; send the image itself, as base64"
         )
         raise bad_request("bad_base64", message)
+
     if not text.isascii():
         raise bad_request(
             "bad_base64", f"{where}: not base64: characters outside of the alphabet"
         )
+
+    # Decode, with the padding that a client may omit.
     plain = text.encode("ascii").translate(URL_SAFE, WHITESPACE)
     if not plain.endswith(b"="):
         plain += b"=" * (-len(plain) % 4)  # to a multiple of 4
+
     try:
         return binascii.a2b_base64(plain, strict_mode=True)
     except binascii.Error as problem:

@@ -31,12 +31,15 @@ log = logging.getLogger("sopdeploy.models")
 def _parse_source(source: str | Path) -> tuple[str, Path]:
     """Split *source* into a name, empty if it has none, and a path; raises `ConfigError`."""
     name, equals, text = str(source).partition("=")
+
     if not equals or Path(source).exists():  # a path may contain `=`
         return "", Path(source)
+
     if re.fullmatch(r"[\w.-]+", name) is None:
         raise ConfigError(
             f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
         )
+
     return name, Path(text)
 
 
@@ -45,10 +48,12 @@ def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     target_of_link = read_links(
         path for _, path in map(_parse_source, sources) if path.is_symlink()
     )
+
     if not target_of_link:
         raise ConfigError(
             "no BUNDLE is a link; name one, such as bundles/live", setting="follow"
         )
+
     return target_of_link
 
 
@@ -74,32 +79,42 @@ def find_bundles(
         # Every process then serves the same bundle, even if the link changes.
         path = note_meaning(source)
         is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
+
+        # A folder of bundles: each project has its name, and the log tells which are served.
         if is_folder_of_bundles:
             listed = list_bundles(
                 path, lambda folder, manifest: read(manifest.project, folder, manifest)
             )
+
             # None is served, or none is here
             if all(bundle.why_not_served for bundle in listed):
                 none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
                 raise BundleError(
                     f"{path}: {listed[0].why_not_served if listed else none_here}"
                 )
+
             for line, failed in describe_projects(listed):
                 log.log(logging.WARNING if failed else logging.INFO, line)
+
             served = [bundle.bundle for bundle in listed if bundle.bundle is not None]
             found = [(bundle.manifest.project, bundle) for bundle in served]
         else:
+            # One bundle, under its own name or the one of its source.
             manifest = read_manifest(path)
             name = given_name or manifest.project
+
             if projects is not None and projects.get(name) != manifest.project:
                 present = projects.get(given_name, ", ".join(projects))
                 raise ConfigError(
                     f"{source}: leads to {manifest.name}, of another project than the served {present}; "
                     "start the server again to serve it"
                 )
+
             # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
             is_known = name in bundles and bundles[name].manifest.has_content_of(manifest)
             found = [(name, bundles[name] if is_known else read(name, path, manifest))]
+
+        # Each name stands for one bundle.
         for name, bundle in found:
             other = bundles.setdefault(name, bundle)
             if not other.manifest.has_content_of(bundle.manifest):

@@ -30,6 +30,7 @@ def start(
             with suppress(InvalidStateError):
                 future.set_exception(error)
             return
+
         try:
             future.set_result(result)
         except InvalidStateError:
@@ -51,8 +52,10 @@ class DaemonThreads(ThreadPoolExecutor):
 def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
     """Run an event loop in a daemon thread during the block."""
     loop = asyncio.new_event_loop()
+
     thread = threading.Thread(target=loop.run_forever, name=DAEMON_THREAD, daemon=True)
     thread.start()
+
     try:
         yield loop
     finally:

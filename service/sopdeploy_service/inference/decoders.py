@@ -99,6 +99,7 @@ def upload_budget(settings: Settings, processes: int = 1) -> int:
     """Return how many bytes of request bodies one of *processes* may hold."""
     # Admits one body of the largest size
     least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)
+
     return min(
         settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes))
     )
@@ -117,21 +118,25 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640,
     each beside 8 MiB of its own.
     """
+    # Give light children what they need, and leave enough for one for large images.
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
-    # - 1: for a child for large images
     light = max(1, min(decoders, budget // light_bytes - 1))
     rest = budget - light * light_bytes
+
+    # Divide the rest among the children for large images.
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     largest_need = max_pixels * PIXEL_BYTES  # of any image
     # At least `LIGHT_MEMORY`: even if *max_pixels* is small, the file of an image can be large.
     large_memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, largest_need))
-    # of 10 megapixels, such as a photo of a phone
+
+    # Warn if there is too little memory for all children, or for a photo of a phone (10 megapixels).
     usual_need = min(LARGE_MEMORY // 2, largest_need)
     if light < decoders or large_memory < usual_need:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
             light, decoders, large_memory // 10**6,
         )  # fmt: skip
+
     return Plan(light, large, large_memory)
 
 
@@ -143,11 +148,14 @@ def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
     """
     if cost is None or cost.encoded > max_pixels:
         return LIGHT_SECONDS
+
     if cost.pixels > LIGHT_PIXELS or cost.is_slow:
         return 0.0
     seconds = LIGHT_SECONDS + cost.pixels * SECONDS_PER_PIXEL
+
     if not cost.is_proportional:
         return seconds if length <= LIGHT_BODY else 0.0
+
     if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
         return 0.0
     return seconds + length * SECONDS_PER_BYTE
@@ -166,6 +174,7 @@ class SharedChildren:
         self._max_waiting_pixels = MAX_WAITING * max_pixels
         self.idle: list[DecoderProcess] = []
         self._is_closed = False
+
         # By group: the requests that wait, in order.
         self._groups: OrderedDict[tuple[str, bool] | None, OrderedDict[Request, None]] = (
             OrderedDict()
@@ -182,33 +191,42 @@ class SharedChildren:
         if self._is_closed:
             request.settle(results.DRAINING)
             return
+
         if self.idle:
             self.idle.pop().run(request)
             return
+
         if group is not None and not self._make_room(request, group):
             request.settle(results.DECODERS_BUSY)
             return
+
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
     def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
         """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
+        # Count the pixels that wait by group, as if *request* waited, too.
         pixels = Counter(
             {other: sum(one.pixels for one in self._groups[other]) for other in self._groups}
         )
         pixels[group] += request.pixels
+
+        # Refuse the last image of the group with most pixels, unless it is that of *request*.
         while pixels.total() > self._max_waiting_pixels:
             largest = max(
                 (other for other in pixels if other is not None),
                 key=lambda other: pixels[other],
             )
+
             if pixels[group] == pixels[largest]:
                 return False
+
             refused, _ = self._groups[largest].popitem()
             pixels[largest] -= refused.pixels
             if not self._groups[largest]:
                 del self._groups[largest]
             refused.settle(results.DECODERS_BUSY)
+
         return True
 
     def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
@@ -221,11 +239,13 @@ class SharedChildren:
     def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
         """Let *child*, which was busy for *seconds*, run the next group's first request, or keep it idle."""
         self._metrics.decode_seconds.inc(seconds)
+
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
             request, _ = waiting.popitem(last=False)
             if waiting:
                 self._groups[group] = waiting  # after all others
+
             if not request.result.done():  # somebody still waits for it
                 child.run(request)
                 return
@@ -236,6 +256,7 @@ class SharedChildren:
         self._is_closed = True
         for request in itertools.chain.from_iterable(self._groups.values()):
             request.settle(results.DRAINING)
+
         self._groups.clear()
 
 
@@ -247,24 +268,30 @@ class Decoders:
         self._max_children = max_children
         self._settings = settings
         self._metrics = metrics
+
         self.light = SharedChildren(metrics)
         self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
-        self.budget: int | None = (
-            None  # bytes of memory of the children; None: what this process may use
-        )
+
+        # bytes of memory of the children; None: what this process may use
+        self.budget: int | None = None
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
+
         self._children: list[DecoderProcess] = []
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the children; raises the errors of `DecoderProcess.start`."""
+        # Divide the memory.
         self._loop = asyncio.get_running_loop()
         if self.budget is None:
             self.budget = decode_budget(self._settings, resident_bytes())
         plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
+
         log.debug("decoder processes", extra=plan._asdict())
         self._metrics.decoders.set(plan.light)
         self._metrics.max_decode_bytes.set(plan.large_memory)
+
+        # Start the children; they tell which restrictions the system allows.
         settings = self._settings
         large = ChildOptions(
             memory=plan.large_memory,
@@ -276,6 +303,7 @@ class Decoders:
         )
         light = large._replace(memory=LIGHT_MEMORY, niceness=0, is_light=True)
         restrictions: set[str] = set()  # usually the same of all children
+
         for options in [light] * plan.light + [large] * plan.large:
             children = self.light if options.is_light else self.large
             process = DecoderProcess(
@@ -285,12 +313,15 @@ class Decoders:
                 on_idle=children.give_work,
                 on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
+
             self._children.append(process)
             restrictions.add(await process.start())
             children.give_work(process)
+
         for text in restrictions:
             if text.startswith("no sandbox"):
                 log.warning("images are decoded without a sandbox: %s", text)
+
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -299,6 +330,7 @@ class Decoders:
         self.large.close()
         for process in self._children:
             process.close(results.DRAINING)
+
         if self._watching is not None:
             self._watching.cancel()
             with suppress(asyncio.CancelledError):  # the connections are closed meanwhile
@@ -317,19 +349,26 @@ class Decoders:
         *deadline*, or if too many large images wait; those without a client, of the server
         itself, are never refused.
         """
+        # Refuse by the first bytes what no decoder accepts.
         if not image:
             raise empty_error()
         detect_format(image, self._settings.formats)
+
+        # Decode. The seconds that no child had the image are those of the queue.
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         started = time.monotonic()
         reply, seconds = await self._run_with_retries(
             image, preprocess, child.PIXELS, sizes, deadline, client
         )
+
         waited = max(0.0, time.monotonic() - started - seconds)
+
+        # Read the warnings, which are bits of the reply.
         warnings = tuple(
             name for index, name in enumerate(child.WARNINGS) if reply.bits & (1 << index)
         )
+
         stages = {"decode_queue": waited, "decode": seconds}
         return DecodedImage(reply.data.reshape(shape), warnings, stages)
 
@@ -359,10 +398,12 @@ class Decoders:
         unless a child of either kind has ended so before. Returns the reply, and the seconds
         that children had the image. Raises as `decode` does.
         """
+        # Estimate from the header what the image costs.
         rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
         seconds = light_seconds(len(image), cost, self._settings.max_pixels)
         busy = 0.0
+
         num_crashes = 0  # of children, without the fault of the image
         # A slow one, or one whose pixels are not known, counts as one of the largest.
         pixels = (
@@ -370,9 +411,12 @@ class Decoders:
             if cost is None
             else min(cost.pixels, self._settings.max_pixels)
         )
+
         is_light = seconds > 0
         is_slow = False
+
         while True:
+            # Queue the request for a child, with a timer for its deadline.
             request = Request(
                 image, rules, kind, sizes, self._loop.create_future(), pixels, seconds
             )
@@ -382,43 +426,53 @@ class Decoders:
                 if deadline < math.inf
                 else None
             )
+
             if is_light:
                 self.light.put(request, None)
             else:
                 self.large.put(request, None if client is None else (client, is_slow))
+
+            # Wait for the reply, or for the error of a child that ended.
             try:
                 reply = await request.result
             finally:
                 if timer is not None:
                     timer.cancel()
+
             busy += request.busy_seconds()
             if isinstance(reply, HttpError):
                 raise RejectedError(reply)
+
+            # A child ended: the image runs again in one for large images, unless the image or
+            # two ends are the reason.
             if isinstance(reply, ChildEnded):
                 is_fault_of_image = reply.reason in {pool.TIME, pool.WRONG_REPLY}
                 num_crashes += not is_fault_of_image
+
                 if not is_light and is_fault_of_image:
                     raise RejectedError(results.DAMAGED)
+
                 if not is_light and num_crashes > 1:
                     # by the system or a user
-                    is_kill = reply.reason in {
-                        signal.SIGKILL.name,
-                        pool.UNKNOWN,
-                    }
+                    is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}
                     raise RejectedError(
                         results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
                     )
+
                 # Then waits among slow images of its client
                 is_slow = is_light and is_fault_of_image
                 pixels = self._settings.max_pixels if is_slow else pixels
             elif reply.kind == kind:
                 return reply, busy
             else:
+                # An error of the image is final, except that it needs more memory than a light
+                # child has.
                 code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
                 # Which a child for large images has
                 if not (is_light and code == child.TOO_MUCH_MEMORY):
                     message = reply.data.tobytes().decode(errors="replace")
                     raise ImageError(message, code=code, status=status)
+
             is_light = False
             seconds = 0.0
 
@@ -426,7 +480,9 @@ class Decoders:
         """End processes that are stopped; their images are decoded again, and others are started."""
         template = shared_template()
         suspects: set[int] = set()  # stopped at the last look
+
         while True:
+            # Find the processes that are stopped now.
             await asyncio.sleep(WATCH_SECONDS)
             processes = [template.process, *(decoder.process for decoder in self._children)]
             stopped = {
@@ -434,12 +490,16 @@ class Decoders:
                 for process in processes
                 if process and STOPPED in run_states(process)[0]
             }
+
             self.are_stopped = bool(stopped)
+
+            # End those that were stopped at the last look, too.
             for process in stopped & suspects:
                 log.warning("the decoder process %d is stopped; it is ended", process)
                 with suppress(ProcessLookupError):
                     # Not by the template, which may be the one
                     os.kill(process, signal.SIGKILL)
+
             suspects = stopped
 
 

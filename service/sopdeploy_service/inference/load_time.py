@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 def wait_in_time(work: Future[Result], what: object, settings: Settings) -> Result:
     """Wait for the *work* of a daemon thread on *what* as `finish_in_time` does, without an event loop."""
     seconds = load_seconds(settings)
+
     try:
         return work.result(seconds)
     except TimeoutError as error:
@@ -30,6 +31,7 @@ async def finish_in_time(work: Future[Result], what: object, settings: Settings)
     """Wait for *work* on *what*, at most as long as a load may take; raises `RuntimeUnavailableError`."""
     result = asyncio.wrap_future(work)
     seconds = load_seconds(settings)
+
     try:
         async with asyncio.timeout(
             seconds
@@ -45,6 +47,7 @@ def load_seconds(settings: Settings) -> float:
     """Return how long a load may take: on a GPU, libraries are loaded and kernels chosen, too."""
     if settings.load_timeout is not None:
         return settings.load_timeout
+
     return LOAD_SECONDS_ON_GPU if may_use_gpu(settings) else LOAD_SECONDS_ON_CPU
 
 

@@ -9,6 +9,7 @@ silently using the CPU.
 import itertools
 import logging
 import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sopdeploy.bundle.probes import (
 )
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
+from sopdeploy.images.limits import describe_formats, missing_extra
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time, wait_in_time
@@ -46,9 +48,8 @@ from sopdeploy_service.runtime.base import (
 from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.settings import Settings
 
-LARGEST_ON_CPU = (
-    4  # larger batches gain nothing on a CPU and delay the first image of the batch
-)
+# larger batches gain nothing on a CPU and delay the first image of the batch
+LARGEST_ON_CPU = 4
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -106,7 +107,10 @@ def _begin_load(
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
     check_trust(bundle, settings)
+    for refusal in describe_refusals(bundle, settings.formats):
+        log.warning("%s: %s", bundle.name, refusal)
     root = check_graph_and_certificate(bundle) if thorough else None
+
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
@@ -116,6 +120,7 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         stack.pop_all()
+
     return LoadedModel(
         bundle=bundle if thorough else bundle.reduced(),
         runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root,
@@ -129,8 +134,23 @@ def check_trust(bundle: Bundle, settings: Settings) -> None:
         check_signature(bundle, signature, settings.require_signature)
 
 
+def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]:
+    """Say which formats of the photographs of *bundle* a server that accepts *formats* refuses."""
+    origin = bundle.manifest.origin
+    for name in () if origin is None else origin.formats:
+        extra = missing_extra(name)
+        remedy = ""
+        if name not in formats:
+            remedy = f"add {name} to the setting formats"
+        elif extra:
+            remedy = f'run: pip install "sopdeploy[{extra}]"'
+        if remedy:
+            yield f"photographs in {describe_formats([name])}, as it learned from, are refused; {remedy}"
+
+
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
+    # Choose the runtime: `auto` tries the ones of this project, those for GPUs first.
     name: str = settings.runtime
     if name == "auto":
         own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
@@ -139,6 +159,8 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
         )
         name, reason = next((other, found) for other, found in reasons if found is not None)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
+
+    # Open it. `auto` does not fall back to the CPU.
     try:
         return _open_named(name, bundle, settings)
     except RuntimeUnavailableError as error:
@@ -157,6 +179,7 @@ def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
         raise RuntimeUnavailableError(
             f"runtime {name!r}: no installed package has it; choose another one"
         )
+
     try:
         return open_registered(bundle, settings)
     except SopdeployError:
@@ -179,20 +202,25 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     cost; it runs *max_batch* images once if there are fewer probes, because `_replay_all` then
     runs smaller batches.
     """
+    # Choose the sizes to run.
     timings: list[tuple[int, float]] = []
     if runtime.device == "cpu":
         sizes = [max_batch] if max_batch > len(probes.images) else []
     else:
         ascending = padded_sizes(max_batch)
+
         # The smallest, the largest, the second smallest, the second largest and so on.
         alternating = itertools.chain.from_iterable(
             zip(ascending, reversed(ascending), strict=True)
         )
         sizes = [*ascending, *itertools.islice(alternating, len(ascending))]
+
+    # Run the batches; with too little memory for one, larger ones are left out.
     largest_to_try = max_batch
     for size in sizes:
         if size > largest_to_try:  # there was no memory for a smaller one
             continue
+
         batch = probes.repeat_to(size)
         try:
             started = time.monotonic()
@@ -207,6 +235,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             largest_to_try = size - 1
         else:
             compare_outputs(batch, outputs, size)
+
     return timings
 
 
@@ -226,20 +255,21 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
+    # Choose which probes run alone, and which in batches.
     size = min(max_batch, len(probes.images))
     if thorough or size == 1:
-        # All of them alone and, unless *size* is 1, in batches
-        probes_by_size = {
-            1: probes,
-            size: probes,
-        }
+        # All of them alone and, unless *size* is 1, in batches.
+        probes_by_size = {1: probes, size: probes}
     else:  # the first one alone, the others in batches
         probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
+
     replays = {
         batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()
     }
+
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
+
     return replays
 
 

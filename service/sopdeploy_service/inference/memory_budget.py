@@ -83,20 +83,25 @@ class BudgetedRegistry(ModelRegistry):
     def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
         """Check *bundles* as `check_trust` does; raises `ConfigError` for one larger than the budget."""
         super().__init__({}, settings)
+
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
         # By name; the one used longest ago comes first.
         self._lazy_models: OrderedDict[str, LazyModel] = OrderedDict()
+
         for name, bundle in bundles.items():
             check_trust(bundle, settings)
+
             size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
             if size > self._budget:
                 sizes = f"{name} needs {size / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
                 raise ConfigError(f"memory_budget: {sizes}; raise it")
+
             # Requests find the model under its name, not loaded.
             not_loaded = LoadedModel(bundle=bundle.reduced(), runtime=NoRuntime(), replays={})
             placeholder = self._by_name[name] = LocalModel(
                 name, not_loaded, settings, self.metrics
             )
+
             self.metrics.model_memory.labels(name).set(0)
             self._lazy_models[name] = LazyModel(placeholder, size)
 
@@ -118,9 +123,11 @@ class BudgetedRegistry(ModelRegistry):
         Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
         """
         lazy = self._lazy_models[model.name]
+
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))
         reason = await asyncio.shield(lazy.loading)  # another request may wait for it
+
         if reason is not None:
             raise RejectedError(reason)
         return self._by_name[model.name]
@@ -143,22 +150,28 @@ class BudgetedRegistry(ModelRegistry):
         """
         name = lazy.placeholder.name
         try:
+            # Load the bundle, when there is room for it.
             async with self.changing:
                 if time.monotonic() < lazy.retry_at:
                     return lazy.load_error
+
                 await self._make_room(lazy.bytes)
+
                 reduced = lazy.placeholder.bundle  # without the graph
                 reading = daemon_threads.start(
                     partial(read_files, reduced.path, reduced.manifest)
                 )
                 bundle = await finish_in_time(reading, reduced.path, self._settings)
                 loaded = await load_in_background(bundle, self._settings)
+
+                # Serve it, and count it.
                 model = self._by_name[name] = self._start_model(name, loaded)
                 # it has counted since the start of the server
                 model.drift = lazy.placeholder.drift
                 self.metrics.model_memory.labels(name).set(lazy.bytes)
                 self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)
+
             return None
         except RejectedError as error:
             return error.reason
@@ -168,6 +181,7 @@ class BudgetedRegistry(ModelRegistry):
             is_bug = not isinstance(error, SopdeployError)
             self.metrics.count_load_failure(error)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
+
             message = f"{name}: cannot be loaded; the server's log says why"
             lazy.load_error = HttpError("load_failed", 500, message)
             lazy.retry_at = time.monotonic() + RETRY_SECONDS
@@ -179,6 +193,7 @@ class BudgetedRegistry(ModelRegistry):
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
         while True:
+            # Add up the memory of the models that are loaded.
             loaded = [
                 lazy
                 for name, lazy in self._lazy_models.items()
@@ -186,6 +201,7 @@ class BudgetedRegistry(ModelRegistry):
             ]
             if sum(lazy.bytes for lazy in loaded) + needed <= self._budget:
                 return
+
             # `use` counts users of placeholders and moves the model last, so the first is the
             # longest unused.
             if unused := [
@@ -200,9 +216,11 @@ class BudgetedRegistry(ModelRegistry):
     async def _release(self, placeholder: LocalModel) -> None:
         """Stop the model that *placeholder* replaces; requests for it wait until it can be loaded again."""
         name = placeholder.name
+
         model = self._by_name[name]
         self._by_name[name] = placeholder
         await model.stop()
+
         self.metrics.count_bundle(name, model.bundle, model.runtime.name, -1)
         self.metrics.model_memory.labels(name).set(0)
         log.info("%s: released", name)

@@ -78,8 +78,10 @@ class LatencyTable:
         """
         if not self._seconds:
             return 0.0
+
         if large_enough := [size for size in self._seconds if size >= num_images]:
             return self._seconds[min(large_enough)]
+
         largest = max(self._seconds)
         return self._seconds[largest] * num_images / largest
 
@@ -110,16 +112,19 @@ class Model(ABC):
         self.name = name
         self.bundle = bundle
         self.labels = bundle.labels
+
         manifest = bundle.manifest
         self.decision = manifest.rules
         self.top_k = settings.classes_per_image(multi_label=self.decision.is_multi_label)
         self.version = manifest.id
         self.logits_name = manifest.outputs[0].name
         self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
+
         self.runtime = runtime
         self.is_loaded = runtime.is_loaded
         self.largest_batch = runtime.largest_batch
         self.latency = LatencyTable(timings)
+
         self.users = 0  # requests
         self.unused = asyncio.Event()
         self.unused.set()
@@ -163,21 +168,27 @@ class Registry(ABC):
 
     def find(self, name: str | None = None, version: str | None = None) -> Model:
         """Find the model *name* (None: the only one) with *version* (None: any), or raise `RejectedError`."""
+        # Without a name, choose the only model.
         if name is None:
             if len(self._by_name) > 1:
                 names = shorten(sorted(self._by_name))
                 message = f"the server has several models; choose one with ?model= ({names})"
                 raise RejectedError(HttpError("model_needed", 400, message))
             name = next(iter(self._by_name))  # a server has at least one model
+
+        # Refuse an unknown name, or a version that is not the current one.
         if name not in self._by_name:
             message = f"no model {name[:100]!r}; available: {shorten(sorted(self._by_name))}"
             raise RejectedError(HttpError("unknown_model", 404, message))
+
         model = self._by_name[name]
+
         if version not in {None, model.version}:
             message = (
                 f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
             )
             raise RejectedError(HttpError("unknown_version", 404, message))
+
         return model
 
     @contextmanager
@@ -185,6 +196,7 @@ class Registry(ABC):
         """Keep *model* loaded during the block. Await nothing since `find`, or it can be released before."""
         model.users += 1
         model.unused.clear()
+
         try:
             yield
         finally:

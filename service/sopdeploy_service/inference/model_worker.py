@@ -49,9 +49,8 @@ MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
-PAUSE_SECONDS = (
-    1.0  # a check that is later than this comes after a pause of the process, as by Ctrl-Z
-)
+# a check that is later than this comes after a pause of the process, as by Ctrl-Z
+PAUSE_SECONDS = 1.0
 
 _Pixels: TypeAlias = Sequence[NDArray[np.uint8]]
 ImageOutputs: TypeAlias = dict[str, NDArray[np.float32]] | HttpError
@@ -100,6 +99,7 @@ class RequestQueue:
                 self._images.append(image)
                 self._changed.notify()
                 return
+
         image.settle(self.closed_with)
 
     def remove(self, image: QueuedImage) -> bool:
@@ -107,6 +107,7 @@ class RequestQueue:
         with self._changed:
             if image.in_batch:
                 return False
+
             image.is_over = True
             with contextlib.suppress(ValueError):  # `take` has removed it after its deadline
                 self._images.remove(image)
@@ -121,16 +122,22 @@ class RequestQueue:
         """
         with self._changed:
             while True:
+                # Drop the images for which nobody waits any more.
                 now = time.monotonic()
                 # A loop here would leave its last image in a variable, and so alive, during the
                 # wait below.
                 self._images = deque(
                     one for one in self._images if not one.is_over and one.deadline > now
                 )
+
                 if len(self._images) >= max_size:
                     return self._pop(max_size)
+
                 if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
+
+                # Wait for the first image; then until the oldest one has waited for
+                # `max_delay`.
                 seconds = None  # waits without a limit for the first image
                 if self._images:
                     seconds = self._images[0].arrived + self.max_delay - now
@@ -141,6 +148,7 @@ class RequestQueue:
     def _pop(self, count: int) -> list[QueuedImage]:
         """Remove the *count* oldest images, now in a batch, and return them."""
         images = [self._images.popleft() for _ in range(count)]
+
         for image in images:
             image.in_batch = True
         return images
@@ -183,29 +191,35 @@ class LocalModel(Model):
         manifest = loaded.bundle.manifest
         facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
         super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
+
         self._is_dead = False
+
+        # What requests meet: the queue, the drift, the metrics.
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         reference = self.decision.reference
         self.drift = None if reference is None else DriftWindow(reference, metrics, name)
         metrics.create_series(name, rejects=self.decision.rejection is not None)
         self._metrics = metrics
         self._timeout = settings.batch_timeout_seconds
+
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
+
         # Used by the thread, except that the watchdog and `close` read `_in_flight` and
         # `_batch_started`.
         self._runtime = runtime
         # The same runtime if it can have two batches in flight.
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
+
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(
             name for name in self._outputs if name != EMBEDDING
         )
+
         self._must_check_device = False  # because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
-        self._batch_started: float | None = (
-            None  # when the oldest batch got the device to itself
-        )
+        # when the oldest batch got the device to itself
+        self._batch_started: float | None = None
 
     @property
     def is_down(self) -> bool:
@@ -221,16 +235,19 @@ class LocalModel(Model):
         for_drift: bool = True,
     ) -> ImageResult:
         """Queue the image, and wait until its batch has run."""
+        # Queue the image, with a timer for its deadline.
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
         image = QueuedImage(pixels, deadline, partial(settle, future), features, for_drift)
         timer = loop.call_at(deadline, image.settle, results.DEADLINE)
         self.queue.put(image)
+
         try:
             result = await future
         finally:
             timer.cancel()
             self.queue.remove(image)  # after a cancellation; otherwise it has left the queue
+
         if isinstance(result, HttpError):
             raise RejectedError(result)
         return result
@@ -249,18 +266,22 @@ class LocalModel(Model):
             # The queue first: the thread begins no other batch. Outcomes of those in flight
             # come too late.
             images = self.queue.close(reason)
+
             for batch in tuple(self._in_flight):
                 images += batch.images
+
             for image in images:
                 image.settle(reason)
 
     async def stop(self) -> None:
         """Close the model, end its thread and release its runtime."""
         self.close(results.DRAINING)
+
         if self._watchdog is not None:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
+
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self._is_dead else _JOIN_SECONDS)
             # A batch that has not ended still uses the memory; after a hang, `close` may hang,
@@ -276,21 +297,28 @@ class LocalModel(Model):
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         resumed = 0.0  # time of the end of the last pause; the seconds before do not count
+
         while not self._is_dead:
             # The thread sets the start of a batch before the batch becomes the oldest. So the
             # batch is read first: the start that is read next is not that of an earlier batch,
             # which would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
+
             # Without a batch, `check_device` may run
             num_images = len(batches[0].images) if batches else 0
             seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)
+
             if seconds > limit:
                 self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
+
+            # Sleep until the batch would count as hung. A check that is late comes after a
+            # pause.
             until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
             due = time.monotonic() + min(WATCH_SECONDS, until_hung)
             await asyncio.sleep(due - time.monotonic())
+
             if time.monotonic() > due + PAUSE_SECONDS:
                 resumed = time.monotonic()
 
@@ -305,42 +333,48 @@ class LocalModel(Model):
         """Run batches and pass their results to *loop* until the queue is closed or the thread fails."""
         try:
             while True:
+                # Wait for a batch if none is in flight. If all images of the last one failed,
+                # the device is checked first.
                 if not self._in_flight:
                     if self._must_check_device:
                         self._batch_started = time.monotonic()  # for the watchdog
                         check_device(self._runtime, self.bundle.manifest.image_shape)
                         self._batch_started = None
                         self._must_check_device = False
+
                     if not self._begin_batch():  # the queue is closed
                         break
+
                 # Begin a second batch, but none after one that failed: first, the device is
                 # checked.
                 if self._overlapping is not None and not self._must_check_device:
                     self._begin_batch(only_full=True)
+
                 # Complete the oldest batch.
                 batch = self._in_flight[0]
                 pixels = [image.pixels for image in batch.images]
                 names = self._names_of(batch.images)
                 rows = run_bisected(partial(self._run_images, batch, names), pixels, names)
                 started = cast(float, self._batch_started)
+
+                # If every image failed, the device may be lost.
                 ended = time.monotonic()
                 self._must_check_device = all(
                     row in (results.INFERENCE_FAILED, results.OUT_OF_MEMORY) for row in rows
                 )
+
                 # Set before the batch is removed, see `_watch`: the next one now has the device
                 # to itself.
                 self._batch_started = ended if len(self._in_flight) > 1 else None
                 del self._in_flight[0]
+
                 call_soon(loop, self._settle_and_count, batch.images, rows, started, ended)
-                # The wait for the next batch must not keep their memory
-                del (
-                    batch,
-                    pixels,
-                    rows,
-                )
-        except (
-            BaseException
-        ):  # logged here because nothing else sees it; the service then ends the process
+
+                # The wait for the next batch must not keep their memory.
+                del (batch, pixels, rows)
+
+        # Logged here because nothing else sees it; the service then ends the process.
+        except BaseException:
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
@@ -351,10 +385,13 @@ class LocalModel(Model):
         if not images:
             return False
         batch = _Batch(images)
+
         if self._batch_started is None:
             self._batch_started = time.monotonic()
+
         # Before it begins: the watchdog must see a call that hangs
         self._in_flight.append(batch)
+
         if self._overlapping is not None:
             # `_run_images` tries again, and handles errors
             with contextlib.suppress(Exception):
@@ -380,6 +417,7 @@ class LocalModel(Model):
             wait = batch.wait
             batch.wait = None
             return wait()
+
         if self._overlapping is not None:
             return self._overlapping.begin(images, names)()
         return self._runtime.run(np.stack(images))
@@ -392,21 +430,27 @@ class LocalModel(Model):
         ended: float,
     ) -> None:
         """Settle *images*, a batch, and count it, on the event loop while the thread runs the next batch."""
+        # Give each image its row of the outputs, and collect the logits for the drift.
         waited = [started - image.arrived for image in images]
         logits: list[NDArray[np.float32]] = []  # that count for the drift
         for image, row, seconds in zip(images, rows, waited, strict=True):
             if isinstance(row, HttpError):
                 image.settle(row)
                 continue
+
             image.settle(
                 ImageResult(row, {"queue": seconds, "infer": ended - started}, len(images))
             )
+
             if image.for_drift:
                 logits.append(row[self.logits_name])
+
+        # Count the batch, for the estimates of waiting times and for the metrics.
         if self.drift is not None:
             self.drift.add(logits)
         self.latency.record(len(images), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
+
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
@@ -442,6 +486,8 @@ def run_bisected(
         else:
             log.exception("inference failed on a batch of %d", len(images))
             reason = results.INFERENCE_FAILED
+
+    # A part that failed is halved, down to the image that fails alone.
     if len(images) == 1:
         return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]
@@ -451,11 +497,13 @@ def run_bisected(
 def _split_rows(outputs: Outputs, names: Sequence[str], num_images: int) -> list[ImageOutputs]:
     """Split the *outputs* of a batch into rows with *names*; reject a row if one of them is not finite."""
     finite = np.ones(num_images, dtype=bool)
+
     for name in names:
         values = outputs[name]
         if len(values) != num_images:
             raise ValueError(f"output {name!r} has {len(values)} rows for {num_images} images")
         finite &= np.isfinite(values.reshape(num_images, -1)).all(axis=1)
+
     return [
         {name: outputs[name][row] for name in names} if finite[row] else results.NONFINITE
         for row in range(num_images)

@@ -70,6 +70,7 @@ class ModelRegistry(Registry):
         self.changing = asyncio.Lock()  # held while models are loaded or replaced
         self._retiring: dict[LocalModel, asyncio.Task[None]] = {}
         self._by_name: dict[str, LocalModel] = {}
+
         for name, model in loaded.items():
             self._by_name[name] = LocalModel(name, model, settings, self.metrics)
             self.metrics.count_bundle(name, model.bundle, model.runtime.name, 1)
@@ -93,6 +94,7 @@ class ModelRegistry(Registry):
         The caller holds `changing`. All new bundles are loaded before any is served: an error,
         such as of `load_model`, changes nothing.
         """
+        # Load all new bundles; if one fails, the runtimes of the others are closed.
         loaded: dict[str, LoadedModel] = {}
         with ExitStack() as stack:
             for name, bundle in bundles.items():
@@ -103,13 +105,18 @@ class ModelRegistry(Registry):
                     # Unless all of them can be loaded
                     stack.callback(loaded[name].runtime.close)
             stack.pop_all()
+
+        # Retire the models that *bundles* do not have.
         for name in set(self._by_name) - set(bundles):
             self._retire(self._by_name.pop(name))
+
+        # Start the new models, each in the place of an earlier one.
         for name, new in loaded.items():
             model = self._start_model(name, new)
             if name in self._by_name:
                 self._retire(self._by_name[name])
             self._by_name[name] = model
+
             if model.drift is not None:
                 model.drift.publish()  # again: the replaced one has removed it
 
@@ -122,10 +129,12 @@ class ModelRegistry(Registry):
                 projects = {
                     name: model.bundle.manifest.project for name, model in self._by_name.items()
                 }
+
                 finding = daemon_threads.start(
                     partial(find_bundles, sources, self._read, projects)
                 )
                 bundles = await finish_in_time(finding, "the bundles", self._settings)
+
                 await self.replace(bundles)
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
@@ -134,6 +143,7 @@ class ModelRegistry(Registry):
                 "not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug
             )
             return
+
         models_log.info(
             "reloaded",
             extra={"bundles": " ".join(model.bundle.name for model in self.models())},
@@ -167,6 +177,7 @@ class ModelRegistry(Registry):
             model = LocalModel(name, loaded, self._settings, self.metrics)
             model.start()
             unless_started.pop_all()
+
         self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
         return model
 
@@ -208,9 +219,9 @@ class Service:
         # of all processes if the server has several
         self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
-        self.keep: KeepImage | None = (
-            None  # set by the app if it keeps results; the text is a report
-        )
+        # Set by the app if it keeps results; the text is a report.
+        self.keep: KeepImage | None = None
+
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         # The number of images without an outcome. A request that is not parsed yet counts as
         # one image. Processes tell each other in cells of shared memory, which `share_admitted`
@@ -218,10 +229,14 @@ class Service:
         self._admitted = 0
         self._cells = memoryview(bytearray(8)).cast("q")
         self._position = 0  # the cell of this process
+
+        # What is limited: the bytes of bodies, the children that decode.
         self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
+
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
+
         # Draining until `start`, unless `drain` was called
         self._draining = True
         self._was_drained = False
@@ -249,8 +264,10 @@ class Service:
         """Return the images of all processes; others, whatever they tell, leave this one its share."""
         queue_size = self.settings.queue_size
         num_processes = len(self._cells)
+
         others = [min(max(0, count), queue_size) for count in self._cells]
         others[self._position] = 0
+
         return self._admitted + min(
             sum(others), queue_size - math.ceil(queue_size / num_processes)
         )
@@ -259,6 +276,7 @@ class Service:
         """Return the largest number of children for light images, if the server has no other process."""
         if self.settings.decoders != "auto":
             return self.settings.decoders
+
         if all(model.runtime.device == "cpu" for model in self.registry.models()):
             return DECODERS_BESIDE_CPU_INFERENCE
         return decoders_per_process(processes=1)
@@ -267,6 +285,7 @@ class Service:
     def state(self) -> State:
         """The health: `ok`, or why the server is not ready; `draining` also before `start`."""
         problem = self.registry.problem
+
         if self._draining and problem != "runtime_dead":
             return "draining"
         if problem is not None:
@@ -298,7 +317,9 @@ class Service:
             raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(results.DRAINING)
+
         self.check_queue(model, 1)
+
         # A request that is alone is always admitted. Otherwise, an estimate that is too high
         # would reject every request, and no batch would correct it.
         if num_earlier := self._count_earlier(model):
@@ -312,6 +333,7 @@ class Service:
             seconds = math.ceil(
                 model.latency.total_seconds(self._count_earlier(model), model.largest_batch)
             )
+
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(
                 HttpError("queue_full", 429, "the queue is full; retry later", retry_after)
@@ -323,6 +345,7 @@ class Service:
         if self.num_front_ends:
             about = self.admitted * len(self._cells)
             return min(about, self._count_admitted()) // model.num_engines
+
         return self.admitted  # each process has a device of its own
 
     async def infer(
@@ -345,6 +368,8 @@ class Service:
         queue; call `check_queue` before. Raises `RejectedError` if all images miss the deadline
         or find too many others waiting for a decoder.
         """
+        # Decode and run the images, each on its own. They count as admitted until they have
+        # outcomes.
         predict = partial(
             self._predict,
             model,
@@ -353,6 +378,7 @@ class Service:
             features=features,
             for_drift=for_drift,
         )
+
         self.admitted += len(images)
         try:
             if len(images) == 1:  # without a task of its own
@@ -361,12 +387,15 @@ class Service:
                 outcomes = await asyncio.gather(*map(predict, images))
         finally:
             self.admitted -= len(images)
+
         # An image that is late or finds no decoder fails alone, beside others that have an answer.
         unanswered = [
             one for one in outcomes if isinstance(one, HttpError) and one in UNANSWERED
         ]
         if unanswered and len(unanswered) == len(outcomes):
             raise RejectedError(unanswered[0])
+
+        # Keep the images that clients have sent encoded, if the server keeps any.
         if self.keep is not None and may_keep:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
@@ -385,6 +414,7 @@ class Service:
     ) -> Outcome:
         """Decode *image*, unless it is pixels already, and run *model* on it."""
         try:
+            # Decode an encoded image; a tensor has pixels already.
             stages: dict[str, float] = {}
             if isinstance(image, bytes):
                 rules = model.bundle.manifest.preprocess
@@ -394,10 +424,13 @@ class Service:
                     self.metrics.observe_stage(stage, seconds)
             else:
                 decoded = DecodedImage(image, (), {})
+
+            # Run the pixels in a batch with those of other requests.
             ran = await model.run(
                 decoded.pixels, deadline, features=features, for_drift=for_drift
             )
             stages |= ran.stage_seconds
+
             return Prediction(ran.outputs, stages, decoded.pixels, decoded.warnings)
         except ImageError as error:
             return HttpError.from_image_error(error)
@@ -413,15 +446,19 @@ class Service:
         copies not. The copies count as admitted from the start, so that they find room in the
         queue.
         """
+        # Run `infer` on the images, with room in the queue for their copies.
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
             outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
+
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
         if not predictions:
             return outcomes
+
+        # Run the occluded copies of every image that has a prediction, all at once.
         started = time.monotonic()
         rules = model.bundle.manifest.preprocess
         copies = np.concatenate(
@@ -429,16 +466,20 @@ class Service:
         )
         outcomes_of_copies = await self.infer(model, copies, deadline, for_drift=False)
         seconds = time.monotonic() - started
+
+        # Give each prediction the logits of its copies, or the error of the first that failed.
         first_copy = 0  # of the next image with a prediction
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, HttpError):
                 continue
             of_copies = outcomes_of_copies[first_copy : first_copy + num_copies]
             first_copy += num_copies
+
             error = next((one for one in of_copies if isinstance(one, HttpError)), None)
             if error is not None:
                 outcomes[number] = error
                 continue
+
             logits = [
                 one.outputs[model.logits_name]
                 for one in of_copies

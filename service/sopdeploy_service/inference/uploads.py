@@ -69,6 +69,7 @@ class Uploads:
             self._remove(slowest)
             if slowest.timer is not None and not slowest.timer.expired():
                 slowest.timer.reschedule(0.0)
+
         body.num_bytes += more
         self.num_bytes += more
 
@@ -78,6 +79,7 @@ class Uploads:
         budget = self.budget
         if body.num_bytes + more > SMALL_BODY:
             budget = int(budget * LARGE_BODY_SHARE)
+
         excess = self.num_bytes + more - budget
         if excess <= 0:
             return []
@@ -91,18 +93,22 @@ class Uploads:
         now = time.monotonic()
         leaving = []
         arriving = {one for one in self._bodies if one.timer is not None and one.num_bytes}
+
         while excess > 0:
             largest = max(
                 (one for one in arriving if sizes[one.client] > sizes[body.client]),
                 key=lambda one: (sizes[one.client], -one.rate(now)),
                 default=None,
             )
+
             if largest is None:
                 raise RejectedError(UPLOADS_FULL)
+
             arriving.discard(largest)
             leaving.append(largest)
             sizes[largest.client] -= largest.num_bytes
             excess -= largest.num_bytes
+
         return leaving
 
     def _remove(self, body: Body) -> None:

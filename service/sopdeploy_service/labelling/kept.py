@@ -104,12 +104,15 @@ def read_kept(folder: Path) -> list[Kept]:
     """
     kept = list[Kept]()
     others = list[str]()
+
     # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error
     # there.
     device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
     files = [
         file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))
     ]
+
+    # Read the records whose photograph is here.
     for path in files:
         try:
             record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
@@ -121,6 +124,8 @@ def read_kept(folder: Path) -> list[Kept]:
             others.append(f"{path.name}: {error}")
         except (OSError, ValueError):
             continue  # it is damaged
+
+    # Log what was skipped.
     if damaged := len(files) - len(kept) - len(others):
         log.warning(
             "%s: %d records are damaged or have no photograph; they are skipped",
@@ -129,6 +134,7 @@ def read_kept(folder: Path) -> list[Kept]:
         )
     if others:
         log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
+
     return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
 
 

@@ -80,14 +80,18 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     if sys.stderr is None:  # the descriptor may be that of another file
         yield
         return
+
     for_people = settings.log == "console" or (settings.log is None and os.isatty(file))
-    # Run first
+
+    # What each line has, whoever reads it.
     added: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+
+    # How a line is written: colours for people, JSON for machines.
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if for_people:
         processors += [
@@ -105,12 +109,16 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(default=str),
         ]
+
+    # Write the log of this project and, from warnings on, that of libraries.
     handler = LineQueue(file)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
     )
+
     # Also for other libraries, whose level stays at warning
     logging.getLogger().addHandler(handler)
+
     is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
     level = (
         "warning"
@@ -118,6 +126,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         else settings.log_level
     )
     logging.getLogger(ROOT).setLevel(level.upper())
+
     try:
         yield
     finally:

@@ -41,6 +41,8 @@ class Metrics:
         gauge = functools.partial(Gauge, namespace="sopdeploy", registry=registry)
         histogram = functools.partial(Histogram, namespace="sopdeploy", registry=registry)
         seconds_of = functools.partial(histogram, buckets=SECONDS_BUCKETS)
+
+        # Requests.
         self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
         self._request_seconds = seconds_of(
             "request_duration_seconds", "From request to response", ("route", "model")
@@ -57,11 +59,14 @@ class Metrics:
             "End of the last request with images",
             ("model",),
         )
+
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
             "Load (wait for the model), receive, decode_queue, decode, queue, infer",
             ("stage",),
         )
+
+        # Decoding and batches.
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge(
             "decoders", "Child processes that decode images of up to 3 megapixels"
@@ -69,6 +74,7 @@ class Metrics:
         self.max_decode_bytes = gauge(
             "max_decode_bytes", "Memory of a process that decodes large images"
         )
+
         self.batch_size = histogram(
             "batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS
         )
@@ -82,6 +88,8 @@ class Metrics:
             "Decoder processes replaced: after a limit, a wrong reply or a signal",
             ("reason",),
         )
+
+        # What was refused, and what the answers were.
         self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
         self.nonfinite_outputs = counter(
@@ -90,6 +98,8 @@ class Metrics:
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
+
+        # Kept photographs.
         self.kept_images = counter(
             "kept_images",
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
@@ -100,6 +110,8 @@ class Metrics:
             "Kept photographs that were deleted: expired, no_room, incomplete",
             ("reason",),
         )
+
+        # Models.
         self.model_memory = gauge(
             "model_memory_bytes", "With a memory budget; 0: not loaded", ("model",)
         )
@@ -109,26 +121,33 @@ class Metrics:
             "Reloads, and loads with a memory budget, that failed: code of the error",
             ("code",),
         )
+
         codes = [
             "internal",
             SopdeployError.code,
             *(kind.code for kind in SopdeployError.__subclasses__()),
         ]
+
         # From 0 on: Prometheus sees no increase in a series that begins at 1
         for code in codes:
             self.load_failures.labels(code)
+
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter(
             "runtime_seconds", "Busy time of the runtime", ("model",)
         )
+
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self.dropped_log_lines = (
-            DROPPED  # global; an attribute because the documentation lists attributes
-        )
+
+        # global; an attribute because the documentation lists attributes
+        self.dropped_log_lines = DROPPED
         registry.register(DROPPED)
+
         ProcessCollector(registry=registry)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
+
+        # Drift.
         self.drift_distance = gauge(
             "drift_distance",
             "Distance (0 to 1) of 1,000 predictions to those of the held-out images",
@@ -144,8 +163,10 @@ class Metrics:
             f"Predictions since the last test of drift, which needs {WINDOW_IMAGES:,}",
             ("model",),
         )
+
         # Looking up a child by its labels takes longer than counting.
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
+
         self._info = gauge(
             "bundle_info", "Always 1", ("digest", "model", "precision", "runtime")
         )
@@ -160,8 +181,10 @@ class Metrics:
             self.last_inference,
         ):
             metric.labels(model_name)
+
         for part in REQUEST_RESULTS + REQUEST_STAGES:
             self.inference_seconds.labels(model_name, part)
+
         if rejects:
             self.unknown_images.labels(model_name)
 
@@ -172,6 +195,7 @@ class Metrics:
         response. The metrics therefore contain it while its count is positive.
         """
         labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime)
+
         self._loaded[labels] += change
         if self._loaded[labels]:
             self._info.labels(*labels).set(1)
@@ -205,13 +229,12 @@ class Metrics:
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
         # The others are counted per image and batch
-        for stage in stages.keys() & {
-            "load",
-            "receive",
-        }:
+        for stage in stages.keys() & {"load", "receive"}:
             self.observe_stage(stage, stages[stage])
+
         self._child(self.last_inference, model_name).set_to_current_time()
         self._child(self.inference_seconds, model_name, result).observe(seconds)
+
         if result == "success":
             for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
                 self._child(self.inference_seconds, model_name, stage).observe(
@@ -231,8 +254,10 @@ class Metrics:
         self._child(
             self.batch_close, model_name, "full" if len(waited) == max_batch else "idle"
         ).inc()
+
         self._child(self.runtime_seconds, model_name).inc(ended - started)
         self.observe_stage("infer", ended - started)
+
         queue = self._child(self._stage_seconds, "queue")
         for seconds in waited:
             queue.observe(seconds)
@@ -251,6 +276,7 @@ class DriftWindow:
         self._metrics = metrics
         self._model_name = model_name
         self._counts = PredictionCounts(len(reference.classes))
+
         self._latest: Drift | None = None  # of the last full window
         self.publish()
 
@@ -258,17 +284,21 @@ class DriftWindow:
         """Count the predictions of images with *logits* (C,); test a full window, begin another, publish."""
         if not logits:
             return
+
         self._counts.add_logits(np.stack(logits))
         if self._counts.num_images >= WINDOW_IMAGES:
             self._latest = find_drift(self._counts, self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
+
         self.publish()
 
     def publish(self) -> None:
         """Set the metrics: the number of predictions, and the result of the last full window, if any."""
         metrics = self._metrics
         name = self._model_name
+
         metrics.drift_images.labels(name).set(self._counts.num_images)
+
         for test in TESTS:
             if self._latest is None:  # removes what a previous bundle of this name has set
                 metrics.drift_distance.remove(name, test)

@@ -43,6 +43,7 @@ class Shared(Generic[_Value]):
         if self._made is None or (self._made.done() and now >= self._next):
             self._made = asyncio.ensure_future(self._make())
             self._next = now + SHARED_SECONDS
+
         # One who leaves does not cancel it for the others
         return await asyncio.shield(self._made)
 
@@ -53,16 +54,21 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
     Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that
     is empty or no page of metrics.
     """
+    # Which processes have answered is a metric of its own.
     valid = {process: page for process, page in pages.items() if _is_page(page)}
     up = [
         b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid)
         for name in pages
     ]
     merged = {_UP[1].split()[2]: (_UP, up)}
+
+    # Take the pages apart into lines, and add the process to the labels of each sample.
     help_line = b""
     samples = up
+
     for process, page in {**valid, "supervisor": supervisor}.items():
         label = b'process="%b"' % process.encode()
+
         for line in page.split(b"\n")[:-1]:
             if line.startswith(b"# HELP"):
                 help_line = line
@@ -77,6 +83,7 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
                 samples.append(
                     b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest)
                 )
+
     return (
         b"\n".join(line for head, lines in merged.values() for line in (*head, *lines)) + b"\n"
     )

@@ -13,6 +13,7 @@ def may_use_gpu(settings: Settings) -> bool:
     """Tell whether the runtime of *settings* uses a GPU, or may use one that is set up."""
     needed = settings.runtime_needs_gpu()
     own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
+
     return (
         any(one.needs_gpu and one.is_set_up() for one in own.values())
         if needed is None

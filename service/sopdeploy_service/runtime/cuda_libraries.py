@@ -32,9 +32,11 @@ def package_folders() -> list[Path]:
     """
     folders: list[Path] = []
     found: set[str] = set()
+
     for packages in sys.path:
         for folder in sorted(Path(packages, "nvidia").glob("*/lib")):
             libraries = {path.name for path in folder.glob("*.so*")}
+
             if not libraries <= found:
                 folders.append(folder)
             found |= libraries
@@ -43,18 +45,25 @@ def package_folders() -> list[Path]:
 
 def load_cuda_libraries(onnxruntime: Any) -> None:
     """Load what ONNX Runtime's CUDA provider needs; raises `RuntimeUnavailableError` with what is missing."""
+    # Load the libraries of pip packages, or those of the system.
     with contextlib.redirect_stdout(io.StringIO()):  # `preload_dlls` prints what it cannot load
         folders = package_folders()
         for folder in folders:
             onnxruntime.preload_dlls(directory=str(folder))
+
         if not folders:
             onnxruntime.preload_dlls()
+
     if sys.platform != "linux":
         return
+
+    # Load the driver.
     try:
         ctypes.CDLL(DRIVER)
     except OSError as error:
         raise RuntimeUnavailableError(NO_DRIVER) from error
+
+    # Load the provider itself, which shows what it misses.
     capi = Path(onnxruntime.__file__).parent / "capi"
     try:
         # Has symbols that the provider needs

@@ -51,13 +51,16 @@ def _set_heaps(values: Mapping[str, int]) -> None:
 def memory_limit() -> int:
     """Return the bytes that the container of this process may use, or the machine has; 2**62 if unknown."""
     limits = [2**62]
+
     with suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         limits.append(int(lines["MemTotal"].split()[0]) * 1024)
+
     for folder, version in control_groups("memory"):
         with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
             name = "memory.max" if version == 2 else "memory.limit_in_bytes"
             limits.append(int((folder / name).read_text()))
+
     return min(limits)
 
 

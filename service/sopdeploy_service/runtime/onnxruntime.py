@@ -75,17 +75,21 @@ class OnnxRuntime(OwnRuntime):
         """Load *bundle*, on one thread per core unless *settings* say how many."""
         onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
+
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
             # of the CUDA provider; sessions have their own
             onnxruntime.set_default_logger_severity(FATAL)
+
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
+
         threads = settings.threads or usable_cores()
         self._session = _open_session(onnxruntime, bundle, threads, self._provider)
+
         if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
 
@@ -128,22 +132,25 @@ class CudaOnnxRuntime(OnnxRuntime):
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         super().__init__(bundle, settings)
         self._bundle_name = bundle.name
-        self._open_another = (
-            partial(  # keeps the graph in memory, for the sessions of other sizes
-                _open_session,
-                import_onnxruntime(),
-                bundle,
-                settings.threads or usable_cores(),
-                self._provider,
-            )
+        # Keeps the graph in memory, for the sessions of other sizes.
+        self._open_another = partial(
+            _open_session,
+            import_onnxruntime(),
+            bundle,
+            settings.threads or usable_cores(),
+            self._provider,
         )
+
         # A session makes plans for the size of its batches if it has convolutions.
         self._needs_session_per_size = any(
             "Conv" in operator for operator in _count_operators(self._session)
         )
+
         # by batch size; the first session takes batches of one
         self._sessions = {1: self._session}
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
+
+        # A thread runs the batches, so that the next one can be made meanwhile.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._end_thread = weakref.finalize(self, self._jobs.put, None)
         # A daemon, unlike the threads of an executor: a device that hangs must not delay the
@@ -171,12 +178,14 @@ class CudaOnnxRuntime(OnnxRuntime):
         """Return that CUDA is there and no engine; raises for int8, which only a user may want in float32."""
         if not cls.is_set_up():
             return None
+
         if bundle.manifest.precision not in cls.precisions():
             raise RuntimeUnavailableError(
                 f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
                 "precision fp16, or build a TensorRT engine (sopdeploy engine)",
                 remedies={"runtime": cls.setting},
             )
+
         return "the bundle has no TensorRT engine that can be used here"
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -187,19 +196,24 @@ class CudaOnnxRuntime(OnnxRuntime):
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
+        # Choose the size of the batch, up to which it is padded.
         names = self._outputs if names is None else list(names)
         count = len(images)
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
         # a batch that is too large is not padded, and may fail
         size = min(large_enough, default=count)
+
         # Memory that the system gives for each batch anew would cost more time than the copy of
         # the images.
         if self._buffers and size <= len(self._buffers[-1]):
             buffer = self._buffers.pop()
         else:
             buffer = np.empty((max(size, self.largest_batch), *images[0].shape), np.uint8)
+
         np.stack(images, out=buffer[:count])
         buffer[count:size] = 0
+
+        # Let the thread run it.
         future: Future[list[NDArray[np.float32]]] = Future()  # of an array for each name
         run = partial(self._session_for(size).run, names, {self._input: buffer[:size]})
         self._jobs.put((run, future))
@@ -225,6 +239,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         """
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
+
         if size not in self._sessions:
             try:
                 self._sessions[size] = self._open_another(like=self._session)
@@ -235,6 +250,7 @@ class CudaOnnxRuntime(OnnxRuntime):
                     "%s: no memory to keep the plans for batches of %d", self._bundle_name, size
                 )
                 self._sessions[size] = self._session
+
         return self._sessions[size]
 
 
@@ -246,12 +262,9 @@ def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
             future.set_result(run())
         except Exception as error:  # raised where the outputs are due
             future.set_exception(error)
+
         # The idle thread must not keep a session or the memory of a batch alive
-        del (
-            job,
-            run,
-            future,
-        )
+        del (job, run, future)
 
 
 def import_onnxruntime() -> Any:
@@ -268,15 +281,19 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL
+
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
     if provider == CPU and lacks_vnni():
         options.add_session_config_entry(*EXACT_INT8)
+
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA
         # kernel.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+
     return options
 
 
@@ -294,18 +311,23 @@ def open_graph(
     """
     # With `enable_fallback`, onnxruntime runs on the CPU after errors.
     open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
+
+    # Convolutions in half precision may be faster with channels last, but not if that adds
+    # operators.
     if like is None:
         may_prefer_nhwc = provider == CUDA and precision == "fp16"
     else:
         may_prefer_nhwc = (
             PREFER_NHWC.items() <= like.get_provider_options().get(CUDA, {}).items()
         )
+
     if may_prefer_nhwc:
         session = open_session(providers=[(CUDA, CUDA_OPTIONS | PREFER_NHWC)])
         operators = _count_operators(session)
         if operators["Shape"] <= operators["Conv"]:
             return session
         del session  # its weights are on the GPU
+
     return open_session(providers=[(provider, CUDA_OPTIONS if provider == CUDA else {})])
 
 
@@ -333,12 +355,15 @@ def _open_session(
     onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run
     there.
     """
+    # The package here must have the provider.
     version = onnxruntime.__version__
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
             f"onnxruntime {version} has no {provider} here; "
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
+
+    # Open the graph.
     options = session_options(onnxruntime, threads, provider)
     try:
         session = open_graph(
@@ -349,16 +374,21 @@ def _open_session(
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: onnxruntime {version} {reason}"
         ) from error
+
+    # ONNX Runtime falls back to the CPU on its own, for the graph or for some operators.
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: asked for {provider}, onnxruntime chose {session.get_providers()}"
         )
+
     if provider != CPU and (operators := operators_on_cpu(session)):
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
             f"{DEVICES[provider]}; export the checkpoint again, for int8 with int8_for=tensorrt",
             remedies={"runtime": OnnxRuntime.setting},
         )
+
+    # The graph must have the tensors of the manifest.
     declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
     tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
     if tensors != declared:
@@ -366,4 +396,5 @@ def _open_session(
             f"{bundle.path / GRAPH}: the graph has the tensors {tensors}, the manifest says {declared}; "
             "export the bundle again"
         )
+
     return session

@@ -32,6 +32,7 @@ def openvino_core() -> Any:
     hides_telemetry = TELEMETRY not in sys.modules
     if hides_telemetry:
         sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it now raises `ImportError`
+
     try:
         openvino = import_optional(
             "openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError
@@ -39,6 +40,7 @@ def openvino_core() -> Any:
     finally:
         if hides_telemetry:
             del sys.modules[TELEMETRY]
+
     return openvino.Core()
 
 
@@ -57,6 +59,8 @@ class OpenVINORuntime(OwnRuntime):
         version = importlib.metadata.version("openvino")
         self.name = f"openvino {version}"
         self.largest_batch = bundle.manifest.batch.maximum
+
+        # Compile the graph.
         options = {
             # float32 in the graph stays float32, such as a matrix square root; OpenVINO would
             # use bfloat16.
@@ -65,6 +69,7 @@ class OpenVINORuntime(OwnRuntime):
             "INFERENCE_NUM_THREADS": settings.threads or usable_cores(),
             "NUM_STREAMS": 1,
         }
+
         try:
             model = core.compile_model(bundle.onnx.path, "CPU", options)
         except Exception as error:  # OpenVINO raises plain `RuntimeError`s and others
@@ -72,6 +77,8 @@ class OpenVINORuntime(OwnRuntime):
             raise RuntimeUnavailableError(
                 f"{bundle.path / GRAPH}: openvino {version} cannot compile the graph: {reason}"
             ) from error
+
+        # It must have the tensors of the manifest.
         declared = {
             tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)
         }
@@ -79,6 +86,7 @@ class OpenVINORuntime(OwnRuntime):
             raise RuntimeUnavailableError(
                 f"{bundle.path / GRAPH}: has other tensors than the manifest; export it again"
             )
+
         # A port may have other names, too; the manifest declares one of them.
         self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}
         self._request = model.create_infer_request()

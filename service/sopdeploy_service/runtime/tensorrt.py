@@ -35,6 +35,8 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
         trt = import_tensorrt()
         cuda = open_cuda()
         self.name = f"tensorrt {trt.__version__}"
+
+        # Take the first folder with an engine that was built for this bundle and this machine.
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons: list[str] = []  # of each folder without an engine that can be used
         for folder in engine_folders(bundle, settings):
@@ -43,6 +45,7 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
                 super().__init__(trt, cuda, found.plan, bundle.manifest, found.record.key)
                 return
             reasons.append(found)
+
         reason = reasons[0] if reasons else EMPTY
         raise RuntimeUnavailableError(
             f"{reason}; run: sopdeploy engine {quote(str(bundle.path))}"
@@ -57,12 +60,14 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
     def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:
         """Return the folders that contain engines of *bundle*; None if TensorRT is not installed."""
         folders = engine_folders(bundle, settings)
+
         try:
             if folders:
                 import_tensorrt()  # only to see whether this is possible
         except RuntimeUnavailableError as error:
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
             return None
+
         return f"engines in {' and '.join(map(str, folders))}" if folders else None
 
 

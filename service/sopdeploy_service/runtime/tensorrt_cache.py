@@ -61,6 +61,7 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     `ConfigError` if a size is not a number or outside the range that the bundle was verified
     for.
     """
+    # Parse the sizes.
     try:
         unsorted = (
             (batch.minimum, batch.optimum, batch.maximum) if text is None else text.split(",")
@@ -70,12 +71,15 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
         raise ConfigError(
             "write batch sizes such as 1,8,32", setting="profiles", value=text
         ) from error
+
     if sizes[0] < batch.minimum or sizes[-1] > batch.maximum:
         raise ConfigError(
             f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
             setting="profiles",
             value=text,
         )
+
+    # Each profile begins after the size before.
     starts = [batch.minimum, *(size + 1 for size in sizes[:-1])]
     return tuple(
         Profile(minimum=start, maximum=size) for start, size in zip(starts, sizes, strict=True)
@@ -102,9 +106,8 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
-    builder: Literal[1] = (
-        1  # increased when the lint or the builder flags change what a plan computes
-    )
+    # increased when the lint or the builder flags change what a plan computes
+    builder: Literal[1] = 1
 
     @property
     def name(self) -> str:
@@ -161,12 +164,14 @@ def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     written.
     """
     path = folder / f"{record.key.name}.plan"
+
     contents = {path: plan, path.with_suffix(".json"): to_json(record.model_dump(mode="json"))}
     for file, content in contents.items():
         with writing(file):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
                 partial.write_bytes(content)
+
     return path
 
 
@@ -178,37 +183,48 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
     records = read_records(folder)
     if not records:
         return EMPTY
+
+    # Find the engines that can be used; without one, tell what the nearest one was built for.
     all_differences = [_describe_differences(record.key, fields) for record in records]
     usable = [
         record
         for record, differences in zip(records, all_differences, strict=True)
         if not differences
     ]
+
     if not usable:
         nearest = min(all_differences, key=len)
         return f"the nearest engine here was built for {'; '.join(nearest)}"
+
+    # Read the one with the largest batch, unless it was damaged.
     best = max(usable, key=lambda record: (record.key.largest_batch, record.key.name))
     path = folder / f"{best.key.name}.plan"
     if not path.is_file():
         return f"{path.name} is missing"
+
     try:
         plan = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
+
     if hashlib.sha256(plan).hexdigest() != best.plan_sha256:
         return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
+
     return StoredEngine(plan, best)
 
 
 def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     """Describe each field of *key* that is not as *wanted*, such as "architecture sm_80, not sm_90"."""
     texts = []
+
     for field, expected in wanted.items():
         actual = getattr(key, field)
         if actual == expected:
             continue
+
         if field == "profiles":  # as 1,2-8
             actual, expected = (",".join(map(str, profiles)) for profiles in (actual, expected))
+
         end = NAME_LENGTH if field == "bundle_onnx" else None  # only this hash is shown in part
         texts.append(
             f"{field.replace('_', ' ')} {str(actual)[:end]}, not {str(expected)[:end]}"
@@ -219,9 +235,11 @@ def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str
 def read_records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder* that has the name of its key, sorted by file name."""
     found = []
+
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
             record = EngineRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             if record.key.name == path.stem:
                 found.append(record)
+
     return found

@@ -32,10 +32,12 @@ def import_tensorrt() -> Any:
     trt = import_optional(
         "tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError
     )
+
     if int(trt.__version__.split(".")[0]) < OLDEST:
         raise RuntimeUnavailableError(
             f"TensorRT {trt.__version__} is too old; install {OLDEST} or later"
         )
+
     return trt
 
 
@@ -93,11 +95,13 @@ def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
     """
     runtime = create(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
+
     if engine is None:
         raise RuntimeUnavailableError(
             f"TensorRT {trt.__version__} cannot load the plan: {last_error(logger)}; "
             "build it again with `sopdeploy engine`"
         )
+
     return [runtime, engine]
 
 
@@ -121,11 +125,13 @@ class Cuda:
     def gpu(self) -> Gpu:
         """Query the first GPU."""
         properties = self.call("cudaGetDeviceProperties", 0)
+
         name = (
             properties.name.decode()
             if isinstance(properties.name, bytes)
             else str(properties.name)
         )
+
         return Gpu(
             name=name.rstrip("\0"),
             architecture=f"sm_{properties.major}{properties.minor}",
@@ -135,6 +141,7 @@ class Cuda:
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
         """Copy *pinned* to the device *address*, or back if *upload* is false, without waiting."""
         kinds = self.runtime.cudaMemcpyKind
+
         if upload:
             arguments = (
                 address,
@@ -149,6 +156,7 @@ class Cuda:
                 pinned.nbytes,
                 kinds.cudaMemcpyDeviceToHost,
             )
+
         self.call("cudaMemcpyAsync", *arguments, stream)
 
 
@@ -187,6 +195,7 @@ class CudaResources:
         flags = (
             self._cuda.runtime.cudaEventBlockingSync | self._cuda.runtime.cudaEventDisableTiming
         )
+
         return self._keep(
             "cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags)
         )
@@ -212,12 +221,14 @@ def open_cuda() -> Cuda:
         "cuda.bindings.runtime", "cuda-python", "sopdeploy[tensorrt]", RuntimeUnavailableError
     )
     cuda = Cuda(runtime)
+
     try:
         cuda.call("cudaGetDeviceCount")  # fails without a device
     except RuntimeUnavailableError as error:
         raise RuntimeUnavailableError(
             f"no NVIDIA GPU can be used here ({error}); check the driver with nvidia-smi"
         ) from error
+
     return cuda
 
 
@@ -233,12 +244,14 @@ class BatchBuffer:
             # Only the first size is None
             sizes = [size for size in tensor.shape[1:] if size is not None]
             shape = (largest, *sizes)
+
             self.host[tensor.name] = resources.allocate_pinned_array(
                 shape, np.dtype(tensor.dtype)
             )
             self.device[tensor.name] = resources.allocate_device_memory(
                 self.host[tensor.name].nbytes
             )
+
         self.uploaded = resources.create_event()
         self.done = resources.create_event()
 
@@ -262,19 +275,23 @@ class EngineSession:
         self._profiles = key.profiles
         self._logger = reset_logger(trt)
         self._loaded = deserialize(trt, plan, self._logger)  # runtime and engine
+
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
         self._finalizer = weakref.finalize(
             self, _release, self._resources, self._contexts, self._loaded
         )
         self._finalizer.atexit = False  # at process exit the driver releases everything
+
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
+
         try:
             self._stream = self._resources.create_stream()
             self._upload_stream = self._resources.create_stream()
             tensors = (*manifest.inputs, *manifest.outputs)
+
             self._free = [
                 BatchBuffer(self._resources, tensors, self.largest_batch)
                 for _ in range(BUFFERS)
@@ -297,17 +314,20 @@ class EngineSession:
         size = int(self._engine.device_memory_size_v2)
         # 0 bytes would have no address
         shared = self._resources.allocate_device_memory(max(1, size))
+
         # The engine and the contexts get no local variables: a traceback keeps these alive.
         for index, profile in enumerate(self._profiles):
             try:
                 self._contexts.append(self._engine.create_execution_context(strategy))
                 if self._contexts[index] is None:
                     raise RuntimeError("TensorRT gave no reason")
+
                 self._contexts[index].set_device_memory(shared, size)
                 if not self._contexts[index].set_optimization_profile_async(
                     index, int(self._stream)
                 ):
                     raise RuntimeError("TensorRT gave no reason")
+
                 self._cuda.call("cudaStreamSynchronize", self._stream)
             except RuntimeError as error:  # its text is the reason only if TensorRT logged none
                 reason = self._logger.errors[-1] if self._logger.errors else error
@@ -339,8 +359,11 @@ class EngineSession:
         names = self._outputs if names is None else names
         count = len(images)
         index = profile_index(self._profiles, count)
+
         buffer = self._free.pop()
         call = self._cuda.call
+
+        # Upload the images.
         try:
             pinned = buffer.host[self._input][:count]
             np.stack(images, out=pinned)
@@ -348,9 +371,12 @@ class EngineSession:
                 pinned, buffer.device[self._input], self._upload_stream, upload=True
             )
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
+
             # Kernels start after the upload
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             self._enqueue_kernels(index, buffer, count)
+
+            # Copy the outputs back when the kernels have ended.
             for name in names:
                 self._cuda.copy(
                     buffer.host[name][:count], buffer.device[name], self._stream, upload=False
@@ -362,21 +388,25 @@ class EngineSession:
                 call("cudaStreamSynchronize", self._stream)
             self._free.append(buffer)
             raise
+
         return partial(self._wait_for_outputs, buffer, count, names)
 
     def _enqueue_kernels(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Enqueue the kernels of the profile *index* for *count* images in *buffer*."""
         context = self._contexts[index]
         shape = (count, *buffer.host[self._input].shape[1:])
+
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
                 raise RuntimeError(
                     f"TensorRT rejects the memory of {name}: {last_error(self._logger)}"
                 )
+
         if not context.set_input_shape(self._input, shape):
             raise RuntimeError(
                 f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}"
             )
+
         if not context.execute_async_v3(int(self._stream)):
             # Raises if the device failed
             self._cuda.call("cudaStreamSynchronize", self._stream)

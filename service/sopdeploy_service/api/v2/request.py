@@ -22,9 +22,8 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-IMAGE_INPUT = (
-    "IMAGE"  # the input for encoded files; a request gives either it or the input of the bundle
-)
+# the input for encoded files; a request gives either it or the input of the bundle
+IMAGE_INPUT = "IMAGE"
 # datatypes of the bundle's input and of encoded files
 UINT8 = "UINT8"
 BYTES = "BYTES"
@@ -109,6 +108,7 @@ def parse_body(
     body: bytes, header_length: str | None, manifest: Manifest, max_images: int, max_json: int
 ) -> InferRequest:
     """Parse *body*, in a thread; raises `RejectedError` if it is invalid or has too many images or bytes."""
+    # Find the end of the JSON, behind which binary data may follow.
     json_length = len(body)  # without the header, all of it is JSON
     if header_length is not None:
         digits = header_length.strip()
@@ -117,11 +117,15 @@ def parse_body(
             message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"
             raise bad_request("bad_header_length", message)
         json_length = int(digits)
+
+    # Parse the JSON, and the inputs from it or from the binary data.
     pixel_input = manifest.inputs[0]
     # None is the number of images
     values_per_image = prod(size or 1 for size in pixel_input.shape)
+
     request = parse_json(InferBody, body[:json_length], max_json, max_images * values_per_image)
     timeout = request.parameters.timeout
+
     return InferRequest(
         id=request.id,
         images=_read_images(
@@ -137,19 +141,24 @@ def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]
     # of outputs that choose no format
     binary_by_default = bool(request.parameters.binary_data_output)
     is_binary: dict[str, bool] = {}
+
     for output in request.outputs:
         if output.name not in names:
             message = f"no output {output.name[:100]!r}; available: {', '.join(names)}"
             raise bad_request("unknown_output", message)
+
         if output.name in is_binary:
             raise bad_request("duplicate_output", f"output {output.name!r} occurs twice")
+
         if output.parameters.classification:
             message = (
                 "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
             )
             raise bad_request("no_classification", message)
+
         chosen = output.parameters.binary_data
         is_binary[output.name] = binary_by_default if chosen is None else chosen
+
     return is_binary or {name: binary_by_default for name in names if name != EMBEDDING}
 
 
@@ -160,38 +169,51 @@ def _read_images(
     max_images: int,
 ) -> list[bytes] | NDArray[np.uint8]:
     """Return the images of the only input, `IMAGE` or *pixel_input*, from its JSON or from *binary*."""
+    # The only input is a tensor of pixels or a list of encoded images.
     if len(inputs) != 1 or inputs[0].name not in {pixel_input.name, IMAGE_INPUT}:
         raise bad_request(
             "wrong_inputs",
             f"give one of the inputs {pixel_input.name!r} ({UINT8} {_describe(pixel_input.shape[1:])}) and "
             f"{IMAGE_INPUT!r} ({BYTES} [n], encoded images)",
         )
+
     tensor = inputs[0]
     is_encoded = tensor.name == IMAGE_INPUT
     datatypes = (BYTES,) if is_encoded else (UINT8, FP32)
+
     if tensor.datatype not in datatypes:
         message = f"the datatype must be {' or '.join(datatypes)}, not {tensor.datatype[:20]!r}"
         raise _invalid("wrong_datatype", tensor, message)
+
+    # Its shape begins with the number of images.
     shape = tuple(tensor.shape)
     image_shapes = [(1,), ()] if is_encoded else [pixel_input.shape[1:]]
     rule = f"the shape must be {_describe(image_shapes[0])} with n from 1 to {max_images}"
+
     if not shape or shape[0] < 1 or shape[1:] not in image_shapes:
         raise _invalid("wrong_shape", tensor, f"{rule}, not {str(tensor.shape)[:100]}")
+
     if shape[0] > max_images:
         raise _invalid("too_many_images", tensor, f"{rule}, the limit of this server")
+
+    # Its data are in the JSON or behind it, as long as declared.
     declared = tensor.parameters.binary_data_size
     if (declared is None) == (tensor.data is None):  # the input has neither or both
         raise _invalid(
             "wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`"
         )
+
     if len(binary) != (declared or 0):
         raise bad_request(
             "wrong_binary_size",
             f"{len(binary)} bytes follow the JSON, but its inputs declare {declared or 0}; with binary data "
             "the header Inference-Header-Content-Length must be the length of the JSON",
         )
+
+    # Read the images.
     if not is_encoded:
         return _read_pixels(tensor, binary, shape)
+
     if tensor.data is None:
         return _split_elements(tensor, binary, shape[0])
     return [
@@ -217,13 +239,16 @@ def _read_pixels(
     Raises `RejectedError` unless there are as many as *shape* needs, all whole and from 0 to
     255.
     """
+    # Read the numbers.
     values: NDArray[Any]
     if tensor.data is None:
         dtype = np.dtype("<f4" if tensor.datatype == FP32 else np.uint8)
         needed = prod(shape) * dtype.itemsize
+
         if len(binary) != needed:
             message = f"{list(shape)} {tensor.datatype} is {needed} bytes, not {len(binary)}"
             raise _invalid("wrong_binary_size", tensor, message)
+
         values = np.frombuffer(binary, dtype)
     else:
         numbers = _elements(tensor, shape)
@@ -231,10 +256,14 @@ def _read_pixels(
         if not set(map(type, numbers)) <= {int, float}:
             raise _invalid("wrong_data", tensor, PIXELS_ONLY)
         values = np.array(numbers, np.float64)
+
+    # Convert them to pixels, if nothing is lost.
     with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
         pixels = values.astype(np.uint8, copy=False)
+
     if not np.array_equal(pixels, values):
         raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+
     return pixels.reshape(shape)
 
 
@@ -245,11 +274,13 @@ def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
     # of the lists at each level, from the outermost one
     lengths = (prod(shape),) if is_flat else shape
+
     for length in lengths:
         if set(map(type, elements)) != {list} or set(map(len, elements)) != {length}:
             message = f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
             raise _invalid("wrong_data", tensor, message)
         elements = list(chain.from_iterable(elements))
+
     return elements
 
 
@@ -260,12 +291,16 @@ def _split_elements(tensor: InputTensor, raw: memoryview, count: int) -> list[by
     for number in range(count):
         begin = position + LENGTH_BYTES
         end = begin + int.from_bytes(raw[position:begin], "little")
+
         if end > len(raw):
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", tensor, message)
+
         elements.append(bytes(raw[begin:end]))
         position = end
+
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
         raise _invalid("wrong_binary_size", tensor, message)
+
     return elements

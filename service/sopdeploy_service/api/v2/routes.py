@@ -127,6 +127,7 @@ async def model_infer(
     request: Request, name: str, version: str | None = None, header_length: HeaderLength = None
 ) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
+    # Read the body.
     async with admit(request, name, version) as admitted:
         settings = admitted.service.settings
         model = admitted.model
@@ -135,16 +136,22 @@ async def model_infer(
             parse_body, body, header_length, model.bundle.manifest, settings.max_images,
             settings.max_json_bytes,
         )  # fmt: skip
+
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(
                 admitted.deadline, admitted.received + parsed.timeout_seconds
             )
+
+        # Run the images.
         outcomes = await admitted.infer(
             parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True
         )
+
+        # Respond with the outputs that the request has chosen.
         head = {"model_name": model.name, "model_version": model.version}
         if parsed.id is not None:
             head = {"id": parsed.id, **head}
+
         content, headers = format_response(head, stack_outputs(outcomes), parsed.is_binary)
         return Response(
             content, headers={**headers, "Server-Timing": admitted.context.server_timing()}
@@ -154,10 +161,12 @@ async def model_infer(
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
     """Stack the outputs of all images to (n, ...) by name; the first rejected image rejects the request."""
     predictions: list[Prediction] = []
+
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, HttpError):
             raise RejectedError(replace(outcome, message=f"image {index}: {outcome.message}"))
         predictions.append(outcome)
+
     names = predictions[0].outputs
     return {
         name: np.stack([prediction.outputs[name] for prediction in predictions])
@@ -173,23 +182,28 @@ def format_response(
     The JSON has the values of an output as a flat list, or the size of its binary values, which
     follow it.
     """
+    # Describe each output; its values are in the JSON or follow it.
     binary_parts: list[bytes] = []
     outputs = []
     for name, follows_json in is_binary.items():
         array = np.ascontiguousarray(values[name], "<f4")
+
         described: dict[str, object] = {
             "name": name,
             "datatype": FP32,
             "shape": list(array.shape),
         }
+
         if follows_json:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}
         else:
             described["data"] = array.reshape(-1)
         outputs.append(described)
+
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary_parts:
         return text, {"Content-Type": "application/json"}
+
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     return b"".join([text, *binary_parts]), headers

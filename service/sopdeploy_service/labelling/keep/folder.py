@@ -40,14 +40,12 @@ from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
-CHECK_SECONDS = (
-    60.0  # between two checks of the ages; less if photographs are kept for a short time
-)
+# between two checks of the ages; less if photographs are kept for a short time
+CHECK_SECONDS = 60.0
 # intervals of checks that count between two checks; a machine that slept counts no more
 MAX_STEP = 2.0
-SAVE_SECONDS = (
-    600.0  # counted between two writes of the ages, which a process that is killed loses
-)
+# counted between two writes of the ages, which a process that is killed loses
+SAVE_SECONDS = 600.0
 AGES = ".ages"
 MAX_AGES_BYTES = 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
@@ -112,16 +110,20 @@ class KeptFolder:
         self.path = path
         self._max_bytes = max_bytes
         self._age = days * 86_400
+
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
-        self._counted = self._saved = (
-            0.0  # seconds that keepers of this folder have run, and those in `AGES`
-        )
+
+        # seconds that keepers of this folder have run, and those in `AGES`
+        self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
+
+        # Reserve the folder with a lock, for as long as this object lives.
         with ExitStack() as opened:
             with writing(path):
                 opened.enter_context(new_folder(path, 0o700))
+
                 # Checked before the lock file exists: a process that is killed now leaves none.
                 is_new = not (path / LOCK).exists()
                 if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
@@ -129,6 +131,7 @@ class KeptFolder:
                         f"{path}: holds photographs without records, such as labelled ones, which a server "
                         "would delete; name another folder"
                     )
+
                 try:
                     lock = lock_file(path / LOCK, 0o600)
                 except BlockingIOError as error:
@@ -136,6 +139,7 @@ class KeptFolder:
                         f"{path}: another process keeps photographs there; name another folder"
                     )
                     raise ConfigError(message) from error
+
             opened.callback(os.close, lock.file)
             if lock.failure:  # two servers would delete what the other one writes
                 (path / LOCK).unlink()
@@ -143,12 +147,16 @@ class KeptFolder:
                     f"{path}: its file system has no locks ({lock.failure}), which keep other servers out; "
                     "keep photographs on another file system"
                 )
+
+            # Read what an earlier server has kept, and delete what is incomplete, too old or
+            # too much.
             with writing(path):
                 self._load()
                 self._delete_incomplete()
                 self.expire()
                 self._make_room(0)
             opened.pop_all()
+
         weakref.finalize(self, os.close, lock.file)  # which releases the lock
 
     @property
@@ -158,6 +166,8 @@ class KeptFolder:
 
     def _load(self) -> None:
         """Note the complete photographs in the folder; an age that is not known begins now."""
+        # Read the ages; they are known only if the file is whole and no photograph is from
+        # later.
         kept = read_kept(self.path)
         try:
             with open_regular(self.path / AGES) as file:
@@ -165,6 +175,7 @@ class KeptFolder:
             is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
         except (OSError, pydantic.ValidationError):  # the file is missing or damaged
             is_valid = False
+
         if not is_valid:
             ages = Ages()
             if kept:
@@ -173,6 +184,8 @@ class KeptFolder:
                     self.path,
                     len(kept),
                 )
+
+        # Note the photographs, the oldest first.
         self._counted = self._saved = ages.counted
         kept_at = {path.name: ages.kept_at.get(path.name, ages.counted) for path, _ in kept}
         for path, record in sorted(kept, key=lambda photo: kept_at[photo.path.name]):  # stable
@@ -195,6 +208,8 @@ class KeptFolder:
         sample may be near-duplicates. The first write that fails is logged, and the next one
         that succeeds.
         """
+        # Store it. The log tells once that the folder cannot be written, and once that it can
+        # again.
         try:
             result = self._store(image, record)
         except OSError as error:
@@ -206,6 +221,7 @@ class KeptFolder:
                 )
             self._failed = True
             return "failed"
+
         if self._failed:
             log.warning("%s: can be written again", self.path)
         self._failed = False
@@ -230,18 +246,23 @@ class KeptFolder:
         Those of the uniform sample may be near-duplicates, so that it shows all photographs.
         Those that others have deleted or labelled do not count and are forgotten.
         """
+        # The same file is a duplicate if it is kept for each of *reasons*.
         for suffix in _SUFFIXES:
             previous = self._photos.get(f"{name}{suffix}")
             if previous is not None and not self._forget_if_gone(previous):
                 return previous.reasons.issuperset(reasons)
+
+        # Near-duplicates count only outside of the sample, which must stay uniform.
         if "sample" in reasons:
             return False
+
         number = int(near_hash, 16)
         near = [
             photo
             for photo in self._photos.values()
             if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
         ]
+
         return any(not self._forget_if_gone(photo) for photo in near)
 
     def _forget_if_gone(self, photo: _StoredPhoto) -> bool:
@@ -257,23 +278,29 @@ class KeptFolder:
         Each is tried even if the other fails, so a full disk prevents no deletion. `OSError` is
         raised last.
         """
+        # Count the seconds that this keeper has run; of a long pause of the process, only some.
         now = time.monotonic()
         step = min(max(0.0, now - self._ticked), MAX_STEP * self.clean_up_seconds)
         self._ticked = now
         self._counted += step
+
+        # Delete the old ones.
         old = [
             photo
             for photo in self._photos.values()
             if self._counted - photo.kept_at > self._age
         ]
+
         try:
             self._delete_for("expired", old)
         finally:
+            # Write the ages if much time has passed: after a crash, that much is lost.
             if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
                 kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
                 content = (
                     Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
                 )
+
                 _write(self.path / AGES, content)
                 self._saved = self._counted
 
@@ -282,6 +309,7 @@ class KeptFolder:
 
         One that cannot be deleted raises `OSError` after the others are deleted.
         """
+        # Delete each, whatever happens to the others.
         errors: list[OSError] = []
         for photo in photos:
             try:
@@ -290,10 +318,12 @@ class KeptFolder:
                 errors.append(error)
             else:
                 self._on_delete(reason)
+
         if num_deleted := len(photos) - len(errors):
             log.info(
                 "deleted photographs", extra={"reason": reason, "photographs": num_deleted}
             )
+
         if errors:
             raise errors[0]
 
@@ -302,18 +332,24 @@ class KeptFolder:
         path = self.path / record.image
         if self.has_duplicate(path.stem, record.reasons, record.near_hash):
             return "near_duplicate"
-        # of the same image: the name is a hash of the original bytes
+
+        # The same image, whose name is a hash of its bytes, is kept for the reasons of both.
         previous = self._photos.get(path.name)
         if previous is not None:
             reasons = tuple(sorted(previous.reasons.union(record.reasons)))
             suggested = record.suggested or previous.suggested
             record = record.model_copy(update={"reasons": reasons, "suggested": suggested})
+
+        # Refuse it if it would not fit into an empty folder.
         content = record.model_dump_json().encode()
         size = _size_on_disk(len(image)) + _size_on_disk(len(content))
         if size > self._max_bytes:
             return "dropped"
+
         if previous is not None:
             return self._replace_record(previous, record, content)
+
+        # Write the photograph and its record.
         self._make_room(size)
         photo = self._insert(path, record, size, self._counted)
         try:  # the photograph is written first: its record shows that it is complete
@@ -332,10 +368,13 @@ class KeptFolder:
         It is then the newest one. Without room for both records, the previous one stays: a
         near-duplicate.
         """
+        # Refuse it if both records would not fit at once: the new one replaces the old one in
+        # one step.
         record_size = _size_on_disk(len(content))
         size = _size_on_disk(previous.path.stat().st_size) + record_size
         if size + record_size > self._max_bytes:
             return "near_duplicate"
+
         del self._photos[previous.path.name]  # so that it does not make room
         try:
             self._make_room(size + record_size)
@@ -343,6 +382,7 @@ class KeptFolder:
         except OSError:
             self._photos[previous.path.name] = previous
             raise
+
         photo = self._insert(previous.path, record, size, self._counted)
         if self._forget_if_gone(photo):  # deleted or labelled meanwhile
             previous.path.with_suffix(".json").unlink(missing_ok=True)
@@ -364,6 +404,7 @@ class KeptFolder:
         while self.used + size > self._max_bytes:
             sample = [photo for photo in self._photos.values() if "sample" in photo.reasons]
             others = [photo for photo in self._photos.values() if "sample" not in photo.reasons]
+
             is_sample_large = (
                 sum(photo.bytes for photo in sample) > SAMPLE_SHARE * self._max_bytes
             )

@@ -36,6 +36,7 @@ log = logging.getLogger("sopdeploy.keep")
 def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
     """Send *image* with its *record*; return whether there was room. Thread-safe."""
     described = record.model_dump_json().encode()
+
     try:
         file = create_memory("sopdeploy-photo", [SIZE.pack(len(described)), described, image])
         try:
@@ -57,6 +58,7 @@ class Receiver:
         self._end = end
         self._receive = receive
         self._on_drop = on_drop
+
         self._tokens = TokenBucket(TOKENS_PER_SECOND, MAX_TOKENS, [0.0, 0.0])
         self._loop = asyncio.get_running_loop()
         self._resume()
@@ -66,6 +68,7 @@ class Receiver:
 
     def _receive_next(self) -> None:
         """Receive the photograph that waits; after one too many, pause."""
+        # Receive the file descriptor of one photograph.
         try:
             message, files, _, _ = socket.recv_fds(self._end, len(b"photo"), 1)
         except BlockingIOError:
@@ -73,10 +76,13 @@ class Receiver:
         except OSError:
             message = b""
             files = []
+
         if not message:  # the other process has ended
             self._loop.remove_reader(self._end)
             self._end.close()
             return
+
+        # Read its record; a sender of anything else is not heard any more.
         try:
             data = self._read(files)
             (size,) = SIZE.unpack_from(data)
@@ -98,9 +104,11 @@ class Receiver:
         """Read and close the one of *files*; raises `RejectedError` without it, or tokens for its bytes."""
         if not files:  # this process can open no more
             raise RejectedError(results.OUT_OF_MEMORY)
+
         try:
             self._tokens.spend(max(MIN_TOKENS, os.fstat(files[0]).st_size // 1000))
         except RejectedError:
             os.close(files[0])
             raise
+
         return read_memory(files[0], MAX_BYTES)

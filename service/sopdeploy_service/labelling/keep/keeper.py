@@ -48,9 +48,8 @@ MAX_QUEUED_PHOTO_BYTES = 64_000_000
 # of the time; seconds that may be spent at once, or owed
 COPY_SHARE = 0.01
 COPY_BURST = 0.25
-RECENT_PHOTOS = (
-    1000  # outside of the sample, whose copies were not kept; others near them are not copied
-)
+# outside of the sample, whose copies were not kept; others near them are not copied
+RECENT_PHOTOS = 1000
 LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
@@ -87,6 +86,7 @@ def reasons_to_keep(
     *share* of all files are in the uniform sample. The margin of a network with several classes
     per image is twice the distance of a probability from its threshold, for the closest class.
     """
+    # Compute the margin: between the two best classes, or to the nearest threshold of a class.
     manifest = bundle.manifest
     answer = manifest.rules.answer(logits, top_k=2)
     if manifest.rules.thresholds is None:  # one class per image
@@ -94,12 +94,14 @@ def reasons_to_keep(
         margin = probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0.0)
     else:
         margin = 2 * np.abs(sigmoid(logits) - manifest.rules.thresholds).min()
+
     reasons: dict[Reason, bool] = {
         "unknown": answer.known is False,  # None: the bundle does not tell
         "low_margin": bool(margin < LOW_MARGIN),
         "sample": int(sha256[:8], 16) < share * 2**32,  # the first 32 bits are uniform
         "reported": is_reported,
     }
+
     return tuple(reason for reason, applies in reasons.items() if applies)
 
 
@@ -114,6 +116,8 @@ def open_keeper(
     if settings.keep is None:
         return None
     folder = None
+
+    # Only the process that keeps the photographs has the folder; the others send them to it.
     if is_keeper:
         for reason in get_args(Deletion):  # from 0 on, as `Metrics.load_failures`
             metrics.kept_deleted.labels(reason)
@@ -123,6 +127,7 @@ def open_keeper(
             settings.keep_days,
             lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
+
     return Keeper(folder, settings.keep_sample, metrics, copy)
 
 
@@ -148,9 +153,12 @@ class Keeper:
         self._share = share
         self._copy = copy
         self._socket: socket.socket | None = None  # to the keeping process
+
         self._counts = {
             result: metrics.kept_images.labels(result) for result in get_args(KeptResult)
         }
+
+        # The queue between the event loop and the thread, and how many bytes it holds.
         self._photos: queue.SimpleQueue[PredictedPhoto | WorthPhoto | None] = (
             queue.SimpleQueue()
         )
@@ -158,13 +166,15 @@ class Keeper:
         # needed. The event loop adds the bytes that it puts into the queue, the keeper's thread
         # those that it takes out.
         self._bytes_in = self._bytes_out = 0
-        self._copy_budget = (
-            COPY_BURST  # seconds that copies may take; negative if they took more
-        )
+
+        # The seconds that copies may take, negative if they took more, and what was dropped.
+        self._copy_budget = COPY_BURST
         self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
         self._num_logged = 0  # of both
+
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
+
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -176,9 +186,8 @@ class Keeper:
         if self._folder is not None:
             forwarding.Receiver(end, self.receive, self._drop)
         else:
-            self._socket = (
-                end  # the thread may still use an earlier one, whose other end is closed
-            )
+            # the thread may still use an earlier one, whose other end is closed
+            self._socket = end
 
     def stop(self) -> None:
         """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
@@ -194,6 +203,7 @@ class Keeper:
         """
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
+
         photo = PredictedPhoto(
             image, prediction.pixels, logits, model.bundle, model.name, now, reported
         )
@@ -207,9 +217,11 @@ class Keeper:
         """Queue *photo* for the thread; count it as dropped if the queue is full."""
         size = _size_of(photo)
         queued = self._bytes_in - self._bytes_out
+
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._drop()
             return
+
         self._bytes_in += size
         self._photos.put(photo)
 
@@ -222,6 +234,7 @@ class Keeper:
         next_clean_up = next_log = 0.0
         seconds = None if self._folder is None else self._folder.clean_up_seconds
         while True:
+            # Log what was dropped, and clean up the folder, now and then.
             if time.monotonic() >= next_log:
                 self._log_dropped()
                 next_log = time.monotonic() + LOG_SECONDS
@@ -233,19 +246,24 @@ class Keeper:
                         "%s: cannot be cleaned up (%s)", self._folder.path, error.strerror
                     )
                 next_clean_up = time.monotonic() + self._folder.clean_up_seconds
+
             try:
                 photo = self._photos.get(timeout=seconds)
             except queue.Empty:
                 continue
+
             if photo is None:
                 self._log_dropped()
                 return
+
             self._bytes_out += _size_of(photo)
+
             try:
                 result = self._keep(photo)
             except Exception:  # untrusted bytes, and nothing else sees the error of this thread
                 log.exception("a photograph of %d bytes is not kept", len(photo.image))
                 result = "failed"
+
             if result is not None:
                 self._counts[result].inc()
 
@@ -253,6 +271,7 @@ class Keeper:
         """Log how many photographs were dropped since the last call, if any, and what keeps them."""
         unqueued = self._num_unqueued
         uncopied = self._num_uncopied
+
         if (dropped := unqueued + uncopied - self._num_logged) > 0:
             self._num_logged += dropped
             log.warning(
@@ -270,6 +289,8 @@ class Keeper:
         It is None for a photograph that is not worth one, and for one that the keeping process
         counts.
         """
+        # The photograph of another process has a record; for others, decide whether it is worth
+        # a label.
         if isinstance(photo, WorthPhoto):
             name = Path(photo.record.image).stem
             reasons = photo.record.reasons
@@ -281,14 +302,20 @@ class Keeper:
                 photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
             )
             name = sha256[:32]
+
             if not reasons:
                 return None
             near = near_hash(photo.pixels)
+
+        # Outside of the sample, refuse near-duplicates of recent photographs, and copies for
+        # which there is no time.
         is_sample = "sample" in reasons
         if not is_sample:
             refusal = self._refuse_copy(int(near, 16))
             if refusal is not None:
                 return refusal
+
+        # Send it to the process that has the folder, or copy it there without its metadata.
         started = time.monotonic()
         try:
             if self._folder is None:
@@ -296,12 +323,15 @@ class Keeper:
                 end = self._socket
                 is_taken = end is not None and forwarding.forward(end, photo.image, record)
                 return None if is_taken else "dropped"
+
             if self._folder.has_duplicate(name, reasons, near):
                 return "near_duplicate"
             if not is_sample:
                 self._recent.append(int(near, 16))  # also if an error follows
+
             copy, suffix = self._copy(photo.image)
             result = self._folder.add(copy, _describe(photo, reasons, f"{name}{suffix}"))
+
             if result == "kept" and not is_sample:
                 # the folder knows it, as long as nobody deletes or labels it
                 self._recent.pop()
@@ -327,8 +357,10 @@ class Keeper:
             COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled)
         )
         self._refilled = now
+
         if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
             return "near_duplicate"
+
         if self._copy_budget > 0:
             return None
         self._num_uncopied += 1
@@ -341,12 +373,14 @@ def _describe(
     """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
     if isinstance(photo, WorthPhoto):
         return photo.record.model_copy(update={"image": image})
+
     manifest = photo.bundle.manifest
     labels = photo.bundle.labels
     # of the labels in the record: all, or those with the largest logits
     indexes = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
         indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
+
     answer = manifest.rules.answer(photo.logits, top_k=1)
     return KeptRecord(
         written_by=__version__,

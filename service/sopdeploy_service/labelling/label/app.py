@@ -87,26 +87,35 @@ def intercept(
     """
     headers = join_headers(request.scope["headers"])
     peer = request.client.host if request.client else ""
+
     navigates = request.method == "GET" and request.scope["path"] == "/"
     if origins.why_foreign(headers, peer, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
+
+    # A form of another page cannot send this type, and the length is known before the body is
+    # read.
     if request.method == "POST":
         if headers.get("content-type") != "application/json":
             return PlainTextResponse("send application/json", 415)
+
         length = headers.get("content-length")
         if length is None or int(length) > MAX_BODY_BYTES:
             return PlainTextResponse(
                 f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413
             )
+
+    # The cookie holds the key; the address that the command prints has it only once.
     cookie = COOKIE.format(settings.port)
     if secrets.compare_digest(request.cookies.get(cookie, "").encode(), key.encode()):
         return None
+
     key_in_address = parse_qs(request.url.query).get("key", [""])[0]
     if navigates and secrets.compare_digest(key_in_address.encode(), key.encode()):
         # So that the key is not in the history of the browser.
         response = RedirectResponse(f"{settings.root_path or '.'}/", 303)
         response.set_cookie(cookie, key, httponly=True, samesite="lax")
         return response
+
     return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
 
@@ -121,15 +130,19 @@ async def guard(
     full_path = request.scope["path"]
     root_path = settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)
+
     if (response := intercept(request, origins, settings, key)) is not None:
         return response
+
     if full_path == root_path != "":
         return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
+
     try:
         async with asyncio.timeout(BODY_SECONDS):
             await request.body()  # is kept for `call_next`
     except TimeoutError:
         return PlainTextResponse("the body did not arrive in time", 408)
+
     return await call_next(request)
 
 
@@ -143,6 +156,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     """Create the app that labels the photographs of *folders*, for requests that `intercept` lets pass."""
     names = {"localhost", settings.host, socket.gethostname()}
     origins = OwnOrigins(names, settings.allowed_hosts, settings.trusted_proxies)
+
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
 
@@ -161,6 +175,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     def grids() -> Grids:
         with lock:
             found = folders.obvious()
+
         return Grids(
             grids=tuple(
                 Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids))
@@ -172,12 +187,14 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     def image(identity: str) -> Response:
         with lock:
             path = folders.waiting[identity].path if identity in folders.waiting else None
+
         if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
         try:
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
+
         return Response(
             content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS
         )
@@ -271,17 +288,22 @@ def describe_next(folders: LabelFolders) -> LabelState:
     """Describe the next photograph, the classes and the progress; read *folders* again if none waits."""
     if not folders.waiting:
         folders.read()  # the server may have kept others
+
+    # Describe the photograph that comes next.
     photograph: ShownPhotograph | None = None
     suggested: str | None = None
     probabilities: dict[str, float] = {}
+
     if folders.waiting:
         # a photograph of a heap has no record
         identity, (_, record) = next(iter(folders.waiting.items()))
         probabilities = folders.probabilities(identity)
+
         is_sampled = record is not None and "sample" in record.reasons
         known = None if record is None else record.known
         is_reported = record is not None and "reported" in record.reasons
         suggested = folders.suggestion(identity)
+
         photograph = ShownPhotograph(
             id=identity,
             sampled=is_sampled,
@@ -289,10 +311,12 @@ def describe_next(folders: LabelFolders) -> LabelState:
             reported=is_reported,
             suggested=suggested,
         )
+
     # That of a person first, then by probability; without one: last.
     names = sorted(
         folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0))
     )
+
     return LabelState(
         photograph=photograph,
         next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),
@@ -311,8 +335,10 @@ def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
     # Both as the user named them, unless that was `.` or `..`, which have no siblings with
     # their names.
     has_name = photos.name not in {"", ".."}
+
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
+
     return f"sopdeploy train {join([*words, *_from_live()])}"
 
 
@@ -324,6 +350,7 @@ def _from_live() -> list[str]:
     for link in sorted(BUNDLES.glob("*")):
         if not link.is_symlink() or link.name == LATEST:
             continue
+
         with suppress(BundleError):
             origin = read_manifest(link).origin
             if origin is not None and (RUNS / origin.run / "best.pt").is_file():
@@ -347,13 +374,17 @@ def run_label_server(
     folders = LabelFolders(kept, photos, embed)
     with bind(settings.host, settings.port) as listener:
         listener.listen()  # requests from now on wait for the server
+
         key = secrets.token_urlsafe(16)
         # The given one may be 0
         bound = settings.model_copy(update={"port": listener.getsockname()[1]})
+
         app = create_label_app(folders, bound, key)
         # For other machines
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
         on_ready(f"{address}/?key={key}", len(folders.waiting))
+
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(label_config(app, settings)).run(sockets=[listener])
+
     return folders

@@ -109,33 +109,43 @@ class LabelFolders:
         # commands get.
         self.kept = expand_user(kept)
         self.photos = Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
+
+        # Refuse folders that would not do: without photographs, or whose classes `train` finds
+        # elsewhere.
         if not self.kept.is_dir():
             raise DataError(
                 f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`"
             )
+
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(
                 f"{photos}: has its classes in the folder {train}; give {photos / train}"
             )
+
         if table := find_table(self.photos):
             raise DataError(
                 f"{photos}: `train` reads its classes from {table.name}, not from class folders; give "
                 "another folder, or list the photographs there"
             )
+
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
+
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
         # in this session; kept ones have a file `ID.skipped`
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
+
         self.read()
+
         others = [
             name
             for name in list_subfolders(self.kept)
             if not os.path.exists(self.kept / name / LOCK)  # noqa: PTH110
         ]
+
         if not self.waiting and others:  # subfolders that are not those of a server's devices
             raise DataError(
                 f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
@@ -149,9 +159,11 @@ class LabelFolders:
         The near hashes of the uniform sample are remembered, also after their photographs are
         labelled.
         """
+        # Divide the photographs that wait into the uniform sample and the others.
         skipped_of_kept = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         samples: list[Kept] = []
         others: list[Kept] = []
+
         for photo in read_kept(self.kept):
             if photo.path.stem in skipped_of_kept:
                 continue
@@ -159,19 +171,28 @@ class LabelFolders:
                 samples.append(photo)
             else:
                 others.append(photo)
+
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
+
+        # Reported ones come first, then the most useful ones, with one of the sample now and
+        # then.
         queue = sorted(
             order_records(others), key=lambda photo: "reported" not in photo.record.reasons
         )
+
         for number, photo in enumerate(samples):  # beyond the end of *queue*, `insert` appends
             queue.insert(SAMPLE_EVERY * number, photo)
+
+        # The photographs of a heap come last.
         images, unused = list_heap(self.kept)
         note_skipped(self.kept, count_suffixes(unused))
         heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
         waiting = [Waiting(path, record) for path, record in queue] + [
             Waiting(path, None) for path in heap
         ]
+
         self.waiting = {photo.identity: photo for photo in waiting}
+
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
         self._order_heap()
@@ -180,11 +201,13 @@ class LabelFolders:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
         # Numbers of the suggested classes, in the order of their appearance
         groups: dict[str, int] = {}
+
         ranks: dict[str, tuple[int, float]] = {}  # of the photographs of a heap, by ID
         for identity, photo in self.waiting.items():
             if photo.is_of_heap:
                 name, probability = self.suggestions.most_probable(photo.path)
                 ranks[identity] = groups.setdefault(name, len(groups)), -probability
+
         kept = [identity for identity in self.waiting if identity not in ranks]
         order = [*kept, *sorted(ranks, key=lambda identity: ranks[identity])]
         self.waiting = {identity: self.waiting[identity] for identity in order}
@@ -216,10 +239,12 @@ class LabelFolders:
                 record.known is False or {"sample", "reported"} & {*record.reasons}
             ):
                 continue
+
             every = self.probabilities(identity).items()
             name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
             if probability >= OBVIOUS:
                 found.setdefault(name, []).append((-probability, identity))
+
         return {
             name: [identity for _, identity in sorted(found[name])] for name in sorted(found)
         }
@@ -227,10 +252,12 @@ class LabelFolders:
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
+
         names = {normalize(label) for record in records for label in record.labels}
         names |= {
             normalize(record.suggested) for record in records if record.suggested is not None
         }
+
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -241,6 +268,7 @@ class LabelFolders:
         is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
+        # Find out whether the photograph is of the uniform sample, or like one of it.
         photo = self._find(identity)
         is_sampled = False
         if photo.record is not None:
@@ -249,6 +277,9 @@ class LabelFolders:
             is_sampled = any(
                 (near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled
             )
+
+        # Choose the folder of the class; the sample is held out, and so measures the accuracy
+        # of a server.
         if name is None:
             folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
         else:
@@ -256,11 +287,15 @@ class LabelFolders:
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
             folder = _class_folders(parent).get(name, parent / name)
+
         # Photographs of a heap can have equal names.
         targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
         target = next(path for path in targets if not os.path.lexists(path))
+
+        # Move the photograph.
         is_new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
+
         try:
             _move(photo.path, target)
         except FileNotFoundError:
@@ -271,8 +306,11 @@ class LabelFolders:
                 # Only an empty folder is removed: after a move that failed
                 with suppress(OSError):
                     folder.rmdir()
+
+        # Note the step, and let the suggestions learn from a photograph of a heap.
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, is_new_folder))
+
         if not photo.is_of_heap:
             photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
         elif name is not None:
@@ -289,10 +327,12 @@ class LabelFolders:
         if not photo.path.exists():
             del self.waiting[identity]
             raise GoneError(GONE)
+
         if photo.is_of_heap:
             self._skipped_of_heap.add(identity)
         else:
             photo.path.with_suffix(SKIPPED).touch()
+
         del self.waiting[identity]
         self.steps.append(LabelStep(photo))
 
@@ -300,6 +340,7 @@ class LabelFolders:
         """Reverse the last step of this session; its photograph comes next. Raises `GoneError`, `OSError`."""
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
+
         photo, target, made_folder = self.steps[-1]
         present_path = photo.path if target is None else target
         if not present_path.exists():
@@ -307,12 +348,15 @@ class LabelFolders:
             raise GoneError(
                 f"{present_path}: no longer there, so the last step cannot be undone"
             )
+
+        # Reverse the step.
         if target is not None:
             self._move_back(photo, target, made_folder=made_folder)
         elif photo.is_of_heap:
             self._skipped_of_heap.discard(photo.identity)
         else:
             photo.path.with_suffix(SKIPPED).unlink(missing_ok=True)
+
         self.steps.pop()
         self.waiting = {photo.identity: photo, **self.waiting}
 
@@ -330,8 +374,11 @@ class LabelFolders:
             raise GoneError(
                 f"{photo.path}: another photograph has its name now; move {target} yourself"
             )
+
+        # Move the photograph; a folder that the step made goes if it is empty.
         self.suggestions.remove(target)
         _move(target, photo.path)
+
         if made_folder:
             with suppress(OSError):  # stays if other photographs are in it
                 target.parent.rmdir()
@@ -349,9 +396,12 @@ def order_records(found: list[Kept]) -> list[Kept]:
     """Order photographs by how useful their labels are; their bundles may have different classes."""
     names = {label for _, record in found for label in record.labels}
     columns = {name: column for column, name in enumerate(sorted(names))}
+
+    # Write the probabilities of each photograph into the columns of its classes.
     probabilities_NC = np.zeros((len(found), len(names)))
     for row, (_, record) in zip(probabilities_NC, found, strict=True):
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
+
     # A photograph counts as known if its bundle has no threshold, so that `known` is None.
     known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
     return [found[index] for index in order_by_value(probabilities_NC, known_N)]
@@ -368,26 +418,35 @@ def order_by_value(
     2001), and the distance of its probabilities from the closest ones chosen before (k-center:
     Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
     """
-    # Two columns of zeros, in case C is below 2
+    # A photograph is as uncertain as the margin of its two best classes is small. Two columns of
+    # zeros are added, in case C is below 2.
     padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))
     ascending = np.sort(padded, axis=1)
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
+
+    # Take the known photographs first, then the unknown ones.
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
         # Indices of the L photographs of the group that are not chosen yet, the most uncertain
         # one first.
         left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
         distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
+
+        # Choose the photograph that is uncertain and far from those chosen before, up to
+        # `MAX_SPREAD` times.
         for _ in range(min(MAX_SPREAD, len(left_L))):
             # a position in *left_L*
             best = int((distances_L * uncertainties_N[left_L]).argmax())
             order.append(int(left_L[best]))
+
             from_best_L = np.linalg.norm(
                 probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1
             )
             distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
             left_L = np.delete(left_L, best)
+
         order += left_L.tolist()
+
     return np.asarray(order, np.intp)
 
 
@@ -406,28 +465,37 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     name = normalize(name)
     if name not in classes:  # names that exist stay as they are
         name = name.strip()
+
     problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
+
     return name
 
 
 def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) -> str:
     """Say why *name* cannot name a class, as `check_class_name` does; empty if it can."""
+    # A name that no folder has yet must fit into one, and be typed.
     if name not in folders:
         if not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
             return f"write 1 to {MAX_CLASS_BYTES} bytes"
         if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
             return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
+
     if problem := class_problem(name):  # also of a folder, which no network could be trained on
         return problem
+
+    # Refuse what `train` would not take for a class.
     if is_hidden(name) or name.endswith("."):
         return "the folder would be hidden; do not begin or end with a dot"
     if part_kind(name):
         return "`train` takes such a folder for a part of the data; choose another name"
+
+    # Refuse the same name in other letters.
     spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
     if spellings and name not in spellings:
         return f"use the class {spellings[0]!r}, which has the same name in other letters"
+
     return ""
 
 
@@ -438,10 +506,12 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+
         with atomic_write(target) as partial:
             # As a rename does, so that only the owner can read a kept one; it must be written,
             # too.
             set_owner(partial, source)
             set_mode(partial, stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
             shutil.copyfile(source, partial)
+
         source.unlink()

@@ -40,12 +40,14 @@ def list_heap(folder: Path) -> Heap:
     """List the heap in *folder*, without what a server has written; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file()]
     files = [folder / name for name in names if not kept_id(name)]
+
     heap = Heap([], [])
     for path in files:
         if is_image(path):
             heap.images.append(path)
         else:
             heap.others.append(path.name)
+
     return heap
 
 
@@ -75,10 +77,12 @@ class Suggestions:
     def __init__(self, embed: Embed | None) -> None:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
+
         # The class of each sorted photograph, and the path under which it may have a vector
         # already.
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
+
         self._num_changes = 0  # of the classes
         self._means = _Means((0, 0), [], _NONE)
         self.thread: threading.Thread | None = None
@@ -87,9 +91,11 @@ class Suggestions:
         """Add up to `MAX_LEARNED` photographs from each class's folder in *folders*."""
         if self._embed is None:
             return
+
         for name, folder in folders.items():
             for path in list_heap(folder).images[:MAX_LEARNED]:
                 self._classes.setdefault(path, (name, path))
+
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:
@@ -100,11 +106,14 @@ class Suggestions:
             or (self.thread is not None and self.thread.is_alive())
         ):
             return
+
+        # Compute only the vectors that nobody has asked for yet.
         sorted_paths = [
             path for path, (_, old) in self._classes.items() if old not in self._vectors
         ]
         missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
         self._asked.update(missing)
+
         self.thread = threading.Thread(
             target=self._run, args=(self._embed, missing), daemon=True
         )
@@ -133,6 +142,7 @@ class Suggestions:
         vector = self._vectors.get(path)
         if vector is None or not means.names:
             return {}
+
         probabilities = softmax(SCALE * (means.vectors @ vector))
         return dict(zip(means.names, probabilities.tolist(), strict=True))
 
@@ -144,16 +154,21 @@ class Suggestions:
         state = len(self._vectors), self._num_changes
         if self._means.state == state:
             return self._means
+
+        # Collect the vectors of the photographs of each class.
         members: dict[str, list[Vector]] = {name: [] for name, _ in self._classes.values()}
         for path, (name, old) in self._classes.items():
             if (vector := self._vectors.get(old, self._vectors.get(path))) is not None:
                 members[name].append(vector)
+
+        # Compute the means, if there are enough of each class.
         if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
             means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
             lengths = np.linalg.norm(means, axis=1, keepdims=True)
             self._means = _Means(state, list(members), means / np.maximum(lengths, 1e-12))
         else:
             self._means = _Means(state, [], _NONE)
+
         return self._means
 
     def most_probable(self, path: Path) -> tuple[str, float]:
