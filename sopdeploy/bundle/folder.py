@@ -461,28 +461,13 @@ def check_file_name(bundle: Path, name: str) -> None:
 
 def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
     """Parse the class names; raise `BundleError` if *manifest* has outputs or rules for other ones."""
-<<<<<<< HEAD
-=======
-    count = manifest.outputs[0].shape[-1]  # of classes
-
->>>>>>> main
     try:
         labels = read_labels(content)
     except ValueError as error:
         raise BundleError(f"{file}: {error}; export the bundle again") from error
-<<<<<<< HEAD
+
     if problem := labels_problem(labels, manifest):
         raise BundleError(f"{file}: {problem}; export the bundle again")
-=======
-
-    if len(labels) != count:
-        raise BundleError(
-            f"{file}: {len(labels)} class names for {count} outputs; export the bundle again"
-        )
-
-    if problem := manifest.rules.problem_with(len(labels)):
-        raise BundleError(f"{file.parent}: {problem}; export it again")
->>>>>>> main
     return labels
 
 
