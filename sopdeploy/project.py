@@ -44,7 +44,8 @@ class Origin(StrictModel):
 
     `run` and `data` are the names of the folders of the run and of its images. `num_images`
     includes the held-out ones; `sample` has the lowest hashes of training images, at most
-    `SAMPLED`.
+    `SAMPLED`. `formats` are those of the images, names of `FORMATS`; none are known of images
+    that are no files, and of networks that 0.1.0 trained.
     """
 
     run: Text
@@ -54,6 +55,7 @@ class Origin(StrictModel):
     num_images: int
     num_classes: int
     sample: Annotated[tuple[int, ...], pydantic.Field(max_length=SAMPLED)] = ()
+    formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=SAMPLED)] = ()
 
 
 def folder_name(folder: str | Path) -> str:
@@ -71,6 +73,7 @@ def folder_project(folder: Path) -> str:
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path
     name = folder_name(named)
+
     if name.lower() in {"train", "training"}:
         # `named.parent` would be wrong where *folder* ends with `..`
         name = folder_name(named / "..")

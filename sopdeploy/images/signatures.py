@@ -26,12 +26,7 @@ SIGNATURES = {
     b"GIF89a": "GIF",
 }
 # of every accepted format; other files have some, too
-FIRST_BYTES = (
-    *SIGNATURES,
-    b"BM",
-    b"RIFF",
-    b"\0\0",
-)
+FIRST_BYTES = (*SIGNATURES, b"BM", b"RIFF", b"\0\0")
 BITMAP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # their lengths; texts can begin with BM
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
@@ -61,11 +56,18 @@ def find_format(head: bytes) -> str:
         return BRANDS.get(head[8:12], "")
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BITMAP_HEADERS:
         return "BMP"
+
     for signature, name in (SIGNATURES | REJECTED_SIGNATURES).items():
         if head.startswith(signature):
             return name
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return "HTML" if text.startswith(WEB_PAGES) else ""
+
+
+def format_of(head: bytes) -> str:
+    """Name the accepted format of the file that begins with *head*, as settings do; "" for another file."""
+    detected = find_format(head)
+    return next((name for name, known in FORMATS.items() if known == detected), "")
 
 
 def media_type_of(head: bytes) -> str:

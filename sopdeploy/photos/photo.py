@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import ChooseView, preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
+from sopdeploy.images.signatures import HEAD_BYTES, format_of, read_head
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
 
@@ -122,6 +124,13 @@ class LabeledImages(ABC):
     def read(self, index: int) -> bytes:
         """Read an encoded image, such as the bytes of a JPEG; raises `DataError` naming it."""
 
+    def read_head(self, index: int) -> bytes:
+        """Read the first bytes of an encoded image; nothing of one that is unreadable or no file."""
+        try:
+            return self.read(index)[:HEAD_BYTES]
+        except DataError:
+            return b""
+
     @abstractmethod
     def identity(self, index: int) -> str:
         """Return a name that no other image has and that is the same on every machine.
@@ -203,6 +212,10 @@ class ArrayImages(LabeledImages):
         Image.fromarray(self.images[index]).save(file, "BMP")
         return file.getvalue()
 
+    def read_head(self, index: int) -> bytes:  # noqa: ARG002
+        """Return nothing: pixels in memory are no file."""
+        return b""
+
     def identity(self, index: int) -> str:
         """Return the position of an image."""
         return str(index)
@@ -231,10 +244,16 @@ class ImageFiles(LabeledImages):
         path = self.path(index)
         try:
             return read_file(path, MAX_BYTES)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no longer there; put it back") from error
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); repair or delete it"
             ) from error
+
+    def read_head(self, index: int) -> bytes:
+        """Read the first bytes of a file; nothing of one that cannot be read."""
+        return read_head(self.path(index))
 
     def identity(self, index: int) -> str:
         """Return the path of a file relative to `root`, in the encoding that all machines share."""
@@ -250,7 +269,7 @@ class ImageFiles(LabeledImages):
 
 
 class LeftOut(NamedTuple):
-    """A damaged image that a run leaves out: its part ("train" or "held_out"), identity, and the reason."""
+    """An unusable image that a run leaves out: its part ("train" or "held_out"), identity, and the reason."""
 
     part: str
     identity: str
@@ -267,7 +286,7 @@ class Split:
     `held_out` is empty if the source has no such images. The procedure that trains then decides
     whether it holds out some of the training images (`choose_held_out`). `notes` are lines
     about what the user may not have intended, such as files and folders that are not used.
-    `left_out` are the damaged images that are no longer in the parts.
+    `left_out` are the unusable images that are no longer in the parts.
     """
 
     train: LabeledImages
@@ -488,6 +507,12 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
     return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
 
 
+def count_formats(images: LabeledImages) -> Counter[str]:
+    """Count *images* by the format of their file, a name of `FORMATS`; others are left out."""
+    heads = map_threaded(images.read_head, len(images))
+    return Counter(filter(None, map(format_of, heads)))
+
+
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
@@ -564,9 +589,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged images of *split* out, after *first*, the error of one; its note names them.
+    """Leave the damaged and missing images of *split* out, after *first*, the error of one; its note names them.
 
-    Raises *first* if none is damaged, and an error with all of them if they are too many
+    Raises *first* if all can be read, and an error with all of them if they are too many
     (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
     out.
     """
@@ -591,5 +616,5 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
 
 
 def describe_left_out(errors: Sequence[str]) -> str:
-    """Name the damaged images that a run leaves out, given as texts `IMAGE: REASON`."""
-    return f"{amount(len(errors), 'damaged image')} left out: {shorten_problems(errors)}"
+    """Name the images that a run leaves out, given as texts `IMAGE: REASON`."""
+    return f"{amount(len(errors), 'unusable image')} left out: {shorten_problems(errors)}"

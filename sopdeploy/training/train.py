@@ -90,8 +90,8 @@ def train_run(
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback*
-    is used in the first process only. If a new run of one process meets a damaged image, it
-    begins again without all damaged ones (`leave_out_unreadable`). *strategy* defaults to the
+    is used in the first process only. If a new run of one process meets a damaged image, or
+    one that is gone, it begins again without all of these (`leave_out_unreadable`). *strategy* defaults to the
     processes that torchrun started.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not
@@ -101,23 +101,30 @@ def train_run(
         strategy = Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
+
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = RunFolder(out_dir, strategy)
+
     try:
         last = folder.open(resume=resume)
         if last is None:  # before minutes of work, so that others take the next number
             folder.lock()
-        setup = set_up_run(recipe, folder, last, callback, given)
+
+        # Both attempts have one list of files, in which those that vanish are missed.
+        opened = open_data(recipe.data) if given.data is None else given.data
+        setup = set_up_run(recipe, folder, last, callback, given._replace(data=opened))
         try:
             return _fit(setup, last, folder, callback)
-        except DataError as error:  # perhaps of a damaged image
+
+        # An image that cannot be read is left out, and a new run begins without it.
+        except DataError as error:  # perhaps of a damaged or missing image
             if last is not None or strategy.world > 1:
                 raise unreadable_images_error(
                     error, setup.data.train, setup.data.held_out
                 ) from None
-            opened = open_data(recipe.data) if given.data is None else given.data
             given = given._replace(data=leave_out_unreadable(opened, error))
+
         return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
@@ -157,6 +164,7 @@ def summarize_run(
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]
     is_map = setup.activation == "sigmoid"
+
     return TrainingResult(
         out=out_dir,
         best=out_dir / "best.pt",

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -26,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
-from sopdeploy.images.limits import MAX_BYTES, describe_formats
+from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
 from sopdeploy.photos.folder import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
@@ -136,8 +135,7 @@ async def _show_page(page: Page, request: Request) -> Response:
 @lru_cache
 def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
     """Return the bytes of *page* with the *formats* that the server accepts, made once."""
-    has_heif = find_spec("pillow_heif") is not None
-    decodable = [name for name in formats if name != "heic" or has_heif]
+    decodable = [name for name in formats if not missing_extra(name)]
     return page.html.replace("{formats}", describe_formats(decodable)).encode()
 
 

@@ -9,6 +9,7 @@ silently using the CPU.
 import itertools
 import logging
 import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sopdeploy.bundle.probes import (
 )
 from sopdeploy.bundle.signing import check_signature, read_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
+from sopdeploy.images.limits import describe_formats, missing_extra
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time, wait_in_time
@@ -105,6 +107,8 @@ def _begin_load(
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
     check_trust(bundle, settings)
+    for refusal in describe_refusals(bundle, settings.formats):
+        log.warning("%s: %s", bundle.name, refusal)
     root = check_graph_and_certificate(bundle) if thorough else None
 
     with ExitStack() as stack:
@@ -128,6 +132,20 @@ def check_trust(bundle: Bundle, settings: Settings) -> None:
     if settings.require_signature is not None:
         signature = read_signature(signature_path(bundle.path), bundle.path)
         check_signature(bundle, signature, settings.require_signature)
+
+
+def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]:
+    """Say which formats of the photographs of *bundle* a server that accepts *formats* refuses."""
+    origin = bundle.manifest.origin
+    for name in () if origin is None else origin.formats:
+        extra = missing_extra(name)
+        remedy = ""
+        if name not in formats:
+            remedy = f"add {name} to the setting formats"
+        elif extra:
+            remedy = f'run: pip install "sopdeploy[{extra}]"'
+        if remedy:
+            yield f"photographs in {describe_formats([name])}, as it learned from, are refused; {remedy}"
 
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:

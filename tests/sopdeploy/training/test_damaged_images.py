@@ -1,6 +1,7 @@
 """Damaged images are left out of a run, unless they are too many."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.photo import ArrayImages, Split, leave_out_unreadable
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.setup import Setup, set_up_run
 from sopdeploy.training.train import train_recipe
 from tests.support.small_data import jpeg, write_photos
 
@@ -45,9 +47,9 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     result = train_recipe(recipe_for(root), tmp_path / "run", callback=heard)
     num_train, num_held_out = 7, 5 - len(names)
     assert (result.train_count, result.held_out_count) == (num_train, num_held_out)
-    found = f"{amount(len(names), 'damaged image')} left out: "
-    (warning,) = [line for line in heard.lines if "damaged" in line]
-    (line,) = [line for line in result.procedure.lines() if "damaged" in line]
+    found = f"{amount(len(names), 'unusable image')} left out: "
+    (warning,) = [line for line in heard.lines if "unusable" in line]
+    (line,) = [line for line in result.procedure.lines() if "unusable" in line]
     for text, places in (
         (warning, [str(root / name) for name in names]),
         (line, ["dog/2.jpg"]),
@@ -62,6 +64,21 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     resumed = train_recipe(recipe_for(root), tmp_path / "run", resume=True)
     assert (resumed.train_count, resumed.best_top1) == (num_train, result.best_top1)
     assert resumed.procedure == result.procedure
+
+
+def test_a_file_that_vanishes_during_a_run_is_left_out_and_named(tmp_path, monkeypatch) -> None:
+    root, heard = damage(tmp_path / "photos"), Warnings()
+    gone = root / "train/dog/2.jpg"
+
+    def set_up_and_delete(*arguments: Any) -> Setup:
+        setup = set_up_run(*arguments)
+        gone.unlink(missing_ok=True)
+        return setup
+
+    monkeypatch.setattr("sopdeploy.training.train.set_up_run", set_up_and_delete)
+    result = train_recipe(recipe_for(root), tmp_path / "run", callback=heard)
+    assert (result.train_count, result.held_out_count) == (7, 4)
+    assert f"1 unusable image left out: {gone}: no longer there; put it back" in heard.lines
 
 
 TOO_DAMAGED = {

@@ -104,6 +104,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
     first = checkpoints[0].origin
     assert first is not None
+    assert first.formats == ("png",)
     assert (first.data, first.num_images, first.num_classes, len(first.sample)) == (
         "photos",
         12,

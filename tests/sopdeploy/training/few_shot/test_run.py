@@ -1230,5 +1230,5 @@ def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
     recipe = read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={photos}"])
     result = train_recipe(recipe, tmp_path / "run").procedure
     assert (result.class_counts["red"], result.left_out[0].split(": ")[0]) == (3, "red/0.png")
-    assert any("1 damaged image left out: red/0.png: " in line for line in result.lines())
+    assert any("1 unusable image left out: red/0.png: " in line for line in result.lines())
     assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result
