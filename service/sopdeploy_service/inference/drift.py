@@ -50,6 +50,7 @@ NUM_BLOCKS = WINDOW // BLOCK
 TEST_BLOCKS = 10
 MIN_BLOCKS = 20  # of a reference, after the labelled photographs are left out
 TRAFFIC = ".traffic"  # subfolder of the folder of kept photographs
+BLOCK_SUFFIX = ".npz"
 JPEG_QUALITY = 95
 # What reading a file raises that is damaged or was deleted.
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -288,7 +289,7 @@ def make_block(traffic: Traffic, seen: Sequence[Seen]) -> Block:
     if traffic.folder is None:
         return block
 
-    path = traffic.folder / f"{traffic.next_number:08}.npz"
+    path = traffic.folder / f"{traffic.next_number:08}{BLOCK_SUFFIX}"
     try:
         traffic.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_block(path, block, [answer.pixels for answer in seen])
@@ -364,7 +365,7 @@ def read_traffic(traffic: Traffic, folder: Path, keep_seconds: float) -> None:
 def list_blocks(folder: Path, keep_seconds: float) -> Iterator[Path]:
     """Yield the files of the blocks in *folder*, the oldest first; those too old are deleted."""
     oldest = time.time() - keep_seconds
-    for path in sorted(folder.glob("[0-9]*.npz")):
+    for path in sorted(folder.glob(f"[0-9]*{BLOCK_SUFFIX}")):
         if path.stat().st_mtime < oldest:
             path.unlink(missing_ok=True)
         else:
