@@ -108,7 +108,6 @@ def create_app(
     app.state.service = service
     app.state.keeper = keeper
     app.state.keys = keys
-    app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
     app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
 

@@ -234,9 +234,8 @@ class Service:
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
 
-        # Draining until `start`, unless `drain` was called
-        self._draining = True
-        self._was_drained = False
+        self._is_started = False
+        self._draining = False
 
     async def make_metrics(self) -> bytes:
         """Return the page with the metrics of this process, which a thread makes."""
@@ -281,11 +280,14 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, or why the server is not ready; `draining` also before `start`."""
+        """The health: `ok`, or why the server is not ready."""
         problem = self.registry.problem
 
-        if self._draining and problem != "runtime_dead":
-            return "draining"
+        if problem != "runtime_dead":
+            if self._draining:
+                return "draining"
+            if not self._is_started:
+                return "starting"
         if problem is not None:
             return problem
         return "decoders_stopped" if self.decoders.are_stopped else "ok"
@@ -294,11 +296,11 @@ class Service:
         """Start the threads and accept requests."""
         await self.registry.start()
         await self.decoders.start()
-        self._draining = self._was_drained  # perhaps by a signal during the start
+        self._is_started = True
 
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
-        self._draining = self._was_drained = True
+        self._draining = True
         if abort:
             self.registry.close(results.DRAINING)
 
@@ -315,6 +317,8 @@ class Service:
             raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(results.DRAINING)
+        if not self._is_started:
+            raise RejectedError(results.STARTING)
 
         self.check_queue(model, 1)
 
