@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from shlex import join
 from typing import Annotated, Literal
@@ -21,7 +20,7 @@ from urllib.parse import parse_qs
 
 import pydantic
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
@@ -59,6 +58,10 @@ IMAGE_HEADERS = {
 _FOLDER = files("sopdeploy_service.labelling.label") / "pages"
 _HTML = (_FOLDER / "label.html").read_text("utf-8")
 _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER)
+
+
+# A random name of a page in a browser; different ones get different photographs.
+Session = Annotated[str, Header(alias="X-Session", max_length=100)]
 
 
 class GivenLabel(StrictModel):
@@ -167,9 +170,9 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         return Response(_PAGE.html, media_type="text/html", headers=_PAGE.headers)
 
     @app.get("/state")
-    def state() -> LabelState:
+    def state(session: Session = "") -> LabelState:
         with lock:
-            return describe_next(folders)
+            return describe_next(folders, session)
 
     @app.get("/grids")
     def grids() -> Grids:
@@ -200,19 +203,21 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         )
 
     @app.post("/label")
-    def label(answer: Annotated[GivenLabel, Depends(read_label)]) -> LabelState:
+    def label(
+        answer: Annotated[GivenLabel, Depends(read_label)], session: Session = ""
+    ) -> LabelState:
         with lock:
             if answer.kind == "skip":
                 folders.skip(answer.id)
             else:
                 folders.label(answer.id, answer.name if answer.kind == "class" else None)
-            return describe_next(folders)
+            return describe_next(folders, session)
 
     @app.post("/undo")
-    def undo() -> LabelState:
+    def undo(session: Session = "") -> LabelState:
         with lock:
             folders.undo()
-            return describe_next(folders)
+            return describe_next(folders, session)
 
     @app.exception_handler(SopdeployError)
     def refuse(_request: Request, error: SopdeployError) -> Response:
@@ -226,7 +231,9 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
     @app.exception_handler(OSError)
     def fail(_request: Request, error: OSError) -> Response:
-        detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
+        # Of a rename, the folder that has no room is the second one.
+        path = error.filename2 or error.filename or folders.photos
+        detail = f"{path}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": as_utf8(detail)}, 507)
 
     app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings, key))
@@ -284,10 +291,14 @@ class LabelState(StrictModel):
     command: str
 
 
-def describe_next(folders: LabelFolders) -> LabelState:
-    """Describe the next photograph, the classes and the progress; read *folders* again if none waits."""
+def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
+    """Describe the next photograph of *session*, the classes and the progress.
+
+    *folders* are read again if no photograph waits.
+    """
     if not folders.waiting:
         folders.read()  # the server may have kept others
+    upcoming = folders.upcoming(session, MAX_THUMBNAILS)
 
     # Describe the photograph that comes next.
     photograph: ShownPhotograph | None = None
@@ -296,7 +307,8 @@ def describe_next(folders: LabelFolders) -> LabelState:
 
     if folders.waiting:
         # a photograph of a heap has no record
-        identity, (_, record) = next(iter(folders.waiting.items()))
+        identity = upcoming[0]
+        record = folders.waiting[identity].record
         probabilities = folders.probabilities(identity)
 
         is_sampled = record is not None and "sample" in record.reasons
@@ -319,7 +331,7 @@ def describe_next(folders: LabelFolders) -> LabelState:
 
     return LabelState(
         photograph=photograph,
-        next=tuple(islice(folders.waiting, MAX_THUMBNAILS)),
+        next=tuple(upcoming),
         classes=tuple(
             ShownClass(name=name, probability=probabilities.get(name)) for name in names
         ),

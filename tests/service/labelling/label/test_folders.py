@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.labelling.label.folders import (
+    LEASE_SECONDS,
     MAX_SPREAD,
     GoneError,
     LabelFolders,
@@ -172,20 +175,70 @@ def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
     assert list(folders.waiting) == [other]
 
 
-def test_one_of_five_photographs_is_from_the_uniform_sample_until_there_are_no_more(
+def test_reported_ones_come_first_then_the_sample_then_one_photograph_of_each_object(
     keep, open_folders
 ):
-    for number in range(12):
-        keep(number)
-    for number in range(20, 24):
+    keep(1, [0.0, 0.1, 0.0], near_hash="0" * 16)
+    for number, near in ((2, "0" * 13 + "fff"), (3, "f" * 16), (4, "0" * 16)):
+        # The last one came later, and so is of another object.
+        minute = 0 if number < 4 else 30
+        time = datetime(2026, 11, 22, 10, minute, number, tzinfo=UTC)
+        keep(number, near_hash=near, time=time)
+    for number in (20, 21):
         keep(number, reasons=("sample",))
-    waiting = open_folders().waiting
-    sampled = [
-        place
-        for place, (_, record) in enumerate(waiting.values())
-        if "sample" in record.reasons
-    ]
-    assert sampled == [0, 5, 10, 15]
+    keep(30, reasons=("reported",))
+    waiting = [int(name, 16) for name in open_folders().waiting]
+    assert waiting[:3] == [30, 20, 21]
+    assert sorted(waiting[3:6]) == [1, 3, 4]
+    assert waiting[6:] == [2]
+
+
+@pytest.mark.parametrize(
+    "folder", ["photos/hat", "photos-held-out/hat", "photos-unknown", "photos-unknown/sample"]
+)
+def test_a_photograph_that_was_kept_again_is_not_asked_for_again(
+    tmp_path, keep, open_folders, folder
+):
+    labelled, other = keep(1), keep(2)
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / f"{labelled}.jpg").write_bytes(b"")
+    assert list(open_folders().waiting) == [other]
+
+
+def test_sessions_get_different_photographs_until_a_lease_ends(
+    keep, open_folders, monkeypatch
+) -> None:
+    for number in range(5):
+        keep(number)
+    folders = open_folders()
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    first = folders.upcoming("one", 2)
+    assert first == list(folders.waiting)[:2]
+    assert folders.upcoming("two", 2) == list(folders.waiting)[2:4]
+    assert folders.upcoming("one", 2) == first
+    assert folders.upcoming("three", 2) == list(folders.waiting)[4:]
+    assert folders.upcoming("four", 2) == first  # none is free
+    now += LEASE_SECONDS + 1
+    assert folders.upcoming("two", 2) == first
+
+
+def test_a_full_disk_names_the_folder(tmp_path, keep, open_folders, monkeypatch) -> None:
+    photograph = keep(1)
+    folders = open_folders()
+
+    def fail(error: int) -> Callable[..., None]:
+        def raise_error(*_: object) -> None:
+            raise OSError(error, os.strerror(error))
+
+        return raise_error
+
+    monkeypatch.setattr(Path, "rename", fail(errno.EXDEV))
+    monkeypatch.setattr("shutil.copyfile", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        folders.label(photograph, "hat")
+    assert raised.value.filename == str(tmp_path / "photos" / "hat")
+    assert photograph in folders.waiting
 
 
 def test_classes_are_those_of_the_bundles_and_of_the_folders(tmp_path, keep, open_folders):

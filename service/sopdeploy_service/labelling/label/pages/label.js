@@ -8,10 +8,12 @@ const state = { photograph: null, classes: [], next: [], selected: new Set(), fr
 const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
+const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].join("-") }; // another page gets other photographs
+
 /** Fetch JSON from `path`, with `body` as a POST; throws an Error with the message of the server. */
 async function ask(path, body) {
-  const post = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  const reply = await fetch(path, body ? post : {}).catch(() => { throw new Error("the server does not answer; start it again"); });
+  const post = { method: "POST", headers: { ...SESSION, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const reply = await fetch(path, body ? post : { headers: SESSION }).catch(() => { throw new Error("the server does not answer; start it again"); });
   const text = await reply.text();
   if (reply.ok) return JSON.parse(text);
   const isJson = reply.headers.get("content-type") === "application/json";
