@@ -1,6 +1,7 @@
 """Comparing two bundles on photographs, and moving the link to the better one."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,18 @@ from sopdeploy.photos.photo import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_commands.promotion.compare import LOG, BundleComparison, compare, compare_loaded
+from sopdeploy_commands.promotion.compare import (
+    LOG,
+    BundleComparison,
+    Check,
+    Promotion,
+    compare,
+    compare_loaded,
+    load_anchor,
+    read_anchor,
+)
+from sopdeploy_commands.promotion.compare import _are_recent as are_recent_images
+from sopdeploy_commands.promotion.promote import _best_of as best_of
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -387,6 +399,109 @@ def test_each_further_attempt_needs_more_evidence(
         with pytest.raises(PromotionError, match=r"undecided; .* attempt 1000000000001"):
             promote(second, shelf / "live", photos)
     assert promote(second, shelf / "live", photos).comparison.attempt == 3
+
+
+def record_move(shelf: Path, before: str, after: str, anchor: str | None) -> None:
+    """Write a move of the live link, and make it."""
+    move = Promotion(
+        time=utc_now(), user="one", link="live", before=before, after=after, reason="test",
+        anchor=anchor,
+    )  # fmt: skip
+    with (shelf / LOG).open("a") as log:
+        log.write(move.model_dump_json() + "\n")
+    (shelf / "live").unlink()
+    (shelf / "live").symlink_to(after)
+
+
+def test_a_bundle_is_also_compared_with_the_best_earlier_one(
+    bundles, labelled, shelf, tmp_path_factory
+) -> None:
+    """Many bundles that each lose a little would otherwise lose much."""
+    first, best = (bundle.name for bundle in bundles)
+    worse = write_bundle(shelf, seed=2)
+    candidate = write_bundle(shelf, seed=3)
+    photos = labelled(bundles[1])
+    shutil.copytree(bundles[1], shelf / best, dirs_exist_ok=True)
+    record_move(shelf, first, worse.name, best)
+    assert read_anchor(shelf / "live") == best
+    with pytest.raises(PromotionError, match="than the best earlier bundle may lose up to"):
+        promote(candidate, shelf / "live", photos)
+
+    # The anchor itself may come back, and is then its own.
+    move = promote(shelf / best, shelf / "live", photos)
+    assert move.anchor == move.after == best
+    assert read_anchor(shelf / "live") is None
+
+
+def test_after_a_move_back_the_best_earlier_bundle_is_that_of_before(bundles, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    third = write_bundle(shelf, seed=2).name
+    record_move(shelf, first, second, first)
+    record_move(shelf, second, third, third)
+    assert read_anchor(shelf / "live") is None
+    assert promote(back=shelf / "live").after == second
+    assert read_anchor(shelf / "live") == first
+
+
+def test_a_deleted_anchor_and_a_forced_move_leave_none(bundles, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    record_move(shelf, first, second, "gone")
+    assert load_anchor(shelf / "live", Settings(threads=1)) is None
+    promote(shelf / first, shelf / "live", None, force="once more")
+    assert read_anchor(shelf / "live") is None
+
+
+# wins and losses against the live bundle, the anchor before, its wins and losses: the anchor
+ANCHORS = {
+    "better than the live one": ((5, 2), None, None, "after"),
+    "worse than the live one": ((2, 5), None, None, "live"),
+    "worse than the anchor": ((5, 2), "anchor", (1, 3), "anchor"),
+    "as good as the anchor": ((5, 2), "anchor", (3, 3), "after"),
+}
+
+
+@pytest.mark.parametrize("case", ANCHORS)
+def test_the_best_bundle_is_the_new_one_unless_it_is_worse_on_these_photographs(case) -> None:
+    in_all, before, to_anchor, expected = ANCHORS[case]
+    counts = [("all", in_all), *([("anchor", to_anchor)] if to_anchor else [])]
+    checks = [
+        Check(of=of, num_images=50, wins=wins, losses=losses, difference=0, low=0, limit=0)
+        for of, (wins, losses) in counts
+    ]
+    comparison = BundleComparison.model_construct(checks=tuple(checks))
+    assert best_of(comparison, "live", before, "after") == expected
+
+
+def kept_at(folder: Path, number: int, day: float, *, is_kept: bool = True) -> None:
+    name = f"{number:032x}.jpg" if is_kept else f"mine-{number}.jpg"
+    path = folder / "hat" / name
+    path.parent.mkdir(exist_ok=True)
+    photograph(number).save(path)
+    os.utime(path, (86_400 * day,) * 2)
+
+
+# days of kept photographs, how many are needed: the days that count
+RECENT = {
+    "the last 14 days": ([1, 20, 22, 30], 2, [20, 22, 30]),
+    "more if these are too few": ([1, 5, 9, 30], 3, [5, 9, 30]),
+    "all if there are few": ([1, 30], 2, [1, 30]),
+}
+
+
+@pytest.mark.parametrize("case", RECENT)
+def test_recent_photographs_are_those_of_the_last_days_and_those_that_no_server_kept(
+    tmp_path, monkeypatch, case
+) -> None:
+    days, needed, expected = RECENT[case]
+    monkeypatch.setattr("sopdeploy_commands.promotion.compare.MIN_RECENT", needed)
+    for number, day in enumerate(days):
+        kept_at(tmp_path, number, day)
+    kept_at(tmp_path, 99, 0, is_kept=False)
+    images = open_any_images(tmp_path)
+    are_recent = are_recent_images(images)
+    recent = [images.path(index) for index in np.flatnonzero(are_recent)]
+    found = sorted(round(path.stat().st_mtime / 86_400) for path in recent)
+    assert found == [0, *expected]
 
 
 def test_a_bundle_that_lacks_a_class_or_has_another_name_is_refused(

@@ -47,6 +47,9 @@ from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
+# Every second photograph is from the uniform sample: it decides about the next bundle, which
+# learns from the others only.
+SAMPLE_EVERY = 2
 # Kept photographs show one object if they came within so many seconds and differ in so few bits
 # of their near hashes. Of frames of an object, 46 to 64 % do, of others at most 0.7 %.
 OBJECT_SECONDS = 60.0
@@ -185,13 +188,15 @@ class LabelFolders:
 
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
 
-        # Reported ones come first, then the sample, which decides about the next bundle, then
-        # the most useful ones: first one photograph of each object.
+        # Reported ones come first, then the sample and, between, the most useful ones: first
+        # one photograph of each object.
         repeated = find_repeated(others)
         others = sorted(order_records(others), key=lambda photo: photo.path.name in repeated)
         is_reported = [photo for photo in others if "reported" in photo.record.reasons]
         rest = [photo for photo in others if "reported" not in photo.record.reasons]
-        queue = [*is_reported, *samples, *rest]
+        for number, photo in enumerate(samples):  # beyond the end of *rest*, `insert` appends
+            rest.insert(SAMPLE_EVERY * number, photo)
+        queue = [*is_reported, *rest]
 
         # The photographs of a heap come last.
         images, unused = list_heap(self.kept)
