@@ -52,7 +52,6 @@ class HostPattern(NamedTuple):
         # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
         # port is here.
         default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-
         return port is None or (host.port or default_of_host) == port
 
 
@@ -76,7 +75,6 @@ def parse_host(text: str) -> HostPattern:
 
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
-
     scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
 
@@ -93,7 +91,6 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
         name = raw_name.decode("latin-1")
         value = raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
     return headers
 
 
@@ -169,7 +166,6 @@ class OwnOrigins:
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
-
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 

@@ -148,7 +148,6 @@ async def openapi(request: Request) -> Response:
     if app.state.openapi is None:
         document = {**app.openapi(), "servers": [{"url": root}]} if root else app.openapi()
         app.state.openapi = orjson.dumps(document)
-
     return Response(app.state.openapi, media_type="application/json")
 
 
@@ -164,7 +163,6 @@ class SharedResponse(Response):
             end = begin + PIECE_BYTES
             piece = bytes(self.body[begin:end])
             is_last = end >= len(self.body)
-
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
 
@@ -219,10 +217,8 @@ async def examples(request: Request) -> Response:
 async def example(request: Request, number: int) -> Response:
     """Return the bytes of the example *number*, which cost a key as much as one image."""
     examples: list[Example] = request.app.state.examples
-
     if not 0 <= number < len(examples):
         raise HTTPException(404, "no such example")
-
     context: RequestContext = request.scope["state"]["context"]
     if context.rate_limit is not None:
         context.rate_limit.spend(1)

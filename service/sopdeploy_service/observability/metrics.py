@@ -289,7 +289,6 @@ class DriftWindow:
         if self._counts.num_images >= WINDOW_IMAGES:
             self._latest = find_drift(self._counts, self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
-
         self.publish()
 
     def publish(self) -> None:
