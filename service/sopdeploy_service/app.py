@@ -73,6 +73,8 @@ def create_app(
     )
     if keeper is not None:
         service.keep = keeper.offer
+        if settings.keep is not None and is_keeper:
+            service.drift.keep_in(settings.keep, settings.keep_days, keeper.is_worth_training)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

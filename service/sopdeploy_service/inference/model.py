@@ -146,13 +146,11 @@ class Model(ABC):
         deadline: float,
         *,
         features: bool = False,
-        for_drift: bool = True,
     ) -> ImageResult:
         """Run one image (H, W, 3) in a batch with others; its embedding is in the outputs with *features*.
 
-        *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not
-        count for the drift. Raises `RejectedError` for an image that fails, is late or cannot
-        run any more. Cancelling the call removes the image from the queue.
+        *deadline* is a time of `time.monotonic`. Raises `RejectedError` for an image that fails,
+        is late or cannot run any more. Cancelling the call removes the image from the queue.
         """
 
 

@@ -144,7 +144,7 @@ async def model_infer(
 
         # Run the images.
         outcomes = await admitted.infer(
-            parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True
+            parsed.images, features=EMBEDDING in parsed.is_binary, is_traffic=True
         )
 
         # Respond with the outputs that the request has chosen.
