@@ -396,6 +396,9 @@ def compare_loaded(
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
+    # The best earlier bundle itself loses nothing to it.
+    if anchor is not None and anchor.bundle.manifest.id == pair[1].bundle.manifest.id:
+        anchor = None
     models = [*pair] if anchor is None else [*pair, anchor]
 
     # A photograph's target is an index in the labels of both bundles.
