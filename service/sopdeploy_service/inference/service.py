@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +203,12 @@ class ModelRegistry(Registry):
             self.metrics.count_bundle(model.name, model.bundle, model.runtime.name, -1)
 
 
+class KeepAs(NamedTuple):
+    """That the images of a request may be kept; `reported` is the class of a report, None without one."""
+
+    reported: str | None = None
+
+
 # Keeps an image if it is worth a label.
 KeepImage: TypeAlias = Callable[[Model, bytes, Prediction, str | None], None]
 
@@ -356,14 +362,14 @@ class Service:
         *,
         client: str = "",
         features: bool = False,
-        may_keep: bool = False,
+        keep_as: KeepAs | None = None,
         for_drift: bool = True,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding, *may_keep* allows to keep the images, and those that are not
+        requests the embedding, *keep_as* allows to keep the images, and those that are not
         *for_drift* do not count for the drift. Cancelling the call removes its images from the
         queue; call `check_queue` before. Raises `RejectedError` if all images miss the deadline
         or find too many others waiting for a decoder.
@@ -396,10 +402,10 @@ class Service:
             raise RejectedError(unanswered[0])
 
         # Keep the images that clients have sent encoded, if the server keeps any.
-        if self.keep is not None and may_keep:
+        if self.keep is not None and keep_as is not None:
             for image, outcome in zip(images, outcomes, strict=True):
                 if isinstance(outcome, Prediction) and isinstance(image, bytes):
-                    self.keep(model, image, outcome, None)
+                    self.keep(model, image, outcome, keep_as.reported)
         return outcomes
 
     async def _predict(
@@ -450,7 +456,9 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
+            outcomes = await self.infer(
+                model, images, deadline, client=client, keep_as=KeepAs()
+            )
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
 
