@@ -13,7 +13,6 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.photos.photo import leave_out_unreadable, unreadable_images_error
@@ -22,7 +21,7 @@ from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
-from sopdeploy.training.setup import NOTHING_GIVEN, Given, set_up_run
+from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
 
 
@@ -110,8 +109,9 @@ def train_run(
             folder.lock()
 
         # Both attempts have one list of files, in which those that vanish are missed.
-        opened = open_data(recipe.data) if given.data is None else given.data
-        setup = set_up_run(recipe, folder, last, callback, given._replace(data=opened))
+        images = given.images or open_images(recipe)
+        given = given._replace(images=images)
+        setup = set_up_run(recipe, folder, last, callback, given)
         try:
             return _fit(setup, last, folder, callback)
         except DataError as error:  # perhaps of a damaged or missing image
@@ -119,7 +119,8 @@ def train_run(
                 raise unreadable_images_error(
                     error, setup.data.train, setup.data.held_out
                 ) from None
-            given = given._replace(data=leave_out_unreadable(opened, error))
+            readable = leave_out_unreadable(images.data, error)
+            given = given._replace(images=images._replace(data=readable))
         return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
