@@ -146,6 +146,7 @@ class Answer(NamedTuple):
             LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked
         ]
         fields = AnswerFields(classes=classes)
+
         if self.known is not None:
             fields["known"] = self.known
         if self.score is not None:
@@ -221,16 +222,20 @@ class Decision(StrictModel):
         activate = sigmoid if self.is_multi_label else softmax
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
+
         if self.thresholds is not None:
             thresholds = self.thresholds if threshold is None else [threshold] * len(logits)
             indices = [index for index in indices if probabilities[index] >= thresholds[index]]
         ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
+
+        # The probability of the first class that each occluded cell takes away, as (n, n).
         explanation = None
         if occluded is not None and ranked:
             first_class, probability = ranked[0]
             n = math.isqrt(len(occluded))
             losses = (probability - activate(occluded)[:, first_class]).reshape(n, n)
             explanation = tuple(tuple(row) for row in losses.tolist())
+
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)
         score = float(log_sum_exp(logits))
@@ -240,6 +245,7 @@ class Decision(StrictModel):
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
+
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
@@ -247,12 +253,14 @@ class Decision(StrictModel):
             else:
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
+
         if (rule := self.rejection) is not None:
             accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
             if rule.accepted is not None:
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
+
             if rule.recognized is not None:
                 rows.append(
                     (
@@ -260,16 +268,17 @@ class Decision(StrictModel):
                         "{} of {} rejected".format(*rule.recognized),
                     )
                 )
-            elif (
-                rule.new_class is not None
-            ):  # images that are made from the user's own do not predict it
+            # images that are made from the user's own do not predict it
+            elif rule.new_class is not None:
                 rows.append(
                     ("photographs of other things", "not measured; give --unknown FOLDER")
                 )
+
             if rule.new_class is not None:
                 rejected, count = rule.new_class
                 text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"
                 rows.append(("a new class of this kind", text))
+
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:

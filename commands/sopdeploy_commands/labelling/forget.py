@@ -65,8 +65,10 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         StorageError: A file cannot be changed.
     """
     searched = [Path(folder) for folder in folders]  # the command line gives text
+
     wanted = _Wanted.read(photograph)
     deleted: list[Path] = []
+
     # Searches again until nothing is left: `label` may have moved the photograph in the
     # meantime.
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
@@ -75,6 +77,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         raise DataError(
             f"{photograph}: not found in {', '.join(map(str, searched))}; check the name"
         )
+
     return deleted
 
 
@@ -86,6 +89,8 @@ def _delete(traces: "_Traces") -> list[Path]:
             raise StorageError(
                 f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
             )
+
+    # First the rows, under the lock of their run.
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
@@ -94,11 +99,14 @@ def _delete(traces: "_Traces") -> list[Path]:
         for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
+
+    # Then the files, and what an interrupted write has left beside them.
     for path in traces.files:
         with writing(path):
             path.unlink(missing_ok=True)
     for folder in {path.parent for path in traces.unfinished}:
         remove_leftovers(folder)
+
     return [*rows, *traces.files]
 
 
@@ -117,15 +125,19 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
             raise DataError(
                 f"{folder}: no such folder; name folders of photographs or of `classify`"
             )
+
     found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
     by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
     files = list(by_absolute_path.values())  # each once: folders may contain one another
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_format(table)
+
     images = [path for path in files if wanted.is_shown_by(path)]
+
     # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
+
     found = set(images)
     for path in files:
         final_path = _final_path(path)
@@ -133,9 +145,11 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
             final_path.suffix.lower() in RECORDS or is_image(final_path)
         ):
             found.add(path)
+
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
+
     # The records first and the named file last: until then, a repeated command finds all that
     # is left.
     ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
@@ -239,6 +253,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
             located = listed.get((output, row.path), row)._replace(number=row.number)
             if is_wanted(located):
                 wanted_rows.setdefault(table, []).append(located)
+
     return wanted_rows
 
 
@@ -254,6 +269,7 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     # Selected columns keep the key
     if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
         return
+
     rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
@@ -270,6 +286,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
     """Keep runs of `classify` out of *folder*, if it has one, until *locks* are closed."""
     if not (folder / STATE).exists():
         return
+
     with writing(folder):
         try:
             lock = lock_file(folder / LOCK)
@@ -277,6 +294,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
             raise DataError(
                 f"{folder}: a run of `classify` is writing to it; wait for it"
             ) from error
+
     locks.callback(os.close, lock.file)
 
 
@@ -287,12 +305,14 @@ def _check_one_photograph(
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
+
     # The first path of each, by hash or, if not readable, absolute path
     photographs: dict[str, str] = {}
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
         identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
         photographs.setdefault(identity, shown_path)
+
     if len(photographs) > 1:
         names = shorten(sorted(photographs.values()))
         raise DataError(
@@ -320,22 +340,26 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+
     num_before = 0  # rows of earlier groups
     with (
         atomic_write(table) as partial,
         pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
+        # A row keeps its place, and so do the rows of the groups after it.
         for group in groups:
             emptied = [
                 number - num_before
                 for number in numbers
                 if 0 <= number - num_before < group.num_rows
             ]
+
             columns = []
             for field in schema:
                 values = group[field.name].to_pylist()
                 for row in emptied:
                     values[row] = FORGOTTEN.get(field.name)
                 columns.append(pa.array(values, field.type))
+
             writer.write_table(pa.table(columns, schema=schema))
             num_before += group.num_rows

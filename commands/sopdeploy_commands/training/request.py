@@ -143,6 +143,9 @@ class TrainOptions(Options):
         names = self.networks()
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
+
+        # A folder has a file for each network, which it names; a list has them in the order of
+        # the networks.
         if (folder := expand_user(self.weights)).is_dir():
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}
@@ -152,6 +155,7 @@ class TrainOptions(Options):
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
                 raise WeightsError(f"{folder}: {problem}", setting="weights")
             return {name: file for name, file in by_network.items() if file is not None}
+
         files = [file.strip() for file in self.weights.split(",")]
         if len(files) != len(names):
             message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
@@ -303,11 +307,13 @@ def read_previous(source: Path) -> "Checkpoint":
             )
         run = RUNS / exported_from.run
         run_id = exported_from.run_id
+
     # *source* can be the checkpoint itself
     best = run / "best.pt" if (run / "best.pt").is_file() else run
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
+
     # By now, a later run may have the folder that the bundle names.
     is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
     if not (is_of_run and is_same_run):

@@ -26,16 +26,19 @@ def print_result(result: "TrainingResult") -> None:
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     say(*result.procedure.lines())
+
     if result.mistakes:
         texts = [
             f"{count} x {true} predicted as {predicted}"
             for true, predicted, count in result.mistakes
         ]
         say(f"most frequent mistakes: {', '.join(texts)}")
+
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     if result.previous:
         say(result.previous)
+
     steps = result.procedure.describe_time()
     time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
     say(
@@ -96,7 +99,9 @@ def train(
     """
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
+
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
+
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -107,12 +112,17 @@ def train(
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
+
+        # The user's callback, bars on a terminal, or nothing.
         observer: Any = callback or Callback()
         shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
         draws_bars = callback is None and shown and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
+
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
+
+        # Of several networks, the fastest of those with the best cross-validated score.
         chosen = RECIPE_NETWORK
         if options.compares:
             from sopdeploy_commands.training.network_choice import choose_network
@@ -133,10 +143,13 @@ def train(
                 may_skip=options.models is None,
             )
             chosen = next(network.name for network in networks if network.chosen)
+
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
         resume = options.resumes
         options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
+
+        # Reserve the next folder `runs/NAME-N` and train in it.
         while True:
             folder = out or numbered_folder(
                 str(selected.project), strategy, resume=bool(resume)
@@ -148,6 +161,7 @@ def train(
                 # Else another process was faster to take this number, and may have ended by now
                 if error.setting != "out" or out is not None or resume:
                     raise
+
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -155,14 +169,18 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         before = list_runs_before(folder, selected.project)
+
         # The most frequent ones first
         mistakes = write_run_page(run, folder, on_image, networks, before)
+
+        # A decision rule can be weak by itself, or weaker than that of the run before.
         decisions = (run.fit.decision, None if previous is None else previous.decision)
         rule, rule_before = (
             None if decision is None else decision.rejection for decision in decisions
         )
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
+
     changes = "" if previous is None else _describe_changes(previous, run.setup)
     page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
     return summarize_run(run, folder, networks, **page)
@@ -174,6 +192,7 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     origin = before.origin
     if result_before is None or origin is None:
         return ""
+
     names = [name for name in setup.labels if name not in before.labels]
     added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
