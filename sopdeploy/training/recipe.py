@@ -217,6 +217,12 @@ class Recipe(SharedSettings, LoopSettings):
             )
 
     @property
+    def data_folder(self) -> Path | None:
+        """The folder of the images; some data sources have none."""
+        folder: Path | None = getattr(self.data, "path", None)
+        return folder
+
+    @property
     def starts_random(self) -> bool:
         """Whether all weights of the network are random at the start."""
         return self.start is None or self.start.weights == "none"

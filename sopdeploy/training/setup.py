@@ -434,7 +434,7 @@ def _describe_origin(
 ) -> Origin:
     """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
     before = None if last is None else last.origin
-    data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
+    data_path = setup.recipe.data_folder
 
     return Origin(
         num_classes=len(setup.labels),

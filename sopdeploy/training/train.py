@@ -29,6 +29,7 @@ class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
     Attributes:
+        data: The folder of the images, if the data source has one.
         best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
             is set instead.
         seconds: Time of the run with all its resumptions.
@@ -43,6 +44,7 @@ class TrainingResult(StrictModel):
     """
 
     out: Path
+    data: Path | None = None
     best: Path
     last: Path
     history: Path
@@ -167,6 +169,7 @@ def summarize_run(
 
     return TrainingResult(
         out=out_dir,
+        data=setup.recipe.data_folder,
         best=out_dir / "best.pt",
         last=out_dir / "last.pt",
         history=out_dir / "history.csv",

@@ -370,7 +370,7 @@ def configure(
 
     # A project without a name is called like its data, or like its recipe.
     if changed.project is None:
-        folder = getattr(changed.data, "path", None)
+        folder = changed.data_folder
         project = "" if folder is None else folder_project(folder)
         project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         changed = changed.model_copy(update={"project": project})

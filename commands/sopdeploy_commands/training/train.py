@@ -11,7 +11,7 @@ from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
-from sopdeploy.training.results import NetworkScore, read_result
+from sopdeploy.training.results import NetworkScore, insert_folders, read_result
 from sopdeploy_commands.training.request import RECIPE_NETWORK, TrainOptions, read_request
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def print_result(result: "TrainingResult") -> None:
     """Print the results, the page about them, the time and the next command."""
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
-    say(*result.procedure.lines())
+    lines = result.procedure.lines()
+    say(*(insert_folders(line, result.data, result.out) for line in lines))
 
     if result.mistakes:
         texts = [

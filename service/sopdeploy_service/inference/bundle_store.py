@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from sopdeploy.bundle.folder import (
     Bundle,
+    describe_no_bundle,
     describe_projects,
     follow_link,
     list_bundles,
@@ -88,10 +89,8 @@ def find_bundles(
 
             # None is served, or none is here
             if all(bundle.why_not_served for bundle in listed):
-                none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-                raise BundleError(
-                    f"{path}: {listed[0].why_not_served if listed else none_here}"
-                )
+                reason = listed[0].why_not_served if listed else describe_no_bundle(path)
+                raise BundleError(f"{path}: {reason}")
 
             for line, failed in describe_projects(listed):
                 log.log(logging.WARNING if failed else logging.INFO, line)

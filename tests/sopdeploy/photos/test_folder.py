@@ -194,6 +194,7 @@ BAD_FOLDERS = [
         {},
         "holds no class folders and no labels.csv; sort the images into one subfolder per class",
     ),
+    ({".": 3}, "per class, by hand or in a browser: sopdeploy label "),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
         {"in__a": 1, "in__b": 1},
