@@ -21,17 +21,16 @@ from fastapi import Request, Response
 from starlette.types import Receive
 
 from sopdeploy.config import describe_problem
-from sopdeploy.images.formats import too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.signatures import FIRST_BYTES
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
-from sopdeploy_service.http.problems import bad_request
+from sopdeploy_service.http.problems import bad_request, body_too_large
 from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_json
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
-from sopdeploy_service.inference.service import Images, KeepAs, Service
+from sopdeploy_service.inference.service import Images, Service, Traffic
 from sopdeploy_service.inference.uploads import SMALL_BODY, UPLOADS_FULL, Body
 from sopdeploy_service.origins import client_address
 
@@ -140,7 +139,7 @@ class AdmittedRequest:
         images: Images,
         *,
         features: bool = False,
-        keep_as: KeepAs | None = None,
+        traffic: Traffic | None = None,
         explain: bool = False,
     ) -> list[Outcome]:
         """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
@@ -178,7 +177,7 @@ class AdmittedRequest:
                 self.deadline,
                 client=client,
                 features=features,
-                keep_as=keep_as,
+                traffic=traffic,
             )
 
         outcomes = await cancel_on_disconnect(work, self.request.receive)
@@ -451,7 +450,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         service.uploads.add(body, len(piece))
         context.bytes += len(piece)
         if context.bytes > limit:
-            raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+            raise body_too_large(context.headers, limit)
 
         if piece:
             pieces.append(piece)

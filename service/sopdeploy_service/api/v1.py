@@ -19,7 +19,7 @@ from sopdeploy_service.api.admission import (
 )
 from sopdeploy_service.http.problems import bad_request, describe_error, describe_statuses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
-from sopdeploy_service.inference.service import KeepAs
+from sopdeploy_service.inference.service import Traffic
 
 STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 router = APIRouter(tags=["Images"], responses=describe_statuses(*STATUSES))
@@ -97,7 +97,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         # Run them.
         top_k = query.top_k or model.top_k
         outcomes = await admitted.infer(
-            upload.images, keep_as=KeepAs(query.reported), explain=query.explain
+            upload.images, traffic=Traffic(query.reported), explain=query.explain
         )
 
         def format_classes(prediction: Prediction) -> Fields:

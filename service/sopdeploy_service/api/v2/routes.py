@@ -20,7 +20,7 @@ from sopdeploy_service.api.admission import (
 )
 from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
-from sopdeploy_service.inference.service import KeepAs
+from sopdeploy_service.inference.service import Traffic
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -89,7 +89,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     """Respond with 200 while the model can predict."""
     service = service_of(request)
     model = find_and_record_model(request, name, version)
-    is_ready = not model.is_down and service.state != "draining"
+    is_ready = not model.is_down and service.state not in {"starting", "draining"}
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
@@ -145,7 +145,7 @@ async def model_infer(
 
         # Run the images.
         outcomes = await admitted.infer(
-            parsed.images, features=EMBEDDING in parsed.is_binary, keep_as=KeepAs()
+            parsed.images, features=EMBEDDING in parsed.is_binary, traffic=Traffic()
         )
 
         # Respond with the outputs that the request has chosen.
