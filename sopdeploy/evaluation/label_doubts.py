@@ -30,13 +30,18 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     JAIR 2021).
     """
     probabilities_NC = softmax(logits_NC)
+
+    # Classes differ in how sure a network is of them: probabilities are relative to the average
+    # of the class.
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
     # 0 without images
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
+
     # a class of few images whose labels are all wrong has an average near 0
     floor = of_label_N.mean() / 2
     relative_NC = probabilities_NC / np.maximum(average_C, floor)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
+
     is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
     return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC)

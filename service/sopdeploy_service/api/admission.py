@@ -140,7 +140,7 @@ class AdmittedRequest:
         images: Images,
         *,
         features: bool = False,
-        may_keep: bool = False,
+        is_traffic: bool = False,
         explain: bool = False,
     ) -> list[Outcome]:
         """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
@@ -178,7 +178,7 @@ class AdmittedRequest:
                 self.deadline,
                 client=client,
                 features=features,
-                may_keep=may_keep,
+                is_traffic=is_traffic,
             )
 
         outcomes = await cancel_on_disconnect(work, self.request.receive)
