@@ -77,8 +77,8 @@ class Compared:
         # What torch.export makes, before it is changed
         traced = trace(network, preprocess, batch)
         graph = traced.program.module(check_guards=False)
-        own_fingerprint = fingerprint(traced.program, hash_of)
-        if other is not None and own_fingerprint in {other.fingerprint} - {None}:
+        sha256 = fingerprint(traced.program, hash_of)
+        if other is not None and sha256 is not None and sha256 == other.fingerprint:
             program = other.program
             root = other.root
         else:
@@ -92,7 +92,7 @@ class Compared:
             hashes=hashes,
             trace=traced,
             graph=graph,
-            fingerprint=own_fingerprint,
+            fingerprint=sha256,
             program=program,
             root=root,
         )
