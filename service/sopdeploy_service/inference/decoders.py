@@ -140,7 +140,6 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
             light, decoders, large_memory // 10**6,
         )  # fmt: skip
-
     return Plan(light, large, large_memory)
 
 
@@ -159,7 +158,6 @@ def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
 
     if not cost.is_proportional:
         return seconds if length <= LIGHT_BODY else 0.0
-
     if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
         return 0.0
     return seconds + length * SECONDS_PER_BYTE
@@ -203,7 +201,6 @@ class SharedChildren:
         if group is not None and not self._make_room(request, group):
             request.settle(results.DECODERS_BUSY)
             return
-
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
@@ -242,7 +239,6 @@ class SharedChildren:
             if not self._groups[largest]:
                 del self._groups[largest]
             refused.settle(results.DECODERS_BUSY)
-
         return True
 
     def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
@@ -383,7 +379,6 @@ class Decoders:
         reply, seconds = await self._run_with_retries(
             image, preprocess, child.PIXELS, sizes, deadline, client
         )
-
         waited = max(0.0, time.monotonic() - started - seconds)
 
         # Read the warnings, which are bits of the reply.
@@ -559,7 +554,6 @@ class Decoders:
                 with suppress(ProcessLookupError):
                     # Not by the template, which may be the one
                     os.kill(process, signal.SIGKILL)
-
             suspects = stopped
 
 
