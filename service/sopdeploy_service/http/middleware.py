@@ -15,9 +15,8 @@ from typing import TypeAlias
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import KeyRing, TokenBucket
-from sopdeploy_service.http.problems import INTERNAL, respond_with_error
+from sopdeploy_service.http.problems import INTERNAL, body_too_large, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.origins import (
@@ -135,7 +134,7 @@ class RequestContextMiddleware:
             limit = self.service.settings.max_body_bytes
             announced = context.headers.get("content-length", "0")
             if int(announced) > limit:  # the server has checked that it is a number
-                raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+                raise body_too_large(context.headers, limit)
 
             for guard in self.guards:
                 guard(context)
@@ -302,6 +301,5 @@ class KeyGuard:
         accepted = self._keys.find(secret.encode("latin-1"))
         if accepted is None:
             raise RejectedError(NO_KEY)
-
         key, context.rate_limit = accepted
         context.key_name = key.name
