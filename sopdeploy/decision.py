@@ -296,10 +296,10 @@ def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
-    found: NDArray[np.float64] = largest + np.log(
+    sums: NDArray[np.float64] = largest + np.log(
         np.exp(values - largest[..., None]).sum(axis=-1)
     )
-    return found
+    return sums
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -175,12 +175,12 @@ def distinct_values(content: Any) -> list[Any]:
     Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for more
     than `MAX_LEVELS`, and if *content* contains itself.
     """
-    found: list[Any] = []
+    leaves: list[Any] = []
     # by the identity of an object; None while it is measured
     extents: dict[int, _Extent | None] = {}
 
     def measure(value: Any, outer_levels: int) -> _Extent:
-        """Measure *value*, once for each object; add it to *found* if it is no container."""
+        """Measure *value*, once for each object; add it to *leaves* if it is no container."""
         if id(value) in extents:
             known = extents[id(value)]
             if known is None:
@@ -200,13 +200,12 @@ def distinct_values(content: Any) -> list[Any]:
             levels = 1 + max((extent.levels for extent in inner), default=0)
             if num_values > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
-
         else:
             num_values = 1
             levels = 0
-            found.append(value)
+            leaves.append(value)
         measured = extents[id(value)] = _Extent(num_values, levels)
         return measured
 
     measure(content, 0)
-    return found
+    return leaves

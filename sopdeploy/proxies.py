@@ -130,8 +130,10 @@ def is_this_machine(host: str) -> bool:
         host = next((address for address, *names in filter(None, lines) if host in names), host)
 
     try:
-        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
-        family, kind, _, _, address = found[0]
+        addresses = socket.getaddrinfo(
+            host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
+        )
+        family, kind, _, _, address = addresses[0]
         if ip_address(address[0]).is_loopback:
             return True
         with socket.socket(family, kind) as probe:

@@ -163,8 +163,8 @@ class Program(TyperGroup):
 
     def main(self, *arguments: Any, **settings: Any) -> None:
         """Run a command; a wrong command line is one error line, and with `--json` also JSON."""
-        given = arguments[0] if arguments else settings.get("args")
-        as_json = "--json" in (sys.argv[1:] if given is None else given)
+        words = arguments[0] if arguments else settings.get("args")
+        as_json = "--json" in (sys.argv[1:] if words is None else words)
 
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})

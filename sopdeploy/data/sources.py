@@ -131,7 +131,6 @@ def open_data(config: DataConfig | DataSource) -> Split:
         raise ConfigError(
             "data.path: not set; give the folder of the data", remedies={"data": None}
         )
-
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path, config.classes_from), config.groups)
     elif isinstance(config, CifarConfig):

@@ -164,7 +164,10 @@ def classification_report(
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(
-        [-1 - index if one.group is None else one.group for index, one in enumerate(scores)]
+        [
+            -1 - index if score.group is None else score.group
+            for index, score in enumerate(scores)
+        ]
     )
     units = effective_count(groups)
 

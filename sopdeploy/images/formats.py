@@ -95,7 +95,6 @@ def open_image(
                     (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels
                 )
         correct_transparency_info(image)
-
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image

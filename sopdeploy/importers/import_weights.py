@@ -237,14 +237,14 @@ def convert_weights(
 def network_of_weights(file: WeightFile, default: str) -> str:
     """Name the network that the weights in *file* fit: *default* unless they are those of another one."""
     converted = _convert_by_importer(file, default)
-    found = find_network(file) if converted is None else converted.model
-    if found is None or found == default:
+    network = find_network(file) if converted is None else converted.model
+    if network is None or network == default:
         return default
 
     # An importer may return a name with options, "resnet20 --option depth=32", which names no
     # network.
-    is_network = found.startswith(TIMM_PREFIX) or found in list_models()
-    return found if is_network else default
+    is_network = network.startswith(TIMM_PREFIX) or network in list_models()
+    return network if is_network else default
 
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:

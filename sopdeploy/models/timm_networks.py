@@ -47,7 +47,7 @@ class TimmConfig(StrictModel):
 
     def build(self, **sizes: Any) -> nn.Module:
         """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
-        given = self.model_dump(
+        set_options = self.model_dump(
             include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
         )
 
@@ -67,7 +67,7 @@ class TimmConfig(StrictModel):
             if not options:
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: {', '.join(given)}: {first_line(error)}; leave them out"
+                f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"
             ) from error
 
         return network

@@ -73,7 +73,7 @@ def list_wrong_labels(
     labels = images.targets.astype(np.int64)
     listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    found = []
+    doubts = []
     for index in np.argsort(of_label_N, kind="stable").tolist():
         if not listed_N[index]:
             continue
@@ -87,5 +87,5 @@ def list_wrong_labels(
             probability=float(of_label_N[index]),
             probability_suggested=float(probabilities_NC[index, suggested]),
         )
-        found.append((index, wrong))
-    return found
+        doubts.append((index, wrong))
+    return doubts

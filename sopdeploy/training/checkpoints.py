@@ -283,7 +283,7 @@ def with_result(
 
 def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
-    left_out = [(*one,) for one in setup.data.left_out]
+    left_out = [(*file,) for file in setup.data.left_out]
     return {
         **({"left_out": left_out} if left_out else {}),
         "position": position.model_dump(mode="json"),

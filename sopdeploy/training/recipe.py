@@ -225,15 +225,15 @@ class Recipe(LoopSettings):
         contains_read_key = any(name.startswith(f"{key}.") for name in read)
         return is_in_read_table or contains_read_key
 
-    def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
-        """Raise `ConfigError` for *given* keys without effect; *holds_out*: the run chooses its images."""
-        if ignored := [key for key in given if not self.reads(key)]:
+    def check_effect(self, keys: Sequence[str], *, holds_out: bool = True) -> None:
+        """Raise `ConfigError` for *keys* keys without effect; *holds_out*: the run chooses its images."""
+        if ignored := [key for key in keys if not self.reads(key)]:
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
                 "or choose another one with procedure.kind"
             )
 
-        if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
+        if not holds_out and (ignored := [key for key in keys if key in HOLD_OUT_KEYS]):
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
             )
@@ -335,11 +335,11 @@ def change_recipe(
     the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
-    changed = {key: value for change in changes for key, value in flatten(dict([change]))}
-    _drop_foreign_options(values, changed)
+    values_by_key = {key: value for change in changes for key, value in flatten(dict([change]))}
+    _drop_foreign_options(values, values_by_key)
 
     preprocess = deepcopy(values.get("preprocess"))
-    add_fine_tune_settings(values, changed.get("procedure.kind"))
+    add_fine_tune_settings(values, values_by_key.get("procedure.kind"))
     for key, value in changes:
         set_value(values, key, value)
 
@@ -347,11 +347,11 @@ def change_recipe(
     return validate_recipe(values, str(source))
 
 
-def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
-    """Scale `resize` if `crop` is *changed* without it, and both had values *before*."""
+def _scale_resize(values: FieldValues, before: Any, changes: Collection[str]) -> None:
+    """Scale `resize` if *changes* have `crop` without it, and both had values *before*."""
     if (
-        "preprocess.crop" not in changed
-        or "preprocess.resize" in changed
+        "preprocess.crop" not in changes
+        or "preprocess.resize" in changes
         or not isinstance(before, dict)
     ):
         return
@@ -365,11 +365,11 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         table["resize"] = Preprocess.scaled_resize(*sides)
 
 
-def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> None:
-    """Drop the options that the network, data source or procedure selected by *changed* does not have."""
+def _drop_foreign_options(values: FieldValues, changes: Mapping[str, Any]) -> None:
+    """Drop the options that the network, data source or procedure selected by *changes* does not have."""
     for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
         table = values.get(name)
-        chosen = changed.get(f"{name}.{selector}")
+        chosen = changes.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
             # no values or no choice; the validation of the recipe finds those of a wrong type
             continue

@@ -88,7 +88,7 @@ class Division(NamedTuple):
     held_out: Record
 
 
-class Given(NamedTuple):
+class RunInputs(NamedTuple):
     """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already."""
 
     keys: Sequence[str] = ()
@@ -96,7 +96,7 @@ class Given(NamedTuple):
     data: Split | None = None
 
 
-NOTHING_GIVEN = Given()
+NO_INPUTS = RunInputs()
 
 
 def set_up_run(
@@ -104,7 +104,7 @@ def set_up_run(
     folder: RunFolder,
     last: Checkpoint | None,
     callback: Callback,
-    given: Given = NOTHING_GIVEN,
+    inputs: RunInputs = NO_INPUTS,
 ) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
@@ -113,32 +113,32 @@ def set_up_run(
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
-    opened = open_data(recipe.data) if given.data is None else given.data
+    split = open_data(recipe.data) if inputs.data is None else inputs.data
     if last is not None:
-        opened = opened.without(read_left_out(last, folder.last))
+        split = split.without(read_left_out(last, folder.last))
 
-    for note in opened.notes:
+    for note in split.notes:
         callback.on_warning(note)
 
-    selected, reason = select_procedure(
-        recipe, len(opened.train), None if recorded is None else recorded.procedure
+    recipe, reason = select_procedure(
+        recipe, len(split.train), None if recorded is None else recorded.procedure
     )
-    selected.check_effect(given.keys, holds_out=not len(opened.held_out))
-    division = divide_images(selected, opened, last, strategy)
-    _check_data(selected, opened, division, given.keys, callback)
+    recipe.check_effect(inputs.keys, holds_out=not len(split.held_out))
+    division = divide_images(recipe, split, last, strategy)
+    _check_data(recipe, split, division, inputs.keys, callback)
 
-    if isinstance(selected.procedure, LoopConfig):
-        check_batch_size(selected, len(division.data.train), strategy.world)
+    if isinstance(recipe.procedure, LoopConfig):
+        check_batch_size(recipe, len(division.data.train), strategy.world)
 
     if last is None or recorded is None:
-        setup = new_setup(selected, division, strategy, given.weights)
+        setup = new_setup(recipe, division, strategy, inputs.weights)
         if parts := setup.random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
-            if "procedure.kind" in given.keys:
-                raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
+            if "procedure.kind" in inputs.keys:
+                raise ConfigError(f"procedure {recipe.procedure.kind}: {problem}")
             callback.on_warning(problem)
     else:
-        setup = _resume_setup(selected, recorded, division, folder, last)
+        setup = _resume_setup(recipe, recorded, division, folder, last)
     check_same_step(setup, folder)
 
     # Only the first process writes the origin
@@ -277,25 +277,25 @@ def _has_head(recipe: Recipe) -> bool:
 
 
 def divide_images(
-    recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy
+    recipe: Recipe, split: Split, last: Checkpoint | None, strategy: Strategy
 ) -> Division:
-    """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
+    """Hold out images of *split* if the procedure of *recipe* needs them and the source has none.
 
     A new run chooses them; the run of *last* has recorded its choice, or repeats it for more
     than `MAX_HASHED` images. The first process decides for all, and alone reads the files, each
     once.
     """
-    images = opened.train
+    images = split.train
     config = recipe.data
     # of no file
     hashes = np.zeros(0, np.int64)
     record = np.zeros((0, 2), np.int64)
 
     if isinstance(recipe.procedure, FewShotConfig):
-        return Division(opened, hashes if last is None else hash_images(images), record)
+        return Division(split, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
-    if not isinstance(config, HoldOut) or len(opened.held_out):
-        return Division(opened, hash_images(images) if reads_files else hashes, record)
+    if not isinstance(config, HoldOut) or len(split.held_out):
+        return Division(split, hash_images(images) if reads_files else hashes, record)
 
     # The first process chooses, by hashes and groups, so that copies stay on one side.
     choice = np.zeros(len(images), np.int64)
@@ -314,31 +314,35 @@ def divide_images(
     # The other processes add zeros
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
-    return Division(divide(opened, choice), of_training_files, record)
+    return Division(divide(split, choice), of_training_files, record)
 
 
 def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
     """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
-    found = group_photographs(images)
-    if not len(found.vectors) or recipe.groups_by_name:
-        return found.groups, found.file_hashes
+    photographs = group_photographs(images)
+    if not len(photographs.vectors) or recipe.groups_by_name:
+        return photographs.groups, photographs.file_hashes
     names = [images.identity(index) for index in range(len(images))]
     clips = find_clips(
-        names, found.times, number_classes(images.targets), found.vectors, found.groups
+        names,
+        photographs.times,
+        number_classes(images.targets),
+        photographs.vectors,
+        photographs.groups,
     )
 
-    return clips.groups, found.file_hashes
+    return clips.groups, photographs.file_hashes
 
 
 def open_division(recipe: Recipe, last: Checkpoint) -> Division:
     """Open the images of the run of *recipe*, whose `last.pt` is *last*, as it divided them."""
-    opened = open_data(recipe.data)
-    selected, _ = select_procedure(recipe, len(opened.train))
-    return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
+    split = open_data(recipe.data)
+    recipe, _ = select_procedure(recipe, len(split.train))
+    return divide_images(recipe, split, last, Strategy(torch.device("cpu")))
 
 
 def _check_data(
-    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
+    recipe: Recipe, split: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
     """Check the images before the training; raises errors about what could not be used after it."""
     data = division.data
@@ -363,10 +367,10 @@ def _check_data(
     # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read
     # them before. An image that the run itself holds out has its copies on its side.
     if len(file_hashes):
-        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+        warn_of_equal_files(data.train, split.held_out, file_hashes, callback)
 
     # Classes of which nothing could be held out have no score.
-    if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
+    if not len(split.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
         missing = [
             label

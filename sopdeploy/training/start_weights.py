@@ -262,7 +262,6 @@ def _match_tensors(
                 problem = f"{name} has values that are not finite; choose another file"
                 raise WeightsError(f"start.weights: {weights.file}: {problem}")
             matching[name] = stored
-
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif stored is None:

@@ -22,7 +22,7 @@ from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
-from sopdeploy.training.setup import NOTHING_GIVEN, Given, set_up_run
+from sopdeploy.training.setup import NO_INPUTS, RunInputs, set_up_run
 from sopdeploy.training.start_weights import StartReport
 
 
@@ -85,7 +85,7 @@ def train_run(
     resume: bool | Literal["auto"] = False,
     callback: Callback | None = None,
     strategy: Strategy | None = None,
-    given: Given = NOTHING_GIVEN,
+    inputs: RunInputs = NO_INPUTS,
 ) -> FinishedRun:
     """Train *recipe* and write the run to *out_dir*.
 
@@ -112,8 +112,8 @@ def train_run(
             folder.lock()
 
         # Both attempts have one list of files, in which those that vanish are missed.
-        opened = open_data(recipe.data) if given.data is None else given.data
-        setup = set_up_run(recipe, folder, last, callback, given._replace(data=opened))
+        split = open_data(recipe.data) if inputs.data is None else inputs.data
+        setup = set_up_run(recipe, folder, last, callback, inputs._replace(data=split))
         try:
             return _fit(setup, last, folder, callback)
 
@@ -123,9 +123,9 @@ def train_run(
                 raise unreadable_images_error(
                     error, setup.data.train, setup.data.held_out
                 ) from None
-            given = given._replace(data=leave_out_unreadable(opened, error))
+            inputs = inputs._replace(data=leave_out_unreadable(split, error))
 
-        return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
+        return _fit(set_up_run(recipe, folder, None, callback, inputs), None, folder, callback)
     finally:
         folder.unlock()
 

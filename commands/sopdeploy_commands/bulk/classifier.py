@@ -188,7 +188,6 @@ class BatchClassifier:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
             pixels, row["warnings"], _ = decoders.wait_for(decoders.decode(body, rules))
-
         except (ImageError, RejectedError) as error:
             code = error.code if isinstance(error, ImageError) else error.reason.code
             row["error"], row["error_message"] = code, str(error)

@@ -129,12 +129,10 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
                 yield ListedImage(path=location, location=location, size=size)
-
     elif is_bundle(path):
         raise DataError(
             f"{source}: a bundle, not images; name one bundle, then folders or files of images"
         )
-
     elif path.is_dir():
         used = (
             file
@@ -144,7 +142,6 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         yield from map(_describe_file, map(str, used))
     elif path.exists() and is_image(path):
         yield _describe_file(source)
-
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")

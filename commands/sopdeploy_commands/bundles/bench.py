@@ -92,11 +92,11 @@ def bench(
 
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
-    opened = loaded.bundle
+    manifest = loaded.bundle.manifest
     runtime = loaded.runtime
     if wrong := [size for size in batches if not 1 <= size <= runtime.largest_batch]:
         raise ConfigError(
-            f"{opened.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
+            f"{loaded.bundle.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
             "; choose sizes in this range"
         )
 
@@ -104,7 +104,7 @@ def bench(
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        shape = (size, *opened.manifest.image_shape)
+        shape = (size, *manifest.image_shape)
         images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
         seconds: list[float] = []
 
@@ -132,9 +132,9 @@ def bench(
         latencies.append(latency)
 
     return Benchmark(
-        bundle=opened.name,
-        id=opened.manifest.id,
-        precision=opened.manifest.precision,
+        bundle=loaded.bundle.name,
+        id=manifest.id,
+        precision=manifest.precision,
         runtime=runtime.name,
         device=runtime.device,
         threads=settings.threads,

@@ -138,13 +138,13 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
 
-    found = set(images)
+    traces = set(images)
     for path in files:
         final_path = _final_path(path)
         if kept_id(final_path.name) in ids and (
             final_path.suffix.lower() in RECORDS or is_image(final_path)
         ):
-            found.add(path)
+            traces.add(path)
 
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
@@ -152,7 +152,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
 
     # The records first and the named file last: until then, a repeated command finds all that
     # is left.
-    ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
+    ordered = sorted(traces, key=lambda path: (wanted.is_named(path), path in images, path))
     unfinished = [path for path in files if path.name.endswith(PARTIAL)]
     return _Traces(ordered, rows, unfinished)
 

@@ -717,7 +717,9 @@ def _evaluate(
     # the bundle. The anchor may have classes that neither bundle of the pair has.
     answers = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
     labels_N = [labels[target] for target in images.targets]
-    right_N = np.array([one == other for one, other in zip(answers, labels_N, strict=True)])
+    right_N = np.array(
+        [answer == label for answer, label in zip(answers, labels_N, strict=True)]
+    )
     outputs = {label: output for output, label in enumerate(bundle.labels)}
     has_class_N = np.array([label in outputs for label in labels_N])
     scored_N = common_N & has_class_N

@@ -34,7 +34,7 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.setup import Given, check_count, move_to_device, select_procedure
+from sopdeploy.training.setup import RunInputs, check_count, move_to_device, select_procedure
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -65,7 +65,7 @@ class Validated(NamedTuple):
 
 
 def choose_network(
-    configured: Mapping[str, tuple[Recipe, Given]],
+    configured: Mapping[str, tuple[Recipe, RunInputs]],
     within: float | None,
     callback: Callback,
     *,
@@ -79,8 +79,8 @@ def choose_network(
     are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
     trained by the few-shot procedure, and the errors of `fetch_weights`.
     """
-    shared, given = next(iter(configured.values()))  # the recipes differ in the network only
-    data = open_data(shared.data) if given.data is None else given.data
+    shared, inputs = next(iter(configured.values()))  # the recipes differ in the network only
+    data = open_data(shared.data) if inputs.data is None else inputs.data
 
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
@@ -147,7 +147,7 @@ def choose_network(
 
 
 def select_procedures(
-    configured: Mapping[str, tuple[Recipe, Given]], data: Split
+    configured: Mapping[str, tuple[Recipe, RunInputs]], data: Split
 ) -> dict[str, Recipe]:
     """Return the recipes with the procedure for *data*; raise `ConfigError` if it does not fit a head."""
     count = len(data.train)

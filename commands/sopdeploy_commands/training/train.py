@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.checkpoints import Setup
     from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.setup import Given
+    from sopdeploy.training.setup import RunInputs
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
@@ -117,7 +117,11 @@ class TrainOptions(Options):
         # One copy of the options for each network, with its name, its weights and its size of
         # images.
         options = {}
-        resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
+        resized = {
+            network.name: network.pixels
+            for network in read_choices().networks
+            if network.resized
+        }
         for name, weights in self._weights_by_network().items():
             size = [f"preprocess.crop={resized[name]}"] if name in resized else []
             assignments = (*size, *self.set, f"model.name={name}")
@@ -256,8 +260,8 @@ def train(
 
         # The user's callback, bars on a terminal, or nothing.
         observer: Any = callback or Callback()
-        shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
-        draws_bars = callback is None and shown and is_main_process()
+        shows_progress = (err.is_terminal or err.is_jupyter) if progress is None else progress
+        draws_bars = callback is None and shows_progress and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
 
@@ -283,18 +287,18 @@ def train(
             )
             chosen = next(network.name for network in networks if network.chosen)
 
-        selected, given = networks_to_train[chosen]
-        strategy = Strategy(select_device(selected.device))
+        chosen_recipe, inputs = networks_to_train[chosen]
+        strategy = Strategy(select_device(chosen_recipe.device))
         resume = RESUME[options.resume]
         options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
 
         # Reserve the next folder `runs/NAME-N` and train in it.
         while True:
             folder = out or numbered_folder(
-                str(selected.project), strategy, resume=bool(resume)
+                str(chosen_recipe.project), strategy, resume=bool(resume)
             )
             try:
-                run = train_run(selected, folder, given=given, **options_of_run)
+                run = train_run(chosen_recipe, folder, inputs=inputs, **options_of_run)
                 break
             except ConfigError as error:  # another process was faster to take this number
                 if error.code != IN_USE or out is not None or resume:
@@ -306,7 +310,7 @@ def train(
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        before = list_runs_before(folder, selected.project)
+        before = list_runs_before(folder, chosen_recipe.project)
 
         # The most frequent ones first
         mistakes = write_run_page(run, folder, on_image, networks, before)
@@ -327,7 +331,7 @@ def train(
 class TrainRequest(NamedTuple):
     """The recipe of each network to train, with what is known of its run, and the run to start from."""
 
-    networks: "dict[str, tuple[Recipe, Given]]"
+    networks: "dict[str, tuple[Recipe, RunInputs]]"
     previous: "Checkpoint | None"
 
 
@@ -343,7 +347,7 @@ def read_request(
     First raises the error of a path or a text that `train` cannot use, before torch is
     imported.
     """
-    opened = None
+    split = None
     for assignment in options.set:
         # For its errors; the values are read in `configure`, with the recipe
         parse_override(assignment)
@@ -352,7 +356,7 @@ def read_request(
         read_values(recipe)  # for its errors, too
     # changes may need images of another form
     elif data is not None and not options.set and not settings:
-        opened = open_folder(data)
+        split = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     unknown = None if options.unknown is None else Path(options.unknown)
@@ -382,14 +386,14 @@ def read_request(
     previous = None
     if options.from_ is not None:
         previous = read_previous(Path(options.from_))
-        opened = None  # what is opened above was only checked: this recipe may select classes
+        split = None  # what is opened above was only checked: this recipe may select classes
 
     # Only now the recipes, which need the photographs, the previous run and the weights.
     networks = {}
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
         networks[name] = configure(
-            data, recipe, network_options, settings, previous, opened, start_file
+            data, recipe, network_options, settings, previous, split, start_file
         )
 
     return TrainRequest(networks, previous)
@@ -463,7 +467,7 @@ def configure(
     previous: "Checkpoint | None" = None,
     opened: Split | None = None,
     start_file: WeightPath | None = None,
-) -> "tuple[Recipe, Given]":
+) -> "tuple[Recipe, RunInputs]":
     """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
     Without a recipe and a network, a weight file determines the network. Returns the recipe,
@@ -474,7 +478,7 @@ def configure(
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
     from sopdeploy.training.recipe import HeadOptions, change_recipe, flatten
-    from sopdeploy.training.setup import Given
+    from sopdeploy.training.setup import RunInputs
 
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
@@ -526,7 +530,7 @@ def configure(
         project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         changed = changed.model_copy(update={"project": project})
 
-    return changed, Given(keys, weights, opened)
+    return changed, RunInputs(keys, weights, opened)
 
 
 @command()

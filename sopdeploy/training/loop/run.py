@@ -79,7 +79,6 @@ def fit_loop(
 
             finish_run = fit_best if finish is None else finish  # which no signal stops
             return finish_run(run, held_out, folder, callback)
-
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
