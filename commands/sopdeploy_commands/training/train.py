@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.setup import RunInputs
     from sopdeploy.training.start_weights import WeightSource
-    from sopdeploy.training.train import TrainingResult
+    from sopdeploy.training.train import FinishedRun, TrainingResult
 
 FOLDER_RECIPE = "photos"
 RECIPE_NETWORK = (
@@ -245,87 +245,128 @@ def train(
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
 
-    networks_to_train, previous = read_request(data, recipe, out, options, settings)
+    candidates, previous = read_request(data, recipe, out, options, settings)
 
-    from sopdeploy.evaluation.decision_fit import describe_weakness
-    from sopdeploy.report.page import PAGE, write_run_page
-    from sopdeploy.training.callback import Callback
-    from sopdeploy.training.checkpoints import IN_USE, RunFolder, numbered_folder
-    from sopdeploy.training.distributed import Strategy, join_processes, select_device
-    from sopdeploy.training.train import summarize_run, train_run
-    from sopdeploy_commands.training.runs import list_runs_before
+    from sopdeploy.training.distributed import join_processes
+    from sopdeploy.training.train import summarize_run
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
+        observer = _observe(callback, progress, stack)
 
-        # The user's callback, bars on a terminal, or nothing.
-        observer: Any = callback or Callback()
-        shows_progress = (err.is_terminal or err.is_jupyter) if progress is None else progress
-        draws_bars = callback is None and shows_progress and is_main_process()
-        if draws_bars:
-            observer = stack.enter_context(ProgressBars(err))
-
-        networks: tuple[NetworkScore, ...] = ()  # those that were compared
-
-        # Of several networks, the fastest of those with the best cross-validated score.
-        chosen = RECIPE_NETWORK
+        # Several networks are compared first; then one is trained.
+        scores: tuple[NetworkScore, ...] = ()
+        name = RECIPE_NETWORK
         if options.compares:
-            from sopdeploy_commands.training.network_choice import choose_network
-
-            within = None if options.within is None else _parse_milliseconds(options.within)
-            # Raises the error of another run there before minutes of measurements
-            if out is not None:
-                RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-            if skipped := [
-                name for name in options.networks() if name not in networks_to_train
-            ]:
-                observer.on_warning(
-                    f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
-                )
-            networks = choose_network(
-                networks_to_train, within, observer, may_skip=options.models is None
-            )
-            chosen = next(network.name for network in networks if network.chosen)
-
-        chosen_recipe, inputs = networks_to_train[chosen]
-        strategy = Strategy(select_device(chosen_recipe.device))
-        resume = RESUME[options.resume]
-        options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
-
-        # Reserve the next folder `runs/NAME-N` and train in it.
-        while True:
-            folder = out or numbered_folder(
-                str(chosen_recipe.project), strategy, resume=bool(resume)
-            )
-            try:
-                run = train_run(chosen_recipe, folder, inputs=inputs, **options_of_run)
-                break
-            except ConfigError as error:  # another process was faster to take this number
-                if error.code != IN_USE or out is not None or resume:
-                    raise
+            scores = _compare_networks(candidates, options, out, observer)
+            name = next(score.name for score in scores if score.chosen)
+        configured, inputs = candidates[name]
+        run, folder = _train_in_folder(configured, inputs, options, out, observer)
 
         if not is_main_process():
             return summarize_run(run, folder)
+        page = _write_page(run, folder, scores, previous, observer)
 
-        def on_image(done: int, total: int) -> None:
-            observer.on_stage(name="report", done=done, total=total)
+    return summarize_run(run, folder, scores, **page)
 
-        before = list_runs_before(folder, chosen_recipe.project)
 
-        # The most frequent ones first
-        mistakes = write_run_page(run, folder, on_image, networks, before)
+def _observe(callback: "Callback | None", progress: bool | None, stack: ExitStack) -> Any:
+    """Return the user's *callback*; without one, bars on a terminal until *stack* ends, or nothing."""
+    from sopdeploy.training.callback import Callback
 
-        # A decision rule can be weak by itself, or weaker than that of the run before.
-        decisions = (run.fit.decision, None if previous is None else previous.decision)
-        rule, rule_before = (
-            None if decision is None else decision.rejection for decision in decisions
+    if callback is not None:
+        return callback
+    shows_progress = (err.is_terminal or err.is_jupyter) if progress is None else progress
+    if shows_progress and is_main_process():
+        return stack.enter_context(ProgressBars(err))
+    return Callback()
+
+
+def _compare_networks(
+    candidates: "Mapping[str, tuple[Recipe, RunInputs]]",
+    options: TrainOptions,
+    out: Path | None,
+    observer: Any,
+) -> tuple[NetworkScore, ...]:
+    """Measure and cross-validate the *candidates*, of which one is `chosen`."""
+    from sopdeploy.training.checkpoints import RunFolder
+    from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy_commands.training.network_choice import choose_network
+
+    within = None if options.within is None else _parse_milliseconds(options.within)
+    # Raises the error of another run there before minutes of measurements
+    if out is not None:
+        RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
+
+    if skipped := [name for name in options.networks() if name not in candidates]:
+        observer.on_warning(
+            f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
         )
-        if weakness := describe_weakness(rule, rule_before):
-            observer.on_warning(weakness)
+    return choose_network(candidates, within, observer, may_skip=options.models is None)
+
+
+def _train_in_folder(
+    recipe: "Recipe",
+    inputs: "RunInputs",
+    options: TrainOptions,
+    out: Path | None,
+    observer: Any,
+) -> "tuple[FinishedRun, Path]":
+    """Train *recipe* in *out*, by default in the next folder `runs/NAME-NUMBER`; return the run and its folder."""
+    from sopdeploy.training.checkpoints import IN_USE, numbered_folder
+    from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy.training.train import train_run
+
+    strategy = Strategy(select_device(recipe.device))
+    resume = RESUME[options.resume]
+
+    while True:
+        folder = out or numbered_folder(str(recipe.project), strategy, resume=bool(resume))
+        try:
+            run = train_run(
+                recipe,
+                folder,
+                resume=resume,
+                callback=observer,
+                strategy=strategy,
+                inputs=inputs,
+            )
+        except ConfigError as error:  # another process was faster to take this number
+            if error.code != IN_USE or out is not None or resume:
+                raise
+        else:
+            return run, folder
+
+
+def _write_page(
+    run: "FinishedRun",
+    folder: Path,
+    scores: Sequence[NetworkScore],
+    previous: "Checkpoint | None",
+    observer: Any,
+) -> dict[str, Any]:
+    """Write the page of *run*; return what `summarize_run` tells of it, and of the *previous* run."""
+    from sopdeploy.evaluation.decision_fit import describe_weakness
+    from sopdeploy.report.page import PAGE, write_run_page
+    from sopdeploy_commands.training.runs import list_runs_before
+
+    def on_image(done: int, total: int) -> None:
+        observer.on_stage(name="report", done=done, total=total)
+
+    before = list_runs_before(folder, run.setup.recipe.project)
+    mistakes = write_run_page(run, folder, on_image, scores, before)
+
+    # A decision rule can be weak by itself, or weaker than that of the run before.
+    decisions = (run.fit.decision, None if previous is None else previous.decision)
+    rule, rule_before = (
+        None if decision is None else decision.rejection for decision in decisions
+    )
+    if weakness := describe_weakness(rule, rule_before):
+        observer.on_warning(weakness)
 
     changes = "" if previous is None else _describe_changes(previous, run.setup)
-    page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
-    return summarize_run(run, folder, networks, **page)
+    most_frequent = tuple(mistakes[:2])
+    return {"report": folder / PAGE, "mistakes": most_frequent, "previous": changes}
 
 
 class TrainRequest(NamedTuple):
@@ -465,19 +506,20 @@ def configure(
     options: TrainOptions,
     settings: Mapping[str, Any] = {},
     previous: "Checkpoint | None" = None,
-    opened: Split | None = None,
+    split: Split | None = None,
     start_file: WeightPath | None = None,
 ) -> "tuple[Recipe, RunInputs]":
-    """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
+    """Read *recipe*, or that of the *previous* run, with the changes of *options* and *settings*.
 
-    Without a recipe and a network, a weight file determines the network. Returns the recipe,
-    and what is known: *opened* are the data, if they are opened, and *start_file* is the file
-    of the start weights, if it is checked. Raises `ConfigError` if there are no data and no
-    recipe, or if a value is invalid.
+    Without a recipe and a network, a weight file determines the network; without a name, the
+    folder of the data or the recipe names the project. Returns the recipe, and what is known:
+    *split* are the data, if they are opened, and *start_file* is the file of the start weights,
+    if it is checked. Raises `ConfigError` if there are no data and no recipe, or if a value is
+    invalid.
     """
     from sopdeploy.importers.conversion import WeightFile
-    from sopdeploy.importers.import_weights import network_of_weights, open_weights
-    from sopdeploy.training.recipe import HeadOptions, change_recipe, flatten
+    from sopdeploy.importers.import_weights import network_of_weights
+    from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.setup import RunInputs
 
     if recipe is None and data is None:
@@ -486,11 +528,34 @@ def configure(
         raise ConfigError(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
-    previous_recipe = None if previous is None else previous.training["recipe"]
 
-    source = recipe or FOLDER_RECIPE  # without a previous recipe, this one is read
+    source = recipe or FOLDER_RECIPE
+    recorded = None if previous is None else previous.training["recipe"]
+    changes = _list_changes(data, options, settings)
+    keys = [key for key, _ in flatten(dict(changes))]
+    configured = change_recipe(source, changes, recorded)
 
-    # Options are changes of the recipe, as `--set` is.
+    # Few photographs of a new class must not take those of the classes that the run before has.
+    if previous is not None and "procedure.margins" not in keys:
+        configured = _with_margins(configured)
+
+    # Without a recipe and a name, the weight file determines the network.
+    weights: WeightSource | None = start_file
+    if recipe is None and previous is None and "model.name" not in keys:
+        weights = _open_start_weights(configured, start_file)
+        if isinstance(weights, WeightFile):
+            network = network_of_weights(weights, configured.model.name)
+            configured = change_recipe(source, [*changes, ("model.name", network)])
+
+    return _with_project(configured, source), RunInputs(keys, weights, split)
+
+
+def _list_changes(
+    data: Path | None, options: TrainOptions, settings: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """List the changes of a recipe, dotted keys with values; those of options of their own win."""
+    from sopdeploy.training.recipe import flatten
+
     option_values = {
         "project": options.name,
         "data.path": data,
@@ -498,39 +563,43 @@ def configure(
         "rejection.unknown": options.unknown,
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
-    changes += [(key, value) for key, value in option_values.items() if value is not None]
+    return changes + [(key, value) for key, value in option_values.items() if value is not None]
 
-    changed = change_recipe(source, changes, previous_recipe)
-    keys = [key for key, _ in flatten(dict(changes))]
 
-    # The classes of the previous run
-    protects = previous is not None and "procedure.margins" not in keys
-    if protects and isinstance(changed.procedure, HeadOptions):
-        procedure = changed.procedure.model_copy(update={"margins": True})
-        changed = changed.model_copy(update={"procedure": procedure})
-    start_weights = None if changed.start is None else changed.start.weights
-    names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
-    weights: WeightSource | None = start_file
+def _with_margins(recipe: "Recipe") -> "Recipe":
+    """Set the option `margins` of the procedure of *recipe*, if it fits a head."""
+    from sopdeploy.training.recipe import HeadOptions
 
-    # Then the weights determine the network
-    if not names_network and isinstance(start_weights, Path):
-        path = expand_user(start_weights)
-        if start_file is None and path.is_file():
-            start_file = check_is_weights(path)
-        weights = None if start_file is None else open_weights(start_file)
-        if isinstance(weights, WeightFile):
-            network = network_of_weights(weights, changed.model.name)
-            if network != changed.model.name:
-                changed = change_recipe(source, [*changes, ("model.name", network)])
+    if not isinstance(recipe.procedure, HeadOptions):
+        return recipe
+    procedure = recipe.procedure.model_copy(update={"margins": True})
+    return recipe.model_copy(update={"procedure": procedure})
 
-    # The name of the folder of images or of the recipe, unless one is set.
-    if changed.project is None:
-        folder = getattr(changed.data, "path", None)
-        project = "" if folder is None else folder_project(folder)
-        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        changed = changed.model_copy(update={"project": project})
 
-    return changed, RunInputs(keys, weights, opened)
+def _open_start_weights(
+    recipe: "Recipe", start_file: WeightPath | None
+) -> "WeightSource | None":
+    """Open the file of the start weights of *recipe*, which may be checked as *start_file*; None without one."""
+    from sopdeploy.importers.import_weights import open_weights
+
+    weights = None if recipe.start is None else recipe.start.weights
+    if not isinstance(weights, Path):
+        return start_file
+
+    path = expand_user(weights)
+    if start_file is None and path.is_file():
+        start_file = check_is_weights(path)
+    return None if start_file is None else open_weights(start_file)
+
+
+def _with_project(recipe: "Recipe", source: str | Path) -> "Recipe":
+    """Name the project of *recipe*, unless it has a name, by the folder of its images or by *source*."""
+    if recipe.project is not None:
+        return recipe
+    folder = getattr(recipe.data, "path", None)
+    project = "" if folder is None else folder_project(folder)
+    project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+    return recipe.model_copy(update={"project": project})
 
 
 @command()
