@@ -205,25 +205,22 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
         names = tuple(match["name"] for match in numbered)
         numbers = [int(match["index"]) for match in numbered]
 
-        counts = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
-        is_complete = len(numbered) == len(lines) or (
+        # A list: all lines but a heading have a number, these count the lines, the rest are names.
+        count_lines = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+        are_all_numbered = len(numbered) == len(lines) or (
             has_heading and matches[0] is None and len(numbered) + 1 == len(lines)
         )
-        if (
-            is_complete
-            and counts
-            and len(set(names)) == len(names)
-            and not any(map(_has_columns, names))
-        ):
+        are_names = len(set(names)) == len(names) and not any(map(_has_columns, names))
+        if are_all_numbered and count_lines and are_names:
             return names
 
         # `Boeing 747` ends with a number that is a part of the name.
         is_certain = side == "begins" or not any(match["between"] == " " for match in numbered)
-        if numbered and is_complete and is_certain:
+        if numbered and are_all_numbered and is_certain:
             raise ValueError(
                 f"each line {side} with a number, and these do not count the lines"
             )
-        if len(numbered) > 1 and counts and is_certain:
+        if len(numbered) > 1 and count_lines and is_certain:
             raise ValueError(
                 f"{len(numbered)} of {len(lines)} lines {side.removesuffix('s')} with a number"
             )
