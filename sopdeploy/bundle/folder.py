@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -461,21 +461,22 @@ def check_file_name(bundle: Path, name: str) -> None:
 
 def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
     """Parse the class names; raise `BundleError` if *manifest* has outputs or rules for other ones."""
-    count = manifest.outputs[0].shape[-1]  # of classes
-
     try:
         labels = read_labels(content)
     except ValueError as error:
         raise BundleError(f"{file}: {error}; export the bundle again") from error
 
-    if len(labels) != count:
-        raise BundleError(
-            f"{file}: {len(labels)} class names for {count} outputs; export the bundle again"
-        )
-
-    if problem := manifest.rules.problem_with(len(labels)):
-        raise BundleError(f"{file.parent}: {problem}; export it again")
+    if problem := labels_problem(labels, manifest):
+        raise BundleError(f"{file}: {problem}; export the bundle again")
     return labels
+
+
+def labels_problem(labels: Sequence[str], manifest: Manifest) -> str | None:
+    """Describe an output or rule of *manifest* that is not for as many classes as *labels*; None if all are."""
+    count = manifest.outputs[0].shape[-1]  # of classes
+    if len(labels) != count:
+        return f"{len(labels)} class names for {count} outputs"
+    return manifest.rules.problem_with(len(labels))
 
 
 class ListedBundle(NamedTuple):

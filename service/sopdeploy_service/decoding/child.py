@@ -137,11 +137,15 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
 def restrict(options: ChildOptions) -> str:
     """Limit this process until it ends; return the names of the restrictions."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(FileNotFoundError):  # only Linux has this file
+
+    # The limit counts addresses: also those of shared memory, of stacks and of pages that are
+    # only read. Only Linux has this file.
+    with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/self/status").read_text().splitlines()
-        used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
-        # Soft and hard limit
-        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
+        used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
+        limit = used + options.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
     os.nice(options.niceness)
     # A light child decodes all the time, and keeps its memory for the next image. One for large
     # images is mostly idle, and would occupy memory for nothing.

@@ -156,8 +156,10 @@ class DecoderTemplate(TemplateProcess):
             },  # no secrets, and no threads: a fork would lose them
             pass_fds=[file],
             cwd="/",
-            # Ctrl-C ends only the server, which decodes until it has drained
-            start_new_session=True,
+            # Ctrl-C ends only the server, which decodes until it has drained. If the server ends
+            # while the template is stopped, the system ends this group, as it has no parent in
+            # the session any more (setpgid(2)).
+            process_group=0,
         )
         threading.Thread(
             target=_log_stderr, args=(process,), name="stderr", daemon=True

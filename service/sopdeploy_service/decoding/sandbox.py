@@ -71,16 +71,23 @@ SET_NAME = 15
 SET_VMA = 0x53564D41
 
 
-def argument_rules(process: int) -> tuple[AllowedValues, ...]:
-    """List the system calls that *process* may use with certain arguments only."""
+def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
+    """List the system calls that *process* may use with certain arguments only; with *threads*, or without.
+
+    No value of `clone` starts a process.
+    """
     return (
+        AllowedValues(
+            "clone",
+            (56, 220),
+            argument=0,
+            mask=THREAD | NAMESPACES,
+            values=(THREAD,) if threads else (),
+        ),
         AllowedValues(
             "mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)
         ),  # no programs in memory
         AllowedValues("mprotect", (10, 226), argument=2, mask=EXECUTABLE, values=(0,)),
-        AllowedValues(
-            "clone", (56, 220), argument=0, mask=THREAD | NAMESPACES, values=(THREAD,)
-        ),  # no fork
         AllowedValues(
             "newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)
         ),
@@ -138,8 +145,10 @@ def preload() -> None:
             importlib.import_module(name)
 
 
-def build_filter(machine: str, process: int) -> bytes:
+def build_filter(machine: str, process: int, *, threads: bool) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
+
+    Only with *threads* can the process start some.
 
     An instruction is (operation, instructions to skip if a comparison holds, to skip if not,
     operand).
@@ -154,7 +163,7 @@ def build_filter(machine: str, process: int) -> bytes:
     ]
     for numbers in ALLOWED.values():
         code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
-    for rule in argument_rules(process):
+    for rule in argument_rules(process, threads=threads):
         offset = ARGUMENTS_AT + 8 * rule.argument  # the low four of the eight bytes come first
         check = [(LOAD, 0, 0, offset), (AND, 0, 0, rule.mask)]
         for value in rule.values:
@@ -175,7 +184,10 @@ def build_filter(machine: str, process: int) -> bytes:
 
 
 def enter() -> str:
-    """Restrict this process forever, or raise `OSError`; return the names of the restrictions."""
+    """Restrict this process forever, or raise `OSError`; return the names of the restrictions.
+
+    Call `preload` before.
+    """
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
         raise OSError(
@@ -186,7 +198,9 @@ def enter() -> str:
     if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no_new_privs is not available")
     version = _enter_landlock(libc)
-    code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
+    # libde265, which decodes HEIC, always works in another thread; no other decoder does.
+    instructions = build_filter(machine, os.getpid(), threads="HEIF" in Image.OPEN)
+    code = ctypes.create_string_buffer(instructions)
     # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
     # > 0: a thread has another filter

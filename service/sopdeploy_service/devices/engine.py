@@ -267,10 +267,11 @@ class Engine:
             slots, described = channel.open_channel(
                 connection, facts, 2 * self._settings.queue_size
             )
-        except OSError as error:
+        except (OSError, ChannelError) as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
-                log.error("front end %s: has no channel (%s)", name, error.strerror)
+                reason = getattr(error, "strerror", None) or error
+                log.error("front end %s: has no channel (%s)", name, reason)
             return
         front_end = FrontEndChannel(name, self, models, slots, described, number)
         self.front_ends.add(front_end)
