@@ -212,6 +212,7 @@ def with_registered(
             if isinstance(value, base):
                 return value
 
+            # The kind of a plug-in's config, or an error that lists all kinds.
             context = problem["ctx"]
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:

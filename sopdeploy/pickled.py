@@ -133,6 +133,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
         if argument in _COSTLY:
             raise ValueError(f"{argument}: may take any time or memory")
 
+        # Values that are named again keep their extent.
         if name in {"BINPUT", "LONG_BINPUT"}:
             memo[argument] = stack[-1]
             continue
@@ -143,6 +144,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             stack.append(None)
             continue
 
+        # What the operation takes from the stack: all above the last mark, or a fixed number.
         before = operation.stack_before
         if pickletools.markobject in before:
             operands = list(iter(stack.pop, None))  # those above the mark

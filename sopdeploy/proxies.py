@@ -132,11 +132,13 @@ def is_this_machine(host: str) -> bool:
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
 
+    # Names of this machine in /etc/hosts stand for their addresses.
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
         text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
         lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
         host = next((address for address, *names in filter(None, lines) if host in names), host)
 
+    # An address that the machine would send from is its own.
     try:
         addresses = socket.getaddrinfo(
             host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST

@@ -139,6 +139,7 @@ def _prepare_digits(out: Path) -> _Prepared:
         if done.returncode:
             return _Prepared(outputs, done.returncode)
 
+    # A server classifies the held-out digits.
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as (ready, client):

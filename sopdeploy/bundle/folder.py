@@ -381,6 +381,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
         )
 
+    # The folder is opened once, so that no other one can take its name meanwhile.
     contents: dict[str, bytes] = {}
     graph: SealedFile | None = None
     current = path  # for the message of an error

@@ -118,6 +118,7 @@ def read_probes(bundle: Bundle) -> Probes:
                 f"{path}: allows output {name!r} any value; export the bundle again"
             )
 
+    # Every output of the manifest has expected values for every image.
     count = probes.images.shape[0] if probes.images.ndim else 0
     required_shapes = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
     shapes = {

@@ -161,6 +161,7 @@ def classification_report(
     if not count:
         raise DataError(NO_IMAGES)
 
+    # Images of one group are not independent; they count as fewer.
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(
@@ -171,6 +172,7 @@ def classification_report(
     )
     units = effective_count(groups)
 
+    # The confusion matrix, for the classes that occur.
     shown = np.union1d(targets, predicted)  # sorted
     # a row per target, a column per prediction
     confusion = np.zeros((len(shown), len(shown)), np.int64)
@@ -178,6 +180,7 @@ def classification_report(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
     )
 
+    # Precision, the share of right answers, and recall, that of recognized images, by class.
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits = int(confusion[row, row])

@@ -68,6 +68,7 @@ def open_image(
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
 
+    # Headers are read within limits; the pixels are not decoded yet.
     detected = detect_format(body, formats)
     try:
         # Before `Image.open`, which allocates the pixels of a WebP:

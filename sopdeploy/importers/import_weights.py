@@ -128,6 +128,7 @@ def import_weights(
     if problem is not None and triangle is None:
         raise WeightsError(f"{source}: {problem}")
 
+    # Find what the file is, by the names and shapes of its tensors.
     converted = convert_weights(file, model, triangle)
     if converted.num_classes == 0:
         raise WeightsError(
@@ -140,6 +141,7 @@ def import_weights(
     state = fit_tensors(file, converted, model, config)
     names, label_origin = _find_class_names(file, converted, labels)
 
+    # The checkpoint records where its weights come from.
     try:
         checkpoint = Checkpoint(
             model=model,

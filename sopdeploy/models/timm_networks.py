@@ -51,6 +51,8 @@ class TimmConfig(StrictModel):
             include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
         )
 
+        # Timm takes each option under a name of its own, and networks without it raise a
+        # TypeError.
         options: dict[str, Any] = {}
         if self.output_stride != 32:
             options["output_stride"] = self.output_stride

@@ -98,6 +98,7 @@ def write_run_page(
     # Otherwise the predictions say nothing about other photographs
     is_measured = result.score is not None
 
+    # The classes in a line, in full for few of them.
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = insert_names(
@@ -117,6 +118,7 @@ def write_run_page(
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
 
+    # How the network was trained: weights, images, procedure.
     weights = "random weights"
     side = rules.crop
     if setup.weights is not None:
@@ -137,6 +139,7 @@ def write_run_page(
         )
         sections.append(Section(title="Runs before", tables=[table]))
 
+    # The curves of the training, and the decision of the bundle.
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
         sentences = [_DECISION]
@@ -240,6 +243,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         head for row in history if row.diagnostics for head in row.diagnostics.heads
     )
 
+    # With branches, curves of several heads.
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         text.append(
@@ -253,6 +257,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         }
         return Figure(image=plot(curves, "epoch", label), caption=caption)
 
+    # Curves by their names in the legend, with the columns of the history.
     scores = {"deployed": score_column} | {
         head: f"{head}_{score_column}" for head in shown_heads
     }
@@ -399,6 +404,7 @@ def _show_photographs(
 
 def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Section]:
     """List the recipe and the environment of the run, in a section each."""
+    # The options of the network stand under `network.`, with its defaults.
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
         # The latter are shown as `network.`

@@ -41,6 +41,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
         )
 
+    # The same images, if the folder was moved, are at *data*.
     last = read_checkpoint(path)
     recipe = read_recorded_recipe(last, path)
     if data is not None:
@@ -55,6 +56,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             "procedure on such files"
         )
 
+    # The predictions are in the order of the images, which must be the same.
     division = open_division(recipe, last)
     images = division.data.train
     hashes = division.file_hashes

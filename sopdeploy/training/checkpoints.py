@@ -202,6 +202,7 @@ class ResumeState(TypedDict, total=False):
 
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
+    # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
     # raw, if *weights* are averages
     learning = {} if fit.learning is None else fit.learning.state_dict()
@@ -221,6 +222,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             thresholds = metrics.thresholds
         decision = Decision(activation="sigmoid", thresholds=thresholds)
 
+    # Bundles know their training images by these hashes.
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = setup.origin
     if origin is not None:

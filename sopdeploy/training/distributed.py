@@ -212,6 +212,7 @@ def join_processes() -> Iterator[None]:
         yield
         return
 
+    # Each process computes on its own GPU.
     if torch.cuda.is_available():
         number = launcher_number("LOCAL_RANK", 0)
         count = torch.cuda.device_count()

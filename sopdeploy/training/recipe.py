@@ -287,6 +287,7 @@ class Recipe(LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
+        # Branches can be removed only while something else learns.
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(
@@ -297,6 +298,7 @@ class Recipe(LoopSettings):
                 "model.remove_branches_at: nothing would learn after it with start.learn = branches"
             )
 
+        # The classifier learns first only if the rest learns later.
         if not self.first_phase:
             return self
         if self.first_phase >= self.epochs:

@@ -120,6 +120,7 @@ def set_up_run(
     for note in split.notes:
         callback.on_warning(note)
 
+    # The procedure, the images on each side, and whether the keys of the user have an effect.
     recipe, reason = select_procedure(
         recipe, len(split.train), None if recorded is None else recorded.procedure
     )
@@ -130,6 +131,7 @@ def set_up_run(
     if isinstance(recipe.procedure, LoopConfig):
         check_batch_size(recipe, len(division.data.train), strategy.world)
 
+    # The network: with its start weights, or as the last checkpoint has it.
     if last is None or recorded is None:
         setup = new_setup(recipe, division, strategy, inputs.weights)
         if parts := setup.random_frozen_parts():
@@ -349,6 +351,7 @@ def _check_data(
     file_hashes = division.file_hashes
     unknown = recipe.rejection.unknown
 
+    # What one class per image needs, images of several classes do not have.
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(

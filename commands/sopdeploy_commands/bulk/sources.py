@@ -114,6 +114,7 @@ def _naming(source: str) -> Iterator[None]:
 
 def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of *source*: an archive, a list, an address, a folder or a file; else `DataError`."""
+    # By its suffix, its scheme, or what the file system has at the path.
     path = Path(source)
     if source.lower().endswith(_TAR):
         yield from _list_tar(source, skipped)

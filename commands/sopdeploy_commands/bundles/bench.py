@@ -90,6 +90,7 @@ def bench(
     settings = settings or load_settings()
     batches = parse_batch_sizes(batch)
 
+    # Sizes that the runtime does not take are an error before any measurement.
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     manifest = loaded.bundle.manifest
@@ -118,6 +119,7 @@ def bench(
                 runtime.run(images)
                 seconds.append(time.perf_counter() - start)
 
+        # Images per second follow from the median.
         median, p95, p99 = (
             1000 * float(value) for value in np.percentile(seconds, (50, 95, 99))
         )

@@ -165,6 +165,7 @@ def _export_weights(
         read_weights,
     )
 
+    # What the user says about the network: classes, preprocessing, name.
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
@@ -178,6 +179,7 @@ def _export_weights(
     )
     build = network_builder("network", str(source.network), source.option)
 
+    # The class names are those of the option, or else those in the file.
     file = read_weights(weights)
     labels = labels or file.labels
     if labels is None:

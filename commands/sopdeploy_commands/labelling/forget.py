@@ -229,6 +229,7 @@ def _final_path(path: Path) -> Path:
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
     """Find the rows of *wanted* in *tables*; the list of a run says where images of the others are."""
+    # The list of a run says for each row where its image is.
     all_rows = {table: list(_read_table(table)) for table in tables}
     listed: dict[tuple[Path, str], _TableRow] = {}
     for table, rows in all_rows.items():
@@ -341,6 +342,7 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
 
+    # Each group of rows is read, emptied and written alone.
     num_before = 0  # rows of earlier groups
     with (
         atomic_write(table) as partial,

@@ -132,6 +132,7 @@ def choose_network(
     ]
     chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
 
+    # A row for each network that was measured, with its score if it was validated.
     scores = []
     for name, speed in speeds.items():
         score = NetworkScore(

@@ -320,6 +320,8 @@ def _train_in_folder(
     strategy = Strategy(select_device(recipe.device))
     resume = RESUME[options.resume]
 
+    # The number of a folder is taken when the folder is locked, which another process may do
+    # first.
     while True:
         folder = out or numbered_folder(str(recipe.project), strategy, resume=bool(resume))
         try:
@@ -388,6 +390,7 @@ def read_request(
     First raises the error of a path or a text that `train` cannot use, before torch is
     imported.
     """
+    # Errors of options and files come first, in seconds: no torch, no network.
     split = None
     for assignment in options.set:
         # For its errors; the values are read in `configure`, with the recipe
@@ -424,6 +427,7 @@ def read_request(
     if unknown is not None:
         open_any_images(unknown)  # raises its errors
 
+    # The run to start from, whose recipe may select other classes than the folder has.
     previous = None
     if options.from_ is not None:
         previous = read_previous(Path(options.from_))

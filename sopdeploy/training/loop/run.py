@@ -222,6 +222,7 @@ def fit_best(
     images, or several classes per image, that of `best.pt` remains. The other processes only
     estimate the score.
     """
+    # The score of the epoch that is in `best.pt`.
     recipe = run.recipe
     result = estimate_best(
         run.position.history,

@@ -177,6 +177,7 @@ class LoopState:
         numbers = iter(torch.cat(values).tolist())
         rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
 
+        # A process with a value that is not finite makes the count too low, in all processes.
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):

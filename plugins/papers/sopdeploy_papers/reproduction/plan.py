@@ -175,6 +175,7 @@ class Reproduction:
 
     def summary(self) -> dict[str, object]:
         """Return the results without the epochs of the runs and their recipes, for `--json`."""
+        # Histories and recipes are long; files beside the page have them.
         hidden = {"recipe", "network", "history", "machine"}
         rows = []
         for row in self.rows:
