@@ -108,20 +108,9 @@ def choose_network(
         raise WeightsError(
             f"the weights of {shorten(fast)}, which are fast enough, cannot be reached"
         )
-    validated = {}
-
-    # Cross-validate each; the features stay in the cache for the run with the chosen network.
-    for name in fetch_weights(candidates, callback, may_skip=may_skip):
-        weights = configured[name][1].weights
-        try:
-            validated[name] = score_network(
-                recipes[name], data.train, weights, strategy, callback
-            )
-        except DataError as error:  # perhaps of a damaged image, which the run names
-            data = leave_out_unreadable(data, error)
-            validated[name] = score_network(
-                recipes[name], data.train, weights, strategy, callback
-            )
+    names = fetch_weights(candidates, callback, may_skip=may_skip)
+    weights = {name: configured[name][1].weights for name in names}
+    validated = _validate(recipes, weights, data, strategy, callback)
 
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
@@ -145,6 +134,28 @@ def choose_network(
         scores.append(score)
 
     return tuple(scores)
+
+
+def _validate(
+    recipes: Mapping[str, Recipe],
+    weights: Mapping[str, WeightSource | None],
+    data: Split,
+    strategy: Strategy,
+    callback: Callback,
+) -> dict[str, Validated]:
+    """Cross-validate the networks of *weights*; images that cannot be read are left out for all that follow.
+
+    The features stay in the cache for the run with the chosen network.
+    """
+    validated = {}
+    for name, source in weights.items():
+        try:
+            score = score_network(recipes[name], data.train, source, strategy, callback)
+        except DataError as error:  # perhaps of a damaged image, which the run names
+            data = leave_out_unreadable(data, error)
+            score = score_network(recipes[name], data.train, source, strategy, callback)
+        validated[name] = score
+    return validated
 
 
 def select_procedures(
@@ -175,10 +186,10 @@ def measure_networks(
 ) -> dict[str, Speed]:
     """Export the network of each of *recipes* with random weights; measure its size and time for an image."""
     onnxruntime = import_onnxruntime()
-    graphs: dict[str, bytes] = {}
-    images: dict[str, NDArray[np.uint8]] = {}
 
     # Random weights take as long as trained ones, so no weights are needed to measure the time.
+    graphs: dict[str, bytes] = {}
+    images: dict[str, NDArray[np.uint8]] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
         graphs[name], images[name] = _export_unfitted(recipe, classes)
