@@ -300,6 +300,5 @@ def _find_class_names(
         return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"
 
     width = len(str(count - 1))
-    return tuple(
-        f"class {index:0{width}}" for index in range(count)
-    ), "numbers; give --labels for names"
+    numbers = tuple(f"class {index:0{width}}" for index in range(count))
+    return numbers, "numbers; give --labels for names"

@@ -93,7 +93,8 @@ def build_from_program(
 
 def _cast_program_images_first(program: ExportedProgram) -> None:
     """Cast the uint8 images of *program* to float32 first, in place: TensorRT can only cast uint8."""
-    (name,), graph = program.graph_signature.user_inputs, program.graph
+    graph = program.graph
+    (name,) = program.graph_signature.user_inputs
     images = next(node for node in graph.nodes if node.name == name)
     with graph.inserting_after(images):
         cast = graph.call_function(
