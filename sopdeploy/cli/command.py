@@ -79,10 +79,10 @@ def command(
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
         parameters = _declare_parameters(function, options)
-        show_parameters: list[inspect.Parameter] = []
 
         # The options of the result's printer and those of the service follow those of the
         # function.
+        show_parameters: list[inspect.Parameter] = []
         if show is not None:
             # The first is the result
             result_name = next(iter(inspect.signature(show).parameters))

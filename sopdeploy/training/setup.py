@@ -236,9 +236,9 @@ def select_procedure(
     `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
     """
     config: AnyProcedureConfig = LoopConfig()
-    reason = ""
 
     # The set procedure, that of the resumed run, or one by the number of images.
+    reason = ""
     if not isinstance(recipe.procedure, AutoConfig):
         config = recipe.procedure
     elif recorded is not None:

@@ -251,10 +251,10 @@ def _match_tensors(
 
     # The first tensor belongs to the backbone
     contains_backbone = is_in(next(iter(own)), container)
-    matching: dict[str, Tensor] = {}
-    new: set[str] = set()
 
     # Each one is loaded, in a new part, a counter, or an error
+    matching: dict[str, Tensor] = {}
+    new: set[str] = set()
     for name, tensor in own.items():
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:

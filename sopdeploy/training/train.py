@@ -150,6 +150,7 @@ def _fit(
         from sopdeploy.training.fine_tune import fit_fine_tune  # noqa: PLC0415
 
         fit = partial(fit_fine_tune, setup, last)
+
     for line in setup.describe(is_new=last is None):
         callback.on_message(line)
     return FinishedRun(setup, *fit(folder, callback))

@@ -117,8 +117,7 @@ def classify(
         closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier,
         folder.locked(),
     ):
-        # The list of images is written once; a repeated command continues with the missing
-        # parts.
+        # A repeated command must list the same images; it continues with the missing parts.
         folder.begin(list_sources(names, skipped), options.part_images, classifier.state)
         sizes = folder.sizes()
         total = sum(sizes)

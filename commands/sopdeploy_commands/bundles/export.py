@@ -171,7 +171,8 @@ def _export_weights(
     check_is_weights(weights)
     name = options.name or file_project(weights)
 
-    # Other code builds the networks: the one that was trained and, if given, the plain one.
+    # The user's code builds the networks: the one that was trained and, if given, the plain
+    # one.
     plain = (
         None
         if source.plain is None

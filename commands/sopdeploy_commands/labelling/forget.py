@@ -67,10 +67,10 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
     searched = [Path(folder) for folder in folders]  # the command line gives text
 
     wanted = _Wanted.read(photograph)
-    deleted: list[Path] = []
 
     # Searches again until nothing is left: `label` may have moved the photograph in the
     # meantime.
+    deleted: list[Path] = []
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
         deleted += _delete(traces)
     if not deleted:

@@ -365,7 +365,7 @@ def first_stages(model: Classifier) -> set[str]:
     first = list(dict.fromkeys(stages.values()))[: len(set(stages.values())) // 2]
     frozen_taps = [tap for tap in taps if stages[tap] in first]
 
-    # Modules are listed in the order of the forward pass; all until the last frozen tap are
+    # Modules are listed in the order of their creation; all up to the last frozen tap are
     # frozen.
     names = [name for name, _ in model.named_modules()]
     ends = [index for index, name in enumerate(names, 1) if is_in(name, *frozen_taps)]
