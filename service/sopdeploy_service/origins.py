@@ -181,19 +181,25 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
     """
     if not sent.isascii():
         return False
-
     try:
         host = parse_host(sent)
-        if any(pattern.matches(host) for pattern in patterns):
-            return True
-        ip_address(host.name)
-    except ValueError:  # *sent* is malformed, or no address
+    except ValueError:
         return False
 
-    return or_address
+    if any(pattern.matches(host) for pattern in patterns):
+        return True
+    return or_address and is_address(host.name)
 
 
-@functools.lru_cache(maxsize=4096)
+def is_address(name: str) -> bool:
+    """Tell whether *name* is an IP address."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
     try:

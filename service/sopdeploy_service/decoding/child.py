@@ -54,9 +54,8 @@ ERRORS = (
     ("decoder_failed", 500),
 )
 WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
-PIXEL_BYTES = (
-    20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
-)
+# that the decoder of an ordinary file needs at most, lossless WebP with a rotation
+PIXEL_BYTES = 20
 
 
 class ChildOptions(NamedTuple):
@@ -78,18 +77,22 @@ def read_rules(text: bytes) -> Preprocess:
 
 def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[bytes]:
     """Decode *image* by *rules*, or copy it if there are none; return the reply to *number* in parts."""
+    # Answer with the copy, or with the pixels and the warnings.
     try:
         if not rules:
             copy, suffix = copy_without_metadata(image, options.max_pixels)
             return [REPLY.pack(number, COPY, int(suffix == ".png"), len(copy)), copy]
+
         decoded = decode(
             image,
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
         )
+
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
+
         # One part wakes the server once
         return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]
     except ImageError as error:
@@ -97,6 +100,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         code = error.code
         status = error.status
         message = str(error)
+
         # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is
         # damaged.
         width, height = webp_size(image)
@@ -113,6 +117,8 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         code = "decoder_failed"
         status = 500
         message = "the decoder failed on this image"
+
+    # Answer with the error.
     kind = FIRST_ERROR + ERRORS.index((code, status))
     data = message.encode()[:MAX_MESSAGE]
     return [REPLY.pack(number, kind, 0, len(data)), data]
@@ -125,12 +131,15 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
         part = end.recv(count, socket.MSG_WAITALL)
         if not part:
             raise BrokenPipeError
+
         # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at
         # a time.
         if time.monotonic() > deadline:
             raise TimeoutError
+
         parts.append(part)
         count -= len(part)
+
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -147,16 +156,19 @@ def restrict(options: ChildOptions) -> str:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     os.nice(options.niceness)
+
     # A light child decodes all the time, and keeps its memory for the next image. One for large
     # images is mostly idle, and would occupy memory for nothing.
     if options.is_light:
         keep_freed(options.memory)
+
     Image.core.set_blocks_max(int(options.is_light))  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 
 
 def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
     """Restrict this process, tell the server at *end* whether this succeeded, and serve it until it ends."""
+    # Tell the server whether the restrictions are in force.
     try:
         try:
             kind = READY
@@ -164,17 +176,21 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         except OSError as error:
             kind = FAILED
             text = str(error.strerror).encode()
+
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
+
         # After FAILED, a server that requires a sandbox closes its end; others use this child
         # without one.
         while True:
             number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
             rules = receive(end, rules_size)
             image = receive(end, size)
+
             # SIGPROF ends this process; with 0 seconds there is no timer.
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             reply = answer(number, rules, image, options)
             signal.setitimer(signal.ITIMER_PROF, 0)
+
             del image  # frees it before the reply is sent
             for part in reply:
                 end.sendall(part)
@@ -190,10 +206,14 @@ def run_template(control: socket.socket) -> None:
     children: set[int] = set()
     ended: dict[int, int] = {}  # exit codes of children that ended by themselves
     while True:
+        # Wait for a message; without one, the server has ended.
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             break
+
         request = json.loads(message)
+
+        # Fork or kill a child.
         if descriptors:  # *request* are the options of a child to fork
             code = 0
             try:
@@ -201,6 +221,7 @@ def run_template(control: socket.socket) -> None:
             except OSError as error:
                 control.sendall(templates.REPLY.pack(0, error.errno or 0))
                 continue
+
             children.add(process)
             ended.pop(process, None)  # of an earlier child with this id
         else:  # *request* is the id of a child to kill
@@ -210,6 +231,7 @@ def run_template(control: socket.socket) -> None:
                 if process in children
                 else ended.pop(process, UNKNOWN_CODE)
             )
+
         # Forget the children that ended by themselves. The system gives the id of a process to
         # another one only after `waitpid` has returned it, so an id in *children* is always
         # that of a child.
@@ -218,7 +240,9 @@ def run_template(control: socket.socket) -> None:
             if waited == child:
                 children.discard(child)
                 ended[child] = os.waitstatus_to_exitcode(status)
+
         control.sendall(templates.REPLY.pack(process, code))
+
     for process in list(children):
         _kill(children, process)
 
@@ -226,6 +250,7 @@ def run_template(control: socket.socket) -> None:
 def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int:
     """Fork a child, which alone keeps the socket *descriptor*; return its id, or raise `OSError`."""
     template = os.getpid()
+
     try:
         process = os.fork()
         if process == 0:  # this is the child

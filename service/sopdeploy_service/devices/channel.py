@@ -105,18 +105,22 @@ class ModelFacts(NamedTuple):
     @classmethod
     def from_fields(cls, fields: ModelFields) -> "ModelFacts":
         """Convert what `to_fields` returned, after JSON; any error for anything else."""
+        # Check the manifest and the labels as those of a bundle that is read from a disk.
         manifest_bytes = b64decode(fields["manifest"])
         check_parts(manifest_bytes)
         manifest = Manifest.from_bytes(manifest_bytes)
+
         labels = tuple(b64decode(fields["labels"]).decode().split("\n"))
         if problem := label_problem(labels) or labels_problem(labels, manifest):
             raise ChannelError(problem)
+
         bundle = Bundle(
             path=Path(os.fsdecode(b64decode(fields["path"]))),
             manifest=manifest,
             labels=labels,
             contents={name: b64decode(text) for name, text in fields["contents"].items()},
         )
+
         return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
 
 
@@ -157,10 +161,12 @@ class Slots:
         """Copy the outputs with *shapes* by name, in the order in which `write_outputs` wrote them."""
         outputs = {}
         begin = 0
+
         for name, shape in shapes.items():
             end = begin + 4 * math.prod(shape)
             outputs[name] = self._memory[slot, begin:end].copy().view(np.float32).reshape(shape)
             begin = end
+
         return outputs
 
     def write_error(self, slot: int, error: HttpError) -> None:
@@ -175,7 +181,9 @@ class Slots:
         """Read what `write_error` wrote; raises `ValueError` or `TypeError` for anything else."""
         (size,) = ERROR_SIZE.unpack(self._memory[slot, : ERROR_SIZE.size].tobytes())
         data = self._memory[slot, ERROR_SIZE.size : ERROR_SIZE.size + size].tobytes()
+
         error = HttpError(**json.loads(data))
+
         if not 400 <= error.status < 600:
             raise ValueError(f"status {error.status}")
         return error
@@ -211,6 +219,7 @@ def open_channel(
     # A slot has outputs or an error, and pixels.
     output_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size
     pixel_bytes = 0
+
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
         output_bytes = max(output_bytes, needed_outputs)
@@ -224,12 +233,14 @@ def open_channel(
 
     # The opening has a few bytes, which a new connection takes at once.
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
+
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
         socket.send_fds(connection, [opening], [file])
     except OSError:
         os.close(file)
         raise
+
     return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), described
 
 
@@ -260,20 +271,25 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     end = time.monotonic() + OPENING_SECONDS
     connection.settimeout(OPENING_SECONDS)
     opening, files, _, _ = socket.recv_fds(connection, OPENING.size, 1, socket.MSG_WAITALL)
+
     if len(opening) < OPENING.size or not files:
         for file in files:
             os.close(file)
         raise ConnectionResetError(errno.ECONNRESET, "the engine has ended")
+
     num_slots, output_bytes, pixel_bytes, size = OPENING.unpack(opening)
     memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))
+
     if num_slots > MAX_SLOTS:
         raise ChannelError(f"{num_slots} slots")
 
     # The models.
     check_size(size)
+
     described = receive(connection, size, end)
     check_parts(described)
     models = [ModelFacts.from_fields(fields) for fields in json.loads(described)]
+
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
         if needed_outputs > output_bytes or needed_pixels > pixel_bytes:

@@ -150,28 +150,11 @@ class BudgetedRegistry(ModelRegistry):
         """
         name = lazy.placeholder.name
         try:
-            # Load the bundle, when there is room for it.
             async with self.changing:
                 if time.monotonic() < lazy.retry_at:
                     return lazy.load_error
-
                 await self._make_room(lazy.bytes)
-
-                reduced = lazy.placeholder.bundle  # without the graph
-                reading = daemon_threads.start(
-                    partial(read_files, reduced.path, reduced.manifest)
-                )
-                bundle = await finish_in_time(reading, reduced.path, self._settings)
-                loaded = await load_in_background(bundle, self._settings)
-
-                # Serve it, and count it.
-                model = self._by_name[name] = self._start_model(name, loaded)
-                # it has counted since the start of the server
-                model.drift = lazy.placeholder.drift
-                self.metrics.model_memory.labels(name).set(lazy.bytes)
-                self.metrics.model_loads.labels(name).inc()
-                log.info("%s: loaded", name)
-
+                await self._replace_placeholder(lazy)
             return None
         except RejectedError as error:
             return error.reason
@@ -188,6 +171,22 @@ class BudgetedRegistry(ModelRegistry):
             return lazy.load_error
         finally:
             lazy.loading = None
+
+    async def _replace_placeholder(self, lazy: LazyModel) -> None:
+        """Load the bundle of *lazy* and serve it; raises what the load raises."""
+        name = lazy.placeholder.name
+        reduced = lazy.placeholder.bundle  # without the graph
+        reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
+        bundle = await finish_in_time(reading, reduced.path, self._settings)
+        loaded = await load_in_background(bundle, self._settings)
+
+        # The drift has been counted since the start of the server.
+        model = self._by_name[name] = self._start_model(name, loaded)
+        model.drift = lazy.placeholder.drift
+
+        self.metrics.model_memory.labels(name).set(lazy.bytes)
+        self.metrics.model_loads.labels(name).inc()
+        log.info("%s: loaded", name)
 
     async def _make_room(self, needed: int) -> None:
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""

@@ -6,6 +6,7 @@ requests.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -467,24 +468,26 @@ class Service:
         outcomes_of_copies = await self.infer(model, copies, deadline, for_drift=False)
         seconds = time.monotonic() - started
 
-        # Give each prediction the logits of its copies, or the error of the first that failed.
-        first_copy = 0  # of the next image with a prediction
-        for number, outcome in enumerate(outcomes):
-            if isinstance(outcome, HttpError):
-                continue
-            of_copies = outcomes_of_copies[first_copy : first_copy + num_copies]
-            first_copy += num_copies
+        # Each prediction takes the outcomes of its copies, in order.
+        remaining = iter(outcomes_of_copies)
+        explained: list[Outcome] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Prediction):
+                of_copies = list(itertools.islice(remaining, num_copies))
+                outcome = _add_copies(outcome, of_copies, model.logits_name, seconds)
+            explained.append(outcome)
+        return explained
 
-            error = next((one for one in of_copies if isinstance(one, HttpError)), None)
-            if error is not None:
-                outcomes[number] = error
-                continue
 
-            logits = [
-                one.outputs[model.logits_name]
-                for one in of_copies
-                if isinstance(one, Prediction)
-            ]
-            stages = {**outcome.stage_seconds, "explain": seconds}
-            outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
-        return outcomes
+def _add_copies(
+    prediction: Prediction, copies: Sequence[Outcome], logits_name: str, seconds: float
+) -> Outcome:
+    """Add the logits of occluded *copies*, which took *seconds*; return the error of the first that failed."""
+    logits = []
+    for copy in copies:
+        if isinstance(copy, HttpError):
+            return copy
+        logits.append(copy.outputs[logits_name])
+
+    stages = {**prediction.stage_seconds, "explain": seconds}
+    return prediction._replace(stage_seconds=stages, occluded=np.array(logits))

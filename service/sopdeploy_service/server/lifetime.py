@@ -35,10 +35,12 @@ async def follow(
     """Call *reload* whenever *read*, which is called each second, returns something else than *before*."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
+
         try:
             now = await asyncio.to_thread(read)
         except (OSError, ConfigError):  # the folder, or its log, cannot be read now
             continue
+
         if now != before:
             before = now
             reload()

@@ -39,20 +39,22 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     if threading.current_thread() is threading.main_thread():
         # They would end a server that is not ready yet
-        for number in (
-            signal.SIGHUP,
-            signal.SIGUSR1,
-        ):
+        for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
     # With several devices, this only checks that there are links; each process reads them on
     # its own.
     links = find_links(sources, settings)
+
+    # Several processes: the supervisor serves.
     front_ends = choose_front_ends(settings)
     if settings.devices or front_ends:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
         return run_supervisor(sources, settings.model_copy(update={"front_ends": front_ends}))
+
+    # One process.
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         registry = load_registry(sources, settings)
         from sopdeploy_service.app import create_app  # noqa: PLC0415
@@ -75,8 +77,10 @@ def choose_front_ends(settings: Settings) -> int:
     """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
     if settings.memory_budget is not None:
         return 0
+
     if settings.front_ends != "auto":
         return settings.front_ends
+
     if "cpu" in settings.devices or not may_use_gpu(settings):
         return 0
     return max(MIN_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
@@ -104,12 +108,14 @@ def load_registry(
 
     # Before the slow imports
     finding = daemon_threads.start(partial(find_bundles, sources, read))
+
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
 
     if settings.memory_budget is not None:
         return BudgetedRegistry(bundles, settings)
+
     loaded = {}
     for name in list(bundles):
         on_progress()

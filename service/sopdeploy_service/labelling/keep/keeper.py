@@ -289,60 +289,67 @@ class Keeper:
         It is None for a photograph that is not worth one, and for one that the keeping process
         counts.
         """
-        # The photograph of another process has a record; for others, decide whether it is worth
-        # a label.
-        if isinstance(photo, WorthPhoto):
-            name = Path(photo.record.image).stem
-            reasons = photo.record.reasons
-            near = photo.record.near_hash
-        else:
-            sha256 = hashlib.sha256(photo.image).hexdigest()
-            is_reported = photo.reported is not None
-            reasons = reasons_to_keep(
-                photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
-            )
-            name = sha256[:32]
+        worth = self._judge(photo) if isinstance(photo, PredictedPhoto) else photo
+        if worth is None:
+            return None
 
-            if not reasons:
-                return None
-            near = near_hash(photo.pixels)
+        # The sample stays uniform because its copies need no budget.
+        if "sample" in worth.record.reasons:
+            return self._store(worth)
 
-        # Outside of the sample, refuse near-duplicates of recent photographs, and copies for
-        # which there is no time.
-        is_sample = "sample" in reasons
-        if not is_sample:
-            refusal = self._refuse_copy(int(near, 16))
-            if refusal is not None:
-                return refusal
+        refusal = self._refuse_copy(int(worth.record.near_hash, 16))
+        if refusal is not None:
+            return refusal
 
-        # Send it to the process that has the folder, or copy it there without its metadata.
+        # Subtract the seconds of the copy, with the wait for a decoder process. The debt is
+        # limited.
         started = time.monotonic()
         try:
-            if self._folder is None:
-                record = _describe(photo, reasons, f"{name}.jpg")
-                end = self._socket
-                is_taken = end is not None and forwarding.forward(end, photo.image, record)
-                return None if is_taken else "dropped"
+            return self._store(worth)
+        finally:
+            spent = time.monotonic() - started
+            self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
 
-            if self._folder.has_duplicate(name, reasons, near):
-                return "near_duplicate"
-            if not is_sample:
-                self._recent.append(int(near, 16))  # also if an error follows
+    def _judge(self, photo: PredictedPhoto) -> WorthPhoto | None:
+        """Describe *photo* if it is worth a label."""
+        sha256 = hashlib.sha256(photo.image).hexdigest()
+        is_reported = photo.reported is not None
+        reasons = reasons_to_keep(
+            photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
+        )
+        if not reasons:
+            return None
 
+        # The suffix is not known before the copy is made.
+        return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
+
+    def _store(self, photo: WorthPhoto) -> KeptResult | None:
+        """Copy *photo* without its metadata into the folder, or send it to the process that has it."""
+        record = photo.record
+        if self._folder is None:
+            end = self._socket
+            is_taken = end is not None and forwarding.forward(end, photo.image, record)
+            return None if is_taken else "dropped"
+
+        name = Path(record.image).stem
+        if self._folder.has_duplicate(name, record.reasons, record.near_hash):
+            return "near_duplicate"
+
+        # Near-duplicates are refused from now on, also if an error follows.
+        is_sample = "sample" in record.reasons
+        if not is_sample:
+            self._recent.append(int(record.near_hash, 16))
+
+        try:
             copy, suffix = self._copy(photo.image)
-            result = self._folder.add(copy, _describe(photo, reasons, f"{name}{suffix}"))
-
-            if result == "kept" and not is_sample:
-                # the folder knows it, as long as nobody deletes or labels it
-                self._recent.pop()
-            return result
         except (ImageError, RejectedError):
             return "dropped"
-        finally:
-            if not is_sample:  # the sample stays uniform because its copies need no budget
-                spent = time.monotonic() - started  # includes the wait for a decoder process
-                # The debt is limited
-                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
+        result = self._folder.add(copy, record.model_copy(update={"image": f"{name}{suffix}"}))
+
+        # The folder knows it, as long as nobody deletes or labels it.
+        if result == "kept" and not is_sample:
+            self._recent.pop()
+        return result
 
     def _refuse_copy(self, near: int) -> KeptResult | None:
         """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
@@ -367,13 +374,8 @@ class Keeper:
         return "dropped"
 
 
-def _describe(
-    photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str
-) -> KeptRecord:
-    """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
-    if isinstance(photo, WorthPhoto):
-        return photo.record.model_copy(update={"image": image})
-
+def _describe(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, which is worth a label for *reasons* and is kept as the file *image*."""
     manifest = photo.bundle.manifest
     labels = photo.bundle.labels
     # of the labels in the record: all, or those with the largest logits

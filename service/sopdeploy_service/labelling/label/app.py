@@ -174,12 +174,12 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     @app.get("/grids")
     def grids() -> Grids:
         with lock:
-            found = folders.obvious()
+            ids_by_class = folders.obvious()
 
         return Grids(
             grids=tuple(
                 Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids))
-                for name, ids in found.items()
+                for name, ids in ids_by_class.items()
             )
         )
 

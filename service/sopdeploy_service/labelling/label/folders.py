@@ -233,7 +233,7 @@ class LabelFolders:
         Those of the uniform sample are not listed, since each of them counts in comparisons,
         nor those that a person has reported.
         """
-        found: dict[str, list[tuple[float, str]]] = {}
+        ranked_by_class: dict[str, list[tuple[float, str]]] = {}
         for identity, (_, record) in self.waiting.items():
             if record is not None and (
                 record.known is False or {"sample", "reported"} & {*record.reasons}
@@ -243,10 +243,11 @@ class LabelFolders:
             every = self.probabilities(identity).items()
             name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
             if probability >= OBVIOUS:
-                found.setdefault(name, []).append((-probability, identity))
+                ranked_by_class.setdefault(name, []).append((-probability, identity))
 
         return {
-            name: [identity for _, identity in sorted(found[name])] for name in sorted(found)
+            name: [identity for _, identity in sorted(ranked_by_class[name])]
+            for name in sorted(ranked_by_class)
         }
 
     def classes(self) -> list[str]:
@@ -268,25 +269,12 @@ class LabelFolders:
         is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        # Find out whether the photograph is of the uniform sample, or like one of it.
+        # Choose the folder of the class.
         photo = self._find(identity)
-        is_sampled = False
-        if photo.record is not None:
-            # in `_sampled` for a photograph of the sample
-            near_hash = int(photo.record.near_hash, 16)
-            is_sampled = any(
-                (near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled
-            )
-
-        # Choose the folder of the class; the sample is held out, and so measures the accuracy
-        # of a server.
-        if name is None:
-            folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
-        else:
-            parent = self.held_out if is_sampled else self.photos
+        if name is not None:
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
-            folder = _class_folders(parent).get(name, parent / name)
+        folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
 
         # Photographs of a heap can have equal names.
         targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
@@ -316,6 +304,20 @@ class LabelFolders:
         elif name is not None:
             self.suggestions.add(name, photo.path, target)
             self._order_heap()
+
+    def _is_near_sample(self, photo: Waiting) -> bool:
+        """Tell whether *photo* is of the uniform sample, or a near-duplicate of one of it."""
+        if photo.record is None:  # a photograph of a heap
+            return False
+        near_hash = int(photo.record.near_hash, 16)
+        return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
+
+    def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
+        """Return the folder of the class *name*; None is "not one of ours"."""
+        if name is None:
+            return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+        parent = self.held_out if is_held_out else self.photos
+        return _class_folders(parent).get(name, parent / name)
 
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
@@ -392,19 +394,19 @@ class LabelFolders:
         return self.waiting[identity]
 
 
-def order_records(found: list[Kept]) -> list[Kept]:
+def order_records(photos: list[Kept]) -> list[Kept]:
     """Order photographs by how useful their labels are; their bundles may have different classes."""
-    names = {label for _, record in found for label in record.labels}
+    names = {label for _, record in photos for label in record.labels}
     columns = {name: column for column, name in enumerate(sorted(names))}
 
     # Write the probabilities of each photograph into the columns of its classes.
-    probabilities_NC = np.zeros((len(found), len(names)))
-    for row, (_, record) in zip(probabilities_NC, found, strict=True):
+    probabilities_NC = np.zeros((len(photos), len(names)))
+    for row, (_, record) in zip(probabilities_NC, photos, strict=True):
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
 
     # A photograph counts as known if its bundle has no threshold, so that `known` is None.
-    known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
-    return [found[index] for index in order_by_value(probabilities_NC, known_N)]
+    known_N = np.asarray([record.known is not False for _, record in photos], np.bool_)
+    return [photos[index] for index in order_by_value(probabilities_NC, known_N)]
 
 
 def order_by_value(
