@@ -25,8 +25,15 @@ _MAX_TABLE_LEVELS = 3
 # Where tools keep class names among other values, as in the config.json of a model or the
 # data.yaml of YOLO.
 _KEYS = (
-    *("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "labels", "classes"),
-    *("class_names", "label_names"),
+    "id2label",
+    "label2id",
+    "class_to_idx",
+    "idx_to_class",
+    "names",
+    "labels",
+    "classes",
+    "class_names",
+    "label_names",
 )
 _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<name>\S.*)")
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")

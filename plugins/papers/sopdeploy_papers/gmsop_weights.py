@@ -64,15 +64,22 @@ EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
 PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}
 LAYER_KINDS = {
-    *("Conv", "BatchNorm", "ReLU", "Sum", "Pooling", "DropOut", "Loss"),
-    *("H_x", "gating", "CM_out", "Balance_loss"),
-    *(
-        MATRIX_ROOT,
-        *PRENORMS,
-        "OBJ_ConvNet_COV_Pool",
-        "OBJ_ConvNet_COV_ScaleTr",
-        "OBJ_ConvNet_COV_ScaleFro",
-    ),
+    "Conv",
+    "BatchNorm",
+    "ReLU",
+    "Sum",
+    "Pooling",
+    "DropOut",
+    "Loss",
+    "H_x",
+    "gating",
+    "CM_out",
+    "Balance_loss",
+    MATRIX_ROOT,
+    *PRENORMS,
+    "OBJ_ConvNet_COV_Pool",
+    "OBJ_ConvNet_COV_ScaleTr",
+    "OBJ_ConvNet_COV_ScaleFro",
 }
 _TITLES = {
     (True, "gap"): "GM-GAP",
