@@ -9,9 +9,9 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
+from typing import Any, NamedTuple, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -48,6 +48,8 @@ MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 # 64 KiB of these, which httpx expands at once, are 64 MB
 ENCODINGS = {"", "identity", "gzip", "deflate"}
 RETRY_STATUSES = {429, 503}  # the server did not process the request
+TOO_LARGE = 413  # also of a proxy
+TOO_MANY_IMAGES = "too_many_images"
 FOREIGN = "foreign_answer"  # code of what another server sends
 # Before a response
 BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
@@ -187,13 +189,14 @@ class Client:
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a file, a PIL image, a uint8 array, or a list of them.
 
-        A list is sent as one request; one of several images that cannot be classified has
-        `error` set. *top_k* is the number of classes, *model* the model to use if the server
-        has several. *threshold* replaces the thresholds of a multi-label network. *explain*
-        requests the `explanation` of the first class; an image then counts as 50 for the
-        server. *timeout* replaces that of the client. Raises `ServiceError` if the server
-        rejects the request or its only image, `OverloadedError` if it is overloaded,
-        `UnreachableError` without a response in time, and `DataError` for what is no image.
+        A list is sent as one request, or as several if its images are together more than the
+        server takes; one of several images that cannot be classified has `error` set. *top_k*
+        is the number of classes, *model* the model to use if the server has several.
+        *threshold* replaces the thresholds of a multi-label network. *explain* requests the
+        `explanation` of the first class; an image then counts as 50 for the server. *timeout*
+        replaces that of the client. Raises `ServiceError` if the server rejects the request or
+        its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
+        response in time, and `DataError` for what is no image.
         Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
         file is.
 
@@ -242,7 +245,7 @@ class Client:
         Example:
             print([model.name for model in client.info().models])
         """
-        response = self._send("GET", "/info", timeout)
+        response = self._send("GET", "/info", self._limit(timeout))
         try:
             return ServerInfo.model_validate_json(response.content, extra="ignore")
         except pydantic.ValidationError as error:
@@ -317,32 +320,30 @@ class Client:
         if not bodies:
             return []
 
-        send = partial(self._send, "POST", path, timeout)
         query = {name: value for name, value in params.items() if value is not None}
+        send = partial(self._send, "POST", path, self._limit(timeout), params=query)
 
         if is_list:
-            parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
-            response = send(params=query, files=parts)
-        else:
-            response = send(
-                params=query, content=bodies[0], headers={"Content-Type": CONTENT_TYPE}
-            )
+            return _send_list(send, bodies, result_type)
+        response = send(content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
+        return _parse_results(response, result_type, 1)[0]
 
-        results = _parse_results(response, result_type, len(bodies))
-        return results if is_list else results[0]
+    def _limit(self, timeout: float | None) -> "TimeLimit":
+        """Return the end of a call that begins now."""
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        return TimeLimit(seconds, time.monotonic() + seconds)
 
     def _send(
-        self, method: str, path: str, timeout: float | None, **content: Any
+        self, method: str, path: str, limit: "TimeLimit", **content: Any
     ) -> httpx.Response:
-        """Send a request and return its successful response, with retries during *timeout* seconds.
+        """Send a request and return its successful response, with retries until *limit*.
 
         Retries follow 429, 503 and connections that broke before a response, after at least
         `Retry-After`.
         """
         if self._is_closed:
             raise ConfigError("the client is closed; make another one")
-        seconds = self._timeout if timeout is None else check_timeout(timeout)
-        end = time.monotonic() + seconds
+        seconds, end = limit
         attempt = 0
         http = self._connections()
         extensions = {"proxy": self._proxy}  # for messages
@@ -377,6 +378,45 @@ class Client:
 
             time.sleep(delay)
             attempt += 1
+
+
+class TimeLimit(NamedTuple):
+    """The *seconds* of a call, for messages, and its *end* by `time.monotonic`."""
+
+    seconds: float
+    end: float
+
+
+def _send_list(
+    send: Callable[..., httpx.Response], bodies: Sequence[bytes], result_type: type[Result]
+) -> list[Result]:
+    """Send *bodies* as a form, or as several where they are together too much; return all results in order."""
+    parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
+    try:
+        response = send(files=parts)
+    except ServiceError as error:
+        if len(bodies) == 1 or not _is_too_much(error):
+            raise
+    else:
+        return _parse_results(response, result_type, len(bodies))
+
+    # Each half again; an image that is too large alone leaves the others their results.
+    results: list[Result] = []
+    middle = len(bodies) // 2
+    for half in (bodies[:middle], bodies[middle:]):
+        try:
+            results += _send_list(send, half, result_type)
+        except ServiceError as error:
+            if not _is_too_much(error):
+                raise
+            problem = Problem(code=error.code, status=error.status, detail=str(error))
+            results.append(result_type(error=problem))
+    return results
+
+
+def _is_too_much(error: ServiceError) -> bool:
+    """Tell whether the server takes fewer images or bytes in one request."""
+    return error.status == TOO_LARGE or error.code == TOO_MANY_IMAGES
 
 
 def check_timeout(timeout: float) -> float:

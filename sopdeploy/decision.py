@@ -7,7 +7,7 @@ module does not import torch.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pydantic
@@ -67,7 +67,7 @@ class Rejection(StrictModel):
 
 
 class Reference(StrictModel):
-    """Distribution of the predictions for the images of `Calibration`, the reference of `evaluation.drift`.
+    """Distribution of the predictions for the images of `Calibration`, which bundles of before 0.2 have.
 
     Attributes:
         classes: For each class, the number of images for which it is the most probable one.
@@ -81,31 +81,6 @@ class Reference(StrictModel):
             min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1
         ),
     ]
-
-
-class PredictionCounts:
-    """Counts predictions by class and by confidence."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes: NDArray[np.int64] = np.zeros(classes, np.int64)
-        self.confidences: NDArray[np.int64] = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
-
-    @property
-    def num_images(self) -> int:
-        """Number of predictions."""
-        return int(self.classes.sum())
-
-    def add_logits(self, logits: NDArray[Any]) -> None:
-        """Count predictions with finite *logits* (n, C)."""
-        interval = np.searchsorted(CONFIDENCE_BOUNDS, softmax(logits).max(axis=1), side="right")
-        self.classes += np.bincount(logits.argmax(axis=1), minlength=len(self.classes))
-        self.confidences += np.bincount(interval, minlength=len(self.confidences))
-
-    def reference(self) -> Reference:
-        """Return the counts as the reference of later predictions."""
-        return Reference(
-            classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist())
-        )
 
 
 class LabeledProbability(TypedDict):
@@ -164,7 +139,7 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Distribution of the fitted predictions, to compare later ones with; only with "softmax".
+        reference: Of bundles of before 0.2; nothing reads it.
     """
 
     activation: Activation = "softmax"

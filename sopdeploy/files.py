@@ -200,6 +200,12 @@ def expand_user(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user
 
 
+def features_folder() -> Path:
+    """Return the folder of cached features, `sopdeploy/features` below XDG_CACHE_HOME or `~/.cache`."""
+    root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return root / "sopdeploy" / "features"
+
+
 def link_latest(target: Path) -> None:
     """Make `latest` beside *target* a link to it, in one step; a file or folder of that name stays."""
     link = target.with_name(LATEST)

@@ -21,7 +21,6 @@ from sopdeploy.decision import (
     Calibration,
     Decision,
     Estimate,
-    PredictionCounts,
     Rejection,
     log_sum_exp,
 )
@@ -54,9 +53,8 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    Their predictions become the reference for drift. Only the first image of each of the
-    *groups* (N,) of copies is used. With fewer than *min_images* images or with one class,
-    nothing is fitted.
+    Only the first image of each of the *groups* (N,) of copies is used. With fewer than
+    *min_images* images or with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -91,9 +89,6 @@ def fit_decision(
         estimated_on=estimated_on,
     )
 
-    predictions = PredictionCounts(logits.shape[1])
-    predictions.add_logits(scaled)
-
     # The threshold is an order statistic of the known images' scores.
     rejection = None
     if rank := threshold_rank(len(logits), accepts):
@@ -107,9 +102,7 @@ def fit_decision(
             new_class=_count_rejected(left_out, threshold),
         )
 
-    return Decision(
-        calibration=calibration, rejection=rejection, reference=predictions.reference()
-    )
+    return Decision(calibration=calibration, rejection=rejection)
 
 
 def _count_rejected(

@@ -22,7 +22,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
 from sopdeploy.errors import BundleError
-from sopdeploy.evaluation.drift import SIGNIFICANCE
+from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.labelling.keep.keeper import open_keeper
@@ -301,7 +301,8 @@ def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (drift,) = [
         rule["expr"] for rule in rules["rules"] if rule.get("alert") == "SopdeployDrift"
     ]
-    assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
+    limits = re.findall(r"[<>] ([0-9.]+)", drift)
+    assert [float(limit) for limit in limits] == [SIGNIFICANCE, MIN_SHIFT]
 
 
 def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(

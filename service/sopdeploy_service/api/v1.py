@@ -97,7 +97,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         top_k = query.top_k or model.top_k
         is_report = query.reported is not None
         outcomes = await admitted.infer(
-            upload.images, may_keep=not is_report, explain=query.explain
+            upload.images, is_traffic=not is_report, explain=query.explain
         )
 
         if is_report and service.keep is not None:

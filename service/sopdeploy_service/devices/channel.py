@@ -43,7 +43,6 @@ RUN = 1
 CANCEL = 2
 # flags
 FEATURES = 1
-FOR_DRIFT = 2
 # slot; images in the batch, or `FAILED`; seconds of queue and batch
 RESULT = struct.Struct("=IHdd")
 FAILED = 0  # in place of the images in the batch: the slot has the error

@@ -146,10 +146,7 @@ class FrontEndChannel(asyncio.Protocol):
         features = bool(flags & channel.FEATURES)
         names = self._names[model_number][features]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
-        for_drift = bool(flags & channel.FOR_DRIFT)
-        image = QueuedImage(
-            pixels, deadline, partial(self._answer, slot, names), features, for_drift
-        )
+        image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features)
 
         self.cancel_by_slot[slot] = partial(model.queue.remove, image)
         model.queue.put(image)

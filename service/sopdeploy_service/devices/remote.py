@@ -98,7 +98,6 @@ class EngineChannel(asyncio.Protocol):
         deadline: float,
         *,
         features: bool,
-        for_drift: bool,
     ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
         # Copy the pixels into a free slot.
@@ -116,7 +115,7 @@ class EngineChannel(asyncio.Protocol):
         image = self._images[slot] = future, shapes
         self.sent += 1
 
-        flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
+        flags = channel.FEATURES * features
         self._send(channel.RUN, flags, number, slot, deadline)
 
         try:
@@ -207,7 +206,6 @@ class RemoteModel(Model):
         deadline: float,
         *,
         features: bool = False,
-        for_drift: bool = True,
     ) -> ImageResult:
         """Let the engine with the shortest queue run the image; note the time of its batch."""
         routes = [route for route in self.routes if route[0].is_open]
@@ -215,7 +213,7 @@ class RemoteModel(Model):
             raise RejectedError(results.RUNTIME_DEAD)
 
         engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
-        ran = await engine.run(number, pixels, deadline, features=features, for_drift=for_drift)
+        ran = await engine.run(number, pixels, deadline, features=features)
 
         batch = ran.batch_size, ran.stage_seconds["infer"]
         if batch != self._last_batch:

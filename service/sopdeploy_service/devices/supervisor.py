@@ -65,6 +65,8 @@ from sopdeploy_service.server.lifetime import (
     USER_ERROR,
     Joined,
     follow,
+    lacks_room,
+    room_required,
     start_task,
     terminal_is_closed,
 )
@@ -73,6 +75,7 @@ from sopdeploy_service.settings import Settings
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
+HANGS_AT_START = f"{NOT_STARTED}; check the device and the disk"
 KEYS = "API keys"  # among the numbers that a process should report; no process has this name
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
@@ -88,7 +91,11 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     if not hasattr(os, "memfd_create"):
         raise ConfigError("devices and front_ends: need Linux; remove these settings")
 
-    with logs.configured(settings), bind(settings.host, settings.port) as listener:
+    with (
+        room_required(),
+        logs.configured(settings),
+        bind(settings.host, settings.port) as listener,
+    ):
         devices = list_devices(settings)
         listener.setblocking(False)
         return asyncio.run(Supervisor(sources, settings, devices, listener).run())
@@ -320,9 +327,17 @@ class Supervisor:
                 end = f"exited with code {code}"
             except TimeoutError:  # of the template
                 end = NOT_STARTED
-                self._fail_start(process)
-            except OSError as error:  # too many processes or files, or too little memory
-                end = f"cannot start ({error.strerror or error})"
+                self._fail_start(process, HANGS_AT_START)
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # the template has ended, or there is no room
+                if not isinstance(error, OSError) and not lacks_room(error):
+                    raise
+                end = f"cannot start ({getattr(error, 'strerror', None) or error})"
+                self._fail_start(
+                    process, f"{end}; allow more processes and files, or choose fewer"
+                )
 
             self._close_control(process)
             process.expected.clear()
@@ -621,15 +636,14 @@ class Supervisor:
                 reason = process.count_beat(lacks=lacks, load_seconds=seconds)
 
                 if reason == NOT_STARTED:
-                    self._fail_start(process)
+                    self._fail_start(process, HANGS_AT_START)
                 if reason:
                     self._replace(process, reason)
 
-    def _fail_start(self, process: Process) -> None:
-        """End the server if it has never been ready and *process* does not start."""
+    def _fail_start(self, process: Process, problem: str) -> None:
+        """End the server with the *problem* of *process* if it has never been ready."""
         if not self._announced and not self._stopping.is_set():
-            message = f"{process.title}: it {NOT_STARTED}; check the device and the disk"
-            self._error = RuntimeUnavailableError(message)
+            self._error = RuntimeUnavailableError(f"{process.title}: it {problem}")
             self._stop()
 
     async def _end_drain(self) -> None:

@@ -180,10 +180,8 @@ class BudgetedRegistry(ModelRegistry):
         bundle = await finish_in_time(reading, reduced.path, self._settings)
         loaded = await load_in_background(bundle, self._settings)
 
-        # The drift has been counted since the start of the server.
-        model = self._by_name[name] = self._start_model(name, loaded)
-        model.drift = lazy.placeholder.drift
-
+        # Serve it, and count it.
+        self._by_name[name] = self._start_model(name, loaded)
         self.metrics.model_memory.labels(name).set(lazy.bytes)
         self.metrics.model_loads.labels(name).inc()
         log.info("%s: loaded", name)

@@ -18,6 +18,7 @@ from sopdeploy_service.inference.loader import load_bundle
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import limit_heaps
+from sopdeploy_service.server.lifetime import room_required
 from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 
@@ -66,10 +67,13 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
 @contextmanager
 def configured_process(settings: Settings) -> Iterator[None]:
-    """Configure memory, open files and log before threads start."""
+    """Configure memory, open files and log before threads start.
+
+    Raises `RuntimeUnavailableError` if the system has no room for what runs in the block.
+    """
     limit_heaps()
     raise_file_limit(settings.max_connections)
-    with logs.configured(settings):
+    with room_required(), logs.configured(settings):
         yield
 
 

@@ -35,7 +35,8 @@ from sopdeploy.files import (
     remove_leftovers,
     writing,
 )
-from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read_kept
+from sopdeploy.images.near_hash import NEAR_BITS
+from sopdeploy_service.labelling.kept import KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]

@@ -27,18 +27,13 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
+from sopdeploy.images.near_hash import NEAR_BITS, near_hash
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.labelling.keep.folder import Deletion, KeptFolder, KeptResult
-from sopdeploy_service.labelling.kept import (
-    MAX_KEPT_LABELS,
-    NEAR_BITS,
-    KeptRecord,
-    Reason,
-    near_hash,
-)
+from sopdeploy_service.labelling.kept import MAX_KEPT_LABELS, KeptRecord, Reason
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -208,6 +203,11 @@ class Keeper:
             image, prediction.pixels, logits, model.bundle, model.name, now, reported
         )
         self._queue_or_drop(photo)
+
+    def is_worth_training(self, model: Model, logits: NDArray[np.float32], sha256: str) -> bool:
+        """Tell whether a file with the hash *sha256* is kept to be trained on, not in the sample."""
+        reasons = reasons_to_keep(model.bundle, logits, sha256, self._share)
+        return bool(reasons) and "sample" not in reasons
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""

@@ -27,6 +27,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.images.near_hash import NEAR_BITS
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
@@ -40,7 +41,7 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.table import find_table
-from sopdeploy_service.labelling.kept import NEAR_BITS, Kept, KeptRecord, read_kept
+from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
