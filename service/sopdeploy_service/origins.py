@@ -60,7 +60,6 @@ class HostPattern(NamedTuple):
         # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
         # port is here.
         default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-
         return port is None or (host.port or default_of_host) == port
 
 
@@ -108,7 +107,6 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
         name = raw_name.decode("latin-1")
         value = raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
     return headers
 
 
@@ -185,7 +183,6 @@ class OwnOrigins:
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
-
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 

@@ -1,6 +1,7 @@
-"""The locks have one allowed version of everything, without a host, and scripts install from them."""
+"""The locks have one allowed version of everything, without a host, and targets install from them."""
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -23,6 +24,9 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
 INSTALLED = re.findall(r"^EXTRAS := (.+)$", MAKEFILE, re.MULTILINE)[0].split()
 PYTHONS = ("3.11.9", "3.12.9", "3.13.2")
 MACHINES = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+# Every variable of pip and uv that selects versions, and those of a `make` around the tests.
+SELECTS = re.compile(r"(?:UV|PIP)_(?:CONSTRAINT|BUILD_CONSTRAINT|RESOLUTION)=(.*)")
+OUTER = re.compile(r"UV_|PIP_|MAKE|MFLAGS|NEWEST|LOWEST")
 
 
 def lock(name: str) -> list[Requirement]:
@@ -104,6 +108,43 @@ def test_the_lock_of_the_javascript_sample_has_its_packages_by_hash_without_a_ho
     }
     assert {name: found[name] for name in wanted} == wanted
     assert "://" not in text
+
+
+def make(*arguments: str) -> str:
+    """Run make with a further target `selection` that prints the variables of a recipe."""
+    outer = {name: value for name, value in os.environ.items() if not OUTER.match(name)}
+    return subprocess.run(
+        ["make", "--file=Makefile", "--file=-", "--no-print-directory", *arguments],
+        input="selection:\n\t@env; echo environment $(VENV)\n",
+        env=outer,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "selected"),
+    [
+        ([], ".venv", {"deploy/lock/dev.txt"}),
+        (["NEWEST=1"], ".venv-newest", set()),
+        (["LOWEST=1"], ".venv-lowest", {"lowest-direct"}),
+    ],
+)
+def test_the_recipes_install_the_selected_versions(
+    arguments: list[str], folder: str, selected: set[str]
+) -> None:
+    printed = make("selection", *arguments).splitlines()
+    values = [found[1] for line in printed if (found := SELECTS.fullmatch(line))]
+    assert set(values) == selected
+    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get(
+        "".join(selected), 0
+    )
+    assert printed[-1] == f"environment {folder}"
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {".venv/", ".venv-*/"} <= set(ignored)
+    assert folder in re.findall(r"^clean:.*\n\t(.*)", MAKEFILE, re.MULTILINE)[0].split()
 
 
 SCRIPTS = [ROOT / "Dockerfile", *sorted((ROOT / "deploy").glob("*.sh")), ROOT / ".ci" / "run"]

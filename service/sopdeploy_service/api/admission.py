@@ -385,7 +385,6 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     """Parse a JSON body, in a thread; raises `RejectedError` unless it is a valid `ClassifyRequest`."""
     body = parse_json(ClassifyRequest, raw, max_bytes)
-
     if body.image is not None:
         return Upload([decode_text(body.image, "image")])
 

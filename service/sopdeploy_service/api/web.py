@@ -158,7 +158,6 @@ class SharedResponse(Response):
             end = begin + PIECE_BYTES
             piece = bytes(self.body[begin:end])
             is_last = end >= len(self.body)
-
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
 
@@ -213,10 +212,8 @@ async def examples(request: Request) -> Response:
 async def example(request: Request, number: int) -> Response:
     """Return the bytes of the example *number*, which cost a key as much as one image."""
     examples: list[Example] = request.app.state.examples
-
     if not 0 <= number < len(examples):
         raise HTTPException(404, "no such example")
-
     context: RequestContext = request.scope["state"]["context"]
     if context.rate_limit is not None:
         context.rate_limit.spend(1)

@@ -139,7 +139,6 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
 
         parts.append(part)
         count -= len(part)
-
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -154,14 +153,12 @@ def restrict(options: ChildOptions) -> str:
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
         limit = used + options.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
     os.nice(options.niceness)
 
     # A light child decodes all the time, and keeps its memory for the next image. One for large
     # images is mostly idle, and would occupy memory for nothing.
     if options.is_light:
         keep_freed(options.memory)
-
     Image.core.set_blocks_max(int(options.is_light))  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 

@@ -294,7 +294,6 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._unfilled = self._unfilled[nbytes:]
         if self._unfilled:
             return
-
         number, kind, bits, size = child.REPLY.unpack(self._header)
 
         # Check the header, and make room for its data.
@@ -318,7 +317,6 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._data = None
         self._unfilled = self._header
         self._timer.cancel()
-
         self._become_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -332,7 +330,6 @@ class DecoderProcess(asyncio.BufferedProtocol):
         """
         if self._transport is None:
             return
-
         self._transport.abort()
         self._transport = None
         self._reason = reason

@@ -213,7 +213,6 @@ def enter() -> str:
     # > 0: a thread has another filter
     if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
-
     return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
 
 
@@ -238,11 +237,9 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock does not create a rule set")
-
     try:
         if libc.syscall(RESTRICT_SELF, ruleset, 0):
             raise OSError(ctypes.get_errno(), "landlock does not restrict this process")
     finally:
         os.close(ruleset)
-
     return version

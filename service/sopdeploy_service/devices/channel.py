@@ -119,7 +119,6 @@ class ModelFacts(NamedTuple):
             labels=labels,
             contents={name: b64decode(text) for name, text in fields["contents"].items()},
         )
-
         return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
 
 
@@ -165,7 +164,6 @@ class Slots:
             end = begin + 4 * math.prod(shape)
             outputs[name] = self._memory[slot, begin:end].copy().view(np.float32).reshape(shape)
             begin = end
-
         return outputs
 
     def write_error(self, slot: int, error: HttpError) -> None:
@@ -182,7 +180,6 @@ class Slots:
         data = self._memory[slot, ERROR_SIZE.size : ERROR_SIZE.size + size].tobytes()
 
         error = HttpError(**json.loads(data))
-
         if not 400 <= error.status < 600:
             raise ValueError(f"status {error.status}")
         return error
@@ -284,7 +281,6 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
 
     # The models.
     check_size(size)
-
     described = receive(connection, size, end)
     check_parts(described)
     models = [ModelFacts.from_fields(fields) for fields in json.loads(described)]

@@ -94,12 +94,10 @@ class Status(NamedTuple):
             raise ValueError("a status without its numbers")
 
         has = frozenset(number for (number,) in NUMBER.iter_unpack(data[COUNTS.size : end]))
-
         bundles = data[end:].decode(errors="replace")
         printable = "".join(
             character if character.isprintable() else "?" for character in bundles
         )
-
         return cls(received, num_open, printable if is_ready else None, has)
 
     def send(self, supervisor: socket.socket) -> None:
@@ -133,7 +131,6 @@ def receive_message(control: socket.socket, num_files: int = 2) -> Message:
         return Message(b"", b"", [])
 
     kind, _, rest = data.partition(b" ")
-
     if flags & socket.MSG_TRUNC:
         raise ValueError("a message is too long")
     return Message(kind, rest, files)

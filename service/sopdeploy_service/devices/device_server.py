@@ -67,7 +67,6 @@ class DeviceServer(DrainingServer):
 
         # of metrics, which the supervisor will send
         self._page: asyncio.Future[bytes] | None = None
-
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._attaching: set[asyncio.Task[None]] = set()

@@ -95,7 +95,6 @@ class FrontEndChannel(asyncio.Protocol):
         for cancel in list(self.cancel_by_slot.values()):
             cancel()
         self.cancel_by_slot.clear()
-
         self._in_use.close()
 
     def data_received(self, data: bytes) -> None:

@@ -260,7 +260,6 @@ def list_devices(settings: Settings) -> list[Process]:
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = "engine" if device == ANY_DEVICE else device
-
         if devices.count(device) > 1:
             name = f"{device}-{position}"
 
@@ -277,14 +276,12 @@ def list_devices(settings: Settings) -> list[Process]:
         processes.append(
             Process(name, variables, settings.model_copy(update=changed), device, position)
         )
-
     return processes
 
 
 def list_front_ends(settings: Settings) -> list[Process]:
     """List the front ends; `auto`, which `run_server` replaces by a number, has none."""
     count = 0 if settings.front_ends == "auto" else settings.front_ends
-
     changed: dict[str, object] = {"devices": (), "follow": False}
     if count and settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
@@ -319,6 +316,5 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
             )
 
         return {VISIBLE: allowed[int(device)] if is_position else device}
-
     order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
     return {VISIBLE: device, ORDER: order}

@@ -46,7 +46,6 @@ class EngineChannel(asyncio.Protocol):
         except Exception as error:  # whatever an engine sends, which is not trusted
             connection.close()
             raise ChannelError(f"{engine}: {first_line(error)}") from error
-
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
@@ -59,7 +58,6 @@ class EngineChannel(asyncio.Protocol):
         self._images: dict[
             int, tuple[asyncio.Future[ImageResult | HttpError], Mapping[str, tuple[int, ...]]]
         ] = {}
-
         self._requests = bytearray()  # not sent yet
         self._rest = b""  # of an incomplete record
         self._ended_with = results.RUNTIME_DEAD
@@ -233,7 +231,6 @@ class RemoteRegistry(Registry):
         # By name of the engine; the newest last.
         self._channels = {to_engine.engine: to_engine for to_engine in channels}
         self._by_name: dict[str, RemoteModel] = {}
-
         self._in_use: set[RemoteModel] = set()  # also of channels that were replaced
         self._retiring: set[asyncio.Task[None]] = set()
         self._attaching = asyncio.Lock()  # keeps the order of channels

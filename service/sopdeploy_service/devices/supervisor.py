@@ -125,7 +125,6 @@ class SharedKeys:
     def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
         """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
         states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
-
         with ExitStack() as unless_written:
             described = create_memory(
                 "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
@@ -212,9 +211,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-
         keys = () if self._settings.keys is None else keys_of_server(self._settings.keys)
-
         with ExitStack() as stack:
             self._shared = create_memory("sopdeploy-shared", control.ADMITTED_BYTES)
             stack.callback(os.close, self._shared)
@@ -223,7 +220,6 @@ class Supervisor:
             self._keys = SharedKeys(keys)
             stack.callback(lambda: self._keys.close())
             stack.callback(self._template.close)
-
             self._admitted = memoryview(map_memory(os.dup(self._shared))).cast("q")
 
             # Reload on changes, and replace processes that cannot work.
@@ -258,7 +254,6 @@ class Supervisor:
         for process in self._servers:
             if process.child is not None:
                 process.child.send_signal(number if process.is_ready else signal.SIGKILL)
-
         self._end_unused_engines()
 
     def _end_unused_engines(self) -> None:
@@ -305,7 +300,6 @@ class Supervisor:
             for process in self._servers:
                 process.expected[KEYS] = number
                 process.send(control.KEYS, b"%d" % number, *new.files)
-
         log.info("keys reloaded", extra={"keys": len(keys)})
 
     async def _supervise(self, process: Process) -> None:
@@ -437,7 +431,6 @@ class Supervisor:
 
         if not process.is_ready:
             return bool(engines) and all(lacks_channel)
-
         number = process.expected.get(KEYS)
         return (number is not None and number not in process.has) or any(lacks_channel)
 
@@ -510,7 +503,6 @@ class Supervisor:
     def _connect_keeper(self, process: Process) -> None:
         """Create channels for photographs, from *process* or to it, if another process keeps them."""
         keeper, *others = self._servers
-
         for other in others if process is keeper else [process]:
             if self._settings.keep is None or not keeper.is_ready or not other.is_ready:
                 continue
@@ -543,7 +535,6 @@ class Supervisor:
                 # Each process serves the same bundles.
                 sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
                 sys.stdout.flush()
-
         self._resume_accepting()
 
     def _resume_accepting(self) -> None:
@@ -615,7 +606,6 @@ class Supervisor:
 
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
-
         refusal.transport.abort()
         self._resume_accepting()
 
@@ -634,7 +624,6 @@ class Supervisor:
 
                 lacks = not self._stopping.is_set() and self._lacks(process)
                 reason = process.count_beat(lacks=lacks, load_seconds=seconds)
-
                 if reason == NOT_STARTED:
                     self._fail_start(process, HANGS_AT_START)
                 if reason:
@@ -649,7 +638,6 @@ class Supervisor:
     async def _end_drain(self) -> None:
         """Kill the processes that do not end, and do not wait for those that cannot even be killed."""
         await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
-
         for process in (*self._devices, *self._front_ends):
             if process.is_running:
                 self._replace(process, "does not end")
@@ -672,7 +660,6 @@ class Supervisor:
         sockets = [one.control if one.is_ready else None for one in processes]
 
         replies = await asyncio.gather(*map(control.request_metrics, sockets))
-
         pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
         return await asyncio.to_thread(
             lambda: merge_metrics(pages, generate_latest(self._metrics))

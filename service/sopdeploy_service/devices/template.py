@@ -40,7 +40,6 @@ class ServerTemplate(templates.TemplateProcess):
         Raises `OSError` if the system has no room for it.
         """
         described = create_memory("sopdeploy-launch", [config.model_dump_json().encode()])
-
         try:
             process, code = await asyncio.to_thread(self.ask, LAUNCH, described, *files)
         finally:
@@ -75,9 +74,7 @@ def wait_for_launch() -> LaunchConfig:
     LIBC.prctl(SET_NAME, b"template")
     # the garbage collector of a process would write to the pages, and thereby copy them
     gc.freeze()
-
     requests = socket.socket(fileno=int(sys.argv[1]))
-
     while True:
         # Wait for a message; without one, the supervisor has ended.
         message, files, _, _ = socket.recv_fds(requests, len(LAUNCH), NUM_FILES)

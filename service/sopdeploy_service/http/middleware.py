@@ -301,6 +301,5 @@ class KeyGuard:
         accepted = self._keys.find(secret.encode("latin-1"))
         if accepted is None:
             raise RejectedError(NO_KEY)
-
         key, context.rate_limit = accepted
         context.key_name = key.name

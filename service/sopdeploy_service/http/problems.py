@@ -79,7 +79,6 @@ def problem_response(
     else:
         body = orjson.dumps(describe_error(reason, root_path).model_dump())
         media_type = PROBLEM_JSON
-
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 

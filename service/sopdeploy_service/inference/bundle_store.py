@@ -31,7 +31,6 @@ log = logging.getLogger("sopdeploy.models")
 def _parse_source(source: str | Path) -> tuple[str, Path]:
     """Split *source* into a name, empty if it has none, and a path; raises `ConfigError`."""
     name, equals, text = str(source).partition("=")
-
     if not equals or Path(source).exists():  # a path may contain `=`
         return "", Path(source)
 
@@ -39,7 +38,6 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
         raise ConfigError(
             f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
         )
-
     return name, Path(text)
 
 
@@ -53,7 +51,6 @@ def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
         raise ConfigError(
             "no BUNDLE is a link; name one, such as bundles/live", setting="follow"
         )
-
     return target_of_link
 
 

@@ -83,7 +83,6 @@ class BudgetedRegistry(ModelRegistry):
     def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
         """Check *bundles* as `check_trust` does; raises `ConfigError` for one larger than the budget."""
         super().__init__({}, settings)
-
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
         # By name; the one used longest ago comes first.
         self._lazy_models: OrderedDict[str, LazyModel] = OrderedDict()
@@ -101,7 +100,6 @@ class BudgetedRegistry(ModelRegistry):
             placeholder = self._by_name[name] = LocalModel(
                 name, not_loaded, settings, self.metrics
             )
-
             self.metrics.model_memory.labels(name).set(0)
             self._lazy_models[name] = LazyModel(placeholder, size)
 
@@ -123,7 +121,6 @@ class BudgetedRegistry(ModelRegistry):
         Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
         """
         lazy = self._lazy_models[model.name]
-
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))
         reason = await asyncio.shield(lazy.loading)  # another request may wait for it
@@ -213,7 +210,6 @@ class BudgetedRegistry(ModelRegistry):
     async def _release(self, placeholder: LocalModel) -> None:
         """Stop the model that *placeholder* replaces; requests for it wait until it can be loaded again."""
         name = placeholder.name
-
         model = self._by_name[name]
         self._by_name[name] = placeholder
         await model.stop()

@@ -81,7 +81,6 @@ class LatencyTable:
 
         if large_enough := [size for size in self._seconds if size >= num_images]:
             return self._seconds[min(large_enough)]
-
         largest = max(self._seconds)
         return self._seconds[largest] * num_images / largest
 
@@ -186,7 +185,6 @@ class Registry(ABC):
                 f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
             )
             raise RejectedError(HttpError("unknown_version", 404, message))
-
         return model
 
     @contextmanager

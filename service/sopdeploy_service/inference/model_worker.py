@@ -189,7 +189,6 @@ class LocalModel(Model):
         manifest = loaded.bundle.manifest
         facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
         super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
-
         self._is_dead = False
 
         # What requests meet: the queue, the metrics.
@@ -264,7 +263,6 @@ class LocalModel(Model):
 
             for batch in tuple(self._in_flight):
                 images += batch.images
-
             for image in images:
                 image.settle(reason)
 
@@ -292,7 +290,6 @@ class LocalModel(Model):
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         resumed = 0.0  # time of the end of the last pause; the seconds before do not count
-
         while not self._is_dead:
             # The thread sets the start of a batch before the batch becomes the oldest. So the
             # batch is read first: the start that is read next is not that of an earlier batch,
@@ -313,7 +310,6 @@ class LocalModel(Model):
             until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
             due = time.monotonic() + min(WATCH_SECONDS, until_hung)
             await asyncio.sleep(due - time.monotonic())
-
             if time.monotonic() > due + PAUSE_SECONDS:
                 resumed = time.monotonic()
 
@@ -386,7 +382,6 @@ class LocalModel(Model):
 
         # Before it begins: the watchdog must see a call that hangs
         self._in_flight.append(batch)
-
         if self._overlapping is not None:
             # `_run_images` tries again, and handles errors
             with contextlib.suppress(Exception):
@@ -439,7 +434,6 @@ class LocalModel(Model):
         # Count the batch, for the estimates of waiting times and for the metrics.
         self.latency.record(len(images), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
-
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 

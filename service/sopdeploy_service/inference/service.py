@@ -230,7 +230,6 @@ class Service:
         # What is limited: the bytes of bodies, the children that decode.
         self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
-
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
 
@@ -264,7 +263,6 @@ class Service:
 
         others = [min(max(0, count), queue_size) for count in self._cells]
         others[self._position] = 0
-
         return self._admitted + min(
             sum(others), queue_size - math.ceil(queue_size / num_processes)
         )

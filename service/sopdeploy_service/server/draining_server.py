@@ -156,7 +156,6 @@ class DrainingServer(uvicorn.Server):
         if self._service.settings.follow and self._service.settings.keys is not None:
             identity = partial(file_identity, self._service.settings.keys)
             start_task(self._following, follow(identity, None, self._key_reload.request))
-
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -264,5 +263,4 @@ class DrainingServer(uvicorn.Server):
                 all_answered = all(
                     one.timeout_keep_alive_task is not None for one in connections
                 )
-
         await super().shutdown(sockets)

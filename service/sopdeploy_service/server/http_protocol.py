@@ -100,7 +100,6 @@ class Connections:
 
         if len(self.open) - len(self.closing) <= self.settings.max_connections:
             return None
-
         evicted = self._find_evictable(connection.loop.time())
         if evicted is None:
             return FULL
@@ -116,7 +115,6 @@ class Connections:
 
         if connection in self.open:
             self.closing[connection] = None
-
         if len(self.closing) > SPARE:
             longest = next(iter(self.closing))
             del self.closing[longest], self.open[longest]
@@ -137,7 +135,6 @@ class Connections:
             of_busiest = [
                 connection for connection in self.open if connection.address == busiest
             ]
-
             evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(
                 of_busiest, now
             )
@@ -175,12 +172,10 @@ class Connections:
         for connection, since in self.unread.items():
             if connection in candidates and since <= before:
                 rates[connection] = 0.0
-
         for connection, since in self.bodies.items():
             if connection in candidates and since <= before:
                 seconds = max(connection.loop.time() - since, MIN_SECONDS)
                 rates[connection] = connection.body_bytes / seconds
-
         return min(
             rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None
         )
@@ -226,7 +221,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, shared: Connections, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
@@ -235,7 +229,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.address = ""
         self.is_trusted = False
         self.body_bytes = 0  # of the present request
-
         self._error: HttpError | None = None  # set by a callback of the parser
 
         # Whether the headers or the body of a request are arriving now; neither between two
@@ -247,7 +240,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # `CALLBACK_BYTES` for each read and chunk. Content pays for as many bytes of it.
         # `_read_bytes` are those of the present read.
         self._overhead_bytes = self._read_bytes = 0
-
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
 
@@ -282,7 +274,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         self.resume_writing()  # stops the write timeout
         super().connection_lost(exc)
-
         if self.cycle is not None:
             # Not this object, which also refers to the cycle
             self.cycle.transport = self.transport
@@ -421,7 +412,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         if not is_valid:
             self._refuse(_MALFORMED)
-
         if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
 
@@ -430,7 +420,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # The request has the present list. Trailers, which it must not use, are appended to a
         # copy.
         self.headers = list(self.headers)
-
         self._in_body = True
         self.body_bytes = 0
 
@@ -457,7 +446,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # after it.
         if self.parser.should_upgrade():
             return
-
         self._in_body = False
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
@@ -579,7 +567,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # Invalid headers; a request whose body is invalid has its response already.
             self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
-
         self.close(is_input_in_transit=True)
 
     def _write_error(self, reason: HttpError) -> None:

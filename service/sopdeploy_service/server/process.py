@@ -84,7 +84,6 @@ def choose_front_ends(settings: Settings) -> int:
 
     if settings.front_ends != "auto":
         return settings.front_ends
-
     if "cpu" in settings.devices or not may_use_gpu(settings):
         return 0
     return max(MIN_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)

@@ -233,7 +233,6 @@ class KeptFolder:
             for photo in self._photos.values()
             if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
         ]
-
         return any(not self._forget_if_gone(photo) for photo in near)
 
     def _forget_if_gone(self, photo: _StoredPhoto) -> bool:

@@ -167,9 +167,7 @@ class Keeper:
         self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
         self._num_logged = 0  # of both
-
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
-
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -221,7 +219,6 @@ class Keeper:
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._drop()
             return
-
         self._bytes_in += size
         self._photos.put(photo)
 

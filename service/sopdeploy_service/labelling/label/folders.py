@@ -191,9 +191,7 @@ class LabelFolders:
         waiting = [Waiting(path, record) for path, record in queue] + [
             Waiting(path, None) for path in heap
         ]
-
         self.waiting = {photo.identity: photo for photo in waiting}
-
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
         self._order_heap()
@@ -259,7 +257,6 @@ class LabelFolders:
         names |= {
             normalize(record.suggested) for record in records if record.suggested is not None
         }
-
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -447,9 +444,7 @@ def order_by_value(
             )
             distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
             left_L = np.delete(left_L, best)
-
         order += left_L.tolist()
-
     return np.asarray(order, np.intp)
 
 
@@ -472,7 +467,6 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
-
     return name
 
 
@@ -498,7 +492,6 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
     spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
     if spellings and name not in spellings:
         return f"use the class {spellings[0]!r}, which has the same name in other letters"
-
     return ""
 
 
