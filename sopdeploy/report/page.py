@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.evaluation.multi_label import (
@@ -45,11 +44,13 @@ from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import (
+    LIST_WRONG_LABELS,
     AnyProcedureResult,
     LoopResult,
     NetworkScore,
     describe_for_page,
     describe_gains,
+    insert_folders,
 )
 from sopdeploy.training.train import FinishedRun
 
@@ -85,101 +86,96 @@ def write_run_page(
     """
     setup = run.setup
     fit = run.fit
+    page = folder / PAGE
     result: Any = fit.result
     texts = describe_for_page(result)
-    sections: list[Section] = []
-    mistakes: list[tuple[str, str, int]] = []
+    labels = setup.labels
+    rules = setup.recipe.preprocess
+    train = setup.data.train
 
     # What the page judges: the held-out images, or the predictions of cross-validation.
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
-    predicted = make_predictions(logits_NC, images, setup.labels, fit.decision)
+    predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
+    # Otherwise the predictions say nothing about other photographs
+    is_measured = result.score is not None
 
-    # Without a score, the predictions say nothing about other photographs.
-    if result.score is not None:
-        shown_mistakes = _choose_mistakes(predicted)
-        links = {cell: _name_mistake(cell) for cell in shown_mistakes}
+    shown = labels[:_MAX_LABELS]
+    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    classes = insert_names(
+        f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
+    )
+
+    sections: list[Section] = []
+
+    # Without a score, the predictions are not shown, only what the images tell.
+    if is_measured:
+        mistakes = _choose_mistakes(predicted)
+        links = {cell: _name_mistake(cell) for cell in mistakes}
         measured_on = f"best.pt on {metrics.count} images: {description}."
         sections.append(describe_predictions(metrics, measured_on, links))
-        sections.append(_show_mistakes(shown_mistakes, predicted, images))
-        if isinstance(metrics, ClassificationReport):
-            mistakes = metrics.mistakes()
+        sections.append(_show_mistakes(mistakes, predicted, images))
 
     if isinstance(fit, FewShotFit):
-        train = setup.data.train
-        sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
+        command = insert_folders(LIST_WRONG_LABELS, setup.recipe.data_folder, folder)
+        sections += [_show_wrong_labels(train, fit, command), _show_copies(train, fit)]
 
-    # How the network was trained and chosen, and what was reached before.
-    sections.append(_describe_training(setup, fit, texts.procedure))
+    weights = "random weights"
+    side = rules.crop
+    if setup.weights is not None:
+        weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
+    trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
+    sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
+
+    # Sections that only some runs have: other networks, runs before, a decision rule.
     if networks:
-        sections.append(_list_networks(networks))
+        rows = [network.row() for network in networks]
+        caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
+        table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
+        sections.append(Section(title="Choice of the network", tables=[table]))
     if before:
-        sections.append(_list_runs(before))
-    sections.append(_describe_learning(fit.position.history, result))
+        columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
+        table = Table(
+            caption="Those of this project here, the newest first", columns=columns, rows=before
+        )
+        sections.append(Section(title="Runs before", tables=[table]))
+
+    lines = [insert_folders(line, setup.recipe.data_folder, folder) for line in result.lines()]
+    sections.append(_describe_learning(fit.position.history, result, lines))
     if fit.decision is not None:
-        sections.append(_describe_decision(fit.decision, setup.labels))
+        sentences = [_DECISION]
+        if fit.decision.temperature != 1:
+            sentences.append(_CALIBRATION)
+        if fit.decision.rejection is not None:
+            sentences.append(_REJECTION)
+        table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
+        sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
 
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
-        text=_summarize(setup, result, folder),
+        text=[
+            describe_in_a_sentence(
+                result.score,
+                is_selected=isinstance(result, LoopResult)
+                and result.selected_by == "same images",
+            ),
+            classes,
+            *(gain[0].upper() + gain[1:] for gain in describe_gains(result)),
+            insert_names(
+                "Next: {}",
+                f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
+                tag="code",
+            ),
+        ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[*sections, *_describe_run(setup, fit, run.record)],
     )
-    page = folder / PAGE
+
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    return mistakes
-
-
-def _summarize(setup: Setup, result: Any, folder: Path) -> list[Any]:
-    """Say what a user must know first: the score, the classes, what more images would give, the next command."""
-    is_selected = isinstance(result, LoopResult) and result.selected_by == "same images"
-    shown = setup.labels[:_MAX_LABELS]
-    num_more = len(setup.labels) - len(shown)
-    more = f" and {num_more} more" if num_more else ""
-    names = f"{len(setup.labels)} classes: {', '.join(['{}'] * len(shown))}{more}"
-    export = f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach"
-
-    return [
-        describe_in_a_sentence(result.score, is_selected=is_selected),
-        insert_names(names, *shown),
-        *(gain[0].upper() + gain[1:] for gain in describe_gains(result)),
-        insert_names("Next: {}", export, tag="code"),
-    ]
-
-
-def _describe_training(setup: Setup, fit: Fit, procedure: str) -> Section:
-    weights = "random weights"
-    if setup.weights is not None:
-        weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
-    side = setup.recipe.preprocess.crop
-    images = f"{len(setup.data.train)} images, scaled to {side} x {side} pixels"
-    text = f"{fit.name}, trained from {weights} on {images}, {procedure}."
-    return Section(title="Training", text=[text])
-
-
-def _list_networks(networks: Sequence[NetworkScore]) -> Section:
-    rows = [network.row() for network in networks]
-    caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
-    table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
-    return Section(title="Choice of the network", tables=[table])
-
-
-def _list_runs(before: Sequence[tuple[object, ...]]) -> Section:
-    columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
-    caption = "Those of this project here, the newest first"
-    table = Table(caption=caption, columns=columns, rows=before)
-    return Section(title="Runs before", tables=[table])
-
-
-def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
-    sentences = [_DECISION]
-    if decision.temperature != 1:
-        sentences.append(_CALIBRATION)
-    if decision.rejection is not None:
-        sentences.append(_REJECTION)
-    table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
-    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
+    return (
+        metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
+    )
 
 
 def describe_in_a_sentence(
@@ -232,12 +228,13 @@ def _predict_shown_images(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
-    """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
+def _describe_learning(
+    history: Sequence[EpochRow], result: AnyProcedureResult, text: list[str]
+) -> Section:
+    """Add the plots of a training loop, of losses and scores of all heads by epoch, to the *text* of a result."""
     if not isinstance(result, LoopResult):
-        return Section(title="Learning", text=result.lines())
+        return Section(title="Learning", text=text)
     last = history[-1]
-    text = list(result.lines())
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
 
@@ -248,7 +245,6 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         head for row in history if row.diagnostics for head in row.diagnostics.heads
     )
 
-    # With branches, curves of several heads.
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         text.append(
@@ -262,7 +258,6 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         }
         return Figure(image=plot(curves, "epoch", label), caption=caption)
 
-    # Curves by their names in the legend, with the columns of the history.
     scores = {"deployed": score_column} | {
         head: f"{head}_{score_column}" for head in shown_heads
     }
@@ -339,8 +334,8 @@ def _show_mistakes(
     return _show_photographs("Worst mistakes", text, images, captions, names)
 
 
-def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
-    """Show the training *images* whose label is probably wrong by *fit*."""
+def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, command: str) -> Section:
+    """Show the training *images* whose label is probably wrong by *fit*; *command* lists all."""
     wrong_labels = (
         [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
     )
@@ -352,7 +347,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
     text = insert_names(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies. All: {}",
-        "sopdeploy data check DIR --wrong-labels RUN",
+        command,
         tag="code",
     )
     return _show_photographs("Probably wrong labels", text, images, captions)
@@ -409,7 +404,6 @@ def _show_photographs(
 
 def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Section]:
     """List the recipe and the environment of the run, in a section each."""
-    # The options of the network stand under `network.`, with its defaults.
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
         # The latter are shown as `network.`

@@ -19,9 +19,9 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.clips import find_clips
-from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
-from sopdeploy.photos.folder import open_unknown
+from sopdeploy.photos.clips import clips_of_images
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
+from sopdeploy.photos.folder import UnknownImages, open_unknown
 from sopdeploy.photos.photo import (
     LabeledImages,
     Split,
@@ -88,15 +88,32 @@ class Division(NamedTuple):
     held_out: Record
 
 
-class RunInputs(NamedTuple):
+class RunImages(NamedTuple):
+    """The images of a run: the data, and those of none of the classes, which test the rejection."""
+
+    data: Split
+    unknown: UnknownImages | None = None
+
+
+class Given(NamedTuple):
     """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already."""
 
     keys: Sequence[str] = ()
     weights: WeightSource | None = None
-    data: Split | None = None
+    images: RunImages | None = None
 
 
-NO_INPUTS = RunInputs()
+NOTHING_GIVEN = Given()
+
+
+def open_images(
+    recipe: Recipe, data: Split | None = None, unknown: UnknownImages | None = None
+) -> RunImages:
+    """Open the images of *recipe*, without those that are open; raises as `open_data`."""
+    folder = recipe.rejection.unknown
+    if unknown is None and folder is not None:
+        unknown = open_unknown(folder)
+    return RunImages(open_data(recipe.data) if data is None else data, unknown)
 
 
 def set_up_run(
@@ -104,7 +121,7 @@ def set_up_run(
     folder: RunFolder,
     last: Checkpoint | None,
     callback: Callback,
-    inputs: RunInputs = NO_INPUTS,
+    given: Given = NOTHING_GIVEN,
 ) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
@@ -113,34 +130,33 @@ def set_up_run(
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
-    split = open_data(recipe.data) if inputs.data is None else inputs.data
+    opened, unknown = given.images or open_images(recipe)
     if last is not None:
-        split = split.without(read_left_out(last, folder.last))
+        opened = opened.without(read_left_out(last, folder.last))
 
-    for note in split.notes:
+    for note in opened.notes:
         callback.on_warning(note)
 
-    # The procedure, the images on each side, and whether the keys of the user have an effect.
-    recipe, reason = select_procedure(
-        recipe, len(split.train), None if recorded is None else recorded.procedure
+    selected, reason = select_procedure(
+        recipe, len(opened.train), None if recorded is None else recorded.procedure
     )
-    recipe.check_effect(inputs.keys, holds_out=not len(split.held_out))
-    division = divide_images(recipe, split, last, strategy)
-    _check_data(recipe, split, division, inputs.keys, callback)
+    selected.check_effect(given.keys, holds_out=not len(opened.held_out))
+    division = divide_images(selected, opened, last, strategy)
+    _check_data(selected, opened, division, given.keys, callback)
+    if unknown is not None and unknown.note:
+        callback.on_warning(unknown.note)
+    if isinstance(selected.procedure, LoopConfig):
+        check_batch_size(selected, len(division.data.train), strategy.world)
 
-    if isinstance(recipe.procedure, LoopConfig):
-        check_batch_size(recipe, len(division.data.train), strategy.world)
-
-    # The network: with its start weights, or as the last checkpoint has it.
     if last is None or recorded is None:
-        setup = new_setup(recipe, division, strategy, inputs.weights)
+        setup = new_setup(selected, division, strategy, given.weights)
         if parts := setup.random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
-            if "procedure.kind" in inputs.keys:
-                raise ConfigError(f"procedure {recipe.procedure.kind}: {problem}")
+            if "procedure.kind" in given.keys:
+                raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
             callback.on_warning(problem)
     else:
-        setup = _resume_setup(recipe, recorded, division, folder, last)
+        setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
 
     # Only the first process writes the origin
@@ -154,7 +170,8 @@ def set_up_run(
             "network is served, too"
         )
     origin = _describe_origin(setup, folder, last, sorted(formats))
-    return replace(setup, reason=reason, origin=origin)
+    unknown_images = None if unknown is None else unknown.images
+    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
 
 
 def new_setup(
@@ -236,9 +253,9 @@ def select_procedure(
     `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
     """
     config: AnyProcedureConfig = LoopConfig()
+    reason = ""
 
     # The set procedure, that of the resumed run, or one by the number of images.
-    reason = ""
     if not isinstance(recipe.procedure, AutoConfig):
         config = recipe.procedure
     elif recorded is not None:
@@ -279,25 +296,25 @@ def _has_head(recipe: Recipe) -> bool:
 
 
 def divide_images(
-    recipe: Recipe, split: Split, last: Checkpoint | None, strategy: Strategy
+    recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy
 ) -> Division:
-    """Hold out images of *split* if the procedure of *recipe* needs them and the source has none.
+    """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
     A new run chooses them; the run of *last* has recorded its choice, or repeats it for more
     than `MAX_HASHED` images. The first process decides for all, and alone reads the files, each
     once.
     """
-    images = split.train
+    images = opened.train
     config = recipe.data
     # of no file
     hashes = np.zeros(0, np.int64)
     record = np.zeros((0, 2), np.int64)
 
     if isinstance(recipe.procedure, FewShotConfig):
-        return Division(split, hashes if last is None else hash_images(images), record)
+        return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
-    if not isinstance(config, HoldOut) or len(split.held_out):
-        return Division(split, hash_images(images) if reads_files else hashes, record)
+    if not isinstance(config, HoldOut) or len(opened.held_out):
+        return Division(opened, hash_images(images) if reads_files else hashes, record)
 
     # The first process chooses, by hashes and groups, so that copies stay on one side.
     choice = np.zeros(len(images), np.int64)
@@ -316,42 +333,31 @@ def divide_images(
     # The other processes add zeros
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
-    return Division(divide(split, choice), of_training_files, record)
+    return Division(divide(opened, choice), of_training_files, record)
 
 
 def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
     """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
-    photographs = group_photographs(images)
-    if not len(photographs.vectors) or recipe.groups_by_name:
-        return photographs.groups, photographs.file_hashes
-    names = [images.identity(index) for index in range(len(images))]
-    clips = find_clips(
-        names,
-        photographs.times,
-        number_classes(images.targets),
-        photographs.vectors,
-        photographs.groups,
-    )
-
-    return clips.groups, photographs.file_hashes
+    found = group_photographs(images)
+    if recipe.groups_by_name:
+        return found.groups, found.file_hashes
+    clips = clips_of_images(images, found.times, found.vectors, found.groups)
+    return clips.groups, found.file_hashes
 
 
 def open_division(recipe: Recipe, last: Checkpoint) -> Division:
     """Open the images of the run of *recipe*, whose `last.pt` is *last*, as it divided them."""
-    split = open_data(recipe.data)
-    recipe, _ = select_procedure(recipe, len(split.train))
-    return divide_images(recipe, split, last, Strategy(torch.device("cpu")))
+    opened = open_data(recipe.data)
+    selected, _ = select_procedure(recipe, len(opened.train))
+    return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
 
 
 def _check_data(
-    recipe: Recipe, split: Split, division: Division, keys: Sequence[str], callback: Callback
+    recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
     """Check the images before the training; raises errors about what could not be used after it."""
     data = division.data
     file_hashes = division.file_hashes
-    unknown = recipe.rejection.unknown
-
-    # What one class per image needs, images of several classes do not have.
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
@@ -359,7 +365,7 @@ def _check_data(
             )
 
         ignored = {key for key in keys if key.startswith("rejection.")}
-        if unknown is not None:
+        if recipe.rejection.unknown is not None:
             ignored.add("rejection.unknown")
         if ignored:
             names = ", ".join(sorted(ignored))
@@ -370,10 +376,10 @@ def _check_data(
     # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read
     # them before. An image that the run itself holds out has its copies on its side.
     if len(file_hashes):
-        warn_of_equal_files(data.train, split.held_out, file_hashes, callback)
+        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
 
     # Classes of which nothing could be held out have no score.
-    if not len(split.held_out) and not isinstance(recipe.procedure, FewShotConfig):
+    if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
         missing = [
             label
@@ -390,8 +396,6 @@ def _check_data(
             raise DataError(problem)
         if missing:
             callback.on_warning(problem)
-    if unknown is not None and (note := open_unknown(unknown).note):
-        callback.on_warning(note)
 
 
 def warn_of_equal_files(
@@ -430,7 +434,7 @@ def _describe_origin(
 ) -> Origin:
     """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
     before = None if last is None else last.origin
-    data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
+    data_path = setup.recipe.data_folder
 
     return Origin(
         num_classes=len(setup.labels),

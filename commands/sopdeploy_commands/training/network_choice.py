@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError, WeightsError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -34,7 +33,13 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.setup import RunInputs, check_count, move_to_device, select_procedure
+from sopdeploy.training.setup import (
+    Given,
+    check_count,
+    move_to_device,
+    open_images,
+    select_procedure,
+)
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -65,7 +70,7 @@ class Validated(NamedTuple):
 
 
 def choose_network(
-    configured: Mapping[str, tuple[Recipe, RunInputs]],
+    configured: Mapping[str, tuple[Recipe, Given]],
     within: float | None,
     callback: Callback,
     *,
@@ -79,9 +84,8 @@ def choose_network(
     are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
     trained by the few-shot procedure, and the errors of `fetch_weights`.
     """
-    shared, inputs = next(iter(configured.values()))  # the recipes differ in the network only
-    data = open_data(shared.data) if inputs.data is None else inputs.data
-
+    shared, given = next(iter(configured.values()))  # the recipes differ in the network only
+    data, _ = given.images or open_images(shared)
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
         # as in the run, which then finds the features in the cache
@@ -108,9 +112,20 @@ def choose_network(
         raise WeightsError(
             f"the weights of {shorten(fast)}, which are fast enough, cannot be reached"
         )
-    names = fetch_weights(candidates, callback, may_skip=may_skip)
-    weights = {name: configured[name][1].weights for name in names}
-    validated = _validate(recipes, weights, data, strategy, callback)
+    validated = {}
+
+    # Cross-validate each; the features stay in the cache for the run with the chosen network.
+    for name in fetch_weights(candidates, callback, may_skip=may_skip):
+        weights = configured[name][1].weights
+        try:
+            validated[name] = score_network(
+                recipes[name], data.train, weights, strategy, callback
+            )
+        except DataError as error:  # perhaps of a damaged image, which the run names
+            data = leave_out_unreadable(data, error)
+            validated[name] = score_network(
+                recipes[name], data.train, weights, strategy, callback
+            )
 
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
@@ -121,7 +136,6 @@ def choose_network(
     ]
     chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
 
-    # A row for each network that was measured, with its score if it was validated.
     scores = []
     for name, speed in speeds.items():
         score = NetworkScore(
@@ -136,30 +150,8 @@ def choose_network(
     return tuple(scores)
 
 
-def _validate(
-    recipes: Mapping[str, Recipe],
-    weights: Mapping[str, WeightSource | None],
-    data: Split,
-    strategy: Strategy,
-    callback: Callback,
-) -> dict[str, Validated]:
-    """Cross-validate the networks of *weights*; images that cannot be read are left out for all that follow.
-
-    The features stay in the cache for the run with the chosen network.
-    """
-    validated = {}
-    for name, source in weights.items():
-        try:
-            score = score_network(recipes[name], data.train, source, strategy, callback)
-        except DataError as error:  # perhaps of a damaged image, which the run names
-            data = leave_out_unreadable(data, error)
-            score = score_network(recipes[name], data.train, source, strategy, callback)
-        validated[name] = score
-    return validated
-
-
 def select_procedures(
-    configured: Mapping[str, tuple[Recipe, RunInputs]], data: Split
+    configured: Mapping[str, tuple[Recipe, Given]], data: Split
 ) -> dict[str, Recipe]:
     """Return the recipes with the procedure for *data*; raise `ConfigError` if it does not fit a head."""
     count = len(data.train)
@@ -186,10 +178,10 @@ def measure_networks(
 ) -> dict[str, Speed]:
     """Export the network of each of *recipes* with random weights; measure its size and time for an image."""
     onnxruntime = import_onnxruntime()
-
-    # Random weights take as long as trained ones, so no weights are needed to measure the time.
     graphs: dict[str, bytes] = {}
     images: dict[str, NDArray[np.uint8]] = {}
+
+    # Random weights take as long as trained ones, so no weights are needed to measure the time.
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
         graphs[name], images[name] = _export_unfitted(recipe, classes)

@@ -20,7 +20,7 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.setup import RunInputs
+from sopdeploy.training.setup import Given
 from sopdeploy_commands.training import network_choice
 from sopdeploy_commands.training.network_choice import (
     Speed,
@@ -116,7 +116,7 @@ def test_the_choice_is(case: str, photos: Path, monkeypatch: pytest.MonkeyPatch)
         name: read_recipe("photos", [f"data.path={photos}", f"project={name}"])
         for name in found
     }
-    configured = {name: (recipe, RunInputs()) for name, recipe in recipes.items()}
+    configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, within, Callback())
     assert [score.name for score in scores if score.chosen] == [expected]
     assert [score.name for score in scores if score.score is not None] == names
@@ -133,7 +133,7 @@ def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
     message = "no network needs at most 5 ms; the fastest is a with 9.0 ms"
     with pytest.raises(ConfigError, match=message):
         network_choice.choose_network(
-            {"a": (recipe, RunInputs()), "b": (recipe, RunInputs())}, 5, Callback()
+            {"a": (recipe, Given()), "b": (recipe, Given())}, 5, Callback()
         )
 
 
@@ -245,7 +245,7 @@ def list_networks(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None
     """Replace the networks of the list."""
     facts = {"timm": "x", "license": "mit", "pixels": 16, "millions": 1.0, "top1": 50.0}
     choices = Choices(source="x", networks=tuple(Choice(name=name, **facts) for name in names))
-    monkeypatch.setattr("sopdeploy_commands.training.train.read_choices", lambda: choices)
+    monkeypatch.setattr("sopdeploy_commands.training.request.read_choices", lambda: choices)
 
 
 def save_weights(folder: Path, names: Sequence[str]) -> Path:
@@ -366,7 +366,7 @@ def test_a_network_without_weights_is_in_the_table(
         name: read_recipe("photos", [f"data.path={photos}", f"project={name}"])
         for name in found
     }
-    configured = {name: (recipe, RunInputs()) for name, recipe in recipes.items()}
+    configured = {name: (recipe, Given()) for name, recipe in recipes.items()}
     scores = network_choice.choose_network(configured, 10, Callback())
     assert [score.row()[1].partition(" %")[0] for score in scores] == [
         "60.0",
