@@ -9,10 +9,13 @@ Rejection: an image whose energy is below a threshold counts as unknown. The thr
 quantile of the energies of known images with the correction of split conformal prediction
 (Angelopoulos and Bates, 2021, section 1). With several classes per image, each class has a
 threshold. The energy of a network of the few-shot procedure is a cosine
-(`models.second_order_head`).
+(`models.second_order_head`). The lowest ones of few cosines say little about a quantile, so
+that the threshold of few is a prediction bound of the normal distribution (Hahn and Meeker,
+"Statistical Intervals", 1991, section 4.8).
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +28,20 @@ from sopdeploy.decision import (
     Rejection,
     log_sum_exp,
 )
-from sopdeploy.evaluation.metrics import Rate, log_loss
+from sopdeploy.evaluation.metrics import Rate, log_loss, wilson
 from sopdeploy.evaluation.statistics import LEVEL
 
 Logits = NDArray[np.float64]
 
 MIN_IMAGES = 50  # with fewer predictions, a temperature or a 5 % quantile is mostly noise
 MIN_COSINES = 20  # the same for cosines: from here on, about 95 % of new images are accepted
+MIN_RANK = (
+    5  # of a quantile of cosines: 100 images for 5 %; with fewer, it is a prediction bound
+)
+# Share of new images below this bound, of those that may be rejected: known images have more low
+# cosines than a normal distribution (docs/benchmarks/other_photos.md).
+BOUND_SHARE = 0.8
+GRID = 60  # quantiles of each estimate over which probabilities are averaged
 MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
@@ -49,14 +59,15 @@ def fit_decision(
     scalable: bool = True,
     groups: NDArray[np.integer] | None = None,
     unknown: Logits | None = None,
+    is_unknown_shipped: bool = False,
     left_out: NDArray[np.float64] | None = None,
-    min_images: int = MIN_IMAGES,
+    are_cosines: bool = False,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. Only the first image of each of the
-    *groups* (N,) of copies is used. With fewer than *min_images* images or with one class,
-    nothing is fitted.
+    *groups* (N,) of copies is used. With fewer than `least_images` or with one class, nothing is
+    fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -66,7 +77,9 @@ def fit_decision(
             `fit_temperature` or `temperature_lowers_loss` finds no evidence for another value.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
+        is_unknown_shipped: Whether these are images that come with the network, not those of a folder.
         left_out: Energies (N,) of the images if their own class is left out, another test.
+        are_cosines: Whether the energies of the *logits* are cosines.
     """
     # Copies of a photograph count once.
     if groups is not None:
@@ -75,7 +88,7 @@ def fit_decision(
         logits = logits[first_of_group]
         targets = targets[first_of_group]
         left_out = None if left_out is None else left_out[first_of_group]
-    if len(logits) < min_images or logits.shape[1] < 2:
+    if len(logits) < least_images(are_cosines=are_cosines) or logits.shape[1] < 2:
         return Decision()
 
     # The temperature first: the threshold is of scaled logits.
@@ -93,22 +106,30 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
 
-    # The threshold is an order statistic of the known images' scores.
+    # The threshold of their energies, and what it rejects.
     rejection = None
-    if rank := threshold_rank(len(logits), accepts):
-        threshold = float(np.sort(log_sum_exp(scaled))[rank - 1])
+    if threshold := choose_threshold(log_sum_exp(scaled), accepts, are_cosines=are_cosines):
         unknown_energies = None if unknown is None else log_sum_exp(unknown / temperature)
         rejection = Rejection(
-            threshold=threshold,
+            threshold=threshold.value,
             accepts=accepts,
-            accepted=accepted_interval(len(logits), rank),
-            recognized=_count_rejected(unknown_energies, threshold),
-            new_class=_count_rejected(left_out, threshold),
+            accepted=threshold.accepted,
+            recognized=_count_rejected(unknown_energies, threshold.value),
+            is_unknown_shipped=is_unknown_shipped and unknown is not None,
+            new_class=_count_rejected(left_out, threshold.value),
+            new_class_share=None
+            if left_out is None
+            else new_class_interval(left_out < threshold.value, targets),
         )
 
     return Decision(
         calibration=calibration, rejection=rejection, reference=predictions.reference()
     )
+
+
+def least_images(*, are_cosines: bool) -> int:
+    """Return the smallest number of images that a decision is fitted to."""
+    return MIN_COSINES if are_cosines else MIN_IMAGES
 
 
 def _count_rejected(
@@ -118,8 +139,32 @@ def _count_rejected(
     return None if energies is None else (int((energies < threshold).sum()), len(energies))
 
 
-def missing_threshold(images: int, classes: int, accepts: float, min_images: int) -> str:
-    """Say why `fit_decision` fits no threshold for unknown images; empty if it fits one."""
+def new_class_interval(
+    is_rejected_N: NDArray[np.bool_], targets: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
+
+    It is Student's prediction interval of one more class, and at least Wilson's interval with as
+    many trials as classes: two or three equal shares say little about the next one.
+    """
+    from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second
+
+    labels, class_N = np.unique(targets, return_inverse=True)
+    shares_K = np.bincount(class_N, is_rejected_N) / np.bincount(class_N)
+    mean = float(shares_K.mean())
+    count = len(labels)
+    low, high = wilson(mean * count, count)
+    if count > 1:
+        deviation = float(shares_K.std(ddof=1)) * math.sqrt(1 + 1 / count)
+        half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * deviation
+        low = max(0.0, min(low, mean - half))
+        high = min(1.0, max(high, mean + half))
+    return low, high
+
+
+def missing_threshold(images: int, classes: int, accepts: float) -> str:
+    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one."""
+    min_images = least_images(are_cosines=True)
     if images < min_images:
         return (
             f"not recognized, because a threshold needs {min_images} different images and there are {images}"
@@ -127,9 +172,61 @@ def missing_threshold(images: int, classes: int, accepts: float, min_images: int
         )
     if classes < 2:
         return "not recognized, because there is only one class"
-    if threshold_rank(images, accepts) == 0:
-        return f"not recognized, because {images} images are too few to accept {100 * accepts:g} % of them"
+    if accepts == 1:
+        return "not recognized, because all images are to be accepted"
     return ""
+
+
+class Threshold(NamedTuple):
+    """The `value` of a threshold, and the 95 % interval of the share of as many new images that it accepts."""
+
+    value: float
+    accepted: tuple[float, float]
+
+
+def choose_threshold(
+    energies_N: NDArray[np.float64], accepts: float, *, are_cosines: bool
+) -> Threshold | None:
+    """Choose the threshold of known images' *energies_N* that accepts the share *accepts* of new ones.
+
+    It is an order statistic; that of few cosines is a prediction bound. None if *accepts* is 1,
+    or too large for so few images.
+    """
+    count = len(energies_N)
+    rank = threshold_rank(count, accepts)
+    if are_cosines and rank < MIN_RANK and accepts < 1:
+        return bound_cosines(energies_N, accepts)
+    if rank == 0:
+        return None
+    return Threshold(float(np.sort(energies_N)[rank - 1]), accepted_interval(count, rank))
+
+
+def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
+    """Compute the prediction bound of normally distributed *cosines_N*, mean - t s sqrt(1 + 1 / N).
+
+    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). The number of
+    accepted ones of N new images is binomial, with a probability that depends on the errors of
+    the mean, which is normally distributed, and of the deviation s, whose square has a
+    chi-square distribution. Its distribution is the average over `GRID` quantiles of each.
+    """
+    from scipy.special import bdtr, chdtri, ndtr, ndtri, stdtrit  # noqa: PLC0415 # a quarter of a second
+
+    # The bound
+    count = len(cosines_N)
+    quantile = float(stdtrit(count - 1, 1 - BOUND_SHARE * (1 - accepts)))
+    deviations = quantile * math.sqrt(1 + 1 / count)
+    bound = float(cosines_N.mean() - deviations * cosines_N.std(ddof=1))
+
+    # The probability (G, G) of accepting a new image, by the errors of mean and deviation.
+    levels_G = (np.arange(GRID) + 0.5) / GRID
+    errors_G1 = ndtri(levels_G)[:, None] / math.sqrt(count)
+    deviations_G = np.sqrt(chdtri(count - 1, levels_G) / (count - 1))
+    probabilities_GG = ndtr(deviations * deviations_G - errors_G1)
+
+    # The distribution of the number of accepted images.
+    cumulative = [float(bdtr(k, count, probabilities_GG).mean()) for k in range(count + 1)]
+    low, high = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return Threshold(bound, (low / count, min(count, high) / count))
 
 
 def threshold_rank(images: int, accepts: float) -> int:
@@ -252,6 +349,9 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)
+    # Different images cannot be compared
+    if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
+        earlier = None
     if now is None:
         return ""
     has_fallen = earlier is not None and now.high < earlier.low

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.decision_fit import (
-    MIN_COSINES,
     fit_decision,
     fit_temperature,
     temperature_lowers_loss,
@@ -136,7 +135,7 @@ def keep_better(
         unknown=predict_unknown(
             tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers
         ),
-        min_images=MIN_COSINES,
+        are_cosines=True,
     )
     result = LoopResult(
         epoch=run.position.epoch,  # the last one
