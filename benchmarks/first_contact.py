@@ -146,6 +146,7 @@ def server(bundle: Bundle, provider: str) -> Iterator[Row]:
                     "bundle": bundle["name"],
                     "front ends": front_ends,
                     "photographs": images,
+                    "client": load.client,
                 }
                 yield row | {
                     key: f"{getattr(load, key):.1f}"

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 CLASSES = tuple(f"class {number}" for number in range(1000))
 CALIBRATION = 64
 JPEGS = {"images": (16, (500, 375)), "phone": (4, (4000, 3000))}
-PROGRAMS = ("first_contact.py", "load.py")
+PROGRAMS = ("first_contact.py", "wrk.lua", "load.py")
 
 
 class Case(NamedTuple):

@@ -4,11 +4,11 @@
         [--photographs "500 x 375,12 MP"] [--connections 64,256]
 
 For each bundle and number: seconds until the server is ready, the answers to 500 small
-photographs at once, and for each kind of photograph and number of connections, from four client
-processes: images/s, p50 and p99, the share of the time in which the GPU works and its memory
-(nvidia-smi), CPU ms per image. First, for each kind: the images/s that all cores decode when
-they do nothing else. Every result is written at once, as a JSON line; combinations that the
-file has are not measured again.
+photographs at once, and for each kind of photograph and number of connections images/s, p50 and
+p99, the share of the time in which the GPU works and its memory (nvidia-smi), CPU ms per image.
+The load comes from wrk where it is installed, otherwise from four client processes. First, for
+each kind: the images/s that all cores decode when they do nothing else. Every result is written
+at once, as a JSON line; combinations that the file has are not measured again.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def measure(
                     "p99_ms": load.p99_ms,
                 }
                 row = {**fields, "photographs": kind, "connections": connections, **values}
+                row["client"] = load.client
                 yield {**row, "refused": load.refused, "cpu_ms": cpu_ms, **watch.stop()}
 
 

@@ -147,17 +147,17 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (model) (rate(sopdeploy_unknown_images_total{RATE}))", "{{model}}")],
     ),
     (
-        "Drift: distance of predictions to those of held-out images",
-        "percentunit",
-        [("sopdeploy_drift_distance", "{{model}} {{of}}")],
+        "Drift: shift from earlier answers, in standard deviations",
+        "none",
+        [("sopdeploy_drift_shift", "{{model}} {{of}}")],
     ),
     (
-        "Predictions since the last test of drift",
+        "Answers in the newest window, which drift is measured on",
         "none",
         [("sopdeploy_drift_images", "{{model}}")],
     ),
     (
-        "Drift: p-values; below 0.005 is an alarm",
+        "Drift: p-values; below 0.0025, with a shift over 0.1, is an alarm",
         "none",
         [("sopdeploy_drift_p_value", "{{model}} {{of}}")],
     ),

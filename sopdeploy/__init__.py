@@ -55,6 +55,7 @@ def __getattr__(name: str) -> Any:
 
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
+
     with missing_extras():
         value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value

@@ -22,14 +22,12 @@ def main() -> None:
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # also for child processes
         # With -I or -X utf8=0, the variable has no effect
-        arguments = [
-            "-X",
-            "utf8",
-            *sys.orig_argv[1:],
-        ]
+        arguments = ["-X", "utf8", *sys.orig_argv[1:]]
         os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - the same program
+
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit
+
     try:
         # By name: this package imports none of the rooms above it.
         import_module("sopdeploy_commands.app").main()

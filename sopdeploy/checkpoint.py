@@ -130,6 +130,7 @@ class Checkpoint:
     def _check_lengths(self) -> "Checkpoint":
         if self.image_hashes.dtype != torch.int64 or self.image_hashes.ndim != 1:
             raise ValueError("image_hashes: not a list of int64 numbers")
+
         problem = (
             None if self.decision is None else self.decision.problem_with(len(self.labels))
         )
@@ -147,17 +148,18 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the content of the file of *checkpoint*, which `parse_checkpoint` reads."""
     decision = checkpoint.decision
     origin = checkpoint.origin
+
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
-        **{
-            field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)
-        },  # four are replaced
+        # four are replaced
+        **{field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)},
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),
         "origin": None if origin is None else origin.model_dump(mode="json"),
     }
+
     del content["sha256"]  # a file cannot contain its own
     return content
 
@@ -183,6 +185,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     checkpoint, or would run code.
     """
     check_is_checkpoint(path)
+
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
@@ -203,7 +206,10 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for published weights, and `export --network` for those of your own network"
         )
+
     written_by = writer_of(content.get("training"))
+
+    # Only weights may be tensors that share or lack values; their network checks them.
     for name in content.keys() - {"weights"}:  # `build_classifier` checks the weights
         for value in distinct_values(content[name]):
             if isinstance(value, Tensor) and not (
@@ -213,6 +219,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                 raise CheckpointError(
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
+
     version = content.pop("version", None)
     training = content.get("training")
     unknown = [
@@ -223,6 +230,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
             f"training.{name}"
             for name in training.keys() - TrainingRecord.__annotations__.keys()
         ]
+
     is_of_other_version = isinstance(written_by, str) and written_by != __version__
     try:
         check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
@@ -248,6 +256,7 @@ def load_plain(
         raise CheckpointError(
             f"{path}: a TorchScript archive, which contains code; {WEIGHTS_ADVICE}"
         )
+
     try:
         _check_reading_cost(raw)
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
@@ -278,6 +287,7 @@ def _check_reading_cost(raw: bytes) -> None:
     if not raw.startswith(b"PK"):
         check_pickles(io.BytesIO(raw))
         return
+
     # The reader of `torch.load`: others may find other entries, in another case or in a second
     # list.
     reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
@@ -286,6 +296,7 @@ def _check_reading_cost(raw: bytes) -> None:
     else:  # torch 2.11
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             size = sum(file.file_size for file in archive.infolist())
+
     if size > len(raw):
         raise ValueError("compressed or overlapping entries")
     check_pickles(io.BytesIO(reader.get_record("data.pkl")))
@@ -319,6 +330,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
             f"{path}: cannot be read ({error.strerror}); {WEIGHTS_ADVICE}"
         ) from error
     digest = hashlib.sha256(raw).hexdigest()
+
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(
             "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
@@ -329,6 +341,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
             raise WeightsError(
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from error
+
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):
             return _arrays_to_tensors(load_plain(path, raw, WEIGHTS_ADVICE)), digest
@@ -353,10 +366,12 @@ def find_tables(content: Any, levels: int = MAX_TABLE_LEVELS) -> dict[str, Mappi
     """
     if not isinstance(content, dict):
         return {}
+
     tables: dict[str, Mapping[str, Any]] = {}
     own = {name: value for name, value in content.items() if isinstance(name, str)}
     if any(isinstance(value, Tensor) for value in own.values()):
         tables[""] = own
+
     if levels > 1:
         for key, value in content.items():
             for path, table in find_tables(value, levels - 1).items():
@@ -372,6 +387,8 @@ def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
     but for counters.
     """
     siblings = defaultdict[tuple[str, str], set[str]](set)
+
+    # By their prefix in the names, which parts stand beside each other, and which stand alone.
     for number, names in enumerate(tables):
         for name in names:
             if name.endswith(COUNTERS):
@@ -379,6 +396,7 @@ def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
             parts = name.split(".")
             for depth, part in enumerate(parts):
                 siblings[f"{number}", ".".join(parts[:depth])].add(part)
+
     alone = {part for parts in siblings.values() if len(parts) == 1 for part in parts}
     shared = {part for parts in siblings.values() if len(parts) > 1 for part in parts}
     return frozenset(
@@ -394,13 +412,16 @@ def without_wrappers(name: str, wrappers: Container[str]) -> str:
 def find_labels(content: Any) -> tuple[str, ...] | None:
     """Read the class names in the order of `class_to_idx`, as torchvision's folders number them, if any."""
     number_by_name = content.get("class_to_idx") if isinstance(content, dict) else None
+
     if not isinstance(number_by_name, dict) or not all(
         isinstance(name, str) for name in number_by_name
     ):
         return None
+
     name_by_number = {
         number: name for name, number in number_by_name.items() if isinstance(number, int)
     }
+
     if sorted(name_by_number) != list(range(len(number_by_name))):
         return None
     return tuple(name for _, name in sorted(name_by_number.items()))
@@ -413,6 +434,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     shape.
     """
     total = 0
+
     for name, tensor in tensors.items():
         if not _is_dense(tensor) or tensor.is_complex():
             raise WeightsError(
@@ -475,15 +497,11 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         raise CheckpointError(
             f"{path}: {error}{version_advice(writer_of(checkpoint.training))}"
         ) from error
-    except (
-        ArithmeticError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # torch's, for sizes
+    # torch's, for sizes
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
         raise CheckpointError(f"{path}: {reason}; train or import it again") from error
+
     weights = {
         network.current_name(name): tensor for name, tensor in checkpoint.weights.items()
     }
@@ -492,6 +510,7 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         advice = version_advice(writer_of(checkpoint.training)) or "; train or import it again"
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
+
     # Any other one is channels-last.
     is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"
     vars(network)[IMAGES_FORMAT] = (
@@ -512,5 +531,6 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
             return f"{name} is {_describe_storage(actual)}, not {_describe_storage(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
+
     unknown = sorted(weights.keys() - expected.keys())
     return f"the network has no {unknown[0]}" if unknown else ""

@@ -9,9 +9,9 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, TypedDict, TypeVar, Unpack, overload
+from typing import Any, NamedTuple, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -46,20 +46,13 @@ MAX_DELAY = 5.0
 DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 # 64 KiB of these, which httpx expands at once, are 64 MB
-ENCODINGS = {
-    "",
-    "identity",
-    "gzip",
-    "deflate",
-}
+ENCODINGS = {"", "identity", "gzip", "deflate"}
 RETRY_STATUSES = {429, 503}  # the server did not process the request
+TOO_LARGE = 413  # also of a proxy
+TOO_MANY_IMAGES = "too_many_images"
 FOREIGN = "foreign_answer"  # code of what another server sends
 # Before a response
-BROKEN = (
-    httpx.NetworkError,
-    httpx.RemoteProtocolError,
-    httpx.ConnectTimeout,
-)
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 class ImageResult(StrictModel):
@@ -148,19 +141,18 @@ class Client:
             raise ConfigError(
                 "the API key has characters that no header may have; copy the key again"
             )
+
         # Few compressed bytes could fill the memory; `_receive` limits what a server compresses
         # anyway.
         self._headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+
         try:
             self._url = httpx.URL(url)
             address = str(self._url.copy_with(userinfo=b""))
             # What the socket will require
-            _ = (
-                urlsplit(address).port,
-                self._url.host.encode("idna"),
-            )
+            _ = (urlsplit(address).port, self._url.host.encode("idna"))
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(
                 f"{url!r}: not a URL ({error}); write it as http://host:8000"
@@ -169,6 +161,7 @@ class Client:
             raise ConfigError(
                 f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000"
             )
+
         self._transport = transport
         self._proxy = find_proxy(address, HTTPX_PROXIES) if transport is None else None
         self._pools: dict[int, httpx.Client] = {}  # by process
@@ -196,13 +189,14 @@ class Client:
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a file, a PIL image, a uint8 array, or a list of them.
 
-        A list is sent as one request; one of several images that cannot be classified has
-        `error` set. *top_k* is the number of classes, *model* the model to use if the server
-        has several. *threshold* replaces the thresholds of a multi-label network. *explain*
-        requests the `explanation` of the first class; an image then counts as 50 for the
-        server. *timeout* replaces that of the client. Raises `ServiceError` if the server
-        rejects the request or its only image, `OverloadedError` if it is overloaded,
-        `UnreachableError` without a response in time, and `DataError` for what is no image.
+        A list is sent as one request, or as several if its images are together more than the
+        server takes; one of several images that cannot be classified has `error` set. *top_k*
+        is the number of classes, *model* the model to use if the server has several.
+        *threshold* replaces the thresholds of a multi-label network. *explain* requests the
+        `explanation` of the first class; an image then counts as 50 for the server. *timeout*
+        replaces that of the client. Raises `ServiceError` if the server rejects the request or
+        its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
+        response in time, and `DataError` for what is no image.
         Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
         file is.
 
@@ -217,6 +211,7 @@ class Client:
             "threshold": threshold,
             "explain": explain or None,
         }
+
         return self._post("/v1/classify", image, Classification, params, timeout)
 
     @overload
@@ -250,7 +245,7 @@ class Client:
         Example:
             print([model.name for model in client.info().models])
         """
-        response = self._send("GET", "/info", timeout)
+        response = self._send("GET", "/info", self._limit(timeout))
         try:
             return ServerInfo.model_validate_json(response.content, extra="ignore")
         except pydantic.ValidationError as error:
@@ -280,11 +275,14 @@ class Client:
         """
         process = os.getpid()
         proxy = None if self._proxy is None else self._proxy.url
+
         if process not in self._pools:
             if self._transport is not None and self._pools:
                 raise ConfigError(
                     "a client with a transport of its own works in one process; make another"
                 )
+
+            # A forked process has sockets of its own.
             try:
                 # Without TLS, httpx need not load certificates (60 ms)
                 verify = self._url.scheme == "https"
@@ -296,10 +294,12 @@ class Client:
             except OSError as error:
                 advice = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR"
                 raise ConfigError(f"no certificates ({error}); {advice}") from error
+
             hooks = {"response": [_refuse_redirect]}
             pool = httpx.Client(
                 base_url=self._url, headers=self._headers, transport=own, event_hooks=hooks
             )
+
             self._pools.setdefault(process, pool)  # the first of several threads
             for other in self._pools.keys() - {process}:
                 self._pools.pop(other, None)
@@ -319,33 +319,36 @@ class Client:
         bodies = encode_images(images)
         if not bodies:
             return []
-        send = partial(self._send, "POST", path, timeout)
+
         query = {name: value for name, value in params.items() if value is not None}
+        send = partial(self._send, "POST", path, self._limit(timeout), params=query)
+
         if is_list:
-            parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
-            response = send(params=query, files=parts)
-        else:
-            response = send(
-                params=query, content=bodies[0], headers={"Content-Type": CONTENT_TYPE}
-            )
-        results = _parse_results(response, result_type, len(bodies))
-        return results if is_list else results[0]
+            return _send_list(send, bodies, result_type)
+        response = send(content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
+        return _parse_results(response, result_type, 1)[0]
+
+    def _limit(self, timeout: float | None) -> "TimeLimit":
+        """Return the end of a call that begins now."""
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        return TimeLimit(seconds, time.monotonic() + seconds)
 
     def _send(
-        self, method: str, path: str, timeout: float | None, **content: Any
+        self, method: str, path: str, limit: "TimeLimit", **content: Any
     ) -> httpx.Response:
-        """Send a request and return its successful response, with retries during *timeout* seconds.
+        """Send a request and return its successful response, with retries until *limit*.
 
         Retries follow 429, 503 and connections that broke before a response, after at least
         `Retry-After`.
         """
         if self._is_closed:
             raise ConfigError("the client is closed; make another one")
-        seconds = self._timeout if timeout is None else check_timeout(timeout)
-        end = time.monotonic() + seconds
+        seconds, end = limit
         attempt = 0
         http = self._connections()
         extensions = {"proxy": self._proxy}  # for messages
+
+        # Each attempt gets what is left of the time, and tells the server when it ends.
         while True:
             left = max(0.001, end - time.monotonic())  # the header must be at least 1 (ms)
             request = http.build_request(
@@ -354,6 +357,7 @@ class Client:
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             request.headers[REQUEST_ID] = uuid4().hex
             error: ServiceError
+
             try:
                 with deadline(end):
                     response = _receive(http, request)
@@ -367,11 +371,52 @@ class Client:
                 error = _response_error(response)
                 delay = backoff(attempt) + retry_after(response)
                 may_retry = response.status_code in RETRY_STATUSES
+
             is_last = attempt == self._retries or delay >= end - time.monotonic()
             if is_last or not may_retry:
                 raise error
+
             time.sleep(delay)
             attempt += 1
+
+
+class TimeLimit(NamedTuple):
+    """The *seconds* of a call, for messages, and its *end* by `time.monotonic`."""
+
+    seconds: float
+    end: float
+
+
+def _send_list(
+    send: Callable[..., httpx.Response], bodies: Sequence[bytes], result_type: type[Result]
+) -> list[Result]:
+    """Send *bodies* as a form, or as several where they are together too much; return all results in order."""
+    parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
+    try:
+        response = send(files=parts)
+    except ServiceError as error:
+        if len(bodies) == 1 or not _is_too_much(error):
+            raise
+    else:
+        return _parse_results(response, result_type, len(bodies))
+
+    # Each half again; an image that is too large alone leaves the others their results.
+    results: list[Result] = []
+    middle = len(bodies) // 2
+    for half in (bodies[:middle], bodies[middle:]):
+        try:
+            results += _send_list(send, half, result_type)
+        except ServiceError as error:
+            if not _is_too_much(error):
+                raise
+            problem = Problem(code=error.code, status=error.status, detail=str(error))
+            results.append(result_type(error=problem))
+    return results
+
+
+def _is_too_much(error: ServiceError) -> bool:
+    """Tell whether the server takes fewer images or bytes in one request."""
+    return error.status == TOO_LARGE or error.code == TOO_MANY_IMAGES
 
 
 def check_timeout(timeout: float) -> float:
@@ -413,6 +458,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     if is_early(response):  # it answers something else
         response.close()
         raise httpx.RemoteProtocolError("an answer came before its request", request=request)
+
     # Errors before a request is read have an id of their own, those of proxies none.
     own_id = request.headers[REQUEST_ID]
     if response.is_success and response.headers.get(REQUEST_ID, own_id) != own_id:
@@ -420,6 +466,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
         raise httpx.RemoteProtocolError(
             "the answer is that of another request", request=request
         )
+
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
             raise _foreign_answer_error(response)
@@ -430,22 +477,17 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
                 raise _foreign_answer_error(response)
     except httpx.DecodingError as error:
         raise _foreign_answer_error(response) from error
-    except (
-        httpx.NetworkError,
-        httpx.ProtocolError,
-    ) as error:  # not retried: the server has done the work
+    # not retried: the server has done the work
+    except (httpx.NetworkError, httpx.ProtocolError) as error:
         problem = f"status {response.status_code}, but the response breaks off ({error})"
         message = f"{_address(request)}: {problem}; send it again"
         raise UnreachableError(message, code="unreachable", status=0) from error
     finally:
         response.close()
+
     headers = httpx.Headers(response.headers)
     # *content* is decoded
-    for name in (
-        "Content-Encoding",
-        "Content-Length",
-        "Transfer-Encoding",
-    ):
+    for name in ("Content-Encoding", "Content-Length", "Transfer-Encoding"):
         headers.pop(name, None)
     return httpx.Response(
         response.status_code, headers=headers, content=bytes(content), request=request
@@ -470,9 +512,11 @@ def _response_error(response: httpx.Response) -> ServiceError:
         problem = Problem(
             code="http_error", status=status, detail=response.reason_phrase or "no explanation"
         )
+
     said = f"{status} {problem.code}: {problem.detail}"
     printable = "".join(character if character.isprintable() else " " for character in said)
     message = f"{_address(response.request)}: {printable}"
+
     if status in RETRY_STATUSES:
         return OverloadedError(
             message, code=problem.code, status=status, retry_after=retry_after(response)
@@ -487,6 +531,7 @@ def _no_response_error(
     reason = str(failure) or type(failure).__name__
     kind: type[ServiceError] = UnreachableError
     code = "unreachable"
+
     if isinstance(failure, httpx.TimeoutException):
         code = "timeout"
         text = f"no response within {seconds:.3g} s"
@@ -501,6 +546,7 @@ def _no_response_error(
         direct = f"does it work? Without it: NO_PROXY={request.url.host}"
         advice = direct if request.extensions["proxy"] else "is a server running there?"
         text = f"no response ({reason}); {advice}"
+
     error = kind(f"{_address(request)}: {text}", code=code, status=0)
     error.__cause__ = failure
     return error
@@ -514,6 +560,7 @@ def _parse_results(
         "model_digest": response.headers.get("X-Model-Digest", ""),
         "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),
     }
+
     try:
         body = parse_json(response.content)
         rows = body.get("results", [body])
@@ -522,6 +569,7 @@ def _parse_results(
         ]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign_answer_error(response) from error
+
     are_complete = all(
         result.model_fields_set & {"classes", "values", "error"} for result in results
     )

@@ -51,14 +51,15 @@ def parse_json(raw: bytes | str) -> Any:
     and lists.
     """
     document = raw.encode() if isinstance(raw, str) else raw
-    # of 2 bytes, each takes 100 or more in memory
-    num_parts = sum(map(document.count, (b",", b"[", b"{")))
-    if num_parts > MAX_JSON_PARTS:
+
+    if count_parts(document) > MAX_JSON_PARTS:
         raise ValueError("not JSON: has too many lists, objects and values")
+
     try:
         values = pydantic_core.from_json(document, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
+
     parts = [values]
     while parts:
         part = parts.pop()
@@ -70,17 +71,25 @@ def parse_json(raw: bytes | str) -> Any:
     return values
 
 
+def count_parts(document: bytes) -> int:
+    """Count the values and lists of the JSON *document*; commas and brackets in its strings count, too.
+
+    A part of 2 bytes takes 100 or more in memory, and a parser a microsecond or more.
+    """
+    return sum(map(document.count, (b",", b"[", b"{")))
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """Parse a TOML document with at most `MAX_LEVELS` levels; raises `ValueError`."""
     if _LONG_KEY.search(text):
         raise ValueError(f"not TOML: a key has more than {MAX_LEVELS} levels")
+
     try:
         values = tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a ValueError that is no TOMLDecodeError: a long number
+    # a ValueError that is no TOMLDecodeError: a long number
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from error
+
     level: list[Any] = [values]  # the tables and arrays at a depth
     for _ in range(MAX_LEVELS):
         contents = chain.from_iterable(
@@ -121,13 +130,7 @@ class StrictModel(pydantic.BaseModel):
             part = waiting.pop()
             if isinstance(part, dict):
                 # or a field's name
-                if part.get("type") in (
-                    "list",
-                    "tuple",
-                    "set",
-                    "frozenset",
-                    "dict",
-                ):
+                if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
                 waiting += [value for key, value in part.items() if key not in _NO_SCHEMAS]
@@ -208,6 +211,7 @@ def with_registered(
             # a plugin's config, which was validated when it was built
             if isinstance(value, base):
                 return value
+
             context = problem["ctx"]
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:
@@ -256,11 +260,13 @@ def check_format(
     reader = "a later version of sopdeploy"
     if isinstance(written_by, str):
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
+
     if found != expected:
         version = _SHORTENER.repr(found)[:MAX_SHOWN]
         raise OtherVersionError(
             f"version: {version}, but this sopdeploy reads {expected}; read it with {reader}"
         )
+
     if names := sorted(unknown):
         raise OtherVersionError(
             f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it"
@@ -292,6 +298,7 @@ def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     written_by = writer_of(fields)
     unknown = fields.keys() - model.model_fields.keys() if written_by != __version__ else ()
     check_format(fields.get("version", 1), 1, written_by, unknown)
+
     try:
         return model.model_validate(fields)
     except pydantic.ValidationError as error:
@@ -350,10 +357,12 @@ def describe_problem(
     context = problem.get("ctx", {})
     where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
     reason = reason_of(problem)
+
     if kind.startswith("union_tag_"):
         where = ".".join(filter(None, (where, str(context["discriminator"]).strip("'"))))
     if kind.startswith(("missing", "union_tag_", *_UNKNOWN_KEY)):
         return f"{where or 'value'}: {reason}"
+
     checked_whole_model = not where or isinstance(problem["input"], dict)
     if kind in _OF_VALIDATOR and checked_whole_model:  # the message names the wrong values
         return f"{where}: {reason}" if where else reason
@@ -366,10 +375,12 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     context = problem.get("ctx", {})
     if kind in _OF_VALIDATOR and "error" in context:
         return str(context["error"])[: 10 * MAX_SHOWN]
+
     if kind.startswith("missing"):
         return "missing"
     if kind in _UNKNOWN_KEY:
         return "unknown key"
+
     if kind == "union_tag_not_found":
         return "missing"
     if kind == "union_tag_invalid":
@@ -380,6 +391,7 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
             if tag
             else f"missing; choose one of {known}"
         )
+
     if kind in _REASONS:
         whole = {
             name: int(n)
@@ -387,16 +399,14 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
             if isinstance(n, float) and n.is_integer()
         }
         return _REASONS[kind].format(**{**context, **whole})[: 10 * MAX_SHOWN]
+
     noun = _NOUNS.get(kind.removesuffix("_type").removesuffix("_parsing"))
     return f"must be {noun}" if noun else "not accepted"
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 # a validator of this package or a plug-in raised it
-_OF_VALIDATOR = (
-    "value_error",
-    "assertion_error",
-)
+_OF_VALIDATOR = ("value_error", "assertion_error")
 _REASONS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -447,6 +457,7 @@ def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     names = re.findall(
         r"'([^']+)'", str(context.get("expected_tags", context.get("expected", "")))
     )
+
     close = (
         difflib.get_close_matches(wanted[:MAX_SHOWN], names, n=1)
         if isinstance(wanted, str)
@@ -465,20 +476,27 @@ def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> st
     keys = []
     is_known = values is not None
     value = values
+
     for index, part in enumerate(parts):
         if isinstance(value, pydantic.BaseModel):
             value = dict(value)
+
+        # Pydantic inserts names of types between the keys; only keys lead to a part of the
+        # value.
         if not is_known:
             is_key = not re.search(r"[\[(]", str(part))
         elif isinstance(value, Mapping):
             is_key = part in value or (is_missing and index == len(parts) - 1)
         else:
             is_key = isinstance(value, list | tuple) and isinstance(part, int)
+
         if not is_key:
             continue
         keys.append(str(part)[:MAX_SHOWN])
+
         if isinstance(value, Mapping):
             value = value.get(part)
         elif isinstance(value, list | tuple) and isinstance(part, int):
             value = value[part] if part < len(value) else None
+
     return ".".join(keys)

@@ -1,7 +1,10 @@
 """One deadline for a whole exchange of `httpx`, whose own timeouts begin again with every byte."""
 
+import socket
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from ssl import SSLContext
@@ -45,6 +48,30 @@ def _remaining(timeout: float | None, expired: type[Exception]) -> float | None:
     if left <= 0:
         raise expired("the time for the whole response is over")
     return left if timeout is None else min(left, timeout)
+
+
+def _look_up(host: str, port: int, timeout: float | None) -> list[str]:
+    """Return the IP addresses of *host* within *timeout* seconds; a thread asks, which nothing can interrupt."""
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answer.set_result([_as_host(address) for *_, address in found])
+        except (OSError, UnicodeError) as error:
+            answer.set_exception(httpcore.ConnectError(str(error)))
+
+    threading.Thread(target=ask, name="look up", daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except TimeoutError as error:
+        raise httpcore.ConnectTimeout(f"the name server does not answer for {host}") from error
+
+
+def _as_host(address: Sequence[Any]) -> str:
+    """Return the host in the *address* of a socket, with the zone of a link-local one."""
+    zone = address[3] if len(address) > 2 else 0
+    return f"{address[0]}%{zone}" if zone else str(address[0])
 
 
 class _Stream(httpcore.NetworkStream):
@@ -95,10 +122,23 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        left = _remaining(timeout, httpcore.ConnectTimeout)
-        return _Stream(
-            self._backend.connect_tcp(host, port, left, local_address, socket_options)
-        )
+        addresses = _look_up(host, port, _remaining(timeout, httpcore.ConnectTimeout))
+
+        # One that does not answer leaves the others their share of the time.
+        for number, address in enumerate(addresses):
+            left = _remaining(timeout, httpcore.ConnectTimeout)
+            num_left = len(addresses) - number
+            share = None if left is None else left / num_left
+            try:
+                return _Stream(
+                    self._backend.connect_tcp(
+                        address, port, share, local_address, socket_options
+                    )
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                if num_left == 1:
+                    raise
+        raise httpcore.ConnectError(f"{host} has no address")
 
     def connect_unix_socket(
         self,

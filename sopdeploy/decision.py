@@ -7,7 +7,7 @@ module does not import torch.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pydantic
@@ -71,7 +71,7 @@ class Rejection(StrictModel):
 
 
 class Reference(StrictModel):
-    """Distribution of the predictions for the images of `Calibration`, the reference of `evaluation.drift`.
+    """Distribution of the predictions for the images of `Calibration`, which bundles of before 0.2 have.
 
     Attributes:
         classes: For each class, the number of images for which it is the most probable one.
@@ -85,31 +85,6 @@ class Reference(StrictModel):
             min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1
         ),
     ]
-
-
-class PredictionCounts:
-    """Counts predictions by class and by confidence."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes: NDArray[np.int64] = np.zeros(classes, np.int64)
-        self.confidences: NDArray[np.int64] = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
-
-    @property
-    def num_images(self) -> int:
-        """Number of predictions."""
-        return int(self.classes.sum())
-
-    def add_logits(self, logits: NDArray[Any]) -> None:
-        """Count predictions with finite *logits* (n, C)."""
-        interval = np.searchsorted(CONFIDENCE_BOUNDS, softmax(logits).max(axis=1), side="right")
-        self.classes += np.bincount(logits.argmax(axis=1), minlength=len(self.classes))
-        self.confidences += np.bincount(interval, minlength=len(self.confidences))
-
-    def reference(self) -> Reference:
-        """Return the counts as the reference of later predictions."""
-        return Reference(
-            classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist())
-        )
 
 
 class LabeledProbability(TypedDict):
@@ -150,6 +125,7 @@ class Answer(NamedTuple):
             LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked
         ]
         fields = AnswerFields(classes=classes)
+
         if self.known is not None:
             fields["known"] = self.known
         if self.score is not None:
@@ -167,7 +143,7 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Distribution of the fitted predictions, to compare later ones with; only with "softmax".
+        reference: Of bundles of before 0.2; nothing reads it.
     """
 
     activation: Activation = "softmax"
@@ -225,16 +201,20 @@ class Decision(StrictModel):
         activate = sigmoid if self.is_multi_label else softmax
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
+
         if self.thresholds is not None:
             thresholds = self.thresholds if threshold is None else [threshold] * len(logits)
             indices = [index for index in indices if probabilities[index] >= thresholds[index]]
         ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
+
+        # The probability of the first class that each occluded cell takes away, as (n, n).
         explanation = None
         if occluded is not None and ranked:
             first_class, probability = ranked[0]
             n = math.isqrt(len(occluded))
             losses = (probability - activate(occluded)[:, first_class]).reshape(n, n)
             explanation = tuple(tuple(row) for row in losses.tolist())
+
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)
         score = float(log_sum_exp(logits))
@@ -244,6 +224,7 @@ class Decision(StrictModel):
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
+
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
@@ -251,12 +232,14 @@ class Decision(StrictModel):
             else:
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
+
         if (rule := self.rejection) is not None:
             accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
             if rule.accepted is not None:
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
+
             if rule.recognized is not None:
                 text = "{} of {} rejected".format(*rule.recognized)
                 if rule.is_unknown_shipped:
@@ -268,6 +251,7 @@ class Decision(StrictModel):
                 # Images that are made from the user's own do not predict it
                 text = "not measured; give --unknown FOLDER"
                 rows.append(("photographs of other things", text))
+
             if rule.new_class is not None:
                 rejected, count = rule.new_class
                 interval = ""
@@ -276,6 +260,7 @@ class Decision(StrictModel):
                     interval = f"95 % interval {low:.0f} to {high:.0f} %; "
                 text = f"{100 * rejected / max(1, count):.0f} % rejected ({interval}each class left out once)"
                 rows.append(("a new class of this kind", text))
+
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:

@@ -49,6 +49,7 @@ def usable_cores() -> int:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1
     )
+
     for folder, version in control_groups("cpu"):
         # Without a quota, the text `max` or -1; a group can also lack these files.
         with suppress(OSError, ValueError):
@@ -57,6 +58,7 @@ def usable_cores() -> int:
             else:
                 names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
                 quota, period = (int((folder / name).read_text()) for name in names)
+
             if quota > 0:
                 cores = min(cores, max(1, quota // period))  # a quota may be less than one core
     return cores
@@ -74,13 +76,13 @@ def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
             if number == "0":  # version 2, such as `0::/user.slice`
                 roots = [CGROUP]
                 version = 2
-            elif controller in controllers.split(
-                ","
-            ):  # version 1, such as `9:cpu,cpuacct:/docker/1f`
+            # version 1, such as `9:cpu,cpuacct:/docker/1f`
+            elif controller in controllers.split(","):
                 roots = [CGROUP / name for name in dict.fromkeys((controller, controllers))]
                 version = 1
             else:
                 continue
+
             for root in roots:
                 folder = root / path.lstrip("/")
                 for group in (folder, *folder.parents):
@@ -151,6 +153,7 @@ def missing_store_error(address: str) -> MissingPackageError:
     client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
     if client is not None:  # s3fs requires aiohttp, too
         return MissingPackageError(f"{address}: {install_hint(client, 'sopdeploy[s3]')}")
+
     known = importlib.import_module("fsspec.registry").known_implementations
     package = known.get(scheme, {}).get("class", scheme).partition(".")[0]
     return MissingPackageError(f"{address}: {package} is not installed; install it with pip")
@@ -163,6 +166,7 @@ def describe_store_error(error: BaseException) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+
     reasons = filter(None, map(_reason_of_store, causes))
     return next(reasons, "its client fails") + f" ({type(causes[0]).__name__})"
 
@@ -173,15 +177,18 @@ def _reason_of_store(error: BaseException) -> str:
     status: Any = getattr(error, "status", None) or getattr(response, "status_code", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
     if isinstance(status, int):
         known = {401: "needs credentials", 403: "access is denied", 404: "not found"}
         return known.get(status, f"answers with status {status}")
+
     for kind, reason in _STORE_ERRORS.items():
         if isinstance(error, kind):
             return reason
     for word, reason in _STORE_WORDS.items():
         if word in type(error).__name__:
             return reason
+
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
 
 
@@ -215,6 +222,7 @@ def missing_extras() -> Iterator[None]:
         requirements = "\n".join(metadata.requires("sopdeploy") or [])
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]
+
         if not extras:  # no extra installs it: the error stays as it is
             raise
         advised = "train" if "train" in extras else extras[0]  # "train" has the most packages
@@ -232,4 +240,5 @@ def exit_process(code: int | None) -> NoReturn:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code or 0)
+
     sys.exit(code)

@@ -74,6 +74,7 @@ class SopdeployError(Exception):
     ) -> None:
         if len(message) > _MAX_MESSAGE:  # the end says what to do
             message = f"{message[: _MAX_MESSAGE - _MAX_END]}...{message[-_MAX_END:]}"
+
         super().__init__(message)
         self.code = code or self.code
         self.status = status
@@ -254,6 +255,7 @@ def first_line(error: BaseException) -> str:
     for cause, remedy in _REMEDIES:
         if match := cause.search(message):
             return match.expand(remedy)
+
     for line in message.splitlines():
         sentences = _SENTENCE_END.split(line.strip())
         kept = " ".join(each for each in sentences if not _OF_THE_LIBRARY.search(each))
@@ -280,6 +282,7 @@ def shorten_problems(problems: Sequence[str]) -> str:
     for problem in problems:
         place, _, reason = problem.partition(": ")
         places_by_reason.setdefault(reason, []).append(place)
+
     texts = []
     for reason, places in places_by_reason.items():
         texts.append(f"{shorten(places)}: {reason}" if reason else shorten(places))

@@ -63,6 +63,7 @@ def lock_file(
         except BaseException:  # an interrupt must not leave the file open
             os.close(file)
             raise
+
         tries += 1
         # by its last owner, unless the file system changes inodes
         is_deleted = not _is_at(file, path)
@@ -77,6 +78,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     folder = None
     with suppress(OSError):  # no such folder, or no permission to read it
         folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     try:
         if folder is not None:
             _try_lock(folder, wait=True)
@@ -95,6 +97,7 @@ def lock_if_abandoned(path: Path) -> Iterator[bool]:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         failure = _try_lock(file)  # raises if the process is alive
         is_abandoned = not failure
+
     try:
         yield is_abandoned
     finally:

@@ -53,12 +53,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
     folder = os.path.abspath(path.parent)  # noqa: PTH100 - `resolve` follows links
     if folder not in _CLEANED:
         _CLEANED.add(folder)
         remove_leftovers(path.parent)
+
     name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
     partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
+
     lock = lock_file(partial)
     try:
         yield partial
@@ -125,6 +128,7 @@ def remove_leftovers(folder: Path) -> None:
                 with lock_if_abandoned(path) as is_abandoned:
                     if is_abandoned:
                         path.unlink(missing_ok=True)
+
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with lock_if_abandoned(path / LOCK) as is_abandoned:
                     # Without a lock file, its process has ended or will create another folder.
@@ -197,12 +201,19 @@ def expand_user(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user
 
 
+def features_folder() -> Path:
+    """Return the folder of cached features, `sopdeploy/features` below XDG_CACHE_HOME or `~/.cache`."""
+    root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return root / "sopdeploy" / "features"
+
+
 def link_latest(target: Path) -> None:
     """Make `latest` beside *target* a link to it, in one step; a file or folder of that name stays."""
     link = target.with_name(LATEST)
     is_no_link = link.exists() and not link.is_symlink()
     if target.name == LATEST or is_no_link:
         return
+
     try:
         move_link(link, target_of(link, target))
     except OSError as error:
@@ -296,8 +307,10 @@ def check_is_file(path: Path) -> None:
         return
     if ":" in path.name and (foreign := describe_foreign(path)):  # such as `net.py:Net`
         raise CheckpointError(f"{path}: {foreign}")
+
     best = path / "best.pt"
     advice = f"use {best}" if best.is_file() else "use the best.pt of a training run"
+
     if has_manifest(path):
         problem = "a bundle, which is already exported"
     else:
@@ -321,8 +334,10 @@ def check_is_weights(path: Path) -> WeightPath:
         raise WeightsError(
             f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; give a weight file"
         )
+
     with path.open("rb") as file:
         first = file.read(16)
+
     is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
     if not (
         is_safetensors
@@ -355,6 +370,7 @@ def check_is_checkpoint(path: Path) -> None:
         raise CheckpointError(
             f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again"
         )
+
     try:
         with zipfile.ZipFile(path) as archive:
             is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -364,6 +380,7 @@ def check_is_checkpoint(path: Path) -> None:
         ) from error
     except Exception:  # zipfile raises many types for damaged files
         is_checkpoint = False
+
     if not is_checkpoint:
         problem = (
             describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"

@@ -76,6 +76,7 @@ def label_problem(labels: Sequence[str]) -> str | None:
     """Describe the first of *labels* that occurs twice or cannot name a class; None if all can."""
     if len(labels) > MAX_CLASSES:
         return f"{len(labels)} classes, more than {MAX_CLASSES}, the limit"
+
     for label in labels:
         if problem := class_problem(label):
             return f"class {shown(label)}: {problem}"

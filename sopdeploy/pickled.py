@@ -55,11 +55,13 @@ class StoredKind:
             or not _NUMBERS.fullmatch(self.text)
         ):
             return None
+
         dtype = np.dtype(self.order + self.text)
         if not isinstance(shape, tuple) or math.prod(map(int, shape)) * dtype.itemsize != len(
             raw
         ):
             raise ValueError("an array has another size than its numbers")
+
         values = np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")
         return values.astype(dtype.newbyteorder("="), order="C")
 
@@ -121,13 +123,16 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
     It reads no value, but follows the operations with the extent of each value in its place;
     only tuples are hashed by content. *cost* is that of the pickles before.
     """
+    # The stack of the machine that reads pickles, with sizes in place of values.
     stack: list[_Extent | None] = []  # None is a mark
     memo: dict[Any, _Extent | None] = {}
     hashed = 0
+
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if argument in _COSTLY:
             raise ValueError(f"{argument}: may take any time or memory")
+
         if name in {"BINPUT", "LONG_BINPUT"}:
             memo[argument] = stack[-1]
             continue
@@ -137,6 +142,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
         if name == "MARK":
             stack.append(None)
             continue
+
         before = operation.stack_before
         if pickletools.markobject in before:
             operands = list(iter(stack.pop, None))  # those above the mark
@@ -146,6 +152,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             operands = [
                 extent for extent in (stack.pop() for _ in before) if extent is not None
             ]
+
         # of what the operation puts on the stack
         values = 1
         levels = 0
@@ -154,9 +161,11 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             levels = 1 + max((extent.levels for extent in operands), default=0)
         elif name in {"SETITEM", "SETITEMS", "REDUCE"}:  # these may hash what they take
             hashed += sum(extent.values for extent in operands)
+
         if values > MAX_VALUES or cost + hashed > MAX_VALUES or levels > MAX_LEVELS:
             raise ValueError("a tuple has too many values or levels")
         stack += [_Extent(values, levels)] * len(operation.stack_after)
+
     return hashed
 
 
@@ -177,8 +186,10 @@ def distinct_values(content: Any) -> list[Any]:
             if known is None:
                 raise ValueError("a list contains itself")
             return known
+
         if outer_levels > MAX_LEVELS:  # before Python's limit of recursion
             raise ValueError("its lists have too many levels")
+
         parts = vars(value) if isinstance(value, Namespace) else value
         if isinstance(parts, dict):
             parts = [*parts.keys(), *parts.values()]
@@ -189,6 +200,7 @@ def distinct_values(content: Any) -> list[Any]:
             levels = 1 + max((extent.levels for extent in inner), default=0)
             if num_values > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
+
         else:
             num_values = 1
             levels = 0

@@ -70,12 +70,14 @@ class PluginRegistry(Generic[_Item]):
             raise ConfigError(
                 f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only"
             )
+
         before = self.registered.get(name)
         if before is not None and before.module != module:
             owner = before.module
             raise ConfigError(
                 f"{self.kind} {name!r}: {owner} has registered this name; choose another one"
             )
+
         self.registered[name] = Registered(item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:
@@ -89,12 +91,14 @@ class PluginRegistry(Generic[_Item]):
             raise ConfigError(
                 f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}"
             )
+
         kind = config.model_fields.get("kind")
         names = () if kind is None else get_args(kind.annotation)
         if len(names) != 1 or not isinstance(names[0], str):
             raise ConfigError(
                 f'{self.kind} {config.__name__}: add a field such as kind: Literal["my-name"]'
             )
+
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
@@ -104,14 +108,17 @@ class PluginRegistry(Generic[_Item]):
         """
         if name in (own := self.own()):
             return own[name]
+
         problems: list[str] = []
         if name not in self.registered:
             register_own_packages()
         if name not in self.registered:
             problems = import_plugins()  # their import may register *name*
+
         if name in self.registered:
             item: _Item = import_if_named(self.registered[name].item)
             return item
+
         if problems:
             raise ConfigError(f"{self.kind} {name!r}: not found; {problems[0]}")
         return None

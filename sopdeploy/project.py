@@ -73,6 +73,7 @@ def folder_project(folder: Path) -> str:
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path
     name = folder_name(named)
+
     if name.lower() in {"train", "training"}:
         # `named.parent` would be wrong where *folder* ends with `..`
         name = folder_name(named / "..")

@@ -17,10 +17,7 @@ from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
 # Also of the hub's
-HTTPX_PROXIES = (
-    *HTTP_PROXIES,
-    *(("socks5", "socks5h") if find_spec("socksio") else ()),
-)
+HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))
 S3_SCHEMES = ("s3", "s3a")
 HOSTS = Path("/etc/hosts")
 MAX_HOSTS_BYTES = 1 << 24
@@ -48,12 +45,14 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
     proxies = getproxies()
     host = (target.hostname or "").rstrip(".")
     kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
+
     if (
         kind is None
         or is_this_machine(host)
         or _is_excluded(host, target.port, proxies.get("no", ""))
     ):
         return None
+
     value = proxies[kind]
     names = (
         name
@@ -63,6 +62,7 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
     proxy = Proxy(
         value if "://" in value else f"http://{value}", next(names, "settings of the system")
     )
+
     advice = f"write http://HOST:PORT, or add {host} to NO_PROXY"
     try:
         parts = urlsplit(proxy.url)
@@ -73,6 +73,7 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
         raise ConfigError(
             f"{proxy.variable}={shown}: not the URL of a proxy; {advice}"
         ) from error
+
     if parts.scheme not in schemes:
         raise ConfigError(
             f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}"
@@ -97,6 +98,7 @@ def store_options(url: str) -> dict[str, Any]:
     if scheme in HTTP_PROXIES:
         proxy = find_proxy(url)
         return {} if proxy is None else {"proxy": proxy.url}
+
     is_local = scheme in S3_SCHEMES and is_this_machine(
         urlsplit(requested_url(url)).hostname or ""
     )
@@ -121,10 +123,12 @@ def is_this_machine(host: str) -> bool:
         return False
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
+
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
         text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
         lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
         host = next((address for address, *names in filter(None, lines) if host in names), host)
+
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
         family, kind, _, _, address = found[0]
@@ -146,6 +150,7 @@ def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
         with suppress(ValueError):  # one of them is a name
             if ip_address(host) in ip_network(entry.strip("[]"), strict=False):
                 return True
+
         name = entry.rpartition("://")[2].lstrip("*.")
         ends = (host, f"{host}:{port}", f"[{host}]:{port}")
         if entry == "*" or (name and any(f".{end}".endswith(f".{name}") for end in ends)):

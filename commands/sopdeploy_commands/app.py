@@ -90,6 +90,8 @@ class CommandLine(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
         previous = "the first argument"
+
+        # An empty value is probably a variable of the shell that is not set.
         for arg in args:
             name, equals, value = arg.partition("=")
             if name.startswith("--") and equals and not value:  # --data=
@@ -97,18 +99,21 @@ class CommandLine(TyperCommand):
             if not arg:  # --data ""
                 ctx.fail(f"{previous}: an empty value")
             previous = arg
+
         ctx.allow_extra_args = True  # they are returned instead of rejected
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except UsageError as error:
             vars(error)["ctx"] = ctx  # the parser of arguments does not know the command
             raise
+
         if rest:
             hint = ""
             if any("--data" in parameter.opts for parameter in self.params):
                 option = "--recipe" if rest[0].endswith(".toml") else "--data"
                 hint = f"; did you mean {option} {rest[0]}?"
             ctx.fail(f"Unexpected argument '{rest[0]}'{hint}")
+
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -119,6 +124,7 @@ class CommandLine(TyperCommand):
             title = getattr(parameter, "rich_help_panel", None) or usual
             if record := parameter.get_help_record(ctx):
                 sections.setdefault(title, []).append(record)
+
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
@@ -138,6 +144,7 @@ class Commands(Mapping[str, Any]):
         # With a callback, Typer keeps a group of a single command
         if name in ONLY_COMMAND_OF_GROUP:
             app.callback(help=run.__doc__)(lambda: None)
+
         return typer.main.get_command(app)
 
     def __iter__(self) -> Iterator[str]:
@@ -158,12 +165,14 @@ class Program(TyperGroup):
         """Run a command; a wrong command line is one error line, and with `--json` also JSON."""
         given = arguments[0] if arguments else settings.get("args")
         as_json = "--json" in (sys.argv[1:] if given is None else given)
+
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except UsageError as error:
             code = _print_user_error(_to_config_error(error), as_json)
         except ImportError as error:  # of a command
             code = _print_user_error(error, as_json)
+
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -180,12 +189,14 @@ class Program(TyperGroup):
         formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
+
         for topic, commands in TOPICS.items():
             with formatter.section(topic):
                 formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
         with formatter.section("Options"):
             formatter.write_dl([record for record in records if record])
+
         formatter.write(
             "\nsopdeploy COMMAND --help shows the options of a command and an example.\n"
         )
@@ -226,18 +237,21 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+
     # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is
     # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The search for plugins of pydantic reads the metadata of every installed package, which
     # takes 50 ms.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
     try:
         code = _run_and_flush()
     except BrokenPipeError:
         code = OUTPUT_CLOSED
     except Exception as error:  # a bug keeps its traceback, see `_print_user_error`
         code = _print_user_error(error)
+
     from sopdeploy.environment import exit_process
 
     # The interpreter flushes stdout again; what is still in the buffer goes nowhere and cannot
@@ -253,12 +267,14 @@ def _run_and_flush() -> Any:
         app(prog_name="sopdeploy")
     except SystemExit as stop:
         code = stop.code
+
     try:
         sys.stdout.flush()  # the interpreter would do it too late to handle an error
     except OSError:
         # a command that failed has printed its own error, so this one is not shown
         if not code:
             raise
+
     return code
 
 
@@ -270,6 +286,7 @@ def _to_config_error(error: Any) -> Exception:
     message = " ".join(error.format_message().split()).rstrip(".")
     parameters = [] if error.ctx is None else error.ctx.command.params
     name = getattr(error, "option_name", None)
+
     # an option that the command does not have
     if hasattr(error, "possibilities") and name is not None:
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
@@ -280,6 +297,7 @@ def _to_config_error(error: Any) -> Exception:
         choices = get_args(named[0].type_descriptor.annotation) if named else ()
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"
+
     return ConfigError(f"{command}: {message}; see {command} --help")
 
 
@@ -291,6 +309,7 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         for option in parameter.opts
         if option.startswith("--")
     ]
+
     key = name.lstrip("-").replace("-", "_")
     means_gpu = key in {"gpu", "cuda", "device", "gpus"}
     if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
@@ -306,6 +325,7 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
             if keys
             else "; --print-config lists all settings"
         )
+
     if "--set" in options:
         from sopdeploy.training.recipe import suggest_keys
 

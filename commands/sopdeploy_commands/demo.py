@@ -50,16 +50,14 @@ def demo(*, out: Path = Path("demo")) -> None:
             PHOTOS, out / "photos", copy_function=shutil.copyfile, dirs_exist_ok=True
         )
         (out / "digits").mkdir(exist_ok=True)
+
     with ThreadPoolExecutor() as pool:  # a failure is told once both have ended
         digits = pool.submit(_prepare_digits, out / "digits")
         classify_photographs(out)
     show_digits(digits.result())
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     # `serve` checks a bundle and classifies, too
-    optional_steps = (
-        "sopdeploy verify",
-        "sopdeploy predict",
-    )
+    optional_steps = ("sopdeploy verify", "sopdeploy predict")
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
 
 
@@ -74,7 +72,10 @@ def classify_photographs(out: Path) -> None:
     _run(PHOTOGRAPHS, out)
     top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
     expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
+
     _run(EXPORT, out)
+
+    # Ask a server about photographs that it was not trained on, and about other things.
     new = sorted(out.glob("photos/new/*/*.jpg"))
     others = sorted(out.glob("photos/others/*.jpg"))
     say("", f"$ sopdeploy {SERVE}", style="bold cyan")
@@ -82,9 +83,11 @@ def classify_photographs(out: Path) -> None:
         say(ready)
         found = client.classify(new)
         unknown = client.classify(others)
+
     say("New photographs, over HTTP:", style="bold")
     rate = _show_answers([photo.parent.name for photo in new], found, len(new))
     expect("the new photographs", rate, MIN_ACCURACY)
+
     say("Photographs of other things, which are none of the classes:", style="bold")
     rows = [
         (
@@ -96,6 +99,7 @@ def classify_photographs(out: Path) -> None:
         for photo, answer in zip(others, unknown, strict=True)
     ]
     print_table(("photograph", "nearest class", "score", ""), rows)
+
     rejected = Rate.of(sum(answer.known is False for answer in unknown), len(others))
     expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
 
@@ -134,6 +138,7 @@ def _prepare_digits(out: Path) -> _Prepared:
         outputs[words] = done.stdout
         if done.returncode:
             return _Prepared(outputs, done.returncode)
+
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as (ready, client):
@@ -147,12 +152,14 @@ def show_digits(prepared: _Prepared) -> None:
         "Branches that only train: DSoP on digits; the export detaches them, with proof",
         style="bold",
     )
+
     say("This ran in the folder digits, beside the photographs:", style="bold")
     for words, output in prepared.outputs.items():
         say("", f"$ sopdeploy {words}", style="bold cyan")
         say(*output.splitlines())
     if prepared.code:
         raise typer.Exit(prepared.code)  # the command has printed its error
+
     rate = _show_answers(prepared.truths, prepared.answers, _ROWS)
     expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
 
@@ -174,6 +181,7 @@ def _serving(out: Path) -> Iterator[tuple[str, Client]]:
             ready = cast(TextIO, server.stdout).readline().strip()
             if not ready:  # the server has printed its error
                 raise typer.Exit(server.wait())
+
             # The second word is the URL
             with Client(ready.split()[1], timeout=_TIMEOUT) as client:
                 yield ready, client
@@ -190,6 +198,7 @@ def _show_answers(
         best = answer.classes[0]
         mark = "correct" if best.label == truth else "wrong"
         rows.append((truth, best.label, f"{best.probability:.4f}", mark))
+
     print_table(("class", "prediction", "probability", ""), rows[:num_rows])
     return Rate.of(sum(row[-1] == "correct" for row in rows), len(rows))
 

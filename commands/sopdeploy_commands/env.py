@@ -30,12 +30,14 @@ def env() -> None:
         modules.setdefault(describe_distribution(point), []).append(point.module)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
+
     sections: dict[str, Mapping[str, object]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": describe_accelerators(),
         "plug-ins": {name: ", ".join(names) for name, names in modules.items()},
     }
+
     for section, values in sections.items():
         out.print(Text(section, "bold"))
         for name, value in values.items():

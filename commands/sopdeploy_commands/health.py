@@ -55,6 +55,7 @@ def _find_problem(url: str) -> str | None:
         proxies = urllib.request.ProxyHandler(
             {} if proxy is None else {parts.scheme: proxy.url}
         )
+
         ready = urlunsplit(
             (parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", "")
         )
@@ -63,17 +64,19 @@ def _find_problem(url: str) -> str | None:
         ) as response:
             if response.status != http.HTTPStatus.OK:
                 return f"{route}: {response.status}"
+
             is_ours = response.read(len(START)) == START
             return (
                 None
                 if is_ours
                 else f"{route}: 200, but not a sopdeploy response; check the URL"
             )
+
+    # Each error with the address that was asked and the proxy that was used.
     except HTTPError as response:
         return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
-    except (
-        OSError
-    ) as error:  # before `ValueError`, because the error of an invalid certificate is both
+    # before `ValueError`, because the error of an invalid certificate is both
+    except OSError as error:
         reason = getattr(error, "reason", error)
         return f"{route}: {str(reason) or type(reason).__name__}"
     except (ValueError, http.client.InvalidURL) as error:

@@ -31,6 +31,7 @@ def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
         default = "" if field.default in {None, ()} else f"; default: {field.default}"
         value_type = int if field.annotation is int else str
         flags[name] = (value_type | None, f"{field.description}{default}.")
+
     return flags
 
 
@@ -88,6 +89,7 @@ def serve(
         SopdeployError: No runtime can run a bundle, or its outputs differ from its probes.
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
+
     loaded = load_settings(None if config is None else Path(config), **settings)
     if print_config:
         sys.stdout.write(to_toml(loaded))
@@ -99,6 +101,7 @@ def serve(
         sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
         needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
         err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:  # no event loop runs in this thread, as it should be

@@ -47,9 +47,7 @@ from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.prove.certificate import Certificate, Step, announce, certify
 from sopdeploy_export.prove.file import compute_reference, prove_file
 from sopdeploy_export.prove.images import prove_images
-from sopdeploy_export.prove.onnx_graphs import prove_onnx
-from sopdeploy_export.prove.outputs import ProbeOutputs
-from sopdeploy_export.runs import LOGITS, open_session
+from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 ONNX_FILE = "model.onnx"
@@ -177,7 +175,7 @@ def export_subject(
         captures = captures or Captures(preprocess, options.batch)
         images_BHWC = torch.from_numpy(images)
         # The statements about networks
-        proof, captured, probe_outputs = certify(
+        proof, captured = certify(
             trained,
             detached,
             captures,
@@ -187,18 +185,11 @@ def export_subject(
             on_step=on_step,
         )
         on_step("converting to ONNX")
-        program = captured["detached"].any_batch
+        program = captured["detached"].program
         outputs = output_names(detached)
         folded = fold_constant_parts(program)
         certified = Lowered(detached, program, lower(folded, outputs))
-        on_step(announce("ONNX"))
-        # Networks may share programs, which then have one graph.
-        others = [
-            (role, each) for role, each in captured.items() if each.any_batch is not program
-        ]
-        root = prove_onnx(
-            certified.model, ((role, lower(each.any_batch, outputs)) for role, each in others)
-        )
+        root = onnx_root(certified.model)
         on_step(announce("Images"))
         mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
         comparing = "comparing operators with their ONNX forms"
@@ -224,11 +215,8 @@ def export_subject(
             accuracy_check.check_drop(precision)
         on_step(f"{announce('File')}, the network in float64")
         deployed = Deployed(certified.network, preprocess).eval()
-        if options.precision != "fp32":
-            probe_outputs = ProbeOutputs.of(converted.run, images_BHWC)
-        exact = compute_reference(
-            deployed, images, probe_outputs, options.precision, converted.gate
-        )
+        rounded = ProbeOutputs.of(converted.run, images_BHWC)
+        exact = compute_reference(deployed, images, rounded, options.precision, converted.gate)
         on_step(f"{announce('File')}, {ONNX_FILE}")
         parity = prove_file(
             session, model, exact, images, options.batch, allow_drift=options.allow_drift

@@ -360,16 +360,15 @@ SAME_VALUES = (
 )  # fmt: skip
 
 
-def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoot:
-    """Compute the root of the values that *program* returns, for every batch size or for *batch* images.
+def value_root(program: ExportedProgram) -> ProgramRoot:
+    """Compute the root of the values that *program* returns.
 
     Unlike `program_root`, it does not depend on how values are stored, nor on what is computed
     without the images: copies are left out, all changes of the shape alone become one,
-    operations on weights become their results, and symbolic sizes become numbers if *batch* is
-    given. So it relates programs whose tensors have other strides or which were captured for
-    other batch sizes. Raises the errors of `program_root`.
+    and operations on weights become their results. So it relates programs whose tensors have
+    other strides. Raises the errors of `program_root`.
     """
-    hasher = _ValueHasher(program, batch)
+    hasher = _ValueHasher(program)
     for node in program.graph.nodes:
         hasher.visit(node)
     return ProgramRoot(sha256=hasher.root, nodes=hasher.operations)
@@ -378,7 +377,7 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
 class _ValueHasher:
     """Computes the hash of every value of a program, or the value if it does not depend on the images."""
 
-    def __init__(self, program: ExportedProgram, batch: int | None) -> None:
+    def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self.root = ""
         self.constants: dict[fx.Node, Any] = {}  # the values that do not depend on the images
@@ -395,10 +394,11 @@ class _ValueHasher:
             .meta["val"]
             .shape[0]
         )
-        replacement = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
         # What replaces the batch size in shapes, unless the program has a single one, which is
         # an integer.
-        self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
+        self.sizes = (
+            {} if isinstance(batch_size, int) else {batch_size.node.expr: sympy.Symbol("batch")}
+        )
 
     def visit(self, node: fx.Node) -> None:
         """Compute the value of *node* if it does not depend on the images, or else its hash.

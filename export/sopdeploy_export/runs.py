@@ -1,6 +1,7 @@
 """Runs of a network and of a file: in float64, in batches, in ONNX Runtime; and the gate of a mixture."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
+SINGLE_PROBES = 4  # that run alone, too
 
 Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
@@ -83,6 +85,24 @@ class ReportsFloat32(TorchFunctionMode):
 def widen_dtype(value: Any) -> Any:
     """Replace *value*, an argument of an operation, by `torch.float64` if it is a smaller `torch.dtype`."""
     return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOutputs:
+    """The outputs of a run for probes: of the first ones alone, and of all in one batch.
+
+    Each has one tensor of shape (P, ...) for every output of the network.
+    """
+
+    single: tuple[Tensor, ...]
+    batched: tuple[Tensor, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
+        """Run uint8 *probes* (P, H, W, 3)."""
+        single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
+        return cls(tuple(map(torch.cat, zip(*single, strict=True))), run(probes))
 
 
 def open_session(

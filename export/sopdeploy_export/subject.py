@@ -25,6 +25,7 @@ class Detachment:
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         written: The attributes that each run writes and no run reads.
+        allow_constants: Accept large tensors that no module registers.
     """
 
     training_only: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class Detachment:
     role: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
     written: tuple[str, ...] = ()
+    allow_constants: bool = True
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":

@@ -73,6 +73,8 @@ def create_app(
     )
     if keeper is not None:
         service.keep = keeper.offer
+        if settings.keep is not None and is_keeper:
+            service.drift.keep_in(settings.keep, settings.keep_days, keeper.is_worth_training)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -106,7 +108,6 @@ def create_app(
     app.state.service = service
     app.state.keeper = keeper
     app.state.keys = keys
-    app.state.openapi = None  # made at the first request
     app.state.examples = web.list_examples(settings.examples)
     app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
 

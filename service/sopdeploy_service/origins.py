@@ -19,17 +19,24 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_NAME = 253  # characters (RFC 1035, section 2.3.4, without the dot at the end)
-MAX_TEXT = len("https://*.") + MAX_NAME + len(".:65535")
+MAX_SCHEME = 40
+MAX_TEXT = MAX_SCHEME + len("://*.") + MAX_NAME + len(".:65535")
 FOREIGN_PAGES = "requests of pages of other hosts"
 MAX_ADDRESS = 64  # characters of an IP address with its zone
-_PATTERN = re.compile(r"((?:https?://)?)(\*\.)?([^/\s*@?#]+)", re.IGNORECASE)
+# The host of the requests of Starlette's `TestClient`, and its address, which no network has
+TEST_HOST = "testserver"
+TEST_PEER = "testclient"
+ANY_NAME = "*"  # of a scheme that is not of the web, such as that of extensions
+_PATTERN = re.compile(
+    rf"((?:[a-z][a-z0-9+.-]{{0,{MAX_SCHEME - 1}}}://)?)(\*\.)?(\*|[^/\s*@?#]+)", re.IGNORECASE
+)
 
 
 class HostPattern(NamedTuple):
-    """Hosts and origins; without a scheme or port, those with any.
+    """Hosts and origins; without a scheme, those of the web, and without a port, those with any.
 
     *name* is in lower case and in ASCII. A pattern for subdomains has all below *name*, but not
-    itself.
+    itself; one with the name `*` has all of its scheme.
     """
 
     scheme: str | None
@@ -40,10 +47,11 @@ class HostPattern(NamedTuple):
     def matches(self, host: "HostPattern") -> bool:
         """Tell whether *host*, a single one, is among these hosts."""
         name = self.name
-        is_named = (
-            host.name.endswith(f".{name}") if self.is_for_subdomains else host.name == name
-        )
-        has_scheme = self.scheme is None or host.scheme in {None, self.scheme}
+        is_named = name in {host.name, ANY_NAME}
+        if self.is_for_subdomains:
+            is_named = host.name.endswith(f".{name}")
+        schemes = DEFAULT_PORTS if self.scheme is None else {self.scheme}
+        has_scheme = host.scheme is None or host.scheme in schemes
 
         if host.is_for_subdomains or not is_named or not has_scheme:
             return False
@@ -52,7 +60,6 @@ class HostPattern(NamedTuple):
         # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
         # port is here.
         default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-
         return port is None or (host.port or default_of_host) == port
 
 
@@ -60,24 +67,31 @@ class HostPattern(NamedTuple):
 def parse_host(text: str) -> HostPattern:
     """Parse a host or origin, such as `example.com:8000`, or a pattern such as `https://*.example.com`.
 
-    Raises `ValueError` if *text* is neither.
+    An origin may have any scheme, also that of an app, such as `capacitor://localhost`; those of
+    extensions are `moz-extension://*`. Raises `ValueError` if *text* is none of these.
     """
     match = _PATTERN.fullmatch(text) if len(text) <= MAX_TEXT else None
     if match is None:
         raise ValueError(
-            f"{text[:100]!r} is not a host such as example.com, *.example.com or https://example.com"
+            f"{text[:100]!r} is not a host such as example.com, *.example.com, https://example.com or app://name"
         )
+    scheme = match[1].removesuffix("://").lower() or None
+    is_web = scheme is None or scheme in DEFAULT_PORTS
 
-    # The host name, as browsers send it.
+    # The name, without the dot at its end, which only apps have alone.
     parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
-    name = (parts.hostname or "").removesuffix(".")
+    name = parts.hostname or ""
+    if is_web or name != ".":
+        name = name.removesuffix(".")
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
-
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
+    if name == ANY_NAME and (is_web or match[2]):
+        raise ValueError(
+            f"{text!r} has no name; only schemes of apps and extensions can have `*`"
+        )
 
-    scheme = match[1].removesuffix("://").lower() or None
     return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
 
 
@@ -93,7 +107,6 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
         name = raw_name.decode("latin-1")
         value = raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
     return headers
 
 
@@ -156,7 +169,8 @@ class OwnOrigins:
             schemes += _split_list(headers.get("x-forwarded-proto"))
 
         for host in hosts:
-            if not is_among(host, self._own, or_address=True):
+            is_test = (host, peer) == (TEST_HOST, TEST_PEER)
+            if not is_test and not is_among(host, self._own, or_address=True):
                 return f"requests for {host[:100]!r}"
 
         # A page of another site sends its origin, or in newer browsers tells where it is.
@@ -169,7 +183,6 @@ class OwnOrigins:
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
-
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 
@@ -181,19 +194,25 @@ def is_among(sent: str, patterns: Collection[HostPattern], *, or_address: bool =
     """
     if not sent.isascii():
         return False
-
     try:
         host = parse_host(sent)
-        if any(pattern.matches(host) for pattern in patterns):
-            return True
-        ip_address(host.name)
-    except ValueError:  # *sent* is malformed, or no address
+    except ValueError:
         return False
 
-    return or_address
+    if any(pattern.matches(host) for pattern in patterns):
+        return True
+    return or_address and is_address(host.name)
 
 
-@functools.lru_cache(maxsize=4096)
+def is_address(name: str) -> bool:
+    """Tell whether *name* is an IP address."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:
     """Tell whether the IP *address* of a connection is in one of *networks*."""
     try:

@@ -376,7 +376,6 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
 
         assigned[name] = value
-
     return assigned | {name: value for name, value in flags.items() if value is not None}
 
 
@@ -398,7 +397,6 @@ def to_toml(settings: Settings) -> str:
         # TOML forbids.
         text = json.dumps(value, ensure_ascii=False)
         lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
-
     return "\n".join(lines) + "\n"
 
 

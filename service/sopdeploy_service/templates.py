@@ -118,7 +118,6 @@ class TemplateProcess(ABC):
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
         self._socket = self._process = None
 
 

@@ -37,10 +37,7 @@ _CONVOLUTIONS = (
     (256, 3, 1, 1, 2),
 )
 # Positions of convolutions that response normalization and max pooling follow
-MAX_POOLED = (
-    0,
-    1,
-)
+MAX_POOLED = (0, 1)
 
 
 class VGGConfig(StrictModel):
@@ -102,6 +99,7 @@ class SingleStage(Backbone):
                 nn.Dropout(config.dropout),
                 nn.Linear(HIDDEN, num_classes),
             )
+
         initialize(self)
 
 
@@ -114,6 +112,7 @@ class VGG(SingleStage):
         for position, stage in enumerate(VGG_STAGES):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
+
             for width in stage:
                 # The bias has no effect before a batch norm, but the published weights contain
                 # it.
@@ -142,5 +141,6 @@ class AlexNet(SingleStage):
             if position in MAX_POOLED:
                 layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
                 layers.append(nn.MaxPool2d(3, stride=2))
+
             channels = width
         super().__init__(config, num_classes, layers)

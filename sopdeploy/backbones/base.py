@@ -44,12 +44,14 @@ class Backbone(nn.Module):
         x = images
         for part in self.stem_parts:
             x = self.get_submodule(part)(x)
+
         tapped = []
         for stage in self.stage_names:
             for position, block in enumerate(self.get_submodule(stage).children()):
                 x = block(x)
                 if f"{stage}.{position}" in taps:
                     tapped.append(x)
+
         return x, tapped
 
     def classify(self, features: Tensor) -> Tensor:
@@ -95,6 +97,7 @@ class Backbone(nn.Module):
         ):
             first = self.branch_block(channels, width, stride)
             rest = [self.branch_block(width, width, 1) for _ in range(count - 1)]
+
             self.add_module(name, nn.Sequential(first, *rest))
             self.tap_channels |= {f"{name}.{index}": width for index in range(count)}
             channels = width

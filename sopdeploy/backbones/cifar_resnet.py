@@ -61,6 +61,7 @@ class SmallResNet(Backbone):
         self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
+
         self.add_stages(widths[0], widths, [(config.depth - 2) // 6] * 3, (1, 2, 2))
         self.add_classifier(config.pooling)
         initialize(self)
@@ -101,6 +102,7 @@ class PreActResNet(Backbone):
         self.conv1 = conv3x3(3, _STEM_CHANNELS)
         self.add_stages(_STEM_CHANNELS, widths, [config.blocks] * 3, (1, 2, config.last_stride))
         self.bn = nn.BatchNorm2d(widths[-1])
+
         self.add_classifier(config.pooling)
         initialize(self)
 
@@ -135,6 +137,7 @@ class ResNeXt(Backbone):
         self.conv1 = conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
+
         self.add_stages(64, WIDTHS, [RESNEXT_BLOCKS] * 3, (1, 2, 2))
         self.add_classifier(config.pooling)
         initialize(self)

@@ -35,6 +35,7 @@ def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3
     """
     module = "timm.models._efficientnet_blocks"
     blocks = import_optional(module, "timm", "sopdeploy[train]", MissingPackageError)
+
     excitation = partial(blocks.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
     return blocks.InvertedResidual(
         in_channels,
@@ -70,12 +71,7 @@ HEAD_CHANNELS = 1280
 STEM_CHANNELS = 32
 STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
 # The last ones at their resolution
-TAPPED_STAGES = (
-    "blocks.1",
-    "blocks.2",
-    "blocks.4",
-    "blocks.6",
-)
+TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 DIVISOR = 8  # of the numbers of channels
 
 
@@ -167,6 +163,7 @@ def convolution(
         return nn.Conv2d(
             in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
         )
+
     return SameConv2d(
         in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False
     )
@@ -203,6 +200,7 @@ class LiteBlock(nn.Sequential):
             self.add_module(f"bn{number}", _batch_norm(layer.out_channels))
             if number < len(layers):
                 self.add_module(f"act{number}", nn.ReLU6(inplace=True))
+
         self.keeps_shape = stride == 1 and channels == out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,6 +244,7 @@ class EfficientNetLite(Backbone):
                 stride = STRIDES[name] if index == 0 else 1
                 blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
                 channels = out
+
             stages.append(nn.Sequential(*blocks))
             if name in TAPPED_STAGES:
                 self.tap_channels[f"{name}.{count - 1}"] = out

@@ -100,10 +100,12 @@ class LowResolutionResNet(Backbone):
 
     def __init__(self, config: LowResolutionResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+
         channels = LOW_RESOLUTION_WIDTHS[0]
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
+
         widths = [base * config.widen for base in LOW_RESOLUTION_WIDTHS]
         self.add_stages(
             channels, widths, [config.blocks_per_stage] * 4, (1, 2, 2, config.conv5_stride)

@@ -58,6 +58,7 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
     """Yield what an archive contains: bytes, and names of files where their contents follow."""
     raw = manifest.to_bytes()
+
     yield header(MANIFEST, len(raw)) + raw + padding(len(raw))
     for name, record in sorted(manifest.files.items()):
         yield header(name, record.bytes)
@@ -69,6 +70,7 @@ def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
 def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
     """Read the manifest at the start of *archive*, which errors call *name*; raises `BundleError`."""
     archive.seek(0)
+
     try:
         first_block = archive.read(BLOCK)
         size = int(first_block[SIZE_FIELD].rstrip(b"\0 "), 8)
@@ -136,6 +138,7 @@ def upload(file: Path, destination: str, name: str) -> str:
         with _open_store(url) as (store, path):
             store.put_file(str(file), path)
         return url
+
     target = Path(folder) / name
     with writing(target), new_folder(target.parent), atomic_write(target) as partial:
         shutil.copyfile(file, partial)
@@ -177,6 +180,7 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
 def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert the errors of its client."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
+
     try:
         yield fsspec.core.url_to_fs(url, **store_options(url))
     except SopdeployError:
@@ -185,10 +189,12 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
         raise missing_store_error(url) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
+
         # of file:// and mounted disks
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
             with writing(url):  # converts it to `StorageError`
                 raise cause from error
+
         where = describe_route(url, find_proxy(requested_url(url), HTTPX_PROXIES))
         problem = f"{where}: {describe_store_error(error)}"
         raise BundleError(

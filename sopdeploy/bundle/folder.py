@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -146,10 +146,7 @@ def seal(
     # The certificate names the contents, which it is then a part of.
     if certificate is not None:
         # Without the certificate
-        fields = {
-            **certificate,
-            "contents": manifest.contents_sha256,
-        }
+        fields = {**certificate, "contents": manifest.contents_sha256}
         path = folder / CERTIFICATE
         path.write_bytes(
             to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
@@ -258,10 +255,12 @@ def _rename_sealed(folder: Path, target: Path) -> bool:
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
     """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
     found = open_bundle(target, with_graph=False).manifest
+
     if not found.has_content_of(manifest):
         raise BundleError(
             f"{target} exists with another manifest; choose another folder", setting="out"
         )
+
     if is_signed and found != manifest:
         raise BundleError(
             f"{target}: exported at {found.exported_at}, but the signed copy at {manifest.exported_at}; "
@@ -376,6 +375,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                 f"{path}: the manifest lists no {required}; export the bundle again"
             )
     total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
+
     if total > MAX_CONTENT_BYTES:
         raise BundleError(
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
@@ -403,6 +403,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
                     _check_type_and_size(current, os.fstat(file.fileno()), record)
                     blocks = HashedBlocks(file, record.bytes)
+
                     if name != GRAPH:
                         contents[name] = b"".join(blocks)
                     elif with_graph:
@@ -432,11 +433,13 @@ def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord)
         raise BundleError(f"{file}: is a link; a bundle contains only plain files")
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{file}: missing; copy or export the bundle again")
+
     if status.st_size != record.bytes:
         raise BundleError(
             f"{file}: has {status.st_size} bytes, the manifest says {record.bytes}; "
             "copy or export the bundle again"
         )
+
     if file.suffix == ".json" and status.st_size > MAX_JSON_BYTES:
         raise BundleError(
             f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again"
@@ -449,6 +452,7 @@ def check_file_name(bundle: Path, name: str) -> None:
         character in name for character in "/\\\0"
     )
     is_manifest = name.casefold() == MANIFEST  # some file systems ignore case
+
     if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
         raise BundleError(
             f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
@@ -457,18 +461,22 @@ def check_file_name(bundle: Path, name: str) -> None:
 
 def _parse_labels(file: Path, content: bytes, manifest: Manifest) -> tuple[str, ...]:
     """Parse the class names; raise `BundleError` if *manifest* has outputs or rules for other ones."""
-    count = manifest.outputs[0].shape[-1]  # of classes
     try:
         labels = read_labels(content)
     except ValueError as error:
         raise BundleError(f"{file}: {error}; export the bundle again") from error
-    if len(labels) != count:
-        raise BundleError(
-            f"{file}: {len(labels)} class names for {count} outputs; export the bundle again"
-        )
-    if problem := manifest.rules.problem_with(len(labels)):
-        raise BundleError(f"{file.parent}: {problem}; export it again")
+
+    if problem := labels_problem(labels, manifest):
+        raise BundleError(f"{file}: {problem}; export the bundle again")
     return labels
+
+
+def labels_problem(labels: Sequence[str], manifest: Manifest) -> str | None:
+    """Describe an output or rule of *manifest* that is not for as many classes as *labels*; None if all are."""
+    count = manifest.outputs[0].shape[-1]  # of classes
+    if len(labels) != count:
+        return f"{len(labels)} class names for {count} outputs"
+    return manifest.rules.problem_with(len(labels))
 
 
 class ListedBundle(NamedTuple):
@@ -526,11 +534,8 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
                 yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
-        except (
-            BundleError,
-            OSError,
-            RuntimeError,
-        ) as error:  # `RuntimeError`: a link that leads to itself
+        # `RuntimeError`: a link that leads to itself
+        except (BundleError, OSError, RuntimeError) as error:
             yield ListedBundle(path, None, str(error))
 
 
@@ -566,6 +571,7 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
         if manifest is None:  # `read_bundles` has set `why_not_served`
             listed.append(bundle)
             continue
+
         served = served_by_project.get(manifest.project)
         if real in refused or (served is not None and not bundle.is_live):
             reason = "refused by promote"
@@ -573,6 +579,7 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
                 reason = _why_not_served(manifest, served)
             listed.append(bundle._replace(why_not_served=reason, is_replaced=True))
             continue
+
         try:  # it is served if its files are complete
             listed.append(bundle._replace(bundle=read(bundle.path, manifest)))
             served_by_project[manifest.project] = manifest
@@ -587,6 +594,7 @@ def _why_not_served(manifest: Manifest, served: Manifest) -> str:
         return f"a copy of {served.name}"
     if manifest.exported_at == served.exported_at:
         return "exported at the same time"
+
     if manifest.exported_at > served.exported_at:
         return f"not promoted, {served.name} is live"
     return f"exported earlier, {manifest.exported_at[:19]}Z"
@@ -607,6 +615,7 @@ def describe_projects(listed: Iterable[ListedBundle]) -> Iterator[tuple[str, boo
             )
         else:
             texts.append(f"not {bundle.path.name}, {bundle.why_not_served}")
+
         if bundle.is_damaged:
             damaged_projects.add(project)
 

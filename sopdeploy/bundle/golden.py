@@ -93,18 +93,10 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     turned = Image.Exif()
     turned[ORIENTATION] = TURNED
     sizes = [
-        (
-            side * 3 // 2,
-            side + 7,
-            "RGB",
-            2,
-        ),  # wide; with 7 more rows the last JPEG blocks are incomplete
-        (
-            max(1, side * 3 // 4),
-            side,
-            "RGB",
-            0,
-        ),  # tall; the shorter side is enlarged to `resize`
+        # wide; with 7 more rows the last JPEG blocks are incomplete
+        (side * 3 // 2, side + 7, "RGB", 2),
+        # tall; the shorter side is enlarged to `resize`
+        (max(1, side * 3 // 4), side, "RGB", 0),
         (side, side * 5 // 4, "L", 0),  # gray
         (large * 5 // 4, large + 7, "RGB", 2),
     ]
@@ -139,10 +131,12 @@ def write_golden(
         pixels = decode(body, preprocess).pixels
         if not usable(pixels):
             continue
+
         jpeg = f"golden-{number}.jpg"
         raw = f"golden-{number}.rgb"
         (folder / jpeg).write_bytes(body)
         (folder / raw).write_bytes(pixels.tobytes())
+
         logits = tuple(float(value) for value in run(pixels))
         examples.append(GoldenExample(jpeg=jpeg, pixels=raw, logits=logits))
 
@@ -154,6 +148,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     """Read the examples of *bundle*; raises `BundleError` for files that do not fit it."""
     manifest = bundle.manifest
     examples = list[Golden]()
+
     # Which may have fewer examples
     is_mixture = any(output.name == GATES for output in manifest.outputs)
 

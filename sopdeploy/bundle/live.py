@@ -61,6 +61,7 @@ def read_live(folder: Path) -> Live:
         after = fields.get("after")
         if not isinstance(link, str) or not isinstance(after, str):
             continue
+
         target = os.path.realpath(folder / after)
         if fields.get("refused") is True:
             refused.add(target)

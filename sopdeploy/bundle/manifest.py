@@ -168,14 +168,14 @@ class Manifest(StrictModel):
         differs by any byte from `to_bytes`.
         """
         fields = parse_json(raw)
+
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
+
         # Computed by `to_bytes`, and compared with all other bytes below
-        for name in (
-            "id",
-            "sha256",
-        ):
+        for name in ("id", "sha256"):
             fields.pop(name, None)
+
         manifest = validate_format(cls, fields)
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")

@@ -27,11 +27,7 @@ CERTIFIED = (
     "sha256", "contents", "proof", "precision", "compared", "detached", "removed", "mixes_images", "roots",
 )  # fmt: skip
 # of the program, of model.onnx, of the float32 graph
-CERTIFIED_ROOTS = (
-    "any_batch",
-    "shipped",
-    "onnx",
-)
+CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
@@ -68,12 +64,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return model, onnx_root(model)
-    except (
-        DecodeError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # `CertificateError` is none of these
+    # `CertificateError` is none of these
+    except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError(
             "not a complete ONNX model; its root cannot be computed"
         ) from error
@@ -83,10 +75,12 @@ def onnx_root(model: "onnx.ModelProto") -> str:
     """Compute the root of the graph of *model*; raises other types than `read_model` if it is incomplete."""
     if not model.HasField("graph"):
         raise ValueError("no graph")
+
     if model.functions:
         raise CertificateError(
             "the model defines its own operators; only those of ONNX are allowed"
         )
+
     opsets = [f"{opset.domain} {opset.version}" for opset in model.opset_import]
     return hash_parts(*sorted(opsets), *_output_hashes(model.graph))
 
@@ -130,10 +124,12 @@ def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str |
     fields = {field.name for field, _ in attribute.ListFields()}
     if fields & SUBGRAPHS:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
+
     if "t" in fields:
         if fields - {"name", "t", "type", "doc_string"} or attribute.type != TENSOR_ATTRIBUTE:
             raise CertificateError(f"an attribute of {operator} has a tensor and another value")
         return _hash_constant(attribute.t)
+
     undocumented = type(attribute)()
     undocumented.CopyFrom(attribute)
     undocumented.doc_string = ""
@@ -173,6 +169,8 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
     Raises `BundleError` naming the file that does not fit.
     """
     root: str | None
+
+    # The graph in the file must be the one that the manifest names.
     expected_root = bundle.manifest.lineage.onnx_root
     try:
         model, root = read_model(bundle.onnx.read())
@@ -181,17 +179,22 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
         root = None
     except CertificateError as error:
         raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
+
     if root is not None and root != expected_root:
         raise BundleError(
             f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the manifest says "
             f"{expected_root[:16]}; the graph was replaced after the export: {ADVICE}"
         )
+
     check_certificate(bundle)
+
+    # The reports must be about the precision of the manifest.
     for name in ("parity.json", "precision.json"):
         precision = _read_fields(bundle, name).get("precision")
         if precision != bundle.manifest.precision:
             problem = f"is about the precision {precision}, the manifest says {bundle.manifest.precision}"
             raise BundleError(f"{bundle.path / name}: {problem}; {ADVICE}")
+
     return root
 
 
@@ -200,6 +203,7 @@ def check_certificate(bundle: Bundle) -> None:
     manifest = bundle.manifest
     path = bundle.path / CERTIFICATE
     certificate = _read_fields(bundle, CERTIFICATE)
+
     roots = certificate.get("roots")
     missing = [name for name in CERTIFIED if name not in certificate]
     if isinstance(roots, dict):
@@ -209,7 +213,10 @@ def check_certificate(bundle: Bundle) -> None:
             f"has no {', '.join(missing)}, as bundles of earlier versions, which proved less"
         )
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
+
     try:
+        # The certificate, field by field: it must be about this network, this graph and these
+        # files.
         program_root, shipped_root, float32_root = (
             certificate["roots"][name] for name in CERTIFIED_ROOTS
         )
@@ -219,26 +226,33 @@ def check_certificate(bundle: Bundle) -> None:
         is_known_proof = compared == PROOFS.get(certificate["proof"])
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
+
     if program_root != manifest.lineage.program_root or mixes_images != manifest.mixes_images:
         raise BundleError(f"{path}: belongs to another network than the manifest; {ADVICE}")
     is_other_float32 = certificate["precision"] == "fp32" and float32_root != shipped_root
     if shipped_root != manifest.lineage.onnx_root or is_other_float32:
         raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
+
     certified = certificate["precision"], detached_parts, certificate["contents"]
     if certified != (manifest.precision, manifest.detached, manifest.contents_sha256):
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
+
     if detached_parts:  # then a network without them is compared; otherwise nothing was removed
         fits_detached = "detached" in compared
     else:
         fits_detached = "detached" not in compared and not certificate["removed"]
+
+    # Its own hash shows a change after the export, unless a later version wrote it.
     own_sha256 = certificate.pop("sha256")  # of all other fields
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
     advice = version_advice(manifest.versions.get("sopdeploy"))
+
     if is_unchanged and advice and certificate["proof"] not in PROOFS:
         raise BundleError(
             f"{path}: proof: {shown(certificate['proof'])} is unknown here{advice}"
         )
+
     if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
 
@@ -260,6 +274,7 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
 
     def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
         tensor = value.type.tensor_type
+
         # 0: the graph states none
         sizes = [dimension.dim_value for dimension in tensor.shape.dim]
         return (
@@ -277,10 +292,12 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     has_interface = [(opset.domain, opset.version) for opset in model.opset_import] == [
         ("", manifest.opset)
     ]
+
     for values, records in ((graph.input, manifest.inputs), (graph.output, manifest.outputs)):
         has_interface = (
             has_interface and len(values) == len(records) and all(map(fits, values, records))
         )
+
     if not has_interface:
         raise BundleError(
             f"{bundle.path / GRAPH}: has another opset, other inputs or other outputs than the manifest "

@@ -88,6 +88,7 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
     is_compressed = any(file.compress_type != zipfile.ZIP_STORED for file in files)
     if is_compressed or sum(file.file_size for file in files) > len(content):
         raise ValueError("compressed or overlapping arrays")
+
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -99,6 +100,7 @@ def read_probes(bundle: Bundle) -> Probes:
     try:
         arrays = read_arrays(bundle.contents[PROBES])
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
+
         probes = Probes(
             images=np.asarray(arrays["images"], dtype=np.uint8),
             expected={
@@ -126,6 +128,7 @@ def read_probes(bundle: Bundle) -> Probes:
     has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
     if not has_images or shapes != required_shapes:
         raise BundleError(f"{path}: does not probe every output; export the bundle again")
+
     # Now the images have pixels: an array of any number of images without any takes no bytes in
     # a file.
     if len({image.tobytes() for image in probes.images}) < count:
@@ -154,6 +157,7 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     ):
         for size in sizes:
             part = probes_by_batch[size].select(slice(number * size, (number + 1) * size))
+
             if not len(part.images):
                 continue
 
@@ -170,6 +174,7 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
                     update={"deviation": worst, "num_images": num_images}
                 )
             replays[size] = compared
+
     return tuple(replays[size] for size in sizes)
 
 

@@ -45,6 +45,7 @@ def _fill_and_seal(file: int, content: Iterable[bytes] | int) -> None:
         os.ftruncate(file, content)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, SIZE)
         return
+
     with open(file, "wb", closefd=False) as stream:
         stream.writelines(content)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, CONTENT)
@@ -68,6 +69,7 @@ def read_memory(file: int, max_bytes: int = sys.maxsize) -> bytes:
     """Read *file*, and close it; raises `OSError` unless `create_memory` wrote up to *max_bytes* to it."""
     try:
         _check_seals(file, CONTENT)
+
         size = os.fstat(file).st_size
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"more than {max_bytes} bytes")

@@ -42,6 +42,7 @@ def write_signature(path: Path, key: Path) -> Path:
     signing = _import("signing")
     bundle = open_bundle(path, with_graph=False)
     file = signature_path(bundle.path)
+
     with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
         config = signing.Config().use_elliptic_key_signer(private_key=key)
     with writing(file), atomic_write(file) as partial:
@@ -58,6 +59,7 @@ def read_signature(file: Path, bundle: object) -> bytes:
         raise BundleError(
             f"{bundle}: no signature at {file.name} ({error.strerror}); see `sopdeploy sign`"
         ) from error
+
     if len(content) > MAX_FILE_BYTES:
         raise BundleError(f"{file}: too large for a signature; get it again")
     return content
@@ -72,6 +74,7 @@ def check_signature(bundle: Bundle, signature: bytes, key: Path) -> None:
     verifying = _import("verifying")
     with _reading(key, "public elliptic curve key, as `openssl pkey -pubout` writes"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+
     sealed = SealedFile([signature])  # the package reads a file
     try:
         config.set_hashing_config(_HashesOf(bundle)).verify(bundle.path, Path(sealed.path))
@@ -98,15 +101,18 @@ class _HashesOf:
         """
         signing_manifest = _import("manifest")
         digest_type = _import("_hashing.hashing").Digest
+
         manifest = self._bundle.manifest
         hashes = {name: record.sha256 for name, record in manifest.files.items()}
         hashes[MANIFEST] = hashlib.sha256(manifest.to_bytes()).hexdigest()
+
         items = [
             signing_manifest.FileManifestItem(
                 path=Path(name), digest=digest_type("sha256", bytes.fromhex(value))
             )
             for name, value in hashes.items()
         ]
+
         serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
         serialization_type = signing_manifest.SerializationType.from_args(serialization)
         return signing_manifest.Manifest(path.name, items, serialization_type)

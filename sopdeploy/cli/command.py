@@ -43,11 +43,7 @@ _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 _SCALARS = {bool, int, float, str, Path}
 _SEQUENCES = {Iterable, Sequence, list, tuple}
 # Parameters that a command sets, to show its progress
-_PROGRESS = {
-    "on_image",
-    "on_step",
-    "progress",
-}
+_PROGRESS = {"on_image", "on_step", "progress"}
 
 
 class SettingOptions(NamedTuple):
@@ -84,6 +80,7 @@ def command(
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
         parameters = _declare_parameters(function, options)
         show_parameters: list[inspect.Parameter] = []
+
         if show is not None:
             # The first is the result
             result_name = next(iter(inspect.signature(show).parameters))
@@ -91,6 +88,7 @@ def command(
                 show, options=(), hidden={result_name, "as_json"}
             )
             parameters += show_parameters
+
         if settings is not None:
             for name, (value_type, text) in settings.flags.items():
                 parameters.append(_option(name, value_type, None, text))
@@ -111,6 +109,7 @@ def command(
             show_values = {
                 parameter.name: values.pop(parameter.name) for parameter in show_parameters
             }
+
             with one_line_errors(as_json), ExitStack() as stack:
                 # at the end, *err* is as before
                 stack.callback(setattr, err, "quiet", err.quiet)
@@ -119,10 +118,13 @@ def command(
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
                     values |= settings.parse(assignments, **flag_values)
+
                 if as_json:
                     stack.enter_context(stdout_to_stderr())
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
+
+            # Of several processes, only the first prints the result.
             if not distributed or is_main_process():
                 # Not as JSON: stdout may already hold the document of the result
                 with one_line_errors():
@@ -155,6 +157,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     option_classes: dict[str, type[Options]] = {}  # by parameter
     option_lines: list[str] = []
     headings: dict[str, str] = {}  # of groups of options in the help, by option
+
     for parameter in inspect.signature(function).parameters.values():
         options = parameter.annotation
         if not (isinstance(options, type) and issubclass(options, Options)):
@@ -171,6 +174,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
             option_lines.append(f"    {name}: {' '.join((field.description or '').split())}")
         for heading, names in options.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
+
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
     @functools.wraps(function)
@@ -237,11 +241,13 @@ def _declare_parameters(
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     headings = getattr(function, "headings", {})  # of options in the help, by parameter
     declared = []
+
     for name, parameter in inspect.signature(function).parameters.items():
         value_type = _command_line_type(parameter.annotation)
         is_hidden = parameter.kind is parameter.VAR_KEYWORD or name in {*hidden, *_PROGRESS}
         if value_type is None or is_hidden:
             continue
+
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
             limits = _limits(parameter.annotation)
@@ -269,6 +275,7 @@ def _option(
         flag = "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
+
     annotation = Annotated[
         value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)
     ]
@@ -280,6 +287,7 @@ def _option(
 def _limits(annotation: Any) -> dict[str, float]:
     """Return `min` and `max`, as Typer names them, of an `Annotated[int, Field(ge=1, le=9)]`."""
     limits: dict[str, float] = {}
+
     for field in getattr(annotation, "__metadata__", ()):
         for bound in field.metadata:  # `Ge` or `Le`
             if hasattr(bound, "ge"):
@@ -293,12 +301,14 @@ def _command_line_type(annotation: Any) -> Any:
     """Return the type of an argument or option; None if the command line cannot express *annotation*."""
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
+
     members = {
         _without_metadata(part)
         for part in (get_args(annotation) if is_union else (annotation,))
     }
     is_optional = NoneType in members
     members.discard(NoneType)
+
     if any(get_origin(member) in _SEQUENCES for member in members):
         return list[str]
     if not all(member in _SCALARS or get_origin(member) is Literal for member in members):

@@ -64,12 +64,14 @@ def _isolate_right_to_left(line: str) -> str:
     directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)
     if "R" not in directions:
         return line
+
     copied = [match.span() for match in _COPIED.finditer(line)]
     # From the end: positions before it stay
     for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
             line = f"{line[:start]}\u2068{line[start:end]}\u2069{line[end:]}"
+
     return line
 
 
@@ -107,6 +109,7 @@ def _system_errors_as_user_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno not in STORAGE_ERRNOS:
             raise
+
         name = "a file or stdout" if error.filename is None else error.filename
         advice = "check it, its disk and its permissions"
         if error.errno in FULL_ERRNOS:
@@ -114,6 +117,7 @@ def _system_errors_as_user_errors() -> Iterator[None]:
         raise StorageError(
             f"{name}: cannot be read or written ({os_reason(error)}); {advice}"
         ) from error
+
     except Exception as error:  # each library has its own type for missing memory
         if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
             raise
@@ -138,6 +142,8 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
     table = Table(*fields, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
+
+    # A terminal folds long cells; what is read by programs stays on one line.
     width = out.width
     try:
         out.width = width if out.is_terminal else MAX_ROW
@@ -170,6 +176,7 @@ def stdout_to_stderr() -> Iterator[None]:
     """Print on stderr what code in the block, also a library in C, prints on stdout."""
     sys.stdout.flush()
     with ExitStack() as stack:
+        # Standard output of the process, on which C prints, and then that of Python.
         with suppress(OSError):  # stdout is closed
             saved = os.dup(1)
             stack.callback(os.close, saved)
@@ -178,6 +185,7 @@ def stdout_to_stderr() -> Iterator[None]:
             with suppress(OSError, TypeError):  # not on Windows
                 # Writes what C has kept, before `dup2`
                 stack.callback(ctypes.CDLL(None).fflush, None)
+
         stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
@@ -207,6 +215,7 @@ class ProgressBars:
         self.console = console
         self.stage = ""
         self.epochs = 0
+
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(28),
@@ -264,6 +273,7 @@ class ProgressBars:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
         if self.stage:  # a procedure without epochs; its result is printed at the end
             return
+
         loss = row.losses.get("loss", 0.0)
         name = row.metrics.score_name
         self.console.print(

@@ -83,6 +83,7 @@ class RandomResizedCrop(BoxCrop):
         """Draw a box in source pixels; if ten do not fit, return the largest centered one of valid ratio."""
         image_width, image_height = size
         log_ratios = [math.log(bound) for bound in self.ratio]
+
         for _ in range(10):
             area = image_width * image_height * random.uniform(*self.scale)
             ratio = math.exp(random.uniform(*log_ratios))
@@ -92,6 +93,7 @@ class RandomResizedCrop(BoxCrop):
                 left = random.randint(0, image_width - width)
                 top = random.randint(0, image_height - height)
                 return left, top, left + width, top + height
+
         # The nearest valid one
         ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])
         # at least one side is the image's
@@ -99,6 +101,7 @@ class RandomResizedCrop(BoxCrop):
         height = min(image_height, max(1, round(image_width / ratio)))
         left = (image_width - width) // 2
         top = (image_height - height) // 2
+
         return left, top, left + width, top + height
 
 
@@ -119,12 +122,7 @@ class RandomSide(BoxCrop):
         left = random.random() * (width - window)
         top = random.random() * (height - window)
         # Despite rounding errors
-        return (
-            left,
-            top,
-            min(width, left + window),
-            min(height, top + window),
-        )
+        return (left, top, min(width, left + window), min(height, top + window))
 
 
 Augmentation = Annotated[
@@ -177,6 +175,9 @@ class AugmentedDataset(FittedDataset):
             Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
             for index in indices
         ]
+
+        # A crop of a random box is resized; other augmentations begin with the pixels of
+        # evaluation.
         if isinstance(augmentation, BoxCrop):
             crops = [
                 _crop_box(self.images, sample, augmentation, self.preprocess, random)
@@ -185,11 +186,14 @@ class AugmentedDataset(FittedDataset):
             arrays = np.stack(crops)
         else:
             arrays = self.fit(samples, self.preprocess)
+
         pad = 0
         is_doubled = False
         if isinstance(augmentation, PadCrop):
             pad = augmentation.pad
             is_doubled = augmentation.doubled
+
+        # Random numbers of an image do not depend on its batch.
         windows = []
         for index, random in zip(indices, randoms, strict=True):
             top, left = (
@@ -198,6 +202,7 @@ class AugmentedDataset(FittedDataset):
             copy = index // len(self.images)
             is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
+
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:
             return arrays
@@ -226,6 +231,7 @@ def _crop_box(
     enlarged = rules.model_copy(
         update={"crop": SQUARE * rules.crop, "resize": SQUARE * rules.resize}
     )
+
     square = Image.fromarray(images.preprocess(index, enlarged))
     box = choose_view(square.size).box
     return np.asarray(

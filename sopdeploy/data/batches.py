@@ -58,6 +58,7 @@ def load_batches(
     """
     on_gpu = device.type == "cuda"
     loader = Loader((dataset,), workers, device) if isinstance(workers, int) else workers
+
     for loaded in loader.load(dataset, batches):
         if isinstance(loaded[0], str):  # the message of an error
             raise DataError(loaded[0])
@@ -76,6 +77,7 @@ class Loader:
         self.datasets = datasets
         count = min(workers, usable_cores()) if workers else 0
         self.sampler = _RequestSampler([])
+
         self.data_loader: DataLoader[Any] | None = DataLoader(
             _BatchDataset(datasets),  # type: ignore[arg-type]  # not torch's Dataset
             batch_sampler=self.sampler,  # type: ignore[arg-type]  # not lists of indices

@@ -131,6 +131,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
         raise ConfigError(
             "data.path: not set; give the folder of the data", remedies={"data": None}
         )
+
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path, config.classes_from), config.groups)
     elif isinstance(config, CifarConfig):
@@ -140,6 +141,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
         train = open_part(config.kind, "train", root)
         held_out = open_part(config.kind, "held_out", root)
         split = Split(train=train, held_out=held_out)
+
     return split if config.classes is None else _draw_classes(split, config.classes)
 
 
@@ -147,6 +149,7 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups."""
     if not pattern:
         return split
+
     names = (
         PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train))
     )
@@ -177,10 +180,13 @@ def _draw_classes(split: Split, count: int) -> Split:
         raise DataError(
             f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
         )
+
+    # In the order of their hashes, so that a larger subset contains the smaller ones.
     shuffled = sorted(
         labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label)
     )
     drawn = set(shuffled[:count])
     kept = tuple(label for label in labels if label in drawn)
+
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)

@@ -54,6 +54,7 @@ def score_checkpoint(
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
 
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
+
     count = len(images)
     noun = "image"
     if images.groups is not None:  # one image of each counts, as in a run
@@ -63,12 +64,14 @@ def score_checkpoint(
         raise DataError(
             f"only {amount(count, noun)}; give at least {MIN_IMAGES}", setting="fit_decision"
         )
+
     if warning := describe_seen(images, checkpoint.image_hashes.numpy()):
         log(f"{data}: {warning}")
 
     model = build_classifier(checkpoint, path).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
+
     network = as_evaluated(model, mirror=mirror)
     logits_NC = score_images(
         network, checkpoint.preprocess, images, workers=workers, on_image=on_image

@@ -24,7 +24,6 @@ from sopdeploy.decision import (
     Calibration,
     Decision,
     Estimate,
-    PredictionCounts,
     Rejection,
     log_sum_exp,
 )
@@ -65,9 +64,8 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    Their predictions become the reference for drift. Only the first image of each of the
-    *groups* (N,) of copies is used. With fewer than `least_images` or with one class, nothing is
-    fitted.
+    Only the first image of each of the *groups* (N,) of copies is used. With fewer than
+    `least_images` or with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -88,6 +86,7 @@ def fit_decision(
         logits = logits[first_of_group]
         targets = targets[first_of_group]
         left_out = None if left_out is None else left_out[first_of_group]
+
     if len(logits) < least_images(are_cosines=are_cosines) or logits.shape[1] < 2:
         return Decision()
 
@@ -102,9 +101,6 @@ def fit_decision(
         num_images=len(logits),
         estimated_on=estimated_on,
     )
-
-    predictions = PredictionCounts(logits.shape[1])
-    predictions.add_logits(scaled)
 
     # The threshold of their energies, and what it rejects.
     rejection = None
@@ -122,9 +118,7 @@ def fit_decision(
             else new_class_interval(left_out < threshold.value, targets),
         )
 
-    return Decision(
-        calibration=calibration, rejection=rejection, reference=predictions.reference()
-    )
+    return Decision(calibration=calibration, rejection=rejection)
 
 
 def least_images(*, are_cosines: bool) -> int:
@@ -170,6 +164,7 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
             f"not recognized, because a threshold needs {min_images} different images and there are {images}"
             f"; add {min_images - images}"
         )
+
     if classes < 2:
         return "not recognized, because there is only one class"
     if accepts == 1:
@@ -254,6 +249,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     # parameters of the beta distribution of the accepted share
     a = images - rank + 1
     b = rank
+
     # New images, and all possible numbers of accepted ones
     n = images
     k = np.arange(images + 1)
@@ -313,6 +309,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
     0.5 if none or all do.
     """
     thresholds = []
+
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
         count = int(true.sum())
         if count in (0, len(true)):
@@ -332,9 +329,11 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     # at each of them; the last is that of no prediction
     precision = precision[:-1]
     recall = recall[:-1]
+
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     with np.errstate(divide="ignore"):
         logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
+
     lower_neighbors = np.append(logits[0], logits[:-1])  # the lowest logit has none
     halfway = (logits + lower_neighbors) / 2
     best = halfway[f1 >= f1.max() - 1e-12]  # equal but for rounding
@@ -352,11 +351,13 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     # Different images cannot be compared
     if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
         earlier = None
+
     if now is None:
         return ""
     has_fallen = earlier is not None and now.high < earlier.low
     if now.share >= FEW and not has_fallen:
         return ""
+
     text = f"only {now.right} of {now.count} unknown images are recognized"
     if earlier is not None:
         text += f", {earlier.right} of {earlier.count} before"

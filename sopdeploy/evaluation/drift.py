@@ -1,85 +1,195 @@
-"""Drift: test whether new predictions have the same distribution as those of the held-out images.
+"""Drift: whether the newest answers come from the same traffic as earlier ones.
 
-Two tests compare how often each class is the most probable one, and how the largest
-probabilities are distributed. Each is Pearson's chi-square test of homogeneity of two samples,
-because the reference is itself a sample, often a small one. Categories that are rare in both
-samples are merged, because the test needs an expected count of about 5 (Cochran, "Some methods
-for strengthening the common chi-square tests", 1954).
+A window of answers is compared with a reference of as many earlier ones, four times: the most
+probable classes, the log-odds of the largest probability, the score of `known`, and measures of
+the photograph itself, which need no network and see a camera or a lamp that the answers hide.
+
+Photographs that follow each other are alike: several show one object, or one hour. So a sample is
+no set of independent images but of *blocks* of consecutive ones, and the p-value comes from
+exchanging blocks between the samples (a permutation test; Good, "Permutation Tests", 2000). A
+scaled chi-square with the mean and the variance of the exchanged statistics has its tail (Box,
+Annals of Mathematical Statistics 1954). With enough answers, every difference becomes
+significant, so an alarm also needs a large one: a *shift* in standard deviations of one answer.
+
+Letters: N answers, B blocks, F numbers of a statistic.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import PredictionCounts, Reference
+from sopdeploy.decision import log_sum_exp
+from sopdeploy.images.preprocess import Pixels
 
-TESTS = ("classes", "confidences")  # attributes of `Reference` and `PredictionCounts`
-SIGNIFICANCE = (
-    0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
-)
-MIN_EXPECTED = 5.0
+BLOCK = 25  # consecutive answers
+WINDOW = 1000  # answers of a sample
+NUM_EXCHANGES = 1000
+SIGNIFICANCE = 0.0025  # of each statistic: of all four together 1 % (Bonferroni)
+MIN_SHIFT = 0.1  # standard deviations
+MAX_LOG_ODDS = 10.0  # larger ones are clipped: no difference between sure and surer
+# What a difference of each statistic probably comes from.
+CAUSES = {
+    "image": "the photographs look different: a camera, the light, the background",
+    "score": "things that belong to none of the classes",
+    "classes": "another mix of the classes, or a new one",
+    "confidence": "photographs that are harder or easier, perhaps of a new class",
+}
 
-_Counts = NDArray[np.int64]
+_Floats = NDArray[np.float64]
+
+
+class Answers(NamedTuple):
+    """Consecutive answers: classes (N,), log-odds and scores (N,), and `measure_image` of each (N, F)."""
+
+    classes: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    score: NDArray[np.float32]
+    image: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, logits_NC: NDArray[np.float32], image_NF: NDArray[np.float32]) -> "Answers":
+        """Describe answers with finite *logits_NC*, C at least 1, and the measures *image_NF*."""
+        classes = logits_NC.argmax(axis=1)
+        largest = logits_NC[np.arange(len(logits_NC)), classes]
+
+        # The log-odds of the largest probability: that logit against all others together.
+        others = logits_NC.copy()
+        others[np.arange(len(logits_NC)), classes] = -np.inf
+        is_only = logits_NC.shape[1] == 1
+        rest = np.zeros(len(logits_NC)) if is_only else log_sum_exp(others)
+        log_odds = np.clip(largest - rest, -MAX_LOG_ODDS, MAX_LOG_ODDS)
+
+        scores = log_sum_exp(logits_NC)
+        return cls(classes, log_odds.astype(np.float32), scores.astype(np.float32), image_NF)
+
+    def columns(self, num_classes: int) -> Mapping[str, _Floats]:
+        """Return the numbers (N, F) of each statistic."""
+        return {
+            "classes": np.eye(num_classes)[self.classes],
+            "confidence": self.confidence[:, None].astype(np.float64),
+            "score": self.score[:, None].astype(np.float64),
+            "image": self.image.astype(np.float64),
+        }
 
 
 class Comparison(NamedTuple):
-    """Result of one test: total variation *distance* in [0, 1] of two samples, *p_value* of homogeneity."""
+    """Result of one statistic: the *shift* in standard deviations, and the *p_value* without drift."""
 
-    distance: float
+    shift: float
     p_value: float
 
-
-class Drift(NamedTuple):
-    """Comparison of the predictions of *num_images* images with a reference: two *tests*, by name."""
-
-    num_images: int
-    tests: dict[str, Comparison]
+    @property
+    def is_alarm(self) -> bool:
+        """Whether the difference is no chance, and large."""
+        return self.p_value < SIGNIFICANCE and self.shift > MIN_SHIFT
 
 
-def find_drift(counts: PredictionCounts, reference: Reference) -> Drift:
-    """Compare *counts* with *reference*, which must have the same classes."""
-    tests = {
-        name: compare_counts(np.array(getattr(reference, name)), getattr(counts, name))
-        for name in TESTS
-    }
-    return Drift(counts.num_images, tests)
+def measure_image(pixels: Pixels) -> NDArray[np.float32]:
+    """Measure *pixels* (H, W, 3) uint8: light, color, contrast and sharpness, eleven numbers."""
+    values = pixels[::2, ::2].astype(np.float32)
+    red, green, blue = values[..., 0], values[..., 1], values[..., 2]
+    gray = pixels.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)
+    height, width = gray.shape
+
+    # The border is mostly background.
+    inner = gray[height // 4 : -height // 4, width // 4 : -width // 4]
+    border = (gray.sum() - inner.sum()) / max(1, gray.size - inner.size)
+
+    # Differences of neighbors, fine and coarse: a lens, a codec, a texture.
+    details = []
+    for step in (1, 2, 4):
+        part = gray[: height - height % step, : width - width % step]
+        coarse = part.reshape(height // step, step, width // step, step).mean(axis=(1, 3))
+        differences = np.abs(np.diff(coarse, axis=0)).mean() + np.abs(np.diff(coarse)).mean()
+        details.append(math.log(float(differences) + 1.0))
+
+    colorfulness = (values.max(axis=2) - values.min(axis=2)).mean()
+    return np.asarray(
+        [
+            gray.mean(),
+            math.log(float(gray.std()) + 1.0),
+            border - inner.mean(),
+            (red - green).mean(),
+            (blue - green).mean(),
+            colorfulness,
+            (gray < 32).mean(),
+            (gray > 224).mean(),
+            *details,
+        ],
+        np.float32,
+    )
 
 
-def compare_counts(first: _Counts, second: _Counts) -> Comparison:
-    """Compare two samples, given as counts *first* (K,) and *second* (K,) of the same K categories.
+def compare_answers(
+    reference: Answers, window: Answers, num_classes: int
+) -> dict[str, Comparison]:
+    """Compare *window* with *reference*, both whole blocks, in each statistic of `CAUSES`."""
+    first = reference.columns(num_classes)
+    second = window.columns(num_classes)
+    return {name: compare_samples(first[name], second[name]) for name in CAUSES}
 
-    For the p-value, categories whose expected count in the smaller sample is below
-    `MIN_EXPECTED` are merged into one, which is left out if it is empty. An empty sample has
-    the distance 0 and the p-value 1.
+
+def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
+    """Compare the means of two samples, each of whole blocks of `BLOCK` consecutive rows.
+
+    All columns count alike. Equal samples have the shift 0 and the p-value 1.
     """
-    counts_2K = np.stack([first, second]).astype(np.float64)
-    sizes_21 = counts_2K.sum(axis=1, keepdims=True)
-    if not sizes_21.all():
-        return Comparison(0.0, 1.0)
+    # Columns in standard deviations; those of classes stay shares, so that rare ones count less.
+    joined_NF = np.concatenate([first_NF, second_NF])
+    is_share = bool(((joined_NF == 0) | (joined_NF == 1)).all()) and joined_NF.shape[1] > 1
+    if not is_share:
+        deviations_F = joined_NF.std(axis=0)
+        joined_NF = joined_NF / np.where(deviations_F > 0, deviations_F, 1.0)
+    within = sum(
+        float(part.var(axis=0).sum())
+        for part in (joined_NF[: len(first_NF)], joined_NF[len(first_NF) :])
+    )
+    if not within:
+        is_equal = bool((joined_NF == joined_NF[0]).all())
+        return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0)
 
-    shares_2K = counts_2K / sizes_21
-    distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
+    # The squared distance of the means is a quadratic form in the sides of the blocks.
+    num_first = len(first_NF) // BLOCK
+    blocks_BF = joined_NF.reshape(-1, BLOCK, joined_NF.shape[1]).mean(axis=1)
+    blocks_BF -= blocks_BF.mean(axis=0)
+    gram_BB = blocks_BF @ blocks_BF.T
+    num_second = len(blocks_BF) - num_first
+    sides_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
+    squared = max(0.0, float(sides_B @ gram_BB @ sides_B))
 
-    # Rare categories become one, so that each has enough expected images.
-    is_rare_K = counts_2K.sum(axis=0) * sizes_21.min() / sizes_21.sum() < MIN_EXPECTED
-    kept = counts_2K[:, ~is_rare_K]
-    rest = counts_2K[:, is_rare_K].sum(axis=1, keepdims=True)
-    merged_2M = np.concatenate([kept, rest], axis=1) if rest.any() else kept
+    # The same for blocks that are exchanged at random, always in the same way.
+    random = np.random.default_rng(0)
+    exchanged_EB = random.permuted(np.tile(sides_B, (NUM_EXCHANGES, 1)), axis=1)
+    squares_E = np.einsum("eb,bc,ec->e", exchanged_EB, gram_BB, exchanged_EB, optimize=True)
+    mean = float(squares_E.mean())
+    variance = float(squares_E.var())
 
-    # if both have the same distribution
-    expected_2M = sizes_21 * merged_2M.sum(axis=0) / sizes_21.sum()
-    # Pearson's chi-square
-    statistic = float((np.square(merged_2M - expected_2M) / expected_2M).sum())
-    return Comparison(distance, chi_square_tail(statistic, degrees=merged_2M.shape[1] - 1))
+    shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
+    if variance == 0:  # all blocks are equal
+        return Comparison(shift, 1.0)
+    p_value = chi_square_tail(2 * mean * squared / variance, 2 * mean**2 / variance)
+    return Comparison(shift, p_value)
 
 
-def chi_square_tail(statistic: float, degrees: int) -> float:
+def chi_square_tail(statistic: float, degrees: float) -> float:
     """Approximate the probability of a larger *statistic* (Wilson and Hilferty, PNAS 1931)."""
-    if degrees < 1:  # one category: nothing to compare
-        return 1.0
     variance = 2.0 / (9.0 * degrees)
     # The cube root is nearly Gaussian.
     deviation = ((statistic / degrees) ** (1 / 3) - (1.0 - variance)) / math.sqrt(variance)
     return math.erfc(deviation / math.sqrt(2.0)) / 2.0
+
+
+def describe_alarms(comparisons: Mapping[str, Comparison]) -> str:
+    """Say which statistics raise an alarm, the largest shift first, and what causes such a shift."""
+    alarms = sorted(
+        (comparison.shift, name)
+        for name, comparison in comparisons.items()
+        if comparison.is_alarm
+    )
+    return "; ".join(
+        f"{CAUSES[name]} ({name} {shift:.2f} standard deviations)"
+        for shift, name in reversed(alarms)
+    )

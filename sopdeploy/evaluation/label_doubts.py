@@ -39,6 +39,9 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
 
     # What the classifier says of each label.
     probabilities_NC = softmax(logits_NC)
+
+    # Classes differ in how sure a network is of them: probabilities are relative to the average
+    # of the class.
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
     # 0 without images
@@ -48,6 +51,7 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     floor = of_label_N.mean() / 2
     relative_NC = probabilities_NC / np.maximum(average_C, floor)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
+
     is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
 
     # Whether right labels explain the list.

@@ -37,11 +37,13 @@ def wilson(successes: float, trials: float) -> Interval:
     """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
     if trials == 0:  # nothing is known
         return Interval(0.0, 1.0)
+
     fraction = successes / trials
     square = Z_95**2
     center = (fraction + square / (2 * trials)) / (1 + square / trials)
     spread = math.sqrt(fraction * (1 - fraction) / trials + square / (4 * trials**2))
     half = Z_95 * spread / (1 + square / trials)
+
     return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
@@ -178,6 +180,7 @@ def classification_report(
         hits = int(confusion[row, row])
         images = int(confusion[row].sum())
         predictions = int(confusion[:, row].sum())
+
         of_class = groups[targets == class_index]
         classes.append(
             ClassMetrics(
@@ -190,6 +193,7 @@ def classification_report(
         )
 
     known = [score.known for score in scores if score.known is not None]
+
     return ClassificationReport(
         count=count,
         top1=Rate.of(sum(score.correct for score in scores), count, units),

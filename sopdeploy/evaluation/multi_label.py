@@ -63,6 +63,7 @@ class MeanPrecision(StrictModel):
         draws_BG = np.random.default_rng(seed).multinomial(
             len(unique), equal_shares_G, _RESAMPLES
         )
+
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
         resampled_BC = np.stack(
             [
@@ -183,6 +184,7 @@ class MultiLabelPredictions:
         ]
         if not precisions:
             raise DataError(NO_CLASS)
+
         return MultiLabelReport(
             count=len(true),
             map=float(np.mean(precisions)),
@@ -206,12 +208,14 @@ def resampled_precision(
     is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
 
     counts = draws[:, best_first].astype(np.float64)
+
     # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
     # of them show the class. hits / images is the precision of a rank; its weight is the number
     # of hits it adds.
     # 0 before the first image drawn
     images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)
     hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
+
     added_hits = np.diff(hits, axis=1, prepend=0)
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN
         precisions: NDArray[np.float64] = (added_hits * hits / images).sum(axis=1) / hits[:, -1]

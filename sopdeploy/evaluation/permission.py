@@ -89,8 +89,10 @@ class Rule(NamedTuple):
         """
         # of 1 for a win, -1 for a loss, 0 otherwise; never 0
         variance = (counts.wins + counts.losses + 1) / (counts.images + 2)
+
         quantiles = self.quantile + Z_POWER
         images = counts.images
+
         while images < MAX_IMAGES:
             images += max(1, images // 50)
             distance = counts.difference - self.limit(images)

@@ -169,9 +169,11 @@ def predict_logits(
     batches = [
         [images_here[position] for position in positions] for positions in positions_by_batch
     ]
+
     images_per_round = batch_size * processes.world
     # Process 0 has a batch in each one
     rounds = range(1, math.ceil(len(dataset) / images_per_round) + 1)
+
     computed: list[Tensor] = []
     model.eval()
     try:
@@ -183,12 +185,14 @@ def predict_logits(
             on_batch(min(len(dataset), finished_rounds * images_per_round))
     finally:
         model.train(was_training)
+
     # Without images in this process, no logits show the number of classes.
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
         # The rows of `images_here`
         logits[processes.rank :: processes.world] = torch.cat(computed)
+
     # The rows of other processes are 0, so the sum holds all rows.
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
@@ -261,6 +265,7 @@ def score_images(
         )
     except DataError as error:
         raise unreadable_images_error(error, images) from None
+
     if not np.isfinite(logits_NC).all():
         raise TrainingError("the logits are not finite; train again with a lower learning rate")
     return logits_NC

@@ -47,19 +47,22 @@ def make_predictions(
     image is known.
     """
     decision = Decision() if decision is None else decision
+
     if decision.is_multi_label:
         return MultiLabelPredictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
             probabilities=np.stack([sigmoid(row) for row in logits]),
-            thresholds=cast(
-                Sequence[float], decision.thresholds
-            ),  # never None with several classes
+            # never None with several classes
+            thresholds=cast(Sequence[float], decision.thresholds),
         )
+
+    # Images have targets among sorted names, logits the order of the bundle or checkpoint.
     class_of_output = [images.labels.index(label) for label in labels]
     groups: Sequence[int | None] = [None] * len(images)
     if images.groups is not None:
         groups = np.unique(images.groups, return_inverse=True)[1].tolist()
+
     scores = []
     for target, group, row in zip(images.targets.tolist(), groups, logits, strict=True):
         answer = decision.answer(row)
@@ -69,6 +72,7 @@ def make_predictions(
         top5 = tuple(ranked[:TOP_K])
         confidence = probabilities[0]
         scores.append(ImageScore(target, top5, confidence, likelihood, answer.known, group))
+
     return scores
 
 
@@ -84,6 +88,7 @@ def measure_predictions(
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()
+
     metrics = classification_report(labels, predicted)
     top1 = metrics.top1
     if isinstance(score, Rate) and (score.right, score.count) == (top1.right, top1.count):
@@ -102,8 +107,11 @@ def describe_predictions(
     """
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, images, links)
+
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
+
+    # A row for each class, the worst average precision first.
     rows = []
     for row in sorted(
         metrics.classes,
@@ -112,6 +120,7 @@ def describe_predictions(
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
+
     columns = [
         "class",
         "images",
@@ -122,6 +131,7 @@ def describe_predictions(
         "recall",
         "F1",
     ]
+
     explained = (
         f"{scores}. A class counts as present if its probability reaches its threshold. Precision is the "
         "share of the answers that are right, recall the share of the images of a class that are found; F1 "
@@ -141,9 +151,12 @@ def _describe_classes(
         f"right answers{', top-5 of those among the best five' if top5 else ''}; the log loss is 0 if each "
         "is right and certain."
     )
+
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]
+
+    # The matrix of small sets of classes, then the most frequent mistakes of any.
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
@@ -155,6 +168,7 @@ def _describe_classes(
                 caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links
             )
         )
+
     mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
     tables.append(
         Table(
@@ -163,6 +177,8 @@ def _describe_classes(
             rows=mistakes,
         )
     )
+
+    # A row for each class, the worst recall first.
     rows_of_classes = []
     for row in sorted(
         metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
@@ -176,6 +192,7 @@ def _describe_classes(
         rows_of_classes.append(
             (row.label, row.count, row.answered, precision, recall, interval)
         )
+
     columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
     caption = "Every class: how many answers are right (precision), and how many of its images are found (recall)"
     tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))

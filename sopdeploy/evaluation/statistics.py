@@ -45,6 +45,7 @@ def mcnemar(wins: int, losses: int) -> float:
     larger = max(wins, losses)
     if trials == 0:
         return 1.0
+
     # The tail of the binomial distribution with probability 1/2, from integers: both sides, so
     # 2 / 2**trials.
     binomial = math.comb(trials, larger)
@@ -52,6 +53,7 @@ def mcnemar(wins: int, losses: int) -> float:
     for successes in range(larger, trials + 1):
         tail += binomial
         binomial = binomial * (trials - successes) // (successes + 1)
+
     return min(1.0, tail / 2 ** (trials - 1))
 
 
@@ -60,6 +62,7 @@ def holm(values: Sequence[float]) -> list[float]:
     corrected = [0.0] * len(values)
     largest = 0.0
     ascending = sorted(range(len(values)), key=values.__getitem__)
+
     for rank, index in enumerate(ascending):
         num_not_smaller = len(values) - rank
         # at least that of a smaller one
@@ -81,6 +84,7 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
+
     # 0 if wins = losses = difference = 0
     variance = images * (2 * share + difference * (1 - difference))
     # Then 0, not 0 / 0

@@ -39,12 +39,14 @@ def plot(
             xs = [x for x, _ in points]
             ys = [y for _, y in points]
             axes.plot(xs, ys, style, marker="." if len(points) < 20 else "")
+
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
         if logarithmic:
             axes.set_xscale("log")
         else:
             whole = all(x == int(x) for points in curves.values() for x, _ in points)
             axes.xaxis.get_major_locator().set_params(integer=whole)  # no half epochs
+
         axes.legend(axes.lines, list(map(sanitize, curves)), fontsize=7)
 
     return _draw(draw, _HEIGHT)

@@ -81,6 +81,7 @@ def _template() -> Any:
         keep_trailing_newline=True,
         finalize=lambda value: sanitize(value) if isinstance(value, str) else value,
     )
+
     environment.globals["look"] = (files(__package__) / "look.css").read_text("utf-8")
     return environment.get_template("report.html")
 

@@ -37,10 +37,13 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     """Estimate the cost of decoding *body* by *rules* (None: in full); None if it does not tell."""
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
+
     # several scans are 2
     width = 0
     height = 0
     num_scans = 0
+
+    # Each format has the size at its own place near the beginning of the file.
     if body.startswith(b"\xff\xd8\xff"):
         width, height, num_scans = _jpeg_fields(body)
     elif body.startswith(b"\x89PNG"):
@@ -56,10 +59,13 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
             abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
             for start in starts
         )
+
     encoded = width * height
     if not encoded:
         return None
     pixels = encoded
+
+    # A JPEG can be decoded at a smaller scale, several scans need all coefficients in memory.
     if num_scans and rules is not None and rules.decoding == "scaled":
         scale = center_view((width, height), rules).scale
         pixels = -(-width // scale) * -(-height // scale)
@@ -79,17 +85,20 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
     position = 2
     frame = (0, 0, 0)
     is_progressive = False
+
     for _ in range(MAX_SEGMENTS):
         if body[position : position + 1] != b"\xff" or position + 4 > len(body):
             break
         marker = body[position + 1]
         length = int.from_bytes(body[position + 2 : position + 4])
+
         if marker in FRAMES:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)
             )
             frame = (width, height, body[position + 9])
             is_progressive = marker == PROGRESSIVE
+
         if marker == SCAN:
             has_one_scan = not is_progressive and body[position + 4] == frame[2]
             return frame[0], frame[1], 1 if has_one_scan else 2

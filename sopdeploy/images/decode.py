@@ -85,6 +85,7 @@ def decode(
     ):
         has_own_view = choose_view is not None or rules.decoding == "scaled"
         pixels = preprocess_image(image, rules, view if has_own_view else None, size, scale)
+
         warnings = list(list_changes(image, rules))
         if _has_more_frames(image, body):
             warnings.append("first_frame_only")
@@ -112,9 +113,11 @@ def _loaded(
         if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels
             image.load()
             check_decoded_size(image, opened_size)
+
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
         size = turned_size(opened_size, orientation)
         view = center_view(size, rules) if choose_view is None else choose_view(size)
+
         if image.format in JPEG:
             if rules.decoding == "scaled" and view.scale > 1:
                 scale = view.scale
@@ -123,6 +126,7 @@ def _loaded(
             if is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
         yield _Loaded(size, scale, view)
+
     except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
         raise image_error(error, max_pixels) from error
 
@@ -138,6 +142,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
+
     body = without_metadata(body)  # as it was opened
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
@@ -145,15 +150,20 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
             # The content of the next segment begins after its marker
             scan_end = next_begin - MARKER_BYTES
             break
+
     # A decoder that expects a certain restart marker skips everything before it. So the noise
     # is repeated after each of the markers, in their order, beginning with the one that follows
     # the last in the scan.
     restarts = RESTART.findall(body[:scan_end])
+
     # Number of the next marker, modulo 8
     due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
     noise = NOISE
     for number in range(due, due + NUM_RESTARTS):
         noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE
+
+    # Data behind a complete scan change nothing; if the noise changes pixels, data were
+    # missing.
     thumbnails = []
     for data in (body, body[:scan_end] + noise + body[scan_end:]):
         thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))

@@ -58,11 +58,13 @@ def encode_image(
     check_is_image(image)
     if isinstance(image, np.ndarray):
         return _to_png(Image.fromarray(np.ascontiguousarray(image)), compress_level)
+
     if isinstance(image, Image.Image):
         try:
             return _to_png(image, compress_level)
         except Exception as error:  # a decoder may raise anything
             raise image_error(error) from error
+
     return _read(image, limit)
 
 
@@ -86,6 +88,7 @@ def name_image(image: object, number: int) -> str:
     """Name *image*, the one with *number* of its list, for messages: by its path, if it has one."""
     if isinstance(image, str | os.PathLike):
         return str(image)
+
     # The first is an attribute of what `Image.open` has opened, the second of a file.
     for name in (getattr(image, "filename", ""), getattr(image, "name", "")):
         if isinstance(name, str) and name:
@@ -110,6 +113,7 @@ def _check_path(path: str | bytes) -> None:
             raise DataError("looks like an address; download it, and give its bytes")
         if text.startswith("data:") or (len(text) > MAX_NAME and BASE64.fullmatch(text)):
             raise DataError("looks like base64; give base64.b64decode(...) of it")
+
     with _reading():
         # What is read from a pipe is gone.
         if has_image_suffix(text) or not Path(text).exists() or Path(text).is_file():
@@ -159,6 +163,7 @@ def _read(image: Any, limit: int) -> bytes:
                 if image.seekable():  # as `Image.open` does
                     image.seek(0)
                 content = read_at_most(image, limit + 1)
+
     if len(content) > limit:
         raise too_large_error(limit)
     return content
@@ -176,17 +181,20 @@ def _problem_of_picture(image: Image.Image) -> str:
 def _problem_of_array(array: NDArray[Any]) -> str:
     """Say what *array* looks like if it is no uint8 array (H, W, 3), (H, W, 4) or (H, W); else nothing."""
     shape = array.shape
+
     if 0 in shape:
         return "has no pixels; give another"
     if array.ndim == 4:
         return "looks like a batch; give list(array)"
     if array.ndim == 1:
         return "looks like the bytes of a file; give array.tobytes()"
+
     if array.ndim == 3 and shape[2] not in COLORS:
         if shape[0] in (1, *COLORS):
             return "looks like channels first; give np.moveaxis(array, 0, -1)"
         if shape[2] == 1:
             return "looks like gray with an axis more; give array[..., 0]"
+
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in COLORS):
         return f"looks like no image; give {EXPECTED}"
     if array.dtype == np.uint8:
@@ -202,6 +210,7 @@ def _problem_of_values(array: NDArray[Any]) -> str:
         return "looks like 16 bits; give (array // 257).astype(np.uint8)"
     if array.dtype.kind not in "iuf":
         return f"looks like no image; give {EXPECTED}"
+
     low = array.min()
     high = array.max()
     if array.dtype.kind == "f" and low >= 0 and high <= 1:
@@ -219,6 +228,7 @@ def _describe(image: object) -> str:
         return "a file that was opened as text; open it with the mode 'rb'"
     if callable(getattr(image, "read", None)):
         return f"{type(image).__name__}, whose read() must be awaited"
+
     shape = getattr(image, "shape", None)
     if shape is not None:
         return f"{type(image).__name__} {tuple(shape)}, no NumPy array; convert it"
@@ -232,6 +242,8 @@ def _to_png(image: Image.Image, compress_level: int) -> bytes:
     image.load()
     transparency = None
     mask = frame_mask(image)
+
+    # PNG has gray of 16 bits; everything else has 8 bits per channel.
     if image.mode in SIXTEEN_BIT:
         values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
         picture = Image.fromarray(values)
@@ -240,12 +252,14 @@ def _to_png(image: Image.Image, compress_level: int) -> bytes:
         picture = to_rgba(image)
     else:
         picture = image if image.mode in PNG_MODES else image.convert("RGB")
+
     if mask is not None:
         picture.putalpha(mask)
 
     exif = Image.Exif()
     if orientation != UPRIGHT:
         exif[ORIENTATION] = orientation
+
     file = io.BytesIO()
     picture.save(
         file, "PNG", compress_level=compress_level,

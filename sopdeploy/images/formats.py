@@ -67,12 +67,14 @@ def open_image(
         raise empty_error()
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
+
     detected = detect_format(body, formats)
     try:
         # Before `Image.open`, which allocates the pixels of a WebP:
         _check_dimensions(webp_size(body), max_pixels)
         if detected == "HEIF":
             _register_heif()
+
         if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
                 # Libjpeg does not tell whether their data are complete
@@ -81,16 +83,19 @@ def open_image(
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
                     break
+
         image = Image.open(io.BytesIO(without_metadata(body)), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
         if detected == "JPEG":
             image.info.update(_jpeg_orientation_info(body).items())
+
         if detected == "HEIF":  # its decoder allocates all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions(
                     (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels
                 )
         correct_transparency_info(image)
+
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
@@ -107,6 +112,7 @@ def without_metadata(body: bytes) -> bytes:
     )
     parts = []
     begin = 0
+
     for start, end in () if find is None else find(body):
         parts.append(body[begin:start])
         begin = end
@@ -119,6 +125,7 @@ def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         length = int.from_bytes(body[position : position + 2])
         if marker in {SCAN, END} or length < 2 or position + length > len(body):
             return
+
         if marker == COMMENT or 0xE0 <= marker <= 0xEF:
             name, least = COLOR_SEGMENTS.get(marker, (b"", MAX_BYTES))
             if length - 2 < least or not body.startswith(name, position + 2):
@@ -144,9 +151,13 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     remaining = MAX_TEXT
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
         name = body[begin + 4 : begin + 8]
+
         content = slice(begin + 8, end - 4)
         if name == b"IEND" or not name.isalpha():
             return
+
+        # A chunk in lower case is ancillary; orientation, transparency and short texts are
+        # needed.
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
@@ -158,6 +169,7 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
             ):
                 remaining = max(0, remaining - _count_text(name, body[content], remaining))
                 is_needed = remaining > 0
+
             checksum = int.from_bytes(body[end - 4 : end])
             if not is_needed or zlib.crc32(body[begin + 4 : end - 4]) != checksum:
                 yield begin, end
@@ -175,11 +187,13 @@ def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     has_palette = body[10] & 0x80
     palette_size = 6 << (body[10] & 7)
     begin = 13 + (palette_size if has_palette else 0)
+
     while body.startswith(b"!", begin):
         end = begin + 2
         while length := body[end]:
             end += 1 + length
         end += 1
+
         if body[begin + 1] == CONTROL and body[begin + 2] < CONTROL_BYTES:
             yield begin, end
         begin = end
@@ -190,6 +204,7 @@ def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
     text = content.partition(b"\0")[2]
     if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
         return min(len(content), limit)
+
     method, packed = (
         (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
     )
@@ -222,11 +237,13 @@ def image_error(error: Exception, max_pixels: int = MAX_PIXELS) -> ImageError:
     """Convert the *error* of a parser or decoder to an `ImageError`."""
     if isinstance(error, ImageError):
         return error
+
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         message = f"the image has more than {max_pixels} pixels, the limit"
         return ImageError(message, code="too_many_pixels", status=413)
     if isinstance(error, MemoryError):
         return ImageError("the image needs too much memory", code="too_many_pixels", status=413)
+
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return ImageError("the image is truncated", code="truncated_image", status=422)
     return ImageError("the image is damaged", code="damaged_image", status=422)
@@ -248,9 +265,11 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     accepted = FORMATS if formats is None else formats
     if any(FORMATS[name] == detected for name in accepted):
         return detected
+
     advice = f"use {describe_formats(accepted)}" + (
         " (the setting formats)" if len(set(accepted)) < len(FORMATS) else ""
     )
+
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
     # Pillow's name of the format is not the common one
@@ -272,6 +291,7 @@ def _register_heif() -> None:
     """Let Pillow open HEIC files, with one thread per image; raise `ImageError` without pillow-heif."""
     if "HEIF" in Image.OPEN:
         return
+
     extra, package = EXTRAS["heic"]
     try:
         pillow_heif = importlib.import_module(package)
@@ -279,6 +299,7 @@ def _register_heif() -> None:
         raise _unsupported_error(
             f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[{extra}]" ({CAMERA})'
         ) from error
+
     pillow_heif.register_heif_opener(
         decode_threads=1, thumbnails=False, depth_images=False, aux_images=False
     )
@@ -293,15 +314,18 @@ def webp_size(body: bytes) -> tuple[int, int]:
     # The content of the first chunk, after its name and length
     kind = body[8:16]
     chunk = body[20:30]
+
     # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
     if kind == b"WEBPVP8X":
         return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(
             chunk[7:10], "little"
         )
+
     # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
     if kind == b"WEBPVP8L":
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
+
     # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
     if kind == b"WEBPVP8 ":
         return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(

@@ -54,6 +54,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     for a damaged file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
+        # A JPEG is copied by segments, if the copy decodes to the same pixels.
         if image.format in {"JPEG", "MPO"}:
             copy = _copy_jpeg(body, exif_orientation(image))
             copy_hash = _hash_pixels(copy)
@@ -61,10 +62,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
             # None: it lacks the end marker, which the copy has
-            if original_hash in {
-                None,
-                copy_hash,
-            }:
+            if original_hash in {None, copy_hash}:
                 return copy, ".jpg"
             # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other
             # formats do.
@@ -72,6 +70,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             raise ImageError(
                 "too large to be written as PNG", code="too_many_pixels", status=413
             )
+
         file = io.BytesIO()
         try:
             pixels = to_rgb(image, Preprocess())
@@ -83,6 +82,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             pixels.save(file, "PNG", compress_level=1)
         except Exception as error:  # a decoder may raise anything
             raise ImageError("damaged", code="damaged_image", status=422) from error
+
         return file.getvalue(), ".png"
 
 
@@ -111,6 +111,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         # One tag, no second directory
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
+
     data_begin: int | None = None  # of the data that follow a scan; None after another segment
     for marker, position in jpeg_segments(body):  # the position of the length, after the marker
         begin = position - MARKER_BYTES
@@ -120,6 +121,8 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         data_begin = end if marker == SCAN else None
         if marker == END:
             break
+
+        # Of the segments, only those that change how the pixels look.
         content = body[position + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
             # A segment of 16 bytes: its length, 12 bytes of fields, the size 0 x 0 of a
@@ -127,6 +130,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             parts += [b"\xff\xe0\0\x10", body[position + 2 : position + 14], b"\0\0"]
         elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
+
     if data_begin is not None:  # the file has no end marker
         parts.append(body[data_begin:])
     return b"".join((*parts, b"\xff\xd9"))

@@ -38,10 +38,7 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
 # 8-bit levels between the gray values of PNGs of 2 and 4 bits
-GRAY_STEPS = {
-    "L;2": 85,
-    "L;4": 17,
-}
+GRAY_STEPS = {"L;2": 85, "L;4": 17}
 FRAME_BOX = (
     "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
 )
@@ -57,17 +54,20 @@ def exif_orientation(image: Image.Image) -> int:
         if image.format == "PNG" and "exif" not in image.info:
             image.load()
         info: dict[Any, Any] = image.info
+
         exif = info.get("exif")
         if exif is None and TEXT_PROFILE in info:
             hexadecimal_lines = info[TEXT_PROFILE].split("\n")[3:]
             exif = bytes.fromhex("".join(hexadecimal_lines))
         orientation = _read_orientation(exif) if exif else None
+
         if orientation is None:  # EXIF does not tell it
             xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
             match = XMP.search(xmp if isinstance(xmp, bytes) else xmp.encode())
             orientation = int(match[1]) if match else UPRIGHT
     except Exception:  # damaged tags fail in many ways
         return UPRIGHT
+
     return orientation if orientation in TURNS else UPRIGHT
 
 
@@ -78,6 +78,7 @@ def _read_orientation(data: bytes) -> int | None:
     with suppress(struct.error):  # the data are cut
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
+
         # 12 bytes: tag, type, number of values, and the value if it fits
         for number in range(count):
             tag, type_code, _, value = struct.unpack_from(
@@ -128,6 +129,7 @@ def preprocess_image(
             fitted = rgb.resize(resized_size(rgb.size, rules), resampling)
         else:
             return center_crop(rgb, rules)
+
     if rules.fit != "pad":
         return np.asarray(fitted)
     canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
@@ -147,18 +149,22 @@ def _resize_box(
     orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
     width, height = size or turned_size(image.size, orientation)
     (left, top, right, bottom), new_size = view or center_view((width, height), rules)
+
+    # The box in the stored image, which the camera may have turned or mirrored.
     if orientation in MIRRORED_X:
         left, right = width - right, width - left
     if orientation in MIRRORED_Y:
         top, bottom = height - bottom, height - top
     if orientation in TRANSPOSED:
         left, top, right, bottom = top, left, bottom, right
+
     box = (
         left / scale,
         top / scale,
         min(image.width, right / scale),
         min(image.height, bottom / scale),
     )
+
     rgb = to_rgb(image, rules, UPRIGHT)
     fitted = rgb.resize(
         turned_size(new_size, orientation), RESAMPLING[rules.interpolation], box
@@ -177,14 +183,17 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
         return rules.crop, rules.crop
     if rules.fit == "squash-crop":
         return rules.resize, rules.resize
+
     shorter = min(size)
     longer = max(size)
+
     if rules.fit == "pad":  # rounded as by timm's `ResizeKeepRatio`
         new_shorter = max(1, round(rules.crop * shorter / longer))
         new_longer = rules.crop
     else:  # cut off as by torchvision's `Resize`
         new_shorter = rules.resize
         new_longer = max(1, int(rules.resize * longer / shorter))
+
     return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
 
@@ -201,12 +210,14 @@ def to_rgb(
     frame_alpha = frame_mask(image)
     if orientation is None:
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
+
     if orientation != UPRIGHT:
         image = image.transpose(TURNS[orientation])
         frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])
     is_opaque = not image.has_transparency_data and frame_alpha is None
     if is_opaque and image.mode not in SIXTEEN_BIT:
         return image if image.mode == "RGB" else image.convert("RGB")
+
     rgb = Image.new("RGB", image.size)
     # a tile at a time, because the copies in RGBA need much memory
     for box in tile_boxes(image.size):
@@ -215,6 +226,7 @@ def to_rgb(
             tile.putalpha(frame_alpha.crop(box))
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
+
     return rgb
 
 
@@ -243,11 +255,13 @@ def to_rgba(tile: Image.Image) -> Image.Image:
         tile = tile.convert("LA")
     if tile.mode not in SIXTEEN_BIT:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
+
     values = np.asarray(tile)
     clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
     # nearest; 65535 becomes 255
     scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
     gray = Image.fromarray(scaled).convert("RGBA")
+
     transparent = tile.info.get("transparency")
     if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
@@ -263,6 +277,7 @@ def correct_transparency_info(image: Image.Image) -> None:
     tiles = getattr(image, "tile", None)
     if not tiles:
         return
+
     _, box, _, raw_mode = tiles[0]
     color = image.info.get("transparency")
     if image.format == "PNG" and raw_mode in GRAY_STEPS and isinstance(color, int):
@@ -270,6 +285,7 @@ def correct_transparency_info(image: Image.Image) -> None:
     elif image.format == "PNG" and raw_mode == "RGB;16B" and isinstance(color, tuple):
         # Pillow decodes only the upper byte of a 16-bit value.
         image.info["transparency"] = tuple(value >> 8 for value in color)
+
     is_first_frame = image.format == "GIF" and image.tell() == 0
     if is_first_frame and color is None and box != (0, 0, *image.size):
         # Pillow fills the canvas around a smaller first frame with the first color of the
@@ -282,9 +298,11 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     width, height = resized_size(size, rules)
     if rules.fit == "pad":
         return View((0, 0, *size), (width, height))
+
     # source pixels per pixel of the resized image
     x = size[0] / width
     y = size[1] / height
+
     # Not negative: crop <= resize
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     # Rounding may move right and bottom out of the image.
@@ -302,6 +320,7 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     photograph.
     """
     width, height = resized_size(image.size, rules)
+
     resampling = RESAMPLING[rules.interpolation]
     if max(width, height) > MAX_ASPECT_RATIO * rules.resize:
         view = center_view(image.size, rules)
@@ -320,6 +339,7 @@ def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
         has_transparent_pixels = any(
             alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas
         )
+
     conversions = {
         "alpha_flattened": has_transparent_pixels,
         "exif_rotated": rules.exif_orientation and exif_orientation(image) != UPRIGHT,

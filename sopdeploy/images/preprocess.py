@@ -84,6 +84,7 @@ class Preprocess(StrictModel):
             raise ConfigError(
                 f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported"
             )
+
         mode = str(config.get("crop_mode") or "center")
         if mode not in TIMM_CROP_MODES:
             raise ConfigError(
@@ -95,9 +96,11 @@ class Preprocess(StrictModel):
                 f"timm: crop_mode {mode!r} with crop_pct {crop_share:g} is not supported; choose rules "
                 "that keep the whole image, or another network"
             )
+
         colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
         if mode == "border" and "mean" in colors:
             colors["background"] = tuple(round(255 * value) for value in colors["mean"])
+
         return cls._from_published(
             "timm",
             crop=height,
@@ -116,10 +119,7 @@ class Preprocess(StrictModel):
         """
         try:
             # a `ValueError` for two sides
-            (crop,), (resize,) = (
-                transforms.crop_size,
-                transforms.resize_size,
-            )
+            (crop,), (resize,) = (transforms.crop_size, transforms.resize_size)
             interpolation = str(transforms.interpolation.value)
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:
@@ -127,6 +127,7 @@ class Preprocess(StrictModel):
                 f"torchvision: {type(transforms).__name__} does not resize and crop to a square; pass "
                 "weights.transforms() of a classifier"
             ) from error
+
         fields = {"crop": crop, "resize": resize, "interpolation": interpolation, **colors}
         return cls._from_published("torchvision", **fields)
 

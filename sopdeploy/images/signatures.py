@@ -26,12 +26,7 @@ SIGNATURES = {
     b"GIF89a": "GIF",
 }
 # of every accepted format; other files have some, too
-FIRST_BYTES = (
-    *SIGNATURES,
-    b"BM",
-    b"RIFF",
-    b"\0\0",
-)
+FIRST_BYTES = (*SIGNATURES, b"BM", b"RIFF", b"\0\0")
 BITMAP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # their lengths; texts can begin with BM
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
@@ -61,6 +56,7 @@ def find_format(head: bytes) -> str:
         return BRANDS.get(head[8:12], "")
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BITMAP_HEADERS:
         return "BMP"
+
     for signature, name in (SIGNATURES | REJECTED_SIGNATURES).items():
         if head.startswith(signature):
             return name

@@ -33,10 +33,7 @@ _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index
 _BULLET = re.compile(r"[-*+\u2022\u2013]\s+")
 _QUOTED = re.compile(r"""(["'`])(.*)\1""")
 # of tables; `tench, Tinca tinca` is one name
-_CELL_ENDS = (
-    re.compile(r"\t"),
-    re.compile(r"[,;](?!\s)"),
-)
+_CELL_ENDS = (re.compile(r"\t"), re.compile(r"[,;](?!\s)"))
 # What lines of other files are
 _NO_NAMES = {
     "begins with a quote": re.compile(r"[\"'`].*"),
@@ -62,6 +59,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         raise ConfigError(
             f"{file} cannot be read ({reason}); {_ADVICE}", setting="labels"
         ) from error
+
     if problem := label_problem(names):
         raise ConfigError(f"{file}: {problem}; correct the file", setting="labels")
     return names
@@ -72,6 +70,7 @@ def _parse(text: str, suffix: str) -> tuple[str, ...]:
     if suffix in (".yaml", ".yml"):
         yaml = importlib.import_module("yaml")  # only here, because servers read no such files
         return _find_names(_parse_literal(text, yaml.safe_load, yaml.YAMLError))
+
     if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
         try:
             return _find_names(parse_json(text))
@@ -79,6 +78,7 @@ def _parse(text: str, suffix: str) -> tuple[str, ...]:
             if suffix == ".json" or not str(error).startswith("not JSON"):
                 raise
         return _find_names(_parse_literal(text, ast.literal_eval, SyntaxError))
+
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if not any(lines):
         raise ValueError("holds no name")
@@ -99,11 +99,13 @@ def _find_names(data: Any) -> tuple[str, ...]:
     """Find the names in *data*, or under one of `_KEYS` in it; several keys must give the same names."""
     if (names := _names_of_value(data)) is not None:
         return names
+
     found = {
         path: names
         for path, value in _find_keys(data)
         if (names := _names_of_value(value)) is not None
     }
+
     if len(set(found.values())) > 1:
         raise ValueError(f"holds several lists of names ({', '.join(found)})")
     if not found:
@@ -126,14 +128,18 @@ def _names_of_value(value: Any) -> tuple[str, ...] | None:
         return tuple(value) if value and all(isinstance(name, str) for name in value) else None
     if not isinstance(value, dict) or not value:
         return None
+
     keys = list(value)
     values = list(value.values())
+
+    # Numbers may be the keys or, as in `class_to_idx`, the values.
     if all(map(_is_index, keys)) and all(isinstance(name, str) for name in values):
         by_number: Mapping[int, str] = {int(key): name for key, name in value.items()}
     elif all(isinstance(name, str) for name in keys) and all(map(_is_index, values)):
         by_number = {int(number): name for name, number in value.items()}
     else:
         return None
+
     if sorted(by_number) != list(range(len(value))):
         problem = f"its numbers are {min(by_number)} to {max(by_number)}, not 0 to {len(value) - 1}, each once"
         raise ValueError(f"{problem}, so the order of the logits is not certain")
@@ -150,6 +156,7 @@ def _is_index(value: Any) -> bool:
 
 def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
     """Return the names in *lines*, without what all lines have beside them; raises `ValueError`."""
+    # Leave out commas, quotes, bullets and numbers, if all lines have them.
     if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
         lines = [line.removesuffix(",").rstrip() for line in lines]
     quoted = [_QUOTED.fullmatch(line) for line in lines]
@@ -157,18 +164,23 @@ def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
         return tuple(match[2].strip() for match in quoted if match)
     if all(map(_BULLET.match, lines)):
         lines = [_BULLET.sub("", line, count=1) for line in lines]
+
     if (names := _without_index(lines)) is not None:
         return names
+
+    # What remains must be plain names: no headings, no columns, no ids.
     for position, line in enumerate(lines, 1):
         for problem, pattern in _NO_NAMES.items():
             if pattern.fullmatch(line) or (pattern is _BULLET and pattern.match(line)):
                 raise ValueError(f"name {position} {problem}: {line[:40]!r}")
+
     for cell_end in _CELL_ENDS:
         counts = {len(cell_end.findall(line)) for line in lines}
         if len(counts) == 1 and counts != {0}:
             raise ValueError(f"a table of {counts.pop() + 1} columns")
     if len(lines) == 1 and "," in lines[0]:
         raise ValueError("all names stand in one line")
+
     words = [line.split(maxsplit=1) for line in lines]
     shapes = {re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", first)) for first, *_ in words}
     has_ids = (
@@ -192,6 +204,7 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
         found = [match for match in matches if match]
         names = tuple(match["name"] for match in found)
         numbers = [int(match["index"]) for match in found]
+
         counts = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
         is_complete = len(found) == len(lines) or (
             has_heading and matches[0] is None and len(found) + 1 == len(lines)
@@ -203,6 +216,7 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
             and not any(map(_has_columns, names))
         ):
             return names
+
         # `Boeing 747` ends with a number that is a part of the name.
         is_certain = side == "begins" or not any(match["between"] == " " for match in found)
         if found and is_complete and is_certain:
@@ -213,6 +227,7 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
             raise ValueError(
                 f"{len(found)} of {len(lines)} lines {side.removesuffix('s')} with a number"
             )
+
     return None
 
 

@@ -135,6 +135,7 @@ def choose_config(
             raise _misfit_error(
                 file, converted, model, f"{key} is {requested.get(key)}, not {detected}"
             )
+
     # Then the settings must contain what cannot be read from the file, and agree with it.
     for key, reason in converted.undetermined.items():
         if key not in settings:
@@ -144,6 +145,7 @@ def choose_config(
             raise ConfigError(
                 f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
             )
+
     values = {**converted.defaults, **settings, **converted.detected}
     return make_config(model, _with_values(defaults, values))
 
@@ -151,6 +153,7 @@ def choose_config(
 def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> FieldValues:
     """Copy *base* with *values* by dotted key; a name in place of a table (`pooling=gap`) is its `kind`."""
     config = copy.deepcopy(dict(base))
+
     for key, value in values.items():
         *tables, last = key.split(".")
         table = config
@@ -158,6 +161,7 @@ def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> FieldVal
             if not isinstance(table.setdefault(name, {}), dict):
                 table[name] = {"kind": table[name]}
             table = table[name]
+
         table[last] = value
     return config
 
@@ -172,6 +176,7 @@ def fit_tensors(
     """
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
+
     # Of these tensors only names, shapes, types and device are used; their values are not
     # initialized.
     expected = network.to_empty(device="cpu").state_dict()
@@ -180,12 +185,14 @@ def fit_tensors(
         for name, tensor in expected.items()
         if name.endswith(COUNTER)
     }
+
     for name, tensor in converted.tensors.items():
         is_count = name.endswith(COUNTER) and tensor.numel() == 1
         # Some files have counters of shape (1,)
         state[name] = tensor.reshape(()) if is_count else tensor
         if name in expected and expected[name].shape == state[name].shape:
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
+
     # `state` still contains the tensors that do not fit, so that `first_difference` can name
     # them.
     if problem := first_difference(expected, state):
@@ -199,6 +206,7 @@ def _misfit_error(
     """Build the error of a file that does not fit *model*; it names the network that the file is of."""
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
+
     advice = (
         f"import it --as {converted.model}"
         if converted.model
@@ -216,9 +224,11 @@ def make_row_wise(
     row_wise = dict(tensors)
     for name, channels in triangles.items():
         rows, columns = torch.triu_indices(channels, channels)  # row by row
+
         # Column c follows 1 + 2 + ... + c elements: for 3 channels, the order is 0, 1, 3, 2, 4,
         # 5.
         order = columns * (columns + 1) // 2 + rows
         if tensors[name].shape[-1] == len(order):
             row_wise[name] = tensors[name].index_select(-1, order)
+
     return row_wise

@@ -117,23 +117,29 @@ def import_weights(
         raise ConfigError(
             f"{destination} is the file to import; give another name", setting="out_file"
         )
+
     file = open_weights(source_file)
     if isinstance(file, Checkpoint):
         raise WeightsError(
             f"{source}: already a sopdeploy checkpoint; use it without importing it"
         )
+
     problem = BROKEN.get(file.sha256[:8])
     if problem is not None and triangle is None:
         raise WeightsError(f"{source}: {problem}")
+
     converted = convert_weights(file, model, triangle)
     if converted.num_classes == 0:
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
             f"{join(['--weights', str(source), '--set', f'model.name={model}'])}"
         )
+
+    # The file decides what it can; *settings* and *labels* add the rest.
     config = choose_config(file, converted, model, settings)
     state = fit_tensors(file, converted, model, config)
     names, label_origin = _find_class_names(file, converted, labels)
+
     try:
         checkpoint = Checkpoint(
             model=model,
@@ -150,6 +156,7 @@ def import_weights(
         )
     except pydantic.ValidationError as error:
         raise ConfigError(first_problem(error)) from error
+
     write_checkpoint(destination, checkpoint)
     return ImportReport(
         looks_like=converted.description,
@@ -174,18 +181,23 @@ def open_weights(file: WeightPath) -> WeightFile | Checkpoint:
         for importer in _registered_importers():
             if importer.magic and importer.read and file.first.startswith(importer.magic):
                 return importer.read(path, sha256(path))
+
     content, digest = read_pytorch(file)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
+
+    # A training checkpoint holds several tables of tensors; the network is the largest.
     tables = find_tables(content, levels=2)
     candidates = [tables[name] for name in ("", *STATE_DICT_KEYS) if name in tables]
     if not candidates:
         problem = "holds no table of tensors, by itself or as `state_dict`"
         raise WeightsError(f"{path}: {problem}; {WEIGHTS_ADVICE}")
     table = max(candidates, key=len)  # beside it, a file can hold single tensors
+
     stored = {name: value for name, value in table.items() if isinstance(value, Tensor)}
     wrappers = find_wrappers(stored)
     tensors = {without_wrappers(name, wrappers): value for name, value in stored.items()}
+
     return WeightFile(
         path=path,
         sha256=digest,
@@ -212,6 +224,7 @@ def convert_weights(
         if not by_columns:
             return converted
         return replace(converted, tensors=make_row_wise(converted.tensors, converted.triangles))
+
     refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
@@ -227,6 +240,7 @@ def network_of_weights(file: WeightFile, default: str) -> str:
     found = find_network(file) if converted is None else converted.model
     if found is None or found == default:
         return default
+
     # An importer may return a name with options, "resnet20 --option depth=32", which names no
     # network.
     is_network = found.startswith(TIMM_PREFIX) or found in list_models()
@@ -242,18 +256,15 @@ def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | Non
             continue
         try:
             converted = importer.convert(file, model)
-        except (
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # of tensors with other axes
+        # of tensors with other axes
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise WeightsError(
                 f"{file.path}: differs from the released networks ({reason}); give a released network"
             ) from error
         if converted is not None:
             return converted
+
     return None
 
 
@@ -270,6 +281,7 @@ def _find_class_names(
     """Find the class names in output order, by default those in the file or of its data, and their origin."""
     count = converted.num_classes
     names = weights.labels if file is None else read_class_names(file)
+
     if names is not None:
         origin = f"class_to_idx of {weights.path}" if file is None else str(file)
         if len(names) != count:
@@ -278,11 +290,13 @@ def _find_class_names(
                 setting="labels",
             )
         return names, origin
+
     if converted.class_names and count == len(converted.class_names):
         return converted.class_names, f"those of {converted.project}"
     if converted.imagenet and count == 1000:
         published = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
         return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"
+
     width = len(str(count - 1))
     return tuple(
         f"class {index:0{width}}" for index in range(count)

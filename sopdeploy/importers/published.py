@@ -69,9 +69,11 @@ def fetch_imagenet_weights(
         return find_lite_weights(model) or _fetch_from_hub(
             _lite_repository(model), download
         ), model
+
     # "timm:resnet26", or torchvision's name "vgg16_bn"
     published = published_network(model, config)
     family, _, name = published.rpartition(":")
+
     if family == "timm":
         repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
         if not repository:
@@ -80,6 +82,7 @@ def fetch_imagenet_weights(
                 remedies=OWN_FILE,
             )
         return _fetch_from_hub(repository, download), published
+
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[
         TORCHVISION_VERSION
     ]
@@ -97,17 +100,20 @@ def find_lite_weights(model: str) -> Path | None:
     cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
     if isinstance(cached, str):
         return Path(cached)
+
     packaged = PACKAGES.get(model)
     # Imports no code of it
     found = None if packaged is None else importlib.util.find_spec(packaged.package)
     if packaged is None or found is None or found.origin is None:
         return None
+
     path = Path(found.origin).parent / packaged.file
     if (digest := sha256(path) if path.is_file() else "missing") != packaged.sha256:
         name = packaged.package.replace("_", "-")
         raise WeightsError(
             f"{path}: {digest}, not {packaged.sha256}; reinstall the package {name}"
         )
+
     return path
 
 
@@ -125,6 +131,7 @@ def published_network(model: str, config: StrictModel) -> str:
         return f"timm:tf_{model.replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
+
     # Only b0; the Lite networks are no subclasses
     if issubclass(entry(model).network, EfficientNet):
         return "timm:efficientnet_b0"
@@ -132,6 +139,7 @@ def published_network(model: str, config: StrictModel) -> str:
         return "vgg16_bn" if config.batch_norm else "vgg16"
     if isinstance(config, ResNetConfig):
         return "timm:resnet26" if config.depth == 26 else f"resnet{config.depth}"
+
     raise ConfigError(
         f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
         f"26, 34, 50 or 101, VGG-16, EfficientNet-b0, Lite0 or Lite2, timm:NAME or dsop-timm:NAME, {_ADVICE}",
@@ -143,6 +151,7 @@ def _fetch_url(url: str, download: bool) -> Path:
     """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
+
     if not path.is_file():
         with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             if not download:
@@ -152,6 +161,7 @@ def _fetch_url(url: str, download: bool) -> Path:
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+
     _remove_unless_hash(path, path.stem.rpartition("-")[2])
     return path
 
@@ -162,6 +172,7 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
     cached = hub.try_to_load_from_cache(**location)
+
     if not isinstance(cached, str):  # None, or a mark that the hub had no such file
         url = hub.hf_hub_url(**location)
         file = f"{name}/{HUB_FILE}"
@@ -172,8 +183,10 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
             if not download:
                 return Path(HUB_FILE)
             cached = hub.hf_hub_download(**location)
+
     path = Path(cached)
     blob = path.resolve().name
+
     # The hub's cache names large files by their hash; others are not compared
     if SHA256.fullmatch(blob):
         _remove_unless_hash(path, blob)
@@ -188,9 +201,8 @@ def _download_error(
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield
-    except (
-        Exception
-    ) as error:  # the errors of torch, of the hub and of its client have no common class
+    # the errors of torch, of the hub and of its client have no common class
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{where}: cannot be downloaded ({reason}); {advice}", remedies=remedies
@@ -202,6 +214,7 @@ def _remove_unless_hash(path: Path, expected: str) -> None:
     digest = sha256(path)
     if digest.startswith(expected):
         return
+
     for file in {path, path.resolve()}:
         file.unlink(missing_ok=True)
     raise WeightsError(

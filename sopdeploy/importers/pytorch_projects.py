@@ -84,6 +84,7 @@ def find_resnet_depth(file: WeightFile) -> int:
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
     has_bottlenecks = "layer1.0.conv3.weight" in file.tensors
+
     for depth, expected_counts in BLOCKS.items():
         if counts == expected_counts and has_bottlenecks == (depth not in {18, 34}):
             return depth
@@ -111,6 +112,7 @@ def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str,
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
             return preprocess, (f"preprocessing of torchvision's {weights}",)
+
     config = read_hub_config(file.path)
     return (Preprocess.from_timm(config), (FROM_HUB_CONFIG,)) if config else (Preprocess(), ())
 
@@ -120,6 +122,8 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
+
+    # Depth, widths and pooling from the shapes of the tensors.
     depth = find_resnet_depth(renamed)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
@@ -127,20 +131,26 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     detected |= detect_pooling(renamed, channels, length)
     pooling = detected["pooling.kind"]
     triangles = {"fc.weight": detected["pooling.width"]} if pooling == "isqrt" else {}
+
     model = name_network("isqrt-resnet" if pooling == "isqrt" else "resnet", depth, fallback=50)
     if pooling == "bcnn":
         model += " --option pooling=bcnn"
+
     # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is
     # `features.0`
     is_torchvision = pooling == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvision else "fast-MPN-COV"
+
+    # The stride of conv5_x changes no shape.
     undetermined = {}
     if not is_torchvision:  # torchvision's networks have the default stride
         if stride := find_conv5_stride(file, depth):
             detected["conv5_stride"] = stride
         else:
             undetermined["conv5_stride"] = STRIDE_UNKNOWN
+
     preprocess, notes = find_preprocess(f"resnet{depth}", file)
+
     return ConvertedWeights(
         project=project,
         description=f"{_TITLES[pooling]}ResNet-{depth} of {project}",
@@ -176,6 +186,7 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
     width = channels if reduction is None else len(reduction)
     if length == width * (width + 1) // 2:
         return {"pooling.kind": "isqrt", "pooling.width": width}
+
     # fast-MPN-COV's average and bilinear pooling never reduce the channels
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
@@ -195,6 +206,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     classifier = file.tensors.get(f"{first}.weight")
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
+
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
     convolutions = sum(
         name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items()
@@ -203,6 +215,8 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         raise WeightsError(
             f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16"
         )
+
+    # The classifier's inputs tell what is in front of it.
     length = classifier.shape[1]
     if length == VGG_FLATTENED:
         project = "torchvision"
@@ -212,9 +226,11 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         project = "fast-MPN-COV"
         pooling = detect_pooling(renamed, VGG_CHANNELS, length)
         option = f" --option pooling={pooling['pooling.kind']}"
+
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
     preprocess, notes = find_preprocess(name.replace("-", "_"), file)
+
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
@@ -237,10 +253,12 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources
     if not known or any(source.startswith("layer4.") for source in sources):
         return None
+
     depth = (
         6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")})
         + 2
     )
+
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
@@ -268,16 +286,19 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
         "base_width": len(file.tensor("conv1.weight")),
         **_detect_block_options(file),
     }
+
     # None: the sum or the maximum, which the user must choose
     attention = detected.get("attention")
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2
+
     triangles = {}
     if reduction is None:
         detected["final_pooling"] = "gap"
     else:
         detected |= {"final_pooling": "isqrt", "final_width": len(reduction)}
         triangles = {"fc.weight": len(reduction)}
+
     return ConvertedWeights(
         project="GSoP",
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
@@ -300,6 +321,7 @@ def _detect_block_options(file: WeightFile) -> FieldValues:
         for name, tensor in file.tensors.items()
         if name.endswith(".weight")
     }
+
     stages = sorted({name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name})
     if "conv_for_DR_spatial" not in lengths:  # no block has a position-wise half
         return {
@@ -307,6 +329,7 @@ def _detect_block_options(file: WeightFile) -> FieldValues:
             "cov_width": lengths["conv_for_DR"],
             "attention": "channel",
         }
+
     width = lengths["conv_for_DR_spatial"]
     side = math.isqrt(lengths["row_bn_for_spatial"])  # the root of the number of positions
     config: FieldValues = {"block_stages": stages, "cov_width": width, "position_side": side}
@@ -314,4 +337,5 @@ def _detect_block_options(file: WeightFile) -> FieldValues:
         config["attention"] = "position"
     elif "dilate_conv_for_concat1" in lengths:
         config["attention"] = "concatenation"
+
     return config

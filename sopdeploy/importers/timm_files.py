@@ -50,15 +50,18 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     timm = import_timm(backbone)
     if not _has_tensors_of(model, file):
         refuse_other_network(file, model)
+
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier")
     # a distilled network has two classifiers of the same classes
     if isinstance(classifier, tuple):
         classifier = classifier[0]
+
     # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored
     # without theirs
     has_classifier = classifier is not None and f"{classifier}.weight" in file.tensors
+
     return ConvertedWeights(
         project="timm",
         description=f"timm's {backbone}",
@@ -74,11 +77,13 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
     if model not in LITE:
         return None
+
     # EfficientNet-PyTorch's names, which others have kept
     is_original = "_conv_stem.weight" in file.tensors
     named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
     if not _has_tensors_of(model, named):
         return None
+
     config = read_hub_config(file.path)
     return ConvertedWeights(
         project="EfficientNet-Lite" if is_original else "timm",
@@ -110,11 +115,14 @@ NOT_EXPANDED = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")
 def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
     """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages."""
     names = _learned_shapes(model)
+
     blocks = list(
         dict.fromkeys(
             ".".join(name.split(".")[:3]) for name in names if name.startswith("blocks.")
         )
     )
+
+    # The parts of each block, by their names in EfficientNet-PyTorch.
     layers = {
         number: dict(
             zip(
@@ -125,6 +133,7 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
         )
         for number, block in enumerate(blocks)
     }
+
     renamed = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
@@ -136,6 +145,7 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
             )
         else:
             renamed[f"{ORIGINAL_PARTS.get(part, part)}.{rest}"] = tensor
+
     return renamed
 
 
@@ -178,6 +188,7 @@ def _learned_shapes(model: str) -> Mapping[str, torch.Size]:
         else:
             network = create_model(model)
             network.remove_classifier()
+
     return {name: tensor.shape for name, tensor in network.named_parameters()}
 
 

@@ -85,6 +85,7 @@ class RowConv(nn.Conv2d):
         """Convolve each of the n rows with its r = 4 filters: (B, n, n, 1) to (B, R, 1, 1), where R = 4n."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
+
         # The stored weight has the shape (R, 1, n, 1).
         weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
         out_nBr = torch.matmul(cov_nBn, weight_nnr)
@@ -121,6 +122,7 @@ class ChannelAttention(nn.Module, ExportHints):
     def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
         super().__init__()
         self.config = config
+
         width = config.cov_width
         self.reduction = nn.Sequential(
             nn.Conv2d(channels, width, 1, stride=dr_stride),
@@ -184,6 +186,7 @@ class PositionAttention(nn.Module, ExportHints):
     def __init__(self, config: GSoPBlockConfig, channels: int) -> None:
         super().__init__()
         self.config = config
+
         width = config.cov_width
         self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
         positions = config.position_side**2
@@ -196,6 +199,7 @@ class PositionAttention(nn.Module, ExportHints):
         config = self.config
         side = self.config.position_side
         height, width = features_BCHW.shape[2:]
+
         reduced_BdHW = self.reduction(
             F.relu(features_BCHW) if config.pre_relu else features_BCHW
         )
@@ -278,6 +282,7 @@ class GSoPBlock(nn.Module):
         super().__init__()
         self.config = config
         kind = config.attention
+
         self.channel = self.position = self.fusion = None
         if kind != "position":
             self.channel = ChannelAttention(config, channels, dr_stride)

@@ -90,9 +90,11 @@ def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     15, for singular matrices too.
     """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
+
     # Z_0 = I, so T_0 = (3 I - A) / 2
     step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)
     yield step
+
     for _ in range(iterations - 1):
         y_BCC = step.next_y()
         z_BCC = step.next_z()
@@ -178,8 +180,10 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     """Decide whether N *iterations* on G (M x M) are cheaper than on A (d x d); symbolic shapes use A."""
     if type(positions) is not int or type(channels) is not int:
         return False
+
     # of two square matrices, as counted at the top of this file
     products = max(1, 3 * iterations - 3)
+
     # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2
     # M each.
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
@@ -199,12 +203,14 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
     x_BdM = covariance_factor(at_least_float32(features_BdHW))
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
+
     if config.prenorm == "trace":
         norm_B11 = covariance_trace(matrix_Bnn)
     elif config.prenorm == "frobenius":
         norm_B11 = frobenius_norm(matrix_Bnn)
     else:
         assert_never(config.prenorm)
+
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
     return Prenormalized(x_BdM, norm_B11, matrix_Bnn / norm_B11, use_gram)
 
@@ -242,10 +248,12 @@ class ISqrtVector(torch.autograd.Function):
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
         # The steps save what `newton_schulz_adjoint` reads.
         start = prenormalize(features_BdHW, config)
+
         # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
         ts = []
         fs = []
         last: Step
+
         for step in newton_schulz_steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
@@ -256,6 +264,7 @@ class ISqrtVector(torch.autograd.Function):
 
         ctx.config = config
         ctx.use_gram = start.use_gram
+
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
         ctx.save_for_backward(
             features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:]
@@ -286,10 +295,7 @@ class ISqrtVector(torch.autograd.Function):
         # What `forward` saved, by step.
         ts = factors[: config.iterations]
         # Z_0 = I or Y_0 = A
-        fs = [
-            None if ctx.use_gram else matrix_Bnn,
-            *factors[config.iterations :],
-        ]
+        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]
 
         # The gradient of the whole root: each number of the triangle stands at two places of
         # it.
@@ -351,10 +357,12 @@ def _prenorm_adjoint(
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
     # n g - <D, P / n>
     total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
+
     if config.prenorm == "trace":  # dn / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
     elif config.prenorm == "frobenius":  # dn / dP = P / n
         matrix_grad_Bnn.addcmul_(matrix_Bnn, total_term_B11)
     else:
         assert_never(config.prenorm)
+
     return matrix_grad_Bnn / norm_B11

@@ -69,6 +69,7 @@ class Components(nn.Module):
         super().__init__()
         self.components = components
         self.evaluated = evaluated
+
         self.is_linear = kind == "linear"
         self.weights = (
             nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
@@ -99,6 +100,7 @@ class Components(nn.Module):
 
         # All components run as groups of one convolution.
         x = self.before(features_BCHW)
+
         for step, weight_Noi in enumerate(self.weights):
             # All components read the same features first
             groups = 1 if step == 0 else self.components
@@ -138,6 +140,7 @@ class Components(nn.Module):
         largest_BK = sorted_BN[:, : self.evaluated]
         # (B K,), the K components of each image
         chosen = order_BN[:, : self.evaluated].flatten()
+
         # (B, 1, C, M), the same for all K at first
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
 
@@ -174,6 +177,7 @@ class Components(nn.Module):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
                 continue
+
             x = x_BCHW[images]
             for step in range(len(filters)):
                 kernel = filters[step][component][:, :, None, None]
@@ -276,6 +280,7 @@ def rank(logits_BN: Tensor) -> Tensor:
     own_BN1 = logits_BN.unsqueeze(2)
     other_B1N = logits_BN.unsqueeze(1)
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
+
     # [own, other]: the other has the lower index
     earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
@@ -297,10 +302,12 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     weighted by its fraction of the images.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
+
     # One tensor, so that one reduction sums both
     summed = torch.cat([weights_BN.sum(dim=0), count])
     if dist.is_available() and dist.is_initialized():
         summed = all_reduce(summed)  # type: ignore[no-untyped-call]
+
     # `images` is S
     load_N = summed[:-1]
     images = summed[-1].detach()

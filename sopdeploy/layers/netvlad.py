@@ -24,6 +24,7 @@ class NetVLAD(GlobalPooling):
         self.assignment = nn.Conv2d(channels, words, 1)
         self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
         self.out_features = words * channels
+
         # The softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
         with torch.no_grad():
             self.assignment.weight.copy_(self.centres[:, :, None, None])

@@ -54,4 +54,5 @@ def images_format(network: nn.Module) -> torch.memory_format:
         # a kernel of one position has both layouts
         if is_channels_last and not weight.is_contiguous():
             return torch.channels_last
+
     return torch.contiguous_format

@@ -49,6 +49,7 @@ def _build_shortcut(
         return None
     if kind == "pad":
         return PaddedShortcut(in_channels, out_channels, stride)
+
     convolution = conv1x1(in_channels, out_channels, stride)
     return (
         convolution
@@ -85,10 +86,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block: (B, in, H, W) to (B, out, H / stride, W / stride)."""
         active = F.relu(self.bn1(x)) if self.pre_activation else x
+
         identity = x if self.downsample is None else self.downsample(active)
         residual = self.residual(active)
         if self.attention is not None and not self.attention_after:
             residual = self.attention(residual)  # the place in GSoP's released code
+
         out = residual + identity
         if not self.pre_activation:
             out = F.relu(out, inplace=True)
@@ -110,10 +113,12 @@ class BasicBlock(ResidualBlock):
         kind: Shortcut = "projection",
     ) -> None:
         super().__init__()
+
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(out_channels, out_channels)
+
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = _build_shortcut(in_channels, out_channels, stride, kind)
 
@@ -145,6 +150,7 @@ class Bottleneck(ResidualBlock):
         super().__init__()
         middle = out_channels // self.expansion if middle is None else middle
         first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+
         self.conv1 = conv1x1(in_channels, middle, first)
         self.bn1 = nn.BatchNorm2d(middle)
         self.conv2 = conv3x3(middle, middle, second, groups)
@@ -152,6 +158,7 @@ class Bottleneck(ResidualBlock):
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
+
         self.downsample = _build_shortcut(in_channels, out_channels, stride, "projection")
 
     def residual(self, x: Tensor) -> Tensor:
@@ -188,6 +195,7 @@ class PreActBottleneck(ResidualBlock):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
+
         middle = out_channels // self.expansion
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = conv1x1(in_channels, middle)
@@ -195,6 +203,7 @@ class PreActBottleneck(ResidualBlock):
         self.conv2 = conv3x3(middle, middle, stride)
         self.bn3 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
+
         self.downsample = _build_shortcut(in_channels, out_channels, stride, "convolution")
 
     def residual(self, x: Tensor) -> Tensor:

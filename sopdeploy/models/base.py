@@ -24,6 +24,7 @@ def last_linear(
         for name, part in module.named_modules()
         if part._parameters and not is_in(name, *training_only)
     ]
+
     last = exported[-1] if exported else None
     return last if isinstance(last, nn.Linear) and last.out_features == outputs else None
 
@@ -114,8 +115,10 @@ class Classifier(Backbone):
         feature maps.
         """
         names = list(self.tap_channels)
+
         if not names:
             raise ConfigError("head.taps: this network has no feature maps; set head.kind=gap")
+
         chosen = names[-1:] if taps is None else taps
         for tap in chosen:
             if tap not in names:
@@ -136,6 +139,7 @@ class Classifier(Backbone):
             raise ConfigError(
                 "head: the last layer of this network is not linear; choose another network"
             )
+
         name = next(name for name, module in self.named_modules() if module is layer)
         self.set_submodule(name, nn.Identity())
         return layer.in_features

@@ -60,12 +60,14 @@ class Tally:
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
         parameters = Counter[str]()
+
         macs = Counter[str]()
         for sums, counts in ((parameters, self.parameters), (macs, self.macs)):
             for name, number in counts.items():
                 path = name.split(".")
                 depth = 2 if path[0] in split else 1
                 sums[".".join(path[:depth])] += number
+
         return {part: Counts(parameters=n, macs=macs[part]) for part, n in parameters.items()}
 
 
@@ -132,9 +134,8 @@ def _count_call(
         counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
-    elif isinstance(
-        module, nn.MultiheadAttention
-    ):  # which calls no module for its four projections
+    # which calls no module for its four projections
+    elif isinstance(module, nn.MultiheadAttention):
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
         # Then probably self-attention
         if type(module).forward is not nn.MultiheadAttention.forward:
@@ -193,6 +194,7 @@ class Published(StrictModel):
 def _read_published_rows() -> tuple[PublishedRow, ...]:
     """Read the rows of `published.toml`; a row has the keys of its table, and options of both."""
     text = files("sopdeploy.models").joinpath("published.toml").read_text(encoding="utf-8")
+
     rows = []
     for table in tomllib.loads(text)["tables"]:
         shared = {key: value for key, value in table.items() if key != "rows"}
@@ -230,6 +232,7 @@ def _compare_with_row(row: PublishedRow, counts: Tally, representation: int) -> 
     """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
     # What the row counts: the parts below its module, plus operations that no module has.
     parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
+
     operations = (
         sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
     )
@@ -308,12 +311,8 @@ def describe(
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
-    except (
-        AssertionError,
-        LookupError,
-        RuntimeError,
-        ValueError,
-    ) as problem:  # of timm or the user, too
+    # of timm or the user, too
+    except (AssertionError, LookupError, RuntimeError, ValueError) as problem:
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels; choose another size"
         ) from problem

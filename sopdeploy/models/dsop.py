@@ -116,6 +116,7 @@ class DSoP(Classifier):
             {name: self._branch(plan) for name, plan in self.plans.items()}
         )
         initialize(self.branches)
+
         # By the tap: the name of its branch, if that branch runs.
         self.taps: dict[str, str] = {
             plan.tap: name for name, plan in self.plans.items() if plan.used
@@ -137,6 +138,7 @@ class DSoP(Classifier):
         """
         # The values of the config, else those of the paper.
         config = self.config
+
         paper = self.paper_branches()
         stages = self.tap_stages
         blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
@@ -167,10 +169,12 @@ class DSoP(Classifier):
                 raise ConfigError(
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
+
             for tap, count in zip(taps, counts, strict=True):
                 is_kept_unused = config.keep_unused_branches and tap == taps[-1]
                 if count == 0 and not is_kept_unused:
                     continue
+
                 width = min(widths[index], self.tap_channels[tap])
                 plan = BranchPlan(
                     tap=tap,
@@ -182,6 +186,7 @@ class DSoP(Classifier):
                     dropout=paper.dropout_rate if width >= paper.dropout_from else 0.0,
                 )
                 plans.append(plan)
+
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -204,6 +209,7 @@ class DSoP(Classifier):
             return self
         no_branches = {"aux_blocks": (0,) * len(self.tap_stages), "keep_unused_branches": False}
         network = type(self)(self.config.model_copy(update=no_branches), self.num_classes)
+
         network.load_state_dict(
             {name: self.state_dict()[name] for name in network.state_dict()}
         )
@@ -226,6 +232,7 @@ class DSoP(Classifier):
         ending: nn.Module = nn.Identity()
         reduction: nn.Module = nn.Identity()
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
+
         length = channels
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))

@@ -24,11 +24,7 @@ from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 
 # Table IV, by the number of blocks of a stage
-PATTERNS = {
-    3: (1, 0, 2),
-    4: (0, 2, 0, 2),
-    18: (0, 0, 3) * 6,
-}
+PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
@@ -65,6 +61,7 @@ class DSoPResNet(DSoP, ResNet):
         if self.has_bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
             widths = (256, 256, 256, 256) if table else (64, 256, 256, 256)
+
         strides = (1, 2, 2, 1) if table else (1, 1, 1, 1)
         return PaperBranches(blocks, widths, strides=strides)
 
@@ -144,6 +141,7 @@ class DSoPThreeStages(DSoP):
         # without a pattern, a number: the blocks of one branch, which follows the last block of
         # the stage
         blocks = self.patterns[count] if count in self.patterns else min(2, count)
+
         return PaperBranches(
             blocks=(blocks,) * 3,
             widths=(128,) * 3,

@@ -120,6 +120,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
             convolution, norm, relu = dimension_reduction(inputs, outputs)
             step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
             layers.append(nn.Sequential(*step))
+
         last_width = gate_widths[-1] if gate_widths else self.channels
 
         pool, length = build_pooling(config.component, last_width, config.root_config())
@@ -224,6 +225,7 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
             raise ValueError(
                 "components > 1 needs component_widths; without them all components are equal"
             )
+
         has_components = self.component != "gap" or self.components > 1 or self.component_widths
         if self.pooling is not None and has_components:
             raise ValueError(
@@ -240,6 +242,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+
         if config.pooling is not None:
             self.classifier_parts = ("pooling", "head")
             self.pooling = config.pooling.build(self.channels)
@@ -254,6 +257,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
                 root=config.root_config(),
             )
             length = self.mixture.out_features
+
         self.head = FusionHead(
             length, num_classes, norm=config.fusion_norm, dropout=config.dropout
         )

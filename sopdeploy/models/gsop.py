@@ -76,6 +76,7 @@ class GSoP(Classifier):
             if index != "0":
                 self.set_submodule(tap, self.branch_block(channels, channels, 1))
             block: Any = self.get_submodule(tap)
+
             dr_stride = 2 if stage in config.strided_dr_stages else 1
             block.attention = GSoPBlock(config, channels, dr_stride)
             block.attention_after = config.block_place == "after"

@@ -103,6 +103,7 @@ class SupervisedPSDRResNet(PSDRResNet):
     def __init__(self, config: PSDRConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.auxiliary = nn.ModuleDict()
+
         for step, channels in enumerate(self.pooling.widths, start=1):
             root = ISqrtCov(config.width, config.root_config())
             fc = nn.Linear(root.out_features, self.num_classes)

@@ -329,6 +329,7 @@ def entry(name: str) -> Entry:
         found = import_if_named(PREFIXES[family])(family, rest)
     else:  # of the catalog, or registered by the user or a plug-in
         found = MODELS.find(name)
+
     if found is not None:
         return replace(found, name=name)
 

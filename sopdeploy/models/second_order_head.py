@@ -155,8 +155,10 @@ class PooledHead(nn.Module, ExportHints):
         logits_BK: Tensor = self.fc(self.vector(own_BD, maps))
         if not self.config.cosine:
             return logits_BK
+
         own_BD = at_least_float32(own_BD)
         length_B1 = own_BD.square().sum(dim=1, keepdim=True).clamp_min(_SMALLEST_SQUARE).sqrt()
+
         # self.means have length 1
         cosine_B1 = linear(own_BD, self.means).amax(dim=1, keepdim=True) / length_B1
         return log_softmax(logits_BK, dim=1) + cosine_B1
@@ -189,10 +191,12 @@ class SecondOrderHead(Classifier):
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
+
         head: HeadConfig = config.head
         self.maps: dict[str, int] = {}
         if head.parts != ("gap",):  # which reads no maps
             self.maps = self.map_channels(head.taps)
+
         own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
@@ -206,10 +210,12 @@ class SecondOrderHead(Classifier):
         except (TypeError, RuntimeError) as error:
             reason = f"the network cannot be copied ({first_line(error)})"
             raise ConfigError(f"{reason}; create what cannot be copied in `forward`") from error
+
         network.config = self.config.model_copy(update={"head": head})
         network.maps = {tap: self.maps[tap] for tap in head.taps or ()}
         own_length = self.pooled_head.own_length
         network.pooled_head = PooledHead(head, own_length, network.maps, self.num_classes)
+
         device = next(self.parameters()).device
         return network.to(device, memory_format=torch.contiguous_format).train(self.training)  # type: ignore[call-overload]
 
@@ -244,6 +250,7 @@ class SecondOrderHead(Classifier):
             name: self.get_submodule(f"branches.{name}")(maps[tap])
             for tap, name in branches.items()
         }
+
         own_maps = {tap: maps[tap] for tap in self.maps}
         return {**logits, "main": self.pooled_head(super().classify(last), own_maps)}
 
@@ -272,6 +279,7 @@ def head_entry(_prefix: str, name: str) -> Entry:
         raise ConfigError(
             f"head:{name}: {name} has training-only parts; use a network without them"
         )
+
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
     network, config = _derive_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
@@ -284,10 +292,12 @@ def _derive_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     with_option = pydantic.create_model(
         f"Head{config.__name__}", __base__=config, head=(HeadConfig, HeadConfig())
     )
+
     parts = {}
     if network.training_only:
         plain: Any = as_classifier(network.inference_class)
         parts["inference_class"], _ = _derive_head_classes(plain, config)
+
     return type(f"Head{network.__name__}", (SecondOrderHead, network), parts), with_option
 
 
@@ -342,6 +352,7 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
 
     # The covariance over all positions, in two passes.
     positions = sum(maps.numel() // maps.shape[1] for maps in batches)
+
     mean_C = torch.stack([rows_of(maps).sum(dim=0) for maps in batches]).sum(dim=0) / positions
     covariance_CC = torch.zeros(len(mean_C), len(mean_C), dtype=torch.float64, device="cpu")
     for maps in batches:
@@ -355,6 +366,7 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     # The directions of the largest eigenvalues; a sign that does not depend on the library.
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
+
     # Index of each component's largest element
     largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest_d1).sign()

@@ -69,6 +69,7 @@ class TimmConfig(StrictModel):
             raise ConfigError(
                 f"timm:{self.backbone}: {', '.join(given)}: {first_line(error)}; leave them out"
             ) from error
+
         return network
 
 
@@ -100,11 +101,13 @@ def find_timm_taps(name: str) -> dict[str, int]:
     # Run the network without memory for its numbers.
     timm = import_timm(name)
     side = timm.get_pretrained_cfg(name).input_size[-1]
+
     with torch.device("meta"):
         network = timm.create_model(name).eval()
         stages = list(getattr(network, "feature_info", ()))
         if not stages or not hasattr(network, "forward_intermediates"):
             return {}
+
         try:
             maps = network.forward_intermediates(
                 torch.empty(1, 3, side, side), intermediates_only=True
@@ -133,6 +136,7 @@ def nearest_block(
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
+
     if any(part.groups > 1 and part.groups == part.in_channels for part in convolutions):
         return mbconv
     if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
@@ -194,6 +198,7 @@ class TimmBackbone(Backbone):
         patches = getattr(self.timm_network, "patch_embed", None)
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
             return None
+
         count = stored.shape[1] - self._num_prefix_positions()
         side: int = math.isqrt(count) * patches.patch_size[0]
         return side if math.isqrt(count) ** 2 == count else None

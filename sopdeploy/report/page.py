@@ -90,31 +90,41 @@ def write_run_page(
     labels = setup.labels
     rules = setup.recipe.preprocess
     train = setup.data.train
+
+    # What the page judges: the held-out images, or the predictions of cross-validation.
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     # Otherwise the predictions say nothing about other photographs
     is_measured = result.score is not None
+
     shown = labels[:_MAX_LABELS]
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
     classes = insert_names(
         f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
     )
+
     sections: list[Section] = []
+
+    # Without a score, the predictions are not shown, only what the images tell.
     if is_measured:
         mistakes = _choose_mistakes(predicted)
         links = {cell: _name_mistake(cell) for cell in mistakes}
         measured_on = f"best.pt on {metrics.count} images: {description}."
         sections.append(describe_predictions(metrics, measured_on, links))
         sections.append(_show_mistakes(mistakes, predicted, images))
+
     if isinstance(fit, FewShotFit):
         sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
+
     weights = "random weights"
     side = rules.crop
     if setup.weights is not None:
         weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
     trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
     sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
+
+    # Sections that only some runs have: other networks, runs before, a decision rule.
     if networks:
         rows = [network.row() for network in networks]
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
@@ -126,6 +136,7 @@ def write_run_page(
             caption="Those of this project here, the newest first", columns=columns, rows=before
         )
         sections.append(Section(title="Runs before", tables=[table]))
+
     sections.append(_describe_learning(fit.position.history, result))
     if fit.decision is not None:
         sentences = [_DECISION]
@@ -135,6 +146,7 @@ def write_run_page(
             sentences.append(_REJECTION)
         table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
         sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
+
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
         text=[
@@ -154,6 +166,7 @@ def write_run_page(
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=[*sections, *_describe_run(setup, fit, run.record)],
     )
+
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return (
@@ -171,9 +184,12 @@ def describe_in_a_sentence(
     if not isinstance(score, Rate):
         precision = percent(score if isinstance(score, float) else score.value, 0)
         return f"On new photographs like these, the mean average precision will be {qualifier}{precision}."
+
     value = score.value
     of_ten = round(10 * value)
     of_hundred = math.floor(100 * value)
+
+    # Ten are easier to imagine; a high accuracy needs two digits.
     if of_ten < 10:
         share = f"{of_ten} of 10"
     elif of_hundred < 100:
@@ -181,6 +197,7 @@ def describe_in_a_sentence(
         qualifier = qualifier or "about "  # two digits look more certain than one
     else:
         share = "nearly all"
+
     sentence = f"{qualifier}{share} new photographs like these will be right"
     sentence += (
         "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
@@ -199,6 +216,7 @@ def _predict_shown_images(
             "the training images, each predicted by a network that was fitted without it"
         )
         return setup.data.train.replaced(groups=fit.groups), description, fit.logits
+
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )
@@ -214,12 +232,14 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     text = list(result.lines())
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
+
     # The names of training losses and heads in any epoch, each once: the keys of a dict keep
     # their order.
     losses = dict.fromkeys(loss for row in history for loss in row.losses)
     heads = dict.fromkeys(
         head for row in history if row.diagnostics for head in row.diagnostics.heads
     )
+
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         text.append(
@@ -240,6 +260,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     overconfident = (
         f"If the loss rises and {score_name} does not fall, the network is overconfident."
     )
+
     figures = [
         plot_columns(
             "training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES
@@ -247,6 +268,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
         plot_columns(score_name, scores, f"{score_name} on held-out images."),
         plot_columns("loss on held-out images", held_out_losses, overconfident),
     ]
+
     if counts := last.component_counts:
         figures.append(
             component_chart(counts, "Training images that the gate sent to each component")
@@ -260,15 +282,19 @@ def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]
     wrong = sorted(
         (-score.confidence, index) for index, score in enumerate(scores) if not score.correct
     )
+
     by_cell: dict[tuple[int, int], list[int]] = {}
     for _, index in wrong:
         by_cell.setdefault((scores[index].target, scores[index].top5[0]), []).append(index)
+
+    # Each cell shows its most confident mistake; the next most confident ones fill the page.
     others = {index for indices in by_cell.values() for index in indices[1:]}
     first = [indices[0] for indices in by_cell.values()]
     shown = {
         *first,
         *[index for _, index in wrong if index in others][: max(0, _MAX_SHOWN - len(first))],
     }
+
     cells = list(by_cell.items())[:_MAX_CELLS]
     return {cell: [index for index in indices if index in shown] for cell, indices in cells}
 
@@ -286,6 +312,7 @@ def _show_mistakes(
     captions = []
     names = {}
     scores = predicted if isinstance(predicted, list) else []
+
     for cell, indices in mistakes.items():
         names[indices[0]] = _name_mistake(cell)
         for index in indices:
@@ -294,6 +321,7 @@ def _show_mistakes(
             answer = images.labels[score.top5[0]]
             template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
             captions.append((index, insert_names(template, true, answer)))
+
     text = (
         "By class and answer, the most confident ones first. Check for wrong labels before you look for a "
         "better network."
@@ -310,6 +338,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
     for index, wrong in wrong_labels[:_MAX_SHOWN]:
         template = f"{{}} ({percent(wrong.probability)}), suggested: {{}} ({percent(wrong.probability_suggested)})"
         captions.append((index, insert_names(template, wrong.label, wrong.suggested)))
+
     text = insert_names(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies. All: {}",
@@ -326,11 +355,13 @@ def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
     largest = [
         group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1
     ]
+
     captions = []
     for number, group in enumerate(largest, 1):
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
+
     text = "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
     return _show_photographs("Copies", text, images, captions)
 
@@ -352,11 +383,13 @@ def _show_photographs(
             small = images.photo(index).pixels.copy()
         except DataError:
             continue
+
         small.info.clear()  # Pillow would write the comment of the file
         small.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
+
         named = caption + ": " + insert_names("{}", images.identity(index))
         url = f"data:image/jpeg;base64,{jpeg}"
         name = names.get(index, "")
@@ -373,14 +406,17 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
+
     recipe = Table(
         caption="All values of the run", columns=["key", "value"], rows=values, folded=True
     )
+
     facts = {
         f"{name} version": version for name, version in record["versions"].items()
     } | record["machine"]
     if isinstance(fit.result, LoopResult):
         facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
+
     machine = Table(
         caption="Versions and machine", columns=["what", "value"], rows=list(facts.items())
     )

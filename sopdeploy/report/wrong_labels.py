@@ -40,18 +40,21 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
         raise ConfigError(
             f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
         )
+
     last = read_checkpoint(path)
     recipe = read_recorded_recipe(last, path)
     if data is not None:
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"path": data})}
         )
+
     logits = read_label_logits(last)
     if logits is None:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
+
     division = open_division(recipe, last)
     images = division.data.train
     hashes = division.file_hashes
@@ -59,6 +62,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
         hashes = hash_images(images)
     if images.labels != last.labels or not has_same_images(last, path, images, hashes):
         raise DataError(f"{run}: the images have changed since the run; train again")
+
     return tuple(wrong for _, wrong in list_wrong_labels(logits, images))
 
 
@@ -73,6 +77,7 @@ def list_wrong_labels(
     for index in np.argsort(of_label_N, kind="stable").tolist():
         if not listed_N[index]:
             continue
+
         label = labels[index]
         suggested = suggested_N[index]
         wrong = WrongLabel(

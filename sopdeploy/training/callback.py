@@ -57,11 +57,13 @@ class ExpectedTime:
         if self.first_at is None:  # the first part is slower than the others
             self.first_at = self.clock()
             self.first_done = done
+
         seconds = self.clock() - self.first_at
         measured = done - self.first_done
         if self.is_measured or seconds < MEASURED_SECONDS or measured == 0:
             return
         self.is_measured = True
+
         remaining = seconds / measured * (total - done)
         if remaining >= WORTH_A_LINE:
             hours = (

@@ -134,11 +134,10 @@ class Setup:
             return ""
         if self.weights is None:
             return "all weights"
+
         # Not below the head
-        replaced = (
-            *self.model.training_only,
-            classifier_name(self.model),
-        )
+        replaced = (*self.model.training_only, classifier_name(self.model))
+
         remaining = []
         for part in self.weights.new:  # the random ones
             is_replaced = any(is_in(name, part) or is_in(part, name) for name in replaced)
@@ -154,6 +153,7 @@ class Setup:
             yield self.reason
         if self.uses_loop and self.recipe.first_phase:
             yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
+
         next_epoch = self.position.epoch + 1
         crop = self.recipe.preprocess.crop
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
@@ -211,6 +211,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
             "optimizer.clip_norm"
         )
+
     decision = fit.decision
     # With the thresholds of the last finished epoch
     if decision is None and setup.activation == "sigmoid":
@@ -219,10 +220,12 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
         if isinstance(metrics, MultiLabelMetrics) and metrics.thresholds:
             thresholds = metrics.thresholds
         decision = Decision(activation="sigmoid", thresholds=thresholds)
+
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = setup.origin
     if origin is not None:
         origin = origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
+
     return Checkpoint(
         model=fit.name,
         config=fit.network.config.model_dump(mode="json"),
@@ -260,9 +263,8 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         },
         **({"plugins": plugins} if plugins else {}),
         "machine": {
-            **{
-                name: fact for name, fact in machine().items() if name != "load"
-            },  # which other runs change
+            # which other runs change
+            **{name: fact for name, fact in machine().items() if name != "load"},
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else device.type,
@@ -330,9 +332,11 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
         raise CheckpointError(
             f"{source}: has no state to resume from; start a new run in another folder"
         )
+
     advice = version_advice(writer_of(last.training))
     if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
         raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
+
     with state_errors(last, source):
         # The raw ones; those of the checkpoint may be averages
         if not is_state_dict(state.get("weights")):
@@ -372,6 +376,7 @@ def has_same_images(
         recorded = arrays.get("file_hashes", last.image_hashes).numpy()
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
+
         # of a loop, or resumed by an older version
         if np.array_equal(recorded, np.unique(recorded)):
             file_hashes = np.unique(file_hashes)
@@ -390,6 +395,7 @@ def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
         )
         last = max((int(match[1]) for match in matches if match), default=0)
         number = last if resume and last else last + 1
+
     return RUNS / f"{name}-{int(strategy.all_reduce(torch.tensor(number)))}"
 
 
@@ -415,6 +421,8 @@ class RunFolder:
         way. Loader processes, which may live a few seconds longer, do not inherit it.
         """
         path = self.path / LOCK
+
+        # Only the first process holds the lock; the others learn below whether it is free.
         is_free = True
         if self.strategy.rank == 0:
             with ExitStack() as created:
@@ -431,6 +439,7 @@ class RunFolder:
                     self._created = created.pop_all()
                     if not is_resumed:
                         self.check_new()
+
         if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(
                 f"{self.path}: another process trains in this folder; wait for its end or choose another",
@@ -473,15 +482,19 @@ class RunFolder:
                 setting="out",
                 remedies={"resume": "always"},
             )
+
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before its first checkpoint may have left the lock file and
         # partial files.
         others = {name for name in names - {LOCK} if not name.endswith(PARTIAL)}
+
         is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
         if others or is_no_folder:
             raise ConfigError(
                 f"{self.path} exists and is not an empty folder; choose another", setting="out"
             )
+
+        # The nearest folder that exists must be one in which this process can create others.
         nearest = next(
             folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
         )
@@ -511,6 +524,7 @@ class RunFolder:
         """Write the history and, in `runs/`, the link `latest`; call it after `save_best`."""
         if self.strategy.rank != 0:
             return
+
         with writing(self.history), atomic_write(self.history) as partial:
             partial.write_text(history_csv(history), encoding="utf-8")
         if self.path.absolute().parent == RUNS.absolute():

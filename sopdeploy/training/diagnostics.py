@@ -109,6 +109,7 @@ def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str
             for name, head in epoch.diagnostics.heads.items():
                 row |= _metrics_by_name(head, f"{name}_")
         rows.append({**row, "seconds": round(epoch.seconds, 3)})
+
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
@@ -152,11 +153,14 @@ def diagnose(
     is_chosen_N = np.zeros(len(held_out), np.bool_)
     is_chosen_N[np.arange(count) * len(held_out) // count] = True  # evenly spaced
     subset = held_out.select(is_chosen_N)
+
+    # One pass through the backbone gives the logits of all heads, the branches included.
     network = AllHeads(model)
     joined, targets = predict_logits(
         as_evaluated(network, mirror=mirror), subset, preprocess, batch_size=batch_size
     )
     logits = network.split(joined)  # by head
+
     labels = held_out.images.labels
     # no metric of these images, while all images have one
     if targets.ndim == 2 and not targets.any():
@@ -165,6 +169,7 @@ def diagnose(
     if targets.ndim == 1:
         are_right = logits["main"].argmax(axis=1) == targets
         right = "".join("1" if is_right else "0" for is_right in are_right)
+
     return Diagnostics(
         num_images=count,
         right=right,

@@ -63,6 +63,7 @@ class Strategy(ProcessGroup):
         *loss* is the mean over the samples of this process, times their fraction of the step.
         """
         loss.backward()  # type: ignore[no-untyped-call]
+
         if self.world > 1:
             parameters = [
                 parameter for parameter in model.parameters() if parameter.requires_grad
@@ -83,19 +84,23 @@ class Strategy(ProcessGroup):
         """
         if not self.joined or not parameters:
             return list(tensors)
+
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
         # Indices of the parameters that any process passes
         passed = counts.nonzero().flatten().tolist()
         sums: list[Tensor | None] = [None] * len(parameters)
         if not passed:
             return sums
+
         summands = []
         for index in passed:
             tensor = tensors[index]
             summands.append(torch.zeros_like(parameters[index]) if tensor is None else tensor)
+
         # a copy of all, for a single sum
         flat = torch.cat([tensor.reshape(-1) for tensor in summands])
         dist.all_reduce(flat)  # in place
+
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(passed, parts, strict=True):
             # With the memory layout of the parameter
@@ -127,6 +132,7 @@ def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
             f"choose a multiple of {world} (batch_size counts the samples of all processes)"
         )
+
     steps = count_batches(train_count, recipe.batch_size)
     smallest = train_count // steps  # the sizes of steps differ by at most one
     if smallest < world:
@@ -205,6 +211,7 @@ def join_processes() -> Iterator[None]:
     if not is_distributed():
         yield
         return
+
     if torch.cuda.is_available():
         number = launcher_number("LOCAL_RANK", 0)
         count = torch.cuda.device_count()
@@ -214,6 +221,7 @@ def join_processes() -> Iterator[None]:
                 "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
             )
         torch.cuda.set_device(number)
+
     store, rank, world = next(rendezvous("env://"))
     # On one machine, torchrun's store outlives a restart and then contains the addresses of
     # dead processes. With several machines, each attempt gets a new store, and the machines
@@ -222,6 +230,7 @@ def join_processes() -> Iterator[None]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store = PrefixStore(attempt, store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
+
     # A process leaves the group only where all do: at the end of the run, and at a stop, which
     # all raise after the same step. After another error, which the others do not know, they may
     # still wait for a sum.
@@ -230,6 +239,7 @@ def join_processes() -> Iterator[None]:
     except TrainingStoppedError:
         dist.destroy_process_group()
         raise
+
     except RuntimeError as error:
         # torch raises plain RuntimeErrors for some lost connections.
         messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -240,5 +250,6 @@ def join_processes() -> Iterator[None]:
         raise TrainingError(
             "another process of the run ended, see its message and resume it"
         ) from error
+
     else:
         dist.destroy_process_group()

@@ -57,21 +57,25 @@ def fit_fine_tune(
     be used.
     """
     if last is None:
+        # A new run: first the frozen network, with whose head the loop starts.
         frozen = fit_new(setup, callback)
         options = setup.model.config.model_dump()
         options["head"] = frozen.network.config.model_dump()["head"]
         name = tuned_name(setup.recipe.model.name)
         network = create_model(name, num_classes=len(setup.labels), **options)
         tensors = setup.model.state_dict()
+
         # The branches of DSoP, if there are any, start with the weights of *setup*.
         branches = {
             key: tensor for key, tensor in tensors.items() if key.startswith("branches.")
         }
         network.load_state_dict({**branches, **frozen.network.state_dict()})
+
         network = move_to_device(setup.recipe, network, setup.strategy)
         run = LoopState(replace(setup, model=network), frozen)
         folder.save_last(last_loop_record(run))
     else:
+        # A resumed run: `last.pt` holds the record of the frozen network, too.
         record = read_frozen(last, folder.last)
         network = move_to_device(
             setup.recipe, build_classifier(record, folder.last), setup.strategy
@@ -82,13 +86,16 @@ def fit_fine_tune(
             setup, model=network, position=read_resumed(record, folder.last).position
         )
         frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
+
         run = LoopState(setup, frozen)
         restore_loop(run, last, folder.last)
+
     held_out = setup.data.held_out
     # near-duplicates are not independent, but few images need no search
     groups = np.arange(len(held_out))
     if len(held_out) >= TESTABLE:
         groups = group_photographs(held_out).groups
+
     if len(np.unique(groups)) < TESTABLE:
         # no comparison can decide, so there is nothing to train
         run.position.epoch = setup.recipe.epochs
@@ -113,18 +120,26 @@ def keep_better(
     recipe = run.recipe
     if frozen is None or not isinstance(tuned, SecondOrderHead):
         raise TypeError("the loop did not start from a fitted head")
+
+    # One photograph of each group counts; too few of them decide nothing.
     first_of_group = np.unique(groups, return_index=True)[1]
     if len(first_of_group) < TESTABLE:
         return _keep_frozen(run, frozen, Tuning(count=len(first_of_group)), folder)
     frozen_logits_NK, targets = _predict(frozen.network, held_out, run)
+
+    # The loop has changed the features, so the class means are computed anew.
     _set_class_means(tuned, PreprocessedDataset(run.setup.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
+
     frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
     tuned_is_right_N = logits_NK.argmax(axis=1) == targets
     tuning = Tuning.of(frozen_is_right_N[first_of_group], tuned_is_right_N[first_of_group])
     if not tuning.is_better:
         return _keep_frozen(run, frozen, tuning, folder)
+
     logits_NK = _apply_temperature(tuned, logits_NK, targets)
+
+    # The fine-tuned network is better: fit its decision, and describe what selected it.
     decision = fit_decision(
         logits_NK,
         targets,
@@ -137,6 +152,7 @@ def keep_better(
         ),
         are_cosines=True,
     )
+
     result = LoopResult(
         epoch=run.position.epoch,  # the last one
         num_epochs=run.position.epoch,
@@ -145,12 +161,14 @@ def keep_better(
         selected_by="same images",
         tuning=tuning,
     )
+
     fitted_decision = None if decision == Decision() else decision
     seconds = frozen.position.seconds + run.position.seconds
     position = run.position.model_copy(update={"seconds": seconds})
     fit = replace(
         run.synchronized_fit(), result=result, decision=fitted_decision, position=position
     )
+
     best = run_record(run.setup, fit)
     folder.save_best(best)
     return fit, best.training
@@ -166,6 +184,7 @@ def _keep_frozen(
     fit = replace(
         frozen, result=result.model_copy(update={"tuning": tuning}), position=position
     )
+
     best = run_record(run.setup, fit)
     folder.save_best(best)
     folder.save_history(run.position.history or position.history)
@@ -219,5 +238,6 @@ def _apply_temperature(
     temperature = fit_temperature(logits_NK, targets)
     for parameter in network.logits_layer().parameters():
         parameter.div_(temperature)
+
     energies_N1 = logsumexp(logits_NK, axis=1, keepdims=True)
     return log_softmax(logits_NK / temperature, axis=1) + energies_N1

@@ -210,6 +210,7 @@ class Recipe(LoopSettings):
         procedure = self.procedure
         if not isinstance(procedure, HeadOptions):
             return True
+
         is_few_shot = isinstance(procedure, FewShotConfig)
         if is_few_shot and key in HOLD_OUT_KEYS:
             return False
@@ -231,6 +232,7 @@ class Recipe(LoopSettings):
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
                 "or choose another one with procedure.kind"
             )
+
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
@@ -270,6 +272,7 @@ class Recipe(LoopSettings):
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr
             return self.optimizer.lr * self.start.head_factor if rate is None else rate
+
         second_phase = self.epochs - self.first_phase
         return (
             self.optimizer.lr
@@ -293,12 +296,14 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "model.remove_branches_at: nothing would learn after it with start.learn = branches"
             )
+
         if not self.first_phase:
             return self
         if self.first_phase >= self.epochs:
             raise ValueError(
                 f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
             )
+
         if self.start is not None and self.start.learn in ("branches", "classifier"):
             raise ValueError(
                 f"start.classifier_epochs: the classifier does not learn first with start.learn = "
@@ -308,6 +313,7 @@ class Recipe(LoopSettings):
             raise ValueError(
                 "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
             )
+
         return self
 
 
@@ -331,10 +337,12 @@ def change_recipe(
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
+
     preprocess = deepcopy(values.get("preprocess"))
     add_fine_tune_settings(values, changed.get("procedure.kind"))
     for key, value in changes:
         set_value(values, key, value)
+
     _scale_resize(values, preprocess, dict(changes))
     return validate_recipe(values, str(source))
 
@@ -347,6 +355,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
         or not isinstance(before, dict)
     ):
         return
+
     table: Any = values.get("preprocess")
     if not isinstance(table, dict):
         return
@@ -364,8 +373,10 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
         if not isinstance(table, dict) or not isinstance(chosen, str):
             # no values or no choice; the validation of the recipe finds those of a wrong type
             continue
+
         if chosen == table.get(selector):
             continue
+
         config: type[StrictModel] | None
         if name == "model":
             config = entry(chosen).config
@@ -373,6 +384,7 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
         else:
             config = _find_config(name, chosen)
             options = table
+
         # None: the validation names the unknown kind
         if isinstance(options, dict) and config is not None:
             for key in options.keys() - config.model_fields.keys():
@@ -394,6 +406,7 @@ def format_toml(value: Any) -> str:
             f"{key}={format_toml(entry)}" for key, entry in value.items() if entry is not None
         )
         return "{" + ", ".join(pairs) + "}"
+
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(format_toml, value)) + "]"
     return json.dumps(value, default=str, ensure_ascii=False)
@@ -413,6 +426,7 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
     """Raise `ConfigError` if *recipe* and that in *source* differ in more than `CHANGEABLE_KEYS`."""
     before = dict(flatten(recorded.model_dump(mode="json")))
     now = dict(flatten(recipe.model_dump(mode="json")))
+
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
         if now.get(key) != before.get(key):
             raise ConfigError(
@@ -427,6 +441,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     key, _, reason = described.partition(": ")
     if reason != "unknown key":
         return described
+
     if key in set(_list_keys(Recipe)):
         return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
     close = suggest_keys(key)
@@ -461,6 +476,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         is_optional = field is not None and field.default is None
         # Like None: an empty table, such as `ema`, selects its defaults
         is_value = is_optional and not value
+
         if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -42,6 +42,7 @@ def list_recipes() -> list[str]:
 def _packaged() -> dict[str, Traversable]:
     """Find the packaged recipes by name: those of sopdeploy, and of other packages of its wheel."""
     packages = ["sopdeploy.recipes", *(point.module for point in own_entry_points(RECIPES))]
+
     return {
         file.name.removesuffix(".toml"): file
         for package in packages
@@ -60,7 +61,9 @@ def recipe_text(source: str | Path) -> str:
             raise ConfigError(
                 f"{source}: cannot be read ({reason}); give a recipe file"
             ) from error
+
     recipes = _packaged()
+
     if str(source) not in recipes:
         names = sorted(recipes)
         close = difflib.get_close_matches(str(source), names, n=3)
@@ -72,6 +75,7 @@ def recipe_text(source: str | Path) -> str:
         raise ConfigError(
             f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)"
         )
+
     return recipes[str(source)].read_text(encoding="utf-8")
 
 
@@ -84,6 +88,7 @@ def read_values(source: str | Path) -> FieldValues:
         values = parse_toml(recipe_text(source))
     except ValueError as error:
         raise ConfigError(f"{source}: {error}; correct the file") from error
+
     if "base" not in values:
         return values
     base = values.pop("base")
@@ -91,11 +96,14 @@ def read_values(source: str | Path) -> FieldValues:
         raise ConfigError(
             f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them"
         )
+
     merged = read_values(base)
     procedure = values.get("procedure")
     add_fine_tune_settings(
         merged, procedure.get("kind") if isinstance(procedure, dict) else None
     )
+
+    # A table of another kind replaces that of the base, whose keys it may not have.
     for key, value in values.items():
         inherited = merged.get(key)
         merged[key] = value
@@ -105,6 +113,7 @@ def read_values(source: str | Path) -> FieldValues:
             )
             if not is_other_kind:
                 merged[key] = {**inherited, **value}
+
     return merged
 
 
@@ -128,6 +137,7 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
         table = table[name]
         if not isinstance(table, dict):
             raise ConfigError(f"{key}: {name} is a value, not a table with keys")
+
     table[last] = deepcopy(value)
 
 
@@ -140,11 +150,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
+
     if text == "null":  # which TOML has not
         return key, None
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:
         return key, text
+
     is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
     return key, parsed["value"] if is_one_value else text

@@ -81,6 +81,7 @@ class Tuning(StrictModel):
         """Count the photographs (N,) that the frozen and the fine-tuned network classify correctly."""
         wins = int((second & ~first).sum())
         losses = int((first & ~second).sum())
+
         return cls(
             count=len(first),
             first=int(first.sum()),
@@ -105,6 +106,7 @@ class Tuning(StrictModel):
         if self.count < TESTABLE:
             few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
             return f"fine-tuning: {few}; {kept}"
+
         tuned, frozen = (
             f"{100 * right / self.count:.1f}" for right in (self.second, self.first)
         )
@@ -112,6 +114,7 @@ class Tuning(StrictModel):
             f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} held-out photographs, "
             f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
         )
+
         if self.is_better:
             return f"{figures}; the fine-tuned network is kept"
         if self.verdict == "worse":
@@ -167,6 +170,7 @@ class LoopResult(StrictModel):
             score = (
                 f"top-1 {100 * self.top1.share:.1f} % (95 % interval {_interval(self.top1)} %)"
             )
+
         note = {
             "nothing": "",
             "other images": ", corrected for their choice of the epoch",
@@ -174,6 +178,7 @@ class LoopResult(StrictModel):
         }[self.selected_by]
         if self.tuning is not None:
             note = ", too high: they also decided for fine-tuning"
+
         mirrored = " with their mirror images" if self.mirrored else ""
         return f"{score} of {self.count} held-out images{mirrored}{note}"
 
@@ -316,6 +321,7 @@ class FewShotResult(StrictModel):
             *_list_left_out(self),
             *self.describe_groups(),
         ]
+
         lines.append(f"classifier: {self.head}, {self.num_features:,} features")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
@@ -333,12 +339,15 @@ class FewShotResult(StrictModel):
             return "no estimate of the accuracy, which needs two different photographs of two classes or more"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         counts = self.judged_counts or self.class_counts
+
+        # An accuracy that the largest class alone reaches may show nothing.
         label = max(counts, key=lambda label: counts[label])
         # multi-label images may show none
         majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
+
         return (
             f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {_interval(score)} "
             f"%{comparison}) of {score.count} images{self._describe_without_doubted()}"
@@ -357,6 +366,8 @@ class FewShotResult(StrictModel):
     def describe_groups(self) -> Iterator[str]:
         """Yield notes on related, doubtful and unusual training images, if there are any."""
         photographs = self.num_photographs or self.num_groups  # 0 in older runs
+
+        # What is not independent shares a fold of the cross-validation.
         if self.num_groups < self.num_images:
             related = []
             judged = ""
@@ -367,15 +378,19 @@ class FewShotResult(StrictModel):
                 related.append("photographs of one folder or object")
             groups = amount(self.num_groups, "independent group")
             yield f"{self.num_images} photographs, {groups}: {' and '.join(related)} share a fold{judged}"
+
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
                 f"{self.num_selected} photographs were kept because a network was not sure of them: they are "
                 "learned, but the accuracy and `known` are judged by the others, which are like new ones"
             )
+
         if self.clip:
             yield describe_clip(self.clip)
         if self.possible_clip:
             yield describe_possible_clip(self.possible_clip, self.clip_pattern)
+
+        # Groups that make the score of a class too low, too high or unknown.
         if self.one_group:
             yield (
                 f"all images of {shorten(self.one_group)} are one group (they look alike, or are in one "
@@ -393,11 +408,13 @@ class FewShotResult(StrictModel):
                 "copies, or fewer than three objects in a class, the accuracy is too high: give each object "
                 "a folder"
             )
+
         if self.num_doubted:
             yield (
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
                 "sopdeploy data check DIR --wrong-labels RUN"
             )
+
         yield from self._describe_classes()
 
     def _describe_classes(self) -> Iterator[str]:
@@ -405,12 +422,14 @@ class FewShotResult(StrictModel):
         if self.confused:
             pairs = shorten([f"{one} and {other}" for one, other in self.confused])
             yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
+
         if self.diffuse:
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far less than those of other "
                 "classes: if it is a class for anything else, leave it out and give its folder as --unknown; "
                 "with it, 7 to 17 % of foreign images passed as another class, without it 2 % (eight sets)"
             )
+
         if self.contradictions:
             yield (
                 "these have different labels, but look alike (at least 60 % of their parts are equal); look "
@@ -425,6 +444,7 @@ class FewShotResult(StrictModel):
             # The smallest may have no images
             ratio = max(counts.values()) / max(1, min(counts.values()))
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
+
         estimated = {gain.label for gain in self.gains}
         few = [
             label
@@ -435,6 +455,7 @@ class FewShotResult(StrictModel):
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
             text += f"; {amount(self.num_duplicates, 'duplicate')}"
+
         return text
 
 
@@ -461,15 +482,19 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
         shown = percent(score)
     elif score is not None:
         shown = f"{percent(score.value)} ({_interval(score).replace(' ', NO_BREAK_SPACE)})"
+
     tiles = {result.score_name: shown}
     if isinstance(result, FewShotResult):
         return PageTexts("by the few-shot procedure", "the held-out images", tiles)
+
+    # A loop's scores are too high if its held-out images have also selected the epoch.
     held_out = "the held-out images"
     if result.selected_by != "nothing":
         selected = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (
             f", which also selected {selected}, so all scores of this section are too high"
         )
+
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}
@@ -484,6 +509,7 @@ def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
     """Read the result from the record of a training, None before its end; raises `CheckpointError`."""
     if "procedure" not in training:
         return None
+
     try:
         return _ADAPTER.validate_python(training["procedure"])
     except pydantic.ValidationError as error:

@@ -70,6 +70,7 @@ class OneCycle(StrictModel):
         # PyTorch's `div_factor` is 25, its `final_div_factor` 1e4
         first = 1 / 25
         last = 1 / 25 / 1e4
+
         progress = time / epochs
         if progress < self.rise:
             start = first
@@ -79,6 +80,7 @@ class OneCycle(StrictModel):
             start = 1.0
             end = last
             part = (progress - self.rise) / (1 - self.rise)
+
         return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 

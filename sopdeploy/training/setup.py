@@ -116,16 +116,20 @@ def set_up_run(
     opened = open_data(recipe.data) if given.data is None else given.data
     if last is not None:
         opened = opened.without(read_left_out(last, folder.last))
+
     for note in opened.notes:
         callback.on_warning(note)
+
     selected, reason = select_procedure(
         recipe, len(opened.train), None if recorded is None else recorded.procedure
     )
     selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
+
     if isinstance(selected.procedure, LoopConfig):
         check_batch_size(selected, len(division.data.train), strategy.world)
+
     if last is None or recorded is None:
         setup = new_setup(selected, division, strategy, given.weights)
         if parts := setup.random_frozen_parts():
@@ -164,6 +168,7 @@ def new_setup(
         recipe, division.data.train.labels, strategy, weights
     )
     placed = move_to_device(recipe, model, strategy)
+
     return Setup(
         **division._asdict(), recipe=recipe, strategy=strategy, model=placed, weights=report
     )
@@ -177,6 +182,8 @@ def _resume_setup(
     images = division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
     check_same_recipe(recipe, recorded, source)
+
+    # The run must continue with the images, the classes and the order in which it began.
     state = read_resumed(last, source)
     if last.labels != images.labels:
         classes = shorten(last.labels)
@@ -193,10 +200,12 @@ def _resume_setup(
             f"{source}: training images, their order or labels have changed since the run started; give the "
             "same data or start a new run"
         )
+
     check_count(images)
     model = move_to_device(
         recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
     )
+
     return Setup(
         **division._asdict(),
         recipe=recipe,
@@ -226,6 +235,8 @@ def select_procedure(
     """
     config: AnyProcedureConfig = LoopConfig()
     reason = ""
+
+    # The set procedure, that of the resumed run, or one by the number of images.
     if not isinstance(recipe.procedure, AutoConfig):
         config = recipe.procedure
     elif recorded is not None:
@@ -245,12 +256,14 @@ def select_procedure(
     else:
         config = FewShotConfig()
         reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
+
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():
             raise ConfigError(
                 f"procedure {config.kind}: needs one process; start it without torchrun"
             )
         entry(head_name(recipe.model.name))  # raises the error if there is no head
+
     return Selected(recipe.model_copy(update={"procedure": config}), reason)
 
 
@@ -277,11 +290,14 @@ def divide_images(
     # of no file
     hashes = np.zeros(0, np.int64)
     record = np.zeros((0, 2), np.int64)
+
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
     if not isinstance(config, HoldOut) or len(opened.held_out):
         return Division(opened, hash_images(images) if reads_files else hashes, record)
+
+    # The first process chooses, by hashes and groups, so that copies stay on one side.
     choice = np.zeros(len(images), np.int64)
     if strategy.rank == 0:
         recorded = None if last is None else read_held_out(last)
@@ -294,6 +310,7 @@ def divide_images(
                 groups, hashes = _group_and_hash(recipe, images)
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
+
     # The other processes add zeros
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
@@ -309,6 +326,7 @@ def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDAr
     clips = find_clips(
         names, found.times, number_classes(images.targets), found.vectors, found.groups
     )
+
     return clips.groups, found.file_hashes
 
 
@@ -326,11 +344,13 @@ def _check_data(
     data = division.data
     file_hashes = division.file_hashes
     unknown = recipe.rejection.unknown
+
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
                 "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
             )
+
         ignored = {key for key in keys if key.startswith("rejection.")}
         if unknown is not None:
             ignored.add("rejection.unknown")
@@ -339,10 +359,13 @@ def _check_data(
             raise ConfigError(
                 f"{names}: without effect where images have several classes; remove it"
             )
+
     # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read
     # them before. An image that the run itself holds out has its copies on its side.
     if len(file_hashes):
         warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+
+    # Classes of which nothing could be held out have no score.
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
         counts = data.held_out.class_counts().tolist()
         missing = [
@@ -355,6 +378,7 @@ def _check_data(
             if isinstance(recipe.data, HoldOut)
             else NO_IMAGES
         )
+
         if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:
@@ -369,6 +393,7 @@ def warn_of_equal_files(
     """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
+
     if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
         callback.on_warning(
             f"{shared} of {len(held_out)} held-out images are training images, too, so that the score is too "
@@ -399,6 +424,7 @@ def _describe_origin(
     """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
     before = None if last is None else last.origin
     data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
+
     return Origin(
         num_classes=len(setup.labels),
         run=folder_name(folder.path),
@@ -445,6 +471,7 @@ def find_images_format(
             failed_side = side
         else:
             return layout
+
     raise ConfigError(
         f"{what} cannot compute images of {failed_side} pixels; choose another size"
     ) from failure

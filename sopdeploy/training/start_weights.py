@@ -34,21 +34,9 @@ from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 # That networks add to a backbone
-ADDED_PARTS = {
-    "pooling",
-    "attention",
-    "reduction",
-    "root",
-    POOLED_HEAD,
-}
+ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}
 # Names of classifiers in weight files
-CLASSIFIER_PARTS = {
-    "fc",
-    "classifier",
-    "linear",
-    "head",
-    "head_dist",
-}
+CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}
 
 
 class StartReport(StrictModel):
@@ -100,11 +88,13 @@ def read_start_weights(
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
+
     if recipe.start.weights is None:
         raise ConfigError(
             "start.weights: not set; give the checkpoint to start from",
             remedies={"weights": "imagenet"},
         )
+
     weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
     # The others wait until the first process has filled the cache
     strategy.all_reduce(torch.zeros(1))
@@ -128,6 +118,7 @@ def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeig
     """Read the file of `start.weights`, or *source*, which was opened before."""
     # `head:resnet50` reads the file of `resnet50`
     model = recipe.model.name.removeprefix("head:")
+
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
         path = expand_user(weights)
@@ -136,11 +127,14 @@ def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeig
         source_model = model.removeprefix("dsop-") if ":" in model else model
     else:  # "imagenet"
         path, source_model = fetch_published(recipe)
+
     if source is None:
         check_is_file(path)
         source = check_is_weights(path)
     if isinstance(source, WeightPath):
         source = open_weights(source)
+
+    # A file of another project has its converter; the others are checkpoints.
     if isinstance(source, WeightFile):
         converted = convert_weights(source, source_model)
         return StartWeights(
@@ -151,6 +145,7 @@ def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeig
             preprocess=converted.preprocess,
             labels=converted.class_names or None,
         )
+
     return StartWeights(
         file=path.name,
         sha256=source.sha256,
@@ -171,10 +166,12 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     set_values = {
         name: getattr(recipe.preprocess, name) for name in recipe.preprocess.model_fields_set
     }
+
     if "crop" in set_values and "resize" not in set_values:
         set_values["resize"] = Preprocess.scaled_resize(
             set_values["crop"], base.resize, base.crop
         )
+
     try:
         values = {**base.model_dump(), **set_values}
         completed = Preprocess(**values)
@@ -182,6 +179,7 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
         raise ConfigError(
             f"preprocess: {first_problem(error, values)}; set resize and crop"
         ) from error
+
     return recipe.model_copy(update={"preprocess": completed})
 
 
@@ -197,25 +195,33 @@ def load_start_weights(
     linear = [
         (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
     ]
+
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
     # Of these, only the ones with a usual name are classifiers; others have an output per class
     # by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
+
+    # What of the network keeps its random weights, and what may keep them without an error.
     has_other_classes = weights.labels is not None and weights.labels != labels
     # Even if their shapes fit
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
+
     if isinstance(model, TimmBackbone):
         weights = replace(weights, tensors=model.fit_positions(weights.tensors))
     matching, new = _match_tensors(weights, model, not_loaded, may_be_new)
+
+    # Tensors that the network does not have belong to parts that it does not need, or are a
+    # mistake.
     unused: set[str] = set()
     for name in sorted(weights.tensors.keys() - model.state_dict().keys()):
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
         if part is None:
             raise _misfit_error(weights, f"the network of the recipe has no {name}")
         unused.add(part)
+
     model.load_state_dict(matching, strict=False)  # after all checks
     return StartReport(
         file=weights.file,
@@ -242,21 +248,21 @@ def _match_tensors(
     own = model.state_dict()
     # `classifier` of `classifier.6`; "" of `fc`
     container = classifier_name(model).rpartition(".")[0]
+
     # The first tensor belongs to the backbone
     contains_backbone = is_in(next(iter(own)), container)
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
+
     # Each one is loaded, in a new part, a counter, or an error
-    for (
-        name,
-        tensor,
-    ) in own.items():
+    for name, tensor in own.items():
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
                 problem = f"{name} has values that are not finite; choose another file"
                 raise WeightsError(f"start.weights: {weights.file}: {problem}")
             matching[name] = stored
+
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif stored is None:
@@ -269,6 +275,7 @@ def _match_tensors(
             raise _misfit_error(
                 weights, f"{name} is {tuple(stored.shape)}, not {tuple(tensor.shape)}"
             )
+
     return matching, tuple(sorted(new))
 
 
@@ -295,6 +302,7 @@ def create_initial_model(
     """
     weights = read_start_weights(recipe, strategy, source)
     model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)
+
     if recipe.start is None:
         return InitialModel(model, recipe, None)
     start = None if weights is None else load_start_weights(weights, model, labels)
@@ -303,6 +311,7 @@ def create_initial_model(
     if side is not None and side != preprocess.crop:  # the network has the size of the weights
         resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
         preprocess = preprocess.model_copy(update={"crop": side, "resize": resize})
+
     return InitialModel(model, complete_preprocess(recipe, preprocess), start)
 
 
@@ -322,6 +331,7 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         or "image_size" in config
     ):
         return model
+
     has_crop = "crop" in recipe.preprocess.model_fields_set
     wanted = recipe.preprocess.crop if has_crop else model.size_of(tensors)
     return model if wanted is None or wanted == model.fixed_size else create(image_size=wanted)
@@ -334,9 +344,11 @@ def classifier_name(model: Classifier) -> str:
         for name, module in model.named_modules()
         if not is_in(name, *model.training_only)
     ]
+
     linear: list[str] = [name for name, module in exported if isinstance(module, nn.Linear)]
     if linear:
         return linear[-1]
+
     return [
         name
         for name, module in exported
@@ -349,6 +361,7 @@ def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
     for part in parts:
         if is_in(name, part):
             return part
+
     levels = name.split(".")
     for depth, level in enumerate(levels, 1):
         if level in ADDED_PARTS:

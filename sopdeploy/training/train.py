@@ -101,9 +101,11 @@ def train_run(
         strategy = Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
+
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = RunFolder(out_dir, strategy)
+
     try:
         last = folder.open(resume=resume)
         if last is None:  # before minutes of work, so that others take the next number
@@ -114,12 +116,15 @@ def train_run(
         setup = set_up_run(recipe, folder, last, callback, given._replace(data=opened))
         try:
             return _fit(setup, last, folder, callback)
+
+        # An image that cannot be read is left out, and a new run begins without it.
         except DataError as error:  # perhaps of a damaged or missing image
             if last is not None or strategy.world > 1:
                 raise unreadable_images_error(
                     error, setup.data.train, setup.data.held_out
                 ) from None
             given = given._replace(data=leave_out_unreadable(opened, error))
+
         return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
@@ -159,6 +164,7 @@ def summarize_run(
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1
     best = fit.position.history[epoch - 1]
     is_map = setup.activation == "sigmoid"
+
     return TrainingResult(
         out=out_dir,
         best=out_dir / "best.pt",

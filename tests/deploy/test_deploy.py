@@ -11,21 +11,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import container_test
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from builders import HARDENING
 from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
 from sopdeploy.errors import BundleError
-from sopdeploy.evaluation.drift import SIGNIFICANCE
+from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.labelling.keep.keeper import open_keeper
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import VARIABLE_PREFIX, Settings, load_settings
 from tests.docs.reading import PAGES, module_at
 
 ROOT = Path(__file__).parents[2]
@@ -299,7 +301,8 @@ def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
     (drift,) = [
         rule["expr"] for rule in rules["rules"] if rule.get("alert") == "SopdeployDrift"
     ]
-    assert float(drift.rpartition("<")[2]) == SIGNIFICANCE
+    limits = re.findall(r"[<>] ([0-9.]+)", drift)
+    assert [float(limit) for limit in limits] == [SIGNIFICANCE, MIN_SHIFT]
 
 
 def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
@@ -719,3 +722,19 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
     budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
     measured = 290 * 10**6
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured
+
+
+def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
+    None
+):
+    words = container_test.documented_run()
+    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
+    assert [word for word in words if not word.startswith(of_docker)] == HARDENING
+    (seconds,) = container_test.values(words, "stop-timeout")
+    assert int(seconds) > Settings().drain_seconds
+    targets = {volume.split(":")[1] for volume in container_test.values(words, "volume")}
+    settings = dict(word.split("=", 1) for word in container_test.values(words, "env"))
+    assert targets == {"/models", *settings.values()}
+    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(
+        Settings.model_fields
+    )

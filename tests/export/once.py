@@ -20,13 +20,13 @@ from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
 from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import output_names
-from sopdeploy_export.capture.program import Programs, capture, capture_any_batch
+from sopdeploy_export.capture.program import Capture, capture, capture_any_batch
 from sopdeploy_export.lower.precision import Lowered
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.program_hashes import program_root
 from tests.support import quick_torch
 
-CAPTURED: dict[str, Programs] = {}
+CAPTURED: dict[str, Capture] = {}
 GRAPHS: dict[str, Lowered] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(
@@ -75,9 +75,8 @@ def _capture_once(
     network: nn.Module,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Programs] = (),
-    _on_program: object = None,
-) -> Programs:
+    known: Sequence[Capture] = (),
+) -> Capture:
     text = repr((preprocess, batch, output_names(network)))
     key = digest(text, network, getattr(network, "training_only", ()))
     if key not in CAPTURED:

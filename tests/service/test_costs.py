@@ -175,7 +175,7 @@ def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sopdeploy_service.api.admission.AdmittedRequest.infer", infer)
-        app.state.service._draining = False
+        app.state.service._is_started = True
         app.state.service.parsers = InThisThread()
         own, of_limited = (
             {"host": b"localhost", "x-api-key": secret.encode()},

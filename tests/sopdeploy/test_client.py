@@ -1,6 +1,7 @@
 """The client: requests, parsed responses, retries, deadlines and errors."""
 
 import math
+import re
 from typing import Any
 
 import httpx
@@ -105,6 +106,46 @@ def test_a_list_is_sent_as_a_form_and_returned_in_order_with_errors():
     body = server.requests[0].content
     assert 0 < body.index(b"first") < body.index(b"second")
     assert body.count(b'; name="image"') == 2
+
+
+class Limited:
+    """A server that takes so many images, and so many bytes of them, in one request."""
+
+    def __init__(self, num_images: int, num_bytes: int) -> None:
+        self.num_images, self.num_bytes = num_images, num_bytes
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        images = re.findall(rb"octet-stream\r\n\r\n(.*?)\r\n--", request.content)
+        if sum(map(len, images)) > self.num_bytes:
+            return httpx.Response(413, text="<html>of a proxy</html>")
+        if len(images) > self.num_images:
+            return problem(400, "too_many_images")
+        rows = [{"classes": [{"label": str(len(one)), "probability": 1}]} for one in images]
+        return httpx.Response(200, json={"results": rows})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_images", "num_bytes"),
+    [([1, 2, 3, 4, 5], 2, 99), ([4, 4, 4, 4, 4, 4, 1], 99, 9), ([1, 20, 3], 99, 9)],
+    ids=["many", "large together", "one is too large alone"],
+)
+def test_a_list_is_divided_where_the_server_takes_less_at_once(sizes, num_images, num_bytes):
+    server = httpx.MockTransport(Limited(num_images, num_bytes))
+    with Client("http://server", transport=server) as client:
+        results = client.classify([b"x" * size for size in sizes])
+    labels = [result.classes[0].label if result.classes else None for result in results]
+    assert labels == [str(size) if size <= num_bytes else None for size in sizes]
+    statuses = [result.error.status for result in results if result.error]
+    assert statuses == [413 for size in sizes if size > num_bytes]
+
+
+def test_the_only_image_of_a_list_that_is_too_large_is_an_error():
+    server = httpx.MockTransport(Limited(9, 9))
+    with (
+        Client("http://server", transport=server) as client,
+        pytest.raises(ServiceError, match="413"),
+    ):
+        client.classify([b"x" * 10])
 
 
 def test_a_list_may_be_empty_or_have_one_image():

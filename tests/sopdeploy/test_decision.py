@@ -105,6 +105,26 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
     assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
 
 
+@pytest.mark.parametrize(
+    ("limit", "is_known"), [(-np.inf, True), (None, True), (np.inf, False)]
+)
+def test_an_image_exactly_at_the_threshold_is_known(
+    limit: float | None, is_known: bool
+) -> None:
+    logits = np.array([1.0, 2.0, 4.0])
+    score = float(log_sum_exp(logits))
+    threshold = score if limit is None else float(np.nextafter(score, limit))
+    answer = Decision(rejection=Rejection(threshold=threshold)).answer(logits)
+    assert (answer.known, answer.score) == (is_known, score)
+
+
+def test_a_class_exactly_at_its_threshold_is_present() -> None:
+    above = float(np.nextafter(0.5, 1))
+    decision = Decision(activation="sigmoid", thresholds=(0.5, above))
+    assert decision.answer(np.zeros(2)).ranked == ((0, 0.5),)
+    assert decision.answer(np.zeros(2), threshold=0.5).ranked == ((0, 0.5), (1, 0.5))
+
+
 def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
     inside, images = 0, 100
     for seed in range(200):

@@ -119,7 +119,6 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
     roots = FileRoots(
         any_batch="4" * 64,
-        batch_of_one="5" * 64,
         num_operations=3,
         onnx="6" * 64,
         shipped="6" * 64,

@@ -1,26 +1,26 @@
-"""The simulated TensorRT and CUDA, on which all tests run, have the signatures of the real bindings.
+"""What the code calls of TensorRT and CUDA exists in their real bindings, with as many parameters.
 
 The bindings of CUDA come with torch; those of TensorRT are installed by `make cuda-stand-in`
 and read in a process of their own. Both are imported without a GPU.
 """
 
+import ast
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from sopdeploy_commands.bundles.engine_builder import build
+from sopdeploy_service.runtime import tensorrt_session
 from tests.cuda.stand_in import ABSENT, FOLDER, installed
 from tests.support.gpu_graphs import real_tensorrt
-from tests.tensorrt.fake_cuda import FakeCuda
-from tests.tensorrt.fake_tensorrt import SIMULATED
 
-ROOT = Path(__file__).parents[2]
-PARSED_AND_BUILT = (
+RUN = ("Runtime", "ICudaEngine", "IExecutionContext")
+BUILT = (
     "Builder",
     "IBuilderConfig",
     "INetworkDefinition",
@@ -42,8 +42,8 @@ def methods_of(module: str) -> dict[str, str]:
     bindings = str(FOLDER / "bindings")
     environment = {**os.environ, "PYTHONPATH": bindings, "LD_LIBRARY_PATH": bindings}
     command = [sys.executable, "-c", READ_BINDINGS, module]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    methods: dict[str, str] = json.loads(found.stdout)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    methods: dict[str, str] = json.loads(done.stdout)
     return methods
 
 
@@ -53,48 +53,74 @@ def signatures(docstring: str) -> set[str]:
     return {re.sub(r"\b\w+_bindings\.\w+\.", "", line) for line in lines}
 
 
+def calls_of(module: object) -> list[tuple[str, list[ast.expr]]]:
+    """Return the name and the arguments of each call of a method in the source of *module*."""
+    tree = ast.parse(inspect.getsource(module))  # type: ignore[arg-type]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        (
+            call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func),
+            call.args,
+        )
+        for call in calls
+    ]
+
+
 @pytest.mark.skipif(not installed(), reason=ABSENT)
-def test_tensorrt_has_the_methods_of_the_simulated_classes_and_of_the_builder_that_tests_use() -> (
-    None
-):
+def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
     real = methods_of("tensorrt")
     assert "ICudaEngine.device_memory_size_v2" in real
-    for kind, simulated in SIMULATED.items():
-        for name, method in vars(simulated).items():
-            if inspect.isfunction(method) and not name.startswith("_"):
-                count = len(inspect.signature(method).parameters)
-                known = [
-                    (one.count(": "), one.count(" = "))
-                    for one in signatures(real[f"{kind}.{name}"])
+    compared = set()
+    for name, arguments in calls_of(tensorrt_session):
+        for kind in RUN:
+            overloads = signatures(real.get(f"{kind}.{name}", ""))
+            if overloads:
+                compared.add(name)
+                counts = [
+                    range(one.count(": ") - one.count(" = "), one.count(": ") + 1)
+                    for one in overloads
                 ]
-                assert any(total - optional <= count <= total for total, optional in known), (
-                    f"{kind}.{name}"
-                )
-    if real_tensorrt() is None:
-        return
-    sibling, compared = methods_of("tensorrt_rtx"), 0
-    source = (ROOT / "commands/sopdeploy_commands/bundles/engine_builder/build.py").read_text(
-        encoding="utf-8"
-    )
-    for name in set(re.findall(r"\.(\w+)\(", source)):
-        for kind in PARSED_AND_BUILT:
-            compared += len(signatures(sibling.get(f"{kind}.{name}", "")))
-            assert signatures(sibling.get(f"{kind}.{name}", "")) <= signatures(
-                real.get(f"{kind}.{name}", "")
-            ), name
+                assert any(1 + len(arguments) in count for count in counts), f"{kind}.{name}"
+    assert compared == {
+        "create_execution_context",
+        "deserialize_cuda_engine",
+        "execute_async_v3",
+        "set_device_memory",
+        "set_input_shape",
+        "set_optimization_profile_async",
+        "set_tensor_address",
+    }
+
+
+@pytest.mark.skipif(
+    not installed() or real_tensorrt() is None, reason=f"{ABSENT}, or tensorrt-rtx-cu13"
+)
+def test_tensorrt_builds_with_the_methods_of_the_builder_that_tests_use() -> None:
+    real, sibling = methods_of("tensorrt"), methods_of("tensorrt_rtx")
+    compared = 0
+    for name in {name for name, _ in calls_of(build)}:
+        for kind in BUILT:
+            overloads = signatures(sibling.get(f"{kind}.{name}", ""))
+            assert overloads <= signatures(real.get(f"{kind}.{name}", "")), f"{kind}.{name}"
+            compared += len(overloads)
     assert compared >= 10
 
 
-def test_cuda_has_the_functions_and_constants_of_the_simulated_one() -> None:
+def test_cuda_has_the_functions_that_the_code_calls() -> None:
     runtime = pytest.importorskip(
         "cuda.bindings.runtime", reason="cuda-bindings is not installed"
     )
-    simulated = {
-        name: value for name, value in vars(FakeCuda).items() if name.startswith("cuda")
-    }
-    assert [name for name in simulated if not hasattr(runtime, name)] == []
-    for name, function in simulated.items():
-        if inspect.isfunction(function):
-            real = len(inspect.signature(getattr(runtime, name)).parameters)
-            assert len(inspect.signature(function).parameters) == real + 1, name  # self
+    source = inspect.getsource(tensorrt_session)
+    names = set(re.findall(r"\bcuda[A-Z]\w+", source))
+    kinds = {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"}
+    assert kinds | {"cudaMemcpyAsync", "cudaEventRecord", "cudaStreamWaitEvent"} <= names
+    assert [name for name in names - kinds if not hasattr(runtime, name)] == []
+    assert kinds <= set(dir(runtime.cudaMemcpyKind))
     assert {"name", "major", "minor", "totalGlobalMem"} <= set(dir(runtime.cudaDeviceProp))
+    for name, arguments in calls_of(tensorrt_session):
+        match [name, *arguments]:
+            case ["call", ast.Constant(value=str(function)), *others] if not any(
+                isinstance(one, ast.Starred) for one in others
+            ):
+                real = inspect.signature(getattr(runtime, function)).parameters
+                assert len(others) == len(real), function

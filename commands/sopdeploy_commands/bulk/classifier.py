@@ -94,6 +94,7 @@ class BatchClassifier:
         self._bundle = loaded.bundle
         self._runtime = loaded.runtime
         self._settings = settings
+
         manifest = loaded.bundle.manifest
         optional: dict[Literal["logits", "features"], str] = {}
         if options.logits:
@@ -104,10 +105,13 @@ class BatchClassifier:
                     f"{path} has no features; export it with_features", setting="features"
                 )
             optional["features"] = EMBEDDING
+
         self._optional = optional  # the outputs that become columns, by the name of the column
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._batch_size = largest_batch(loaded.runtime, settings)
         self._top_k = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
+
+        # What the rows depend on: a run with another state cannot continue these files.
         self.state = RowsState(
             bundle=manifest.id,
             runtime=f"{self._runtime.name} on {self._runtime.device}",
@@ -132,10 +136,13 @@ class BatchClassifier:
         sizes = folder.sizes()
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
+
         # Yields the images of all parts, in order
         with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 rows: list[ImageRow] = []
+
+                # The batches of a part in order: predictions depend on nothing but the part.
                 for start in range(0, sizes[part], self._batch_size):
                     batch = list(
                         itertools.islice(decoded, min(self._batch_size, sizes[part] - start))
@@ -145,6 +152,7 @@ class BatchClassifier:
                         self._add_prediction(row, output)
                         rows.append(row)
                     on_images(len(batch))
+
                 folder.write(part, rows, schema)
 
     def _decode_ahead(
@@ -154,6 +162,7 @@ class BatchClassifier:
         decoders = Decoders(self._workers, self._settings, Metrics())
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
         waiting: deque[Future[DecodedImage]] = deque()
+
         with running_loop() as loop:
             asyncio.run_coroutine_threadsafe(decoders.start(), loop).result()
             try:
@@ -172,12 +181,14 @@ class BatchClassifier:
         rules = self._bundle.manifest.preprocess
         max_bytes = self._settings.max_body_bytes
         row: ImageRow = {"path": image.path, "warnings": ()}
+
         try:
             body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
             if len(body) > max_bytes:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
             pixels, row["warnings"], _ = decoders.wait_for(decoders.decode(body, rules))
+
         except (ImageError, RejectedError) as error:
             code = error.code if isinstance(error, ImageError) else error.reason.code
             row["error"], row["error_message"] = code, str(error)
@@ -188,6 +199,7 @@ class BatchClassifier:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
         # Each once
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
+
         try:
             outputs = run_bisected(
                 lambda images: self._runtime.run(np.stack(images)), pixels, names
@@ -199,6 +211,7 @@ class BatchClassifier:
             raise RuntimeUnavailableError(
                 f"the device is lost ({error}); run again to continue"
             ) from error
+
         # A row records that inference fails on its image, but not a lack of memory, which may
         # be over in the next run. A smaller batch needs another folder, because the last bits
         # of results depend on its size.
@@ -207,6 +220,7 @@ class BatchClassifier:
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "
                 "a smaller max_batch and another folder"
             )
+
         return outputs
 
     def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
@@ -219,6 +233,7 @@ class BatchClassifier:
         if isinstance(output, HttpError):
             row["error"], row["error_message"] = output.code, output.message
             return
+
         answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
         row["known"], row["score"] = answer.known, answer.score
         row["classes"] = [labels[index] for index, _ in answer.ranked]

@@ -48,6 +48,7 @@ class PartActor:
         state: RowsState,
     ) -> None:
         self._folder = OutputFolder(out)
+
         self._classifier = BatchClassifier(bundle, settings, options)
         if self._classifier.state != state:
             own = self._classifier.state
@@ -63,6 +64,7 @@ class PartActor:
         missing = [
             part for part, size in sizes.items() if not self._folder.is_written(part, size)
         ]
+
         self._classifier.classify_parts(self._folder, missing, lambda _: None)
         return {"images": list(sizes.values())}
 
@@ -80,12 +82,14 @@ class RayClassifier:
         _connect(options)
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._actors = options.actors or len(cores)
+
         # Ray reserves a core of one machine for each worker of an actor. By default, the
         # workers of an actor fit on the smallest machine, and those of all actors on the
         # cluster.
         fitting_workers = min(MAX_WORKERS, *cores, sum(cores) // self._actors)
         workers = options.workers or max(1, fitting_workers)
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
+
         self._arguments = (
             bundle.resolve(),
             settings,
@@ -117,6 +121,7 @@ class RayClassifier:
             compute=ray.data.ActorPoolStrategy(size=self._actors),
             **self._resources,
         )
+
         with errors_of_actors():
             for row in classified.iter_rows():
                 on_images(row["images"])
@@ -127,6 +132,7 @@ def _connect(options: ClassifyOptions) -> None:
     # options of one that is started here
     address = str(options.ray)
     new_cluster = {}
+
     try:
         if options.starts_cluster:
             # Ray waits for CPUs that it lacks
@@ -138,9 +144,11 @@ def _connect(options: ClassifyOptions) -> None:
         elif address != "auto":  # Ray would try for minutes, then end the process
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
         ray.init(
             address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster
         )
+
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address}; `local` starts one here", setting="ray"
@@ -158,6 +166,7 @@ def errors_of_actors() -> Iterator[None]:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
         last_line = str(error).strip().rpartition("\n")[2]
+
         # Class and message, each after its cause
         own_errors = ERROR_OF_ACTOR.findall(str(error))
         class_name, text = (

@@ -115,11 +115,13 @@ class OutputFolder:
                 except BlockingIOError as error:
                     message = f"another run is writing to {self.path}; wait for it"
                     raise ConfigError(message, setting="out") from error
+
             lock.warn_if_unlocked(
                 self.path, "start no second run with this folder before this one has ended"
             )
             created.callback(os.close, lock.file)
             created.callback(self._remove_lock_unless_begun)
+
             # An `OSError` in the caller's block is also one of this folder: reading an image
             # raises others.
             with writing(self.path):
@@ -150,6 +152,7 @@ class OutputFolder:
             hashed = _write_list(partial, images, part_images)
             now = RunState(**state.model_dump(), part_images=part_images, images=hashed)
             before = self._read_state()
+
             belongs_to_run = before is not None or any((self.path / ROWS_FOLDER).iterdir())
             if belongs_to_run and (difference := now.difference(before)):
                 advice = "continue with the same images and options, or choose another folder"
@@ -211,6 +214,7 @@ def _write_list(file: Path, images: Iterable[ListedImage], part_images: int) -> 
             count += len(part)
             for image in part:
                 digest.update(f"{image.path}\0{image.offset} {image.size}\n".encode())
+
             columns = [list(values) for values in zip(*part, strict=True)]
             writer.write_table(pa.table(columns, schema=LIST_SCHEMA))
     return f"{count} ({digest.hexdigest()[:16]})"

@@ -95,6 +95,7 @@ def classify(
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+
     loaded_settings = load_settings(None if config is None else Path(config), **settings)
     if Path(out).suffix.lower() == ".csv":
         return _classify_to_csv(
@@ -110,10 +111,13 @@ def classify(
     folder = OutputFolder(Path(out))
     done = 0
     skipped = Counter[str]()
+
     with (
         closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier,
         folder.locked(),
     ):
+        # The list of images is written once; a repeated command continues with the missing
+        # parts.
         folder.begin(list_sources(names, skipped), options.part_images, classifier.state)
         sizes = folder.sizes()
         total = sum(sizes)
@@ -131,7 +135,9 @@ def classify(
                 classifier.classify_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
+
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
+
     # Now all parts are written
     num_errors = sum(count for count in error_counts if count is not None)
     rows = folder.path / ROWS_FOLDER
@@ -163,6 +169,7 @@ def _classify_to_csv(
     num_errors = 0
     loaded = load_model(bundle, settings)
     is_multi_label = loaded.bundle.manifest.rules.is_multi_label
+
     with (
         writing(out),
         new_folder(out.parent),
@@ -171,6 +178,8 @@ def _classify_to_csv(
     ):
         rows = csv.writer(file)
         rows.writerow(("image", "class", "probability", "known", "error"))  # as `_csv_cells`
+
+        # An image with an error gets its row, too; the others are classified.
         for done, image in enumerate(images, 1):
             try:
                 content = read_listed(image, settings.max_body_bytes + 1)
@@ -182,6 +191,7 @@ def _classify_to_csv(
                 num_errors += 1
             rows.writerow(_csv_cells(prediction, is_multi_label=is_multi_label))
             on_image(done, len(images))
+
     return Classified(
         rows=out, num_images=len(images), num_errors=num_errors, skipped=dict(skipped)
     )
@@ -210,6 +220,7 @@ def _open_classifier(
         # A cluster that no other machine can join has its ports on loopback only, also on
         # Linux.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
     module = "sopdeploy_commands.bulk.on_ray"
     on_ray = import_optional(
         module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray"

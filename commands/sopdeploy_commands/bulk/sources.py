@@ -63,6 +63,7 @@ def list_sources(
     skipped = Counter() if skipped is None else skipped
     if not sources or "" in sources:
         raise DataError("no source, or an empty one; name a folder, or . for this one")
+
     for source in sources:
         empty = True
         with _naming(source):
@@ -70,6 +71,7 @@ def list_sources(
                 empty = False
                 image.location.encode()  # raises an error for bytes that are not UTF-8
                 yield image
+
         if empty:
             raise DataError(
                 f"{source}: has no images ({describe_formats()}); name archives in it, if any"
@@ -79,6 +81,7 @@ def list_sources(
 def read_listed(image: ListedImage, limit: int) -> bytes:
     """Read *image*, at most *limit* bytes; raise `ImageError` with the code `unusable_data` if that fails."""
     size = limit if image.size == UNKNOWN else min(limit, image.size)
+
     try:
         if _is_address(image.location):
             store, path = _open_store(image.location)
@@ -126,10 +129,12 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
                 yield ListedImage(path=location, location=location, size=size)
+
     elif is_bundle(path):
         raise DataError(
             f"{source}: a bundle, not images; name one bundle, then folders or files of images"
         )
+
     elif path.is_dir():
         used = (
             file
@@ -139,6 +144,7 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         yield from map(_describe_file, map(str, used))
     elif path.exists() and is_image(path):
         yield _describe_file(source)
+
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")
@@ -173,6 +179,7 @@ def _describe_file(path: str) -> ListedImage:
 def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of the archive *name* as if it were a folder with this name."""
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
+
     archive: Any  # its list of members is not part of the typed interface
     with (
         _open_for_reading(name) as file,
@@ -185,11 +192,14 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             # The next entry: tarfile would read the same ones for ever
             if archive.offset <= member.offset:
                 raise ValueError(f"an entry of {member.size} bytes")
+
+            # Folders, hidden entries and files of other formats are passed over.
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
             # a file with holes, whose bytes are not in one place
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes
+
             if not parts or any(map(is_hidden, parts)) or member.isdir():
                 continue
             if not _is_used(parts[-1], skipped, read):
@@ -198,6 +208,7 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
                 raise DataError(
                     f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`"
                 )
+
             if is_whole:
                 path = "/".join((name, *parts))
                 yield ListedImage(path, location, offset=member.offset_data, size=member.size)
@@ -218,10 +229,12 @@ def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
                 raise ValueError(
                     f"a line of {MAX_LINE} characters or more; give one name per line"
                 )
+
             line = line.strip()
             if not line:
                 continue
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
+
             if name.lower().endswith(_TAR):
                 with _naming(name):  # the archive, not the list
                     yield from _list_tar(name, skipped)

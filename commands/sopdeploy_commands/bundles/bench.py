@@ -89,6 +89,7 @@ def bench(
     # Their range is checked below
     settings = settings or load_settings()
     batches = parse_batch_sizes(batch)
+
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     opened = loaded.bundle
@@ -98,12 +99,15 @@ def bench(
             f"{opened.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
             "; choose sizes in this range"
         )
+
+    # Noise is as slow as photographs; the first runs of a batch size only warm up.
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
         shape = (size, *opened.manifest.image_shape)
         images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
         seconds: list[float] = []
+
         with translating_errors(runtime):  # a large batch may need more memory than there is
             for _ in range(WARMUP_RUNS):
                 runtime.run(images)
@@ -113,6 +117,7 @@ def bench(
                 start = time.perf_counter()
                 runtime.run(images)
                 seconds.append(time.perf_counter() - start)
+
         median, p95, p99 = (
             1000 * float(value) for value in np.percentile(seconds, (50, 95, 99))
         )
@@ -125,6 +130,7 @@ def bench(
             images_per_s=1000 * size / median,
         )
         latencies.append(latency)
+
     return Benchmark(
         bundle=opened.name,
         id=opened.manifest.id,

@@ -68,6 +68,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     shown = {**exported.facts(), "bundle": lines["bundle"]} if verbose else lines
     for name, text in shown.items():
         print_field(name, text)
+
+    # What a user must know before the bundle serves: int8 here, and drift that was allowed.
     warnings = list(exported.warnings)
     if exported.manifest.int8_for == "cpu" and lacks_vnni():
         warnings.insert(0, SLOW_INT8)
@@ -75,6 +77,7 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
+
     print_field("page", str(exported.page), style="dim")
     print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
     is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
@@ -122,6 +125,8 @@ def export(
     """
     path = Path(checkpoint)
     out = Path(out)
+
+    # A wrong file, folder or destination is an error here, before a proof that takes minutes.
     if source.network is None:
         try:
             # Before the imports, which take seconds, as the checks below
@@ -132,6 +137,7 @@ def export(
             raise CheckpointError(
                 error.message, remedies={"network": "module:callable"}
             ) from error
+
     for folder in filter(None, (options.calibrate, options.evaluate)):
         data_folder(folder, ANY_IMAGES)
     if out.is_file():
@@ -163,12 +169,15 @@ def _export_weights(
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
     name = options.name or file_project(weights)
+
+    # Other code builds the networks: the one that was trained and, if given, the plain one.
     plain = (
         None
         if source.plain is None
         else network_builder("plain", source.plain, source.plain_option)
     )
     build = network_builder("network", str(source.network), source.option)
+
     file = read_weights(weights)
     labels = labels or file.labels
     if labels is None:
@@ -176,9 +185,11 @@ def _export_weights(
             "missing; give a file with one class name per line, in the order of the logits"
         )
         raise ConfigError(message, setting="labels")
+
     on_step("building the network")
     network = build()
     loaded = load_weights(network, file, source.weights_key)
+
     return export_network(
         network,
         plain=plain,
@@ -192,6 +203,7 @@ def _export_weights(
         allow_constants=source.allow_constants,
         several_classes=source.several_classes,
         options=options,
+        # The bundle records how to build this network again.
         config={
             "network": source.network,
             "settings": list(source.option),
@@ -231,6 +243,7 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
+
     if inspected.labels is None:
         names = f"{inspected.num_classes} class names, one per line,"
         print_field("next", f"write the {names} to {CLASS_NAMES_FILE}, then", style="dim")
@@ -258,22 +271,30 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
                 f"{file}: a bundle, not a weight file; its README.md describes it"
             )
         raise ConfigError("missing; give package.module:callable", setting="network")
+
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
+    from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit, naming_oddity
+    from sopdeploy_export.user_network.export_network import checked_builder
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     build = network_builder("network", options.network, options.option)
     network = build()
     loaded = load_weights(network, file, options.weights_key)
+
+    # Which parts do not act on the logits, and whether the graph would hold constants.
     with naming_oddity(network, ()):
         admitted = admit(network, preprocess, logits_key=options.logits_key)
         if not options.allow_constants:
-            admitted.check_constants(build)
+            rebuild = checked_builder(build, admitted.given, options.logits_key, preprocess)
+            check_constants(admitted.program, lambda: admitted.captures.of(rebuild()).traced)
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
         labels = None  # those of another network
+
+    # The same options as a command that exports without these parts.
     names_file = CLASS_NAMES_FILE if labels is None else None
     export_options = {**vars(options), "training_only": unused, "labels": names_file}
     words = ["sopdeploy export", quote(str(file))]
@@ -282,6 +303,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         words += [
             command_line_option(name, each) for each in values if each not in (None, False)
         ]
+
     return Inspection(
         network=options.network,
         num_classes=admitted.num_classes,
@@ -317,8 +339,11 @@ def read_preprocess(text: str | None) -> Preprocess:
 
             config = import_timm(name).get_pretrained_cfg(name)
             if config is None:
+                # A prefix names rules that a package publishes; any other text is the name of a
+                # file.
                 raise ValueError("timm publishes no preprocessing for it")
             return Preprocess.from_timm(config.to_dict())
+
         if prefix == "torchvision":
             weights = importlib.import_module("torchvision.models").get_weight(name)
             return Preprocess.from_torchvision(weights.transforms())
@@ -341,6 +366,7 @@ def _show_engine(engine: "EngineFile") -> None:
     print_field("built", engine.reason or "no, it was in the cache")
     print_field("profiles", f"batches {', '.join(map(str, key.profiles))}")
     print_field("precision", key.precision)
+
     for replay in record.replays:
         for text in replay.lines():
             print_field("probes", text)
@@ -375,12 +401,15 @@ def engine(
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
     if options.cache is None and cache_of_servers:
         options = options.model_copy(update={"cache": Path(cache_of_servers)})
+
+    # The converter of torch-tensorrt starts from the checkpoint, which not every bundle has.
     if options.via == "torch-tensorrt" and "network" in opened.manifest.config:
         message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit --via"
         raise EngineError(message)
     if options.via == "torch-tensorrt" and options.checkpoint is None:
         problem = "converts the program of the checkpoint that was exported"
         raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
+
     if options.checkpoint is None:
         return get_engine(opened, options, on_step)
     check_is_checkpoint(options.checkpoint)

@@ -49,11 +49,14 @@ def describe_fastest_form(bundle: Bundle) -> str:
     shipped = BundleForm(bundle.manifest.precision, default)
     best = min(seconds, key=lambda form: seconds[form])
     gain = seconds[shipped] / seconds[best]
+
+    # How a user gets the fastest form: another precision, another runtime, or both.
     options = []
     if best.precision != shipped.precision:
         options.append("export with --precision int8 --calibrate PHOTOS")
     if best.runtime != default:
         options.append(f"serve with --runtime {runtimes[best.runtime].setting}")
+
     if gain < SMALLEST_GAIN or not options:
         text = f"this bundle with {default} is the fastest form on this processor"
     else:
@@ -74,6 +77,8 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
     """
     shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+    # Beside the bundle as it is, its int8 form, quantized here on one image of noise.
     bundles = [bundle]
     if bundle.manifest.precision == "fp32":
         with suppress(Exception):  # no convolution, or one that the quantizer cannot convert
@@ -83,6 +88,8 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
             graph = SealedFile([quantizer.quantize().SerializeToString()])
             manifest = bundle.manifest.model_copy(update={"precision": "int8"})
             bundles.append(replace(bundle, manifest=manifest, graph=graph))
+
+    # Every form in every runtime of this processor that has its operators.
     forms: dict[BundleForm, Runtime] = {}
     for form_bundle in bundles:
         precision = form_bundle.manifest.precision
@@ -92,6 +99,7 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
             # Not installed, or an operator that it lacks
             with suppress(RuntimeUnavailableError):
                 forms[BundleForm(precision, title)] = runtime(form_bundle, ONE_THREAD)
+
     return measure_alternately(
         {form: partial(runtime.run, images) for form, runtime in forms.items()}
     )
@@ -102,10 +110,12 @@ def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key,
     times: dict[_Key, list[float]] = {name: [] for name in runs}
     end = time.process_time() + ROUND_SECONDS
     rounds = 0
+
     while rounds < MIN_ROUNDS or time.process_time() < end:
         rounds += 1
         for name, run in runs.items():
             began = time.process_time()
             run()
             times[name].append(time.process_time() - began)
+
     return {name: seconds[1:] for name, seconds in times.items()}

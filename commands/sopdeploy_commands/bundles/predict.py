@@ -59,6 +59,7 @@ def predict_one(
 ) -> FilePrediction:
     """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
     manifest = loaded.bundle.manifest
+
     try:
         # Only files have a limit: an image in memory is there already.
         body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
@@ -73,7 +74,10 @@ def predict_one(
         return FilePrediction(
             image=name, error=describe_error(HttpError.from_image_error(error))
         )
+
     copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
+
+    # Batches of one, as the image alone would be classified, also for the occluded copies.
     all_logits: list[NDArray[np.float32]] = []  # (C,) of the image, then of its occluded copies
     for pixels in (decoded.pixels, *copies):
         with translating_errors(loaded.runtime):
@@ -81,6 +85,7 @@ def predict_one(
         if not all(np.isfinite(values).all() for values in outputs.values()):
             return FilePrediction(image=name, error=describe_error(NONFINITE))
         all_logits.append(outputs[manifest.outputs[0].name][0])
+
     logits, *occluded = all_logits
     limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
     answer = manifest.rules.answer(
@@ -99,6 +104,7 @@ def print_prediction(prediction: FilePrediction) -> None:
     unknown = (
         "looks unlike the training photographs; closest: " if prediction.known is False else ""
     )
+
     image = plain_text(f"{prediction.image}:")
     out.print(
         Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim"))
@@ -107,6 +113,7 @@ def print_prediction(prediction: FilePrediction) -> None:
         # of the first class, if a cell of the image is hidden
         losses = np.array(prediction.explanation)
         row, column = np.unravel_index(losses.argmax(), losses.shape)
+
         cell = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
         label = prediction.classes[0].label  # without a class there is no explanation
         loss = plain_text(
@@ -124,6 +131,7 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
             print_prediction(prediction)
+
     return (
         DataError.exit_code
         if any(prediction.error is not None for prediction in predictions)
@@ -165,6 +173,7 @@ def predict(
         ConfigError: Unknown or invalid settings.
     """
     sources: list[Any] = []
+
     for number, argument in enumerate(images if _are_several(images) else [images]):
         if isinstance(argument, str | Path) and Path(argument).is_dir():
             files = open_any_images(Path(argument))

@@ -40,24 +40,30 @@ def scores_of_bundle(
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
+
     labels = loaded.bundle.labels
     decision = loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.rules.is_multi_label
+
     # Multi-label targets have a column for each logit, in the bundle's order. Other targets are
     # indices of the sorted names; `make_predictions` converts the indices of the logits to
     # them.
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
+
+    # Photographs that trained the network make its scores too good.
     origin = loaded.bundle.manifest.origin
     if origin is not None:
         is_sample = len(origin.sample) == SAMPLED
         if warning := describe_seen(images, origin.sample, is_sample=is_sample):
             log(f"{data}: {warning}")
+
     done = itertools.count(1)
     logits = logits_of_images(
         loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
     )
+
     facts = {
         "bundle": loaded.bundle.name,
         "runtime": loaded.runtime.name,
@@ -81,6 +87,7 @@ def logits_of_images(
     rows: list[NDArray[np.float32]] = []
     for index in range(len(images)):
         path = images.path(index)
+
         try:
             image = images.read(index)
             pixels = decode(
@@ -88,11 +95,14 @@ def logits_of_images(
             ).pixels
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
+
+        # A user's view of an image and, with `mirror`, of its mirror image count as much.
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
         with translating_errors(loaded.runtime):
             logits = [
                 loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views
             ]
+
         rows.append(np.mean(logits, axis=0, dtype=np.float32))
         if not np.isfinite(rows[-1]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")

@@ -74,10 +74,13 @@ def push(bundle: Path, destination: str) -> Pushed:
     opened = open_bundle(bundle)
     signature = signing.signature_path(opened.path)
     signed = signature.is_file()
+
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
         archive = Path(folder) / f"bundle{tar.ARCHIVE_SUFFIX}"
         with writing(archive), archive.open("wb") as file:
             tar.write_archive(opened, file)
+
+        # The signature goes first: whoever sees the archive also finds its signature.
         name = opened.manifest.name + tar.ARCHIVE_SUFFIX
         if signed:
             tar.upload(signature, destination, name + SIGNATURE_SUFFIX)
@@ -129,6 +132,7 @@ def pull(
         raise ConfigError(
             "use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256
         )
+
     check_takes_output(destination, None)
     with ExitStack() as stack:
         folder = stack.enter_context(staging(destination))
@@ -136,6 +140,8 @@ def pull(
         with writing(destination):
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.:/@-]", "_", without_password(source))[-200:]  # in messages
+
+        # Download the archive and hash it, before anything reads what it holds.
         tar.download(source, archive, tar.MAX_ARCHIVE_BYTES, destination)
         signature = (
             None if require_signature is None else _download_signature(source, destination)
@@ -145,18 +151,25 @@ def pull(
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
             message = f"that of {source} is {digest}; check both and download it again"
             raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
+
+        # The manifest comes first in the archive and decides whether the rest may be unpacked.
         manifest = tar.read_archived_manifest(archive, name)
         _check_project(manifest, source, project)
         with writing(destination):
             tar.unpack(archive, name, manifest, folder)
+
+        # Every file has its hash and, if required, the manifest a signature with a known key.
         try:
             opened = read_files(folder, manifest, with_graph=False)
             if require_signature is not None and signature is not None:
                 signing.check_signature(opened, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
+
         if not allow_older:
             _check_is_not_older(manifest, source, destination)
+
+        # Only now the bundle gets its name, and `latest` leads to it.
         placed = give_final_name(folder, manifest, destination, signature)
         path = destination / manifest.name
         link_latest(path)
@@ -173,6 +186,7 @@ def _download_signature(source: str, destination: Path) -> bytes:
     except BundleError as error:
         message = f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
         raise BundleError(message) from error
+
     return content.getvalue()
 
 
@@ -183,12 +197,14 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
     store could put one signed bundle in the place of another.
     """
     name = source.rpartition("/")[2].removesuffix(tar.ARCHIVE_SUFFIX)
+
     if project is not None:
         is_wanted = manifest.project == project
     elif is_bundle_name(name):
         is_wanted = name == manifest.name
     else:
         is_wanted = name in {manifest.name, manifest.project}
+
     if not is_wanted:
         raise BundleError(
             f"{source}: contains {manifest.name}, not {project or name}; check the address",
@@ -203,11 +219,13 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
     ]
     of_project = [other for other in manifests if other.project == manifest.project]
     newest = max(of_project, key=lambda other: other.exported_at, default=manifest)
+
     time = manifest.exported_at
     for other in of_project:
         # The same bundle: a later time in the archive does not make it newer
         if other.id == manifest.id:
             time = other.exported_at
+
     if time < newest.exported_at:
         raise BundleError(
             f"{source}: {manifest.name} was exported at {time}, before {newest.name} in {destination} "

@@ -56,6 +56,8 @@ def _show(result: Verification) -> None:
     if result.onnx_root is not None:
         graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
     print_field("graph", graph)
+
+    # What was computed again: the outputs of the probes, then the exporter's JPEG examples.
     for replay in result.replays:
         for text in replay.lines():
             print_field("probes", f"{text} on {result.runtime}")
@@ -63,6 +65,7 @@ def _show(result: Verification) -> None:
         print_field(
             "golden", f"{result.golden} JPEG files give the exporter's pixels and logits"
         )
+
     for note in result.notes:
         print_field("note", note, style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
@@ -90,6 +93,7 @@ def verify(
     """
     chosen = settings or load_settings(runtime=runtime)
     loaded = load_model(Path(bundle), chosen, thorough=True)
+
     manifest = loaded.bundle.manifest
     examples = read_golden(loaded.bundle)
     output = manifest.outputs[0].name
@@ -97,6 +101,7 @@ def verify(
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return loaded.runtime.run(pixels[None])[output][0]
 
+    # Each JPEG example must give the exporter's pixels, and with them its logits.
     for example in examples:
         jpeg = example.jpeg
         decoded = decode(
@@ -104,8 +109,10 @@ def verify(
         )
         with translating_errors(loaded.runtime):
             check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
+
     probes = read_probes(loaded.bundle)
     _check_tolerances(loaded.bundle, probes)
+
     return Verification(
         bundle=loaded.bundle.name,
         id=manifest.id,
@@ -128,6 +135,9 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
         parity = parse_json(bundle.contents["parity.json"])
         outputs = parity["outputs"]
         allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
+
+        # The largest tolerance that an export writes: a multiple of the noise floor or, if
+        # drift was allowed, of the drift.
         for name, tolerance in probes.tolerance.items():
             noise = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
             drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
@@ -148,11 +158,14 @@ def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     notes = []
     if len(probes.images) < FEW_PROBES:
         notes.append(f"only {len(probes.images)} probes; an export writes more")
+
+    # A tolerance must be small beside the range of the outputs, or it proves little.
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
         if tolerance > WIDE * spread:
             wide = f"{100 * WIDE:.0f} % of the probes' range {spread:.2g}"
             notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")
+
     if bundle.manifest.mixes_images:
         mixing = ", ".join(bundle.manifest.mixes_images)
         notes.append(f"outputs may depend on other images of a batch: {mixing}")

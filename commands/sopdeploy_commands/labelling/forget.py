@@ -3,20 +3,23 @@
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import DataError, StorageError, shorten
+from sopdeploy.errors import BundleError, DataError, StorageError, shorten
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
     LOCK,
     PARTIAL,
     atomic_write,
+    features_folder,
     open_regular,
     remove_leftovers,
     sha256,
@@ -24,6 +27,9 @@ from sopdeploy.files import (
 )
 from sopdeploy.images.signatures import is_image
 from sopdeploy.photos.files import kept_id, normalize, walk
+from sopdeploy.photos.photo import Photo
+from sopdeploy.project import BUNDLES, RUNS
+from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, TRAFFIC, read_block
 
 RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
@@ -37,18 +43,47 @@ ROWS_FOLDER = "rows"
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
 
-def _show(deleted: Sequence[Path]) -> None:
-    for path in deleted:
+class Remainder(NamedTuple):
+    """What may still hold the photograph, why, and the shell command that removes it."""
+
+    path: Path
+    reason: str
+    command: str
+
+
+class Forgotten(NamedTuple):
+    """The files that were `deleted` or changed, and what `remains` elsewhere."""
+
+    deleted: list[Path]
+    remains: list[Remainder]
+
+
+def _show(forgotten: Forgotten) -> None:
+    for path in forgotten.deleted:
         print_field("deleted", str(path), style="")
-    say('what may remain: docs/keep.md, "Erasure"')
+    for remainder in forgotten.remains:
+        say(f"remains: {remainder.path}, {remainder.reason}; remove it: {remainder.command}")
+    say('what may remain elsewhere: docs/keep.md, "Erasure"')
 
 
-@command(_show, summarize=lambda deleted: {"deleted": list(map(str, deleted))})
-def forget(photograph: str, folders: list[Path]) -> list[Path]:
+def _summarize(forgotten: Forgotten) -> dict[str, object]:
+    return {
+        "deleted": [str(path) for path in forgotten.deleted],
+        "remains": [
+            {"path": str(path), "reason": reason, "command": command_line}
+            for path, reason, command_line in forgotten.remains
+        ],
+    }
+
+
+@command(_show, summarize=_summarize)
+def forget(photograph: str, folders: list[Path]) -> Forgotten:
     """Delete a photograph, its label and its records in folders, also in the rows of `classify`.
 
     Every copy goes that has the content of the file, its name if it was kept, or the given
     name. All of them are found first, and only then deleted; after a stop, repeat the command.
+    Runs and bundles in `runs` and `bundles` of this folder that hold it, and the cache of
+    features, are named with the command that removes them.
 
     Example: sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown
 
@@ -57,7 +92,7 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         folders: Folders of kept and labelled photographs, and output folders of `classify`.
 
     Returns:
-        The files that were deleted or changed.
+        The files that were deleted or changed, and what remains.
 
     Raises:
         DataError: A folder is missing, or none contains the photograph, the name is that of several ones, or
@@ -65,17 +100,62 @@ def forget(photograph: str, folders: list[Path]) -> list[Path]:
         StorageError: A file cannot be changed.
     """
     searched = [Path(folder) for folder in folders]  # the command line gives text
+
     wanted = _Wanted.read(photograph)
     deleted: list[Path] = []
+    names = {Path(photograph).name, *wanted.ids}
+    hashes = set[int]()  # of the files, as bundles record them
+
     # Searches again until nothing is left: `label` may have moved the photograph in the
     # meantime.
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
+        for path in filter(is_image, traces.files):
+            names.add(kept_id(path.name) or path.name)
+            hashes.add(Photo(path.name, path.read_bytes()).file_hash)
         deleted += _delete(traces)
+
+    remains = list(_find_remainders(names, hashes))
     if not deleted:
-        raise DataError(
-            f"{photograph}: not found in {', '.join(map(str, searched))}; check the name"
-        )
-    return deleted
+        where = ", ".join(map(str, searched))
+        text = f"{photograph}: nothing of it is in {where}; it was deleted already, or has another name"
+        if remains:
+            listed = shorten([f"{one.path} ({one.command})" for one in remains])
+            text += f"; it may remain in {listed}"
+        raise DataError(text)
+    return Forgotten(deleted, remains)
+
+
+def _find_remainders(names: set[str], hashes: set[int]) -> Iterator[Remainder]:
+    """Find runs whose files name the photograph, bundles that were trained on it, and the cache."""
+    texts = [name.encode() for name in sorted(names)]
+    for run in _subfolders(RUNS):
+        holding = [
+            path.name
+            for path in sorted(run.rglob("*"))
+            if path.is_file() and any(text in path.read_bytes() for text in texts)
+        ]
+        if holding:
+            reason = f"named in {shorten(holding)}"
+            yield Remainder(run, reason, shlex.join(["rm", "-r", str(run)]))
+
+    # The record of a bundle may be incomplete, if it was trained on many.
+    for bundle in _subfolders(BUNDLES):
+        with suppress(BundleError):
+            origin = read_manifest(bundle).origin
+            if origin is not None and hashes.intersection(origin.sample):
+                reason = "trained on it, with its hash in the manifest"
+                yield Remainder(bundle, reason, shlex.join(["rm", "-r", str(bundle)]))
+
+    cache = features_folder()
+    if cache.is_dir() and any(cache.iterdir()):
+        reason = "perhaps with its features and a gray thumbnail"
+        yield Remainder(cache, reason, shlex.join(["rm", "-r", str(cache)]))
+
+
+def _subfolders(parent: Path) -> list[Path]:
+    """List the folders in *parent*, which may not exist, without links."""
+    children = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [path for path in children if path.is_dir() and not path.is_symlink()]
 
 
 def _delete(traces: "_Traces") -> list[Path]:
@@ -86,6 +166,8 @@ def _delete(traces: "_Traces") -> list[Path]:
             raise StorageError(
                 f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
             )
+
+    # First the rows, under the lock of their run.
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
@@ -94,11 +176,14 @@ def _delete(traces: "_Traces") -> list[Path]:
         for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
+
+    # Then the files, and what an interrupted write has left beside them.
     for path in traces.files:
         with writing(path):
             path.unlink(missing_ok=True)
     for folder in {path.parent for path in traces.unfinished}:
         remove_leftovers(folder)
+
     return [*rows, *traces.files]
 
 
@@ -117,15 +202,19 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
             raise DataError(
                 f"{folder}: no such folder; name folders of photographs or of `classify`"
             )
+
     found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
     by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
     files = list(by_absolute_path.values())  # each once: folders may contain one another
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_format(table)
+
     images = [path for path in files if wanted.is_shown_by(path)]
+
     # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
+
     found = set(images)
     for path in files:
         final_path = _final_path(path)
@@ -133,9 +222,17 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
             final_path.suffix.lower() in RECORDS or is_image(final_path)
         ):
             found.add(path)
+
+        # The network's inputs of consecutive answers, of which the photograph is one.
+        if path.parent.parent.name == TRAFFIC and path.suffix == BLOCK_SUFFIX:
+            with suppress(*DAMAGED):
+                if ids.intersection(read_block(path).identities.tolist()):
+                    found.add(path)
+
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
+
     # The records first and the named file last: until then, a repeated command finds all that
     # is left.
     ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
@@ -239,6 +336,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
             located = listed.get((output, row.path), row)._replace(number=row.number)
             if is_wanted(located):
                 wanted_rows.setdefault(table, []).append(located)
+
     return wanted_rows
 
 
@@ -254,6 +352,7 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     # Selected columns keep the key
     if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
         return
+
     rows = pq.read_table(table, columns=columns).to_pylist()
     for number, values in enumerate(rows):
         if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
@@ -270,6 +369,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
     """Keep runs of `classify` out of *folder*, if it has one, until *locks* are closed."""
     if not (folder / STATE).exists():
         return
+
     with writing(folder):
         try:
             lock = lock_file(folder / LOCK)
@@ -277,6 +377,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
             raise DataError(
                 f"{folder}: a run of `classify` is writing to it; wait for it"
             ) from error
+
     locks.callback(os.close, lock.file)
 
 
@@ -287,12 +388,14 @@ def _check_one_photograph(
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
+
     # The first path of each, by hash or, if not readable, absolute path
     photographs: dict[str, str] = {}
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
         identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
         photographs.setdefault(identity, shown_path)
+
     if len(photographs) > 1:
         names = shorten(sorted(photographs.values()))
         raise DataError(
@@ -320,22 +423,26 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     with pq.ParquetFile(table) as file:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+
     num_before = 0  # rows of earlier groups
     with (
         atomic_write(table) as partial,
         pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
+        # A row keeps its place, and so do the rows of the groups after it.
         for group in groups:
             emptied = [
                 number - num_before
                 for number in numbers
                 if 0 <= number - num_before < group.num_rows
             ]
+
             columns = []
             for field in schema:
                 values = group[field.name].to_pylist()
                 for row in emptied:
                     values[row] = FORGOTTEN.get(field.name)
                 columns.append(pa.array(values, field.type))
+
             writer.write_table(pa.table(columns, schema=schema))
             num_before += group.num_rows

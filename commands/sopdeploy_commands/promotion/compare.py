@@ -198,6 +198,7 @@ class BundleComparison(StrictModel):
                 loss = -100 * check.low
                 limit = -100 * check.limit
                 yield f"{of[check.of]}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
+
         if self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
             yield f"label about {rounded:,.0f} more to decide"
@@ -213,6 +214,9 @@ class BundleComparison(StrictModel):
         text = (
             f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
         )
+
+        # Only what the comparison has: old classes, new ones, an earlier bundle, earlier
+        # attempts.
         if "all" in checks:
             text += f": {checks['all'].figures}"
         if "old" in checks:
@@ -221,18 +225,21 @@ class BundleComparison(StrictModel):
             text += f"; new class {change.label} {change.second} of {change.num_images}"
         if "anchor" in checks:
             text += f"; to the best earlier bundle {checks['anchor'].figures}"
+
         return text if self.attempt < 2 else f"{text}; attempt {self.attempt}"
 
     @property
     def evidence(self) -> str:
         """What these photographs can show, and of which classes they show little, in one line."""
         shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
+
         text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
         few = [
             f"{change.num_images} of {change.label}"
             for change in self.classes
             if change.num_images < FEW
         ]
+
         return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
 
     @property
@@ -265,6 +272,7 @@ def _show(result: BundleComparison) -> None:
     for note in result.notes:
         err.print(plain_text(f"warning: {note}"))
     rows = []
+
     for score in (result.first, result.second):
         interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
         shares = (
@@ -279,7 +287,10 @@ def _show(result: BundleComparison) -> None:
                 *shares,
             )
         )
+
     print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
+
+    # The classes of both bundles; p values are corrected for their number.
     class_rows = []
     for change in result.classes:
         shares = (percent(right / change.num_images) for right in (change.first, change.second))
@@ -293,6 +304,7 @@ def _show(result: BundleComparison) -> None:
                 p_value,
             )
         )
+
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
     for change in result.new:
         say(f"new class {change.label}: {change.second} of {change.num_images} correct")
@@ -303,6 +315,7 @@ def _show(result: BundleComparison) -> None:
         f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
         result.evidence,
     )
+
     for score in (result.first, result.second):
         if score.top1_all is not None:
             say(
@@ -310,6 +323,7 @@ def _show(result: BundleComparison) -> None:
                 f"{score.top1.count:,} photographs; on all {score.top1_all.count:,}: "
                 f"{percent(score.top1_all.share)}"
             )
+
     say(result.summary, style="bold")
 
 
@@ -346,8 +360,10 @@ def compare(
         BundleError: A bundle is damaged.
     """
     settings = load_settings()
+
     # `latest` is the last export here, even if another bundle is live.
     pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
+
     return compare_loaded(
         pair,
         data,
@@ -485,6 +501,7 @@ def _check(
     changes = _count_changes(first_N[counted_N], second_N[counted_N])
     counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
     bound = rule.bound(counts)
+
     return Check(
         of=of,
         num_images=counts.images,
@@ -502,6 +519,7 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
         return "worse"
     if all(check.passes for check in checks):
         in_all = checks[0]
+
         is_better = in_all.wins > in_all.losses
         if is_better and mcnemar(in_all.wins, in_all.losses) <= ALPHA:
             return "better"
@@ -521,6 +539,7 @@ def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:
     paths = [images.path(index) for index in range(len(images))]
     is_kept_N = np.array([KEPT_NAME.fullmatch(path.name) is not None for path in paths])
     times_N = np.array([path.stat().st_mtime for path in paths])
+
     kept_times = np.sort(times_N[is_kept_N])[::-1]  # the newest first
     if len(kept_times) <= MIN_RECENT:
         return np.ones(len(images), np.bool_)
@@ -547,6 +566,7 @@ def read_promotions(link: Path) -> list[Promotion]:
                 )
                 log = link.with_name(LOG)
                 raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
+
     return promotions
 
 
@@ -566,12 +586,14 @@ def count_comparisons(link: Path) -> int:
     live = read_link(link)
     if live is None:
         return 0
+
     for promotion in read_promotions(link):
         compared = promotion.comparison
         if promotion.before == live and compared is not None:
             different.add(
                 (promotion.after, compared.num_images, compared.wins, compared.losses)
             )
+
     return len(different)
 
 
@@ -614,6 +636,8 @@ def _leave_out_seen(
     images, and whose record is full: it may have seen more of them.
     """
     grouped = group_photographs(images)
+
+    # A record has the hashes of at most `SAMPLED` training images; a full one may lack others.
     recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
     suspects = []
     for model in models:
@@ -628,6 +652,7 @@ def _leave_out_seen(
         recorded_N |= of_bundle_N
         if of_bundle_N.any() and len(origin.sample) == SAMPLED:
             suspects.append(name)
+
     if len(images) > MAX_SIGNATURES:
         notes.append(
             f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
@@ -637,6 +662,7 @@ def _leave_out_seen(
     trained_on_N = np.isin(group_N, group_N[recorded_N])
     is_first_N = _are_first(group_N)
     kept_N = is_first_N & ~trained_on_N
+
     if not kept_N.any():
         raise DataError(
             f"{images.root}: a bundle was trained on all of these photographs; give others"
@@ -646,6 +672,7 @@ def _leave_out_seen(
         "trained_on": int(trained_on_N.sum()),
         "suspects": suspects,
     }
+
     return images.select(kept_N), left_out
 
 
@@ -736,6 +763,7 @@ def compare_classes(
 ) -> list[ClassChange]:
     """Compare the two bundles in each class of *targets_N*; *first_N* and *second_N*: what they get right."""
     changes = []
+
     for target in np.unique(targets_N).tolist():
         first = first_N[targets_N == target]
         second = second_N[targets_N == target]
@@ -747,10 +775,12 @@ def compare_classes(
             **_count_changes(first, second),
         )
         changes.append(change)
+
     # Classes below `TESTABLE` cannot become significant, so they are left out of the
     # correction. Which ones these are depends only on the sum of wins and losses, which says
     # nothing about the better bundle.
     tested = [change for change in changes if change.wins + change.losses >= TESTABLE]
     corrected = holm([mcnemar(change.wins, change.losses) for change in tested])
     p_values = {change.label: p for change, p in zip(tested, corrected, strict=True)}
+
     return [change.model_copy(update={"p": p_values.get(change.label)}) for change in changes]

@@ -95,13 +95,16 @@ def promote(
         return _move_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
+
     if force is not None and len(force) > MAX_LINE:
         raise ConfigError(
             f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
         )
+
     # a link may lead to a bundle that was deleted
     before = _read_target(over)
     has_live = over.exists()
+
     if has_live:
         if os.path.realpath(over) == os.path.realpath(new):
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
@@ -109,19 +112,27 @@ def promote(
             raise ConfigError(
                 "no photographs to compare with", remedies={"data": "DIR", "force": "REASON"}
             )
+
     after = target_of(over, new)
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
     manifest = loaded.bundle.manifest
+
     # Nothing to compare with, or a forced move without photographs
     if not has_live or data is None:
         return _record_and_move(over, before, after, force or "first bundle", None, manifest)
+
+    # Both bundles on the same photographs, with the best bundle that was ever live as the
+    # anchor.
     live = load_model(over, settings)
     comparison = compare_loaded(
         (live, loaded), data, count_comparisons(over), settings, unknown=unknown,
         tolerance=tolerance, anchor=load_anchor(over, settings), on_image=on_image,
     )  # fmt: skip
+
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
+
+    # A refused promotion is recorded, too: the next comparison counts it as an attempt.
     if objections and force is None:
         _record_and_move(
             over, before, after, "; ".join(objections), comparison, manifest, refused=True
@@ -130,6 +141,7 @@ def promote(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
+
     anchor = after
     if force is None and before is not None:
         anchor = _best_of(comparison, before, read_anchor(over), after)
@@ -145,6 +157,7 @@ def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after:
         against = checks["all"]
     else:
         against = checks["anchor"]
+
     return after if against.wins >= against.losses else anchor
 
 
@@ -153,6 +166,7 @@ def _move_back(link: Path) -> Promotion:
     live = _read_target(link)
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
+
     # Oldest first; a first bundle has none
     previous = [move.before for move in moves if move.before]
     if not previous:
@@ -160,6 +174,7 @@ def _move_back(link: Path) -> Promotion:
         raise PromotionError(
             f"{link}: {log} names no bundle before the live one; name the bundle to promote"
         )
+
     after = target_of(link, link.parent / previous[-1])
     # Raises an error for a damaged bundle
     loaded = load_model(link.parent / after, load_settings())
@@ -176,12 +191,14 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
         objections.append(comparison.summary)
     if comparison.worse_classes:
         objections.append(f"worse in {shorten(comparison.worse_classes)}")
+
     if comparison.removed:
         objections.append(f"without the classes {shorten(comparison.removed)}")
     if comparison.suspects:
         objections.append(
             f"{shorten(comparison.suspects)} may have been trained on more of the photographs"
         )
+
     if old_name != new_name:
         objections.append(f"its name is {new_name}, but clients use {old_name}")
     return objections
@@ -195,6 +212,7 @@ def _read_target(link: Path) -> str | None:
         raise ConfigError(
             f"{link}: not a link; name one, such as bundles/live, which need not exist yet"
         )
+
     return read_link(link)
 
 
@@ -217,6 +235,7 @@ def _record_and_move(
     """
     # a container may have no name for the user
     user = os.environ.get("USER") or str(os.getuid())
+
     try:
         move = Promotion(
             time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
@@ -226,11 +245,14 @@ def _record_and_move(
         raise ConfigError(
             f"{link}: this move cannot be recorded, {first_problem(error)}"
         ) from error
+
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)
     lock.warn_if_unlocked(path, "promote from one place at a time")
+
     with writing(path), os.fdopen(lock.file, "r+b") as log:
+        # What was checked before may have changed until this process got the lock.
         if _read_target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
         if not refused:
@@ -240,11 +262,14 @@ def _record_and_move(
             raise ConfigError(
                 f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere"
             )
+
         # Its last line is not complete
         is_torn = bool(recorded) and not recorded.endswith(b"\n")
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()
         flush(log.fileno())
+
+        # The link moves last, after its line is on the disk.
         if not refused:
             try:
                 move_link(link, after)
@@ -254,4 +279,5 @@ def _record_and_move(
                     f"{link}: cannot be written ({os_reason(error)}); check the permissions of its folder, "
                     "and that its file system has symbolic links"
                 ) from error
+
     return move

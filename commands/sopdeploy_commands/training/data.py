@@ -34,6 +34,7 @@ def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
         print_table(("file", "label", "probability", "suggested", "probability"), rows)
     else:
         _print_report(report)
+
     if not isinstance(report, list):
         report.must_be_usable()
 
@@ -64,9 +65,8 @@ def check(
     if wrong_labels is None:
         from sopdeploy.photos.check import check_data
 
-        group_by_features = (
-            None  # then only the pixels tell near-duplicates: features need torch and weights
-        )
+        # Without torch or weights, only the pixels tell near-duplicates
+        group_by_features = None
         if near and find_spec("torch") is not None:
             from sopdeploy.training.few_shot import default_network
 
@@ -94,7 +94,10 @@ def _print_report(report: "DataReport") -> None:
         rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
         listed = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {listed}")
+
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
+
+    # What decoding has shown: formats, sizes of images, and photographs that are there twice.
     if report.formats:  # empty if no image was decoded
         lines.append(
             "formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items())
@@ -109,6 +112,7 @@ def _print_report(report: "DataReport") -> None:
             lines += _duplicate_lines(
                 "near-duplicates", "at least 60 % of equal parts", report.near
             )
+
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]  # the latter are problems of class folders
@@ -123,11 +127,13 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
     """Summarize the *groups* of images and list them, the most harmful ones first."""
     if not groups:
         return [f"{name}: none"]
+
     across = sum(group.across for group in groups)
     differ = sum(group.labels_differ for group in groups)
     summary = (
         f"{name}: {amount(len(groups), 'group')} with {content}, {across} in both "
         f"training and held-out data, {differ} in different classes"
     )
+
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))
     return [summary, *(" = ".join(group.files) for group in worst_first[:_MAX_GROUPS])]

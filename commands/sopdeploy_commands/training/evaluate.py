@@ -92,6 +92,7 @@ def _show(evaluation: Evaluation) -> None:
     section = describe_predictions(
         evaluation.metrics, f"{evaluation.metrics.count} images{mirrored}"
     )
+
     say(*section.text)
     for table in section.tables:
         if table.rows and len(table.columns) <= MAX_COLUMNS:
@@ -140,10 +141,13 @@ def evaluate(
     data = Path(data)
     kind: Literal["checkpoint", "bundle"] = "bundle" if has_manifest(path) else "checkpoint"
     _check_options(path, kind, options)
+
     notes: list[str] = []
     facts: dict[str, str] = {}  # stays empty for a checkpoint
     fitted_decision = None  # stays None for a bundle, and without `fit_decision`
     shared: Any = {"mirror": options.mirror, "on_image": on_image, "log": notes.append}
+
+    # A bundle is scored in its runtime as it serves, a checkpoint in torch.
     if kind == "bundle":
         from sopdeploy_commands.bundles.scores import scores_of_bundle
         from sopdeploy_service.settings import load_settings
@@ -164,15 +168,15 @@ def evaluate(
             write_checkpoint(
                 options.fit_decision, replace(checkpoint, decision=fitted_decision)
             )
+
     return Evaluation(
         source=str(source),
         kind=kind,
         facts=facts,
         metrics=measure_predictions(scores, labels),
         labels=labels,
-        scores=tuple(scores)
-        if isinstance(scores, list)
-        else scores,  # a list with one class per image
+        # a list with one class per image
+        scores=tuple(scores) if isinstance(scores, list) else scores,
         decision=fitted_decision,
         mirror=options.mirror,
         notes=tuple(notes),
@@ -186,6 +190,7 @@ def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
             raise ConfigError(
                 f"only for a {needed}, this is a {kind}; omit it", setting=setting
             )
+
     fitted = options.fit_decision
     if fitted is not None and options.mirror:
         message = "decides about the image alone, as a server does; omit mirror"

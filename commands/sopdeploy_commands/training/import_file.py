@@ -40,6 +40,7 @@ def _show(report: "ImportReport") -> None:
         ", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std)
     )
     geometry = f"resize {rules.resize}, crop {rules.crop}"
+
     print_field("found", report.looks_like)
     print_field("mapped", f"{report.num_tensors} tensors as {report.model}")
     print_field("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}")

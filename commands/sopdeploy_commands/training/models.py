@@ -35,6 +35,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     families = (
         [*FAMILIES, ("Networks of other packages", registered)] if registered else FAMILIES
     )
+
     for heading, entries in families:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
@@ -48,6 +49,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
         out.print(Text(heading, "bold"))
         out.print(table)
         out.print()
+
     out.print(
         "[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps"
     )
@@ -63,12 +65,16 @@ def _show_description(description: "Description") -> None:
     say(
         f"{description.name} for {description.num_classes} classes at {description.image_size} pixels"
     )
+
     rows = (
         (Text(name), f"{counts.parameters:,}", f"{counts.macs:,}")
         for name, counts in counted.items()
     )
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
+
+    # This stride costs four times as much in conv5_x, so the page compares it with the usual
+    # one.
     if description.config.get("conv5_stride") == 1:
         from sopdeploy.models.describe import describe
 
@@ -82,12 +88,10 @@ def _show_description(description: "Description") -> None:
             f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
             f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
         )
+
     options = []
     # a pooling by its kind, text without quotes, else JSON
-    for (
-        key,
-        value,
-    ) in description.config.items():
+    for key, value in description.config.items():
         short = value.get("kind", value) if isinstance(value, dict) else value
         options.append(f"{key}={short if isinstance(short, str) else json.dumps(short)}")
     say(f"features: {description.representation}", f"options: {', '.join(options)}")
@@ -124,6 +128,7 @@ def models(
                 "no network to describe; give a name of `sopdeploy models` before the options"
             )
         return [{"name": known, "summary": entry(known).summary} for known in list_models()]
+
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config
 

@@ -81,6 +81,7 @@ def choose_network(
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data = open_data(shared.data) if given.data is None else given.data
+
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
         # as in the run, which then finds the features in the cache
@@ -89,6 +90,9 @@ def choose_network(
     # Before the measurements
     reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)
     speeds = measure_networks(recipes, len(data.train.labels), callback)
+
+    # Only networks that are fast enough and whose weights can be had are validated: this takes
+    # minutes.
     fast = [
         name for name, speed in speeds.items() if within is None or speed.milliseconds <= within
     ]
@@ -98,12 +102,15 @@ def choose_network(
         raise ConfigError(
             f"no network needs at most {within:g} ms; {fastest}", setting="within"
         )
+
     candidates = {name: recipes[name] for name in fast if name in reachable}
     if not candidates:
         raise WeightsError(
             f"the weights of {shorten(fast)}, which are fast enough, cannot be reached"
         )
     validated = {}
+
+    # Cross-validate each; the features stay in the cache for the run with the chosen network.
     for name in fetch_weights(candidates, callback, may_skip=may_skip):
         weights = configured[name][1].weights
         try:
@@ -115,6 +122,7 @@ def choose_network(
             validated[name] = score_network(
                 recipes[name], data.train, weights, strategy, callback
             )
+
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
     as_good = [
@@ -123,6 +131,7 @@ def choose_network(
         if not is_significantly_better(best, network)
     ]
     chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
+
     scores = []
     for name, speed in speeds.items():
         score = NetworkScore(
@@ -133,6 +142,7 @@ def choose_network(
             chosen=name == chosen,
         )
         scores.append(score)
+
     return tuple(scores)
 
 
@@ -144,6 +154,7 @@ def select_procedures(
     recipes = {
         name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()
     }
+
     for name, recipe in recipes.items():
         if recipe.starts_random or not isinstance(recipe.procedure, HeadOptions):
             reason = (
@@ -154,6 +165,7 @@ def select_procedures(
             advice = "choose a network with --set model.name"
             raise ConfigError(f"{name}: {reason}; {advice}", setting="models")
         recipe.check_effect(configured[name][1].keys, holds_out=not len(data.held_out))
+
     return recipes
 
 
@@ -164,6 +176,8 @@ def measure_networks(
     onnxruntime = import_onnxruntime()
     graphs: dict[str, bytes] = {}
     images: dict[str, NDArray[np.uint8]] = {}
+
+    # Random weights take as long as trained ones, so no weights are needed to measure the time.
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
         graphs[name], images[name] = _export_unfitted(recipe, classes)
@@ -198,6 +212,7 @@ def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.ui
     procedure: Any = recipe.procedure
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
+
     model = create_sized(recipe, classes, {})
     network = unfitted_network(recipe, procedure.head, model)
     program = capture_any_batch(network, preprocess, BatchRange())
@@ -216,6 +231,7 @@ def fetch_weights(
     without *may_skip*, and if none can be fetched.
     """
     problems: dict[str, WeightsError] = {}
+
     for number, (name, recipe) in enumerate(recipes.items()):
         if recipe.start is not None and recipe.start.weights == "imagenet":
             callback.on_stage(name=f"weights of {name}", done=number, total=len(recipes))
@@ -225,8 +241,11 @@ def fetch_weights(
                 if not may_skip:
                     raise
                 problems[name] = error
+
     if not problems:
         return list(recipes)
+
+    # Without any weights there is no choice; with some, the built-in list may be shortened.
     first = next(iter(problems.values())).message
     if len(problems) == len(recipes):
         advice = (
@@ -234,6 +253,7 @@ def fetch_weights(
         )
         message = f"no weights of {shorten(list(problems))} can be reached ({first}); {advice}"
         raise WeightsError(message, remedies={"weights": "FOLDER"})
+
     callback.on_warning(
         f"skipped, because their weights cannot be reached: {', '.join(problems)} ({first})"
     )
@@ -249,6 +269,7 @@ def score_network(
 ) -> Validated:
     """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
     check_count(images)
+
     model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
     validation = cross_validate(
         recipe,
@@ -256,6 +277,7 @@ def score_network(
         images,
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
+
     right = None
     # One class per image, so that a prediction is either right or wrong
     if not images.is_multi_label:

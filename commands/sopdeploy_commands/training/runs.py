@@ -49,6 +49,7 @@ def _show(rows: list[RunRow]) -> None:
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
+
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
         estimate = row.estimate.partition(" (")[0]  # without its interval
@@ -63,6 +64,7 @@ def _show(rows: list[RunRow]) -> None:
             ", ".join(filter(None, states)),
         )
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
+
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     for line in table:
         out.print(Text("  ".join(map(set_cell_size, line, widths)).rstrip()))
@@ -84,6 +86,8 @@ def runs() -> list[RunRow]:
     rows = []
     exported = set()
     projects = set()
+
+    # A row for each bundle, which knows its run by its id.
     for listed in list_bundles(Path("bundles")):
         manifest = listed.manifest
         row = RunRow()  # of a bundle whose manifest cannot be read
@@ -93,9 +97,11 @@ def runs() -> list[RunRow]:
             # The run may be elsewhere
             row = row_of_run.get(run_id, _describe_origin(manifest.origin))
             row = replace(row, project=manifest.project, date=manifest.exported_at)
+
         is_newest = row.project not in projects and not listed.is_damaged
         if is_newest:
             projects.add(row.project)
+
         rows.append(
             replace(
                 row,
@@ -105,6 +111,8 @@ def runs() -> list[RunRow]:
                 problem=listed.why_not_served,
             )
         )
+
+    # Then the runs that were not exported.
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: row.date, reverse=True)
 
@@ -131,6 +139,7 @@ def read_run(best: Path) -> tuple[str, RunRow]:
         estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
     except CheckpointError as error:
         return name, RunRow(run=name, problem=str(error))
+
     origin = checkpoint.origin
     run_id = name if origin is None else origin.run_id
     row = _describe_origin(origin)
@@ -142,6 +151,7 @@ def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ..
     files = folder.parent.glob("*/best.pt")
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
     others.sort(key=lambda best: best.stat().st_mtime, reverse=True)
+
     rows: list[tuple[object, ...]] = []
     for best in others:
         if len(rows) == MAX_BEFORE:
@@ -150,4 +160,5 @@ def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ..
         if row.estimate and row.project == project:
             date = row.date[:16].replace("T", " ")
             rows.append((date, row.run, row.num_images, row.num_classes, row.estimate))
+
     return rows

@@ -96,6 +96,7 @@ class TrainOptions(Options):
         """
         if not self.compares:
             return {RECIPE_NETWORK: self}
+
         setting = "within" if self.models is None else "models"
         if self.resume != "never":
             raise ConfigError(
@@ -103,6 +104,7 @@ class TrainOptions(Options):
             )
         if self.within is not None:
             _parse_milliseconds(self.within)  # raises the error of an invalid time
+
         changes = [*map(parse_override, self.set), *settings.items()]
         tables = [
             value for key, value in changes if key == "model" and isinstance(value, Mapping)
@@ -111,6 +113,9 @@ class TrainOptions(Options):
             "name" in table for table in tables
         ):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
+
+        # One copy of the options for each network, with its name, its weights and its size of
+        # images.
         options = {}
         resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
         for name, weights in self._weights_by_network().items():
@@ -118,6 +123,7 @@ class TrainOptions(Options):
             assignments = (*size, *self.set, f"model.name={name}")
             single = {"models": None, "within": None, "weights": weights, "set": assignments}
             options[name] = self.model_copy(update=single)
+
         return options
 
     @property
@@ -136,6 +142,9 @@ class TrainOptions(Options):
         names = self.networks()
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
+
+        # A folder has a file for each network, which it names; a list has them in the order of
+        # the networks.
         if (folder := expand_user(self.weights)).is_dir():
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}
@@ -145,6 +154,7 @@ class TrainOptions(Options):
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
                 raise WeightsError(f"{folder}: {problem}", setting="weights")
             return {name: file for name, file in by_network.items() if file is not None}
+
         files = [file.strip() for file in self.weights.split(",")]
         if len(files) != len(names):
             message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
@@ -157,16 +167,19 @@ def print_result(result: "TrainingResult") -> None:
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     say(*result.procedure.lines())
+
     if result.mistakes:
         texts = [
             f"{count} x {true} predicted as {predicted}"
             for true, predicted, count in result.mistakes
         ]
         say(f"most frequent mistakes: {', '.join(texts)}")
+
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     if result.previous:
         say(result.previous)
+
     steps = result.procedure.describe_time()
     time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
     say(
@@ -227,7 +240,9 @@ def train(
     """
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
+
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
+
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
@@ -238,12 +253,17 @@ def train(
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
+
+        # The user's callback, bars on a terminal, or nothing.
         observer: Any = callback or Callback()
         shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
         draws_bars = callback is None and shown and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
+
         networks: tuple[NetworkScore, ...] = ()  # those that were compared
+
+        # Of several networks, the fastest of those with the best cross-validated score.
         chosen = RECIPE_NETWORK
         if options.compares:
             from sopdeploy_commands.training.network_choice import choose_network
@@ -262,10 +282,13 @@ def train(
                 networks_to_train, within, observer, may_skip=options.models is None
             )
             chosen = next(network.name for network in networks if network.chosen)
+
         selected, given = networks_to_train[chosen]
         strategy = Strategy(select_device(selected.device))
         resume = RESUME[options.resume]
         options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
+
+        # Reserve the next folder `runs/NAME-N` and train in it.
         while True:
             folder = out or numbered_folder(
                 str(selected.project), strategy, resume=bool(resume)
@@ -276,6 +299,7 @@ def train(
             except ConfigError as error:  # another process was faster to take this number
                 if error.code != IN_USE or out is not None or resume:
                     raise
+
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -283,14 +307,18 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         before = list_runs_before(folder, selected.project)
+
         # The most frequent ones first
         mistakes = write_run_page(run, folder, on_image, networks, before)
+
+        # A decision rule can be weak by itself, or weaker than that of the run before.
         decisions = (run.fit.decision, None if previous is None else previous.decision)
         rule, rule_before = (
             None if decision is None else decision.rejection for decision in decisions
         )
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
+
     changes = "" if previous is None else _describe_changes(previous, run.setup)
     page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
     return summarize_run(run, folder, networks, **page)
@@ -319,21 +347,24 @@ def read_request(
     for assignment in options.set:
         # For its errors; the values are read in `configure`, with the recipe
         parse_override(assignment)
+
     if recipe is not None:
         read_values(recipe)  # for its errors, too
-    elif (
-        data is not None and not options.set and not settings
-    ):  # changes may need images of another form
+    # changes may need images of another form
+    elif data is not None and not options.set and not settings:
         opened = open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     unknown = None if options.unknown is None else Path(options.unknown)
     for images in filter(None, (data, unknown)):
         check_takes_output(out or Path("runs"), "out", images)
+
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
     options_by_network = options.per_network(settings)
+
+    # The start weights must be weight files before torch is imported, which takes seconds.
     start_files = {}  # by network
     for name, network_options in options_by_network.items():
         weights = network_options.weights
@@ -344,6 +375,7 @@ def read_request(
                 raise WeightsError(
                     f"{error}, or {' or '.join(NO_FILES)}", setting="weights"
                 ) from error
+
     if unknown is not None:
         open_any_images(unknown)  # raises its errors
 
@@ -351,12 +383,15 @@ def read_request(
     if options.from_ is not None:
         previous = read_previous(Path(options.from_))
         opened = None  # what is opened above was only checked: this recipe may select classes
+
+    # Only now the recipes, which need the photographs, the previous run and the weights.
     networks = {}
     for name, network_options in options_by_network.items():
         start_file = start_files.get(name)
         networks[name] = configure(
             data, recipe, network_options, settings, previous, opened, start_file
         )
+
     return TrainRequest(networks, previous)
 
 
@@ -390,11 +425,13 @@ def read_previous(source: Path) -> "Checkpoint":
             )
         run = RUNS / exported_from.run
         run_id = exported_from.run_id
+
     # *source* can be the checkpoint itself
     best = run / "best.pt" if (run / "best.pt").is_file() else run
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None
+
     # By now, a later run may have the folder that the bundle names.
     is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
     if not (is_of_run and is_same_run):
@@ -408,6 +445,7 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     origin = before.origin
     if result_before is None or origin is None:
         return ""
+
     names = [name for name in setup.labels if name not in before.labels]
     added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
@@ -445,7 +483,10 @@ def configure(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
     previous_recipe = None if previous is None else previous.training["recipe"]
+
     source = recipe or FOLDER_RECIPE  # without a previous recipe, this one is read
+
+    # Options are changes of the recipe, as `--set` is.
     option_values = {
         "project": options.name,
         "data.path": data,
@@ -454,8 +495,10 @@ def configure(
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in option_values.items() if value is not None]
+
     changed = change_recipe(source, changes, previous_recipe)
     keys = [key for key, _ in flatten(dict(changes))]
+
     # The classes of the previous run
     protects = previous is not None and "procedure.margins" not in keys
     if protects and isinstance(changed.procedure, HeadOptions):
@@ -464,6 +507,7 @@ def configure(
     start_weights = None if changed.start is None else changed.start.weights
     names_network = recipe is not None or previous_recipe is not None or "model.name" in keys
     weights: WeightSource | None = start_file
+
     # Then the weights determine the network
     if not names_network and isinstance(start_weights, Path):
         path = expand_user(start_weights)
@@ -474,11 +518,14 @@ def configure(
             network = network_of_weights(weights, changed.model.name)
             if network != changed.model.name:
                 changed = change_recipe(source, [*changes, ("model.name", network)])
+
+    # The name of the folder of images or of the recipe, unless one is set.
     if changed.project is None:
         folder = getattr(changed.data, "path", None)
         project = "" if folder is None else folder_project(folder)
         project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         changed = changed.model_copy(update={"project": project})
+
     return changed, Given(keys, weights, opened)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from sopdeploy.errors import (
     CertificateError,
@@ -17,7 +18,7 @@ from sopdeploy.errors import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.written import written_attributes
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import DEPENDS_ON_VALUES, Programs
+from sopdeploy_export.capture.program import DEPENDS_ON_VALUES, Capture
 from sopdeploy_export.program_hashes import SAME_VALUES, operator_name
 from sopdeploy_export.state import (
     NOT_IN_EVAL,
@@ -164,31 +165,30 @@ def run_and_check(
     return logits
 
 
-def check_ends_in_logits(captured: Programs) -> None:
-    """Raise `LoweringError` if the logits of a program are the results of a sigmoid."""
+def check_ends_in_logits(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if the logits of *program* are the results of a sigmoid."""
     aten = torch.ops.aten
-    for program in (captured.any_batch, captured.batch_of_one):
-        node, *_ = program.graph.output_node().args[0]  # the logits are the first output
-        while operator_name(node) in SUBSET_OF_VALUES:
-            node = node.args[0]
-        if node.target in (
-            aten.sigmoid.default,
-            aten.hardsigmoid.default,
-            aten.special_expit.default,
-        ):
-            raise LoweringError(
-                "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
-                "itself; return the logits before it and, if an image may have several classes,",
-                remedies={"several_classes": True},
-            )
+    node, *_ = program.graph.output_node().args[0]  # the logits are the first output
+    while operator_name(node) in SUBSET_OF_VALUES:
+        node = node.args[0]
+    if node.target in (
+        aten.sigmoid.default,
+        aten.hardsigmoid.default,
+        aten.special_expit.default,
+    ):
+        raise LoweringError(
+            "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
+            "itself; return the logits before it and, if an image may have several classes,",
+            remedies={"several_classes": True},
+        )
 
 
-def check_unchanged_by_run(path: str, captured: Programs, filled: Programs) -> None:
+def check_unchanged_by_run(path: str, captured: Capture, filled: Capture) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
-    *filled* are the programs after that run. Raises `LoweringError`.
+    *filled* is the program after that run. Raises `LoweringError`.
     """
-    if not filled.compute_values_of(captured):
+    if not filled.computes_values_of(captured):
         raise LoweringError(
             f"{path} changes while the trained network runs, which computes something else afterwards; "
             f"{STATELESS}"

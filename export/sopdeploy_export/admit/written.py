@@ -25,7 +25,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Programs, capture
+from sopdeploy_export.capture.program import Capture, capture
 from sopdeploy_export.network import modules
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, VALUES, attributes_restored
@@ -188,7 +188,7 @@ def check_unread(
     names: tuple[str, ...],
     preprocess: Preprocess,
     batch: BatchRange,
-    captured: Programs,
+    captured: Capture,
 ) -> None:
     """Check that the network of *deployed*, which has run, never reads what a run left in attributes *names*.
 
@@ -222,5 +222,5 @@ def check_unread(
                 logits = deployed(images[:1])[0]
         except Exception as error:  # the network's own code
             raise _changes(names[0]) from error
-    if used or not poisoned.compute_values_of(captured) or not are_equal(logits, expected):
+    if used or not poisoned.computes_values_of(captured) or not are_equal(logits, expected):
         raise _changes(names[0])

@@ -42,9 +42,6 @@ from sopdeploy_export.state import attributes_restored, object_id, recording_cal
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
 BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
-# What the two programs of a network are for
-ANY_BATCH = "any batch size"
-ONE_IMAGE = "a batch of one"
 NO_GRAPH = "cannot be captured as one graph"
 BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
 SIZE_REMEDY = (
@@ -62,50 +59,43 @@ DEPENDS_ON_VALUES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Programs:
-    """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
+class Capture:
+    """The torch.export program of a network, for any batch size.
 
-    `fingerprints` are those of both programs before they were made functional; None: it cannot
-    be hashed.
+    Attributes:
+        traced: It, as torch.export made it.
+        program: It, functional; networks with equal programs share it.
+        graph: Its graph before it was made functional, which runs.
+        fingerprint: Of the program before it was made functional; None: it cannot be hashed.
     """
 
-    any_batch: ExportedProgram
-    batch_of_one: ExportedProgram
+    traced: ExportedProgram
+    program: ExportedProgram
     graph: fx.GraphModule
-    fingerprints: tuple[Fingerprint | None, ...]
+    fingerprint: Fingerprint | None
 
     @cached_property
-    def roots(self) -> dict[str, ProgramRoot]:
-        """The roots of both programs; the keys describe their batch sizes.
+    def root(self) -> ProgramRoot:
+        """The root of the program; raises the errors of `program_root`.
 
-        They are computed once: programs refer to the tensors of the network, not to copies.
-        Raises the errors of `program_root`.
+        It is computed once: the program refers to the tensors of the network, not to copies.
         """
-        any_batch = program_root(self.any_batch)
-        is_one = self.batch_of_one is self.any_batch
-        one = any_batch if is_one else program_root(self.batch_of_one)
-        return {ANY_BATCH: any_batch, ONE_IMAGE: one}
+        return program_root(self.program)
 
     @property
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on, each by one of its names in the network."""
-        return {
-            name.removeprefix(NETWORK_PREFIX)
-            for root in self.roots.values()
-            for name in root.tensors
-        }
+        return {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
 
-    def compute_values_of(self, others: "Programs") -> bool:
-        """Return whether each program computes the values of that one of *others*, by `value_root`."""
-        pairs = ((self.any_batch, others.any_batch), (self.batch_of_one, others.batch_of_one))
-        return all(
-            own is other or value_root(own).sha256 == value_root(other).sha256
-            for own, other in pairs
-        )
+    def computes_values_of(self, other: "Capture") -> bool:
+        """Return whether the program computes the values of that of *other*, by `value_root`."""
+        if self.program is other.program:
+            return True
+        return value_root(self.program).sha256 == value_root(other.program).sha256
 
 
 class Captures:
-    """The programs of the networks of an export, each captured once for *batch* and for one image.
+    """The programs of the networks of an export, each captured once.
 
     A network is known by its identity and by the version and address of each of its tensors.
     """
@@ -113,36 +103,32 @@ class Captures:
     def __init__(self, preprocess: Preprocess, batch: BatchRange | None = None) -> None:
         self.preprocess = preprocess
         self.batch = batch or BatchRange()
-        self._programs: dict[tuple[object, ...], Programs] = {}
+        self._captures: dict[tuple[object, ...], Capture] = {}
         self._unread: set[tuple[object, ...]] = set()
 
-    def of(
-        self, network: nn.Module, on_program: Callable[[str], None] = lambda _: None
-    ) -> Programs:
-        """Return the programs of *network*, captured unless they are known, which *on_program* is told.
+    def of(self, network: nn.Module) -> Capture:
+        """Return the program of *network*, captured unless it is known.
 
-        Networks with the same operations and weights share programs, with the names of the one
+        Networks with the same operations and weights share a program, with the names of the one
         captured first. Raises `LoweringError` if the network cannot be captured.
         """
         key = self._key(network)
-        if key not in self._programs:
-            known = tuple(self._programs.values())
-            self._programs[key] = capture(
-                network, self.preprocess, self.batch, known, on_program
-            )
-        return self._programs[key]
+        if key not in self._captures:
+            known = tuple(self._captures.values())
+            self._captures[key] = capture(network, self.preprocess, self.batch, known)
+        return self._captures[key]
 
-    def share(self, network: nn.Module, programs: Programs) -> None:
-        """Let *programs*, those of a network that computes the same, be those of *network*."""
-        self._programs[self._key(network)] = programs
+    def share(self, network: nn.Module, capture: Capture) -> None:
+        """Let *capture*, that of a network that computes the same, be that of *network*."""
+        self._captures[self._key(network)] = capture
 
     def forget_roots(self) -> None:
         """Let roots be computed again: code of the user may have changed tensors of the programs."""
-        for programs in self._programs.values():
-            vars(programs).pop("roots", None)
+        for capture in self._captures.values():
+            vars(capture).pop("root", None)
 
     def note_unread(self, network: nn.Module, parts: tuple[str, ...]) -> None:
-        """Note that the programs of *network* stay the same while its *parts* have random values."""
+        """Note that the program of *network* stays the same while its *parts* have random values."""
         self._unread.add((*self._key(network), parts))
 
     def are_unread(self, network: nn.Module, parts: tuple[str, ...]) -> bool:
@@ -162,38 +148,26 @@ def capture(
     network: nn.Module,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Programs] = (),
-    on_program: Callable[[str], None] = lambda _: None,
-) -> Programs:
-    """Capture *network*, in eval mode, for the batch range and for a batch of one.
+    known: Sequence[Capture] = (),
+) -> Capture:
+    """Capture *network*, in eval mode, for the batch range.
 
-    torch.export assumes that a dynamic dimension is at least 2, so only the second program
-    shows code that handles a single image differently. If torch.export gives the same two
-    programs as for one of *known*, these are returned, because making programs functional
-    takes longer than torch.export. Calls *on_program* with a text as torch.export begins for
-    each of the two, and before they are made functional. Raises `LoweringError` if the network
-    cannot be captured.
+    torch.export assumes that a dynamic dimension is at least 2; `prove.plain_run` compares the
+    graph with runs of one image, too. If torch.export gives the same program as for one of
+    *known*, its program is returned, because making a program functional takes longer than
+    torch.export. Raises `LoweringError` if the network cannot be captured.
     """
-    # For one image, the program of the whole range is also that of a batch of one.
-    ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
-    traced = []
-    for size, sizes in zip((ANY_BATCH, ONE_IMAGE), ranges, strict=False):
-        on_program(size)
-        traced.append(export_program(network, preprocess, sizes))
-    graph = traced[0].module(check_guards=False)  # a copy, before writes are replaced
-    fingerprints = tuple(map(fingerprint, traced))
-    for captured in known:
-        if captured.fingerprints == fingerprints and None not in fingerprints:
-            return replace(captured, graph=graph)
-    on_program("without writes to operands")
-    programs = [
-        functionalize(program, sizes) for program, sizes in zip(traced, ranges, strict=True)
-    ]
-    return Programs(
-        any_batch=programs[0],
-        batch_of_one=programs[-1],
+    traced = export_program(network, preprocess, batch)
+    graph = traced.module(check_guards=False)  # a copy, before writes are replaced
+    of_network = fingerprint(traced)
+    for other in known:
+        if of_network is not None and other.fingerprint == of_network:
+            return replace(other, traced=traced, graph=graph)
+    return Capture(
+        traced=traced,
+        program=functionalize(traced, batch),
         graph=graph,
-        fingerprints=fingerprints,
+        fingerprint=of_network,
     )
 
 

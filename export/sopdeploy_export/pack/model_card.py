@@ -25,7 +25,7 @@ STATEMENT_OF = {
     "removed": "Tensors",
     "kept": "Tensors",
     "graph": "Graphs",
-    "logits": "Outputs",
+    "plain run": "Plain run",
     "batch": "Images",
     "drift": "File",
     "answers": "File",

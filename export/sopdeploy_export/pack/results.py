@@ -86,9 +86,7 @@ class Exported(ExportResults):
         facts = self.facts()
         certificate = self.certificate
         compared = " = ".join(certificate.compared)
-        equal = (
-            f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
-        )
+        equal = f"{compared}: equal graphs" if len(certificate.compared) > 1 else None
         proof = "; ".join(
             filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"]))
         )
@@ -152,8 +150,9 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         f"after; the outputs depend on {len(certificate.kept)}",
         **proof,
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
-        f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",
-        "logits": f"bitwise equal on {certificate.num_images} probe images",
+        f"({certificate.roots.num_operations} operations)",
+        "plain run": "the operators of the graph, with "
+        f"{', '.join(map(str, certificate.batches))} images",
         "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
         if certificate.mixes_images
         else "no output depends on other images",

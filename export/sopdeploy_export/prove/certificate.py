@@ -22,25 +22,19 @@ from sopdeploy.config import StrictModel
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.admit.state import check_torch_state
 from sopdeploy_export.capture.deployed import Deployed
-from sopdeploy_export.capture.program import Captures, Programs
+from sopdeploy_export.capture.program import Capture, Captures
 from sopdeploy_export.program_hashes import hashing_once
 from sopdeploy_export.prove import (
-    batch_sizes,
     file,
     graphs,
     images,
-    onnx_graphs,
-    outputs,
     plain_run,
-    repetition,
     tensors,
 )
-from sopdeploy_export.prove.batch_sizes import prove_batch_sizes
+from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.graphs import Roots, capture_networks, prove_graphs
 from sopdeploy_export.prove.networks import Compared, load_plain_network
-from sopdeploy_export.prove.outputs import ProbeOutputs, prove_outputs
-from sopdeploy_export.prove.plain_run import prove_plain_run
-from sopdeploy_export.prove.repetition import prove_repetition
+from sopdeploy_export.prove.plain_run import LARGEST, prove_plain_run
 from sopdeploy_export.prove.tensors import (
     TensorEntry,
     needed_tensors,
@@ -53,11 +47,7 @@ from sopdeploy_export.subject import Detachment
 STATEMENTS = {
     "Tensors": tensors,
     "Graphs": graphs,
-    "Batch sizes": batch_sizes,
     "Plain run": plain_run,
-    "Outputs": outputs,
-    "Repetition": repetition,
-    "ONNX": onnx_graphs,
     "Images": images,
     "File": file,
 }
@@ -138,12 +128,12 @@ def certify(
     model: str = "network",
     detachment: Detachment | None = None,
     on_step: Step = lambda _: None,
-) -> tuple[NetworkProof, dict[str, Programs], ProbeOutputs]:
+) -> tuple[NetworkProof, dict[str, Capture]]:
     """Prove the statements about networks: *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no
-    *detachment*, because it declares its own. Returns the proof, the programs by network and
-    their outputs; the trained network stands for a detached one. Raises `CertificateError` with
+    *detachment*, because it declares its own. Returns the proof and the programs by network;
+    the trained network stands for a detached one. Raises `CertificateError` with
     the violated statement; no network is changed.
     """
     if detachment is None:
@@ -163,28 +153,17 @@ def certify(
         networks = {role: of_role.network for role, of_role in compared.items()}
         captures.forget_roots()
         programs = capture_networks(networks, captures, _details("Graphs", on_step))
+        if not detachment.allow_constants and detachment.plain is not None:
+            rebuilt = programs[detachment.role].traced
+            check_constants(programs["trained"].traced, lambda: rebuilt)
         roots, reached = prove_graphs(programs, trained, detachment.training_only)
         if parts and not captures.are_unread(networks["trained"], parts):
             on_step(f"{announce('Tensors')}, random values in what is removed")
             prove_values_unread(networks["trained"], parts, captures, programs["trained"])
-        on_step(announce("Batch sizes"))
-        prove_batch_sizes(next(iter(programs.values())))
-    deployed = {
-        role: Deployed(network, captures.preprocess) for role, network in networks.items()
-    }
     on_step(announce("Plain run"))
     largest_batch = captures.batch.maximum
-    prove_plain_run(
-        deployed["trained"], programs["trained"].graph, probes, parts, largest_batch
-    )
-    outputs = prove_outputs(deployed, probes, _details("Outputs", on_step))
-    prove_repetition(
-        shipped.network,
-        captures.preprocess,
-        probes,
-        detachment.written,
-        _details("Repetition", on_step),
-    )
+    deployed = Deployed(networks["trained"], captures.preprocess)
+    prove_plain_run(deployed, programs["trained"].graph, probes, parts, largest_batch)
     for of_role in compared.values():
         of_role.check_unchanged({entry.name for entry in removed})
     needed = needed_tensors(shipped.network, reached)
@@ -198,10 +177,10 @@ def certify(
         unreached=tuple(entry for entry in kept if entry.name not in needed),
         roots=roots,
         compared=PROOFS[kind],
-        batches=outputs.sizes,
+        batches=tuple(range(1, min(LARGEST, largest_batch) + 1)),
         num_images=len(probes),
     )
-    return proof, {"detached": programs["trained"], **programs}, outputs
+    return proof, {"detached": programs["trained"], **programs}
 
 
 def announce(statement: str) -> str:

@@ -7,32 +7,24 @@ Refused: a class that copies itself as something else (`COPIES` in
 `tests/attacks/planted/graphs.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.outputs import check_finite, run_and_check
 from sopdeploy_export.admit.state import find_oddity
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import Captures, Programs, capture_any_batch
+from sopdeploy_export.capture.program import Capture, Captures, capture_any_batch
 from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import are_equal, value_root
+from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.prove.tensors import prove_values_unread, randomized
-from sopdeploy_export.state import ObjectId, attributes_restored, held_tensors, read_state
+from sopdeploy_export.state import ObjectId, attributes_restored, read_state
 
 STATEMENT = (
     "The exported copy of a network of your own computes what the given network computes."
 )
 CALLED = ("forward", "_call_impl", "_wrapped_call_impl")  # methods that a call of a module runs
-MAX_CONSTANT = (
-    16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
-)
 LAYOUT_TOLERANCE = (
     1e-4  # of the largest logit, because rounding depends on the layout of weights
 )
@@ -70,15 +62,14 @@ def prove_copy(
     parts: tuple[str, ...],
     *,
     with_features: bool,
-    on_program: Callable[[str], None],
-) -> Programs:
+) -> Capture:
     """Capture *given*, the user's network, or *copied*, which is exported; check that they compute the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe
     images. Unless *given* is on a GPU, their graphs are compared, too: here, or by `certify`,
-    for which *captures* then has the programs of *given* as those of *copied*. The graph of
+    for which *captures* then has the program of *given* as that of *copied*. The graph of
     *given* must stay the same while its *parts* have random values, which something that was
-    not copied with them can read. *on_program* is told what is captured. Raises `LoweringError`
+    not copied with them can read. Raises `LoweringError`
     if the networks differ, and `CertificateError` if the graph depends on the *parts*.
     """
     preprocess = captures.preprocess
@@ -115,24 +106,18 @@ def prove_copy(
             raise LoweringError(OTHER_COPY)
     # With features, the exported network has one output more than *given*.
     if is_exact and not with_features:
-        programs = captures.of(given, on_program)
-        if is_odd:
-            of_copy = captures.of(copied).roots
-            if any(of_copy[size] != root for size, root in programs.roots.items()):
-                raise LoweringError(OTHER_COPY)
-        captures.share(copied, programs)
+        capture = captures.of(given)
+        if is_odd and captures.of(copied).root != capture.root:
+            raise LoweringError(OTHER_COPY)
+        captures.share(copied, capture)
         if parts:
-            prove_values_unread(given, parts, captures, programs)
+            prove_values_unread(given, parts, captures, capture)
             captures.note_unread(copied, parts)
-        return programs
-    programs = captures.of(copied, on_program)
-    constants = [
-        *programs.any_batch.constants.values(),
-        *programs.batch_of_one.constants.values(),
-    ]
+        return capture
+    capture = captures.of(copied)
     if {tensor.untyped_storage().data_ptr() for tensor in stored} & {
         tensor.untyped_storage().data_ptr()
-        for tensor in constants
+        for tensor in capture.program.constants.values()
         if isinstance(tensor, Tensor)
     }:
         raise LoweringError(OTHER_COPY)  # code of the copy still uses tensors of *given*
@@ -141,67 +126,6 @@ def prove_copy(
             program = capture_any_batch(given, preprocess, captures.batch)
         captures.note_unread(copied, parts)
         # These ignore the layout
-        if value_root(program).sha256 != value_root(programs.any_batch).sha256:
+        if value_root(program).sha256 != value_root(capture.program).sha256:
             raise LoweringError(OTHER_COPY)
-    return programs
-
-
-def check_constants(
-    programs: Programs, networks: Sequence[nn.Module], builder: Callable[[], nn.Module] | None
-) -> None:
-    """Raise `LoweringError` if a graph contains a large tensor that none of *networks* has registered.
-
-    *programs* are theirs: the network of the user and its copy. What *builder* builds for the
-    comparison may have the same tensor, in memory of its own, and code may make one in each
-    capture: then equal graphs decide. They prove nothing about what all networks hold, such as
-    a global variable, nor about a layer or a parameter in a list, which may have been trained
-    and is in no weight file.
-    """
-    any_batch, one = (
-        [*_large_constants(program)] for program in (programs.any_batch, programs.batch_of_one)
-    )
-    if not any_batch and not one:
-        return
-    registered = _addresses(
-        tensor for network in networks for tensor in tensors(network).values()
-    )
-    leaves = [leaf for network in networks for leaf in read_state(network).values()]
-    held = [leaf.value for leaf in leaves if isinstance(leaf, ObjectId)]
-    learned = [value for value in held if isinstance(value, nn.Parameter)]
-    layers = [tensors(value).values() for value in held if isinstance(value, nn.Module)]
-    of_built = [] if builder is None else [*held_tensors(builder()).values()]
-    refused = _addresses(chain(of_built, learned, *layers))
-    for constants, in_other_capture in ((any_batch, one), (one, any_batch)):
-        for constant in constants:
-            (address,) = _addresses([constant])
-            is_built = address not in refused and any(
-                are_equal(constant, tensor) for tensor in of_built
-            )
-            is_made = builder is not None and address not in _addresses(in_other_capture)
-            if address not in registered and not is_built and not is_made:
-                paths = (
-                    path
-                    for path, tensor in held_tensors(networks[0]).items()
-                    if tensor.equal(constant)
-                )
-                name = next(paths, f"a tensor of shape {tuple(constant.shape)}")
-                raise LoweringError(
-                    f"the output depends on {name}, which is no parameter or buffer, so no weight file "
-                    "contains it; use ModuleList, ModuleDict or register_buffer",
-                    remedies={"allow_constants": True},
-                )
-
-
-def _addresses(held: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in held}  # also those of views
-
-
-def _large_constants(program: ExportedProgram) -> Iterator[Tensor]:
-    """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
-    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
-    for spec in program.graph_signature.input_specs:
-        constant = program.constants.get(spec.target or "")
-        if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
-            continue
-        if constant.numel() > MAX_CONSTANT and users[spec.arg.name]:
-            yield constant
+    return capture

@@ -37,13 +37,13 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.network import copy_network
-from sopdeploy_export.prove.outputs import ProbeOutputs
 from sopdeploy_export.runs import (
     LOGITS,
     PROVIDER,
     Arrays,
     GateRun,
     InFloat64,
+    ProbeOutputs,
     ReportsFloat32,
     file_outputs,
     find_gate,

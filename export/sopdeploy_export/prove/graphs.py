@@ -13,13 +13,7 @@ from torch import nn
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import (
-    ANY_BATCH,
-    NETWORK_PREFIX,
-    ONE_IMAGE,
-    Captures,
-    Programs,
-)
+from sopdeploy_export.capture.program import Capture, Captures
 from sopdeploy_export.detach.stubs import removed_modules
 from sopdeploy_export.program_hashes import describe_difference
 
@@ -30,10 +24,9 @@ STATEMENT = (
 
 
 class Roots(StrictModel):
-    """The Merkle roots of the programs that the networks share; `any_batch` covers `num_operations`."""
+    """The Merkle root of the program that the networks share, for any batch size, over `num_operations`."""
 
     any_batch: str
-    batch_of_one: str
     num_operations: int
 
 
@@ -41,7 +34,7 @@ def capture_networks(
     networks: Mapping[str, nn.Module],
     captures: Captures,
     on_network: Callable[[str], None] = lambda _: None,
-) -> dict[str, Programs]:
+) -> dict[str, Capture]:
     """Return the programs of *networks*, in the same order; call *on_network* as each begins.
 
     The detached network, if there is one, is captured before the others: networks that share
@@ -50,54 +43,45 @@ def capture_networks(
     """
     programs = {}
     for role in ("detached", "trained", *networks):
-
-        def on_program(size: str, role: str = role) -> None:
-            on_network(f"{role} network, {size}")
-
         try:
             if role in networks:
                 on_network(f"{role} network")
-                programs[role] = captures.of(networks[role], on_program)
+                programs[role] = captures.of(networks[role])
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error
     return {role: programs[role] for role in networks}
 
 
 def prove_graphs(
-    captured: Mapping[str, Programs], trained: nn.Module, training_only: tuple[str, ...]
+    captured: Mapping[str, Capture], trained: nn.Module, training_only: tuple[str, ...]
 ) -> tuple[Roots, Set[str]]:
-    """Check that all networks have the Merkle roots of the first one, for any batch size and for one image.
+    """Check that all networks have the Merkle root of the first one.
 
-    Returns the roots, and the names of the tensors that the outputs depend on. Raises
+    Returns the root, and the names of the tensors that the outputs depend on. Raises
     `CertificateError` with the removed weights or modules that an output depends on, or with
     the first operation that differs from the first network.
     """
     first_role, first = next(iter(captured.items()))
-    expected = first.roots
+    expected = first.root
     removed = removed_modules(trained, training_only).keys()
     reached: set[str] = set()
-    for role, programs in captured.items():
-        for size, root in programs.roots.items():
-            weights = {name.removeprefix(NETWORK_PREFIX) for name in root.tensors}
-            if leaking := sorted(name for name in weights if is_in(name, *training_only)):
-                raise CertificateError(
-                    f"the output still depends on training-only weights, for {size}: "
-                    f"{shorten(leaking)}; a branch affects the main output"
-                )
-            if role == "trained" and (leaking := sorted(root.modules & removed)):
-                raise CertificateError(
-                    f"the output depends on operations of {shorten(leaking)}, for {size}: a removed part "
-                    "changes a value that is needed; keep it"
-                )
-            if root.sha256 != expected[size].sha256:
-                difference = describe_difference(root, expected[size], first_role)
-                problem = f"the {role} network is not the {first_role} one, for {size}"
-                raise CertificateError(f"{problem}: {difference}")
+    for role, capture in captured.items():
+        root = capture.root
+        if leaking := sorted(name for name in capture.needed if is_in(name, *training_only)):
+            raise CertificateError(
+                f"the output still depends on training-only weights: {shorten(leaking)}; a branch "
+                "affects the main output"
+            )
+        if role == "trained" and (leaking := sorted(root.modules & removed)):
+            raise CertificateError(
+                f"the output depends on operations of {shorten(leaking)}: a removed part changes a "
+                "value that is needed; keep it"
+            )
+        if root.sha256 != expected.sha256:
+            difference = describe_difference(root, expected, first_role)
+            raise CertificateError(
+                f"the {role} network is not the {first_role} one: {difference}"
+            )
         if role in ("trained", "detached"):
-            reached |= programs.needed
-    roots_of_all = Roots(
-        any_batch=expected[ANY_BATCH].sha256,
-        batch_of_one=expected[ONE_IMAGE].sha256,
-        num_operations=len(expected[ANY_BATCH].nodes),
-    )
-    return roots_of_all, reached
+            reached |= capture.needed
+    return Roots(any_batch=expected.sha256, num_operations=len(expected.nodes)), reached

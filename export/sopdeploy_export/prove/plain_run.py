@@ -128,8 +128,8 @@ def prove_plain_run(
                     raise CertificateError(
                         f"with {size} image{'s' * (size > 1)}, a plain run of the network does "
                         f"something else than its graph: the network runs {plain.first_other(captured)}, "
-                        f"the graph {captured.first_other(plain)}; its code must not ask whether it is "
-                        "exported, nor write outside of torch's operators"
+                        f"the graph {captured.first_other(plain)}; its code must depend on neither the "
+                        "batch size nor being exported, nor write outside of torch's operators"
                     )
                 if size == repeated:
                     check_repeated(first, plain)

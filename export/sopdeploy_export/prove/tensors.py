@@ -18,10 +18,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import (
-    ANY_BATCH,
     NETWORK_PREFIX,
+    Capture,
     Captures,
-    Programs,
     export_program,
     functionalize,
 )
@@ -155,19 +154,19 @@ def randomized(network: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def prove_values_unread(
-    network: nn.Module, parts: Sequence[str], captures: Captures, programs: Programs
+    network: nn.Module, parts: Sequence[str], captures: Captures, capture: Capture
 ) -> None:
-    """Check that the graph of *network* is still that of *programs* while its *parts* have random values.
+    """Check that the graph of *network* is still that of *capture* while its *parts* have random values.
 
     Raises `CertificateError` if it is another one, and `LoweringError` if it cannot be
     captured.
     """
-    expected_root = programs.roots[ANY_BATCH]  # now, because a program refers to the tensors
+    expected_root = capture.root  # now, because a program refers to the tensors
     with randomized(network, parts) as removed:
         program = export_program(network, captures.preprocess, captures.batch)
         # None: cannot be hashed
         found = fingerprint(program)
-        expected = programs.fingerprints[0]
+        expected = capture.fingerprint
         hidden = [NETWORK_PREFIX + name for name in removed]
         if (
             found is not None

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, ConfigError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
@@ -39,7 +40,7 @@ from sopdeploy_export.capture.program import Captures
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import copy_network, tensors, with_contiguous_tensors
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.prove.copy import check_constants, prove_copy
+from sopdeploy_export.prove.copy import prove_copy
 from sopdeploy_export.prove.tensors import (
     check_removed_memory,
     needed_tensors,
@@ -73,9 +74,10 @@ class Admitted:
     removable: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def check_constants(self, builder: Callable[[], nn.Module] | None = None) -> None:
-        """Raise `LoweringError` as `prove.copy.check_constants` does; *builder* is called if it is needed."""
-        check_constants(self.captures.of(self.network), (self.given, self.network), builder)
+    @property
+    def program(self) -> ExportedProgram:
+        """Its program, as torch.export made it."""
+        return self.captures.of(self.network).traced
 
 
 def admit(
@@ -116,25 +118,24 @@ def admit(
     filled, written, warnings = check_first_runs(trial, preprocess, classes, "trained")
     on_step("checking the network, its graph")
     with prepared_in_place(given, logits_key, preprocess):
-        programs = prove_copy(
+        capture = prove_copy(
             given,
             copied,
             captures,
             classes,
             parts,
             with_features=options.with_features,
-            on_program=lambda size: on_step(f"checking the network, its graph, {size}"),
         )
     if filled is not None:
-        check_unchanged_by_run(filled, programs, captures.of(trial.network))
+        check_unchanged_by_run(filled, capture, captures.of(trial.network))
     if written:
-        check_unread(trial, written, preprocess, options.batch, programs)
+        check_unread(trial, written, preprocess, options.batch, capture)
     if created:
         unrun = with_contiguous_tensors(checked_copy(given, "trained", logits_key, parts))
         turn_into_attributes(unrun, created)
-        check_unchanged_by_run(created[0], captures.of(unrun), programs)
-    check_ends_in_logits(programs)
-    needed = needed_tensors(copied, programs.needed)
+        check_unchanged_by_run(created[0], captures.of(unrun), capture)
+    check_ends_in_logits(capture.program)
+    needed = needed_tensors(copied, capture.needed)
     if reached := sorted(name for name in needed if is_in(name, *parts)):
         raise CertificateError(
             f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
@@ -148,7 +149,7 @@ def admit(
         check_without(parts)
     undeclared = outermost_unneeded(copied, needed, parts)
     # The logits are the first output
-    logits, *_ = programs.any_batch.graph.output_node().args[0]
+    logits, *_ = capture.program.graph.output_node().args[0]
     return Admitted(
         given=given,
         network=copied,

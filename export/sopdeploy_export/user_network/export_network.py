@@ -14,15 +14,16 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
 from sopdeploy_export.admit.first_run import create_buffers
-from sopdeploy_export.admit.network import checked_copy, unwrap
-from sopdeploy_export.admit.state import check_torch_state
-from sopdeploy_export.capture.deployed import probe_pixels
+from sopdeploy_export.admit.network import unwrap_and_check
+from sopdeploy_export.admit.state import check_tensors, check_torch_state
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, probe_pixels
 from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import stored_hash
+from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.subject import Detachment, ExportSubject
 from sopdeploy_export.user_network.admission import Admitted, admit, check_labels, naming_oddity
 
@@ -110,20 +111,13 @@ def export_network(
         given = admitted.given
         copied = admitted.network
         parts = admitted.parts
-        checked_builder = None
+        build = None
         if (builder := plain or rebuild) is not None:
             # *rebuild* builds the training-only parts, too
             removed = () if plain is not None else parts
-
-            def check(built: nn.Module) -> None:
-                if not allow_constants:
-                    admitted.check_constants(lambda: built)
-
-            checked_builder = _checked_builder(
-                builder, given, logits_key, preprocess, removed, check
-            )
+            build = checked_builder(builder, given, logits_key, preprocess, removed)
         elif not allow_constants:
-            admitted.check_constants()
+            check_constants(admitted.program)
         class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
         description = {
             "network": class_name,
@@ -141,10 +135,11 @@ def export_network(
             network=copied,
             detachment=Detachment(
                 training_only=parts,
-                plain=checked_builder,
+                plain=build,
                 role="plain" if plain is not None else "rebuilt",
                 rename=rename or str,
                 written=admitted.written,
+                allow_constants=allow_constants,
             ),
             labels=tuple(labels),
             preprocess=preprocess,
@@ -183,36 +178,36 @@ def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
     return (f"{problem}; name it as training-only to prove its removal",)
 
 
-def _checked_builder(
+def checked_builder(
     plain: Callable[[], nn.Module],
     trained: nn.Module,
     logits_key: str | int | None,
     preprocess: Preprocess,
-    removed: tuple[str, ...],
-    check: Callable[[nn.Module], None],
+    removed: tuple[str, ...] = (),
 ) -> Callable[[], nn.Module]:
     """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
 
-    The builder raises `CertificateError` if this network shares memory with *trained*, and as
-    *check* does.
+    The builder raises `CertificateError` if this network shares memory with *trained*.
     """
 
     def addresses(network: nn.Module) -> set[int]:
         return {tensor.data_ptr() for tensor in tensors(network).values() if tensor.numel()}
 
     def build() -> nn.Module:
-        built = plain()
+        built = unwrap_and_check(plain(), "plain")
         check_torch_state()  # which the builder can change
-        copied = checked_copy(built, "plain", logits_key)  # raises unless *built* is a module
-        if addresses(unwrap(built)) & addresses(trained):  # *trained* is already unwrapped
+        if addresses(built) & addresses(trained):
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
-        check(built)
-        create_buffers(copied, preprocess)
+        check_tensors(built)
+        built.cpu().eval()
+        if logits_key is not None:
+            vars(built)[EXPORT_LOGITS] = logits_key
+        create_buffers(built, preprocess)
         if not removed:
-            return copied
-        return detach(copied, removed, probe_pixels(copied, preprocess))
+            return built
+        return detach(built, removed, probe_pixels(built, preprocess))
 
     return build
 

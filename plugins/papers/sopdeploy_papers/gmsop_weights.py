@@ -110,10 +110,12 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if not isinstance(file, DagNN):
         return None
     tensors = _rename_tensors(file)
+
     blocks = sum(
         name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors
     )
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
+
     config = {
         **_read_pooling_options(file),
         "blocks_per_stage": blocks,
@@ -121,7 +123,10 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "components": 1,
     }
     config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
+
     component = config["component"]
+
+    # The components of the mixture are separate layers in the file, but one tensor here.
     is_gated = "gating_w" in file.tensors
     if is_gated:
         config |= _read_gate_options(file, tensors)
@@ -139,6 +144,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         pooled_channels = widths[-1]  # of a component's last convolution
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
+
     triangles: dict[str, int] = {}
     if component == "sop":  # the head and the gate read triangle vectors
         head_names = [
@@ -147,6 +153,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         triangles = dict.fromkeys(head_names, pooled_channels)
         if is_gated:
             triangles |= dict.fromkeys(GATE_WEIGHTS.values(), config["gate_widths"][-1])
+
     return ConvertedWeights(
         project="GM-SOP",
         description=f"{_TITLES[is_gated, component]}, {blocks} blocks per stage, {widen} times as wide",
@@ -165,17 +172,20 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
     """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
     tensors: dict[str, Tensor] = {}
+
     for name, values in file.tensors.items():
         source, _, kind = name.rpartition("_")  # conv2_1a_bn_w: conv2_1a_bn and w
         is_norm = source.endswith("_bn")
         layer = source.removesuffix("_bn")
         norm = f"{layer}_bn"
+
         for pattern, our_names in RENAMES.items():
             if match := re.fullmatch(pattern, layer):
                 # conv2_1a is of layer1.0
                 numbers = [int(number) - 1 for number in match.groups()]
                 layer, norm = (our_name.format(*numbers) for our_name in our_names)
                 break
+
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
@@ -183,15 +193,15 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
             # Rounding may make it negative
             variance = (deviation.square() - EPS).clamp_min(0.0)
             tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
-        elif (
-            kind == "f"
-        ):  # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+        # of a convolution: (height, width, in, out), or (in, out) for a kernel of 1x1
+        elif kind == "f":
             kernel = values[None, None] if values.dim() == 2 else values
             tensors[f"{layer}.weight"] = kernel.permute(3, 2, 0, 1)
         elif kind in PARAMETERS:  # of a batch norm, or the bias of a convolution
             tensors[f"{norm if is_norm else layer}.{PARAMETERS[kind]}"] = values.reshape(-1)
         else:  # in no released file; it is reported as a tensor that the network does not have
             tensors[name] = values
+
     tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
     tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(start_dim=1)
     return tensors
@@ -207,6 +217,7 @@ def _find_catalog_name(is_gated: bool, component: str, blocks: int, widen: int) 
         name = "wrn36-2" if backbone == "wrn36-2" else f"{backbone}-64px"
     else:
         name = f"srsop-{backbone}"
+
     # no name with a backbone of None is in the catalog
     return name if name in CATALOG else None
 
@@ -219,6 +230,7 @@ def _read_preprocess(file: DagNN) -> Preprocess:
         raise WeightsError(
             f"{file.path}: has no meta.normalization.averageImage; save the network with meta"
         )
+
     side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
     mean = tuple(average.reshape(-1, 3).mean(axis=0) / 255.0)
     std = (PIXEL_DEVIATION / 255,) * 3
@@ -235,9 +247,11 @@ def _read_pooling_options(file: DagNN) -> FieldValues:
             raise WeightsError(
                 f"{file.path}: layer {name} has the type {layer.kind}, not supported"
             )
+
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return {"component": "gap"}
+
     # If the square roots differ, unpacking raises a ValueError, which the import converts to a
     # WeightsError.
     (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
@@ -251,6 +265,7 @@ def _read_gate_options(file: DagNN, tensors: dict[str, Tensor]) -> FieldValues:
     gates = sorted(
         name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name)
     )
+
     return {
         "components": len(tensors["gate.weight"]),  # which has a row for each
         "chosen": int(layer_number(file, "gating", "topk")),
@@ -271,6 +286,7 @@ def _check_expansion(path: Path) -> None:
     """
     # Bytes that may still follow
     allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
+
     with path.open("rb") as file:
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
         while len(tag := file.read(TAG.size)) == TAG.size:
@@ -278,6 +294,7 @@ def _check_expansion(path: Path) -> None:
             if element_type != COMPRESSED:
                 file.seek(size, os.SEEK_CUR)
                 continue
+
             decompressor = zlib.decompressobj()
             while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                 size -= len(block)
@@ -300,6 +317,7 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
             raise WeightsError(
                 f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7"
             )
+
     scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
     try:
         _check_expansion(path)
@@ -307,6 +325,7 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
     except Exception as error:  # scipy raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
+
     net = content.get("net", content)  # a file may hold the fields of `net` themselves
     try:  # a field may be missing or have another type
         tensors = {}
@@ -314,10 +333,12 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
             # TypeError for text
             values = np.asarray(record["value"]).astype(np.float64, casting="same_kind")
             tensors[record["name"]] = torch.from_numpy(values)
+
         layers = {
             record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
             for record in net["layers"]
         }
+
         checked = check_tensors(path, tensors)
         normalization = net.get("meta", {}).get("normalization", {})
         return DagNN(

@@ -53,6 +53,7 @@ def reproduce(
     if table == "list":
         return list(load_tables().values())
     printed = find_table(table)
+
     if dry_run:
         from sopdeploy_papers.reproduction.plan import plan
 
@@ -74,6 +75,7 @@ def reproduce(
         except TrainingStoppedError as stopped:
             stopped.message += " with the same command"  # it ends in "can be resumed"
             raise
+
     if failed := [row.printed.id for row in results.rows if row.failure]:
         raise TrainingError(
             f"{shorten(failed)}: cannot be trained; {results.page} shows why, and the other rows; repeat the "
@@ -90,9 +92,11 @@ def _print_tables(tables: list[PrintedTable]) -> None:
             errors = (row.top1, row.top5)
             figures = ("" if error is None else f"{table.shown(error):.2f}" for error in errors)
             rows.append((row.id, f"{row.name}{' (cited)' if row.cited else ''}", *figures))
+
         names = (f"top-1 {table.metric}", f"top-5 {table.metric}")
         print_table(("row", "printed as", *names), rows)
         out.print()
+
     out.print(
         "errors and accuracies in percent; no table has been run at the scale of its paper"
     )
@@ -107,6 +111,7 @@ def _print_plan(planned: "Reproduction") -> None:
     for row in planned.rows:
         time = f"{format_hours(row.gpu_hours)} per seed at paper scale"
         say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
+
     say(f"in total {format_hours(planned.gpu_hours)} for {planned.seeds} seeds at paper scale")
     if commands := [line for row in planned.rows for line in planned.commands(row)]:
         say("on several GPUs, start every command with torchrun, such as")
@@ -121,6 +126,7 @@ def _print_results(results: "Reproduction") -> None:
     print_table(table.columns, (map(str, row) for row in table.rows))
     say(*(f"{name}: {note}" for name, note in notes(results.rows)))
     say(*filter(None, (results.note, results.deviations, results.paper_scale)))
+
     names = "accuracies" if results.table.accuracy else "errors"
     unit = f"{names} in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

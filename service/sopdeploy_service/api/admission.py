@@ -21,12 +21,11 @@ from fastapi import Request, Response
 from starlette.types import Receive
 
 from sopdeploy.config import describe_problem
-from sopdeploy.images.formats import too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.signatures import FIRST_BYTES
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
-from sopdeploy_service.http.problems import bad_request
+from sopdeploy_service.http.problems import bad_request, body_too_large
 from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_json
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import Model
@@ -140,7 +139,7 @@ class AdmittedRequest:
         images: Images,
         *,
         features: bool = False,
-        may_keep: bool = False,
+        is_traffic: bool = False,
         explain: bool = False,
     ) -> list[Outcome]:
         """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
@@ -178,7 +177,7 @@ class AdmittedRequest:
                 self.deadline,
                 client=client,
                 features=features,
-                may_keep=may_keep,
+                is_traffic=is_traffic,
             )
 
         outcomes = await cancel_on_disconnect(work, self.request.receive)
@@ -386,7 +385,6 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     """Parse a JSON body, in a thread; raises `RejectedError` unless it is a valid `ClassifyRequest`."""
     body = parse_json(ClassifyRequest, raw, max_bytes)
-
     if body.image is not None:
         return Upload([decode_text(body.image, "image")])
 
@@ -451,7 +449,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         service.uploads.add(body, len(piece))
         context.bytes += len(piece)
         if context.bytes > limit:
-            raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+            raise body_too_large(context.headers, limit)
 
         if piece:
             pieces.append(piece)

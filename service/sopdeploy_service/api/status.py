@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
-from sopdeploy.config import StrictModel, parse_json
+from sopdeploy.config import StrictModel, count_parts, parse_json
 from sopdeploy.files import has_manifest
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy.names import as_utf8
@@ -46,6 +46,9 @@ class CertificateSummary(StrictModel):
 
 
 MAX_SHOWN_LABELS = 100
+MAX_CERTIFICATE_PARTS = (
+    200_000  # values; a larger one is not summarized: parsing holds up other requests
+)
 DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
 DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"
 
@@ -181,7 +184,10 @@ def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
     # Summarize the certificate.
     try:
-        certificate = parse_json(bundle.contents[CERTIFICATE])
+        content = bundle.contents[CERTIFICATE]
+        if count_parts(content) > MAX_CERTIFICATE_PARTS:
+            raise ValueError
+        certificate = parse_json(content)
         roots = certificate["roots"]
         copied = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = CertificateSummary(

@@ -97,7 +97,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         top_k = query.top_k or model.top_k
         is_report = query.reported is not None
         outcomes = await admitted.infer(
-            upload.images, may_keep=not is_report, explain=query.explain
+            upload.images, is_traffic=not is_report, explain=query.explain
         )
 
         if is_report and service.keep is not None:
@@ -119,7 +119,6 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
 def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` for parameters that do not apply to the network or the server."""
     model = admitted.model
-
     if query.threshold is not None and not model.decision.is_multi_label:
         message = f"{model.name}: predicts one class per image; omit threshold"
         raise bad_request("no_thresholds", message)
@@ -131,7 +130,6 @@ def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
     model = admitted.model
-
     if admitted.service.keep is None:
         raise bad_request(
             "not_keeping", "this server keeps no images; start it with keep, or omit reported"

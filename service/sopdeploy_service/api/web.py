@@ -17,7 +17,6 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-import orjson
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
@@ -126,7 +125,7 @@ def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
 async def _show_page(page: Page, request: Request) -> Response:
     """Return *page* with the formats that the server accepts, or redirect from `root_path` to its `/`."""
     root = request.scope["root_path"]
-    if root and request.scope["raw_path"] == root.encode():
+    if root and request.scope.get("raw_path") == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it
     content = _fill(page, service_of(request).settings.formats)
     return Response(content, media_type="text/html", headers=page.headers)
@@ -141,15 +140,10 @@ def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
 
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
-    """Return the OpenAPI document, which is made at the first request."""
-    app = request.app
+    """Return the OpenAPI document, which FastAPI makes at the first request."""
     root = request.scope["root_path"]
-
-    if app.state.openapi is None:
-        document = {**app.openapi(), "servers": [{"url": root}]} if root else app.openapi()
-        app.state.openapi = orjson.dumps(document)
-
-    return Response(app.state.openapi, media_type="application/json")
+    document = request.app.openapi()
+    return json_response({**document, "servers": [{"url": root}]} if root else document)
 
 
 class SharedResponse(Response):
@@ -164,7 +158,6 @@ class SharedResponse(Response):
             end = begin + PIECE_BYTES
             piece = bytes(self.body[begin:end])
             is_last = end >= len(self.body)
-
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
 
@@ -219,10 +212,8 @@ async def examples(request: Request) -> Response:
 async def example(request: Request, number: int) -> Response:
     """Return the bytes of the example *number*, which cost a key as much as one image."""
     examples: list[Example] = request.app.state.examples
-
     if not 0 <= number < len(examples):
         raise HTTPException(404, "no such example")
-
     context: RequestContext = request.scope["state"]["context"]
     if context.rate_limit is not None:
         context.rate_limit.spend(1)

@@ -54,9 +54,8 @@ ERRORS = (
     ("decoder_failed", 500),
 )
 WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
-PIXEL_BYTES = (
-    20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
-)
+# that the decoder of an ordinary file needs at most, lossless WebP with a rotation
+PIXEL_BYTES = 20
 
 
 class ChildOptions(NamedTuple):
@@ -78,18 +77,22 @@ def read_rules(text: bytes) -> Preprocess:
 
 def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[bytes]:
     """Decode *image* by *rules*, or copy it if there are none; return the reply to *number* in parts."""
+    # Answer with the copy, or with the pixels and the warnings.
     try:
         if not rules:
             copy, suffix = copy_without_metadata(image, options.max_pixels)
             return [REPLY.pack(number, COPY, int(suffix == ".png"), len(copy)), copy]
+
         decoded = decode(
             image,
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
         )
+
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
+
         # One part wakes the server once
         return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]
     except ImageError as error:
@@ -97,6 +100,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         code = error.code
         status = error.status
         message = str(error)
+
         # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is
         # damaged.
         width, height = webp_size(image)
@@ -113,6 +117,8 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         code = "decoder_failed"
         status = 500
         message = "the decoder failed on this image"
+
+    # Answer with the error.
     kind = FIRST_ERROR + ERRORS.index((code, status))
     data = message.encode()[:MAX_MESSAGE]
     return [REPLY.pack(number, kind, 0, len(data)), data]
@@ -125,10 +131,12 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
         part = end.recv(count, socket.MSG_WAITALL)
         if not part:
             raise BrokenPipeError
+
         # The timeout of the socket limits each wait; *deadline* limits a sender of one byte at
         # a time.
         if time.monotonic() > deadline:
             raise TimeoutError
+
         parts.append(part)
         count -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -137,12 +145,16 @@ def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes
 def restrict(options: ChildOptions) -> str:
     """Limit this process until it ends; return the names of the restrictions."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(FileNotFoundError):  # only Linux has this file
+
+    # The limit counts addresses: also those of shared memory, of stacks and of pages that are
+    # only read. Only Linux has this file.
+    with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/self/status").read_text().splitlines()
-        used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
-        # Soft and hard limit
-        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
+        used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
+        limit = used + options.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.nice(options.niceness)
+
     # A light child decodes all the time, and keeps its memory for the next image. One for large
     # images is mostly idle, and would occupy memory for nothing.
     if options.is_light:
@@ -153,6 +165,7 @@ def restrict(options: ChildOptions) -> str:
 
 def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
     """Restrict this process, tell the server at *end* whether this succeeded, and serve it until it ends."""
+    # Tell the server whether the restrictions are in force.
     try:
         try:
             kind = READY
@@ -160,17 +173,21 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
         except OSError as error:
             kind = FAILED
             text = str(error.strerror).encode()
+
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
+
         # After FAILED, a server that requires a sandbox closes its end; others use this child
         # without one.
         while True:
             number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
             rules = receive(end, rules_size)
             image = receive(end, size)
+
             # SIGPROF ends this process; with 0 seconds there is no timer.
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             reply = answer(number, rules, image, options)
             signal.setitimer(signal.ITIMER_PROF, 0)
+
             del image  # frees it before the reply is sent
             for part in reply:
                 end.sendall(part)
@@ -186,10 +203,14 @@ def run_template(control: socket.socket) -> None:
     children: set[int] = set()
     ended: dict[int, int] = {}  # exit codes of children that ended by themselves
     while True:
+        # Wait for a message; without one, the server has ended.
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             break
+
         request = json.loads(message)
+
+        # Fork or kill a child.
         if descriptors:  # *request* are the options of a child to fork
             code = 0
             try:
@@ -197,6 +218,7 @@ def run_template(control: socket.socket) -> None:
             except OSError as error:
                 control.sendall(templates.REPLY.pack(0, error.errno or 0))
                 continue
+
             children.add(process)
             ended.pop(process, None)  # of an earlier child with this id
         else:  # *request* is the id of a child to kill
@@ -206,6 +228,7 @@ def run_template(control: socket.socket) -> None:
                 if process in children
                 else ended.pop(process, UNKNOWN_CODE)
             )
+
         # Forget the children that ended by themselves. The system gives the id of a process to
         # another one only after `waitpid` has returned it, so an id in *children* is always
         # that of a child.
@@ -214,7 +237,9 @@ def run_template(control: socket.socket) -> None:
             if waited == child:
                 children.discard(child)
                 ended[child] = os.waitstatus_to_exitcode(status)
+
         control.sendall(templates.REPLY.pack(process, code))
+
     for process in list(children):
         _kill(children, process)
 
@@ -222,6 +247,7 @@ def run_template(control: socket.socket) -> None:
 def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int:
     """Fork a child, which alone keeps the socket *descriptor*; return its id, or raise `OSError`."""
     template = os.getpid()
+
     try:
         process = os.fork()
         if process == 0:  # this is the child

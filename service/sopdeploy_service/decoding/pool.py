@@ -92,8 +92,10 @@ def exit_reason(code: int) -> str:
         return UNKNOWN
     if code >= 0:
         return EXIT
+
     if -code == signal.SIGPROF:  # after the CPU time of its options
         return TIME
+
     try:
         return signal.Signals(-code).name
     except ValueError:  # a real-time signal
@@ -113,6 +115,7 @@ class DecoderTemplate(TemplateProcess):
         message = "the decoder processes do not start"
         with theirs, ExitStack() as unless_forked:
             unless_forked.enter_context(ours)
+
             try:
                 process, code = self.ask(
                     json.dumps(options._asdict()).encode(), theirs.fileno()
@@ -123,10 +126,12 @@ class DecoderTemplate(TemplateProcess):
                 raise RuntimeUnavailableError(
                     f"{message} ({error.strerror}); check the limits of this system"
                 ) from error
+
             if process == 0:
                 raise RuntimeUnavailableError(
                     f"{message} ({os.strerror(code)}); allow more processes"
                 )
+
             unless_forked.pop_all()
         return ours, process
 
@@ -140,6 +145,7 @@ class DecoderTemplate(TemplateProcess):
         """Run the program; log what it writes to standard error."""
         path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
         code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
+
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -156,9 +162,12 @@ class DecoderTemplate(TemplateProcess):
             },  # no secrets, and no threads: a fork would lose them
             pass_fds=[file],
             cwd="/",
-            # Ctrl-C ends only the server, which decodes until it has drained
-            start_new_session=True,
+            # Ctrl-C ends only the server, which decodes until it has drained. If the server ends
+            # while the template is stopped, the system ends this group, as it has no parent in
+            # the session any more (setpgid(2)).
+            process_group=0,
         )
+
         threading.Thread(
             target=_log_stderr, args=(process,), name="stderr", daemon=True
         ).start()
@@ -205,10 +214,11 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._seconds = seconds
         self._on_idle = on_idle
         self._on_end = on_end
+
         self.process = self._number = 0  # id of the child; number of the last request
-        self._transport: asyncio.Transport | None = (
-            None  # None: there is no child, or it has to be replaced
-        )
+        # None: there is no child, or it has to be replaced
+        self._transport: asyncio.Transport | None = None
+
         self._reason = ""  # for which the child has to be replaced, if not for its exit code
         self._request: Request | None = None
         self._header = memoryview(bytearray(child.REPLY.size))
@@ -227,6 +237,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     def run(self, request: Request) -> None:
         """Run *request*; if the child has ended or sent more than its reply, start another one first."""
+        # See whether the idle child has ended, or has sent what nobody asked for.
         if self._transport is not None:
             try:
                 unexpected = self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -236,9 +247,11 @@ class DecoderProcess(asyncio.BufferedProtocol):
                 self._end_child()
             else:  # nothing: the child has ended
                 self._end_child(WRONG_REPLY if unexpected else "")
+
         request.began = time.monotonic()
         self._request = request
         self._started = request.began
+
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace_child(sends=True))
         else:
@@ -261,6 +274,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._number += 1
         sizes = (len(request.rules), len(request.image))
         header = child.REQUEST.pack(self._number, *sizes, request.seconds)
+
         transport.write(header + request.rules)
         transport.write(request.image)
         self._timer = self._loop.call_later(self._seconds, self._end_child, TIME)
@@ -271,26 +285,34 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Check a header that is complete; pass on a reply that is complete."""
+        # Collect the bytes until the header, or the data that it announces, is complete.
         request = self._request
         if request is None:
             self._end_child(WRONG_REPLY)
             return
+
         self._unfilled = self._unfilled[nbytes:]
         if self._unfilled:
             return
         number, kind, bits, size = child.REPLY.unpack(self._header)
+
+        # Check the header, and make room for its data.
         if self._data is None:  # the header is complete
             is_known = kind == request.expected_kind or kind in ERROR_KINDS
             sizes = (
                 request.sizes if kind == request.expected_kind else range(child.MAX_MESSAGE + 1)
             )
+
             if number != self._number or not is_known or size not in sizes:
                 self._end_child(WRONG_REPLY)
                 return
+
             self._data = np.empty(size, np.uint8)
             self._unfilled = self._data.data
             if size:
                 return
+
+        # Pass on the reply, and wait for the header of the next one.
         request.settle(Reply(kind, bits, self._data))
         self._data = None
         self._unfilled = self._header
@@ -311,12 +333,14 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._transport.abort()
         self._transport = None
         self._reason = reason
+
         if self._request is not None:  # otherwise, the next request replaces the child
             self._timer.cancel()
             self._replacing = self._loop.create_task(self._replace_child(sends=False))
 
     async def _replace_child(self, *, sends: bool) -> None:
         """Start another child, which gets the request if *sends* is true; otherwise the request fails."""
+        # Find out why the child has ended, and start another one.
         reason = UNKNOWN  # stays if there is no child: the last call could not start one
         try:
             if self.process:
@@ -326,10 +350,13 @@ class DecoderProcess(asyncio.BufferedProtocol):
                 self._on_end(reason)
                 if reason != TIME:
                     log.warning("a decoder process has ended (%s) and is replaced", reason)
+
             await self.start()
         except Exception as error:  # the next image tries again
             is_bug = not isinstance(error, SopdeployError | OSError)
             log.error("a decoder process is not replaced: %s", error, exc_info=is_bug)
+
+        # Give the request to the new child, or tell why it was not answered.
         request = self._request
         if request is None:  # closed
             self._end_child()
@@ -350,6 +377,8 @@ class DecoderProcess(asyncio.BufferedProtocol):
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds
             end.settimeout(START_SECONDS)
+
+            # Wait for the first reply, which lists the restrictions.
             try:
                 deadline = time.monotonic() + START_SECONDS
                 _, kind, _, size = child.REPLY.unpack(
@@ -361,9 +390,11 @@ class DecoderProcess(asyncio.BufferedProtocol):
             except OSError as error:
                 message = "a decoder process does not start; see the message above"
                 raise RuntimeUnavailableError(message) from error
+
             if kind != child.READY and self._options.sandbox == "required":
                 raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
             stack.pop_all()
+
         end.setblocking(False)
         self.process = process
         return end, text if kind == child.READY else f"no sandbox ({text})"

@@ -71,16 +71,23 @@ SET_NAME = 15
 SET_VMA = 0x53564D41
 
 
-def argument_rules(process: int) -> tuple[AllowedValues, ...]:
-    """List the system calls that *process* may use with certain arguments only."""
+def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
+    """List the system calls that *process* may use with certain arguments only; with *threads*, or without.
+
+    No value of `clone` starts a process.
+    """
     return (
+        AllowedValues(
+            "clone",
+            (56, 220),
+            argument=0,
+            mask=THREAD | NAMESPACES,
+            values=(THREAD,) if threads else (),
+        ),
         AllowedValues(
             "mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)
         ),  # no programs in memory
         AllowedValues("mprotect", (10, 226), argument=2, mask=EXECUTABLE, values=(0,)),
-        AllowedValues(
-            "clone", (56, 220), argument=0, mask=THREAD | NAMESPACES, values=(THREAD,)
-        ),  # no fork
         AllowedValues(
             "newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)
         ),
@@ -138,12 +145,15 @@ def preload() -> None:
             importlib.import_module(name)
 
 
-def build_filter(machine: str, process: int) -> bytes:
+def build_filter(machine: str, process: int, *, threads: bool) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
+
+    Only with *threads* can the process start some.
 
     An instruction is (operation, instructions to skip if a comparison holds, to skip if not,
     operand).
     """
+    # Kill a process of another architecture: its numbers mean other calls.
     column, architecture = ARCHITECTURES[machine]
     deny = FAIL | errno.EPERM
     code = [
@@ -152,41 +162,52 @@ def build_filter(machine: str, process: int) -> bytes:
         (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER_AT),
     ]
+
+    # Allow the calls in the table.
     for numbers in ALLOWED.values():
         code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
-    for rule in argument_rules(process):
+
+    # Allow others with certain arguments only.
+    for rule in argument_rules(process, threads=threads):
         offset = ARGUMENTS_AT + 8 * rule.argument  # the low four of the eight bytes come first
         check = [(LOAD, 0, 0, offset), (AND, 0, 0, rule.mask)]
         for value in rule.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
         check.append((RETURN, 0, 0, deny))
+
         # Other calls skip the check
-        code += [
-            (EQUAL, 0, len(check), rule.numbers[column]),
-            *check,
-        ]
+        code += [(EQUAL, 0, len(check), rule.numbers[column]), *check]
+
     # The C library then calls clone
-    code += [
-        (EQUAL, 0, 1, CLONE3),
-        (RETURN, 0, 0, FAIL | errno.ENOSYS),
-    ]
+    code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
+
+    # Deny all others.
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
 def enter() -> str:
-    """Restrict this process forever, or raise `OSError`; return the names of the restrictions."""
+    """Restrict this process forever, or raise `OSError`; return the names of the restrictions.
+
+    Call `preload` before.
+    """
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
         raise OSError(
             errno.ENOSYS,
             f"{platform.system()} on {machine} is not supported by the seccomp filter",
         )
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no_new_privs is not available")
+
+    # Deny files and TCP, then build the filter of system calls.
     version = _enter_landlock(libc)
-    code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
+    # libde265, which decodes HEIC, always works in another thread; no other decoder does.
+    instructions = build_filter(machine, os.getpid(), threads="HEIF" in Image.OPEN)
+    code = ctypes.create_string_buffer(instructions)
+
     # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
     # > 0: a thread has another filter
@@ -205,11 +226,14 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return 0
+
     # a later version also has the rights of earlier ones
     numbers = LANDLOCK[min(version, max(LANDLOCK))]
+
     # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of
     # the kind.
     rights = struct.pack("QQQ", *((1 << number) - 1 for number in numbers))
+
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock does not create a rule set")

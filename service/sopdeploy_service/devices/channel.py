@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,11 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import Bundle, labels_problem
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest
 from sopdeploy.bundle.sealed import create_memory, map_memory
+from sopdeploy.config import count_parts
+from sopdeploy.names import label_problem
 from sopdeploy_service.decoding.child import receive
 from sopdeploy_service.inference.model import Model, RuntimeFacts
 from sopdeploy_service.inference.results import HttpError
@@ -40,7 +43,6 @@ RUN = 1
 CANCEL = 2
 # flags
 FEATURES = 1
-FOR_DRIFT = 2
 # slot; images in the batch, or `FAILED`; seconds of queue and batch
 RESULT = struct.Struct("=IHdd")
 FAILED = 0  # in place of the images in the batch: the slot has the error
@@ -49,7 +51,9 @@ OPENING = struct.Struct("=IIII")
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
 MAX_SLOTS = 1 << 20
-MAX_MODELS_BYTES = 1 << 28
+# One bundle needs up to 40 MB: its manifest, labels, card and certificate; an ordinary one 50 kB.
+MAX_MODELS_BYTES = 1 << 26
+MAX_PARTS = 100_000  # values of the models without their files, about 40 each; or of a manifest
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
@@ -60,12 +64,12 @@ class ChannelError(Exception):
 
 
 class ModelFields(TypedDict):
-    """The values of `ModelFacts` in JSON."""
+    """The values of `ModelFacts` in JSON: of bytes, base64, in which nothing is a part of the JSON."""
 
     name: str
     path: str
     manifest: str
-    labels: Sequence[str]
+    labels: str
     contents: dict[str, str]
     runtime: tuple[str, str, int]
     timings: Sequence[tuple[int, float]]
@@ -89,25 +93,37 @@ class ModelFacts(NamedTuple):
         bundle = self.bundle
         return {
             "name": self.name,
-            "path": str(bundle.path),
-            "manifest": bundle.manifest.to_bytes().decode(),
-            "labels": bundle.labels,
-            "contents": {
-                name: data.decode("latin-1") for name, data in bundle.contents.items()
-            },
+            "path": _as_text(os.fsencode(bundle.path)),
+            "manifest": _as_text(bundle.manifest.to_bytes()),
+            "labels": _as_text("\n".join(bundle.labels).encode()),
+            "contents": {name: _as_text(data) for name, data in bundle.contents.items()},
             "runtime": self.runtime,
             "timings": self.timings,
         }
 
     @classmethod
     def from_fields(cls, fields: ModelFields) -> "ModelFacts":
-        """Convert what `to_fields` returned, after JSON."""
-        manifest = Manifest.from_bytes(fields["manifest"].encode())
-        contents = {name: text.encode("latin-1") for name, text in fields["contents"].items()}
-        path = Path(fields["path"])
-        labels = tuple(fields["labels"])
-        bundle = Bundle(path=path, manifest=manifest, labels=labels, contents=contents)
+        """Convert what `to_fields` returned, after JSON; any error for anything else."""
+        # Check the manifest and the labels as those of a bundle that is read from a disk.
+        manifest_bytes = b64decode(fields["manifest"])
+        check_parts(manifest_bytes)
+        manifest = Manifest.from_bytes(manifest_bytes)
+
+        labels = tuple(b64decode(fields["labels"]).decode().split("\n"))
+        if problem := label_problem(labels) or labels_problem(labels, manifest):
+            raise ChannelError(problem)
+
+        bundle = Bundle(
+            path=Path(os.fsdecode(b64decode(fields["path"]))),
+            manifest=manifest,
+            labels=labels,
+            contents={name: b64decode(text) for name, text in fields["contents"].items()},
+        )
         return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
+
+
+def _as_text(data: bytes) -> str:
+    return b64encode(data).decode()
 
 
 class Slots:
@@ -143,6 +159,7 @@ class Slots:
         """Copy the outputs with *shapes* by name, in the order in which `write_outputs` wrote them."""
         outputs = {}
         begin = 0
+
         for name, shape in shapes.items():
             end = begin + 4 * math.prod(shape)
             outputs[name] = self._memory[slot, begin:end].copy().view(np.float32).reshape(shape)
@@ -161,6 +178,7 @@ class Slots:
         """Read what `write_error` wrote; raises `ValueError` or `TypeError` for anything else."""
         (size,) = ERROR_SIZE.unpack(self._memory[slot, : ERROR_SIZE.size].tobytes())
         data = self._memory[slot, ERROR_SIZE.size : ERROR_SIZE.size + size].tobytes()
+
         error = HttpError(**json.loads(data))
         if not 400 <= error.status < 600:
             raise ValueError(f"status {error.status}")
@@ -191,27 +209,52 @@ def open_channel(
     """Create *num_slots* slots, and send their memory on the new *connection*.
 
     Each slot is large enough for an image of any of *models*. Returns the slots, and the
-    description of *models*, which the caller sends next.
+    description of *models*, which the caller sends next. Raises `OSError`, or `ChannelError` if
+    no front end would take the description.
     """
-    # a slot has outputs or an error
+    # A slot has outputs or an error, and pixels.
     output_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size
     pixel_bytes = 0
+
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
         output_bytes = max(output_bytes, needed_outputs)
         pixel_bytes = max(pixel_bytes, needed_pixels)
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
+
     described = json.dumps([model.to_fields() for model in models]).encode()
+    check_size(len(described))
+    check_parts(described)
+
+    # The opening has a few bytes, which a new connection takes at once.
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
+
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
-        # a few bytes, which a new connection takes at once
         socket.send_fds(connection, [opening], [file])
     except OSError:
         os.close(file)
         raise
+
     return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), described
+
+
+def check_size(size: int) -> None:
+    """Raise `ChannelError` for a description of *size* bytes that no front end reads."""
+    if size > MAX_MODELS_BYTES:
+        raise ChannelError(
+            f"the models need {size} bytes, more than {MAX_MODELS_BYTES}; serve fewer"
+        )
+
+
+def check_parts(document: bytes) -> None:
+    """Raise `ChannelError` for JSON that takes too long: a front end serves meanwhile, but waits for it."""
+    num_parts = count_parts(document)
+    if num_parts > MAX_PARTS:
+        raise ChannelError(
+            f"the models have {num_parts} values, more than {MAX_PARTS}; serve fewer"
+        )
 
 
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
@@ -220,22 +263,30 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`, and this or
     another error if it sends anything else.
     """
+    # The memory, and how long the description is.
     end = time.monotonic() + OPENING_SECONDS
     connection.settimeout(OPENING_SECONDS)
     opening, files, _, _ = socket.recv_fds(connection, OPENING.size, 1, socket.MSG_WAITALL)
+
     if len(opening) < OPENING.size or not files:
         for file in files:
             os.close(file)
         raise ConnectionResetError(errno.ECONNRESET, "the engine has ended")
+
     num_slots, output_bytes, pixel_bytes, size = OPENING.unpack(opening)
     memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))
-    if num_slots > MAX_SLOTS or size > MAX_MODELS_BYTES:
-        raise ValueError(f"{num_slots} slots, and models of {size} bytes")
-    models = [
-        ModelFacts.from_fields(fields) for fields in json.loads(receive(connection, size, end))
-    ]
+
+    if num_slots > MAX_SLOTS:
+        raise ChannelError(f"{num_slots} slots")
+
+    # The models.
+    check_size(size)
+    described = receive(connection, size, end)
+    check_parts(described)
+    models = [ModelFacts.from_fields(fields) for fields in json.loads(described)]
+
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)
         if needed_outputs > output_bytes or needed_pixels > pixel_bytes:
-            raise ValueError(f"{model.name} needs larger slots")
+            raise ChannelError(f"{model.name} needs larger slots")
     return models, Slots(memory, num_slots, output_bytes, pixel_bytes)

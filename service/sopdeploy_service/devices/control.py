@@ -51,9 +51,8 @@ BUFFER_BYTES = 1 << 16
 COUNTS = struct.Struct("=QI?H")  # of `Status`; whether it is ready; how many numbers follow
 NUMBER = struct.Struct("=I")
 ADMITTED_BYTES = 4096  # of the shared memory of admitted images
-METRICS_SECONDS = (
-    1.0  # a process that takes longer counts as down; the supervisor has twice the time
-)
+# a process that takes longer counts as down; the supervisor has twice the time
+METRICS_SECONDS = 1.0
 MAX_PAGE_BYTES = 1 << 20  # of the metrics of a process
 
 
@@ -88,10 +87,12 @@ class Status(NamedTuple):
         """Convert what `to_bytes` returned; raises `ValueError` for anything else."""
         if len(data) < COUNTS.size:
             raise ValueError("a status without counts")
+
         received, num_open, is_ready, num_numbers = COUNTS.unpack_from(data)
         end = COUNTS.size + NUMBER.size * num_numbers
         if len(data) < end:
             raise ValueError("a status without its numbers")
+
         has = frozenset(number for (number,) in NUMBER.iter_unpack(data[COUNTS.size : end]))
         bundles = data[end:].decode(errors="replace")
         printable = "".join(
@@ -128,6 +129,7 @@ def receive_message(control: socket.socket, num_files: int = 2) -> Message:
         data, files, flags, _ = socket.recv_fds(control, MAX_MESSAGE, num_files)
     except OSError:
         return Message(b"", b"", [])
+
     kind, _, rest = data.partition(b" ")
     if flags & socket.MSG_TRUNC:
         raise ValueError("a message is too long")
@@ -145,14 +147,13 @@ def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files:
 
 async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
-    # no free file, or a TimeoutError
-    with (
-        contextlib.ExitStack() as stack,
-        contextlib.suppress(OSError),
-    ):
+    # An OSError: no free file, or a TimeoutError.
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         ours, theirs = map(stack.enter_context, socket.socketpair())
+
         if control is None or not send_message(control, SEND_METRICS, b"", theirs.fileno()):
             return b""
+
         theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
         async with asyncio.timeout(METRICS_SECONDS):
@@ -162,6 +163,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
                 if len(page) > MAX_PAGE_BYTES:
                     return b""
             return page
+
     return b""  # no answer in time, or an error
 
 

@@ -60,12 +60,13 @@ class DeviceServer(DrainingServer):
     ) -> None:
         super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
+
         self._received = 0  # connections
         self._keys_number = 0  # of the keys that the supervisor has sent
         self._keeper = app.state.keeper
-        self._page: asyncio.Future[bytes] | None = (
-            None  # of metrics, which the supervisor will send
-        )
+
+        # of metrics, which the supervisor will send
+        self._page: asyncio.Future[bytes] | None = None
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._attaching: set[asyncio.Task[None]] = set()
@@ -87,17 +88,23 @@ class DeviceServer(DrainingServer):
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
         registry = self._service.registry
         message = control.receive_message(self._supervisor)
+
         if not message.kind:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
+
+        # Messages without files.
         if message.kind == control.RELOAD:
             self.reload_bundles()
         # it comes without a file if this process can open no more
         if message.kind == control.CLIENT:
             self._received += 1
+
         if message.kind == control.KEYS and len(message.files) == 2:
             self._use_keys(int(message.rest), *message.files)
             message.files.clear()
+
+        # Messages with a file each.
         for file in message.files:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
@@ -115,6 +122,7 @@ class DeviceServer(DrainingServer):
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
             else:
                 os.close(file)
+
         self._report()
 
     def _use_keys(self, number: int, keys: int, states: int) -> None:
@@ -128,6 +136,7 @@ class DeviceServer(DrainingServer):
     async def collect_metrics(self) -> bytes:
         """Return the page of the supervisor with the metrics of all processes; if it is late, the own one."""
         self._page = self._loop.create_future()
+
         control.send_message(self._supervisor, control.METRICS)
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * control.METRICS_SECONDS):
@@ -161,10 +170,12 @@ def main() -> int:
     config = wait_for_launch()
     end_with_parent(config.supervisor, signal.SIGTERM)
     supervisor = socket.socket(fileno=config.control)
+
     try:
         with configured_process(config.settings):
             if config.device is not None:
                 return run_device(config, supervisor)
+
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
             return serve_http(config, registry, supervisor, {})
     except SopdeployError as problem:
@@ -178,6 +189,7 @@ def main() -> int:
 
 def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     """Load the models, then serve HTTP or front ends; return the exit code."""
+    # Load the bundles.
     settings = config.settings
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
     STARTING.send(supervisor)
@@ -185,17 +197,23 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     registry = load_registry(
         config.sources, settings, on_progress=partial(STARTING.send, supervisor)
     )
+
+    # A device that is meant to be a GPU must be one.
     if settings.memory_budget is None:
         runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
     else:  # nothing is loaded yet
         runs_on_cpu = not may_use_gpu(settings)
+
     if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu:
         reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")
+
+    # Serve HTTP, or the front ends of an engine.
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
     for file in (config.shared, config.keys, config.limits):  # an engine serves no client
         os.close(file)
+
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
@@ -210,9 +228,11 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
         STARTING.send(supervisor)
         if not select.select([supervisor], [], [], BEAT_SECONDS)[0]:
             continue
+
         message = control.receive_message(supervisor)
         if not message.kind:
             raise SystemExit(0)
+
         if message.kind == control.CHANNEL and message.files:
             number, engine = control.parse_channel(message.rest)
             with suppress(ChannelError):  # without it, this process is replaced
@@ -220,6 +240,7 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
                 STARTING._replace(has=frozenset((number,))).send(supervisor)
                 return first
             continue
+
         for file in message.files:  # of a request for metrics
             os.close(file)
 
@@ -231,6 +252,7 @@ def serve_http(
     links: Mapping[Path, Path],
 ) -> int:
     """Serve *registry* on the supervisor's connections, in a share of the memory; return the exit code."""
+    # Create the app with the keys that the supervisor has read.
     settings = config.settings
     count = config.num_servers
     shared = memoryview(map_memory(config.shared))
@@ -240,15 +262,19 @@ def serve_http(
         keys=KeyRing(read_keys(config.keys), map_states(config.limits)),
         is_keeper=config.position == 0,
     )
+
+    # Share the memory, and the number of admitted images, with the other processes.
     service: Service = app.state.service
     service.share_admitted(shared[: control.ADMITTED_BYTES].cast("q")[:count], config.position)
     service.num_front_ends = config.front_ends
     service.uploads.budget = upload_budget(settings, count)
+
     # The supervisor, the other processes as far as they run, and processes like this one.
     at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
     if config.device is None:
         at_rest += sum(map(resident_bytes, config.others))
     service.decoders.budget = decode_budget(settings, at_rest, count)
+
     server = DeviceServer(app, settings, supervisor, config.sources, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()

@@ -65,17 +65,19 @@ class FrontEndChannel(asyncio.Protocol):
         self._models = models
         self._slots = slots
         self._opening = opening
+
         # For each model: the names of the outputs of an image, without and with features.
         self._names = [
             [tuple(shapes) for shapes in channel.output_shapes(model.bundle)]
             for model in models
         ]
+
         self._rest = b""  # of an incomplete record
-        self._num_cancellable = (
-            0  # images minus cancellations, of which there is at most one for each
-        )
+        # images minus cancellations, of which there is at most one for each
+        self._num_cancellable = 0
         self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None
+
         self._in_use = ExitStack()  # holds the models until the end of the channel
         for model in models:
             self._in_use.enter_context(engine.registry.use(model))
@@ -88,6 +90,7 @@ class FrontEndChannel(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Forget the images of the front end, which has ended or was cut off."""
         self.transport = None
+
         self._engine.front_ends.discard(self)
         for cancel in list(self.cancel_by_slot.values()):
             cancel()
@@ -99,6 +102,7 @@ class FrontEndChannel(asyncio.Protocol):
         data = self._rest + data
         whole = len(data) - len(data) % channel.REQUEST.size
         self._rest = data[whole:]
+
         try:
             for record in channel.REQUEST.iter_unpack(memoryview(data)[:whole]):
                 self._handle(*record)
@@ -116,29 +120,33 @@ class FrontEndChannel(asyncio.Protocol):
         self, kind: int, flags: int, model_number: int, slot: int, deadline: float
     ) -> None:
         """Run or cancel the image in *slot*; raises `ChannelError` for a record that no front end sends."""
+        # Check that it cancels no more images than it has sent.
         cancel = self.cancel_by_slot.get(slot)
         self._num_cancellable += 1 if kind == channel.RUN else -1
         if self._num_cancellable < 0:
             raise ChannelError("it cancels more images than it has sent")
+
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
                 # Nobody reads it; the front end reuses the slot
                 self._answer(slot, (), results.CLIENT_GONE)
             return
+
+        # Check the record.
         is_slot_in_use = cancel is not None
         if kind != channel.RUN or slot >= self._slots.count or is_slot_in_use:
             raise ChannelError(f"the record {kind} for slot {slot} is invalid")
         if model_number >= len(self._models) or not math.isfinite(deadline):
             raise ChannelError(f"model {model_number} with deadline {deadline} is invalid")
+
+        # Queue the image, whose pixels stay in the slot.
         model = self._models[model_number]
         features = bool(flags & channel.FEATURES)
         names = self._names[model_number][features]
         pixels = self._slots.pixels(slot, model.bundle.manifest.image_shape)
-        for_drift = bool(flags & channel.FOR_DRIFT)
-        image = QueuedImage(
-            pixels, deadline, partial(self._answer, slot, names), features, for_drift
-        )
+        image = QueuedImage(pixels, deadline, partial(self._answer, slot, names), features)
+
         self.cancel_by_slot[slot] = partial(model.queue.remove, image)
         model.queue.put(image)
 
@@ -146,7 +154,9 @@ class FrontEndChannel(asyncio.Protocol):
         """Write *result* into *slot*, and answer at the end of this turn of the loop, with others."""
         if self.transport is None:
             return
+
         del self.cancel_by_slot[slot]
+
         if isinstance(result, HttpError):
             self._slots.write_error(slot, result)
             answer = channel.RESULT.pack(slot, channel.FAILED, 0.0, 0.0)
@@ -156,6 +166,7 @@ class FrontEndChannel(asyncio.Protocol):
             answer = channel.RESULT.pack(
                 slot, result.batch_size, seconds["queue"], seconds["infer"]
             )
+
         if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
         self._answers += answer
@@ -164,6 +175,7 @@ class FrontEndChannel(asyncio.Protocol):
         """Send the answers unless the front end has gone; cut it off if it does not read."""
         answers = self._answers
         self._answers = bytearray()
+
         if self.transport is not None:
             self.transport.write(answers)
             if self.transport.get_write_buffer_size() > channel.MAX_UNSENT_BYTES:
@@ -191,6 +203,7 @@ class Engine:
         self._supervisor = supervisor
         self._sources = sources
         self._links = links
+
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloads = Joined(self._reload)
@@ -202,35 +215,44 @@ class Engine:
         This is 70 if a runtime is dead. SIGTERM has no effect: it may reach all processes of a
         server at once, and front ends complete their requests.
         """
+        # The supervisor ends this process; a signal of the terminal does not.
         loop = asyncio.get_running_loop()
         loop.set_default_executor(DaemonThreads())  # no work that hangs delays the exit
         if threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGTERM, lambda: None)
             loop.add_signal_handler(signal.SIGINT, lambda: None)
+
+        # Start the models, and serve until the supervisor leaves.
         await self.registry.start()
         loop.add_reader(self._supervisor, self._receive)
         if self._links:
             links = partial(read_links, self._links)
             start_task(self._tasks, follow(links, self._links, self._reloads.request))
+
         while self.registry.problem is None and not self._supervisor_left:
             self._report()
             await asyncio.sleep(BEAT_SECONDS)
+
         # Drain: the front ends complete their requests and leave.
         end = time.monotonic() + self._settings.drain_seconds + LAST_SECONDS
         while self.registry.problem is None and self.front_ends and time.monotonic() < end:
             self._report()
             await asyncio.sleep(BEAT_SECONDS)
+
         # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
         # Unless the death of the runtime has answered all images
         self.registry.close(results.DRAINING)
+
         await asyncio.sleep(0)  # `FrontEndChannel._flush`
         for front_end in self.front_ends:
             if front_end.transport is not None:
                 front_end.transport.close()  # after it has sent the last answers
+
         end = time.monotonic() + LAST_SECONDS
         while self.front_ends and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS / 10)
+
         if not is_dead:
             await self.registry.stop()
         return EXIT_RUNTIME_DEAD if is_dead else 0
@@ -248,8 +270,10 @@ class Engine:
         if not message.kind:
             asyncio.get_running_loop().remove_reader(self._supervisor)
             self._supervisor_left = True
+
         if message.kind == control.RELOAD:
             self._reloads.request()
+
         for file in message.files:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
@@ -263,15 +287,18 @@ class Engine:
         """Serve the front end *name* at the other end of channel *number* with the present models."""
         models = cast(Sequence[LocalModel], self.registry.models())
         facts = [ModelFacts.describe(model) for model in models]
+
         try:
             slots, described = channel.open_channel(
                 connection, facts, 2 * self._settings.queue_size
             )
-        except OSError as error:
+        except (OSError, ChannelError) as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
-                log.error("front end %s: has no channel (%s)", name, error.strerror)
+                reason = getattr(error, "strerror", None) or error
+                log.error("front end %s: has no channel (%s)", name, reason)
             return
+
         front_end = FrontEndChannel(name, self, models, slots, described, number)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)

@@ -87,12 +87,14 @@ class Child:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if (child := self._running.pop(ended[0], None)) is not None:
                     child._code = os.waitstatus_to_exitcode(ended[1])
+
         if self._code is None:
             try:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self._code = UNKNOWN_CODE
                 self._running.pop(self.pid, None)
+
         return self._code
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -176,6 +178,7 @@ class Process:
         self.control = control_socket
         self.bundles = None
         self.has = frozenset()
+
         self.sent = self.received = self.open = self.silent_beats = self.lacking_beats = 0
         self.expected.clear()
         self.tokens = TokenBucket(control.TOKENS_PER_SECOND, control.MAX_TOKENS, [0.0, 0.0])
@@ -186,6 +189,7 @@ class Process:
             raise ValueError(f"{status.received} of {self.sent} connections are received")
         if self.bundles is not None and status.bundles is None:
             raise ValueError("it starts for the second time")
+
         self.received, self.open, self.bundles, self.has = status
         self.silent_beats = 0
 
@@ -198,9 +202,13 @@ class Process:
         self.lacking_beats = self.lacking_beats + 1 if lacks else 0
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
             return "lacks a channel or keys"
+
+        # Choose how long a child may be silent: while it leaves, serves, starts, or does
+        # nothing.
         self.silent_beats += 1
         is_idle = self._is_idle()
         has_left = self.control is None
+
         if has_left:
             limit = LEAVE_SECONDS
             reason = "does not end"
@@ -210,9 +218,11 @@ class Process:
         else:
             limit = load_seconds + START_SECONDS
             reason = NOT_STARTED
+
         if is_idle:
             limit = IDLE_SECONDS
             reason = "hangs"
+
         return reason if self.silent_beats * BEAT_SECONDS > limit else ""
 
     def _is_idle(self) -> bool:
@@ -223,10 +233,12 @@ class Process:
         """
         if self.child is None or self.silent_beats < QUIET_BEATS:
             return False
+
         states, ticks = run_states(self.child.pid)
         if TRACED in states or self.silent_beats == QUIET_BEATS:
             self.silent_beats = QUIET_BEATS
             self.silent_ticks = ticks
+
         if self.control is None or not self.is_ready:
             return states == {STOPPED}
         return not BUSY & states and ticks == self.silent_ticks
@@ -244,11 +256,14 @@ def list_devices(settings: Settings) -> list[Process]:
     """List the processes of all devices; raises `ConfigError` for a device that this process cannot use."""
     devices = settings.devices or (ANY_DEVICE,)
     decoders = decoders_per_process(len(devices))
+
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = "engine" if device == ANY_DEVICE else device
         if devices.count(device) > 1:
             name = f"{device}-{position}"
+
+        # Change the settings for this process.
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
         # "auto" chooses CUDA wherever it is installed
         if device == "cpu" and settings.runtime == "auto":
@@ -256,6 +271,7 @@ def list_devices(settings: Settings) -> list[Process]:
         # "auto" would take all cores for one GPU
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
+
         variables = visible_devices(device) if device != ANY_DEVICE else {}
         processes.append(
             Process(name, variables, settings.model_copy(update=changed), device, position)
@@ -269,6 +285,7 @@ def list_front_ends(settings: Settings) -> list[Process]:
     changed: dict[str, object] = {"devices": (), "follow": False}
     if count and settings.decoders == "auto":
         changed["decoders"] = decoders_per_process(count)
+
     own = settings.model_copy(update=changed)
     return [
         Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)
@@ -283,10 +300,13 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     """
     if device == "cpu":
         return {VISIBLE: ""}
+
+    # Take the device from those that this process may use.
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
         # as CUDA does
         allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))
+
         is_position = device.isdecimal()  # in the list; anything else is the UUID of a GPU
         is_listed = int(device) < len(allowed) if is_position else device in allowed
         if not is_listed:
@@ -294,6 +314,7 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
                 f"devices: {device} is not among the {len(allowed)} GPUs of "
                 f"CUDA_VISIBLE_DEVICES={environment[VISIBLE]}; choose a position, from 0, or a listed UUID"
             )
+
         return {VISIBLE: allowed[int(device)] if is_position else device}
     order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
     return {VISIBLE: device, ORDER: order}

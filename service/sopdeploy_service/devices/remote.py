@@ -40,6 +40,7 @@ class EngineChannel(asyncio.Protocol):
         self.engine = engine
         self.number = number
         self._connection = connection
+
         try:
             self.models, self._slots = channel.receive_opening(connection)
         except Exception as error:  # whatever an engine sends, which is not trusted
@@ -48,9 +49,11 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = False  # until `open`, and after the end of the engine
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
+
         # For each model: the shapes of the outputs of an image by name, without and with
         # features.
         self._shapes = [channel.output_shapes(model.bundle) for model in self.models]
+
         # By slot: the future of the image that is there, and the shapes of its outputs.
         self._images: dict[
             int, tuple[asyncio.Future[ImageResult | HttpError], Mapping[str, tuple[int, ...]]]
@@ -93,21 +96,26 @@ class EngineChannel(asyncio.Protocol):
         deadline: float,
         *,
         features: bool,
-        for_drift: bool,
     ) -> ImageResult:
         """Run an image with the model *number*, as `Model.run` does."""
+        # Copy the pixels into a free slot.
         if not self._free_slots:
             raise RejectedError(results.SLOTS_FULL)
         slot = self._free_slots.pop()  # freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
+
+        # Send the record, and wait for the answer.
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
         timer = loop.call_at(deadline, settle, future, results.DEADLINE)
+
         shapes = self._shapes[number][features]
         image = self._images[slot] = future, shapes
         self.sent += 1
-        flags = channel.FEATURES * features + channel.FOR_DRIFT * for_drift
+
+        flags = channel.FEATURES * features
         self._send(channel.RUN, flags, number, slot, deadline)
+
         try:
             result = await future
         finally:
@@ -115,6 +123,7 @@ class EngineChannel(asyncio.Protocol):
             # no answer yet; the one that comes frees the slot
             if self._images.get(slot) is image:
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
+
         if isinstance(result, HttpError):
             raise RejectedError(result)
         return result
@@ -136,6 +145,7 @@ class EngineChannel(asyncio.Protocol):
         data = self._rest + data
         whole = len(data) - len(data) % channel.RESULT.size
         self._rest = data[whole:]
+
         try:
             for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(
                 memoryview(data)[:whole]
@@ -145,6 +155,7 @@ class EngineChannel(asyncio.Protocol):
                     settle(future, self._slots.read_error(slot))
                 else:
                     settle(future, self._read_result(slot, shapes, batch_size, queue, infer))
+
                 del self._images[slot]
                 self._free_slots.append(slot)
         except Exception as error:  # the engine is not trusted
@@ -193,14 +204,15 @@ class RemoteModel(Model):
         deadline: float,
         *,
         features: bool = False,
-        for_drift: bool = True,
     ) -> ImageResult:
         """Let the engine with the shortest queue run the image; note the time of its batch."""
         routes = [route for route in self.routes if route[0].is_open]
         if not routes:
             raise RejectedError(results.RUNTIME_DEAD)
+
         engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
-        ran = await engine.run(number, pixels, deadline, features=features, for_drift=for_drift)
+        ran = await engine.run(number, pixels, deadline, features=features)
+
         batch = ran.batch_size, ran.stage_seconds["infer"]
         if batch != self._last_batch:
             self._last_batch = batch
@@ -215,6 +227,7 @@ class RemoteRegistry(Registry):
         """Use the models at the other ends of *channels*, one for each engine."""
         self.metrics = Metrics()
         self._settings = settings
+
         # By name of the engine; the newest last.
         self._channels = {to_engine.engine: to_engine for to_engine in channels}
         self._by_name: dict[str, RemoteModel] = {}
@@ -256,6 +269,7 @@ class RemoteRegistry(Registry):
     def use(self, model: Model) -> Iterator[None]:
         """Keep the channels of *model* open during the block."""
         used = cast(RemoteModel, model)
+
         self._in_use.add(used)
         try:
             with super().use(model):
@@ -271,16 +285,19 @@ class RemoteRegistry(Registry):
 
     async def attach(self, engine: str, connection: socket.socket, number: int = 0) -> None:
         """Use channel *number* at *connection* to *engine*; close the earlier one after its last request."""
+        # Open the new channel, and use it from now on.
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection, number)
             except ChannelError as error:  # it is missing in the next reports
                 log.warning("no channel to engine %s", error)
                 return
+
             await new.open()
             old = self._channels.pop(engine, None)
             self._channels[engine] = new
             self._update_models()
+
         if old is not None:
             start_task(self._retiring, self._retire(old))
 
@@ -296,10 +313,12 @@ class RemoteRegistry(Registry):
         # by name and version
         routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}
         versions: dict[str, str] = {}  # by name
+
         for to_engine in self._channels.values():
             for number, facts in enumerate(to_engine.models):
                 version = versions[facts.name] = facts.bundle.manifest.id
                 routes.setdefault((facts.name, version), []).append((to_engine, number))
+
         self._by_name = {
             name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions
         }

@@ -65,6 +65,8 @@ from sopdeploy_service.server.lifetime import (
     USER_ERROR,
     Joined,
     follow,
+    lacks_room,
+    room_required,
     start_task,
     terminal_is_closed,
 )
@@ -73,6 +75,7 @@ from sopdeploy_service.settings import Settings
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
+HANGS_AT_START = f"{NOT_STARTED}; check the device and the disk"
 KEYS = "API keys"  # among the numbers that a process should report; no process has this name
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
@@ -87,7 +90,12 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("devices and front_ends: need Linux; remove these settings")
-    with logs.configured(settings), bind(settings.host, settings.port) as listener:
+
+    with (
+        room_required(),
+        logs.configured(settings),
+        bind(settings.host, settings.port) as listener,
+    ):
         devices = list_devices(settings)
         listener.setblocking(False)
         return asyncio.run(Supervisor(sources, settings, devices, listener).run())
@@ -100,6 +108,7 @@ def describe_refusal(root_path: str) -> bytes:
     page = f"{root_path}/errors#{reason.code}"
     problem = {"type": page, "title": title, "status": reason.status, "code": reason.code}
     body = json.dumps({**problem, "detail": reason.message}, separators=(",", ":")).encode()
+
     lines = (
         f"HTTP/1.1 {reason.status} {title}",
         "Content-Type: application/problem+json",
@@ -121,11 +130,13 @@ class SharedKeys:
                 "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
             )
             unless_written.callback(os.close, described)
+
             # At least one byte: nothing else can be mapped.
             limits = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
             unless_written.callback(os.close, limits)
             memory = memoryview(map_memory(os.dup(limits)))
             unless_written.pop_all()
+
         self.files = described, limits
         memory[: states.nbytes] = states.cast("B")
         self.ring = KeyRing(keys, memory.cast("d"))
@@ -169,18 +180,22 @@ class Supervisor:
         self._devices = devices
         self._listener = listener
         self._front_ends = list_front_ends(settings)
+
         self._stopping = asyncio.Event()
         self._announced = False
         self._error: SopdeployError | None = None  # which ends the command
         self._code = 0
         self._gave_up = False  # waiting for processes that do not end when they are killed
+
         self._reloads = Joined(self._reload)
         self._key_reloads = Joined(self._reload_keys)
         self._numbers = itertools.count(1)  # of channels and keys
         self._tasks: set[asyncio.Task[None]] = set()
+
         self._metrics = CollectorRegistry()  # of this process
         ProcessCollector(registry=self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
+
         self._refusals: set[asyncio.Task[None]] = set()
         self._template = ServerTemplate()
         self._starting = asyncio.Lock()
@@ -200,22 +215,29 @@ class Supervisor:
         with ExitStack() as stack:
             self._shared = create_memory("sopdeploy-shared", control.ADMITTED_BYTES)
             stack.callback(os.close, self._shared)
+
             # The same for every child, whenever it starts: the file may change.
             self._keys = SharedKeys(keys)
             stack.callback(lambda: self._keys.close())
             stack.callback(self._template.close)
             self._admitted = memoryview(map_memory(os.dup(self._shared))).cast("q")
+
+            # Reload on changes, and replace processes that cannot work.
             start_task(self._tasks, self._replace_failing())
             if self._settings.follow and self._settings.keys is not None:
                 identity = partial(file_identity, self._settings.keys)
                 start_task(self._tasks, follow(identity, None, self._key_reloads.request))
+
             if count := len(self._front_ends):
                 log.info(
                     "front ends", extra={"front_ends": count, "engines": len(self._devices)}
                 )
+
+            # Run the processes until the server stops.
             async with asyncio.TaskGroup() as group:
                 for process in (*self._devices, *self._front_ends):
                     group.create_task(self._supervise(process))
+
         if self._error is not None:
             raise self._error
         return self._code
@@ -223,9 +245,11 @@ class Supervisor:
     def _stop(self) -> None:
         """Let the processes that serve HTTP drain; a second call ends this. Engines end after them."""
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
+
         if not self._stopping.is_set():
             start_task(self._tasks, self._end_drain())
         self._stopping.set()
+
         self._template.abort()
         for process in self._servers:
             if process.child is not None:
@@ -236,6 +260,7 @@ class Supervisor:
         """End the engines, and the devices that are loading, unless a process still serves HTTP."""
         if any(server.is_running for server in self._servers):
             return
+
         for process in self._devices:
             self._close_control(process)  # this ends an engine, which ignores SIGTERM
             if not process.is_ready and process.child is not None:
@@ -259,14 +284,18 @@ class Supervisor:
         keys = await read_again(self._settings, self._keys.ring.keys)
         if keys == self._keys.ring.keys:
             return
+
+        # Send the new keys; a process that lacks them is replaced.
         async with self._starting:  # no process starts with the earlier ones
             try:
                 new = SharedKeys(keys, self._keys.ring)
             except OSError as error:
                 log.error("keys not reloaded, those in use stay: %s", error.strerror)
                 return
+
             self._keys.close()
             self._keys = new
+
             number = next(self._numbers)
             for process in self._servers:
                 process.expected[KEYS] = number
@@ -277,6 +306,7 @@ class Supervisor:
         """Start *process* whenever it has ended, until the server stops."""
         early_deaths = 0
         while not self._stopping.is_set():
+            # Start the process, and wait until it has ended.
             started = time.monotonic()
             code = None
             try:
@@ -287,24 +317,37 @@ class Supervisor:
                         log.error("%s: does not end", process.title)
                         break
                     await asyncio.sleep(BEAT_SECONDS)
+
                 end = f"exited with code {code}"
             except TimeoutError:  # of the template
                 end = NOT_STARTED
-                self._fail_start(process)
-            except OSError as error:  # too many processes or files, or too little memory
-                end = f"cannot start ({error.strerror or error})"
+                self._fail_start(process, HANGS_AT_START)
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # the template has ended, or there is no room
+                if not isinstance(error, OSError) and not lacks_room(error):
+                    raise
+                end = f"cannot start ({getattr(error, 'strerror', None) or error})"
+                self._fail_start(
+                    process, f"{end}; allow more processes and files, or choose fewer"
+                )
+
             self._close_control(process)
             process.expected.clear()
             for other in self._front_ends:  # its channels have ended with it
                 other.expected.pop(process.name, None)
             if process in self._servers:  # what it had admitted makes room
                 self._admitted[process.position] = 0
+
             if self._stopping.is_set():
                 break
             if code == USER_ERROR and not self._announced:  # another start would fail, too
                 self._code = USER_ERROR
                 self._stop()
                 break
+
+            # A process that ends soon after its start waits longer for the next one.
             early_deaths = (
                 early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
             )
@@ -317,10 +360,12 @@ class Supervisor:
 
     async def _start(self, process: Process) -> None:
         """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
+        # Describe the process for the template.
         others = [
             other for other in (*self._devices, *self._front_ends) if other is not process
         ]
         ids_of_others = [other.child.pid for other in others if other.child is not None]
+
         config = LaunchConfig(
             name=process.name,
             device=process.device,
@@ -333,16 +378,22 @@ class Supervisor:
             num_servers=len(self._servers),
             others=tuple(ids_of_others),
         )
+
+        # Start it, with its sockets and the memory that all processes share.
         ours, theirs = control.socket_pair()
         with theirs, ExitStack() as unless_started:
             unless_started.enter_context(ours)
             files = theirs.fileno(), self._shared, *self._keys.files
             process.child = await self._template.start(config, *files)
             unless_started.pop_all()
+
         if self._stopping.is_set():  # meanwhile
             process.child.kill()
+
+        # Listen to it, and connect it with the engines that are ready.
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
+
         if process.is_front_end:
             for engine in self._devices:
                 if engine.is_ready:
@@ -351,6 +402,7 @@ class Supervisor:
     def _connect(self, engine: Process, front_end: Process) -> None:
         """Send a new channel to *engine* and *front_end*, which report it when it is open."""
         number = front_end.expected[engine.name] = next(self._numbers)
+
         with contextlib.suppress(OSError):  # too many files: the channel is missing
             for end, process, other in zip(
                 socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
@@ -365,13 +417,18 @@ class Supervisor:
         Both ends of a channel have to report it. An engine lacks channels if no front end has
         one to it, a front end that starts if it has none to any engine.
         """
+        # An engine lacks its work if none of its channels to front ends is open.
         if process in self._devices and self._front_ends:
             connected = [one for one in self._front_ends if process.name in one.expected]
             return bool(connected) and all(
                 self._lacks_channel(one, process) for one in connected
             )
+
+        # A front end lacks it without a channel to any engine; a server, without the present
+        # keys.
         engines = [one for one in self._devices if one.name in process.expected]
         lacks_channel = [self._lacks_channel(process, engine) for engine in engines]
+
         if not process.is_ready:
             return bool(engines) and all(lacks_channel)
         number = process.expected.get(KEYS)
@@ -395,6 +452,7 @@ class Supervisor:
             self._loop.remove_reader(process.control)
             process.control.close()
             process.control = None
+
             process.silent_beats = 0
             self._resume_accepting()
 
@@ -407,10 +465,13 @@ class Supervisor:
             if not message.kind:  # the process drains or has ended
                 self._stop_sending(process)
                 return
+
             if message.kind not in self._messages_of(process):
                 raise ValueError(f"the message {message.kind[:20]!r} is not for it to send")
+
             if process.tokens is not None:
                 process.tokens.spend(control.COSTS[message.kind])
+
             self._handle(process, message)
         except ValueError as error:
             self._replace(process, str(error))
@@ -445,6 +506,7 @@ class Supervisor:
         for other in others if process is keeper else [process]:
             if self._settings.keep is None or not keeper.is_ready or not other.is_ready:
                 continue
+
             with contextlib.suppress(OSError):  # too many files: no photograph is kept
                 for end, receiver in zip(control.socket_pair(), (keeper, other), strict=True):
                     with end:
@@ -452,18 +514,23 @@ class Supervisor:
 
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
+        # Record it. A process that is ready now gets its channels.
         was_ready = process.is_ready
         process.record_status(status)
+
         if process.is_ready and not was_ready:
             log.info("%s: ready", process.title)
             if process in self._servers:
                 self._connect_keeper(process)
             else:
                 self._connect_front_ends(process)
+
+        # Open the port when all processes are ready.
         expected = (*self._devices, *self._front_ends)
         if not self._announced and all(other.is_ready for other in expected):
             self._announced = True
             self._listener.listen(MAX_PENDING)
+
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
                 sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
@@ -482,12 +549,14 @@ class Supervisor:
             is_last = all(
                 other.control is None for other in self._servers if other is not process
             )
+
             if is_last and self._stopping.is_set():
                 self._loop.remove_reader(self._listener)
                 for connection in accept_pending(self._listener):
                     with connection:
                         process.send(control.CLIENT, b"", connection.fileno())
                 self._listener.close()
+
         self._close_control(process)
 
     def _accept(self) -> None:
@@ -497,25 +566,31 @@ class Supervisor:
             for process in self._servers
             if process.is_ready and process.control is not None
         ]
+
         # One that lacks an engine answers fast, with 503; without any other, clients get that.
         able = [process for process in serving if not process.lacking_beats]
         accepting = [process for process in able or serving if process.accepts]
+
         # Pause until there is room again
         if len(self._refusals) >= SPARE or (serving and not accepting):
             self._loop.remove_reader(self._listener)
             return
+
+        # Accept the connection.
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):  # the client has gone
             return
-        except (
-            OSError
-        ):  # no free file: the connection still waits, so pause until the next report
+        except OSError:
+            # No free file: the connection still waits, so pause until the next report.
             self._loop.remove_reader(self._listener)
             return
+
         if not serving:
             start_task(self._refusals, self._refuse(connection))
             return
+
+        # Pass it on.
         with connection:
             # Among processes with as many open connections, in turn: the one with the fewest so
             # far.
@@ -528,6 +603,7 @@ class Supervisor:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
         refusal = Refusal(describe_refusal(self._settings.root_path))
         await self._loop.connect_accepted_socket(lambda: refusal, connection)
+
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
         refusal.transport.abort()
@@ -538,23 +614,25 @@ class Supervisor:
         seconds = load_seconds(self._settings)
         while True:
             await asyncio.sleep(BEAT_SECONDS)
+
             if self._stopping.is_set():
                 self._template.abort()  # also one that has just been started
+
             for process in (*self._devices, *self._front_ends):
                 if not process.is_running:
                     continue
+
                 lacks = not self._stopping.is_set() and self._lacks(process)
                 reason = process.count_beat(lacks=lacks, load_seconds=seconds)
                 if reason == NOT_STARTED:
-                    self._fail_start(process)
+                    self._fail_start(process, HANGS_AT_START)
                 if reason:
                     self._replace(process, reason)
 
-    def _fail_start(self, process: Process) -> None:
-        """End the server if it has never been ready and *process* does not start."""
+    def _fail_start(self, process: Process, problem: str) -> None:
+        """End the server with the *problem* of *process* if it has never been ready."""
         if not self._announced and not self._stopping.is_set():
-            message = f"{process.title}: it {NOT_STARTED}; check the device and the disk"
-            self._error = RuntimeUnavailableError(message)
+            self._error = RuntimeUnavailableError(f"{process.title}: it {problem}")
             self._stop()
 
     async def _end_drain(self) -> None:
@@ -563,6 +641,7 @@ class Supervisor:
         for process in (*self._devices, *self._front_ends):
             if process.is_running:
                 self._replace(process, "does not end")
+
         await asyncio.sleep(LINGER_SECONDS)
         self._gave_up = True
 
@@ -579,6 +658,7 @@ class Supervisor:
         processes = [*self._devices, *self._front_ends]
         # One that loads its models would not answer.
         sockets = [one.control if one.is_ready else None for one in processes]
+
         replies = await asyncio.gather(*map(control.request_metrics, sockets))
         pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
         return await asyncio.to_thread(

@@ -44,6 +44,7 @@ class ServerTemplate(templates.TemplateProcess):
             process, code = await asyncio.to_thread(self.ask, LAUNCH, described, *files)
         finally:
             os.close(described)
+
         if process == 0:
             raise OSError(code, os.strerror(code))
         return Child(process)
@@ -75,16 +76,20 @@ def wait_for_launch() -> LaunchConfig:
     gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
+        # Wait for a message; without one, the supervisor has ended.
         message, files, _, _ = socket.recv_fds(requests, len(LAUNCH), NUM_FILES)
         if not message:
             raise SystemExit(0)
+
         if _fork_orphan(requests):
             described, own, shared, keys, limits = files
             config = LaunchConfig.model_validate_json(read_memory(described))
             LIBC.prctl(SET_NAME, config.name.encode())  # as `ps -o comm` and `top` show it
             os.environ.update(config.variables)
+
             given = {"control": own, "shared": shared, "keys": keys, "limits": limits}
             return config.model_copy(update=given)
+
         for file in files:
             os.close(file)
 
@@ -94,12 +99,14 @@ def _fork_orphan(requests: socket.socket) -> bool:
 
     Returns whether this is the new process. *requests* gets the reply.
     """
+    # Fork twice; the process between ends at once, so that its child is an orphan.
     supervisor = os.getppid()
     between = 0
     try:
         if between := os.fork():
             os.waitpid(between, 0)
             return False
+
         between = os.getpid()
         if os.fork():
             os._exit(0)
@@ -108,12 +115,15 @@ def _fork_orphan(requests: socket.socket) -> bool:
         if os.getpid() == between:
             os._exit(1)
         return False
+
     while os.getppid() == between:
         time.sleep(0.001)
+
     # it has ended, or the system gives orphans to another process
     if os.getppid() != supervisor:
         requests.send(templates.REPLY.pack(0, errno.ENOSYS))
         os._exit(1)
+
     requests.send(templates.REPLY.pack(os.getpid(), 0))
     requests.close()
     return True

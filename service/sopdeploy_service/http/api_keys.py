@@ -185,7 +185,6 @@ class TokenBucket:
         the latter case it takes *work* instead, the tokens of what was done for the request.
         """
         tokens = self._fill()
-
         if num_images > self.burst:
             message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             raise RejectedError(HttpError("too_many_images", 400, message))
@@ -256,7 +255,6 @@ class KeyRing:
             if key.name in positions:
                 state = self._state_at(positions[key.name])
                 states[2 * number], states[2 * number + 1] = state[_TOKENS], state[_FILLED]
-
         return states
 
     def find(self, secret: bytes) -> tuple[Key, TokenBucket | None] | None:

@@ -140,7 +140,6 @@ class _Parts:
                 f"the form has more than {self.max_images} images, the limit of this server"
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
-
         self.images.append(content)
 
     def _add_text(self, name: str, content: bytes) -> None:

@@ -15,9 +15,8 @@ from typing import TypeAlias
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import KeyRing, TokenBucket
-from sopdeploy_service.http.problems import INTERNAL, respond_with_error
+from sopdeploy_service.http.problems import INTERNAL, body_too_large, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.origins import (
@@ -135,7 +134,7 @@ class RequestContextMiddleware:
             limit = self.service.settings.max_body_bytes
             announced = context.headers.get("content-length", "0")
             if int(announced) > limit:  # the server has checked that it is a number
-                raise RejectedError(HttpError.from_image_error(too_large_error(limit)))
+                raise body_too_large(context.headers, limit)
 
             for guard in self.guards:
                 guard(context)
@@ -154,7 +153,7 @@ class RequestContextMiddleware:
             self._record(context, scope["method"], route, status, seconds)
 
     def _add_context(self, scope: Scope) -> RequestContext:
-        """Add the context of a request to *scope*, and `root_path` to its path; return the context."""
+        """Add the context of a request to *scope*, with its prefix and path; return the context."""
         headers = join_headers(scope["headers"])
         if len(headers) < len(scope["headers"]):  # so that the routes read the same
             pairs = headers.items()
@@ -162,9 +161,14 @@ class RequestContextMiddleware:
                 (name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs
             ]
 
+        # The prefix is that of the setting or, without it, of the server or mount. The path has
+        # that of the server or mount; a proxy may have removed that of the setting.
         root = self.service.settings.root_path
-        path = without_prefix(scope["path"], root)
-        scope["root_path"], scope["path"] = root, root + path  # also if a proxy has removed it
+        given_root = scope.get("root_path", "")
+        path = without_prefix(without_prefix(scope["path"], given_root), root)
+        root = root or given_root
+        scope["root_path"] = root
+        scope["path"] = root + path
 
         peer = scope["client"][0] if scope.get("client") else ""
         context = RequestContext(request_id(headers), headers, path, peer)
@@ -297,6 +301,5 @@ class KeyGuard:
         accepted = self._keys.find(secret.encode("latin-1"))
         if accepted is None:
             raise RejectedError(NO_KEY)
-
         key, context.rate_limit = accepted
         context.key_name = key.name

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import Scope
 
 from sopdeploy.config import describe_problem
 from sopdeploy.http_api import Problem
+from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
@@ -21,6 +23,18 @@ PROBLEM_JSON = "application/problem+json"
 # classify.
 PATHS_OF_OTHERS = {"predict", "predictions", "invocations", "infer", "inference"}
 INTERNAL = HttpError("internal_error", 500, "internal error; the server log has the details")
+
+
+def body_too_large(headers: Mapping[str, str], limit: int) -> RejectedError:
+    """Create the error of a body of more than *limit* bytes, which a form or JSON has together."""
+    error = HttpError.from_image_error(too_large_error(limit))
+    content_type = headers.get("content-type", "").lower()
+    if content_type.startswith(("multipart/", "application/json")):
+        message = (
+            f"the images are together larger than {limit} bytes, the limit; send fewer at once"
+        )
+        error = replace(error, message=message)
+    return RejectedError(error)
 
 
 def bad_request(code: str, message: str) -> RejectedError:
@@ -65,7 +79,6 @@ def problem_response(
     else:
         body = orjson.dumps(describe_error(reason, root_path).model_dump())
         media_type = PROBLEM_JSON
-
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 

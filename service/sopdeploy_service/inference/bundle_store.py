@@ -31,7 +31,6 @@ log = logging.getLogger("sopdeploy.models")
 def _parse_source(source: str | Path) -> tuple[str, Path]:
     """Split *source* into a name, empty if it has none, and a path; raises `ConfigError`."""
     name, equals, text = str(source).partition("=")
-
     if not equals or Path(source).exists():  # a path may contain `=`
         return "", Path(source)
 
@@ -39,7 +38,6 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
         raise ConfigError(
             f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
         )
-
     return name, Path(text)
 
 
@@ -53,7 +51,6 @@ def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
         raise ConfigError(
             "no BUNDLE is a link; name one, such as bundles/live", setting="follow"
         )
-
     return target_of_link
 
 
@@ -75,51 +72,52 @@ def find_bundles(
     *projects*, if given, has for its name: clients of the server rely on the classes.
     """
     bundles: dict[str, Bundle] = {}
-    for given_name, source in map(_parse_source, sources):
+    for chosen_name, source in map(_parse_source, sources):
         # Every process then serves the same bundle, even if the link changes.
         path = note_meaning(source)
-        is_folder_of_bundles = not given_name and path.is_dir() and not has_manifest(path)
 
-        # A folder of bundles: each project has its name, and the log tells which are served.
-        if is_folder_of_bundles:
-            listed = list_bundles(
-                path, lambda folder, manifest: read(manifest.project, folder, manifest)
+        # In a folder of bundles, each project is a name.
+        if not chosen_name and path.is_dir() and not has_manifest(path):
+            for bundle in _read_projects(path, read):
+                _add(bundles, bundle.manifest.project, bundle)
+            continue
+
+        manifest = read_manifest(path)
+        name = chosen_name or manifest.project
+        if projects is not None and projects.get(name) != manifest.project:
+            present = projects.get(chosen_name, ", ".join(projects))
+            raise ConfigError(
+                f"{source}: leads to {manifest.name}, of another project than the served {present}; "
+                "start the server again to serve it"
             )
 
-            # None is served, or none is here
-            if all(bundle.why_not_served for bundle in listed):
-                none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-                raise BundleError(
-                    f"{path}: {listed[0].why_not_served if listed else none_here}"
-                )
-
-            for line, failed in describe_projects(listed):
-                log.log(logging.WARNING if failed else logging.INFO, line)
-
-            served = [bundle.bundle for bundle in listed if bundle.bundle is not None]
-            found = [(bundle.manifest.project, bundle) for bundle in served]
-        else:
-            # One bundle, under its own name or the one of its source.
-            manifest = read_manifest(path)
-            name = given_name or manifest.project
-
-            if projects is not None and projects.get(name) != manifest.project:
-                present = projects.get(given_name, ", ".join(projects))
-                raise ConfigError(
-                    f"{source}: leads to {manifest.name}, of another project than the served {present}; "
-                    "start the server again to serve it"
-                )
-
-            # The same bundle may be given twice, as by `bundles/*` with the link `latest`.
-            is_known = name in bundles and bundles[name].manifest.has_content_of(manifest)
-            found = [(name, bundles[name] if is_known else read(name, path, manifest))]
-
-        # Each name stands for one bundle.
-        for name, bundle in found:
-            other = bundles.setdefault(name, bundle)
-            if not other.manifest.has_content_of(bundle.manifest):
-                reason = f"the name {name} is already used by {other.path}"
-                raise ConfigError(
-                    f"{bundle.path}: {reason}; choose another one: NAME={bundle.path}"
-                )
+        # A bundle may come twice, as by `bundles/*` with the link `latest`, and is read once.
+        if name not in bundles or not bundles[name].manifest.has_content_of(manifest):
+            _add(bundles, name, read(name, path, manifest))
     return bundles
+
+
+def _read_projects(folder: Path, read: ReadNamed) -> list[Bundle]:
+    """Read the bundles that a *folder* of bundles serves, and log a line about each project."""
+    listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
+
+    if not listed:
+        raise BundleError(
+            f"{folder}: no bundle here or in a folder directly below; give the folder with a manifest.json"
+        )
+    if all(bundle.why_not_served for bundle in listed):
+        raise BundleError(f"{folder}: {listed[0].why_not_served}")
+
+    for line, failed in describe_projects(listed):
+        log.log(logging.WARNING if failed else logging.INFO, line)
+    return [bundle.bundle for bundle in listed if bundle.bundle is not None]
+
+
+def _add(bundles: dict[str, Bundle], name: str, bundle: Bundle) -> None:
+    """Add *bundle* under *name*; raises `ConfigError` if *bundles* has another one with this name."""
+    other = bundles.setdefault(name, bundle)
+    if not other.manifest.has_content_of(bundle.manifest):
+        raise ConfigError(
+            f"{bundle.path}: the name {name} is already used by {other.path}; "
+            f"choose another one: NAME={bundle.path}"
+        )

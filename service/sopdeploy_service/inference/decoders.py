@@ -29,6 +29,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from sopdeploy.errors import ImageError
@@ -136,7 +137,6 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
             light, decoders, large_memory // 10**6,
         )  # fmt: skip
-
     return Plan(light, large, large_memory)
 
 
@@ -155,7 +155,6 @@ def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
 
     if not cost.is_proportional:
         return seconds if length <= LIGHT_BODY else 0.0
-
     if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
         return 0.0
     return seconds + length * SECONDS_PER_BYTE
@@ -199,7 +198,6 @@ class SharedChildren:
         if group is not None and not self._make_room(request, group):
             request.settle(results.DECODERS_BUSY)
             return
-
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
@@ -226,7 +224,6 @@ class SharedChildren:
             if not self._groups[largest]:
                 del self._groups[largest]
             refused.settle(results.DECODERS_BUSY)
-
         return True
 
     def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
@@ -275,7 +272,6 @@ class Decoders:
         # bytes of memory of the children; None: what this process may use
         self.budget: int | None = None
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
-
         self._children: list[DecoderProcess] = []
         self._watching: asyncio.Task[None] | None = None
 
@@ -361,7 +357,6 @@ class Decoders:
         reply, seconds = await self._run_with_retries(
             image, preprocess, child.PIXELS, sizes, deadline, client
         )
-
         waited = max(0.0, time.monotonic() - started - seconds)
 
         # Read the warnings, which are bits of the reply.
@@ -398,83 +393,84 @@ class Decoders:
         unless a child of either kind has ended so before. Returns the reply, and the seconds
         that children had the image. Raises as `decode` does.
         """
-        # Estimate from the header what the image costs.
+        # Estimate from the header what the image costs; without one that tells it, it counts as
+        # one of the largest.
         rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
         seconds = light_seconds(len(image), cost, self._settings.max_pixels)
+        max_pixels = self._settings.max_pixels
+        pixels = max_pixels if cost is None else min(cost.pixels, max_pixels)
+        make_request = partial(Request, image, rules, kind, sizes)
         busy = 0.0
-
         num_crashes = 0  # of children, without the fault of the image
-        # A slow one, or one whose pixels are not known, counts as one of the largest.
-        pixels = (
-            self._settings.max_pixels
-            if cost is None
-            else min(cost.pixels, self._settings.max_pixels)
-        )
-
-        is_light = seconds > 0
         is_slow = False
 
-        while True:
-            # Queue the request for a child, with a timer for its deadline.
-            request = Request(
-                image, rules, kind, sizes, self._loop.create_future(), pixels, seconds
-            )
-            late = results.DEADLINE if is_light else results.DECODERS_BUSY
-            timer = (
-                self._loop.call_at(deadline, request.settle, late)
-                if deadline < math.inf
-                else None
-            )
-
-            if is_light:
-                self.light.put(request, None)
-            else:
-                self.large.put(request, None if client is None else (client, is_slow))
-
-            # Wait for the reply, or for the error of a child that ended.
-            try:
-                reply = await request.result
-            finally:
-                if timer is not None:
-                    timer.cancel()
-
+        # Run a light image in a light child. It goes on if the image was too much for the child,
+        # or if the child has ended; if it took too long, it counts as one of the largest.
+        if seconds > 0:
+            request = make_request(self._loop.create_future(), pixels, seconds)
+            reply = await self._run(request, self.light, None, deadline, results.DEADLINE)
             busy += request.busy_seconds()
-            if isinstance(reply, HttpError):
-                raise RejectedError(reply)
 
-            # A child ended: the image runs again in one for large images, unless the image or
-            # two ends are the reason.
-            if isinstance(reply, ChildEnded):
-                is_fault_of_image = reply.reason in {pool.TIME, pool.WRONG_REPLY}
-                num_crashes += not is_fault_of_image
-
-                if not is_light and is_fault_of_image:
-                    raise RejectedError(results.DAMAGED)
-
-                if not is_light and num_crashes > 1:
-                    # by the system or a user
-                    is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}
-                    raise RejectedError(
-                        results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
-                    )
-
-                # Then waits among slow images of its client
-                is_slow = is_light and is_fault_of_image
-                pixels = self._settings.max_pixels if is_slow else pixels
-            elif reply.kind == kind:
-                return reply, busy
+            if isinstance(reply, Reply):
+                error = error_of(reply)
+                if error is None:
+                    return reply, busy
+                if error.code != child.TOO_MUCH_MEMORY:
+                    raise error
+            elif is_fault_of_image(reply):
+                is_slow = True
+                pixels = max_pixels
             else:
-                # An error of the image is final, except that it needs more memory than a light
-                # child has.
-                code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
-                # Which a child for large images has
-                if not (is_light and code == child.TOO_MUCH_MEMORY):
-                    message = reply.data.tobytes().decode(errors="replace")
-                    raise ImageError(message, code=code, status=status)
+                num_crashes = 1
 
-            is_light = False
-            seconds = 0.0
+        # Run it in a child for large images: again if the child ends without the fault of the
+        # image, and no other has ended so before.
+        group = None if client is None else (client, is_slow)
+        while True:
+            request = make_request(self._loop.create_future(), pixels)
+            reply = await self._run(request, self.large, group, deadline, results.DECODERS_BUSY)
+            busy += request.busy_seconds()
+
+            if isinstance(reply, Reply):
+                error = error_of(reply)
+                if error is None:
+                    return reply, busy
+                raise error
+            if is_fault_of_image(reply):
+                raise RejectedError(results.DAMAGED)
+
+            num_crashes += 1
+            if num_crashes > 1:
+                # By the system or a user.
+                is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}
+                raise RejectedError(
+                    results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
+                )
+
+    async def _run(
+        self,
+        request: Request,
+        children: SharedChildren,
+        group: tuple[str, bool] | None,
+        deadline: float,
+        late: HttpError,
+    ) -> Reply | ChildEnded:
+        """Let one of *children* run *request* of *group*; raises `RejectedError`, after *deadline* with *late*."""
+        timer: asyncio.TimerHandle | None = None
+        if deadline < math.inf:
+            timer = self._loop.call_at(deadline, request.settle, late)
+
+        children.put(request, group)
+        try:
+            outcome: Reply | ChildEnded | HttpError = await request.result
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+        if isinstance(outcome, HttpError):
+            raise RejectedError(outcome)
+        return outcome
 
     async def _watch(self) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""
@@ -499,8 +495,20 @@ class Decoders:
                 with suppress(ProcessLookupError):
                     # Not by the template, which may be the one
                     os.kill(process, signal.SIGKILL)
-
             suspects = stopped
+
+
+def is_fault_of_image(end: ChildEnded) -> bool:
+    """Tell whether a child ended because of its image, not by the system or a user."""
+    return end.reason in {pool.TIME, pool.WRONG_REPLY}
+
+
+def error_of(reply: Reply) -> ImageError | None:
+    """Return the error of the image that *reply* has; None for one with data."""
+    if reply.kind < child.FIRST_ERROR:
+        return None
+    code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
+    return ImageError(reply.data.tobytes().decode(errors="replace"), code=code, status=status)
 
 
 @functools.lru_cache(maxsize=64)

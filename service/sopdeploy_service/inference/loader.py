@@ -150,14 +150,14 @@ def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime of *settings*, for `auto` the first one here, or raise `RuntimeUnavailableError`."""
-    # Choose the runtime: `auto` tries the ones of this project, those for GPUs first.
+    # Choose the runtime: `auto` takes the first one that is set up, those for GPUs before others.
     name: str = settings.runtime
     if name == "auto":
         own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
         reasons = (
             (other, own[other].reason_for_auto(bundle, settings)) for other in reversed(own)
         )
-        name, reason = next((other, found) for other, found in reasons if found is not None)
+        name, reason = next((other, text) for other, text in reasons if text is not None)
         log.info("%s: runtime %s: %s", bundle.name, name, reason)
 
     # Open it. `auto` does not fall back to the CPU.
@@ -255,17 +255,17 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
-    # Choose which probes run alone, and which in batches.
+    # Unless *thorough*, a probe runs once: the first one alone, the others in batches.
     size = min(max_batch, len(probes.images))
-    if thorough or size == 1:
-        # All of them alone and, unless *size* is 1, in batches.
-        probes_by_size = {1: probes, size: probes}
-    else:  # the first one alone, the others in batches
-        probes_by_size = {1: probes.select(slice(1)), size: probes.select(slice(1, None))}
+    alone = probes
+    in_batches = probes
+    if not thorough and size > 1:
+        alone = probes.select(slice(1))
+        in_batches = probes.select(slice(1, None))
 
-    replays = {
-        batch: replay(part, timed_run, batch=batch) for batch, part in probes_by_size.items()
-    }
+    replays = {1: replay(alone, timed_run, batch=1)}
+    if size > 1:
+        replays[size] = replay(in_batches, timed_run, batch=size)
 
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)

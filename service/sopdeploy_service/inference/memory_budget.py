@@ -83,7 +83,6 @@ class BudgetedRegistry(ModelRegistry):
     def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
         """Check *bundles* as `check_trust` does; raises `ConfigError` for one larger than the budget."""
         super().__init__({}, settings)
-
         self._budget = settings.memory_budget or 0  # not None: see `load_registry`
         # By name; the one used longest ago comes first.
         self._lazy_models: OrderedDict[str, LazyModel] = OrderedDict()
@@ -101,7 +100,6 @@ class BudgetedRegistry(ModelRegistry):
             placeholder = self._by_name[name] = LocalModel(
                 name, not_loaded, settings, self.metrics
             )
-
             self.metrics.model_memory.labels(name).set(0)
             self._lazy_models[name] = LazyModel(placeholder, size)
 
@@ -123,7 +121,6 @@ class BudgetedRegistry(ModelRegistry):
         Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
         """
         lazy = self._lazy_models[model.name]
-
         if lazy.loading is None:
             lazy.loading = asyncio.create_task(self._load(lazy))
         reason = await asyncio.shield(lazy.loading)  # another request may wait for it
@@ -150,28 +147,11 @@ class BudgetedRegistry(ModelRegistry):
         """
         name = lazy.placeholder.name
         try:
-            # Load the bundle, when there is room for it.
             async with self.changing:
                 if time.monotonic() < lazy.retry_at:
                     return lazy.load_error
-
                 await self._make_room(lazy.bytes)
-
-                reduced = lazy.placeholder.bundle  # without the graph
-                reading = daemon_threads.start(
-                    partial(read_files, reduced.path, reduced.manifest)
-                )
-                bundle = await finish_in_time(reading, reduced.path, self._settings)
-                loaded = await load_in_background(bundle, self._settings)
-
-                # Serve it, and count it.
-                model = self._by_name[name] = self._start_model(name, loaded)
-                # it has counted since the start of the server
-                model.drift = lazy.placeholder.drift
-                self.metrics.model_memory.labels(name).set(lazy.bytes)
-                self.metrics.model_loads.labels(name).inc()
-                log.info("%s: loaded", name)
-
+                await self._replace_placeholder(lazy)
             return None
         except RejectedError as error:
             return error.reason
@@ -188,6 +168,20 @@ class BudgetedRegistry(ModelRegistry):
             return lazy.load_error
         finally:
             lazy.loading = None
+
+    async def _replace_placeholder(self, lazy: LazyModel) -> None:
+        """Load the bundle of *lazy* and serve it; raises what the load raises."""
+        name = lazy.placeholder.name
+        reduced = lazy.placeholder.bundle  # without the graph
+        reading = daemon_threads.start(partial(read_files, reduced.path, reduced.manifest))
+        bundle = await finish_in_time(reading, reduced.path, self._settings)
+        loaded = await load_in_background(bundle, self._settings)
+
+        # Serve it, and count it.
+        self._by_name[name] = self._start_model(name, loaded)
+        self.metrics.model_memory.labels(name).set(lazy.bytes)
+        self.metrics.model_loads.labels(name).inc()
+        log.info("%s: loaded", name)
 
     async def _make_room(self, needed: int) -> None:
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
@@ -216,7 +210,6 @@ class BudgetedRegistry(ModelRegistry):
     async def _release(self, placeholder: LocalModel) -> None:
         """Stop the model that *placeholder* replaces; requests for it wait until it can be loaded again."""
         name = placeholder.name
-
         model = self._by_name[name]
         self._by_name[name] = placeholder
         await model.stop()

@@ -17,7 +17,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
 State: TypeAlias = Literal[
-    "ok", "draining", "decoders_stopped", "engine_starting", "runtime_dead"
+    "ok", "starting", "draining", "decoders_stopped", "engine_starting", "runtime_dead"
 ]
 
 NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
@@ -81,7 +81,6 @@ class LatencyTable:
 
         if large_enough := [size for size in self._seconds if size >= num_images]:
             return self._seconds[min(large_enough)]
-
         largest = max(self._seconds)
         return self._seconds[largest] * num_images / largest
 
@@ -146,13 +145,11 @@ class Model(ABC):
         deadline: float,
         *,
         features: bool = False,
-        for_drift: bool = True,
     ) -> ImageResult:
         """Run one image (H, W, 3) in a batch with others; its embedding is in the outputs with *features*.
 
-        *deadline* is a time of `time.monotonic`. An image that is not *for_drift* does not
-        count for the drift. Raises `RejectedError` for an image that fails, is late or cannot
-        run any more. Cancelling the call removes the image from the queue.
+        *deadline* is a time of `time.monotonic`. Raises `RejectedError` for an image that fails,
+        is late or cannot run any more. Cancelling the call removes the image from the queue.
         """
 
 
@@ -188,7 +185,6 @@ class Registry(ABC):
                 f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
             )
             raise RejectedError(HttpError("unknown_version", 404, message))
-
         return model
 
     @contextmanager

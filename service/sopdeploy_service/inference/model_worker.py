@@ -36,7 +36,7 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model import ImageResult, Model, RuntimeFacts, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
-from sopdeploy_service.observability.metrics import DriftWindow, Metrics
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OverlappingRuntime,
@@ -62,16 +62,14 @@ log = logging.getLogger("sopdeploy.inference")
 class QueuedImage:
     """One image (H, W, 3) uint8 and *deliver*, which gets its result on the event loop, at most once.
 
-    Times are those of `time.monotonic`. *features* requests the embedding. An image that is not
-    *for_drift* does not count for the drift. It *is_over* when it has its result, or when
-    nobody waits for one. *in_batch* says that the pixels are read until it is settled.
+    Times are those of `time.monotonic`. *features* requests the embedding. It *is_over* when it
+    has its result, or when nobody waits for one. *in_batch* says that the pixels are read until it is settled.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False)
     deadline: float
     deliver: Callable[[ImageResult | HttpError], None]
     features: bool = False
-    for_drift: bool = True
     arrived: float = field(default_factory=time.monotonic)
     is_over: bool = False
     in_batch: bool = False
@@ -191,13 +189,10 @@ class LocalModel(Model):
         manifest = loaded.bundle.manifest
         facts = RuntimeFacts(runtime.name, runtime.device, largest_batch(runtime, settings))
         super().__init__(name, loaded.bundle, facts, loaded.timings, settings)
-
         self._is_dead = False
 
-        # What requests meet: the queue, the drift, the metrics.
+        # What requests meet: the queue, the metrics.
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
-        reference = self.decision.reference
-        self.drift = None if reference is None else DriftWindow(reference, metrics, name)
         metrics.create_series(name, rejects=self.decision.rejection is not None)
         self._metrics = metrics
         self._timeout = settings.batch_timeout_seconds
@@ -232,13 +227,12 @@ class LocalModel(Model):
         deadline: float,
         *,
         features: bool = False,
-        for_drift: bool = True,
     ) -> ImageResult:
         """Queue the image, and wait until its batch has run."""
         # Queue the image, with a timer for its deadline.
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ImageResult | HttpError] = loop.create_future()
-        image = QueuedImage(pixels, deadline, partial(settle, future), features, for_drift)
+        image = QueuedImage(pixels, deadline, partial(settle, future), features)
         timer = loop.call_at(deadline, image.settle, results.DEADLINE)
         self.queue.put(image)
 
@@ -269,7 +263,6 @@ class LocalModel(Model):
 
             for batch in tuple(self._in_flight):
                 images += batch.images
-
             for image in images:
                 image.settle(reason)
 
@@ -297,7 +290,6 @@ class LocalModel(Model):
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         resumed = 0.0  # time of the end of the last pause; the seconds before do not count
-
         while not self._is_dead:
             # The thread sets the start of a batch before the batch becomes the oldest. So the
             # batch is read first: the start that is read next is not that of an earlier batch,
@@ -318,7 +310,6 @@ class LocalModel(Model):
             until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
             due = time.monotonic() + min(WATCH_SECONDS, until_hung)
             await asyncio.sleep(due - time.monotonic())
-
             if time.monotonic() > due + PAUSE_SECONDS:
                 resumed = time.monotonic()
 
@@ -391,7 +382,6 @@ class LocalModel(Model):
 
         # Before it begins: the watchdog must see a call that hangs
         self._in_flight.append(batch)
-
         if self._overlapping is not None:
             # `_run_images` tries again, and handles errors
             with contextlib.suppress(Exception):
@@ -430,9 +420,8 @@ class LocalModel(Model):
         ended: float,
     ) -> None:
         """Settle *images*, a batch, and count it, on the event loop while the thread runs the next batch."""
-        # Give each image its row of the outputs, and collect the logits for the drift.
+        # Give each image its row of the outputs.
         waited = [started - image.arrived for image in images]
-        logits: list[NDArray[np.float32]] = []  # that count for the drift
         for image, row, seconds in zip(images, rows, waited, strict=True):
             if isinstance(row, HttpError):
                 image.settle(row)
@@ -442,15 +431,9 @@ class LocalModel(Model):
                 ImageResult(row, {"queue": seconds, "infer": ended - started}, len(images))
             )
 
-            if image.for_drift:
-                logits.append(row[self.logits_name])
-
         # Count the batch, for the estimates of waiting times and for the metrics.
-        if self.drift is not None:
-            self.drift.add(logits)
         self.latency.record(len(images), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
-
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 

@@ -58,6 +58,12 @@ class RejectedError(Exception):
 
 Outcome: TypeAlias = Prediction | HttpError
 
+STARTING = HttpError(
+    "starting",
+    503,
+    "the server has not started; an app around this one has to run its lifespan",
+    1,
+)
 DRAINING = HttpError("draining", 503, "the server is shutting down; retry on another one", 1)
 RUNTIME_DEAD = HttpError(
     "runtime_dead", 503, "the model worker has stopped; the server is restarting", 5

@@ -6,6 +6,7 @@ requests.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -27,6 +28,7 @@ from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import DecodedImage, Decoders, upload_budget
+from sopdeploy_service.inference.drift import DriftMonitor
 from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (
     LoadedModel,
@@ -46,6 +48,9 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
+# An image that a new bundle runs for the drift waits so long for requests, in such steps.
+IDLE_SECONDS = 1.0
+IDLE_STEP = 0.02
 # A request none of whose images has another outcome is refused as a whole.
 UNANSWERED = {results.DEADLINE, results.DECODERS_BUSY}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
@@ -117,9 +122,6 @@ class ModelRegistry(Registry):
                 self._retire(self._by_name[name])
             self._by_name[name] = model
 
-            if model.drift is not None:
-                model.drift.publish()  # again: the replaced one has removed it
-
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
         try:
@@ -182,13 +184,7 @@ class ModelRegistry(Registry):
         return model
 
     def _retire(self, model: LocalModel) -> None:
-        """Stop *model*, which is not served any more, in the background when no request uses it.
-
-        Its last images do not count for the drift: an alarm about it would never end.
-        """
-        if model.drift is not None:
-            model.drift.remove()
-            model.drift = None
+        """Stop *model*, which is not served any more, in the background when no request uses it."""
         self._retiring[model] = asyncio.create_task(self._stop_when_unused(model))
 
     async def _stop_when_unused(self, model: LocalModel) -> None:
@@ -221,6 +217,7 @@ class Service:
         self.num_front_ends = 0  # set if the server has several processes
         # Set by the app if it keeps results; the text is a report.
         self.keep: KeepImage | None = None
+        self.drift = DriftMonitor(self.metrics, self._run_for_drift)
 
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         # The number of images without an outcome. A request that is not parsed yet counts as
@@ -233,16 +230,15 @@ class Service:
         # What is limited: the bytes of bodies, the children that decode.
         self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
-
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
 
-        # Draining until `start`, unless `drain` was called
-        self._draining = True
-        self._was_drained = False
+        self._is_started = False
+        self._draining = False
 
     async def make_metrics(self) -> bytes:
         """Return the page with the metrics of this process, which a thread makes."""
+        self.drift.keep_only(model.name for model in self.registry.models())
         return await asyncio.to_thread(generate_latest, self.metrics.registry)
 
     @property
@@ -267,7 +263,6 @@ class Service:
 
         others = [min(max(0, count), queue_size) for count in self._cells]
         others[self._position] = 0
-
         return self._admitted + min(
             sum(others), queue_size - math.ceil(queue_size / num_processes)
         )
@@ -283,11 +278,14 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, or why the server is not ready; `draining` also before `start`."""
+        """The health: `ok`, or why the server is not ready."""
         problem = self.registry.problem
 
-        if self._draining and problem != "runtime_dead":
-            return "draining"
+        if problem != "runtime_dead":
+            if self._draining:
+                return "draining"
+            if not self._is_started:
+                return "starting"
         if problem is not None:
             return problem
         return "decoders_stopped" if self.decoders.are_stopped else "ok"
@@ -296,11 +294,11 @@ class Service:
         """Start the threads and accept requests."""
         await self.registry.start()
         await self.decoders.start()
-        self._draining = self._was_drained  # perhaps by a signal during the start
+        self._is_started = True
 
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
-        self._draining = self._was_drained = True
+        self._draining = True
         if abort:
             self.registry.close(results.DRAINING)
 
@@ -317,6 +315,8 @@ class Service:
             raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(results.DRAINING)
+        if not self._is_started:
+            raise RejectedError(results.STARTING)
 
         self.check_queue(model, 1)
 
@@ -356,17 +356,16 @@ class Service:
         *,
         client: str = "",
         features: bool = False,
-        may_keep: bool = False,
-        for_drift: bool = True,
+        is_traffic: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding, *may_keep* allows to keep the images, and those that are not
-        *for_drift* do not count for the drift. Cancelling the call removes its images from the
-        queue; call `check_queue` before. Raises `RejectedError` if all images miss the deadline
-        or find too many others waiting for a decoder.
+        requests the embedding, and only images that are *traffic* may be kept and count for the
+        drift. Cancelling the call removes its images from the queue; call `check_queue` before.
+        Raises `RejectedError` if all images miss the deadline or find too many others waiting
+        for a decoder.
         """
         # Decode and run the images, each on its own. They count as admitted until they have
         # outcomes.
@@ -376,7 +375,6 @@ class Service:
             deadline,
             client=client,
             features=features,
-            for_drift=for_drift,
         )
 
         self.admitted += len(images)
@@ -396,9 +394,10 @@ class Service:
             raise RejectedError(unanswered[0])
 
         # Keep the images that clients have sent encoded, if the server keeps any.
-        if self.keep is not None and may_keep:
-            for image, outcome in zip(images, outcomes, strict=True):
-                if isinstance(outcome, Prediction) and isinstance(image, bytes):
+        for image, outcome in zip(images, outcomes, strict=True) if is_traffic else ():
+            if isinstance(outcome, Prediction):
+                self.drift.offer(model, image, outcome)
+                if self.keep is not None and isinstance(image, bytes):
                     self.keep(model, image, outcome, None)
         return outcomes
 
@@ -410,7 +409,6 @@ class Service:
         *,
         client: str,
         features: bool,
-        for_drift: bool,
     ) -> Outcome:
         """Decode *image*, unless it is pixels already, and run *model* on it."""
         try:
@@ -426,9 +424,7 @@ class Service:
                 decoded = DecodedImage(image, (), {})
 
             # Run the pixels in a batch with those of other requests.
-            ran = await model.run(
-                decoded.pixels, deadline, features=features, for_drift=for_drift
-            )
+            ran = await model.run(decoded.pixels, deadline, features=features)
             stages |= ran.stage_seconds
 
             return Prediction(ran.outputs, stages, decoded.pixels, decoded.warnings)
@@ -436,6 +432,28 @@ class Service:
             return HttpError.from_image_error(error)
         except RejectedError as error:
             return error.reason
+
+    async def _run_for_drift(
+        self, model: Model, pixels: NDArray[np.uint8]
+    ) -> NDArray[np.float32] | None:
+        """Run *pixels* (H, W, 3) when no request waits, or soon; None if *model* cannot run them."""
+        end = time.monotonic() + IDLE_SECONDS
+        await asyncio.sleep(IDLE_STEP)
+        while self.admitted and time.monotonic() < end:
+            await asyncio.sleep(IDLE_STEP)
+
+        try:
+            served = self.registry.find(model.name, model.version)
+            if self._draining or pixels.shape != served.bundle.manifest.image_shape:
+                return None
+            with self.registry.use(served):
+                ready = await self.registry.wait_until_loaded(served)
+                deadline = time.monotonic() + self.settings.request_timeout
+                outcomes = await self.infer(ready, pixels[None], deadline)
+        except RejectedError:
+            return None
+        [outcome] = outcomes
+        return outcome.outputs[model.logits_name] if isinstance(outcome, Prediction) else None
 
     async def explain(
         self, model: Model, images: Images, deadline: float, client: str = ""
@@ -450,7 +468,7 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, client=client, may_keep=True)
+            outcomes = await self.infer(model, images, deadline, client=client, is_traffic=True)
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
 
@@ -464,27 +482,29 @@ class Service:
         copies = np.concatenate(
             [occlude(prediction.pixels, rules) for prediction in predictions]
         )
-        outcomes_of_copies = await self.infer(model, copies, deadline, for_drift=False)
+        outcomes_of_copies = await self.infer(model, copies, deadline)
         seconds = time.monotonic() - started
 
-        # Give each prediction the logits of its copies, or the error of the first that failed.
-        first_copy = 0  # of the next image with a prediction
-        for number, outcome in enumerate(outcomes):
-            if isinstance(outcome, HttpError):
-                continue
-            of_copies = outcomes_of_copies[first_copy : first_copy + num_copies]
-            first_copy += num_copies
+        # Each prediction takes the outcomes of its copies, in order.
+        remaining = iter(outcomes_of_copies)
+        explained: list[Outcome] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Prediction):
+                of_copies = list(itertools.islice(remaining, num_copies))
+                outcome = _add_copies(outcome, of_copies, model.logits_name, seconds)
+            explained.append(outcome)
+        return explained
 
-            error = next((one for one in of_copies if isinstance(one, HttpError)), None)
-            if error is not None:
-                outcomes[number] = error
-                continue
 
-            logits = [
-                one.outputs[model.logits_name]
-                for one in of_copies
-                if isinstance(one, Prediction)
-            ]
-            stages = {**outcome.stage_seconds, "explain": seconds}
-            outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
-        return outcomes
+def _add_copies(
+    prediction: Prediction, copies: Sequence[Outcome], logits_name: str, seconds: float
+) -> Outcome:
+    """Add the logits of occluded *copies*, which took *seconds*; return the error of the first that failed."""
+    logits = []
+    for copy in copies:
+        if isinstance(copy, HttpError):
+            return copy
+        logits.append(copy.outputs[logits_name])
+
+    stages = {**prediction.stage_seconds, "explain": seconds}
+    return prediction._replace(stage_seconds=stages, occluded=np.array(logits))

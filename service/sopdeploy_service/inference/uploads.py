@@ -103,12 +103,10 @@ class Uploads:
 
             if largest is None:
                 raise RejectedError(UPLOADS_FULL)
-
             arriving.discard(largest)
             leaving.append(largest)
             sizes[largest.client] -= largest.num_bytes
             excess -= largest.num_bytes
-
         return leaving
 
     def _remove(self, body: Body) -> None:

@@ -15,10 +15,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import pydantic
-from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.config import (
     OtherVersionError,
@@ -33,8 +30,6 @@ from sopdeploy.names import DISTINCT_NAMES
 from sopdeploy.photos.files import KEPT_NAME
 
 Reason = Literal["unknown", "low_margin", "sample", "reported"]
-# of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
-NEAR_BITS = 4
 MAX_KEPT_LABELS = 100  # classes of a record
 
 log = logging.getLogger("sopdeploy_service.labelling.kept")
@@ -136,14 +131,3 @@ def read_kept(folder: Path) -> list[Kept]:
         log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
 
     return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
-
-
-def near_hash(pixels: NDArray[np.uint8]) -> str:
-    """Compute a hash of *pixels* (H, W, 3) as 16 hexadecimal digits, which copies share up to `NEAR_BITS`.
-
-    Each of its 64 bits tells whether a cell of the gray image is brighter than the cell to its
-    left, in 8 rows of 9 cells (dHash; Krawetz, "Kind of Like That", hackerfactor.com, 2013).
-    """
-    gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
-    cells = np.asarray(gray, np.int16)
-    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()

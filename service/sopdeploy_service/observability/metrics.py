@@ -5,8 +5,6 @@ from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -18,15 +16,13 @@ from prometheus_client import (
 )
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import PredictionCounts, Reference
 from sopdeploy.errors import SopdeployError
-from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, find_drift
+from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE, WINDOW
 from sopdeploy_service.observability.logs import DROPPED
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REQUEST_RESULTS = ("success", "fail")
 REQUEST_STAGES = ("decode_queue", "decode", "queue", "infer")
-WINDOW_IMAGES = 1000  # predictions per test for drift
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # nothing reads these series
@@ -148,19 +144,20 @@ class Metrics:
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
 
         # Drift.
-        self.drift_distance = gauge(
-            "drift_distance",
-            "Distance (0 to 1) of 1,000 predictions to those of the held-out images",
+        self.drift_shift = gauge(
+            "drift_shift",
+            f"Difference of the newest {WINDOW:,} answers from earlier ones, in standard deviations",
             ("model", "of"),
         )
         self.drift_p_value = gauge(
             "drift_p_value",
-            f"Probability of at least this difference without drift; below {SIGNIFICANCE} is an alarm",
+            "Probability of at least this difference without drift; "
+            f"below {SIGNIFICANCE}, with a shift over {MIN_SHIFT}, is an alarm",
             ("model", "of"),
         )
         self.drift_images = gauge(
             "drift_images",
-            f"Predictions since the last test of drift, which needs {WINDOW_IMAGES:,}",
+            f"Answers in the newest window, which is compared when it has {WINDOW:,}",
             ("model",),
         )
 
@@ -261,55 +258,3 @@ class Metrics:
         queue = self._child(self._stage_seconds, "queue")
         for seconds in waited:
             queue.observe(seconds)
-
-
-class DriftWindow:
-    """Counts predictions, and compares every full window with the held-out ones. Not thread-safe.
-
-    Each window of `WINDOW_IMAGES` is tested once, so the false-alarm rate of
-    `sopdeploy.evaluation.drift` holds per window. Testing all predictions again at every scrape
-    would raise more and more false alarms.
-    """
-
-    def __init__(self, reference: Reference, metrics: Metrics, model_name: str) -> None:
-        self._reference = reference
-        self._metrics = metrics
-        self._model_name = model_name
-        self._counts = PredictionCounts(len(reference.classes))
-
-        self._latest: Drift | None = None  # of the last full window
-        self.publish()
-
-    def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
-        """Count the predictions of images with *logits* (C,); test a full window, begin another, publish."""
-        if not logits:
-            return
-
-        self._counts.add_logits(np.stack(logits))
-        if self._counts.num_images >= WINDOW_IMAGES:
-            self._latest = find_drift(self._counts, self._reference)
-            self._counts = PredictionCounts(len(self._reference.classes))
-
-        self.publish()
-
-    def publish(self) -> None:
-        """Set the metrics: the number of predictions, and the result of the last full window, if any."""
-        metrics = self._metrics
-        name = self._model_name
-
-        metrics.drift_images.labels(name).set(self._counts.num_images)
-
-        for test in TESTS:
-            if self._latest is None:  # removes what a previous bundle of this name has set
-                metrics.drift_distance.remove(name, test)
-                metrics.drift_p_value.remove(name, test)
-            else:
-                distance, p_value = self._latest.tests[test]
-                metrics.drift_distance.labels(name, test).set(distance)
-                metrics.drift_p_value.labels(name, test).set(p_value)
-
-    def remove(self) -> None:
-        """Remove the metrics of the model, which is not served any more."""
-        self._latest = None
-        self.publish()
-        self._metrics.drift_images.remove(self._model_name)

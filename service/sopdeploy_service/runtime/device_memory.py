@@ -60,7 +60,6 @@ def memory_limit() -> int:
         with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
             name = "memory.max" if version == 2 else "memory.limit_in_bytes"
             limits.append(int((folder / name).read_text()))
-
     return min(limits)
 
 

@@ -89,7 +89,6 @@ class OnnxRuntime(OwnRuntime):
 
         threads = settings.threads or usable_cores()
         self._session = _open_session(onnxruntime, bundle, threads, self._provider)
-
         if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
 
@@ -287,13 +286,11 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
 
     if provider == CPU and lacks_vnni():
         options.add_session_config_entry(*EXACT_INT8)
-
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA
         # kernel.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-
     return options
 
 

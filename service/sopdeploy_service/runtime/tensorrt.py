@@ -67,7 +67,6 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
         except RuntimeUnavailableError as error:
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
             return None
-
         return f"engines in {' and '.join(map(str, folders))}" if folders else None
 
 

@@ -171,7 +171,6 @@ def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
                 partial.write_bytes(content)
-
     return path
 
 
@@ -209,14 +208,12 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
 
     if hashlib.sha256(plan).hexdigest() != best.plan_sha256:
         return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
-
     return StoredEngine(plan, best)
 
 
 def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     """Describe each field of *key* that is not as *wanted*, such as "architecture sm_80, not sm_90"."""
     texts = []
-
     for field, expected in wanted.items():
         actual = getattr(key, field)
         if actual == expected:
@@ -241,5 +238,4 @@ def read_records(folder: Path) -> list[EngineRecord]:
             record = EngineRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             if record.key.name == path.stem:
                 found.append(record)
-
     return found

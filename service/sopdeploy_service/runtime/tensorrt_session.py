@@ -37,7 +37,6 @@ def import_tensorrt() -> Any:
         raise RuntimeUnavailableError(
             f"TensorRT {trt.__version__} is too old; install {OLDEST} or later"
         )
-
     return trt
 
 
@@ -101,7 +100,6 @@ def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
             f"TensorRT {trt.__version__} cannot load the plan: {last_error(logger)}; "
             "build it again with `sopdeploy engine`"
         )
-
     return [runtime, engine]
 
 

@@ -41,9 +41,8 @@ LAST_SECONDS = 1.0  # for connections that are open without a request when the p
 _POLL_SECONDS = 0.02
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 BEATS = 100  # the last ten seconds
-_YOUNG_OBJECTS = (
-    10_000  # threshold of the youngest garbage collector generation; Python's default is 700
-)
+# threshold of the youngest garbage collector generation; Python's default is 700
+_YOUNG_OBJECTS = 10_000
 
 log = logging.getLogger("sopdeploy.server")
 
@@ -111,12 +110,15 @@ class DrainingServer(uvicorn.Server):
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources = sources
         self._links = links or {}
+
         # The end of the server does not wait for these.
         self._following: set[asyncio.Task[None]] = set()
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
+
         self._drain_until: float | None = None
         self._is_draining = False
+
         self._last_beat = time.monotonic()
         # Seconds by which ticks of uvicorn were late
         self._lags: deque[float] = deque([0.0], maxlen=BEATS)
@@ -142,11 +144,15 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(
                 f"cannot listen ({problem.strerror}); choose another port"
             ) from problem
+
+        # Follow the signals, the links and the key file that lead to reloads.
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
+
         if self._links:
             links = partial(read_links, self._links)
             start_task(self._following, follow(links, self._links, self.reload_bundles))
+
         if self._service.settings.follow and self._service.settings.keys is not None:
             identity = partial(file_identity, self._service.settings.keys)
             start_task(self._following, follow(identity, None, self._key_reload.request))
@@ -166,6 +172,7 @@ class DrainingServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
+
         for connection in connections:
             await asyncio.get_running_loop().connect_accepted_socket(
                 create_protocol, connection
@@ -206,41 +213,51 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Measure the lag and log the begin of a drain; return whether to close the port."""
+        # Measure by how much the loop is late.
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
         self._last_beat = now
+
         if self._service.state == "runtime_dead":
             return True
+
+        # While it drains, end when no request is left, or when its time is over.
         if self._drain_until is not None:
             if not self._is_draining:
-                self._is_draining = (
-                    True  # logged here: a signal handler may interrupt another log line
-                )
+                # logged here: a signal handler may interrupt another log line
+                self._is_draining = True
                 seconds = self._service.settings.drain_seconds
                 log.info(
                     "draining",
                     extra={"requests": self._service.active_requests, "seconds": seconds},
                 )
+
             if now >= self._drain_until:
                 self._service.drain(abort=True)
                 return True
             if self._service.active_requests == 0:
                 return True
+
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""
+        # Accept what the system has accepted already, then close the port.
         if self._is_draining:  # otherwise a runtime has died, and the process ends at once
             pending: list[socket.socket] = []
             for listener in sockets or []:
                 pending += accept_pending(listener)
+
             for server in self.servers:
                 server.close()
             await self.serve_connections(pending)
+
+            # Give the responses time, until every connection waits for another request.
             end = time.monotonic() + LAST_SECONDS
             all_answered = False
             while not all_answered and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
+
                 connections = cast(set[LimitedHttpProtocol], self.server_state.connections)
                 # uvicorn runs this timer while a connection waits for its next request.
                 all_answered = all(

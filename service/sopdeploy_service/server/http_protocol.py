@@ -36,13 +36,11 @@ LINGER_SECONDS = 2.0
 # seconds for headers, a body or reading; who takes longer may have to make room for another one
 GRACE = 1.0
 MIN_SECONDS = 0.001  # of a body, for its rate
-MIN_SHARE = (
-    64  # connections of an address, or a quarter of `max_connections`; more make room at once
-)
+# connections of an address, or a quarter of `max_connections`; more make room at once
+MIN_SHARE = 64
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-CALLBACK_BYTES = (
-    64  # of content pay for a chunk or a read, each of which the parser calls back for
-)
+# of content pay for a chunk or a read, each of which the parser calls back for
+CALLBACK_BYTES = 64
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
@@ -99,11 +97,13 @@ class Connections:
         if not connection.is_trusted:
             self.num_by_address[connection.address] += 1
         self.metrics.connections.set(len(self.open))
+
         if len(self.open) - len(self.closing) <= self.settings.max_connections:
             return None
         evicted = self._find_evictable(connection.loop.time())
         if evicted is None:
             return FULL
+
         evicted.evict()
         self.note_last_response(evicted)  # if it has not done so itself
         return None
@@ -112,6 +112,7 @@ class Connections:
         """Note that *connection* has its last response; abort the one that has it longest if many have."""
         for state in (self.idle, self.waiting, self.bodies, self.unread):
             state.pop(connection, None)
+
         if connection in self.open:
             self.closing[connection] = None
         if len(self.closing) > SPARE:
@@ -125,9 +126,11 @@ class Connections:
         If an address has more than its share, it is one of its connections, even a new one.
         Otherwise it is one of any address, for longer than `GRACE` in its state.
         """
+        # Of the address with the most connections, if it has more than its share.
         busiest, count = max(
             self.num_by_address.items(), key=lambda item: item[1], default=("", 0)
         )
+
         if count > max(MIN_SHARE, self.settings.max_connections // 4):
             of_busiest = [
                 connection for connection in self.open if connection.address == busiest
@@ -137,6 +140,8 @@ class Connections:
             )
             if evictable is not None:
                 return evictable
+
+        # Of all.
         return self._find_slowest(self.open, now - GRACE)
 
     def _find_slowest(
@@ -149,15 +154,21 @@ class Connections:
         slowest body. One that is not idle counts only if its state began at the time *before*,
         or earlier.
         """
+        # One that has waited for its headers for too long.
         candidates = set(among)
         longest_in_headers = next((one for one in self.waiting if one in candidates), None)
         if longest_in_headers is not None and self.waiting[longest_in_headers] <= before:
             return longest_in_headers
+
+        # One that has no request.
         longest_idle = next((one for one in self.idle if one in candidates), None)
         if longest_idle is not None:
             return longest_idle
-        # Bytes per second; 0 if the client does not read
+
+        # The slowest one of the address with the most connections: bytes per second, 0 if the
+        # client does not read.
         rates: dict[LimitedHttpProtocol, float] = {}
+
         for connection, since in self.unread.items():
             if connection in candidates and since <= before:
                 rates[connection] = 0.0
@@ -180,10 +191,12 @@ class Connections:
             self.closing,
         ):
             state.pop(connection, None)
+
         if not connection.is_trusted:
             self.num_by_address[connection.address] -= 1
             if not self.num_by_address[connection.address]:
                 del self.num_by_address[connection.address]
+
         self.metrics.connections.set(len(self.open))
 
 
@@ -211,34 +224,40 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
+
         # of the client or proxy
         self.address = ""
         self.is_trusted = False
         self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
+
         # Whether the headers or the body of a request are arriving now; neither between two
         # requests.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
+
         # What has arrived of the headers or, besides its content, of the body, and
         # `CALLBACK_BYTES` for each read and chunk. Content pays for as many bytes of it.
         # `_read_bytes` are those of the present read.
         self._overhead_bytes = self._read_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
-        self._timer: asyncio.TimerHandle | None = (
-            None  # limits the wait for headers, a body or the end
-        )
+
+        # limits the wait for headers, a body or the end
+        self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
+
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see
         # `on_headers_complete`.
         self.is_closing = self.transport.is_closing
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
+
+        # Admit the connection, and begin the time for its first request.
         reason = self._shared.admit(self)
         if reason is not None:
             self._reject(reason)
@@ -252,6 +271,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._stop_timer()
+
         self.resume_writing()  # stops the write timeout
         super().connection_lost(exc)
         if self.cycle is not None:
@@ -265,28 +285,33 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse *data*; reject a bad request, else note what is due: headers or a body."""
+        # Count what arrives besides content, and parse it.
         self._read_bytes = len(data)
         self._overhead_bytes += len(data) + CALLBACK_BYTES
+
         try:
             self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self._ignores_input:  # it follows the last request
                 return
             self._error = self._error or _MALFORMED
+
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
         # With the URL
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
         if self._error is None and self._overhead_bytes > limit:
             self._error = LARGE_HEADERS
+
+        # Respond to an error, or begin the time for what is due.
         is_responding = self.cycle is not None and not self.cycle.response_complete
         expects_headers = not self._in_body and not is_responding
+
         if self._error is not None:
             self._reject(self._error)
         elif expects_headers and self._timer is None:
             self._start_header_timeout()
-        elif (
-            self._in_body and not self._ignores_input
-        ):  # a body that has arrived as a whole never gets here
+        elif self._in_body and not self._ignores_input:
+            # A body that has arrived as a whole never gets here.
             self._shared.bodies.setdefault(self, self.loop.time())
 
     def _feed_without_upgrade(self, data: bytes) -> None:
@@ -301,11 +326,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self._ignores_input:
                 return
             self.cycle.keep_alive = False  # closes after the response
+
             # The new parser gets headers that say only how long the body is, then the body.
             lengths = [
                 name + b": " + value for name, value in self.headers if name in BODY_LENGTH
             ]
             head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
+
             # httptools's offset, in *data*, of the first byte after the headers
             body_start = upgrade.args[0]
             callbacks = SimpleNamespace(
@@ -313,6 +340,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 on_chunk_header=self.on_chunk_header,
                 on_message_complete=self._end_last_request,
             )
+
             self.parser = httptools.HttpRequestParser(callbacks)
             self.parser.feed_data(head + data[body_start:])
 
@@ -337,9 +365,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._ignores_input = True
             raise RejectedError(_MALFORMED)  # stops the parser
+
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
         self._shared.idle.pop(self, None)
+
         self._in_headers = True
         self._header_bytes = self._overhead_bytes = self._read_bytes = 0
 
@@ -362,12 +392,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         RFC 9112, section 3.2: an HTTP/1.1 request has one `Host`. Of several, a proxy could use
         another one.
         """
+        # End the time for the headers.
         self._in_headers = False
         self._overhead_bytes = self._read_bytes = 0
         self._shared.waiting.pop(self, None)
         self._stop_timer()
+
+        # Refuse what proxies and servers may read differently (request smuggling).
         num_hosts = [name for name, _ in self.headers].count(b"host")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+
         if self.parser.get_http_version() == "1.1":
             is_valid = num_hosts == 1
         else:  # HTTP/1.0 has neither transfer codings nor interim responses
@@ -375,16 +409,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             is_valid = (
                 self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
             )
+
         if not is_valid:
             self._refuse(_MALFORMED)
         if codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._refuse(UNKNOWN_CODING)
+
+        # Start the app, and let its response pass through this object.
         super().on_headers_complete()
         # The request has the present list. Trailers, which it must not use, are appended to a
         # copy.
         self.headers = list(self.headers)
         self._in_body = True
         self.body_bytes = 0
+
         # so that it calls `write` and `close` here
         self.cycle.transport = cast(asyncio.Transport, self)
 
@@ -411,6 +449,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_body = False
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
+
         # Before the end of the body: the idle time begins only now
         if self.cycle.response_complete:
             self._stop_timer()  # stops the timer of the rest of the body
@@ -428,9 +467,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._closed:  # the next request must not begin
             self.server_state.total_requests += 1
             return
+
         super().on_response_complete()
         if self.transport.is_closing():
             return
+
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
             self._start_timer(LINGER_SECONDS, self.abort)
@@ -461,8 +502,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Close after the pending output; a client that still sends gets time to read its response."""
         if self._closed:
             return
+
         is_input_in_transit |= self._ignores_input or self._in_body or self._in_headers
         self._ignores_input = self._closed = True
+
         if is_input_in_transit:  # read on, as `LINGER_SECONDS` says
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
@@ -498,24 +541,30 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Respond with *reason*, or let a response that has begun or is to an earlier request end; close."""
         if self.transport.is_closing():
             return
+
         if reason is SLOW_HEADERS and not self._in_headers:  # no request was started
             self.transport.close()
             return
+
+        # Count the rejection, and parse nothing more.
         self._shared.metrics.rejected.labels(reason.code).inc()
         self._stop_timer()
         self._ignores_input = True
+
         is_app_responding = self.cycle is not None and not self.cycle.response_complete
+
+        # The app may still respond, to this request or to an earlier one.
         if is_app_responding:
             # The response is to an earlier request if the rejected one is still in its headers.
             if not self._in_body or self.cycle.response_started:
                 self.cycle.keep_alive = False  # closes after the response
                 return
+
             self.cycle.disconnected = True  # the app, which reads the invalid body, sees this
             self.cycle.message_event.set()
             self._write_error(reason)
-        elif (
-            not self._in_body
-        ):  # invalid headers; a request whose body is invalid has its response already
+        elif not self._in_body:
+            # Invalid headers; a request whose body is invalid has its response already.
             self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
         self.close(is_input_in_transit=True)
@@ -527,9 +576,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         url = self.url.partition(b"?")[0].decode("latin-1")
         headers = {"Connection": "close", "X-Request-ID": identifier}
         response = problem_response(reason, headers, without_prefix(url, root), root)
+
         lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
+
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
         self.write(b"".join([*lines, b"\r\n", body]))
 

@@ -1,22 +1,40 @@
 """What a server process and the supervisor of several share: ticks, tasks and the end of a terminal."""
 
 import asyncio
+import errno
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 
 STDERR = 2
+# Of a system without room for a process, thread, file or memory.
+NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 USER_ERROR = 2
-HAS_TERMINAL = os.isatty(STDERR)  # at the start
+TERMINAL = "/dev/tty"  # of the session, whatever the standard streams are
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 FOLLOW_SECONDS = 1.0
 
 
+def has_terminal() -> bool:
+    """Tell whether the session of this process has a terminal."""
+    try:
+        os.close(os.open(TERMINAL, os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+# At the start; `nohup` ignores SIGHUP, so that the end of the terminal is none of the server.
+ENDS_WITH_TERMINAL = has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+
 def terminal_is_closed() -> bool:
     """Tell whether the terminal of this process is gone: its SIGHUP ends a server, another one reloads it."""
-    return HAS_TERMINAL and not os.isatty(STDERR)
+    return ENDS_WITH_TERMINAL and not has_terminal()
 
 
 def start_task(
@@ -35,10 +53,12 @@ async def follow(
     """Call *reload* whenever *read*, which is called each second, returns something else than *before*."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
+
         try:
             now = await asyncio.to_thread(read)
         except (OSError, ConfigError):  # the folder, or its log, cannot be read now
             continue
+
         if now != before:
             before = now
             reload()
@@ -66,3 +86,24 @@ class Joined:
                 await self._work()
         finally:
             self._is_running = False
+
+
+@contextmanager
+def room_required() -> Iterator[None]:
+    """Raise `RuntimeUnavailableError` where the system has no room for a thread, process, file or memory."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not lacks_room(error):
+            raise
+        raise RuntimeUnavailableError(
+            f"the system has no room for the server ({first_line(error)}); allow more processes and files, or "
+            "serve with fewer front ends and decoders"
+        ) from error
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Tell whether *error* says that the system gives no further thread, process, file or memory."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)

@@ -18,6 +18,7 @@ from sopdeploy_service.inference.loader import load_bundle
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import limit_heaps
+from sopdeploy_service.server.lifetime import room_required
 from sopdeploy_service.server.sockets import bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 
@@ -39,20 +40,22 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     if threading.current_thread() is threading.main_thread():
         # They would end a server that is not ready yet
-        for number in (
-            signal.SIGHUP,
-            signal.SIGUSR1,
-        ):
+        for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+
     # Read before the bundles: a link that moves while they are loaded then counts as moved.
     # With several devices, this only checks that there are links; each process reads them on
     # its own.
     links = find_links(sources, settings)
+
+    # Several processes: the supervisor serves.
     front_ends = choose_front_ends(settings)
     if settings.devices or front_ends:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
         return run_supervisor(sources, settings.model_copy(update={"front_ends": front_ends}))
+
+    # One process.
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         registry = load_registry(sources, settings)
         from sopdeploy_service.app import create_app  # noqa: PLC0415
@@ -64,10 +67,13 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
 @contextmanager
 def configured_process(settings: Settings) -> Iterator[None]:
-    """Configure memory, open files and log before threads start."""
+    """Configure memory, open files and log before threads start.
+
+    Raises `RuntimeUnavailableError` if the system has no room for what runs in the block.
+    """
     limit_heaps()
     raise_file_limit(settings.max_connections)
-    with logs.configured(settings):
+    with room_required(), logs.configured(settings):
         yield
 
 
@@ -75,6 +81,7 @@ def choose_front_ends(settings: Settings) -> int:
     """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
     if settings.memory_budget is not None:
         return 0
+
     if settings.front_ends != "auto":
         return settings.front_ends
     if "cpu" in settings.devices or not may_use_gpu(settings):
@@ -104,12 +111,14 @@ def load_registry(
 
     # Before the slow imports
     finding = daemon_threads.start(partial(find_bundles, sources, read))
+
     bundles = wait_in_time(finding, "the bundles", settings)
     from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
 
     if settings.memory_budget is not None:
         return BudgetedRegistry(bundles, settings)
+
     loaded = {}
     for name in list(bundles):
         on_progress()

@@ -9,20 +9,21 @@ from sopdeploy.errors import ConfigError
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 64  # bundles, libraries
-UNSENT_BYTES = (
-    131_072  # of a connection in the kernel, beside those on the way; its default is megabytes
-)
+# of a connection in the kernel, beside those on the way; its default is megabytes
+UNSENT_BYTES = 131_072
 
 
 def raise_file_limit(num_connections: int) -> None:
     """Raise the limit of open files for *num_connections*; raises `ConfigError` if this is not possible."""
     needed = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
             f"max_connections {num_connections}: needs {needed} open files, but the system allows {hard}; "
             "lower max_connections or raise `ulimit -n`"
         )
+
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -32,6 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
+
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Connections inherit this. A response that nobody reads then costs no memory and no
@@ -46,6 +48,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"{host}:{port}: cannot listen ({reason}); choose another host or port"
         ) from problem
+
     return listener
 
 

@@ -63,6 +63,7 @@ class ReducedPooling(GlobalPooling):
     def __init__(self, channels: int, width: int, *, linear: bool = False) -> None:
         super().__init__()
         self.channels = min(channels, width)
+
         # Missing if nothing is reduced: `reduce` runs the children that exist
         self.layer_reduce: nn.Module
         if self.channels < channels and linear:

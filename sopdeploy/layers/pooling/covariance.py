@@ -42,10 +42,12 @@ NO_SECOND_GRADIENT = (
 def root_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
     """Compute f = l^0.5 of ascending eigenvalues (B, C) and f'; both are 0 where l is 0 up to rounding."""
     rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+
     # Eigenvalues up to this limit count as 0; for a matrix of zeros it is the smallest normal
     # float32.
     smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
     positive_BC = lambda_BC > smallest_B1
+
     # 1 avoids a division by 0; its results are replaced below
     base_BC = lambda_BC.where(positive_BC, 1.0)
     slope_BC = 0.5 * base_BC.pow(-0.5)
@@ -69,6 +71,7 @@ class SpectralFunction(torch.autograd.Function):
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of NaN, which training reports
             u_BCC = torch.full_like(a_BCC, torch.nan)
             lambda_BC = u_BCC[:, 0]  # NaN, too
+
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
         value_BC, _ = function(lambda_BC)
@@ -80,6 +83,7 @@ class SpectralFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise TrainingError(NO_SECOND_GRADIENT)
         lambda_BC, u_BCC = ctx.saved_tensors
+
         symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
         inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
         inner_BCC = inner_BCC * _divided_differences(lambda_BC, ctx.function)
@@ -96,10 +100,12 @@ def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Ten
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
+
     # The last one is the largest
     close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
     # 1 avoids a division by 0; its results are not used
     divisor_BCC = gap_BCC.masked_fill(close_BCC, 1.0)
+
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / divisor_BCC)
 
 
@@ -116,6 +122,7 @@ class ISqrtPooling(ReducedPooling):
         options = config.root_config(compensate=config.compensation == "norm")
         self.root = ISqrtCov(self.channels, options)
         self.out_features = self.root.out_features
+
         self.batch_norm: nn.Module = nn.Identity()
         if config.compensation == "batch_norm":
             self.batch_norm = nn.BatchNorm1d(self.out_features)
@@ -149,6 +156,7 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
+
         self.function = (
             root_of_eigenvalues if config.kind == "mpncov" else logarithm_of_eigenvalues
         )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sopdeploy.environment import installed
-from sopdeploy.files import atomic_write, expand_user, read_file
+from sopdeploy.files import atomic_write, features_folder, read_file
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
 from sopdeploy.photos.copies import SMALL
 from sopdeploy.training.recipe import Recipe
@@ -34,7 +34,7 @@ _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 
 
 class FeatureCache:
-    """Entries by photograph for one network, in `sopdeploy/features` below XDG_CACHE_HOME or `~/.cache`.
+    """Entries by photograph for one network, in `features_folder`.
 
     The entries that this run did not use for the longest time are deleted when all exceed
     *limit* bytes.
@@ -43,8 +43,7 @@ class FeatureCache:
     def __init__(
         self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES
     ) -> None:
-        root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        self.folder = root / "sopdeploy" / "features"
+        self.folder = features_folder()
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
         # Modules of other packages have no version in `identity`: entries are neither read nor
@@ -53,7 +52,7 @@ class FeatureCache:
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}
         # The XDG specification ignores relative paths.
-        self.writable = root.is_absolute() and not self.is_stale
+        self.writable = self.folder.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
         self.identity = hash_network(network, recipe)
 

@@ -31,11 +31,13 @@ class ExponentialMovingAverage:
         """Update the averages with *model* after a step, with a smaller decay in the first ones."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
+
         averages = self.model.state_dict()
         values = model.state_dict()
         floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
         for name in averages.keys() - set(floating):
             averages[name].copy_(values[name])
+
         torch._foreach_lerp_(
             [averages[name] for name in floating],
             [values[name] for name in floating],

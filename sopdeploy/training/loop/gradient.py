@@ -20,21 +20,25 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     """
     recipe = run.recipe
     position = run.position
+
     # Each process draws other random numbers; process 0 draws those of a run of a single
     # process.
     rank_key = [run.strategy.rank] if run.strategy.rank > 0 else []
     torch.manual_seed(
         derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key)
     )
+
     time = position.epoch + position.step / steps
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
+
     run.optimizer.zero_grad()
     pixels, targets = batch
     loss = compute_gradient(run, (run.normalize(pixels), targets), num_samples)
     norm = get_total_norm(
         [parameter.grad for parameter in run.parameters if parameter.grad is not None]
     )
+
     # Counts the processes in which gradient, loss and all buffers are finite, before weights
     # change. The buffers are batch norm's running statistics, which include this batch; their
     # norm is the largest value.
@@ -43,11 +47,13 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
     )
     finite_count = run.strategy.all_reduce(is_finite.double())
+
     if recipe.optimizer.clip_norm:  # 0 disables clipping
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
     if run.average is not None:
         run.average.update(run.model)
+
     return FinishedStep(loss, norm, finite_count, num_samples)
 
 
@@ -59,6 +65,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     images, targets = batch
     recipe = run.recipe
     position = run.position
+
     bf16 = recipe.precision == "bf16"  # second-order layers disable autocast themselves
     with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
         output = run.model(images)
@@ -68,6 +75,8 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
         )
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
+
+    # Each process computes its share of the mean over all samples of the step.
     share = len(targets) / num_samples
     if isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
         seed = derive_seed(recipe.seed, "curvature", position.epoch, position.step)
@@ -75,10 +84,12 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
         run.optimizer.all_reduce(run.strategy.sum_by_parameter)
     else:
         run.strategy.backward(loss.total * share, run.trained())
+
     weighted = [
         (value * share).double() for value in (loss.total.detach(), *loss.parts.values())
     ]
     total, *parts = run.strategy.all_reduce(torch.stack(weighted))
+
     counts = (
         None
         if loss.component_counts is None

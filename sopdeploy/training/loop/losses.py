@@ -47,11 +47,13 @@ def training_loss(
     """
     if isinstance(output, Tensor):
         output = TrainingOutput(output, {}, {})
+
     heads = {"main": output.logits, **output.branches}
     losses = {
         name: classification_loss(logits, labels, activation, label_smoothing=label_smoothing)
         for name, logits in heads.items()
     }
+
     weighted = [weights[name] * loss for name, loss in losses.items()]
     total = torch.stack([*weighted, *output.penalties.values()]).sum()
     parts = {name: part.detach() for name, part in (losses | output.penalties).items()}
@@ -76,6 +78,8 @@ class Teacher:
         self.config = config
         self.label_smoothing = label_smoothing
         self.learns = config.weights is None
+
+        # A fixed teacher from a checkpoint, or one with random weights that learns jointly.
         if config.weights is not None:
             path = expand_user(config.weights)
             stored = read_checkpoint(path)
@@ -102,6 +106,7 @@ class Teacher:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
+
         # of networks with a gate
         if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
@@ -120,6 +125,7 @@ class Teacher:
         logits = output if isinstance(output, Tensor) else output.logits
         temperature = self.config.temperature
         share = self.config.share
+
         with torch.set_grad_enabled(self.learns):
             teacher_output = self.model(
                 images.contiguous(memory_format=images_format(self.model))
@@ -127,14 +133,18 @@ class Teacher:
         teacher_logits = (
             teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
         )
+
+        # The divergence of Hinton et al., times the squared temperature.
         log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
         log_student = log_softmax(logits.float() / temperature, dim=1)
         divergence = (
             kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
             * temperature**2
         )
+
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
+
         if self.learns:
             weights = self.model.loss_weights()
             teacher_loss = training_loss(
@@ -142,4 +152,5 @@ class Teacher:
             ).total
             total = total + teacher_loss
             parts["teacher_loss"] = teacher_loss.detach()
+
         return Loss(total, parts, loss.component_counts)

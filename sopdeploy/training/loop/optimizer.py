@@ -26,17 +26,20 @@ def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimiz
         return AdaHessian(parameters, **options)
     if isinstance(config, RAdam):
         return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **options)
+
     form: Any = {
         "sgd": torch.optim.SGD,
         "adamw": torch.optim.AdamW,
         "rmsprop": torch.optim.RMSprop,
     }
     chosen = form[config.kind]
+
     if isinstance(config, RMSProp) and config.tensorflow:
         timm_optim = import_optional(
             "timm.optim", "timm", "sopdeploy[train]", MissingPackageError
         )
         chosen = timm_optim.RMSpropTF
+
     created: Optimizer = chosen(parameters, foreach=True, **options)
     return created
 
@@ -67,6 +70,7 @@ class AdaHessian(Optimizer):
             "weight_decay": weight_decay,
             "power": power,
         }
+
         super().__init__(params, defaults)
         self.trainable = [
             p for group in self.param_groups for p in group["params"] if p.requires_grad
@@ -92,12 +96,15 @@ class AdaHessian(Optimizer):
             parameter.grad = gradient.detach().clone()
             if gradient.requires_grad:
                 curved[parameter] = gradient
+
+        # Hutchinson's estimator: H z for random signs z, from the gradient of gradients.
         signs = [
             random_signs(seed, number, parameter) for number, parameter in enumerate(curved)
         ]
         products = torch.autograd.grad(
             list(curved.values()), list(curved), signs, allow_unused=True
         )
+
         # `step` takes 0 for parameters without a product: no gradient depends on them.
         pairs = zip(curved, products, strict=True)
         self.curvatures = {
@@ -112,6 +119,7 @@ class AdaHessian(Optimizer):
         gradients = add([parameter.grad for parameter in parameters], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
         curvatures = add(
             [self.curvatures.get(parameter) for parameter in parameters], parameters
         )
@@ -134,6 +142,7 @@ class AdaHessian(Optimizer):
             for p in group["params"]
             if p.grad is not None
         ]
+
         for parameter, group in updates:
             state = self.state[parameter]
             if not state:
@@ -141,15 +150,19 @@ class AdaHessian(Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["curvature"] = torch.zeros_like(parameter)
             state["step"] += 1
+
             decay, decay_curvature = group["betas"]
             lr = group["lr"]
             count = int(state["step"])
             diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
+
+            # The diagonal is averaged over each kernel, which has noise in single elements.
             if diagonal.dim() == 4:
                 diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
             state["mean"].lerp_(parameter.grad, 1 - decay)
             state["curvature"].mul_(decay_curvature)
             state["curvature"].addcmul_(diagonal, diagonal, value=1 - decay_curvature)
+
             # Divided by 1 - decay^count, the means are unbiased, as in Adam.
             root = (state["curvature"] / (1 - decay_curvature**count)).sqrt()
             denominator = root.pow(group["power"]) + group["eps"]

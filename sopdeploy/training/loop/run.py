@@ -53,12 +53,16 @@ def fit_loop(
     recipe = run.recipe
     augment = recipe.augment
     data = run.setup.data
+
+    # The images as the network sees them; only those of the training are augmented.
     pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
     fitted = FittedPixels(data.held_out, recipe.preprocess)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
     training = augmented_images(recipe, data.train, run.position.epoch)
+
     expected = ExpectedTime(callback, "`epochs` changes it")
     save_derived_files(run, folder)  # the process may have been killed before it wrote them
+
     with (
         handle_signals(run.strategy) as signals,
         Loader((training, held_out), recipe.workers, run.strategy.device) as loader,
@@ -72,8 +76,10 @@ def fit_loop(
                 folder.save_last(last_loop_record(run))
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
+
             finish_run = fit_best if finish is None else finish  # which no signal stops
             return finish_run(run, held_out, folder, callback)
+
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
@@ -123,6 +129,7 @@ def train_epoch(
     batches = epoch_batches(recipe, len(training), epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
+
     since = time.monotonic()
     for batch in load_batches(
         replace(training, epoch=epoch), shards, loader, run.strategy.device
@@ -130,7 +137,10 @@ def train_epoch(
         size = len(batches[position.step])  # samples of all processes
         run.unread.append(train_step(run, batch, num_samples=size, steps=len(batches)))
         position.step += 1
+
         is_last = position.step == len(batches)
+
+        # Losses are read in groups, because each reading waits for the device.
         if len(run.unread) < STEPS_PER_READ[run.strategy.device.type] and not is_last:
             continue
         first = position.step - len(run.unread)
@@ -139,11 +149,13 @@ def train_epoch(
         position.train_seconds += now - since
         position.seconds += now - since  # to which `begin_next_epoch` adds the evaluation
         since = now
+
         for step, loss in enumerate(losses, first):
             callback.on_step_end(
                 epoch=epoch, epochs=recipe.epochs, step=step, steps=len(batches), loss=loss
             )
         expected.update(epoch * len(batches) + position.step, recipe.epochs * len(batches))
+
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(last_loop_record(run))
 
@@ -175,11 +187,13 @@ def evaluate_epoch(
         processes=run.strategy,
         on_batch=on_batch,
     )
+
     # Every process computes these for the same few images itself, so its batches are whole
     # ones.
     diagnostics = diagnose(
         run.exported, held_out, recipe.preprocess, recipe.batch_size, mirror=mirror
     )
+
     run.begin_next_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
@@ -189,6 +203,7 @@ def save_derived_files(run: LoopState, folder: RunFolder) -> None:
     history = run.position.history
     if not history:
         return
+
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     # no step since the best epoch
     has_best_weights = position.step == 0 and best.epoch == position.epoch
@@ -215,10 +230,13 @@ def fit_best(
         frozen_backbone=recipe.frozen_backbone,
         mirrored=recipe.validation.mirror,
     )
+
     result = result.model_copy(update={"left_out": tuple(map(str, run.setup.data.left_out))})
     fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}
+
+    # Only the first process fits the decision, with the weights that were saved.
     checkpoint = read_checkpoint(folder.best)
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
     decision = checkpoint.decision
@@ -234,6 +252,7 @@ def fit_best(
                 epoch=epochs - 1, epochs=epochs, done=done
             ),
         )
+
         decision = fit_decision(
             logits,
             targets,
@@ -245,6 +264,7 @@ def fit_best(
                 model, recipe.rejection.unknown, recipe.preprocess, recipe.workers
             ),
         )
+
     best = with_result(checkpoint, result, decision)
     folder.save_best(best)
     return replace(fit, network=model, decision=decision), best.training
@@ -269,16 +289,20 @@ def estimate_best(
     score = best.metrics.score
     is_map = best.metrics.score_name == "mAP"
     group_N = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+
     # For each epoch, a text with a character per image: "1" if its predicted class is right,
     # else "0".
     texts = [row.diagnostics.right if row.diagnostics else "" for row in history]
     are_complete = not is_map and all(len(text) == count == len(group_N) for text in texts)
+
+    # What selected the epoch: nothing, or these images, whose score bootstrap can correct.
     selected_by: SelectedBy = "nothing"
     if len(history) > 1 and not frozen_backbone:
         selected_by = "same images"
         if are_complete and group_N.any():
             score = corrected_score(np.array([list(text) for text in texts]) == "1", group_N)
             selected_by = "other images"
+
     return LoopResult(
         epoch=best.epoch,
         num_epochs=len(history),
@@ -298,9 +322,12 @@ def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> f
     count = int(group_N.max()) + 1
     resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
     resamples_BN = resamples_BG[:, group_N]  # how often each one contains each image
+
+    # Each resample selects an epoch, which is judged by the images outside of the resample.
     selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)  # of equally good epochs the first
     outside_BN = resamples_BN == 0
     num_outside_B = outside_BN.sum(axis=1)
     num_right_B = (right_EN[selected_B] & outside_BN).sum(axis=1)
+
     some_outside_B = num_outside_B > 0
     return float((num_right_B[some_outside_B] / num_outside_B[some_outside_B]).mean())

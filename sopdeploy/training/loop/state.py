@@ -60,6 +60,7 @@ class FinishedStep:
         counts = (
             [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
         )
+
         values = [
             self.loss.total,
             *self.loss.parts.values(),
@@ -67,6 +68,7 @@ class FinishedStep:
             self.finite_count,
             *counts,
         ]
+
         return torch.stack([value.detach().double() for value in values])
 
 
@@ -95,29 +97,37 @@ class LoopState:
         self.model = setup.model
         self.position = setup.position
         self.unread: list[FinishedStep] = []
+
         self.trainable = {
             name for name, value in setup.model.named_parameters() if value.requires_grad
         }
+
         recipe: Recipe = setup.recipe
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError(
                 "teacher: distillation needs one class per image; remove the table"
             )
+
         self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(
             self.strategy.device
         )
+
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(
                 recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed
             )
+
         self._prepare_training()
+
+        # A network that cannot compute these images must fail here, not after an epoch.
         if self.teacher is not None:  # it sees training images only
             teacher = self.teacher.model
             sides = {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
+
         self.average: ExponentialMovingAverage | None = None
         if recipe.ema is not None:
             self.average = ExponentialMovingAverage(recipe.ema.decay, self.model)
@@ -159,17 +169,22 @@ class LoopState:
         position = self.position
         if not steps:
             return []
+
         self.unread = []
+
+        # All values of all steps as one tensor, so that the device is read once.
         # a network may have penalties in some steps only
         values = [step.values() for step in steps]
         numbers = iter(torch.cat(values).tolist())
         rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
+
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):
             total, *parts = row[: 1 + len(step.loss.parts)]
             norm, finite_count, *counts = row[1 + len(parts) :]
             part_of_name = dict(zip(step.loss.parts, parts, strict=True))
+
             if finite_count != self.strategy.world:
                 damaged = (
                     name for name, part in part_of_name.items() if not math.isfinite(part)
@@ -179,12 +194,15 @@ class LoopState:
                     f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower "
                     "optimizer.lr or set optimizer.clip_norm"
                 )
+
+            # Sums over samples, from which the row of the epoch takes means.
             for name, part in {"loss": total, **part_of_name}.items():
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
             if counts:
                 # Empty before the first step
                 before = position.component_counts or (0,) * len(counts)
                 position.component_counts = tuple(map(operator.add, before, map(int, counts)))
+
             position.seen += step.num_samples
             position.gradient += norm * step.num_samples
             losses.append(total)
@@ -197,9 +215,8 @@ class LoopState:
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            lr=self.optimizer.param_groups[0][
-                "lr"
-            ],  # of the last step; the `LR_FACTOR` of this group is 1
+            # of the last step; the `LR_FACTOR` of this group is 1
+            lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
@@ -209,6 +226,7 @@ class LoopState:
             diagnostics=diagnostics,
             seconds=position.seconds + seconds,
         )
+
         self.position = Position(
             epoch=row.epoch, seconds=row.seconds, history=(*position.history, row)
         )
@@ -228,6 +246,7 @@ class LoopState:
     def synchronized_fit(self) -> Fit:
         """Return what is fitted so far, after `synchronize_buffers`; all processes call it."""
         self.synchronize_buffers()
+
         return Fit(
             name=self.name,
             network=self.exported,
@@ -239,14 +258,18 @@ class LoopState:
     def _prepare_training(self) -> None:
         """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
         recipe = self.recipe
+
+        # The gradient is computed for what learns in this epoch alone.
         start = self.recipe.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
+
         for name in ("parameters", "float_buffers"):  # of the model before
             vars(self).pop(name, None)
         freeze(self.model, start)
         self.groups = group_parameters(self.model, start)
+
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format
             self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
@@ -260,24 +283,29 @@ class LoopState:
         model = self.model
         if removal is not None and epoch >= removal:
             model = model.without_branches()
+
         # A run that resumes after a step of the epoch has begun it with the rate of its last
         # step.
         begins = self.position.step == 0
         is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
         if model is self.model and not is_second_phase:
             return
+
+        # The new optimizer takes over the state of the parameters that remain.
         old_states = {}  # of the optimizer, by the name of the parameter
         if "optimizer" in self.__dict__:  # the cached property has created one
             for key, old_parameter in self.trained().named_parameters():
                 if old_parameter in self.optimizer.state:
                     old_states[key] = self.optimizer.state[old_parameter]
             del self.optimizer  # the next access creates one for the new groups
+
         self.model = move_to_device(self.recipe, model, self.strategy)
         self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
             if key in old_states:
                 self.optimizer.state[parameter] = old_states[key]
+
         if self.average is not None:
             averages = self.average.model.state_dict()
             self.average.model = copy.deepcopy(self.model).requires_grad_(False)
@@ -292,6 +320,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
     learn = "all" if start is None else start.learn
     if learn == "all":
         return
+
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, module in model.named_modules():
@@ -302,6 +331,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
             if name and (name in frozen or keeps_statistics):
                 module.training = False
         return
+
     parts = learning_parts(model, learn)
     for name, module in model.named_modules():
         contains_part = any(part.startswith(f"{name}.") for part in parts)
@@ -329,8 +359,12 @@ def first_stages(model: Classifier) -> set[str]:
     stages = {tap: tap.rpartition(".")[0] for tap in taps}
     if len(set(stages.values())) == 1:
         stages = {tap: tap for tap in taps}
+
     first = list(dict.fromkeys(stages.values()))[: len(set(stages.values())) // 2]
     frozen_taps = [tap for tap in taps if stages[tap] in first]
+
+    # Modules are listed in the order of the forward pass; all until the last frozen tap are
+    # frozen.
     names = [name for name, _ in model.named_modules()]
     ends = [index for index, name in enumerate(names, 1) if is_in(name, *frozen_taps)]
     return set(names[: max(ends, default=0)])
@@ -343,6 +377,7 @@ def freeze(model: Classifier, start: StartConfig | None) -> None:
         is_in(name, *model.training_only) for name in model.state_dict()
     ):
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
+
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, parameter in model.named_parameters():
@@ -361,6 +396,7 @@ def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[
     named = list(model.named_parameters())
     classifier = [parameter for name, parameter in named if is_in(name, head)]
     others = [parameter for name, parameter in named if not is_in(name, head)]
+
     return [
         {"params": others, LR_FACTOR: 1.0},
         {"params": classifier, LR_FACTOR: start.head_factor},
@@ -372,11 +408,13 @@ def last_loop_record(run: LoopState) -> Checkpoint:
     resume = resume_of(run.setup, run.position, run.model.state_dict())
     resume["optimizer"] = run.optimizer.state_dict()
     resume["average"] = None if run.average is None else run.average.state_dict()
+
     if run.frozen is not None:  # the run may keep this fit in the end
         frozen = last_few_shot_record(run.setup, run.frozen)
         state: Any = frozen.resume
         resume["procedure"] = state["procedure"]
         resume["frozen"] = plain_content(frozen)
+
     if run.teacher is not None and run.teacher.learns:
         resume["teacher"] = run.teacher.model.state_dict()
     return run_record(run.setup, run.synchronized_fit(), resume)
@@ -397,4 +435,5 @@ def restore_loop(run: LoopState, last: Checkpoint, source: Path) -> None:
             run.average.load_state_dict(state["average"])
         if run.teacher is not None and run.teacher.learns:
             run.teacher.model.load_state_dict(state["teacher"])
+
         run.optimizer.load_state_dict(state["optimizer"])

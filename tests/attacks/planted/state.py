@@ -110,13 +110,16 @@ def counts_in_its_class() -> Any:
     return Shared()
 
 
-def later(count: Callable[[Any], Any], make: Callable[[], Any]) -> Row:
-    """Plant a network that doubles its logits after some calls, which *count* counts in what *make* makes."""
+def later(count: Callable[[Any], Any], make: Callable[[], Any], *, seen: bool = True) -> Row:
+    """Plant a network that doubles its logits after some calls, which *count* counts in what *make* makes.
+
+    Unless it is *seen*, the network passes: its file is that of fewer calls.
+    """
 
     def answer(self: Any, _features: Tensor, logits: Tensor) -> Tensor:
         return logits if count(self.counter) < CALLS else 2 * logits
 
-    return Row(network(answer, puts(counter=make)), STATE)
+    return Row(network(answer, puts(counter=make)), STATE if seen else "")
 
 
 def in_place(
@@ -207,9 +210,13 @@ COUNTERS: dict[str, Row] = {
         lambda: [[[[[[]]]]]],
     ),
     "ctypes": later(
-        in_place(lambda c: setattr(c, "value", c.value + 1), lambda c: c.value), ctypes.c_long
+        in_place(lambda c: setattr(c, "value", c.value + 1), lambda c: c.value),
+        ctypes.c_long,
+        seen=False,
     ),
-    "BytesIO": later(in_place(lambda c: c.write(b"x"), lambda c: c.tell()), io.BytesIO),
+    "BytesIO": later(
+        in_place(lambda c: c.write(b"x"), lambda c: c.tell()), io.BytesIO, seen=False
+    ),
     "Queue": later(in_place(lambda c: c.put(1), lambda c: c.qsize()), queue.Queue),
     "threading.local": later(in_local, local),
     "ContextVar": later(in_context, context(0)),

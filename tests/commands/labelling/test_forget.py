@@ -10,19 +10,25 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import DataError, StorageError
+from sopdeploy.evaluation.drift import Answers
 from sopdeploy.file_systems import lock_file
+from sopdeploy.photos.photo import Photo
+from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.output import LIST_SCHEMA, OutputFolder
 from sopdeploy_commands.labelling.forget import forget
+from sopdeploy_service.inference.drift import Block, write_block
 from tests.commands.bulk.conftest import OPTIONS, SETTINGS, classify
 from tests.support.children import kills_itself
-from tests.support.service import picture_bytes
+from tests.support.service import picture_bytes, write_bundle
 
 BODY, OTHER = picture_bytes(), picture_bytes() + b"other"
 ID, OTHER_ID = (hashlib.sha256(body).hexdigest()[:32] for body in (BODY, OTHER))
@@ -40,6 +46,7 @@ OF_BODY = {name for name in FILES if ID in name or name == "photos/hat/mine.jpg"
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, content in FILES.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
@@ -69,7 +76,7 @@ def test_every_copy_and_record_is_deleted_and_no_other_file(
     case: str, folders: list[Path]
 ) -> None:
     photograph, deleted = CASES[case]
-    assert {str(path) for path in forget(photograph, folders)} == deleted
+    assert {str(path) for path in forget(photograph, folders).deleted} == deleted
     assert remaining() == FILES.keys() - deleted
     assert Path("sent.jpg").exists()
 
@@ -80,7 +87,7 @@ def test_tables_of_other_programs_stay_as_they_are(folders: list[Path]) -> None:
         pa.table({"path": ["photos/hat/mine.jpg"], "number": [7], "label": ["hat"]}), table
     )
     before = table.read_bytes()
-    assert table not in forget("mine.jpg", folders)
+    assert table not in forget("mine.jpg", folders).deleted
     assert table.read_bytes() == before
 
 
@@ -88,7 +95,7 @@ def test_a_table_that_was_made_of_rows_of_classify_needs_no_paths(folders: list[
     pq.write_table(
         pa.table({"known": [True]}, metadata=LIST_SCHEMA.metadata), "photos/known.parquet"
     )
-    assert forget("mine.jpg", folders) == [Path("photos/hat/mine.jpg")]
+    assert forget("mine.jpg", folders).deleted == [Path("photos/hat/mine.jpg")]
 
 
 def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
@@ -113,21 +120,76 @@ def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
 def test_the_page_names_files_with_the_photograph_that_remain() -> None:
     page = (Path(__file__).parents[3] / "docs" / "keep.md").read_text(encoding="utf-8")
     remains = page.partition("What remains: ")[2]
-    assert [
-        file for file in ("CSV files", "pictures in their reports") if file not in remains
-    ] == []
+    assert [file for file in ("CSV files", "backups") if file not in remains] == []
 
 
 def test_what_is_not_there_is_one_line(folders: list[Path]) -> None:
     with pytest.raises(
-        DataError, match=r"nobody\.jpg: not found in kept, photos; check the name"
+        DataError,
+        match=r"nobody\.jpg: nothing of it is in kept, photos; it was deleted already, or",
     ):
         forget("nobody.jpg", folders)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         forget("sent.jpg", [Path("nowhere")])
     assert remaining() == FILES.keys()
     result = CliRunner().invoke(app, ["forget", "mine.jpg", "photos", "--json"])
-    assert json.loads(result.stdout) == {"deleted": ["photos/hat/mine.jpg"]}
+    assert json.loads(result.stdout) == {"deleted": ["photos/hat/mine.jpg"], "remains": []}
+
+
+def test_what_remains_is_named_with_the_command_that_removes_it(
+    folders: list[Path], bundle_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {
+        "runs/7/predictions.csv": f"hat/{ID}.jpg,hat", "runs/8/predictions.csv": f"hat/{OTHER_ID}.jpg,hat",
+        "cache/sopdeploy/features/1.features": "",
+    }  # fmt: skip
+    for name, text in texts.items():
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(text)
+    shutil.copytree(bundle_path, "bundles/one")
+    cache = Path.cwd() / "cache/sopdeploy/features"
+    first = forget("sent.jpg", folders)
+    assert [(str(one.path), one.command) for one in first.remains] == [
+        ("runs/7", "rm -r runs/7"),
+        (str(cache), f"rm -r {cache}"),
+    ]
+    with pytest.raises(
+        DataError, match=r"deleted already, .*may remain in runs/7 \(rm -r runs/7\)"
+    ):
+        forget("sent.jpg", folders)
+
+
+def test_a_bundle_that_was_trained_on_the_photograph_is_named(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    file_hash = Photo("", Path("photos/hat/mine.jpg").read_bytes()).file_hash
+    origin = Origin(
+        run="7", run_id="7", started=utc_now(), data="photos", num_images=1, num_classes=1,
+        sample=(file_hash,),
+    )  # fmt: skip
+    bundle = write_bundle(tmp_path / "bundles")
+    manifest = read_manifest(bundle).model_copy(update={"origin": origin})
+    (bundle / "manifest.json").write_bytes(manifest.to_bytes())
+    remains = [one.path.name for one in forget("mine.jpg", folders).remains]
+    assert remains == [bundle.name]
+
+
+def test_the_inputs_of_consecutive_answers_go_with_the_photograph(folders: list[Path]) -> None:
+    blocks = []
+    for number, identity in enumerate((ID, OTHER_ID)):
+        path = Path(f"kept/.traffic/tiny/{number:08}.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((1, 16, 16, 3), np.uint8)
+        answers = Answers.of(np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32))
+        no = np.zeros(1, np.bool_)
+        write_block(
+            path,
+            Block("one", answers, np.asarray([identity]), np.zeros(1, np.uint64), no),
+            pixels,
+        )
+        blocks.append(path)
+    assert blocks[0] in forget("sent.jpg", folders).deleted
+    assert [path.exists() for path in blocks] == [False, True]
 
 
 def rows(out: Path) -> set[str]:

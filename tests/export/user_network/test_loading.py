@@ -681,7 +681,7 @@ def test_the_key_of_the_logits_stays_text(
         _network: object, _preprocess: object, *, logits_key: str, **_options: object
     ) -> Any:
         chosen.append(choose_output(outputs, logits_key))
-        return SimpleNamespace(removable=(), num_classes=4, check_constants=lambda _: None)
+        return SimpleNamespace(removable=(), num_classes=4)
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
     given = (
@@ -691,7 +691,8 @@ def test_the_key_of_the_logits_stays_text(
         "--preprocess",
         "imagenet",
     )
-    assert run("inspect", *given, "--logits-key", "1").startswith("0 ")
+    allowed = ("--allow-constants",)
+    assert run("inspect", *given, "--logits-key", "1", *allowed).startswith("0 ")
     assert chosen == [outputs["1"]]
 
 

@@ -235,6 +235,22 @@ def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("content_type", "message"),
+    [
+        ("multipart/form-data; boundary=XX", "the images are together larger than"),
+        ("application/json", "the images are together larger than"),
+        ("image/jpeg", "larger than"),
+    ],
+)
+def test_a_body_that_is_too_large_is_named_as_what_it_is(client, content_type, message):
+    headers = {"Content-Type": content_type}
+    body = bytes(20_000_001)
+    reply = client.post("/v1/classify", content=body, headers=headers).json()
+    assert (reply["status"], reply["code"]) == (413, "too_large")
+    assert reply["detail"].startswith(message)
+
+
 OTHER_PATHS = (
     *(
         "POST /v1/classify/",

@@ -8,17 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.client import Client
-from sopdeploy.decision import Decision, PredictionCounts
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.observability.metrics import DriftWindow
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.inference.drift import DriftMonitor
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import count
 from tests.support.runtimes import Held
-from tests.support.service import deciding, picture_bytes, running, wait_for
+from tests.support.service import picture_bytes, wait_for
 
 URL = "/v1/classify?explain=true"
 
@@ -95,10 +93,9 @@ def test_a_copy_that_fails_is_the_error_of_its_image(serve_with, jpeg) -> None:
     assert (failed.status_code, failed.json()["code"]) == (500, "nonfinite_output")
 
 
-def test_copies_do_not_count_for_the_drift(onnx_runtime, bundle, jpeg, monkeypatch) -> None:
-    added: list[int] = []
-    monkeypatch.setattr(DriftWindow, "add", lambda _, logits: added.append(len(logits)))
-    decision = Decision(reference=PredictionCounts(7).reference())
-    with running(onnx_runtime, deciding(bundle, decision), Settings()) as client:
-        assert client.post(URL, content=jpeg).status_code == 200
-    assert sum(added) == 1
+def test_copies_do_not_count_for_the_drift(serve_with, onnx_runtime, jpeg, monkeypatch) -> None:
+    offered: list[object] = []
+    monkeypatch.setattr(DriftMonitor, "offer", lambda _, *answer: offered.append(answer))
+    client = serve_with(onnx_runtime)
+    assert client.post(URL, content=jpeg).status_code == 200
+    assert len(offered) == 1

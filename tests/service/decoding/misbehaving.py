@@ -8,7 +8,7 @@ import os
 import time
 
 from sopdeploy_service.decoding import child
-from tests.service.decoding.sandboxed import FORBIDDEN, attempt
+from tests.service.decoding.sandboxed import FORBIDDEN, TAKES_MEMORY, attempt
 
 decode_and_answer = child.answer
 START = b"\xff\xd8\xff"
@@ -33,6 +33,13 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
     if name == b"forbidden":
         errors = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
         text = json.dumps([sorted(set(errors.values())), dict(os.environ)]).encode()
+        return [header(number, child.FIRST_ERROR, 0, len(text)), text]
+    if name == b"memory":
+        errors = {
+            name: attempt(lambda take=take: take(2 * options.memory))  # type: ignore[misc]
+            for name, take in TAKES_MEMORY.items()
+        }
+        text = json.dumps(errors).encode()
         return [header(number, child.FIRST_ERROR, 0, len(text)), text]
     reply = decode_and_answer(number, rules, image, options)
     return [b"".join(reply) + b"more"] if image.endswith(b"too many") else reply

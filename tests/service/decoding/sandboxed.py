@@ -53,6 +53,19 @@ FORBIDDEN: dict[str, Callable[[], object]] = {
 }
 
 
+GROWS_DOWN = 0x100  # MAP_GROWSDOWN: a stack
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+# Ways to take so many bytes.
+TAKES_MEMORY: dict[str, Callable[[int], object]] = {
+    "private": lambda size: mmap.mmap(-1, size, flags=PRIVATE),
+    "shared": lambda size: mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS),
+    "a stack": lambda size: mmap.mmap(-1, size, flags=PRIVATE | GROWS_DOWN),
+    "tables of pages that are read": lambda size: mmap.mmap(
+        -1, size, flags=PRIVATE, prot=mmap.PROT_READ
+    ),
+}
+
+
 def attempt(forbidden: Callable[[], object]) -> int:
     """Return the error number of *forbidden*, 0 if it is allowed."""
     try:

@@ -86,6 +86,7 @@ CALLS: dict[str, tuple[str, int, list[int], int]] = {
     "a call of a later kernel": (X86, 1000, [], FAIL[errno.EPERM]),
     "a thread": (X86, 56, [0x3D0F00], sandbox.ALLOW),
     "a process": (X86, 56, [0x1200011], FAIL[errno.EPERM]),
+    "a process on ARM": (ARM, 220, [0x1200011], FAIL[errno.EPERM]),
     "a thread in its own namespace": (X86, 56, [0x10000 | 0x10000000], FAIL[errno.EPERM]),
     "clone3, which the C library replaces": (X86, 435, [], FAIL[errno.ENOSYS]),
     "a signal to itself": (X86, 62, [SELF], sandbox.ALLOW),
@@ -103,13 +104,25 @@ CALLS: dict[str, tuple[str, int, list[int], int]] = {
 def test_the_filter_decides_by_number_and_arguments(
     machine, number, arguments, expected
 ) -> None:
-    code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF)))
+    code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF, threads=True)))
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, sandbox.ARCHITECTURES[machine][1], 0, *padded)
     assert run_filter(code, data) == expected
     assert (
         run_filter(code, struct.pack("<IIQ6Q", number, 0x40000003, 0, *padded)) == sandbox.KILL
     )  # 32 bits
+
+
+@pytest.mark.parametrize(("machine", "clone"), [(X86, 56), (ARM, 220)])
+def test_a_decoder_starts_threads_only_where_heic_is_installed(machine, clone) -> None:
+    data = struct.pack(
+        "<IIQ6Q", clone, sandbox.ARCHITECTURES[machine][1], 0, 0x3D0F00, *[0] * 5
+    )
+    answers = []
+    for threads in (False, True):
+        code = sandbox.build_filter(machine, SELF, threads=threads)
+        answers.append(run_filter(list(struct.iter_unpack("HBBI", code)), data))
+    assert answers == [FAIL[errno.EPERM], sandbox.ALLOW]
 
 
 def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:

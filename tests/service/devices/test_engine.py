@@ -367,21 +367,49 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
     run_with(runtime, bundle, scenario)
 
 
-@pytest.mark.parametrize(("number", "is_logged"), [(errno.ENOMEM, True), (errno.EPIPE, False)])
-def test_an_engine_reports_no_channel_for_whose_slots_there_is_no_memory(
-    bundle, monkeypatch, caplog, number, is_logged
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+        (OSError(errno.EPIPE, os.strerror(errno.EPIPE)), None),  # the front end has ended
+        (channel.ChannelError("the models need 9 bytes"), "the models need 9 bytes"),
+    ],
+    ids=["no memory", "no front end", "too many models"],
+)
+def test_an_engine_reports_no_channel_that_it_cannot_open(
+    bundle, monkeypatch, caplog, error, reason
 ) -> None:
     def refuse(*_given: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise error
 
     async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
         monkeypatch.setattr(channel, "open_channel", refuse)
         with await engine.connect() as ours:
             assert ours.recv(1) == b""
         assert await engine.reported() == {1}
-        assert ("front-0: has no channel (Cannot allocate memory)" in caplog.text) == is_logged
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
+    expected = [f"front end front-0: has no channel ({reason})"] if reason else []
+    assert [line for line in caplog.messages if "has no channel" in line] == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "of"), [("MAX_MODELS_BYTES", "bytes"), ("MAX_PARTS", "values")]
+)
+def test_an_engine_sends_no_models_that_a_front_end_would_not_read(
+    bundle, monkeypatch, limit, of
+) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(channel, limit, 10)
+    with (
+        ours,
+        theirs,
+        pytest.raises(channel.ChannelError, match=rf"\d+ {of}, more than 10; serve"),
+    ):
+        channel.open_channel(theirs, facts, 2)
 
 
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:

@@ -265,6 +265,7 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
         server = supervisor.Supervisor(
             [], settings, [Process("cpu", {}, settings, "cpu", 0)], listener
         )
+        server._announced = True  # else the command ends
 
         def refuse(*_: object, **__: object) -> None:
             num_open.append(len(list(Path("/proc/self/fd").iterdir())))

@@ -408,6 +408,8 @@ OPENINGS: dict[str, tuple[bytes, Callable[[], int] | None]] = {
     "slots without a number": (opening(2**22, 1, 0, 2), lambda: create_memory("x", 2**22)),
     "no slots": (opening(0, 0, 0, 2) + b"[]", lambda: create_memory("x", 0)),
     "endless models": (opening(1, 4096, 4096, 2**32 - 1), lambda: create_memory("x", 8192)),
+    **{f"endless {text}": (opening(1, 4096, 4096, 3000 * len(text)) + 3000 * text, lambda: create_memory("x", 8192))
+       for text in (b"[],", b"1,", b'"a":1,')},
     "models that end early": (opening(1, 4096, 4096, 100) + b"[", lambda: create_memory("x", 8192)),
     "no JSON": (opening(1, 4096, 4096, 2) + b"[x", lambda: create_memory("x", 8192)),
     "no models": (opening(1, 4096, 4096, 3) + b"[1]", lambda: create_memory("x", 8192)),
@@ -417,8 +419,9 @@ OPENINGS: dict[str, tuple[bytes, Callable[[], int] | None]] = {
 
 @pytest.mark.parametrize("name", OPENINGS)
 def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(
-    bundle, name, caplog
+    bundle, name, caplog, monkeypatch
 ) -> None:
+    monkeypatch.setattr(channel, "MAX_PARTS", 2000)
     sent, make = OPENINGS[name]
 
     async def scenario() -> None:

@@ -16,7 +16,19 @@ ORIGINS = {  # values of `allowed_origins`: origins that are allowed, and others
         ["http://localhost:3000", SHOP],
         ["http://localhost:3001"],
     ),
-    "*": ([SHOP, EVIL, "null"], []),
+    "capacitor://localhost": (
+        ["capacitor://localhost"],
+        ["ionic://localhost", "https://localhost", "capacitor://evil"],
+    ),
+    "app://., Chrome-Extension://abcdef": (
+        ["app://.", "chrome-extension://abcdef"],
+        ["app://x", "chrome-extension://abcdeg", "app://"],
+    ),
+    "moz-extension://*": (
+        ["moz-extension://3c078156-979c-498b-8990-85f7987dd929"],
+        ["chrome-extension://abcdef", SHOP],
+    ),
+    "*": ([SHOP, EVIL, "null", "tauri://localhost"], []),
 }
 ASKED = {
     "access-control-request-method": "POST",
@@ -101,7 +113,10 @@ def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_wi
     assert (reply.status_code, reply.json()["code"]) == (403, "foreign_request")
 
 
-@pytest.mark.parametrize("text", ["a b", "https://", "shop.example/ml"])
+@pytest.mark.parametrize(
+    "text",
+    ["a b", "https://", "shop.example/ml", "https://*", "https://.", "app://*.*", "1://a"],
+)
 def test_a_text_that_is_no_origin_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"allowed_origins: .*is not a host such as"):
+    with pytest.raises(ConfigError, match=r"allowed_origins: .*(is not a host such as|has no)"):
         load_settings(allowed_origins=text)

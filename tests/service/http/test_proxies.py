@@ -12,10 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.origins import OwnOrigins
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.children import free_port
 from tests.support.fake_runtime import FakeRuntime
@@ -270,6 +274,45 @@ def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(
             POST.replace(b"/v1", f"{root}/v2".encode()) + b"Content-Length: -1\r\n\r\n"
         )
         assert read(wire).headers["x-error-code"] == "malformed_request"
+
+
+@pytest.mark.parametrize("setting", ["", "/proxy/ml"])
+@pytest.mark.parametrize("way", ["mount", "server"])
+def test_a_prefix_of_the_server_or_mount_is_honored_unless_the_setting_names_another_one(
+    bundle, jpeg, way, setting
+) -> None:
+    model = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
+    service = create_app({"tiny": model}, Settings(root_path=setting))
+    outer = FastAPI(lifespan=lambda _app: service.router.lifespan_context(service))
+    outer.mount("/ml", service)
+    app, options = (outer, {}) if way == "mount" else (service, {"root_path": "/ml"})
+    root = setting or "/ml"
+    with TestClient(app, **options) as client:
+        paths = ("/livez", "/", "/docs", "/docs/swagger-ui.css", "/errors", "/info", "/metrics")
+        assert {client.get(f"/ml{path}").status_code for path in paths} == {200}
+        assert client.post("/ml/v1/classify", content=jpeg).status_code == 200
+        assert client.get("/ml/openapi.json").json()["servers"] == [{"url": root}]
+        lost = client.get("/ml/nothing").json()
+        assert (lost["type"], lost["status"]) == (f"{root}/errors#not_found", 404)
+
+
+def test_a_service_that_its_app_does_not_start_says_so(bundle, jpeg) -> None:
+    model = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={})
+    client = TestClient(create_app({"tiny": model}, Settings()))
+    assert (client.get("/readyz").status_code, client.get("/livez").json()) == (
+        503,
+        {"status": "starting"},
+    )
+    refused = client.post("/v1/classify", content=jpeg)
+    assert (refused.status_code, refused.json()["code"]) == (503, "starting")
+    assert "has to run its lifespan" in refused.json()["detail"]
+
+
+def test_the_host_of_the_test_client_is_allowed_from_no_network() -> None:
+    own = OwnOrigins(("localhost",), (), ())
+    headers = {"host": "testserver"}
+    assert own.why_foreign(headers, "testclient") == ""
+    assert own.why_foreign(headers, "127.0.0.1") == "requests for 'testserver'"
 
 
 @pytest.mark.parametrize(

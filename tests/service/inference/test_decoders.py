@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,9 @@ from sopdeploy_service.inference.decoders import (
 from sopdeploy_service.inference.results import DRAINING
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
+from sopdeploy_service.templates import run_states
 from tests.service.decoding.misbehaving import START
+from tests.service.decoding.sandboxed import TAKES_MEMORY
 from tests.support import hostile_images as hostile
 from tests.support.children import children_of
 from tests.support.decoding import error_of, running_child
@@ -289,6 +293,36 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
         assert (
             len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4
         )  # standard streams and its socket
+
+
+STOPS_ITS_TEMPLATE = """
+import os, signal
+from sopdeploy_service.decoding.pool import shared_template
+from sopdeploy_service.templates import STOPPED, run_states
+from tests.service.inference.test_decoders import OPTIONS
+shared_template().fork(OPTIONS)
+template = shared_template().process
+os.kill(template, signal.SIGSTOP)
+while run_states(template)[0] != {STOPPED}:
+    pass
+print(template, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@linux
+def test_a_stopped_template_of_decoders_ends_with_its_server() -> None:
+    command = [sys.executable, "-c", STOPS_ITS_TEMPLATE]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_for(lambda: run_states(int(done.stdout))[0] <= {"Z"})  # nobody may have reaped it
+
+
+@linux
+def test_no_kind_of_memory_of_a_child_is_without_limit(template) -> None:
+    with running_child(template, OPTIONS) as child:
+        errors = json.loads(child.decode(START + b"memory").data.tobytes())
+    assert errors == dict.fromkeys(TAKES_MEMORY, errno.ENOMEM)
 
 
 COSTLY = {  # options, file, error

@@ -78,7 +78,7 @@ def test_only_images_on_the_same_device_delay_an_image(
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 1.0),))
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
     served = service.Service(registry, Settings())
-    served._draining, served.num_front_ends = False, front_ends
+    served._is_started, served.num_front_ends = True, front_ends
     cells = memoryview(bytearray(8 * len(admitted))).cast("q")
     served.share_admitted(cells, 0)
     served.admitted = admitted[0]

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sopdeploy.bundle.probes import Probes
+from sopdeploy.bundle.probes import Probes, read_probes
 from sopdeploy.errors import ParityError
-from sopdeploy_service.inference import model_worker
+from sopdeploy_service.inference import loader, model_worker
 from sopdeploy_service.inference.loader import LoadedModel, replay_overlapping, warm_up
 from sopdeploy_service.inference.model_worker import (
     LocalModel,
@@ -307,6 +307,32 @@ def test_a_runtime_with_wrong_rows_in_its_largest_batch_is_rejected(spoilt, devi
     runtime = WrongFor(lambda sizes: sizes[-1] == 2 * num_probes, SPOILT[spoilt], device)
     with pytest.raises(ParityError, match=r"deviates by .* in a batch of"):
         warm_up(mean_probes(num_probes), runtime, 2 * num_probes)
+
+
+class WrongForOneImage(FakeRuntime):
+    """Computes *runtime* on a CPU, except for *image*, in batches of every size."""
+
+    def __init__(self, runtime, image) -> None:
+        super().__init__(num_classes=7, device="cpu")
+        self._runtime, self._image = runtime, image
+
+    def run(self, images):
+        logits = self._runtime.run(images)["logits"].copy()
+        logits[(images == self._image).all(axis=(1, 2, 3))] += 1
+        return {"logits": logits}
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+@pytest.mark.parametrize("wrong", range(3))
+def test_a_runtime_that_is_wrong_for_a_single_probe_is_not_served(
+    bundle, onnx_runtime, monkeypatch, wrong, max_batch
+):
+    probes = read_probes(bundle)
+    assert len(probes.images) == 3
+    runtime = WrongForOneImage(onnx_runtime, probes.images[wrong])
+    monkeypatch.setattr(loader, "open_runtime", lambda *_: runtime)
+    with pytest.raises(ParityError, match="deviates by 1"):
+        loader.load_model(bundle.path, Settings(max_batch=max_batch))
 
 
 @pytest.mark.parametrize(("max_batch", "batches"), [(4, []), (12, []), (13, [13])])

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from sopdeploy.files import LOCK
-from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, near_hash, read_kept
+from sopdeploy.images.near_hash import NEAR_BITS, near_hash
+from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 
 NAME = f"{7:032x}"
 

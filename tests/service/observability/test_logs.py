@@ -1,24 +1,19 @@
-"""The log has one line per event, whatever clients send, and no secrets; drift in `/metrics`."""
+"""The log has one line per event, whatever clients send, and no secrets."""
 
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.decision import Decision, PredictionCounts, Reference
-from sopdeploy.errors import BundleError
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.observability import logs, metrics
+from sopdeploy_service.observability import logs
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
-from tests.support.service import deciding, running, wait_for, write_bundle
+from tests.support.service import wait_for
 
 
 @pytest.fixture
@@ -138,69 +133,3 @@ def test_lines_that_a_full_disk_refuses_are_counted(logged):
     ):
         logging.getLogger("sopdeploy.access").info("lost")
     assert logs.DROPPED._value.get() == before + 1
-
-
-def values(page: str, metric: str) -> dict[str, float]:
-    pattern = rf'^sopdeploy_{metric}{{model="tiny",of="(\w+)"}} (\S+)$'
-    return {of: float(value) for of, value in re.findall(pattern, page, re.MULTILINE)}
-
-
-def reference(classes: int) -> Reference:
-    """Predictions of the first class only, with confidences of 0.99."""
-    counts = PredictionCounts(classes)
-    others = [0.01 / (classes - 1)] * (classes - 1)
-    counts.add_logits(np.log([[0.99, *others]] * 500))
-    return counts.reference()
-
-
-def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
-    bundle, onnx_runtime, jpeg, monkeypatch
-):
-    monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
-    decision = Decision(reference=reference(7))
-    files = [("image", ("x.jpg", jpeg))] * 10
-    with running(onnx_runtime, deciding(bundle, decision), Settings()) as client:
-        client.post("/v1/classify", files=files)
-        before = client.get("/metrics").text
-        client.post("/v1/classify", files=files)
-        page = client.get("/metrics").text
-    assert "sopdeploy_drift_distance{" not in before
-    counts = [re.findall(r"sopdeploy_drift_images{.*} (.*)", text) for text in (before, page)]
-    assert counts == [["10.0"], ["0.0"]]
-    assert values(page, "drift_distance") == {"classes": 1.0, "confidences": 1.0}
-    assert all(value < 1e-6 for value in values(page, "drift_p_value").values())
-
-
-# name and held-out predictions of the next bundle: images since the last test of drift
-RELOADS = {
-    "a bundle with other ones": ("tiny", reference(7), ["0.0"]),
-    "a bundle without them": ("tiny", None, []),
-}
-
-
-@pytest.mark.parametrize("case", RELOADS)
-def test_an_alarm_about_a_bundle_ends_when_it_is_not_served_any_more(
-    bundle, onnx_runtime, jpeg, monkeypatch, tmp_path, case
-):
-    monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
-    name, held_out, num_images = RELOADS[case]
-    following = write_bundle(tmp_path, probes=4, decision=Decision(reference=held_out))
-    with running(
-        onnx_runtime, deciding(bundle, Decision(reference=reference(7))), Settings()
-    ) as client:
-        client.post("/v1/classify", files=[("image", ("x.jpg", jpeg))] * 20)
-        assert "sopdeploy_drift_p_value{" in client.get("/metrics").text
-        replaced = client.app.state.service.registry.find()
-        client.reload(f"{name}={following}")
-        page = client.get("/metrics").text
-    assert "sopdeploy_drift_p_value{" not in page
-    assert re.findall(r"sopdeploy_drift_images{.*} (.*)", page) == num_images
-    assert replaced.drift is None  # images that it still runs change nothing
-
-
-def test_a_bundle_without_held_out_predictions_counts_none_and_one_of_other_classes_is_rejected(
-    client, tmp_path
-):
-    assert "sopdeploy_drift_images{" not in client.get("/metrics").text
-    with pytest.raises(BundleError, match="predictions of 3 classes, not 7; export it again"):
-        open_bundle(write_bundle(tmp_path, decision=Decision(reference=reference(3))))

@@ -1,4 +1,4 @@
-"""McNemar's test, Tango's interval and the verdict; confidence intervals; the drift test."""
+"""McNemar's test, Tango's interval and the verdict; confidence intervals."""
 
 import math
 
@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sopdeploy.decision import PredictionCounts, Reference
-from sopdeploy.evaluation.drift import SIGNIFICANCE, compare_counts, find_drift
 from sopdeploy.evaluation.metrics import Z_95, wilson
 from sopdeploy.evaluation.statistics import (
     ALPHA,
@@ -137,73 +135,3 @@ def test_wilson_agrees_with_scipy(successes, failures) -> None:
         return
     expected = stats.binomtest(successes, successes + failures).proportion_ci(method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
-
-
-SAMPLES = 1000
-
-
-def alarm_rate(shares, reference, images, drifted=None) -> float:
-    """Fraction of alarms over random references and predictions with *shares*, then *drifted*."""
-    rng = np.random.default_rng(0)
-    first = rng.multinomial(reference, shares, SAMPLES)
-    second = rng.multinomial(images, shares if drifted is None else drifted, SAMPLES)
-    p_values = [
-        compare_counts(one, two).p_value for one, two in zip(first, second, strict=True)
-    ]
-    return float(np.mean(np.array(p_values) < SIGNIFICANCE))
-
-
-def zipf(classes: int) -> np.ndarray:
-    weights = 1 / np.arange(1, classes + 1)
-    return weights / weights.sum()
-
-
-@pytest.mark.parametrize(
-    ("shares", "reference", "images"),
-    [
-        (zipf(2), 50, 100_000),
-        (zipf(100), 100, 20_000),
-        (np.full(1000, 0.001), 500, 1000),
-        (zipf(1000), 50_000, 1000),
-    ],
-    ids=lambda value: str(len(value)) if isinstance(value, np.ndarray) else str(value),
-)
-def test_without_drift_each_test_raises_at_most_its_share_of_false_alarms(
-    shares, reference, images
-):
-    # 0.005 + 3 standard deviations of 1,000 samples
-    assert alarm_rate(shares, reference, images) <= SIGNIFICANCE + 0.0067
-
-
-def test_a_class_that_becomes_twice_as_frequent_is_detected():
-    drifted = np.full(10, 0.8 / 9)
-    drifted[0] = 0.2
-    assert alarm_rate(np.full(10, 0.1), 2000, 1000, drifted) > 0.99
-
-
-def test_logits_are_counted_by_their_best_class_and_its_probability():
-    counts = PredictionCounts(3)
-    counts.add_logits(np.log([[0.25, 0.5, 0.25], [0.15, 0.25, 0.6], [1e-9, 1.0, 1e-9]]))
-    assert counts.classes.tolist() == [0, 2, 1]
-    assert np.flatnonzero(counts.confidences).tolist() == [5, 6, 16]
-    drift = find_drift(counts, counts.reference())
-    assert drift.num_images == 3
-    assert drift.tests == {"classes": (0.0, 1.0), "confidences": (0.0, 1.0)}
-    assert find_drift(PredictionCounts(3), counts.reference()).tests["classes"].p_value == 1.0
-    far = PredictionCounts(3)
-    far.add_logits(np.eye(3)[[0] * 60] * 9)
-    near = PredictionCounts(3)
-    near.add_logits(np.eye(3)[[1] * 60] * 9)
-    assert find_drift(far, near.reference()).tests["classes"].distance == 1.0
-    assert find_drift(far, near.reference()).tests["classes"].p_value < SIGNIFICANCE
-
-
-def test_a_reference_counts_as_many_images_as_a_float_can() -> None:
-    counts = PredictionCounts(2)
-    counts.add_logits(np.eye(2))
-    fields = counts.reference().model_dump()
-    largest = Reference.model_validate({**fields, "classes": (2**53, 0)})
-    assert find_drift(counts, largest).tests["classes"].distance == 0.5
-    for name, values in fields.items():
-        with pytest.raises(ValueError, match=f"{name}.0"):
-            Reference.model_validate({**fields, name: (10**400, *values[1:])})

@@ -33,6 +33,8 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     name = copied.graph.input[0].name
     if copied.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
         return copied
+
+    # Find the operators that read uint8 values: the images themselves, or moved ones.
     # names of values, and the operators that read them
     uint8_values = {name}
     readers = set()
@@ -46,8 +48,11 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
             raise LoweringError(
                 f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
             )
+
     if readers <= {"Cast"}:  # the graph casts the images first
         return copied
+
+    # Cast the images once, at the input, and let all their readers read float32.
     cast = helper.make_node(
         "Cast", [name], [f"{name}_float32"], f"{name}_cast", to=TensorProto.FLOAT
     )
@@ -55,6 +60,7 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
         node.input[:] = [
             cast.output[0] if operand == name else operand for operand in node.input
         ]
+
     copied.graph.node.insert(0, cast)
     del copied.graph.value_info[:]  # has the types of moved uint8 values
     return copied
@@ -72,6 +78,7 @@ def parse_and_build(
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
+
     if not parser.parse(graph):
         reason = last_error(logger)
         if parser.num_errors:
@@ -79,9 +86,12 @@ def parse_and_build(
             node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
             reason = f"{node}: {' '.join(error.desc().split())}"
         raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
+
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+
+    # One profile for each range of batch sizes; only the first axis of an input is dynamic.
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for batches in profiles:
         profile = builder.create_optimization_profile()
@@ -93,6 +103,8 @@ def parse_and_build(
             raise EngineError(
                 f"TensorRT rejects the optimization profile for batches of {batches}"
             )
+
+    # The build takes minutes: it reports its progress, and Ctrl-C ends it.
     with interrupts_recorded() as interrupt:
         monitor = make_monitor(trt, report, interrupt)
         config.progress_monitor = monitor
@@ -113,8 +125,10 @@ def interrupts_recorded() -> Iterator[threading.Event]:
     is_replaced = (
         in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
+
     if is_replaced:
         signal.signal(signal.SIGINT, lambda *_: interrupt.set())
+
     try:
         yield interrupt
     finally:

@@ -62,16 +62,22 @@ def get_engine(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
             "with --precision int8 --int8-for tensorrt"
         )
+
     profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "torch-tensorrt":  # it builds plans with one profile
         profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
+
+    # The key names all on which a plan depends: graph, profiles, TensorRT and the GPU.
     trt = import_tensorrt()
     cuda = open_cuda()
     gpu = cuda.gpu()
     fields = cache.key_fields(bundle, str(trt.__version__), gpu)
     key = EngineKey.model_validate({**fields, "profiles": profiles, "via": options.via})
+
     folder = cache.cache_folder(bundle, options.cache)
     cached = cache.load_engine(folder, dict(key))
+
+    # A cached engine must also pass the probes here, or it is built again.
     if isinstance(cached, cache.StoredEngine):
         report("replaying the probes on the cached engine")
         try:
@@ -83,9 +89,11 @@ def get_engine(
             reason = f"the cached engine is wrong, {error}"
     else:
         reason = cached  # why there is none
+
     report(f"building: {reason}")
     begin = time.monotonic()
     workspace = gpu.memory // 4
+
     if build_via_torch is None:
         graph = cast_images_first(
             onnx.load_model_from_string(bundle.onnx.read())
@@ -93,7 +101,9 @@ def get_engine(
         plan = parse_and_build(trt, graph, profiles, workspace, report)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress
+
     seconds = round(time.monotonic() - begin, 3)
+
     report("checking outputs")
     record = cache.EngineRecord(
         key=key,
@@ -102,6 +112,7 @@ def get_engine(
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
+
     return EngineFile(
         path=cache.store_engine(folder, plan, record), record=record, reason=reason
     )
@@ -120,6 +131,7 @@ def replay_probes(
     sizes = sorted(
         {size for profile in key.profiles for size in (profile.minimum, profile.maximum)}
     )
+
     with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
         return replay_in_turn(
             {size: probes.in_whole_batches(size) for size in sizes}, session.run

@@ -34,6 +34,7 @@ def build_from_program(
             f"{bundle.path}: is in {manifest.precision}, but the certified program is in float32; omit "
             "--via, or export in precision fp32"
         )
+
     try:
         torch_tensorrt = import_optional(
             "torch_tensorrt",
@@ -43,6 +44,7 @@ def build_from_program(
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
+
     # torch-tensorrt has no converter for a stable sort, but one for `topk`, which differs for
     # ties only.
     stable_sort = torch.ops.aten.sort.stable
@@ -53,16 +55,18 @@ def build_from_program(
             )
         }
     )
+
     _cast_program_images_first(program)
+
+    # One profile: TensorRT tunes the engine for its largest batch.
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
-        opt_shape=(
-            profile.maximum,
-            *manifest.image_shape,
-        ),  # the engine is tuned for the largest batch
+        # the engine is tuned for the largest batch
+        opt_shape=(profile.maximum, *manifest.image_shape),
         max_shape=(profile.maximum, *manifest.image_shape),
         dtype=torch.uint8,
     )
+
     names = [output.name for output in manifest.outputs]
     try:
         return bytes(
@@ -94,5 +98,6 @@ def _cast_program_images_first(program: ExportedProgram) -> None:
             torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32}
         )
     cast.meta["val"] = images.meta["val"].to(torch.float32)
+
     images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     program.graph_module.recompile()

@@ -27,6 +27,7 @@ class Codebook(GlobalPooling):
         self.assignment = nn.Linear(channels, config.words)
         self.centers = nn.Parameter(torch.rand(config.words, channels))
         self.out_features = config.words * channels
+
         with torch.no_grad():
             self.assignment.weight.copy_(2 * config.alpha * self.centers)
             self.assignment.bias.copy_(-config.alpha * self.centers.square().sum(dim=1))
@@ -80,12 +81,15 @@ class NetFV(Codebook):
         """
         x_BMC, a_BKM, total_BK1 = self.sums(features)
         sum_BKC = a_BKM @ x_BMC
+
+        # Sums over the positions: of a (x - c), and of a (x - c)^2, multiplied out.
         first_BKC = sum_BKC - total_BK1 * self.centers
         second_BKC = (
             a_BKM @ x_BMC.square()
             - 2.0 * sum_BKC * self.centers
             + total_BK1 * self.centers.square()
         )
+
         halves = [
             unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)
         ]

@@ -88,15 +88,18 @@ def tabulate_sketch(config: CompactBilinearConfig, channels: int) -> tuple[Tenso
     padded with sign 0.
     """
     generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
+
     with torch.device("cpu"):  # `bincount` needs values, which `meta` does not have
         first, second = (draw_sketch(generator, channels, config.dim) for _ in range(2))
         sums_CC = torch.tensor(first.elements)[:, None] + torch.tensor(second.elements)
         element_P = sums_CC.flatten() % config.dim
         signs_P = torch.outer(torch.tensor(first.signs), torch.tensor(second.signs)).flatten()
+
         entries_P = element_P.argsort(stable=True)
         counts = torch.bincount(element_P, minlength=config.dim).tolist()
         entries_DE = pad_sequence(list(torch.split(entries_P, counts)), batch_first=True)
         signs_DE = pad_sequence(list(torch.split(signs_P[entries_P], counts)), batch_first=True)
+
     device = torch.get_default_device()
     return entries_DE.to(device), signs_DE.to(device)
 
@@ -121,6 +124,7 @@ class KernelPooling(GlobalPooling):
         self.order = config.order
         dim = config.dim
         self.out_features = 1 + channels + (config.order - 1) * dim
+
         generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
         sketches = [
             draw_sketch(generator, channels, dim)
@@ -128,10 +132,13 @@ class KernelPooling(GlobalPooling):
         ]
         elements_SC1 = torch.tensor([sketch.elements for sketch in sketches]).unsqueeze(2)
         signs_SC1 = torch.tensor([sketch.signs for sketch in sketches]).unsqueeze(2)
+
         cosine_DF, sine_DF = tabulate_waves(dim)
         # Each frequency stands for itself and its mirror
         count_F1 = torch.full((dim // 2 + 1, 1), 2.0 / dim)
         count_F1[[0, -1]] = 1.0 / dim
+
+        # The Fourier transform as matrices, which every exporter can lower.
         for name, tensor in (
             ("real", cosine_DF[elements_SC1.squeeze(2)] * signs_SC1),
             ("imaginary", -sine_DF[elements_SC1.squeeze(2)] * signs_SC1),
@@ -139,6 +146,7 @@ class KernelPooling(GlobalPooling):
             ("inverse_imaginary", -sine_DF.T * count_F1),
         ):
             self.register_buffer(name, tensor, persistent=False)
+
         taylor = [1.0 / math.sqrt(math.factorial(p)) for p in range(config.order + 1)]
         self.order_weights = nn.Parameter(torch.tensor(taylor))
 
@@ -146,10 +154,12 @@ class KernelPooling(GlobalPooling):
         """Compute the vector (B, 1 + C + (order - 1) D): one part per power, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
         powers = [torch.ones_like(x_BMC[:, 0, :1]), x_BMC.mean(dim=1)]  # 0 and 1
+
         next_sketch = 0
         for p in range(2, self.order + 1):  # power p multiplies p sketches of its own
             powers.append(self.tensor_sketch(x_BMC, range(next_sketch, next_sketch + p)))
             next_sketch += p
+
         weights = self.order_weights.unbind()
         vector_BD = torch.cat(
             [weight * power for weight, power in zip(weights, powers, strict=True)], dim=1
@@ -162,6 +172,8 @@ class KernelPooling(GlobalPooling):
         """Compute the circular convolution (B, D) of each position's sketches, averaged over positions."""
         real_BMF = x_BMC @ self.real[chosen[0]]
         imaginary_BMF = x_BMC @ self.imaginary[chosen[0]]
+
+        # Multiplication of complex numbers: a convolution of sketches, by frequency.
         for sketch in chosen[1:]:
             other_BMF = x_BMC @ self.real[sketch]
             other_imaginary_BMF = x_BMC @ self.imaginary[sketch]
@@ -169,6 +181,7 @@ class KernelPooling(GlobalPooling):
                 real_BMF * other_BMF - imaginary_BMF * other_imaginary_BMF,
                 real_BMF * other_imaginary_BMF + imaginary_BMF * other_BMF,
             )
+
         return (
             real_BMF.mean(dim=1) @ self.inverse_real
             + imaginary_BMF.mean(dim=1) @ self.inverse_imaginary

@@ -39,6 +39,7 @@ class RowFigure(NamedTuple):
             return self
         digits = f"{self.printed:.10f}".rstrip("0").partition(".")[2]  # those after the point
         step = 10 ** -max(1, len(digits))  # of the last printed digit; 25 stands for 25.0
+
         excess = self.found - self.printed
         is_rounded = abs(excess) <= step / 2 * (1 + 1e-9)  # 1e-9 covers the rounding of floats
         is_cut_off = 0 <= excess < step  # needs no 1e-9: an excess near 0 counts as rounded
@@ -67,6 +68,7 @@ def count_figures(
     figures |= {
         name: RowFigure(value, known.get(name)) for name, value in printed.facts.items()
     }
+
     # Not compared, because papers print its length in thousands, such as 8K
     vector, _ = COUNTS["dim"]
     compared = {}
@@ -89,6 +91,7 @@ def _count_network(
     side = recipe.preprocess.crop
     num_classes = DATA_SETS[table.data].classes
     described = describe_network(model, side=side, num_classes=num_classes)
+
     counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
         "train_params": described.training.parameters / 1e6,
@@ -96,9 +99,11 @@ def _count_network(
         "train_gflops": described.training.macs / 1e9,
         "dim": described.representation,
     }
+
     figures = {}
     for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
+
         lacks_figure = column in table.columns and column not in printed.counts
         if lacks_figure and (known := _find_published(described, column, table)):
             # `published.toml` has the vector's length in thousands
@@ -120,12 +125,14 @@ def _find_published(
     if described.training == described.shipped:
         # Papers print one figure for both
         quantities.add(quantity.replace("training", "shipped"))
+
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"
     of_paper = [
         figure
         for figure in described.published
         if figure.quantity in quantities and figure.source.startswith(paper)
     ]
+
     of_table = [figure for figure in of_paper if figure.source == table.source]
     return next(iter(of_table + of_paper), None)
 
@@ -137,6 +144,7 @@ def _subtract_baseline(
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
     if baseline is None or (recipe_and_changes := table.recipe_of(baseline)) is None:
         return {}  # there is no baseline, or it is only cited
+
     reference = _count_network(baseline, read_recipe(*recipe_and_changes), table)
     costs = {}
     for name in ("GFLOPs", "parameters (M)"):

@@ -20,6 +20,7 @@ def render_page(results: Reproduction) -> str:
     finished = [row for row in results.rows if row.runs]
     # Seed 0; no column prefix
     curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
+
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
@@ -27,8 +28,10 @@ def render_page(results: Reproduction) -> str:
             (row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe
         ],
     )
+
     charts = [*_option_chart(table, finished)]
     charts += chain.from_iterable(_row_charts(table, row) for row in finished)
+
     sections = [
         _describe_results(results, finished),
         Section(title="Curves", figures=list(_metric_charts(table, curves, "Seed 0"))),
@@ -36,6 +39,7 @@ def render_page(results: Reproduction) -> str:
         Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
     ]
+
     text = [table.title, *filter(None, [results.deviations, results.paper_scale])]
     return render(HtmlReport(title=table.source, text=text, sections=sections))
 
@@ -45,6 +49,7 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     table = results.table
     text = []
     tables = []
+
     if table.measures == "counts":
         text.append("The networks are built and counted, not trained.")
     elif table.measures == "nothing":
@@ -59,8 +64,10 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
                 f"{run.train_count}, {amount(seeds, 'seed')}, 95 % interval over "
                 f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
             )
+
     if note := results.note:
         text.append(f"{note[0].upper()}{note[1:]}.")
+
     explained = list(notes(results.rows))
     tables.append(
         Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained)
@@ -73,6 +80,7 @@ def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
     for row in rows:
         if row.printed.note:
             yield row.printed.name, row.printed.note
+
         for note in dict.fromkeys(
             figure.note for figure in row.figures.values() if figure.note
         ):
@@ -93,6 +101,7 @@ def error_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
         top1 = _printed(table, printed.top1), _measured(table, mean_error(row.runs, "top1"))
         top5 = _printed(table, printed.top5), _measured(table, mean_error(row.runs, "top5"))
         lines.append((name, *top1, *top5, row.status))
+
     columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
     names = "accuracies" if table.accuracy else "errors"
     return Table(
@@ -105,17 +114,20 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     figures = [
         (row.printed.name, name, figure) for row in rows for name, figure in row.figures.items()
     ]
+
     if all(figure.found is None for _, _, figure in figures):
         lines = [(row, name, _number(figure.printed)) for row, name, figure in figures]
         return Table(
             caption="Printed figures", columns=("row", "figure", "printed"), rows=lines
         )
+
     compared = []
     for row, name, figure in figures:
         # a multiple of the count of ResNet-50
         multiple = " x ResNet-50" if figure.unit == "x" else ""
         printed = _number(figure.printed) + multiple
         compared.append((row, name, printed, _number(figure.found), figure.mark))
+
     caption = (
         "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
         "or operations by the paper's convention where it is known. A cross marks a count that differs from "
@@ -132,6 +144,7 @@ def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
         for name in row.runs[0].heads:
             if name == "main":
                 continue
+
             stage = name.partition("_")[0]  # a branch is named after its stage and block
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
             # The metrics of this branch, with each seed
@@ -140,6 +153,7 @@ def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
                 sum(table.shown(100 * (1 - getattr(head, key))) for head in heads) / len(heads)
                 for key in _METRICS
             )
+
             printed = _printed(table, printed_top1), _printed(table, printed_top5)
             cells = printed[0], f"{top1:.2f}", printed[1], f"{top5:.2f}"
             lines.append((f"{row.printed.name}, {name}", *cells))
@@ -199,6 +213,7 @@ def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterato
             curves.setdefault(name, []).append(
                 (float(options[table.over]), table.shown(error.mean))
             )
+
     values = {value for points in curves.values() for value, _ in points}
     if len(values) > 1:
         ordered = {name: sorted(points) for name, points in curves.items()}
@@ -214,11 +229,13 @@ def _row_charts(table: PrintedTable, row: ReproducedRow) -> Iterator[Figure]:
     run = row.runs[0]
     # The network's own head is the last one
     heads = sorted(run.heads, key=lambda head: head == "main")
+
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
         caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
         # Columns such as `main_top1`
         curves = {head: (run.history, f"{head}_") for head in heads}
         yield from _metric_charts(table, curves, caption)
+
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")

@@ -91,12 +91,14 @@ class Reproduction:
         """What the options and the data change in the experiment of the paper; empty if nothing is known."""
         if self.table.measures != "errors":
             return ""
+
         printed = DATA_SETS[self.table.data].images
         counts = sorted({run.train_count for row in self.rows for run in row.runs} - {printed})
         differences = [f"--set {override}" for override in self.options.set]
         if self.options.scale == "small":
             differences.insert(0, f"--scale small ({SMALL_SCALE})")
         differences += [f"{count:,} training images instead of {printed:,}" for count in counts]
+
         if self.seeds != self.table.seeds:
             differences.append(f"{self.seeds} runs per row instead of {self.table.seeds}")
         return (
@@ -111,11 +113,13 @@ class Reproduction:
             for form, counts in row.forms.items():
                 text = f"{row.printed.id} {counts.parameters:,} and {counts.macs / 1e9:.3f} G"
                 counts_by_form.setdefault(form, []).append(text)
+
         notes = [self.table.note] if self.table.note else []
         if hosted := [
             row.printed.id for row in self.rows if row.recipe is not None and row.printed.hosted
         ]:
             notes.append(f"{HOSTED}: {', '.join(hosted)}")
+
         for (name, changes), texts in counts_by_form.items():
             options = shlex.join(_as_settings(changes))
             notes.append(
@@ -129,6 +133,7 @@ class Reproduction:
         rows = [row for row in self.rows if row.recipe is not None]
         if not rows:
             return ""
+
         # None as in the paper
         measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)
         done = f"{measured} of {len(rows)} rows" if measured else "no"
@@ -156,6 +161,7 @@ class Reproduction:
         """Format the commands that train *row* alone, one for each seed; none if it is not trained."""
         if row.recipe is None:
             return []
+
         lines = []
         for seed in range(self.seeds):
             settings = _as_settings(self.overrides(row, seed))
@@ -187,6 +193,7 @@ class Reproduction:
                     "runs": [run.model_dump(mode="json", exclude=hidden) for run in row.runs],
                 }
             )
+
         return {
             "table": self.table.id,
             **self.table.model_dump(include={"source", "title", "measures"}),
@@ -220,10 +227,12 @@ def plan(
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows, or small ones without data."""
     if options.scale == "small" and options.data is None:
         raise ConfigError("give a folder of classes as --data", setting="scale", value="small")
+
     rows = []
     for printed in table.select(options.rows):
         figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
         row = ReproducedRow(printed=printed, figures=figures)
+
         recipe_and_changes = table.recipe_of(printed)
         if table.measures == "nothing":
             row.reason = "printed, not measured"
@@ -236,6 +245,7 @@ def plan(
             except ConfigError as error:
                 row.reason = f"not available: {error}"
         rows.append(row)
+
     return Reproduction(table, options, tuple(rows), dry_run)
 
 
@@ -248,6 +258,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     # Without the user's data and settings
     paper_recipe = read_recipe(row.source, row.overrides)
     row.figures = count_figures(row.printed, paper_recipe, table)
+
     for form in table.forms:
         if changes := form.changes(paper_recipe.model):
             other = read_recipe(row.source, (*row.overrides, *changes)).model
@@ -256,24 +267,30 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
                 side = paper_recipe.preprocess.crop
                 described = describe_network(other, side=side, num_classes=classes)
                 row.forms[form.name, changes] = described.training
+
     if table.measures == "counts":
         row.reason = "counted, not trained"
         return
+
+    # The user's data, at their scale or that of the paper.
     if options.scale == "small" and options.data is not None:
         row.overrides += scale_down(paper_recipe, options.data)
     elif options.data is not None:
         row.overrides += (f"data.path={format_toml(str(options.data))}",)
+
     if row.printed.pretrained is not None:
         # The result of another table's row
         weights = options.out / row.printed.pretrained / "seed-0/best.pt"
         if weights.is_file():  # otherwise the row starts from random weights
             row.overrides += (f"start.weights={format_toml(str(weights))}",)
+
     row.overrides += options.set
     recipe = read_recipe(row.source, row.overrides)
     if recipe.start is not None and recipe.start.weights == "imagenet":
         published_network(
             recipe.model.name, make_config(recipe.model.name, recipe.model.config)
         )
+
     row.recipe = recipe
     row.gpu_hours = estimate_hours(paper_recipe, DATA_SETS[table.data])
 
@@ -296,10 +313,12 @@ def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
         ),
         *(f"epochs={SMALL_EPOCHS}", 'schedule={kind="one-cycle"}', "start.weights=none"),
     ]
+
     if recipe.preprocess.crop > side:  # crops of larger images do not fit
         changes.append('augment={kind="random-resized-crop", flip=0.5}')
     if recipe.model.remove_branches_at is not None:
         changes.append(f"model.remove_branches_at={SMALL_EPOCHS // 2}")
+
     return tuple(changes)
 
 
@@ -312,12 +331,15 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     networks: list[CatalogModel] = [recipe.model]
     if recipe.teacher is not None and recipe.teacher.model is not None:
         networks.append(recipe.teacher.model)
+
     # by their mirror images
     is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
     num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
     side = recipe.training_crop
+
     macs = sum(
         describe_network(network, side=side, num_classes=data.classes).training.macs
         for network in networks
     )
+
     return macs * _OPERATIONS_PER_MAC * num_images / GPU_OPERATIONS_PER_SECOND / 3600

@@ -54,6 +54,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     checkpoint = read_checkpoint(trained.last)
     history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
+
     heads: dict[str, HeldOutMetrics] = {}
     # All heads are evaluated on all held-out images, of one class each
     if len(model.loss_weights()) > 1:
@@ -63,6 +64,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
         logits = score_images(evaluated, checkpoint.preprocess, images, workers=recipe.workers)
         for name, head_logits in network.split(logits).items():
             heads[name] = held_out_metrics(images.labels, head_logits, images.targets)
+
     return SeedResult(
         seed=recipe.seed,
         recipe=recipe.model_dump(mode="json"),
@@ -81,6 +83,7 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
+
     # the same number in every run
     center = mean(errors)
     num_images = runs[0].held_out_count
@@ -102,4 +105,5 @@ def measured_facts(
         reference = mean_error(baseline, name)
         if error is not None and reference is not None:
             facts[fact] = reference.mean - error.mean
+
     return facts

@@ -40,26 +40,32 @@ def reproduce(
     that one of them may have alone: those that are no `TrainingError`.
     """
     results = plan(table, options)
+
+    # Errors about the rows and the data come before hours of training.
     # Other tables are not trained
     must_run = options.rows is not None and table.measures == "errors"
     for row in results.rows:
         if row.recipe is None and must_run:
             message = f"cannot be run ({row.reason}); leave it out"
             raise ConfigError(message, setting="rows", value=row.printed.id)
+
     # Empty for a row that can be trained
     reasons = [row.reason for row in results.rows if row.source]
     if options.set and table.measures == "errors" and reasons and all(reasons):
         raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
+
     for row in results.rows:  # all rows have the same data: without them, no row can be trained
         runs = [results.run_folder(row.printed.id, seed) for seed in range(results.seeds)]
         if row.recipe is not None and not all((run / _RESULT).is_file() for run in runs):
             open_data(row.recipe.data)
             break
+
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.recipe is None:
             continue
         _train_row(row, results, callback, on_run)
+
         if row.runs:
             # The baseline is above in the table, so it has already run, unless the user left it
             # out.
@@ -67,6 +73,7 @@ def reproduce(
             for name, value in measured_facts(row.runs, baseline).items():
                 if name in row.figures:
                     row.figures[name] = row.figures[name]._replace(found=value)
+
         _write_page(results)
     _write_page(results)  # even if no row is trained
     return results
@@ -82,6 +89,7 @@ def _train_row(
     for seed in range(results.seeds):
         folder = results.run_folder(row.printed.id, seed)
         recipe = read_recipe(row.source, results.overrides(row, seed))
+
         result = _read_result(folder / _RESULT, recipe)
         if result is None:
             on_run(row.printed.id, seed)
@@ -96,6 +104,7 @@ def _train_row(
                     raise
                 row.failure = f"seed {seed} failed: {error}"
                 return
+
             result = measure_run(recipe, trained)
             _write(folder / _RESULT, result.model_dump_json() + "\n")
         row.runs.append(result)
@@ -118,6 +127,7 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
         ) from error
     except ValueError as error:  # it is no JSON
         raise ConfigError(f"{path}: not a result ({error}); remove this file") from error
+
     if stored.recipe != recipe.model_dump(mode="json"):
         message = f"{path}: the row was trained with another recipe or other data; choose another folder"
         raise ConfigError(message, setting="out")

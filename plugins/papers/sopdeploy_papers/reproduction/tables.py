@@ -112,6 +112,7 @@ class OtherForm(StrictModel):
             *self.default,
         }:
             return ()
+
         return (*self.set, *(as_change(key, defaults[key]) for key in self.default))
 
 
@@ -157,10 +158,12 @@ class PrintedTable(StrictModel):
     def _convert_accuracies(cls, values: dict[str, Any]) -> dict[str, Any]:
         if not values.get("accuracy"):
             return values
+
         rows = []
         for row in values["rows"]:
             errors = {key: round(100 - row[key], 2) for key in ("top1", "top5") if key in row}
             rows.append({**row, **errors})
+
         return {**values, "rows": rows}
 
     @property
@@ -185,6 +188,7 @@ class PrintedTable(StrictModel):
         """
         if names is None:
             return self.rows
+
         by_id = {row.id: row for row in self.rows}
         wanted: set[str] = set()
         for name in map(str.strip, names.split(",")):
@@ -192,6 +196,7 @@ class PrintedTable(StrictModel):
                 message = f"no row of {self.id}; choose one of {', '.join(by_id)}"
                 raise ConfigError(message, setting="rows", value=name)
             wanted |= {name, *by_id[name].needs.values()}
+
         return tuple(row for row in self.rows if row.id in wanted)
 
 
@@ -204,14 +209,17 @@ def load_tables() -> dict[str, PrintedTable]:
         tomllib.loads((folder / f"{paper}.toml").read_text(encoding="utf-8"))
         for paper in papers
     ]
+
     released = [as_change(f"model.config.{key}", value) for key, value in GSOP_RELEASED.items()]
     keys = [change.partition("=")[0] for change in released]
     shared: dict[str, Any] = {"released": released, "released-keys": keys}  # values by NAME
     for content in contents:
         shared |= content.get("named", {})
+
     tables: dict[str, PrintedTable] = {}
     for unresolved in chain.from_iterable(content["tables"] for content in contents):
         table = _resolve_names(unresolved, shared)
+
         # A table with variants stands for one with the values of each; `top1` of a row may list
         # theirs.
         for index, variant in enumerate(table.pop("variants", [{}])):  # {}: it has none
@@ -221,6 +229,7 @@ def load_tables() -> dict[str, PrintedTable]:
                 rows.append({**row, "top1": row["top1"][index]} if has_several else row)
             printed = PrintedTable.model_validate({**table, **variant, "rows": rows})
             tables[printed.id] = printed
+
     return tables
 
 
@@ -243,6 +252,7 @@ def _resolve_names(value: Any, shared: Mapping[str, Any]) -> Any:
         return {key: _resolve_names(inner, shared) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
+
     resolved: list[Any] = []
     for element in value:
         inner = _resolve_names(element, shared)

@@ -34,7 +34,7 @@ function proof(certificate) {
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
     ["One graph", `${compared.join(" = ")}, ${operations} operations, also as ONNX`],
-    ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
+    ["Numbers", `the file was compared with the network on ${counted(images, "probe image")}`],
   ];
   const hashes = [["Graph root", make("code", {}, certificate.root)], ["ONNX root", make("code", {}, certificate.onnx_root)]];
   return [make("p", { className: "seal" }, seal(), verdict(certificate)), list(rows),

@@ -155,10 +155,8 @@ def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]
                 "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
             )
             raise bad_request("no_classification", message)
-
         chosen = output.parameters.binary_data
         is_binary[output.name] = binary_by_default if chosen is None else chosen
-
     return is_binary or {name: binary_by_default for name in names if name != EMBEDDING}
 
 
@@ -260,10 +258,8 @@ def _read_pixels(
     # Convert them to pixels, if nothing is lost.
     with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
         pixels = values.astype(np.uint8, copy=False)
-
     if not np.array_equal(pixels, values):
         raise _invalid("wrong_data", tensor, PIXELS_ONLY)
-
     return pixels.reshape(shape)
 
 
@@ -302,5 +298,4 @@ def _split_elements(tensor: InputTensor, raw: memoryview, count: int) -> list[by
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
         raise _invalid("wrong_binary_size", tensor, message)
-
     return elements

@@ -88,7 +88,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     """Respond with 200 while the model can predict."""
     service = service_of(request)
     model = find_and_record_model(request, name, version)
-    is_ready = not model.is_down and service.state != "draining"
+    is_ready = not model.is_down and service.state not in {"starting", "draining"}
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
@@ -144,7 +144,7 @@ async def model_infer(
 
         # Run the images.
         outcomes = await admitted.infer(
-            parsed.images, features=EMBEDDING in parsed.is_binary, may_keep=True
+            parsed.images, features=EMBEDDING in parsed.is_binary, is_traffic=True
         )
 
         # Respond with the outputs that the request has chosen.

@@ -35,7 +35,8 @@ from sopdeploy.files import (
     remove_leftovers,
     writing,
 )
-from sopdeploy_service.labelling.kept import NEAR_BITS, KeptRecord, Reason, read_kept
+from sopdeploy.images.near_hash import NEAR_BITS
+from sopdeploy_service.labelling.kept import KeptRecord, Reason, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
@@ -119,34 +120,12 @@ class KeptFolder:
         self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
 
-        # Reserve the folder with a lock, for as long as this object lives.
-        with ExitStack() as opened:
+        # The lock is held for as long as this object lives.
+        with ExitStack() as unless_ready:
             with writing(path):
-                opened.enter_context(new_folder(path, 0o700))
-
-                # Checked before the lock file exists: a process that is killed now leaves none.
-                is_new = not (path / LOCK).exists()
-                if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
-                    raise ConfigError(
-                        f"{path}: holds photographs without records, such as labelled ones, which a server "
-                        "would delete; name another folder"
-                    )
-
-                try:
-                    lock = lock_file(path / LOCK, 0o600)
-                except BlockingIOError as error:
-                    message = (
-                        f"{path}: another process keeps photographs there; name another folder"
-                    )
-                    raise ConfigError(message) from error
-
-            opened.callback(os.close, lock.file)
-            if lock.failure:  # two servers would delete what the other one writes
-                (path / LOCK).unlink()
-                raise StorageError(
-                    f"{path}: its file system has no locks ({lock.failure}), which keep other servers out; "
-                    "keep photographs on another file system"
-                )
+                unless_ready.enter_context(new_folder(path, 0o700))
+                lock = _lock_folder(path)
+            unless_ready.callback(os.close, lock)
 
             # Read what an earlier server has kept, and delete what is incomplete, too old or
             # too much.
@@ -155,9 +134,9 @@ class KeptFolder:
                 self._delete_incomplete()
                 self.expire()
                 self._make_room(0)
-            opened.pop_all()
+            unless_ready.pop_all()
 
-        weakref.finalize(self, os.close, lock.file)  # which releases the lock
+        weakref.finalize(self, os.close, lock)
 
     @property
     def used(self) -> int:
@@ -166,17 +145,9 @@ class KeptFolder:
 
     def _load(self) -> None:
         """Note the complete photographs in the folder; an age that is not known begins now."""
-        # Read the ages; they are known only if the file is whole and no photograph is from
-        # later.
         kept = read_kept(self.path)
-        try:
-            with open_regular(self.path / AGES) as file:
-                ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
-            is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
-        except (OSError, pydantic.ValidationError):  # the file is missing or damaged
-            is_valid = False
-
-        if not is_valid:
+        ages = _read_ages(self.path / AGES)
+        if ages is None:
             ages = Ages()
             if kept:
                 log.warning(
@@ -262,7 +233,6 @@ class KeptFolder:
             for photo in self._photos.values()
             if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
         ]
-
         return any(not self._forget_if_gone(photo) for photo in near)
 
     def _forget_if_gone(self, photo: _StoredPhoto) -> bool:
@@ -418,6 +388,45 @@ class KeptFolder:
         for file in (photo.path.with_suffix(".json"), photo.path):
             file.unlink(missing_ok=True)
         del self._photos[photo.path.name]
+
+
+def _lock_folder(path: Path) -> int:
+    """Lock the folder at *path* for this process; return the lock's file descriptor."""
+    # Checked before the lock file exists: a process that is killed now leaves none.
+    is_new = not (path / LOCK).exists()
+    if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
+        raise ConfigError(
+            f"{path}: holds photographs without records, such as labelled ones, which a server "
+            "would delete; name another folder"
+        )
+
+    try:
+        lock = lock_file(path / LOCK, 0o600)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{path}: another process keeps photographs there; name another folder"
+        ) from error
+
+    # Without locks, two servers would delete what the other one writes.
+    if lock.failure:
+        os.close(lock.file)
+        (path / LOCK).unlink()
+        raise StorageError(
+            f"{path}: its file system has no locks ({lock.failure}), which keep other servers out; "
+            "keep photographs on another file system"
+        )
+    return lock.file
+
+
+def _read_ages(path: Path) -> Ages | None:
+    """Read the ages at *path*; None if the file is missing or damaged."""
+    try:
+        with open_regular(path) as file:
+            ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
+    except (OSError, pydantic.ValidationError):
+        return None
+    is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())
+    return ages if is_valid else None
 
 
 def _find_incomplete(folder: Path) -> list[Path]:

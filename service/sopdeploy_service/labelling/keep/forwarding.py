@@ -110,5 +110,4 @@ class Receiver:
         except RejectedError:
             os.close(files[0])
             raise
-
         return read_memory(files[0], MAX_BYTES)

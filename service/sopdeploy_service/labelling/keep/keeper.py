@@ -27,18 +27,13 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
+from sopdeploy.images.near_hash import NEAR_BITS, near_hash
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.labelling.keep.folder import Deletion, KeptFolder, KeptResult
-from sopdeploy_service.labelling.kept import (
-    MAX_KEPT_LABELS,
-    NEAR_BITS,
-    KeptRecord,
-    Reason,
-    near_hash,
-)
+from sopdeploy_service.labelling.kept import MAX_KEPT_LABELS, KeptRecord, Reason
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -172,9 +167,7 @@ class Keeper:
         self._refilled = time.monotonic()  # when seconds were last added to the budget
         self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
         self._num_logged = 0  # of both
-
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
-
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -209,6 +202,11 @@ class Keeper:
         )
         self._queue_or_drop(photo)
 
+    def is_worth_training(self, model: Model, logits: NDArray[np.float32], sha256: str) -> bool:
+        """Tell whether a file with the hash *sha256* is kept to be trained on, not in the sample."""
+        reasons = reasons_to_keep(model.bundle, logits, sha256, self._share)
+        return bool(reasons) and "sample" not in reasons
+
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""
         self._queue_or_drop(WorthPhoto(image, record))
@@ -221,7 +219,6 @@ class Keeper:
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._drop()
             return
-
         self._bytes_in += size
         self._photos.put(photo)
 
@@ -289,60 +286,67 @@ class Keeper:
         It is None for a photograph that is not worth one, and for one that the keeping process
         counts.
         """
-        # The photograph of another process has a record; for others, decide whether it is worth
-        # a label.
-        if isinstance(photo, WorthPhoto):
-            name = Path(photo.record.image).stem
-            reasons = photo.record.reasons
-            near = photo.record.near_hash
-        else:
-            sha256 = hashlib.sha256(photo.image).hexdigest()
-            is_reported = photo.reported is not None
-            reasons = reasons_to_keep(
-                photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
-            )
-            name = sha256[:32]
+        worth = self._judge(photo) if isinstance(photo, PredictedPhoto) else photo
+        if worth is None:
+            return None
 
-            if not reasons:
-                return None
-            near = near_hash(photo.pixels)
+        # The sample stays uniform because its copies need no budget.
+        if "sample" in worth.record.reasons:
+            return self._store(worth)
 
-        # Outside of the sample, refuse near-duplicates of recent photographs, and copies for
-        # which there is no time.
-        is_sample = "sample" in reasons
-        if not is_sample:
-            refusal = self._refuse_copy(int(near, 16))
-            if refusal is not None:
-                return refusal
+        refusal = self._refuse_copy(int(worth.record.near_hash, 16))
+        if refusal is not None:
+            return refusal
 
-        # Send it to the process that has the folder, or copy it there without its metadata.
+        # Subtract the seconds of the copy, with the wait for a decoder process. The debt is
+        # limited.
         started = time.monotonic()
         try:
-            if self._folder is None:
-                record = _describe(photo, reasons, f"{name}.jpg")
-                end = self._socket
-                is_taken = end is not None and forwarding.forward(end, photo.image, record)
-                return None if is_taken else "dropped"
+            return self._store(worth)
+        finally:
+            spent = time.monotonic() - started
+            self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
 
-            if self._folder.has_duplicate(name, reasons, near):
-                return "near_duplicate"
-            if not is_sample:
-                self._recent.append(int(near, 16))  # also if an error follows
+    def _judge(self, photo: PredictedPhoto) -> WorthPhoto | None:
+        """Describe *photo* if it is worth a label."""
+        sha256 = hashlib.sha256(photo.image).hexdigest()
+        is_reported = photo.reported is not None
+        reasons = reasons_to_keep(
+            photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
+        )
+        if not reasons:
+            return None
 
+        # The suffix is not known before the copy is made.
+        return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
+
+    def _store(self, photo: WorthPhoto) -> KeptResult | None:
+        """Copy *photo* without its metadata into the folder, or send it to the process that has it."""
+        record = photo.record
+        if self._folder is None:
+            end = self._socket
+            is_taken = end is not None and forwarding.forward(end, photo.image, record)
+            return None if is_taken else "dropped"
+
+        name = Path(record.image).stem
+        if self._folder.has_duplicate(name, record.reasons, record.near_hash):
+            return "near_duplicate"
+
+        # Near-duplicates are refused from now on, also if an error follows.
+        is_sample = "sample" in record.reasons
+        if not is_sample:
+            self._recent.append(int(record.near_hash, 16))
+
+        try:
             copy, suffix = self._copy(photo.image)
-            result = self._folder.add(copy, _describe(photo, reasons, f"{name}{suffix}"))
-
-            if result == "kept" and not is_sample:
-                # the folder knows it, as long as nobody deletes or labels it
-                self._recent.pop()
-            return result
         except (ImageError, RejectedError):
             return "dropped"
-        finally:
-            if not is_sample:  # the sample stays uniform because its copies need no budget
-                spent = time.monotonic() - started  # includes the wait for a decoder process
-                # The debt is limited
-                self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
+        result = self._folder.add(copy, record.model_copy(update={"image": f"{name}{suffix}"}))
+
+        # The folder knows it, as long as nobody deletes or labels it.
+        if result == "kept" and not is_sample:
+            self._recent.pop()
+        return result
 
     def _refuse_copy(self, near: int) -> KeptResult | None:
         """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
@@ -367,13 +371,8 @@ class Keeper:
         return "dropped"
 
 
-def _describe(
-    photo: PredictedPhoto | WorthPhoto, reasons: tuple[Reason, ...], image: str
-) -> KeptRecord:
-    """Describe *photo*, kept as the file *image* for *reasons*; a forwarded one has a record already."""
-    if isinstance(photo, WorthPhoto):
-        return photo.record.model_copy(update={"image": image})
-
+def _describe(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, which is worth a label for *reasons* and is kept as the file *image*."""
     manifest = photo.bundle.manifest
     labels = photo.bundle.labels
     # of the labels in the record: all, or those with the largest logits

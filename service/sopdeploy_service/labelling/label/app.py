@@ -115,7 +115,6 @@ def intercept(
         response = RedirectResponse(f"{settings.root_path or '.'}/", 303)
         response.set_cookie(cookie, key, httponly=True, samesite="lax")
         return response
-
     return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
 
@@ -136,13 +135,11 @@ async def guard(
 
     if full_path == root_path != "":
         return RedirectResponse(f"{root_path}/")  # the links of the page are relative to it
-
     try:
         async with asyncio.timeout(BODY_SECONDS):
             await request.body()  # is kept for `call_next`
     except TimeoutError:
         return PlainTextResponse("the body did not arrive in time", 408)
-
     return await call_next(request)
 
 
@@ -174,12 +171,12 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     @app.get("/grids")
     def grids() -> Grids:
         with lock:
-            found = folders.obvious()
+            ids_by_class = folders.obvious()
 
         return Grids(
             grids=tuple(
                 Grid(name=name, ids=tuple(ids[:MAX_CELLS]), count=len(ids))
-                for name, ids in found.items()
+                for name, ids in ids_by_class.items()
             )
         )
 
@@ -338,7 +335,6 @@ def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
 
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
-
     return f"sopdeploy train {join([*words, *_from_live()])}"
 
 
@@ -383,8 +379,6 @@ def run_label_server(
         # For other machines
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
         on_ready(f"{address}/?key={key}", len(folders.waiting))
-
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(label_config(app, settings)).run(sockets=[listener])
-
     return folders

@@ -27,6 +27,7 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.images.near_hash import NEAR_BITS
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
@@ -40,7 +41,7 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.table import find_table
-from sopdeploy_service.labelling.kept import NEAR_BITS, Kept, KeptRecord, read_kept
+from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 
 SKIPPED = ".skipped"
@@ -190,9 +191,7 @@ class LabelFolders:
         waiting = [Waiting(path, record) for path, record in queue] + [
             Waiting(path, None) for path in heap
         ]
-
         self.waiting = {photo.identity: photo for photo in waiting}
-
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
         self._order_heap()
@@ -233,7 +232,7 @@ class LabelFolders:
         Those that probably show none of the classes are not listed, nor those of the uniform
         sample, since each of them counts in comparisons, nor those that a person has reported.
         """
-        found: dict[str, list[tuple[float, str]]] = {}
+        ranked_by_class: dict[str, list[tuple[float, str]]] = {}
         for identity, (path, record) in self.waiting.items():
             if record is None:
                 name, probability = self.suggestions.probable(path)
@@ -244,10 +243,11 @@ class LabelFolders:
                 name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
 
             if probability >= OBVIOUS:
-                found.setdefault(name, []).append((-probability, identity))
+                ranked_by_class.setdefault(name, []).append((-probability, identity))
 
         return {
-            name: [identity for _, identity in sorted(found[name])] for name in sorted(found)
+            name: [identity for _, identity in sorted(ranked_by_class[name])]
+            for name in sorted(ranked_by_class)
         }
 
     def classes(self) -> list[str]:
@@ -258,7 +258,6 @@ class LabelFolders:
         names |= {
             normalize(record.suggested) for record in records if record.suggested is not None
         }
-
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -269,25 +268,12 @@ class LabelFolders:
         is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        # Find out whether the photograph is of the uniform sample, or like one of it.
+        # Choose the folder of the class.
         photo = self._find(identity)
-        is_sampled = False
-        if photo.record is not None:
-            # in `_sampled` for a photograph of the sample
-            near_hash = int(photo.record.near_hash, 16)
-            is_sampled = any(
-                (near_hash ^ one).bit_count() <= NEAR_BITS for one in self._sampled
-            )
-
-        # Choose the folder of the class; the sample is held out, and so measures the accuracy
-        # of a server.
-        if name is None:
-            folder = self.unknown / SAMPLE_FOLDER if is_sampled else self.unknown
-        else:
-            parent = self.held_out if is_sampled else self.photos
+        if name is not None:
             folders = _class_folders(self.photos) | _class_folders(self.held_out)
             name = check_class_name(name, self.classes(), folders)
-            folder = _class_folders(parent).get(name, parent / name)
+        folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
 
         # Photographs of a heap can have equal names.
         targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
@@ -317,6 +303,20 @@ class LabelFolders:
         elif name is not None:
             self.suggestions.add(name, photo.path, target)
             self._order_heap()
+
+    def _is_near_sample(self, photo: Waiting) -> bool:
+        """Tell whether *photo* is of the uniform sample, or a near-duplicate of one of it."""
+        if photo.record is None:  # a photograph of a heap
+            return False
+        near_hash = int(photo.record.near_hash, 16)
+        return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
+
+    def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
+        """Return the folder of the class *name*; None is "not one of ours"."""
+        if name is None:
+            return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+        parent = self.held_out if is_held_out else self.photos
+        return _class_folders(parent).get(name, parent / name)
 
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
@@ -393,19 +393,19 @@ class LabelFolders:
         return self.waiting[identity]
 
 
-def order_records(found: list[Kept]) -> list[Kept]:
+def order_records(photos: list[Kept]) -> list[Kept]:
     """Order photographs by how useful their labels are; their bundles may have different classes."""
-    names = {label for _, record in found for label in record.labels}
+    names = {label for _, record in photos for label in record.labels}
     columns = {name: column for column, name in enumerate(sorted(names))}
 
     # Write the probabilities of each photograph into the columns of its classes.
-    probabilities_NC = np.zeros((len(found), len(names)))
-    for row, (_, record) in zip(probabilities_NC, found, strict=True):
+    probabilities_NC = np.zeros((len(photos), len(names)))
+    for row, (_, record) in zip(probabilities_NC, photos, strict=True):
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
 
     # A photograph counts as known if its bundle has no threshold, so that `known` is None.
-    known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
-    return [found[index] for index in order_by_value(probabilities_NC, known_N)]
+    known_N = np.asarray([record.known is not False for _, record in photos], np.bool_)
+    return [photos[index] for index in order_by_value(probabilities_NC, known_N)]
 
 
 def order_by_value(
@@ -445,9 +445,7 @@ def order_by_value(
             )
             distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
             left_L = np.delete(left_L, best)
-
         order += left_L.tolist()
-
     return np.asarray(order, np.intp)
 
 
@@ -470,7 +468,6 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
-
     return name
 
 
@@ -496,7 +493,6 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
     spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
     if spellings and name not in spellings:
         return f"use the class {spellings[0]!r}, which has the same name in other letters"
-
     return ""
 
 

@@ -88,7 +88,6 @@ class Suggestions:
         # already.
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
-
         self._num_changes = 0  # of the classes
         self._means = _Means((0, 0), [], _NONE, {})
         self.thread: threading.Thread | None = None
@@ -101,7 +100,6 @@ class Suggestions:
         for name, folder in folders.items():
             for path in list_heap(folder).images[:MAX_LEARNED]:
                 self._classes.setdefault(path, (name, path))
-
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:

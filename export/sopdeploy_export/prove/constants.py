@@ -1,0 +1,63 @@
+"""Constants: tensors of a graph that no module registers, so that no weight file has them."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+
+from sopdeploy.errors import LoweringError
+from sopdeploy_export.capture.program import NETWORK_PREFIX
+from sopdeploy_export.program_hashes import are_equal
+
+MAX_CONSTANT = (
+    16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
+)
+
+
+def check_constants(
+    program: ExportedProgram, rebuild: Callable[[], ExportedProgram] | None = None
+) -> None:
+    """Raise `LoweringError` if *program* contains a large tensor that its network does not register.
+
+    The network may have such a tensor if the program of one that a builder made, which
+    *rebuild* returns, has an equal one in memory of its own: then code makes it. What both
+    networks hold, such as a global variable, may be trained and is in no weight file.
+    """
+    constants = [*_large_constants(program)]
+    if not constants:
+        return
+    registered = _addresses(
+        program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
+        for spec in program.graph_signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+    )
+    made = [] if rebuild is None else [made for _, made in _large_constants(rebuild())]
+    shared = _addresses(made)
+    for spec, constant in constants:
+        (memory,) = _addresses([constant])
+        is_made = memory not in shared and any(are_equal(constant, each) for each in made)
+        if memory not in registered and not is_made:
+            has_name = "lifted_tensor" not in str(spec.target)  # as torch names what has none
+            name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"
+            raise LoweringError(
+                f"the output depends on {name} of shape {tuple(constant.shape)}, which is no parameter or "
+                "buffer, so no weight file contains it; use ModuleList, ModuleDict or register_buffer",
+                remedies={"allow_constants": True},
+            )
+
+
+def _addresses(stored: Iterable[Tensor | None]) -> set[int]:
+    """Return the addresses of the memory of tensors, also of views."""
+    return {tensor.untyped_storage().data_ptr() for tensor in stored if tensor is not None}
+
+
+def _large_constants(program: ExportedProgram) -> Iterator[tuple[InputSpec, Tensor]]:
+    """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        constant = program.constants.get(spec.target or "")
+        if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
+            continue
+        if constant.numel() > MAX_CONSTANT and users[spec.arg.name]:
+            yield spec, constant
