@@ -44,7 +44,8 @@ from photo_vectors import (
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from sopdeploy.evaluation.decision_fit import choose_threshold, fit_decision
+from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.known_threshold import choose_threshold
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds

@@ -15,13 +15,12 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, 
 from sopdeploy.decision import Decision, Rejection, log_sum_exp
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
-    choose_threshold,
     describe_weakness,
     fit_decision,
     fit_temperature,
     new_class_interval,
-    threshold_rank,
 )
+from sopdeploy.evaluation.known_threshold import choose_threshold, threshold_rank
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess

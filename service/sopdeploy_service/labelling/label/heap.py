@@ -192,10 +192,10 @@ class Suggestions:
 def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
     """Find the cosine above which others of a class of *members* are, for classes of `MIN_PROBABLE`.
 
-    It is that of `known` (`decision_fit.bound_cosines`), of each photograph and the mean of the
+    It is that of `known` (`known_threshold.bound_cosines`), of each photograph and the mean of the
     others of its class.
     """
-    from sopdeploy.evaluation.decision_fit import bound_cosines  # noqa: PLC0415 # with SciPy
+    from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
 
     large = {name: vectors for name, vectors in members.items() if len(vectors) >= MIN_PROBABLE}
     cosines = list[float]()
