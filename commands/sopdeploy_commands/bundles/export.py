@@ -274,21 +274,25 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
+    from sopdeploy.bundle.manifest import BatchRange
+    from sopdeploy_export.admit.network import prepared
+    from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
-    from sopdeploy_export.user_network.admission import admit, naming_oddity
+    from sopdeploy_export.user_network.admission import admit
     from sopdeploy_export.user_network.export_network import checked_builder
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     build = network_builder("network", options.network, options.option)
     network = build()
     loaded = load_weights(network, file, options.weights_key)
-
-    # Which parts do not act on the logits, and whether the graph would hold constants.
-    with naming_oddity(network, ()):
-        admitted = admit(network, preprocess, logits_key=options.logits_key)
+    with prepared(network, logits_key=options.logits_key) as given:
+        admitted = admit(given, preprocess)
         if not options.allow_constants:
-            rebuild = checked_builder(build, admitted.given, options.logits_key, preprocess)
-            check_constants(admitted.program, lambda: admitted.captures.of(rebuild()).traced)
+            rebuild = checked_builder(build, given, options.logits_key)
+            check_constants(
+                admitted.trained.trace.program,
+                lambda: trace(rebuild(), preprocess, BatchRange()).program,
+            )
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):

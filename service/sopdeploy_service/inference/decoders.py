@@ -73,6 +73,9 @@ USED_SHARE = 3 / 4
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_COPY_BYTES = 1 << 26
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
+# Of a client whose image was too slow for a light child: for so long, at most so many clients.
+SLOW_SECONDS = 10.0
+MAX_SLOW_CLIENTS = 10_000
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
@@ -201,13 +204,25 @@ class SharedChildren:
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
-    def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
-        """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
-        # Count the pixels that wait by group, as if *request* waited, too.
-        pixels = Counter(
+    def has_room(self, pixels: int, group: tuple[str, bool]) -> bool:
+        """Tell whether an image of *pixels* of *group* would now run or wait."""
+        counts = self._count_pixels(pixels, group)
+        is_largest = counts[group] == max(counts.values())
+        return bool(self.idle) or counts.total() <= self._max_waiting_pixels or not is_largest
+
+    def _count_pixels(
+        self, pixels: int, group: tuple[str, bool]
+    ) -> Counter[tuple[str, bool] | None]:
+        """Count the pixels that wait by group, as if *pixels* of *group* waited, too."""
+        counts = Counter(
             {other: sum(one.pixels for one in self._groups[other]) for other in self._groups}
         )
-        pixels[group] += request.pixels
+        counts[group] += pixels
+        return counts
+
+    def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
+        """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
+        pixels = self._count_pixels(request.pixels, group)
 
         # Refuse the last image of the group with most pixels, unless it is that of *request*.
         while pixels.total() > self._max_waiting_pixels:
@@ -272,6 +287,12 @@ class Decoders:
         # bytes of memory of the children; None: what this process may use
         self.budget: int | None = None
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
+
+        # Clients with slow images, each until when. Their images take turns in half of the light
+        # children: what is too slow for one has used much of its time.
+        self._slow_until: OrderedDict[str, float] = OrderedDict()
+        self._light_turns = asyncio.Semaphore()
+
         self._children: list[DecoderProcess] = []
         self._watching: asyncio.Task[None] | None = None
 
@@ -283,6 +304,7 @@ class Decoders:
             self.budget = decode_budget(self._settings, resident_bytes())
         plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
 
+        self._light_turns = asyncio.Semaphore(max(1, plan.light // 2))
         log.debug("decoder processes", extra=plan._asdict())
         self._metrics.decoders.set(plan.light)
         self._metrics.max_decode_bytes.set(plan.large_memory)
@@ -409,7 +431,7 @@ class Decoders:
         # or if the child has ended; if it took too long, it counts as one of the largest.
         if seconds > 0:
             request = make_request(self._loop.create_future(), pixels, seconds)
-            reply = await self._run(request, self.light, None, deadline, results.DEADLINE)
+            reply = await self._run_light(request, client, deadline)
             busy += request.busy_seconds()
 
             if isinstance(reply, Reply):
@@ -447,6 +469,43 @@ class Decoders:
                 raise RejectedError(
                     results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
                 )
+
+    async def _run_light(
+        self, request: Request, client: str | None, deadline: float
+    ) -> Reply | ChildEnded:
+        """Let a light child run *request* of *client*; one with slow images waits for its turn."""
+        if client is None or self._slow_until.get(client, 0.0) < time.monotonic():
+            reply = await self._run(request, self.light, None, deadline, results.DEADLINE)
+        else:
+            # What will be too slow needs room among the large ones, too.
+            if not self.large.has_room(self._settings.max_pixels, (client, True)):
+                raise RejectedError(results.DECODERS_BUSY)
+            reply = await self._run_in_turn(request, deadline)
+
+        if client is not None and isinstance(reply, ChildEnded) and is_fault_of_image(reply):
+            self._note_slow(client)
+        return reply
+
+    def _note_slow(self, client: str) -> None:
+        """Remember that an image of *client* was too slow; forget the client that was it longest ago."""
+        self._slow_until[client] = time.monotonic() + SLOW_SECONDS
+        self._slow_until.move_to_end(client)
+        if len(self._slow_until) > MAX_SLOW_CLIENTS:
+            self._slow_until.popitem(last=False)
+
+    async def _run_in_turn(self, request: Request, deadline: float) -> Reply | ChildEnded:
+        """Let a light child run *request* after those of other clients with slow images."""
+        end = None if deadline == math.inf else deadline
+        try:
+            async with asyncio.timeout_at(end):
+                await self._light_turns.acquire()
+        except TimeoutError as error:
+            raise RejectedError(results.DEADLINE) from error
+
+        try:
+            return await self._run(request, self.light, None, deadline, results.DEADLINE)
+        finally:
+            self._light_turns.release()
 
     async def _run(
         self,

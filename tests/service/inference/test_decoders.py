@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -38,15 +39,16 @@ from sopdeploy_service.inference.decoders import (
     light_seconds,
     plan_children,
 )
-from sopdeploy_service.inference.results import DRAINING
+from sopdeploy_service.inference.results import DECODERS_BUSY, DRAINING, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
+from sopdeploy_service.settings import Settings
 from sopdeploy_service.templates import run_states
 from tests.service.decoding.misbehaving import START
 from tests.service.decoding.sandboxed import TAKES_MEMORY
 from tests.support import hostile_images as hostile
 from tests.support.children import children_of
-from tests.support.decoding import error_of, running_child
+from tests.support.decoding import RULES, error_of, running_child
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import count
 from tests.support.service import Client, picture_bytes, wait_for
@@ -607,6 +609,62 @@ def test_ten_slow_images_of_a_client_leave_room_for_a_photograph_of_another(
             wait_for(lambda: sum(one.done() for one in many) == 3)
         assert other.result() == 200
         assert sorted(one.result() for one in many) == [200] * 7 + [503] * 3
+
+
+def slow_clients(num_light: int) -> decoders.Decoders:
+    """Decoders, within a loop, with so many light children, to which every client has sent a slow image."""
+    served = decoders.Decoders(num_light, Settings(), Metrics())
+    served._loop = asyncio.get_running_loop()
+    served._light_turns = asyncio.Semaphore(max(1, num_light // 2))
+    for client in "abcd":
+        served._note_slow(client)
+    served.large.idle.append(SimpleNamespace())  # type: ignore[arg-type]
+    return served
+
+
+@pytest.mark.parametrize(("num_light", "at_once"), [(1, 1), (2, 1), (8, 4)])
+def test_clients_with_slow_images_take_turns_in_half_of_the_light_children(
+    monkeypatch, jpeg, num_light, at_once
+) -> None:
+    running: list[int] = []
+
+    async def run(request: pool.Request, children: object, *_: object) -> pool.Reply:
+        running.append(sum(running[-1:]) + 1)
+        await asyncio.sleep(0)
+        running.append(running[-1] - 1)
+        return pool.Reply(pool.child.PIXELS, 0, np.zeros(RULES.crop**2 * 3, np.uint8))
+
+    async def scenario() -> None:
+        served = slow_clients(num_light)
+        monkeypatch.setattr(served, "_run", run)
+        await asyncio.gather(*(served.decode(jpeg, RULES, client=one) for one in "abcdabcd"))
+
+    asyncio.run(scenario())
+    assert max(running) == at_once
+
+
+def test_an_image_of_a_client_with_slow_ones_needs_room_for_a_slow_one(
+    monkeypatch, jpeg
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(decoders, "MAX_WAITING", 0)
+        served = slow_clients(2)
+        served.large.idle.clear()
+        with pytest.raises(RejectedError) as refused:
+            await served.decode(jpeg, RULES, client="a")
+        assert refused.value.reason is DECODERS_BUSY
+        # Another client, and the same one later, do not ask.
+        waiting = [asyncio.ensure_future(served.decode(jpeg, RULES, client="e"))]
+        monkeypatch.setattr(decoders, "SLOW_SECONDS", -1.0)
+        served._note_slow("a")
+        waiting.append(asyncio.ensure_future(served.decode(jpeg, RULES, client="a")))
+        await asyncio.sleep(0)
+        assert sum(map(len, served.light._groups.values())) == 2
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(scenario())
 
 
 def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
