@@ -474,22 +474,23 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():
-    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
+    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06], [0.01, 0.04, 0.95]]
     right = [
         [0.95, 0.03, 0.02],
-        [0.49, 0.11, 0.4],
+        [0.4, 0.11, 0.49],
         [0.05, 0.9, 0.05],
         [0.05, 0.05, 0.9],
         [0.9, 0.05, 0.05],
     ]
-    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 0, 1, 1, 2, 0])
-    images = ArrayImages(("a", "b", "c"), np.zeros((7, 2, 2, 3), np.uint8), classes)
+    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 1, 0, 1, 1, 2, 0])
+    images = ArrayImages(("a", "b", "c"), np.zeros((8, 2, 2, 3), np.uint8), classes)
     listed = list_wrong_labels(np.log(probabilities), images)
     assert [(index, one.label, one.suggested) for index, one in listed] == [
         (0, "a", "b"),
+        (2, "b", "c"),
         (1, "c", "a"),
     ]
-    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
+    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.04, 0.06])
 
 
 def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
