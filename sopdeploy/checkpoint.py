@@ -36,6 +36,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
 from sopdeploy.file_systems import flush, flush_folder
 from sopdeploy.files import (
+    CHECKPOINT_FORMAT,
     MAX_WEIGHTS_BYTES,
     WeightPath,
     atomic_write,
@@ -53,7 +54,6 @@ from sopdeploy.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
-CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB

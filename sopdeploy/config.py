@@ -216,6 +216,8 @@ def with_registered(
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:
                 names = ", ".join([context["expected_tags"], *map(repr, registry.names())])
+                if context["tag"]:
+                    names += f", and no {registry.kind} of an installed plug-in"
                 known = {**context, "expected_tags": names}
                 raise pydantic_core.PydanticKnownError("union_tag_invalid", known) from error
             return registered.model_validate(value)

@@ -252,6 +252,8 @@ def holds_output(path: Path) -> bool:
     )
 
 
+CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
+READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
 _WEIGHTS = (
     "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
     "network, too"
@@ -278,10 +280,21 @@ def describe_foreign(path: Path) -> str:
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
-    return _WEIGHTS if _holds_weights(path) else ""
+    return _WEIGHTS if holds_weights(path) else ""
 
 
-def _holds_weights(path: Path) -> bool:
+def is_own_checkpoint(path: Path) -> bool:
+    """Tell by its first bytes whether *path* is a checkpoint of sopdeploy; does not import torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            with archive.open(name) as content:
+                return CHECKPOINT_FORMAT.encode() in content.read(READ_OF_CHECKPOINT)
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+
+
+def holds_weights(path: Path) -> bool:
     """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
     try:
         with open_regular(path) as file:

@@ -40,6 +40,8 @@ from sopdeploy.files import (
     atomic_write,
     describe_foreign,
     has_manifest,
+    holds_weights,
+    is_own_checkpoint,
     is_tar,
     link_latest,
     new_folder,
@@ -304,7 +306,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle folder *path*; raise `BundleError` if it is missing or invalid."""
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file() or file.is_symlink():
-        raise BundleError(f"{path}: {_describe_no_bundle(path)}")
+        raise BundleError(f"{path}: {describe_no_bundle(path)}")
 
     with open_regular(file) as opened:
         content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
@@ -319,12 +321,15 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{file}: {error}; copy or export the bundle again") from error
 
 
-def _describe_no_bundle(path: Path) -> str:
+def describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
     if not path.is_dir():
-        if path.suffix == ".pt" and path.is_file():
+        file = quote(str(path))
+        if is_own_checkpoint(path):
+            return f"a checkpoint, not a bundle; run: sopdeploy export {file} --detach"
+        if path.is_file() and holds_weights(path):
             return (
-                f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
+                f"weights, not a bundle; run: sopdeploy export {file} --network MODULE:CALLABLE"
             )
         if path.is_file() and is_tar(path):
             return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
@@ -339,6 +344,12 @@ def _describe_no_bundle(path: Path) -> str:
     if bundles:
         latest = path / LATEST
         return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
+    if runs := sorted(best.parent for best in path.glob("[!.]*/best.pt")):
+        latest = path / LATEST
+        best = (latest if latest in runs else runs[0]) / "best.pt"
+        return (
+            f"a folder of runs, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
+        )
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 

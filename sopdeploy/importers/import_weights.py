@@ -17,7 +17,6 @@ import pydantic
 from torch import Tensor
 
 from sopdeploy.checkpoint import (
-    CHECKPOINT_FORMAT,
     WEIGHTS_ADVICE,
     Checkpoint,
     check_tensors,
@@ -31,7 +30,7 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import TORCH_MAGIC, WeightPath, sha256
+from sopdeploy.files import CHECKPOINT_FORMAT, TORCH_MAGIC, WeightPath, sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.conversion import (

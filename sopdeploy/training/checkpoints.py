@@ -95,6 +95,7 @@ class Setup:
         model: The network with its weights on the device; the training loop changes them in place.
         weights: The report on the start weights; None for random ones.
         reason: Why "auto" selected the procedure; empty if it did not.
+        unknown: Images of none of the classes, which test the rejection, if there are any.
     """
 
     recipe: Recipe
@@ -107,6 +108,7 @@ class Setup:
     position: Position = field(default_factory=Position)
     origin: Origin | None = None
     reason: str = ""
+    unknown: LabeledImages | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ class Setup:
             yield self.weights.describe()
         if self.reason:
             yield self.reason
-        if self.uses_loop and self.recipe.first_phase:
+        if not self.is_few_shot and self.recipe.first_phase:
             yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
 
         next_epoch = self.position.epoch + 1

@@ -147,9 +147,7 @@ def keep_better(
         accepts=recipe.rejection.accepts,
         scalable=False,  # the network contains the temperature
         groups=groups,
-        unknown=predict_unknown(
-            tuned, recipe.rejection.unknown, recipe.preprocess, recipe.workers
-        ),
+        unknown=predict_unknown(tuned, run.setup.unknown, recipe.preprocess, recipe.workers),
         are_cosines=True,
     )
 

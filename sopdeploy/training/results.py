@@ -1,6 +1,8 @@
 """The result of the loop and of the few-shot procedure, part of `best.pt`, and all sentences about it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +29,16 @@ from sopdeploy.photos.photo import describe_left_out
 _FEW_IMAGES = (
     5  # the result names classes with fewer images, because each fold tests hardly any of them
 )
+# With the folders of a run, `insert_folders` makes it a command
+LIST_WRONG_LABELS = "sopdeploy data check DIR --wrong-labels RUN"
 SelectedBy = Literal["nothing", "other images", "same images"]
+
+
+def insert_folders(text: str, data: Path | None, run: Path) -> str:
+    """Insert the folders of the *data*, if there is one, and of the *run* into commands in *text*."""
+    folder = "DIR" if data is None else quote(str(data))
+    command = f"sopdeploy data check {folder} --wrong-labels {quote(str(run))}"
+    return text.replace(LIST_WRONG_LABELS, command)
 
 
 class NetworkScore(StrictModel):
@@ -412,7 +423,7 @@ class FewShotResult(StrictModel):
         if self.num_doubted:
             yield (
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
-                "sopdeploy data check DIR --wrong-labels RUN"
+                f"{LIST_WRONG_LABELS}"
             )
 
         yield from self._describe_classes()

@@ -174,7 +174,7 @@ def _classify_to_csv(
         writing(out),
         new_folder(out.parent),
         atomic_write(out) as partial,
-        partial.open("w", encoding="utf-8", newline="") as file,
+        partial.open("w", encoding="utf-8-sig", newline="") as file,  # for spreadsheets
     ):
         rows = csv.writer(file)
         rows.writerow(("image", "class", "probability", "known", "error"))  # as `_csv_cells`
@@ -204,7 +204,12 @@ def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[s
     probability = f"{ranked[0].probability:.4f}" if ranked else ""
     known = "" if prediction.known is None else str(prediction.known).lower()
     problem = "" if prediction.error is None else prediction.error.detail
-    return prediction.image, labels, probability, known, problem
+    return _no_formula(prediction.image), _no_formula(labels), probability, known, problem
+
+
+def _no_formula(text: str) -> str:
+    """Put an apostrophe before a *text* that a spreadsheet would compute, such as the name `=1.jpg`."""
+    return f"'{text}" if text.startswith(tuple("=+-@\t\r")) else text
 
 
 def _open_classifier(

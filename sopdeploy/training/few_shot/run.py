@@ -37,7 +37,7 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
-from sopdeploy.photos.clips import Clips, find_clips
+from sopdeploy.photos.clips import Clips, clips_of_images
 from sopdeploy.photos.copies import (
     NO_PAIRS,
     NearDuplicates,
@@ -260,13 +260,9 @@ def cross_validate(
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
-    pairs = near.pairs
-    if len(near.vectors) and not recipe.groups_by_name:
-        names = [images.identity(index) for index in range(count)]
-        clips = find_clips(
-            names, features.times, number_classes(images.targets), near.vectors, clips.groups
-        )
-        pairs = clips.select_pairs(pairs)
+    if not recipe.groups_by_name:
+        clips = clips_of_images(images, features.times, near.vectors, clips.groups)
+    pairs = clips.select_pairs(near.pairs)
     # Groups of copies, without the given groups
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
@@ -514,9 +510,7 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
 
     # What tests the threshold: the user's folder, or what comes with the network.
-    unknown = predict_unknown(
-        fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers
-    )
+    unknown = predict_unknown(fit.network, setup.unknown, recipe.preprocess, recipe.workers)
     is_shipped = unknown is None
     if unknown is None:
         unknown = _predict_other_things(setup, fit)

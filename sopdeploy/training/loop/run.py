@@ -261,7 +261,7 @@ def fit_best(
             scalable=model.has_scalable_logits(),
             groups=held_out.images.groups,
             unknown=predict_unknown(
-                model, recipe.rejection.unknown, recipe.preprocess, recipe.workers
+                model, run.setup.unknown, recipe.preprocess, recipe.workers
             ),
         )
 

@@ -21,7 +21,7 @@ from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import checkpoints
-from sopdeploy.training.results import LoopResult
+from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.train import print_result
 from sopdeploy_export.pack.model_card import training_rows
@@ -238,6 +238,14 @@ def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) ->
     assert "Runs before" not in (before / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_command_that_lists_wrong_labels_has_the_folders_of_the_run() -> None:
+    line = f"2 labels of 36 probably wrong; list them: {LIST_WRONG_LABELS}"
+    assert insert_folders(line, Path("my photos"), Path("runs/photos-1")).endswith(
+        "list them: sopdeploy data check 'my photos' --wrong-labels runs/photos-1"
+    )
+    assert insert_folders("page: x", None, Path("runs/photos-1")) == "page: x"
+
+
 AMOUNTS = [
     (1, "+1 photograph"),
     (-1, "-1 photograph"),
@@ -269,6 +277,8 @@ def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_an
             report="report.html",
             seconds=4.0,
             best=tmp_path / "best.pt",
+            data=None,
+            out=tmp_path,
         )
     )
     begins = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
