@@ -23,10 +23,15 @@ def read_other_things(
 ) -> NDArray[np.float32] | None:
     """Read the vectors (M, D_0) of length 1 for a frozen network; None if there are none for it.
 
-    *weights* are those that it started from, *preprocess* tells how its images are prepared.
+    *weights* are those that it started from, *preprocess* tells how its images are prepared: as
+    for the weights, but for the scale at which they are decoded.
     """
-    if weights is None or preprocess != weights.preprocess:
+    if weights is None:
         return None
+    decoded_alike = preprocess.model_copy(update={"decoding": weights.preprocess.decoding})
+    if decoded_alike != weights.preprocess:
+        return None
+
     vectors = files("sopdeploy.training.few_shot") / FOLDER / f"{weights.sha256}.npy"
     if not vectors.is_file():
         return None
