@@ -131,6 +131,7 @@ def keep_better(
     _set_class_means(tuned, PreprocessedDataset(run.setup.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
 
+    # McNemar's test on the photographs that the two networks answer differently.
     frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
     tuned_is_right_N = logits_NK.argmax(axis=1) == targets
     tuning = Tuning.of(frozen_is_right_N[first_of_group], tuned_is_right_N[first_of_group])

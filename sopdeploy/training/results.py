@@ -431,7 +431,7 @@ class FewShotResult(StrictModel):
     def _describe_classes(self) -> Iterator[str]:
         """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
         if self.confused:
-            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            pairs = shorten([f"{label} and {other}" for label, other in self.confused])
             yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
 
         if self.diffuse:
@@ -501,9 +501,9 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     # A loop's scores are too high if its held-out images have also selected the epoch.
     held_out = "the held-out images"
     if result.selected_by != "nothing":
-        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        selection = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (
-            f", which also selected {selected}, so all scores of this section are too high"
+            f", which also selected {selection}, so all scores of this section are too high"
         )
 
     if result.mirrored:
