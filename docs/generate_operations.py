@@ -6,7 +6,6 @@ from types import ModuleType
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from sopdeploy_export.prove import copy
 from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import VARIABLE_PREFIX, Settings
@@ -54,10 +53,7 @@ def metrics_table() -> str:
 def statements_table() -> str:
     """Build one table row per statement of the certificate: its code, what it says, and what it refuses."""
     numbered = enumerate(STATEMENTS.items(), start=1)
-    statements = [
-        *((f"{number} {title}", module) for number, (title, module) in numbered),
-        ("Copy", copy),
-    ]
+    statements = [(f"{number} {title}", module) for number, (title, module) in numbered]
     rows = ["| statement | what holds | refused |", "|---|---|---|"]
     return "\n".join([*rows, *(_statement_row(title, module) for title, module in statements)])
 

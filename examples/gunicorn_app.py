@@ -1,5 +1,6 @@
 """A web application of your own that asks a running server; gunicorn starts it.
 
+pip install gunicorn
 SOPDEPLOY_URL=http://127.0.0.1:8000 gunicorn --workers 4 gunicorn_app:app
 curl --data-binary @photo.jpg http://127.0.0.1:8001/
 """
@@ -9,7 +10,7 @@ import json
 import os
 
 from sopdeploy.client import Client
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import OverloadedError, SopdeployError, UnreachableError
 
 MAX_BYTES = 20_000_000
 
@@ -26,6 +27,8 @@ def app(environ, start_response):
     try:
         answer = client().classify(environ["wsgi.input"].read(min(length, MAX_BYTES)))
         status, body = "200 OK", {"class": answer.classes[0].label, "known": answer.known}
+    except (OverloadedError, UnreachableError) as error:  # the photograph may be right
+        status, body = "503 Service Unavailable", {"error": str(error)}
     except SopdeployError as error:
         status, body = "400 Bad Request", {"error": str(error)}
     start_response(status, [("Content-Type", "application/json")])

@@ -36,6 +36,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
 from sopdeploy.file_systems import flush, flush_folder
 from sopdeploy.files import (
+    CHECKPOINT_FORMAT,
     MAX_WEIGHTS_BYTES,
     WeightPath,
     atomic_write,
@@ -53,7 +54,6 @@ from sopdeploy.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 
-CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
@@ -220,6 +220,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
 
+    # Fields of a later version are unknown here; the error names the version that knows them.
     version = content.pop("version", None)
     training = content.get("training")
     unknown = [
@@ -331,6 +332,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
         ) from error
     digest = hashlib.sha256(raw).hexdigest()
 
+    # Two formats: safetensors has tensors alone, a file of torch may hold them in tables.
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(
             "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)

@@ -221,6 +221,7 @@ class Decision(StrictModel):
         """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
 
+        # The temperature, and what it changes in the loss.
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
@@ -229,6 +230,7 @@ class Decision(StrictModel):
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
 
+        # The rejection: what it accepts of known classes, and rejects of others.
         if (rule := self.rejection) is not None:
             accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
             if rule.accepted is not None:
@@ -254,6 +256,7 @@ class Decision(StrictModel):
                 text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"
                 rows.append(("a new class of this kind", text))
 
+        # The threshold of each class, for images of several classes.
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:
@@ -271,10 +274,10 @@ def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
-    found: NDArray[np.float64] = largest + np.log(
+    sums: NDArray[np.float64] = largest + np.log(
         np.exp(values - largest[..., None]).sum(axis=-1)
     )
-    return found
+    return sums
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

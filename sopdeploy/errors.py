@@ -277,7 +277,10 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def shorten_problems(problems: Sequence[str]) -> str:
-    """Join *problems*, texts `PLACE: REASON`, for a message: each reason once, after its first places."""
+    """Join *problems*, texts `PLACE: REASON`, for a message: each reason once.
+
+    It stands behind its place, or before the first of its places.
+    """
     places_by_reason: dict[str, list[str]] = {}
     for problem in problems:
         place, _, reason = problem.partition(": ")
@@ -285,5 +288,8 @@ def shorten_problems(problems: Sequence[str]) -> str:
 
     texts = []
     for reason, places in places_by_reason.items():
-        texts.append(f"{shorten(places)}: {reason}" if reason else shorten(places))
+        listed = shorten(places)
+        if reason:  # what to do, before many names
+            listed = f"{listed}: {reason}" if len(places) == 1 else f"{reason}: {listed}"
+        texts.append(listed)
     return shorten(texts, "; ")

@@ -128,7 +128,6 @@ def remove_leftovers(folder: Path) -> None:
                 with lock_if_abandoned(path) as is_abandoned:
                     if is_abandoned:
                         path.unlink(missing_ok=True)
-
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with lock_if_abandoned(path / LOCK) as is_abandoned:
                     # Without a lock file, its process has ended or will create another folder.
@@ -252,6 +251,8 @@ def holds_output(path: Path) -> bool:
     )
 
 
+CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
+READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
 _WEIGHTS = (
     "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
     "network, too"
@@ -278,10 +279,21 @@ def describe_foreign(path: Path) -> str:
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
-    return _WEIGHTS if _holds_weights(path) else ""
+    return _WEIGHTS if holds_weights(path) else ""
 
 
-def _holds_weights(path: Path) -> bool:
+def is_own_checkpoint(path: Path) -> bool:
+    """Tell by its first bytes whether *path* is a checkpoint of sopdeploy; does not import torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            with archive.open(name) as content:
+                return CHECKPOINT_FORMAT.encode() in content.read(READ_OF_CHECKPOINT)
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+
+
+def holds_weights(path: Path) -> bool:
     """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
     try:
         with open_regular(path) as file:
@@ -353,10 +365,12 @@ def check_is_weights(path: Path) -> WeightPath:
 def _magic_of_importers() -> tuple[bytes, ...]:
     """List the first bytes of the files of importers that packages have registered."""
     IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
-    found = []
+    first_bytes = []
     for importer, _ in IMPORTERS.registered.values():
-        found.append(FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic)
-    return tuple(magic for magic in found if magic)
+        first_bytes.append(
+            FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic
+        )
+    return tuple(magic for magic in first_bytes if magic)
 
 
 def check_is_checkpoint(path: Path) -> None:

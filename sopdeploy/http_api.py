@@ -25,16 +25,26 @@ class Query(pydantic.BaseModel):
         return {name: value for name, value in values.items() if not ADDED.fullmatch(name)}
 
 
-class ClassifyQuery(Query):
-    """Query parameters of `/v1/classify`."""
+class CardQuery(Query):
+    """Query parameters of `/v1/card`, and of all requests about a model."""
 
-    top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     model: str | None = pydantic.Field(
         None, description="Required if several models are loaded."
     )
+
+
+class ImageQuery(CardQuery):
+    """Query parameters of all requests with images."""
+
     version: str | None = pydantic.Field(
         None, description="Bundle ID; default: the current version."
     )
+
+
+class ClassifyQuery(ImageQuery):
+    """Query parameters of `/v1/classify`."""
+
+    top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     threshold: Fraction | None = pydantic.Field(
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
@@ -49,23 +59,9 @@ class ClassifyQuery(Query):
     )
 
 
-class CardQuery(Query):
-    """Query parameters of `/v1/card`."""
-
-    model: str | None = pydantic.Field(
-        None, description="Required if several models are loaded."
-    )
-
-
-class EmbedQuery(Query):
+class EmbedQuery(ImageQuery):
     """Query parameters of `/v1/embed`."""
 
-    model: str | None = pydantic.Field(
-        None, description="Required if several models are loaded."
-    )
-    version: str | None = pydantic.Field(
-        None, description="Bundle ID; default: the current version."
-    )
     encoding_format: Literal["float", "base64"] = pydantic.Field(
         "float", description="A list of numbers, or base64 of little-endian float32."
     )

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 import sopdeploy
 from sopdeploy import plugins
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import OverloadedError, ServiceError, SopdeployError, UnreachableError
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT, module_at
 from tests.support.fake_runtime import FakeRuntime
@@ -78,6 +80,29 @@ def test_the_web_application_answers_with_the_class_or_the_error_of_the_server(
     example.client().close()
     assert started == [(status, [("Content-Type", "application/json")])]
     assert key in json.loads(answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OverloadedError("full", code="overloaded", status=429), "503 Service Unavailable"),
+        (UnreachableError("no answer", status=0), "503 Service Unavailable"),
+        (ServiceError("no image", code="not_an_image", status=415), "400 Bad Request"),
+    ],
+)
+def test_the_web_application_blames_the_photograph_only_for_its_own_errors(
+    error: SopdeployError, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example, started = module_at(FOLDER / "gunicorn_app.py"), []
+
+    def classify(_body: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(example, "client", lambda: SimpleNamespace(classify=classify))
+    environ = {"CONTENT_LENGTH": "1", "wsgi.input": io.BytesIO(b"x")}
+    (answer,) = example.app(environ, lambda *response: started.append(response[0]))
+    assert started == [status]
+    assert json.loads(answer) == {"error": str(error)}
 
 
 def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent(

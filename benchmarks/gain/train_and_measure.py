@@ -51,7 +51,6 @@ from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.schedules import Cosine, OneCycle, Schedule
-from sopdeploy_export.detach.detach import detach
 
 CLASSES = 10
 DIVERGED = 1e9  # stands for a loss that is not finite: JSON has no such numbers
@@ -296,10 +295,10 @@ def augment(images: Tensor) -> Tensor:
 
 def exported_network(network: Classifier, run: Run) -> Backbone:
     """Build the network without training-only modules and load the remaining weights."""
-    detached = detach(network) if network.training_only else network
     exported = network.inference_model()
     adapt(exported, run)
-    exported.load_state_dict(detached.state_dict())
+    weights = network.state_dict()
+    exported.load_state_dict({name: weights[name] for name in exported.state_dict()})
     return exported.eval()
 
 

@@ -11,7 +11,6 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
-from sopdeploy_export.network import copy_network
 
 
 @torch.no_grad()
@@ -86,15 +85,14 @@ def fold_temperature(
     preprocess: Preprocess,
     images: NDArray[np.uint8],
     classes: int,
-) -> nn.Module:
-    """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
+) -> None:
+    """Divide the weights and the bias of the last linear layer of *network* by *temperature*, in place.
 
     This divides the logits without any cost at inference; training-only heads keep their
     logits. Raises `LoweringError` if no linear layer computes the logits (P, *classes*) of
     *images*, uint8 (P, H, W, 3).
     """
-    folded = copy_network(network)
-    layer = find_last_layer(folded, preprocess, images, classes)
+    layer = find_last_layer(network, preprocess, images, classes)
     if layer is None:
         raise LoweringError(
             f"temperature {temperature:.3g}: cannot be folded, no linear layer of {type(network).__name__} "
@@ -102,4 +100,3 @@ def fold_temperature(
         )
     for parameter in layer.parameters():
         parameter.div_(temperature)
-    return folded

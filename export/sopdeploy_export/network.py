@@ -1,22 +1,23 @@
-"""The modules and tensors of a network, read from torch's own tables, and its copy."""
+"""The modules and tensors of a network, read from torch's own tables; its copy, and what restores it."""
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 
+DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
-    """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
+def copy_network(network: _Network) -> _Network:
+    """Copy *network* with `copy.deepcopy`; the locks of modules become new ones.
 
     Tensors in attributes lose the operations that computed them, without which they can be
     copied.
@@ -24,7 +25,7 @@ def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Netw
     Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts
     of *network*.
     """
-    memo = {} if memo is None else memo
+    memo: dict[int, Any] = {}
     for _, module in modules(network):
         for value in tree_leaves(list(vars(module).values())):
             if type(value) in LOCKS:  # which deepcopy cannot copy
@@ -44,20 +45,6 @@ def copy_network(network: _Network, memo: dict[int, Any] | None = None) -> _Netw
         raise LoweringError(
             "the network is not copied by copy.deepcopy; remove its __deepcopy__"
         )
-    return copied
-
-
-def with_contiguous_tensors(network: _Network) -> _Network:
-    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides.
-
-    The copy keeps the layout of the images, which may follow from the strides.
-    """
-    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
-        return network
-    copied = copy_network(network)
-    vars(copied)[IMAGES_FORMAT] = images_format(network)
-    for tensor in tensors(copied).values():
-        tensor.data = tensor.detach().contiguous()
     return copied
 
 
@@ -91,3 +78,51 @@ def unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
         for owner, module in modules(network)
         for name in module._non_persistent_buffers_set
     }
+
+
+@contextmanager
+def tensors_converted(
+    network: nn.Module, convert: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Replace the content of each tensor of *network* by what *convert* makes of it, for the block."""
+    stored = {id(tensor): tensor for tensor in tensors(network).values()}
+    replaced: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in stored.values():
+            content = tensor.data
+            converted = convert(content)
+            if converted is not content:  # some tensors cannot be replaced
+                replaced.append((tensor, content))
+                tensor.data = converted
+        yield
+    finally:
+        for tensor, content in replaced:
+            tensor.data = content
+
+
+@contextmanager
+def attributes_restored(network: nn.Module) -> Iterator[None]:
+    """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
+    attributes = [vars(module) for _, module in modules(network)]
+    nested = [
+        container for table in attributes for container in _nested_containers(table, DEPTH)
+    ]
+    saved: list[tuple[Any, Any]] = [
+        (container, container.copy()) for container in (*attributes, *nested)
+    ]
+    try:
+        yield
+    finally:
+        for container, content in saved:
+            container.clear()
+            # of a dict or a set
+            fill = container.extend if isinstance(container, list) else container.update
+            fill(content)
+
+
+def _nested_containers(container: Any, depth: int) -> Iterator[Any]:
+    """Yield the dicts, lists and sets in *container*, down to *depth* levels."""
+    for item in container.values() if isinstance(container, dict) else container:
+        if depth and isinstance(item, dict | list | set):
+            yield item
+            yield from _nested_containers(item, depth - 1)

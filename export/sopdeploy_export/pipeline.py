@@ -4,36 +4,29 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.folder import read_bundles
-from sopdeploy.bundle.manifest import EMBEDDING, Manifest
+from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
-from sopdeploy_export.admit.network import check_exportable
-from sopdeploy_export.capture.deployed import (
-    Deployed,
-    generated_images,
-    output_names,
-    probe_pixels,
-)
-from sopdeploy_export.capture.program import Captures, capture_any_batch
-from sopdeploy_export.detach.detach import detach, has_tensors
+from sopdeploy_export.admit.network import check_exportable, check_torch_state
+from sopdeploy_export.capture.deployed import generated_images, output_names
+from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
 from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
     as_probes,
@@ -44,9 +37,15 @@ from sopdeploy_export.pack.bundle import (
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.prove.certificate import Certificate, Step, announce, certify
+from sopdeploy_export.progress import Step, reporting, step
+from sopdeploy_export.prove.certificate import Certificate, Roots, announce, kind_of_proof
+from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.file import compute_reference, prove_file
+from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import prove_images
+from sopdeploy_export.prove.networks import Compared, build_plain
+from sopdeploy_export.prove.plain_run import Recorder, prove_plain_run
+from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
 from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
@@ -71,11 +70,14 @@ def export_checkpoint(
         options = ExportOptions()
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
+    check_torch_state()
     check_exportable(subject.network, subject.detachment.training_only)
     # a name that the user gave may be that of a bundle, in order to replace it
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
-    return export_subject(subject, destination, options, on_step)
+    _check_subject(subject, options)
+    with reporting(on_step):
+        return export_subject(subject, destination, options)
 
 
 def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
@@ -92,11 +94,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
             f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
         )
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path))
-    images = generated_images(manifest.preprocess.crop)
-    if EMBEDDING in [output.name for output in manifest.outputs]:
-        _add_embedding(subject, images)
-    network = detach(_with_temperature(subject, images), subject.detachment.training_only)
-    program = capture_any_batch(network, subject.preprocess, manifest.batch)
+    has_embedding = EMBEDDING in [output.name for output in manifest.outputs]
+    _change_last_layer(subject, with_features=has_embedding)
+    program = capture_any_batch(subject.network, subject.preprocess, manifest.batch)
     root = program_root(program).sha256
     if root != lineage.program_root:
         raise CertificateError(
@@ -104,6 +104,23 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
             f"of the bundle is {lineage.program_root[:16]}; use torch {manifest.versions.get('torch')}"
         )
     return program
+
+
+def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
+    """Divide the logits of the network of *subject* by its temperature, in place.
+
+    With *with_features*, the input of the last linear layer becomes an output.
+    """
+    network = subject.network
+    preprocess = subject.preprocess
+    images = generated_images(preprocess.crop)
+    classes = len(subject.labels)
+    decision = subject.decision
+    if with_features:
+        training_only = subject.detachment.training_only
+        add_embedding_output(network, preprocess, images, classes, training_only)
+    if decision is not None and decision.temperature != 1:
+        fold_temperature(network, decision.temperature, preprocess, images, classes)
 
 
 def _as_subject(
@@ -155,75 +172,96 @@ def export_subject(
     subject: ExportSubject,
     destination: Path,
     options: ExportOptions,
-    on_step: Step,
-    captures: Captures | None = None,
+    trained: Compared | None = None,
+    outputs: ProbeOutputs | None = None,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
-    *captures* has the programs of networks that were captured before.
+    *trained* is its network, if it is captured already, and *outputs* those for the generated
+    images, if it ran. Tells `progress.step` each step.
     """
-    if problem := label_problem(subject.labels):
-        raise ConfigError(f"{problem}; rename the class and train again")
+    started = time.monotonic()
     has_photos = options.calibrate is not None or options.evaluate is not None
     accuracy_check = AccuracyCheck(subject, options) if has_photos else None
     preprocess = subject.preprocess
-    started = time.monotonic()
+    parts = subject.detachment.training_only
+    images = generated_images(preprocess.crop)
     # first, because it checks that the folder can be written
-    with bundle.staging(destination) as folder:
-        images = generated_images(preprocess.crop)
-        trained, detached = _detach_subject(subject, images, options)
-        captures = captures or Captures(preprocess, options.batch)
-        images_BHWC = torch.from_numpy(images)
-        # The statements about networks
-        proof, captured = certify(
-            trained,
-            detached,
-            captures,
-            images_BHWC,
-            model=subject.name,
-            detachment=subject.detachment,
-            on_step=on_step,
-        )
-        on_step("converting to ONNX")
-        program = captured["detached"].program
-        outputs = output_names(detached)
-        folded = fold_constant_parts(program)
-        certified = Lowered(detached, program, lower(folded, outputs))
-        root = onnx_root(certified.model)
-        on_step(announce("Images"))
-        mixes_images = prove_images(certified.model, allowed=options.allow_batch_dependence)
-        comparing = "comparing operators with their ONNX forms"
-        on_step(comparing)
-        check_operators(
-            folded,
-            images[: min(OPERATOR_IMAGES, options.max_batch)],
-            lambda done: on_step(f"{comparing}, {done}"),
-        )
+    with bundle.staging(destination) as folder, attributes_restored(subject.network):
+        # The statements about the network
+        if trained is None:
+            step("capturing the network")
+            _change_last_layer(subject, with_features=options.with_features)
+            trained = Compared.of("trained", subject.network, preprocess, options.batch)
+        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch)
+        with attributes_restored(subject.network):
+            announce("Removed")
+            prove_removed(trained, recorder, parts)
+            announce("Graph")
+            plain = _build_plain(subject.detachment, trained, preprocess, options.batch)
+            prove_graph(trained, plain)
+            announce("Plain run")
+            prove_plain_run(recorder)
+
+        # Its graph in ONNX
+        step("converting to ONNX")
+        folded = fold_constant_parts(trained.program)
+        model = lower(folded, output_names(trained.network))
+        certified = Lowered(trained.network, trained.program, model)
+        root = onnx_root(model)
+        announce("Images")
+        mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
+        check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
+
+        # The file, in its precision
         if options.precision != "fp32":
-            on_step(f"converting the graph to {options.precision}")
+            step(f"converting the graph to {options.precision}")
         measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
         converted = convert_precision(certified, preprocess, options, measuring)
-        model = converted.model
         precision = converted.precision
-        (folder / ONNX_FILE).write_bytes(model.SerializeToString(deterministic=True))
-        shipped_root = root if options.precision == "fp32" else onnx_root(model)
-        certificate = Certificate.of(proof, root, shipped_root, mixes_images, options.precision)
+        (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         session = open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
-            measured = accuracy_check.measure(certified.model, session)
+            measured = accuracy_check.measure(model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
-        on_step(f"{announce('File')}, the network in float64")
-        deployed = Deployed(certified.network, preprocess).eval()
-        rounded = ProbeOutputs.of(converted.run, images_BHWC)
-        exact = compute_reference(deployed, images, rounded, options.precision, converted.gate)
-        on_step(f"{announce('File')}, {ONNX_FILE}")
+        announce("File")
+        if outputs is None or options.precision != "fp32":
+            outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
+        exact = compute_reference(
+            trained.deployed, images, outputs, options.precision, converted.gate
+        )
         parity = prove_file(
-            session, model, exact, images, options.batch, allow_drift=options.allow_drift
+            session,
+            converted.model,
+            exact,
+            images,
+            options.batch,
+            allow_drift=options.allow_drift,
         )
-        trained_costs, shipped_costs = count_costs(
-            subject.network, certified.network, preprocess.crop
+        trained.check_unchanged(parts)
+
+        # What was proved and measured
+        shipped_root = root if options.precision == "fp32" else onnx_root(converted.model)
+        kind = kind_of_proof(plain, parts)
+        certificate = Certificate(
+            model=subject.name,
+            proof=kind,
+            compared=PROOFS[kind],
+            detached=parts,
+            **list_tensors(trained, parts),
+            roots=Roots(
+                any_batch=trained.root.sha256,
+                num_operations=len(trained.root.nodes),
+                onnx=root,
+                shipped=shipped_root,
+            ),
+            batches=recorder.sizes,
+            num_images=len(images),
+            mixes_images=mixes_images,
+            precision=options.precision,
         )
+        trained_costs, shipped_costs = count_costs(subject.network, parts, preprocess.crop)
         results = ExportResults(
             certificate=certificate,
             parity=parity,
@@ -232,14 +270,16 @@ def export_subject(
             shipped=shipped_costs,
             decision=subject.decision,
         )
-        on_step("writing the bundle")
+
+        # The bundle
+        step("writing the bundle")
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
         write_golden_examples(
             subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS]
         )
         manifest = write_reports(
-            subject, folder, options, probes, results, model.opset_import[0].version
+            subject, folder, options, probes, results, converted.model.opset_import[0].version
         )
         path = bundle.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
@@ -254,41 +294,25 @@ def export_subject(
     return replace(exported, page=write_page(exported, subject.labels))
 
 
-def _detach_subject(
-    subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions
-) -> tuple[nn.Module, nn.Module]:
-    """Return the network of *subject* with its temperature, and a copy without its training-only parts.
-
-    With `with_features`, its embedding becomes an output, in place. Raises `DetachError` if
-    there are such parts and the options do not allow to remove them.
-    """
+def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:
+    """Raise `ConfigError` for wrong labels, and `DetachError` for parts that *options* do not remove."""
+    if problem := label_problem(subject.labels):
+        raise ConfigError(f"{problem}; rename the class and train again")
     training_only = subject.detachment.training_only
     if not options.detach and has_tensors(subject.network, training_only):
         kind = type(subject.network).__name__
         parts = ", ".join(training_only)
         problem = f"{kind} still carries training-only parts ({parts})"
         raise DetachError(problem, remedies={"detach": True})
-    if options.with_features:
-        _add_embedding(subject, images)
-    trained = _with_temperature(subject, images)
-    return trained, detach(trained, training_only, probe_pixels(trained, subject.preprocess))
 
 
-def _add_embedding(subject: ExportSubject, images: NDArray[np.uint8]) -> None:
-    """Make the input of the last linear layer an output of the network of *subject*."""
-    classes = len(subject.labels)
-    training_only = subject.detachment.training_only
-    add_embedding_output(subject.network, subject.preprocess, images, classes, training_only)
-
-
-def _with_temperature(subject: ExportSubject, images: NDArray[np.uint8]) -> nn.Module:
-    """Return the network of *subject*, or a copy with its temperature, if any, folded into the last layer.
-
-    *images* run in it to find this layer.
-    """
-    decision = subject.decision
-    preprocess = subject.preprocess
-    classes = len(subject.labels)
-    if decision is None or decision.temperature == 1:
-        return subject.network
-    return fold_temperature(subject.network, decision.temperature, preprocess, images, classes)
+def _build_plain(
+    detachment: Detachment, trained: Compared, preprocess: Preprocess, batch: BatchRange
+) -> Compared | None:
+    """Build and capture the plain network of *detachment*, if there is a builder."""
+    if detachment.plain is None:
+        return None
+    plain = build_plain(detachment, trained, preprocess, batch)
+    if not detachment.allow_constants:
+        check_constants(trained.trace.program, lambda: plain.trace.program)
+    return plain

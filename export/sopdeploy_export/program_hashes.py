@@ -9,24 +9,20 @@ computed the same way.
 """
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
 
 CHECK_OF_TYPE = torch.ops.aten._assert_tensor_metadata.default
+HashOf = Callable[[Tensor], str]  # of the content of a tensor
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -47,8 +43,15 @@ class ProgramRoot:
     modules: frozenset[str] = frozenset()
 
 
-def program_root(program: ExportedProgram) -> ProgramRoot:
-    """Compute the Merkle root of *program*.
+def tensor_hash(tensor: Tensor) -> str:
+    """Compute the sha256 of dtype, shape and contiguous content of *tensor*."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(header + content.tobytes()).hexdigest()
+
+
+def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> ProgramRoot:
+    """Compute the Merkle root of *program*, with *hash_of* for its tensors.
 
     Raises `CertificateError` if the program writes to a buffer or an input, because its outputs
     would then depend on earlier calls, or if it draws random numbers.
@@ -68,8 +71,11 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
         if has_no_reader and node.is_impure() and not is_idle:
             side_effects.append(node)
     reached |= nodes_before(program.graph, side_effects)
-    hashes, operations = _hash_nodes(program, reached)
-    encoded = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
+    hashes, operations = _hash_nodes(program, reached, hash_of)
+    encoded = [
+        _encode(value, hashes.__getitem__, hash_of)
+        for value in (outputs.args[0], *side_effects)
+    ]
     signature = program.graph_signature
     state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
     return ProgramRoot(
@@ -108,32 +114,13 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
     return f"it computes {extra}, the {reference} one {missing}"
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """The hash of every operation of a program in order, and the hashes of the tensors that they use.
-
-    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses,
-    so torch's passes give both the same result.
-    """
-
-    operations: str
-    tensors: tuple[str, ...]
-    names: tuple[str, ...] = field(compare=False)  # of the tensors, in the network
-
-    def without(self, names: Iterable[str]) -> "Fingerprint":
-        """Copy the fingerprint with "" in place of the hashes of the tensors *names*."""
-        hidden = set(names)
-        pairs = zip(self.names, self.tensors, strict=True)
-        return replace(
-            self, tensors=tuple("" if name in hidden else sha256 for name, sha256 in pairs)
-        )
-
-
-def fingerprint(program: ExportedProgram) -> Fingerprint | None:
+def fingerprint(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> str | None:
     """Hash every operation of *program* in order, with its operands by position, and the tensors they use.
 
-    Tensors are hashed by content, kind and strides. Returns None, without an error, for a
-    program with an argument, a subgraph or an operation that cannot be hashed.
+    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses,
+    so torch's passes give both the same result. Tensors are hashed by content, kind and
+    strides. Returns None, without an error, for a program with an argument, a subgraph or an
+    operation that cannot be hashed.
     """
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     used_specs = [
@@ -147,30 +134,21 @@ def fingerprint(program: ExportedProgram) -> Fingerprint | None:
         node: str(position) for position, node in enumerate([*used_placeholders, *others])
     }
     described = [str(program.range_constraints)]
-    hashes = []
     try:
-        hashes_by_placeholder = _hash_placeholders(program)
+        hashes_by_placeholder = _hash_placeholders(program, hash_of)
         for spec in used_specs:
             stored = _stored_value(program, spec)
             strides = stored.stride() if isinstance(stored, Tensor) else ""
-            described.append(f"{spec.kind} {spec.persistent} {strides}")
-            hashes.append(hashes_by_placeholder[spec.arg.name])
+            sha256 = hashes_by_placeholder[spec.arg.name]
+            described.append(f"{spec.kind} {spec.persistent} {strides} {sha256}")
         for node in others:
             if node.op != "output":
                 # Raises an error unless the node is a call
                 described.append(_name_operation(node))
-            described.append(_encode([node.args, node.kwargs], positions.__getitem__))
+            described.append(_encode([node.args, node.kwargs], positions.__getitem__, hash_of))
     except CertificateError:
         return None
-    names = tuple(spec.target or "" for spec in used_specs)
-    return Fingerprint(hash_parts(*described), tuple(hashes), names)
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Compute the sha256 of dtype, shape and contiguous content of *tensor*."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-    return hashlib.sha256(header + content.tobytes()).hexdigest()
+    return hash_parts(*described)
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
@@ -183,60 +161,24 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*content)
 
 
-# Within `hashing_once`: maps a tensor to its version and address, and the hash that it had with
-# these.
-_stored_hashes: ContextVar[WeakIdKeyDictionary | None] = ContextVar(
-    "_stored_hashes", default=None
-)
+class TensorHashes:
+    """The sha256 of each tensor by its place in memory, computed when it is first asked for."""
+
+    def __init__(self) -> None:
+        # The tensor is kept, so that no other one gets its place.
+        self._by_place: dict[object, tuple[Tensor, str]] = {}
+
+    def __call__(self, tensor: Tensor) -> str:
+        """Return `tensor_hash` of *tensor*, as it was at the first call."""
+        place: object = id(tensor)
+        if tensor.layout == torch.strided and tensor.numel():
+            place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if place not in self._by_place:
+            self._by_place[place] = tensor, tensor_hash(tensor)
+        return self._by_place[place][1]
 
 
-@contextmanager
-def hashing_once() -> Iterator[None]:
-    """Let `stored_hash` compute the hash of a tensor once in the block, unless its version changes.
-
-    A write that hides from the version goes unnoticed: compare `tensor_hash` at the end. An
-    inner block uses the hashes of the outer one.
-    """
-    outer = _stored_hashes.get()
-    token = _stored_hashes.set(WeakIdKeyDictionary() if outer is None else outer)
-    try:
-        yield
-    finally:
-        _stored_hashes.reset(token)
-
-
-@contextmanager
-def hashing_again() -> Iterator[None]:
-    """Let `stored_hash` compute each hash in the block, as an alias of a written one has an old version."""
-    token = _stored_hashes.set(None)
-    try:
-        yield
-    finally:
-        _stored_hashes.reset(token)
-
-
-def stored_hash(tensor: Tensor) -> str:
-    """Compute `tensor_hash`; within `hashing_once` only if *tensor* is new or was written to."""
-    stored = _stored_hashes.get()
-    if stored is None or tensor.is_inference():  # which has no version
-        return tensor_hash(tensor)
-    state = tensor._version, tensor.data_ptr()
-    stored_state, sha256 = stored.get(tensor, (None, ""))  # type: ignore[no-untyped-call]
-    if stored_state != state:
-        sha256 = tensor_hash(tensor)
-        stored[tensor] = state, sha256
-    return str(sha256)
-
-
-def copy_hashed(source: Tensor, target: Tensor) -> None:
-    """Copy the content of *source* to *target* of the same dtype and shape; store its hash for *target*."""
-    target.copy_(source)
-    stored = _stored_hashes.get()
-    if stored is not None:
-        stored[target] = (target._version, target.data_ptr()), stored_hash(source)
-
-
-def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
+def _hash_placeholders(program: ExportedProgram, hash_of: HashOf) -> dict[str, str]:
     """Map each placeholder to a hash: of a weight's content, or of an input's position, dtype and shape.
 
     Raises `CertificateError` for one that is not a tensor.
@@ -256,7 +198,7 @@ def _hash_placeholders(program: ExportedProgram) -> dict[str, str]:
                 raise CertificateError(
                     f"{spec.target}: the graph depends on an object that is not a tensor"
                 )
-            hashes[spec.arg.name] = stored_hash(tensor)
+            hashes[spec.arg.name] = hash_of(tensor)
             continue
         value = values[spec.arg.name]
         if not isinstance(value, Tensor):
@@ -281,18 +223,17 @@ def _stored_value(program: ExportedProgram, spec: InputSpec) -> Any:
     return program.state_dict.get(name, program.constants.get(name))
 
 
-def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
-    """Encode *value*, an argument of an operation, as text; *hash_of* gives the hashes of operands."""
+def _encode(value: Any, hash_of_node: Callable[[fx.Node], str], hash_of: HashOf) -> str:
+    """Encode *value*, an argument of an operation, as text; the functions hash operands and tensors."""
     if isinstance(value, fx.Node):
-        return hash_of(value)
+        return hash_of_node(value)
     if isinstance(value, Tensor):
-        return stored_hash(value)
+        return hash_of(value)
     if isinstance(value, list | tuple):
-        return hash_parts("list", *(_encode(item, hash_of) for item in value))
+        return hash_parts("list", *(_encode(item, hash_of_node, hash_of) for item in value))
     if isinstance(value, dict):
-        return hash_parts(
-            "dict", *(f"{key}={_encode(value[key], hash_of)}" for key in sorted(value))
-        )
+        items = (f"{key}={_encode(value[key], hash_of_node, hash_of)}" for key in sorted(value))
+        return hash_parts("dict", *items)
     if isinstance(value, float):
         return f"float {value.hex()}"
     if value is None or isinstance(value, SCALARS):
@@ -303,14 +244,14 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
 
 
 def _hash_nodes(
-    program: ExportedProgram, needed: set[fx.Node]
+    program: ExportedProgram, needed: set[fx.Node], hash_of: HashOf
 ) -> tuple[dict[fx.Node, str], dict[str, str]]:
     """Return the hashes of the *needed* nodes, and for each hash a text with its operation and module.
 
     The operands of a needed node are needed, too. Raises `CertificateError` for an operation
     that no proof covers.
     """
-    hashes_by_placeholder = _hash_placeholders(program)
+    hashes_by_placeholder = _hash_placeholders(program, hash_of)
     hashes: dict[fx.Node, str] = {}
     operations: dict[str, str] = {}
     for node in program.graph.nodes:  # in topological order
@@ -319,13 +260,15 @@ def _hash_nodes(
         if node.op == "placeholder":
             hashes[node] = hashes_by_placeholder[node.name]
         elif node.op == "get_attr":
-            hashes[node] = stored_hash(_get_constant(node))
+            hashes[node] = hash_of(_get_constant(node))
         elif node.target is torch.ops.aten.clone.default and module_of(node) == "normalise":
             # `Normalize` copies the images to the layout of the network.
             hashes[node] = hashes[node.all_input_nodes[0]]
         else:
             operation = _name_operation(node)
-            arguments = (_encode(value, hashes.__getitem__) for value in _all_arguments(node))
+            arguments = (
+                _encode(value, hashes.__getitem__, hash_of) for value in _all_arguments(node)
+            )
             hashes[node] = hash_parts(operation, *arguments)
             operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
     return hashes, operations
@@ -351,146 +294,6 @@ def _name_operation(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-
-
-SAME_VALUES = (
-    "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.view",
-    "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten", "aten.unflatten",
-    "aten.view_copy", "aten._reshape_copy", "aten._reshape_alias",
-)  # fmt: skip
-
-
-def value_root(program: ExportedProgram) -> ProgramRoot:
-    """Compute the root of the values that *program* returns.
-
-    Unlike `program_root`, it does not depend on how values are stored, nor on what is computed
-    without the images: copies are left out, all changes of the shape alone become one,
-    and operations on weights become their results. So it relates programs whose tensors have
-    other strides. Raises the errors of `program_root`.
-    """
-    hasher = _ValueHasher(program)
-    for node in program.graph.nodes:
-        hasher.visit(node)
-    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations)
-
-
-class _ValueHasher:
-    """Computes the hash of every value of a program, or the value if it does not depend on the images."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        self.program = program
-        self.root = ""
-        self.constants: dict[fx.Node, Any] = {}  # the values that do not depend on the images
-        # The hashes of the others, among them those of symbolic sizes
-        self.hashes: dict[fx.Node, str] = {}
-        # Maps each hash to the name and module of its operation
-        self.operations: dict[str, str] = {}
-        # The hash and the shape of the value that a reshape, or a chain of them, begins with.
-        self.unshaped: dict[fx.Node, tuple[str, str]] = {}
-        self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        (images,) = program.graph_signature.user_inputs
-        batch_size = (
-            next(node for node in program.graph.nodes if node.name == images)
-            .meta["val"]
-            .shape[0]
-        )
-        # What replaces the batch size in shapes, unless the program has a single one, which is
-        # an integer.
-        self.sizes = (
-            {} if isinstance(batch_size, int) else {batch_size.node.expr: sympy.Symbol("batch")}
-        )
-
-    def visit(self, node: fx.Node) -> None:
-        """Compute the value of *node* if it does not depend on the images, or else its hash.
-
-        Its operands were visited before; the output gives the root.
-        """
-        target: Any = node.target
-        value = node.meta.get("val")
-        if node.op == "placeholder" and self.specs[node.name].kind == InputKind.USER_INPUT:
-            self.hashes[node] = hash_parts(
-                "input", str(node.meta["val"].dtype), self._format_shape(node)
-            )
-        elif node.op == "placeholder":
-            self.constants[node] = _stored_value(self.program, self.specs[node.name])
-        elif node.op == "get_attr":
-            self.constants[node] = _get_constant(node)
-        elif node.op == "output":
-            self.root = _encode(node.args[0], self._hash)
-        elif isinstance(
-            value, torch.SymInt | torch.SymFloat | torch.SymBool
-        ):  # computed from sizes only
-            number = value.node.expr.subs(self.sizes)
-            if number.is_Integer:
-                self.constants[node] = int(number)
-            else:  # such as a multiple of the batch size
-                self.hashes[node] = _encode(str(number), self._hash)
-        elif _is_random(node):
-            raise CertificateError(f"{target} draws random numbers")
-        elif all(
-            operand in self.constants for operand in node.all_input_nodes
-        ):  # none depends on the images
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
-            with torch.no_grad():
-                self.constants[node] = target(*args, **kwargs)
-        elif self._keeps_values(
-            node
-        ):  # of a chain of them, the first value and the last shape count
-            operand = node.all_input_nodes[0]
-            shape = self._format_shape(node)
-            source, source_shape = self.unshaped.get(
-                operand, (self._hash(operand), self._format_shape(operand))
-            )
-            self.unshaped[node] = source, source_shape
-            self.hashes[node] = (
-                source if shape == source_shape else hash_parts("reshape", source, shape)
-            )
-        else:
-            encoded = (
-                _encode(argument, self._hash) for argument in self._unified_arguments(node)
-            )
-            self.hashes[node] = hash_parts(str(target), *encoded)
-            self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
-
-    def _keeps_values(self, node: fx.Node) -> bool:
-        """Return whether *node* has the values of its operand in the same order, in any layout or shape."""
-        # Repeats values, unless the shape stays the same
-        if operator_name(node) == "aten.expand":
-            return self._format_shape(node) == self._format_shape(node.all_input_nodes[0])
-        # an overload of `view` for another type
-        reads_bytes = str(node.target) == "aten.view.dtype"
-        return operator_name(node) in SAME_VALUES and not reads_bytes
-
-    def _unified_arguments(self, node: fx.Node) -> list[Any]:
-        """List the arguments of *node*; those of `expand` and `slice` that mean the same get one form."""
-        arguments = _all_arguments(node)
-        if operator_name(node) == "aten.expand":
-            return [arguments[0], self._format_shape(node)]
-        if operator_name(node) == "aten.slice":
-            start, end = arguments[2:4]  # None means from the first, to the last
-            arguments[2:4] = [start or 0, sys.maxsize if end is None else end]
-        return arguments
-
-    def _format_shape(self, node: fx.Node) -> str:
-        """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
-        if node in self.constants and isinstance(self.constants[node], Tensor):
-            return str(list(self.constants[node].shape))
-        value = node.meta.get("val")
-        sizes = value.shape if isinstance(value, Tensor) else ()
-        return str(
-            [
-                size if isinstance(size, int) else size.node.expr.subs(self.sizes)
-                for size in sizes
-            ]
-        )
-
-    def _hash(self, node: fx.Node) -> str:
-        """Return the hash of *node*, or the encoded value if it does not depend on the images."""
-        return (
-            _encode(self.constants[node], self._hash)
-            if node in self.constants
-            else self.hashes[node]
-        )
 
 
 def operator_name(node: fx.Node) -> str:

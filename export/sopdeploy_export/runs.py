@@ -101,8 +101,9 @@ class ProbeOutputs:
     @torch.no_grad()
     def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
         """Run uint8 *probes* (P, H, W, 3)."""
+        batched = run(probes)
         single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
-        return cls(tuple(map(torch.cat, zip(*single, strict=True))), run(probes))
+        return cls(tuple(map(torch.cat, zip(*single, strict=True))), batched)
 
 
 def open_session(

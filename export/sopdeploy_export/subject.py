@@ -9,9 +9,10 @@ from torch import nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import Origin
+from sopdeploy_export.network import tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,6 @@ class Detachment:
         role: What *plain* builds: the `plain` network, or with the builder of the trained network a
             `rebuilt` one.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
-        written: The attributes that each run writes and no run reads.
         allow_constants: Accept large tensors that no module registers.
     """
 
@@ -32,7 +32,6 @@ class Detachment:
     plain: Callable[[], nn.Module] | None = None
     role: Literal["plain", "rebuilt"] = "plain"
     rename: Callable[[str], str] = str
-    written: tuple[str, ...] = ()
     allow_constants: bool = True
 
     @classmethod
@@ -44,7 +43,11 @@ class Detachment:
             built.outputs = network.outputs  # so that both return the same values
             return built
 
-        return cls(training_only=network.training_only, plain=plain)
+        names = tensors(network)
+        parts = (
+            part for part in network.training_only if any(is_in(name, part) for name in names)
+        )
+        return cls(training_only=tuple(parts), plain=plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -151,12 +151,14 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
 
+        # Images by classes: what is there, what is answered, what is both.
         true = self.targets > 0
         predicted = self.probabilities >= np.asarray(self.thresholds)
         hits = (true & predicted).sum(axis=0)  # (C,), as the next two
         counts = true.sum(axis=0)
         answers = predicted.sum(axis=0)
 
+        # The metrics of each class; those without images have no average precision.
         by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(

@@ -8,7 +8,6 @@ auxiliary heads of PSDR. Export removes the training-only heads, so only a check
 import math
 from collections.abc import Callable
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +30,6 @@ from sopdeploy.evaluation.multi_label import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.folder import open_unknown
 from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
 
 SCORE_BATCH = 32  # images
@@ -126,6 +124,7 @@ def held_out_metrics(
         top5 = int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
 
+    # With several classes per image, the thresholds that maximize F1 on these images.
     probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
         labels=labels,
@@ -272,8 +271,7 @@ def score_images(
 
 
 def predict_unknown(
-    model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
+    model: nn.Module, images: LabeledImages | None, preprocess: Preprocess, workers: int
 ) -> NDArray[np.float64] | None:
-    """Compute the logits (M, C) of *model* on the images in *folder* (`open_unknown`); None without any."""
-    images = None if folder is None else open_unknown(folder).images
+    """Compute the logits (M, C) of *model* on the *images* of none of its classes; None without any."""
     return None if images is None else score_images(model, preprocess, images, workers=workers)

@@ -24,8 +24,8 @@ from sopdeploy.photos.copies import (
 )
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
+from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.photo import ImageFiles, map_threaded
-from sopdeploy.photos.table import SEPARATOR
 
 MAX_FEATURES = (
     10_000  # images whose features are computed, which takes about four minutes on a CPU

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.images.metadata import NO_TIME
-from sopdeploy.photos.copies import NO_PAIRS, Groups, connect
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, number_classes
+from sopdeploy.photos.photo import LabeledImages
 
 NEAREST = 32  # images of the class that are known for each image, the most similar first
 # Share of the images beyond chance whose most similar image is related: 0.5 to 1.0 for frames
@@ -152,6 +153,19 @@ def describe_possible_clip(files: Sequence[str], pattern: str) -> str:
         "if they are frames of one clip, or show one object, the accuracy is too high: give each object a "
         f"folder or, if a part of the name tells it, {by_name}"
     )
+
+
+def clips_of_images(
+    images: LabeledImages,
+    times: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    groups: Groups,
+) -> Clips:
+    """Join the *groups* (N,) of *images* as `find_clips` does; without *vectors* (N, D), none."""
+    if not len(vectors):
+        return Clips(groups)
+    names = [images.identity(index) for index in range(len(images))]
+    return find_clips(names, times, number_classes(images.targets), vectors, groups)
 
 
 def find_clips(

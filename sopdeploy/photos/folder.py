@@ -507,9 +507,15 @@ def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataErro
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
+    unsorted = root if part is None else part
+    by_hand = (
+        f", by hand or in a browser: sopdeploy label {quote(str(unsorted))} --photos sorted"
+        if images
+        else ""
+    )
     return DataError(
-        f"{root if part is None else part}: holds no class folders and no labels.csv; "
-        + (other_table or f"sort the images into one subfolder per class{hint}")
+        f"{unsorted}: holds no class folders and no labels.csv; "
+        + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")
     )
 
 

@@ -13,8 +13,8 @@ have a column with 1 and 0. Beside `file` and `classes`, other columns are left 
 columns need no heading.
 
 Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON
-lines with `file_name` and `label`, or a COCO file whose images have annotations of one category
-each.
+lines with `file_name` and `label`, a COCO file whose images have annotations of one category
+each, or the classes of images, or else of their regions, in files of CVAT and VIA.
 """
 
 import codecs
@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,19 @@ from sopdeploy.photos.files import (
     list_images,
     lookalike_key,
     normalize,
+)
+from sopdeploy.photos.label_tools import (
+    NUMBERED,
+    REQUIRED,
+    SEPARATOR,
+    UPLOADED,
+    is_of_via,
+    read_cvat,
+    read_entry,
+    read_json,
+    read_via_csv,
+    rename,
+    without_brackets,
 )
 from sopdeploy.photos.photo import ImageFiles
 
@@ -61,24 +75,12 @@ _ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-_REQUIRED = ("file", "classes")  # columns
-# Of the required columns, also in tables of other programs; of several, the first counts.
-_NAMES = {
-    "file": (
-        *("file", "filename", "file name", "file_name", "image", "image_name", "path"),
-        *("image_id", "id"),
-    ),
-    "classes": ("classes", "class", "labels", "label", "choices", "choice"),
-}
-_LABEL_STUDIO = "project-*.csv", "project-*.json"  # names of its exports
-_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
 _SEPARATORS = ",;\t"
 # optional columns
 SPLIT = "split"
 GROUP = "group"
-COLUMNS = (*_REQUIRED, SPLIT, GROUP)
-# of classes: written, and read
-SEPARATOR = "|"
+COLUMNS = (*REQUIRED, SPLIT, GROUP)
+# of classes
 SEPARATORS = re.compile(r"[|;]")
 # Other tables that are searched, images, and bytes
 MAX_TABLES = 20
@@ -122,7 +124,7 @@ def find_table(root: Path) -> Path | None:
                 "the folders are the classes"
             )
     exports = [root / name for name in EXPORTS]
-    for pattern in _LABEL_STUDIO:
+    for pattern in NUMBERED:
         exports += sorted(root.glob(pattern))
     for export in exports:
         if export.is_file():
@@ -332,7 +334,7 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
     names = [name]
     if ".." not in path.parts and len(path.parts) > 1:
         names.append(path.name)
-    if uploaded := _UPLOADED.fullmatch(path.name):
+    if uploaded := UPLOADED.fullmatch(path.name):
         names.append(uploaded[1])
     found = (path_of_name.get(normalize(each)) for each in names)
     return next((each for each in found if each is not None), None)
@@ -392,66 +394,27 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
     *notes* gets a line about the columns of a CSV file that are left out.
     """
     text = read_table_text(table)
-    if table.suffix == ".csv":
+    if table.suffix == ".csv" and not is_of_via(text):
         yield from _read_csv(table, text, notes)
         return
     try:
-        if table.suffix == ".json":
-            content = json.loads(text)
-            is_list = isinstance(content, list)
-            read = map(_read_entry, content) if is_list else _read_coco(content)
+        read: Iterable[dict[str, str]]
+        if table.suffix == ".csv":
+            read = read_via_csv(text)
+        elif table.suffix == ".xml":
+            read = read_cvat(text)
+        elif table.suffix == ".json":
+            read = read_json(json.loads(text))
         else:
-            read = (_read_entry(json.loads(line)) for line in text.splitlines())
+            read = (read_entry(json.loads(line)) for line in text.splitlines())
         yield from enumerate(read, 1)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (
+        *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
+        *(csv.Error, ElementTree.ParseError),
+    ) as error:
         raise DataError(
             f"{table}: does not give each image its classes; write {LABELS_FILE}"
         ) from error
-
-
-def _read_entry(entry: dict[str, Any]) -> dict[str, str]:
-    """Return the cells of an image from an object with its file, and its label or labels.
-
-    Label Studio's JSON has the file in `data`, and the choices in results of `annotations`.
-    """
-    if "annotations" in entry and "data" in entry:
-        choices = [
-            choice
-            for annotation in entry["annotations"]
-            for result in annotation["result"]
-            for choice in result["value"]["choices"]
-        ]
-        entry = {**entry["data"], "choices": sorted(set(choices))}
-    columns = _rename([lookalike_key(key) for key in entry])
-    values = dict(zip(columns, entry.values(), strict=True))
-    labels = values["classes"]
-    if isinstance(labels, dict) and isinstance(labels.get("choices"), list):
-        labels = labels["choices"]  # several of Label Studio's short JSON
-    if isinstance(labels, dict):
-        raise ValueError("no list of classes")
-    labels = labels if isinstance(labels, list) else [labels]
-    return {"file": str(values["file"]), "classes": SEPARATOR.join(map(str, labels))}
-
-
-def _rename(headings: Sequence[str]) -> list[str]:
-    """Name the columns with *headings* of a file and its classes as `_REQUIRED`; the others stay."""
-    columns = [*headings]
-    for column, names in _NAMES.items():
-        name = next((name for name in names if name in headings), None)
-        if name is not None:
-            columns[headings.index(name)] = column
-    return columns
-
-
-def _read_coco(content: Any) -> Iterator[dict[str, str]]:
-    """Yield the cells of each image of a COCO file, in which each has annotations of one category."""
-    names = {category["id"]: str(category["name"]) for category in content["categories"]}
-    labels: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
-    for annotation in content["annotations"]:
-        labels[annotation["image_id"]].add(names[annotation["category_id"]])
-    for image in content["images"]:
-        [label] = labels[image["id"]]  # a `ValueError` if there are none or several
-        yield {"file": str(image["file_name"]), "classes": label}
 
 
 def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -472,7 +435,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
             separator = max(_SEPARATORS, key=heading.count)
         first = next(csv.reader([heading], delimiter=separator), [])
         if len(first) == 2 and has_image_suffix(first[0].strip()):
-            text = f"{separator.join(_REQUIRED)}\n{text}"
+            text = f"{separator.join(REQUIRED)}\n{text}"
             lines_before = lines_before - 1
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
@@ -482,7 +445,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
         )
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
-        columns = reader.fieldnames = _rename(headings)
+        columns = reader.fieldnames = rename(headings)
         wrong = DataError(
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
@@ -513,6 +476,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
                 cells["classes"] = SEPARATOR.join(
                     names[column] for column in names if cells[column] == "1"
                 )
+            cells["classes"] = without_brackets(cells["classes"])
             yield line, {column: cells[column] for column in COLUMNS if column in cells}
     except csv.Error as error:
         raise DataError(

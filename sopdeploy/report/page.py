@@ -44,11 +44,13 @@ from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import (
+    LIST_WRONG_LABELS,
     AnyProcedureResult,
     LoopResult,
     NetworkScore,
     describe_for_page,
     describe_gains,
+    insert_folders,
 )
 from sopdeploy.training.train import FinishedRun
 
@@ -115,7 +117,8 @@ def write_run_page(
         sections.append(_show_mistakes(mistakes, predicted, images))
 
     if isinstance(fit, FewShotFit):
-        sections += [_show_wrong_labels(train, fit), _show_copies(train, fit)]
+        command = insert_folders(LIST_WRONG_LABELS, setup.recipe.data_folder, folder)
+        sections += [_show_wrong_labels(train, fit, command), _show_copies(train, fit)]
 
     weights = "random weights"
     side = rules.crop
@@ -137,7 +140,8 @@ def write_run_page(
         )
         sections.append(Section(title="Runs before", tables=[table]))
 
-    sections.append(_describe_learning(fit.position.history, result))
+    lines = [insert_folders(line, setup.recipe.data_folder, folder) for line in result.lines()]
+    sections.append(_describe_learning(fit.position.history, result, lines))
     if fit.decision is not None:
         sentences = [_DECISION]
         if fit.decision.temperature != 1:
@@ -224,12 +228,13 @@ def _predict_shown_images(
     return held_out, description, logits_NC / temperature
 
 
-def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
-    """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
+def _describe_learning(
+    history: Sequence[EpochRow], result: AnyProcedureResult, text: list[str]
+) -> Section:
+    """Add the plots of a training loop, of losses and scores of all heads by epoch, to the *text* of a result."""
     if not isinstance(result, LoopResult):
-        return Section(title="Learning", text=result.lines())
+        return Section(title="Learning", text=text)
     last = history[-1]
-    text = list(result.lines())
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
 
@@ -329,8 +334,8 @@ def _show_mistakes(
     return _show_photographs("Worst mistakes", text, images, captions, names)
 
 
-def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
-    """Show the training *images* whose label is probably wrong by *fit*."""
+def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, command: str) -> Section:
+    """Show the training *images* whose label is probably wrong by *fit*; *command* lists all."""
     wrong_labels = (
         [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
     )
@@ -342,7 +347,7 @@ def _show_wrong_labels(images: LabeledImages, fit: FewShotFit) -> Section:
     text = insert_names(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies. All: {}",
-        "sopdeploy data check DIR --wrong-labels RUN",
+        command,
         tag="code",
     )
     return _show_photographs("Probably wrong labels", text, images, captions)

@@ -95,6 +95,7 @@ class Setup:
         model: The network with its weights on the device; the training loop changes them in place.
         weights: The report on the start weights; None for random ones.
         reason: Why "auto" selected the procedure; empty if it did not.
+        unknown: Images of none of the classes, which test the rejection, if there are any.
     """
 
     recipe: Recipe
@@ -107,6 +108,7 @@ class Setup:
     position: Position = field(default_factory=Position)
     origin: Origin | None = None
     reason: str = ""
+    unknown: LabeledImages | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ class Setup:
             yield self.weights.describe()
         if self.reason:
             yield self.reason
-        if self.uses_loop and self.recipe.first_phase:
+        if not self.is_few_shot and self.recipe.first_phase:
             yield f"epochs 1 to {self.recipe.first_phase} train the classifier alone"
 
         next_epoch = self.position.epoch + 1
@@ -202,6 +204,7 @@ class ResumeState(TypedDict, total=False):
 
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
+    # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
     # raw, if *weights* are averages
     learning = {} if fit.learning is None else fit.learning.state_dict()
@@ -221,6 +224,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             thresholds = metrics.thresholds
         decision = Decision(activation="sigmoid", thresholds=thresholds)
 
+    # Bundles know their training images by these hashes.
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = setup.origin
     if origin is not None:
@@ -283,7 +287,7 @@ def with_result(
 
 def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
-    left_out = [(*one,) for one in setup.data.left_out]
+    left_out = [(*file,) for file in setup.data.left_out]
     return {
         **({"left_out": left_out} if left_out else {}),
         "position": position.model_dump(mode="json"),

@@ -41,37 +41,6 @@ CHANGEABLE_KEYS = {
     "rejection.accepts",
     "rejection.unknown",
 }
-# The recipe keys, with all below them, that each procedure but the loop reads. The loop reads
-# all.
-READ_BY_FEW_SHOT = (
-    *(
-        "summary",
-        "project",
-        "procedure",
-        "seed",
-        "workers",
-        "threads",
-        "device",
-        "channels_last",
-    ),
-    *("model.name", "model.config", "data", "preprocess", "start.weights", "rejection"),
-)
-READ_BY_FINE_TUNE = (
-    *READ_BY_FEW_SHOT,
-    *("start.learn", "start.head_factor", "model.remove_branches_at"),
-    *(
-        "epochs",
-        "batch_size",
-        "precision",
-        "augment",
-        "color",
-        "optimizer",
-        "schedule",
-        "loss",
-        "ema",
-    ),
-    *("teacher", "save"),
-)
 HOLD_OUT_KEYS = {
     f"data.{name}" for name in HoldOut.model_fields.keys() - DataOptions.model_fields.keys()
 }
@@ -126,11 +95,20 @@ ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig | FineTuneConfig
 AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="kind")]
 
 
-class StartConfig(StrictModel):
+class StartWeights(StrictModel):
+    """The weights to start from.
+
+    They are a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the
+    published weights of the backbone, or "none" for random ones (see `start_weights`).
+    """
+
+    weights: Literal["imagenet", "none"] | Path | None = None
+
+
+class StartConfig(StartWeights):
     """The weights to start from, and which parameters are trained.
 
-    `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the
-    published weights of the backbone, or "none" for random ones (see `start_weights`). `learn =
+    `learn =
     "branches"` freezes everything but the branches, including batch norm statistics, and
     "classifier" everything but the classifier. With "last_stages", the second half of the
     stages and what follows it learn; batch norms keep their statistics, except in branches.
@@ -141,7 +119,6 @@ class StartConfig(StrictModel):
     `head_factor`. The schedule begins after it.
     """
 
-    weights: Literal["imagenet", "none"] | Path | None = None
     learn: Literal["all", "branches", "classifier", "last_stages"] = "all"
     head_factor: PositiveRate = 1.0
     classifier_epochs: pydantic.NonNegativeInt = 0
@@ -183,8 +160,8 @@ class RejectionConfig(StrictModel):
     unknown: Path | None = None
 
 
-class Recipe(LoopSettings):
-    """A complete training run; defaults follow the papers.
+class SharedSettings(StrictModel):
+    """What every procedure reads; `few_shot` reads nothing else.
 
     `project` names the bundle and the served model; `train` sets it by the data folder, or by
     the recipe. `threads` is the number of CPU threads of torch; 0 keeps torch's default.
@@ -199,31 +176,32 @@ class Recipe(LoopSettings):
     threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = False
-    model: ModelConfig
+    model: CatalogModel
     data: DataConfig
     preprocess: Preprocess = Preprocess()
-    start: StartConfig | None = None
+    start: StartWeights | None = None
     rejection: RejectionConfig = RejectionConfig()
+
+
+class Recipe(SharedSettings, LoopSettings):
+    """A complete training run; defaults follow the papers."""
+
+    model: ModelConfig
+    start: StartConfig | None = None
 
     def reads(self, key: str) -> bool:
         """Check whether the procedure reads the dotted *key*, of a value or of a table with such values."""
         procedure = self.procedure
-        if not isinstance(procedure, HeadOptions):
-            return True
-
         is_few_shot = isinstance(procedure, FewShotConfig)
-        if is_few_shot and key in HOLD_OUT_KEYS:
-            return False
-        if key.startswith("model.config."):
+        if key.startswith("model.config.") and isinstance(procedure, HeadOptions):
             from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
             network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
-        read = READ_BY_FEW_SHOT if is_few_shot else READ_BY_FINE_TUNE
-        is_in_read_table = any(f"{key}.".startswith(f"{name}.") for name in read)
-        contains_read_key = any(name.startswith(f"{key}.") for name in read)
-        return is_in_read_table or contains_read_key
+        return not is_few_shot or (
+            key not in HOLD_OUT_KEYS and has_key(SharedSettings, key.split("."))
+        )
 
     def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
         """Raise `ConfigError` for *given* keys without effect; *holds_out*: the run chooses its images."""
@@ -237,6 +215,12 @@ class Recipe(LoopSettings):
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
             )
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder of the images; some data sources have none."""
+        folder: Path | None = getattr(self.data, "path", None)
+        return folder
 
     @property
     def starts_random(self) -> bool:
@@ -319,22 +303,21 @@ class Recipe(LoopSettings):
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe *source* and change it by *overrides*, texts for `parse_override`."""
-    return change_recipe(source, [parse_override(override) for override in overrides])
+    changes = [parse_override(override) for override in overrides]
+    return change_recipe(read_values(source), changes, str(source))
 
 
 def change_recipe(
-    source: str | Path,
-    changes: Sequence[tuple[str, Any]],
-    recorded: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any], changes: Sequence[tuple[str, Any]], source: str
 ) -> Recipe:
-    """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
+    """Build the recipe of the values *base*, those of the recipe *source* or of a run, with *changes*.
 
     *changes* are dotted keys with their values. If they select another network, data source or
     procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
     adds `FINE_TUNE_SETTINGS`, which other *changes* override. Raises `ConfigError` that names
     the file or key, and the closest key.
     """
-    values = read_values(source) if recorded is None else deepcopy(dict(recorded))
+    values = deepcopy(dict(base))
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
 
@@ -344,7 +327,7 @@ def change_recipe(
         set_value(values, key, value)
 
     _scale_resize(values, preprocess, dict(changes))
-    return validate_recipe(values, str(source))
+    return validate_recipe(values, source)
 
 
 def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
@@ -463,6 +446,19 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
         for table in (field.annotation, *get_args(field.annotation)):
             if isinstance(table, type) and issubclass(table, pydantic.BaseModel):
                 yield from _list_keys(table, f"{prefix}{name}.")
+
+
+def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
+    """Check whether *config*, or a table in it, has the *key*, whose parts are names; any in a table of kinds."""
+    name, *rest = key
+    field = config.model_fields.get(name)
+    if field is None or not rest:
+        return field is not None
+    types = (field.annotation, *get_args(field.annotation))
+    tables = [
+        one for one in types if isinstance(one, type) and issubclass(one, pydantic.BaseModel)
+    ]
+    return len(tables) != 1 or has_key(tables[0], rest)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

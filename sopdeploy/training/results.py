@@ -1,6 +1,8 @@
 """The result of the loop and of the few-shot procedure, part of `best.pt`, and all sentences about it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +29,16 @@ from sopdeploy.photos.photo import describe_left_out
 _FEW_IMAGES = (
     5  # the result names classes with fewer images, because each fold tests hardly any of them
 )
+# With the folders of a run, `insert_folders` makes it a command
+LIST_WRONG_LABELS = "sopdeploy data check DIR --wrong-labels RUN"
 SelectedBy = Literal["nothing", "other images", "same images"]
+
+
+def insert_folders(text: str, data: Path | None, run: Path) -> str:
+    """Insert the folders of the *data*, if there is one, and of the *run* into commands in *text*."""
+    folder = "DIR" if data is None else quote(str(data))
+    command = f"sopdeploy data check {folder} --wrong-labels {quote(str(run))}"
+    return text.replace(LIST_WRONG_LABELS, command)
 
 
 class NetworkScore(StrictModel):
@@ -392,7 +403,7 @@ class FewShotResult(StrictModel):
         if self.num_doubted:
             yield (
                 f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
-                "sopdeploy data check DIR --wrong-labels RUN"
+                f"{LIST_WRONG_LABELS}"
             )
 
         yield from self._describe_classes()
@@ -400,7 +411,7 @@ class FewShotResult(StrictModel):
     def _describe_classes(self) -> Iterator[str]:
         """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
         if self.confused:
-            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            pairs = shorten([f"{label} and {other}" for label, other in self.confused])
             yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
 
         if self.diffuse:
@@ -470,9 +481,9 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     # A loop's scores are too high if its held-out images have also selected the epoch.
     held_out = "the held-out images"
     if result.selected_by != "nothing":
-        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        selection = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (
-            f", which also selected {selected}, so all scores of this section are too high"
+            f", which also selected {selection}, so all scores of this section are too high"
         )
 
     if result.mirrored:

@@ -19,9 +19,9 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.clips import find_clips
-from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs, number_classes
-from sopdeploy.photos.folder import open_unknown
+from sopdeploy.photos.clips import clips_of_images
+from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
+from sopdeploy.photos.folder import UnknownImages, open_unknown
 from sopdeploy.photos.photo import (
     LabeledImages,
     Split,
@@ -88,15 +88,32 @@ class Division(NamedTuple):
     held_out: Record
 
 
+class RunImages(NamedTuple):
+    """The images of a run: the data, and those of none of the classes, which test the rejection."""
+
+    data: Split
+    unknown: UnknownImages | None = None
+
+
 class Given(NamedTuple):
     """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already."""
 
     keys: Sequence[str] = ()
     weights: WeightSource | None = None
-    data: Split | None = None
+    images: RunImages | None = None
 
 
 NOTHING_GIVEN = Given()
+
+
+def open_images(
+    recipe: Recipe, data: Split | None = None, unknown: UnknownImages | None = None
+) -> RunImages:
+    """Open the images of *recipe*, without those that are open; raises as `open_data`."""
+    folder = recipe.rejection.unknown
+    if unknown is None and folder is not None:
+        unknown = open_unknown(folder)
+    return RunImages(open_data(recipe.data) if data is None else data, unknown)
 
 
 def set_up_run(
@@ -113,7 +130,7 @@ def set_up_run(
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
-    opened = open_data(recipe.data) if given.data is None else given.data
+    opened, unknown = given.images or open_images(recipe)
     if last is not None:
         opened = opened.without(read_left_out(last, folder.last))
 
@@ -126,7 +143,8 @@ def set_up_run(
     selected.check_effect(given.keys, holds_out=not len(opened.held_out))
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
-
+    if unknown is not None and unknown.note:
+        callback.on_warning(unknown.note)
     if isinstance(selected.procedure, LoopConfig):
         check_batch_size(selected, len(division.data.train), strategy.world)
 
@@ -152,7 +170,8 @@ def set_up_run(
             "network is served, too"
         )
     origin = _describe_origin(setup, folder, last, sorted(formats))
-    return replace(setup, reason=reason, origin=origin)
+    unknown_images = None if unknown is None else unknown.images
+    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
 
 
 def new_setup(
@@ -320,13 +339,9 @@ def divide_images(
 def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
     """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
     found = group_photographs(images)
-    if not len(found.vectors) or recipe.groups_by_name:
+    if recipe.groups_by_name:
         return found.groups, found.file_hashes
-    names = [images.identity(index) for index in range(len(images))]
-    clips = find_clips(
-        names, found.times, number_classes(images.targets), found.vectors, found.groups
-    )
-
+    clips = clips_of_images(images, found.times, found.vectors, found.groups)
     return clips.groups, found.file_hashes
 
 
@@ -343,8 +358,6 @@ def _check_data(
     """Check the images before the training; raises errors about what could not be used after it."""
     data = division.data
     file_hashes = division.file_hashes
-    unknown = recipe.rejection.unknown
-
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
@@ -352,7 +365,7 @@ def _check_data(
             )
 
         ignored = {key for key in keys if key.startswith("rejection.")}
-        if unknown is not None:
+        if recipe.rejection.unknown is not None:
             ignored.add("rejection.unknown")
         if ignored:
             names = ", ".join(sorted(ignored))
@@ -383,8 +396,6 @@ def _check_data(
             raise DataError(problem)
         if missing:
             callback.on_warning(problem)
-    if unknown is not None and (note := open_unknown(unknown).note):
-        callback.on_warning(note)
 
 
 def warn_of_equal_files(
@@ -423,7 +434,7 @@ def _describe_origin(
 ) -> Origin:
     """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
     before = None if last is None else last.origin
-    data_path = getattr(setup.recipe.data, "path", None)  # some data sources have none
+    data_path = setup.recipe.data_folder
 
     return Origin(
         num_classes=len(setup.labels),

@@ -13,7 +13,6 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.photos.photo import leave_out_unreadable, unreadable_images_error
@@ -22,7 +21,7 @@ from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
-from sopdeploy.training.setup import NOTHING_GIVEN, Given, set_up_run
+from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
 
 
@@ -30,6 +29,7 @@ class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
     Attributes:
+        data: The folder of the images, if the data source has one.
         best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
             is set instead.
         seconds: Time of the run with all its resumptions.
@@ -44,6 +44,7 @@ class TrainingResult(StrictModel):
     """
 
     out: Path
+    data: Path | None = None
     best: Path
     last: Path
     history: Path
@@ -112,8 +113,9 @@ def train_run(
             folder.lock()
 
         # Both attempts have one list of files, in which those that vanish are missed.
-        opened = open_data(recipe.data) if given.data is None else given.data
-        setup = set_up_run(recipe, folder, last, callback, given._replace(data=opened))
+        images = given.images or open_images(recipe)
+        given = given._replace(images=images)
+        setup = set_up_run(recipe, folder, last, callback, given)
         try:
             return _fit(setup, last, folder, callback)
 
@@ -123,8 +125,8 @@ def train_run(
                 raise unreadable_images_error(
                     error, setup.data.train, setup.data.held_out
                 ) from None
-            given = given._replace(data=leave_out_unreadable(opened, error))
-
+            readable = leave_out_unreadable(images.data, error)
+            given = given._replace(images=images._replace(data=readable))
         return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
     finally:
         folder.unlock()
@@ -167,6 +169,7 @@ def summarize_run(
 
     return TrainingResult(
         out=out_dir,
+        data=setup.recipe.data_folder,
         best=out_dir / "best.pt",
         last=out_dir / "last.pt",
         history=out_dir / "history.csv",

@@ -1,10 +1,10 @@
-"""Attacks on the certificate of a network of the catalog, on its detached network and its conversion.
+"""Attacks on the certificate of a network of the catalog, and on its conversion.
 
 Planted networks have a table of their own (`test_planted_networks.py`).
 """
 
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +21,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.capture import program
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.capture.program import Capture, Captures, capture
-from sopdeploy_export.detach.detach import detach
-from sopdeploy_export.prove import certificate
-from sopdeploy_export.prove.certificate import certify
+from sopdeploy_export.prove.graphs import prove_graph
+from sopdeploy_export.prove.networks import Compared, build_plain
+from sopdeploy_export.prove.plain_run import Recorder, prove_plain_run
+from sopdeploy_export.prove.removed import prove_removed
+from sopdeploy_export.subject import Detachment
 from tests.export.conftest import GMSOP, save, trained
-from tests.export.once import digest
 from tests.support import quick_torch
 from tests.sweep.steps import agreed
 
@@ -37,13 +36,6 @@ PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 ALONE = BatchRange(
     optimum=1, maximum=1
 )  # the graph does not depend on the batch, so one is enough
-
-
-@pytest.fixture(autouse=True)
-def _plain_network_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cache the graphs of the plain network, which nearly all attacks leave unchanged."""
-    quick_torch.keep()
-    monkeypatch.setattr(program, "capture", capture_once)
 
 
 class Plain(Backbone):
@@ -78,24 +70,6 @@ class Branched(Classifier, Plain):
         self.branches = nn.ModuleDict({"layer1_0": head})
 
 
-GRAPHS: dict[str, Capture] = {}
-
-
-def capture_once(
-    found: Backbone,
-    preprocess: Preprocess,
-    batch: BatchRange,
-    known: Sequence[Capture],
-    *_: object,
-) -> Capture:
-    if type(found) is not Plain:
-        return capture(found, preprocess, batch, known)
-    key = digest(repr((found.config, preprocess, batch)), found)
-    if key not in GRAPHS:
-        GRAPHS[key] = capture(found, preprocess, batch)
-    return GRAPHS[key]
-
-
 def network() -> Classifier:
     torch.manual_seed(7)
     found = Branched(StrictModel(), num_classes=10)
@@ -104,17 +78,18 @@ def network() -> Classifier:
     return found.eval()
 
 
-def prove(
-    trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE
-) -> None:
+def prove(network: nn.Module, detachment: Detachment | None = None) -> Compared:
+    """Prove the statements about networks."""
+    detachment = detachment or Detachment.of(network)
+    parts = detachment.training_only
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
-    shipped = detach(trained) if detached is None else detached
-    certify(trained, shipped, Captures(PREPROCESS, batch), probes)
-
-
-def branch_logits(found: Any, images: Tensor) -> Tensor:
-    logits: Tensor = found.branches["layer1_0"](found.feature_maps(images)[0]).mean(dim=(2, 3))
-    return logits
+    with quick_torch.one_thread():
+        trained = Compared.of("trained", network, PREPROCESS, ALONE)
+        recorder = Recorder(trained, probes, ALONE.maximum)
+        prove_removed(trained, recorder, parts)
+        prove_graph(trained, build_plain(detachment, trained, PREPROCESS, ALONE))
+        prove_plain_run(recorder)
+    return trained
 
 
 def plain_logits(found: Any, images: Tensor) -> Tensor:
@@ -122,12 +97,8 @@ def plain_logits(found: Any, images: Tensor) -> Tensor:
 
 
 def with_forward(found: Classifier, answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
-    """Let *found* compute *answer* while it has branches, and the plain logits after detaching."""
-
-    def forward(self: Any, images: Tensor) -> Tensor:
-        return answer(self, images) if hasattr(self, "branches") else plain_logits(self, images)
-
-    found.forward = types.MethodType(forward, found)
+    """Let *found* compute *answer*."""
+    found.forward = types.MethodType(answer, found)
     return found
 
 
@@ -141,14 +112,9 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
         "dsop-resnet8", num_classes=10, aux_widths=(8, 8, 8), iterations=2
     ).eval()
     with pytest.raises(
-        CertificateError, match=r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more"
+        CertificateError, match=r"outputs depend on.*branches\.layer\d_0\.\S+ and \d+ more"
     ):
         prove(with_forward(dsop, answer))
-
-
-def one_ulp(detached: Any) -> None:
-    weight = detached.layer1[0].weight.data
-    weight[3, 2, 1, 1] = torch.nextafter(weight[3, 2, 1, 1], torch.tensor(1.0))
 
 
 class SubtleLinear(nn.Linear):
@@ -164,31 +130,27 @@ def subtle_head(detached: Any) -> None:
 
 Change = tuple[Callable[[Any], object], str]
 
-DETACHED: dict[str, Change] = {  # changes of the detached network
-    "one weight moved by one ulp": (one_ulp, r"layer1\.0\.weight changed"),
-    "another eps": (lambda n: setattr(n.bn1, "eps", 1e-4), "detached network is not the plain"),
-    "a head that adds nothing": (subtle_head, "detached network is not the plain one"),
+CHANGES: dict[str, Change] = {
+    "another eps": (lambda n: setattr(n.bn1, "eps", 1e-4), "trained network is not the plain"),
+    "a head that adds nothing": (subtle_head, "trained network is not the plain one"),
     "an invented buffer": (
         lambda n: n.register_buffer("extra", torch.zeros(1), persistent=False),
-        "extra that was never",
+        "still has extra",
     ),
-    "train mode": (lambda n: n.train(), "detached network is in train mode"),
-    "a hook that returns what it gets": (
+    "a hook that multiplies by one": (
         lambda n: n.layer1.register_forward_hook(lambda _m, _i, output: output * 1.0),
-        "hook on layer1",
+        "trained network is not the plain one",
     ),
 }
 
 
-@pytest.mark.parametrize("attack", DETACHED)
-def test_a_detached_network_that_differs_from_the_plain_one_is_rejected(attack: str) -> None:
-    change, message = DETACHED[attack]
+@pytest.mark.parametrize("attack", CHANGES)
+def test_a_network_that_differs_from_the_plain_one_is_rejected(attack: str) -> None:
+    change, message = CHANGES[attack]
     trained = network()
-    trained.get_parameter("fc.weight").data[0, 0] = 0.0
-    detached = detach(trained)
-    change(detached)
+    change(trained)
     with pytest.raises(CertificateError, match=message):
-        prove(trained, detached)
+        prove(trained)
 
 
 def stored_otherwise(found: Any) -> None:
@@ -206,17 +168,15 @@ def stored_otherwise(found: Any) -> None:
     )
 
 
-def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_root() -> None:
-    probes, certified = torch.from_numpy(generated_images(PREPROCESS.crop)), []
+def test_memory_layout_does_not_change_the_root() -> None:
+    certified = []
     for change in (lambda _: None, stored_otherwise):
         trained = network()
         trained.get_buffer("bn1.running_mean").zero_()
         change(trained)
-        certified.append(
-            certify(trained, detach(trained), Captures(PREPROCESS, ALONE), probes)[0]
-        )
-    assert certified[0].roots == certified[1].roots
-    assert certified[0].kept == certified[1].kept
+        certified.append(prove(trained))
+    assert certified[0].root.sha256 == certified[1].root.sha256
+    assert certified[0].hashes["conv1.weight"] == certified[1].hashes["conv1.weight"]
 
 
 def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
@@ -226,25 +186,15 @@ def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
         buffer for name, buffer in trained.named_buffers() if name.endswith("triangle")
     )
     triangle[1] = triangle[0]
-    probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with pytest.raises(CertificateError, match=r"triangle differs from the plain network's"):
-        certify(trained, trained, Captures(PREPROCESS, ALONE), probes)
+        prove(trained)
 
 
-def test_weight_that_changes_during_the_proof_is_rejected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    trained = network()
-    detached = detach(trained)
-    certified = certificate.prove_plain_run
-
-    def tamper(*arguments: Any) -> Any:
-        certified(*arguments)
-        detached.get_parameter("fc.weight").data[0, 0] += 1.0
-
-    monkeypatch.setattr(certificate, "prove_plain_run", tamper)
+def test_weight_that_changes_during_the_proof_is_rejected() -> None:
+    trained = prove(network())
+    trained.tensors["fc.weight"].data[0, 0] += 1.0
     with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
-        prove(trained, detached)
+        trained.check_unchanged(())
 
 
 Form = Callable[[Any, Tensor, Tensor], Tensor]

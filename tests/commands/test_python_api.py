@@ -15,8 +15,9 @@ import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
+from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
-from sopdeploy_commands.training.train import TrainOptions, configure
+from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 from sopdeploy_service.settings import load_settings
 from tests.support.service import picture_bytes, write_bundle
 
@@ -59,7 +60,7 @@ def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> 
         "optimizer": {},
         "model": {"config": {}},
     }
-    recipe = change_recipe("photos", list(flatten(given)))
+    recipe = change_recipe(read_values("photos"), list(flatten(given)), "photos")
     assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
 
 
@@ -99,7 +100,7 @@ def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
-    recipe = configure(name, None, TrainOptions(weights=name))[0]
+    recipe = configure(read_changes(Path(name), None, TrainOptions(weights=name)))[0]
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

@@ -77,6 +77,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "serviceAccount": {"create": True, "annotations": {"role": "reader"}},
         "ingress": {
             "host": "shop.example",
+            "path": "/shop",
             "className": "nginx",
             "tlsSecret": "tls",
             "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"},

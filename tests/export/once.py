@@ -1,12 +1,13 @@
 """Cache the graphs of small networks within a test process; tests modify copies.
 
-A certificate captures a network up to six times and converts it up to three times. Tests of
-later steps use this cache. Other tests check that another capture gives the same bytes.
+An export captures two networks and converts one. Tests of later steps use this cache. Other
+tests check that another capture gives the same bytes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -18,15 +19,17 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
-from sopdeploy_export.capture import program
-from sopdeploy_export.capture.deployed import output_names
-from sopdeploy_export.capture.program import Capture, capture, capture_any_batch
+from sopdeploy_export.capture.deployed import Deployed, output_names
+from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.precision import Lowered
 from sopdeploy_export.lower.to_onnx import lower
-from sopdeploy_export.program_hashes import program_root
+from sopdeploy_export.network import tensors
+from sopdeploy_export.program_hashes import program_root, tensor_hash
+from sopdeploy_export.prove.networks import Compared
 from tests.support import quick_torch
 
-CAPTURED: dict[str, Capture] = {}
+CAPTURED: dict[str, Compared] = {}
+of = Compared.of
 GRAPHS: dict[str, Lowered] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(
@@ -57,7 +60,7 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 def proving_once(*, alone: bool = False) -> Iterator[None]:
     """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
-    The trained and the plain network then get the programs of the detached one. Every export
+    The plain network then gets the program of the trained one. Every export
     compares its file with its own network, so a program of another network would be found. A
     network outside of the catalog is proved *alone*, because another one can have equal
     tensors.
@@ -66,22 +69,31 @@ def proving_once(*, alone: bool = False) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
-        patch.setattr(program, "capture", _capture_once)
+        patch.setattr(Compared, "of", _compare_once)
         patch.setattr(pipeline, "lower", _lower_once)
         yield
 
 
-def _capture_once(
+def _compare_once(
+    role: str,
     network: nn.Module,
     preprocess: Preprocess,
     batch: BatchRange,
-    known: Sequence[Capture] = (),
-) -> Capture:
+    _other: Compared | None = None,
+) -> Compared:
     text = repr((preprocess, batch, output_names(network)))
     key = digest(text, network, getattr(network, "training_only", ()))
     if key not in CAPTURED:
-        CAPTURED[key] = capture(network, preprocess, batch)
-    return CAPTURED[key]
+        CAPTURED[key] = of(role, network, preprocess, batch)
+    named = tensors(network)
+    return replace(
+        CAPTURED[key],
+        role=role,
+        network=network,
+        deployed=Deployed(network, preprocess).eval(),
+        tensors=named,
+        hashes={name: tensor_hash(tensor) for name, tensor in named.items()},
+    )
 
 
 def _lower_once(found: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:

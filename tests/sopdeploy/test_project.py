@@ -7,7 +7,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.project import check_project_name, file_project, folder_project, utc_now
-from sopdeploy_commands.training.train import TrainOptions, configure
+from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 
 FOLDERS = {
     "photos": "photos",
@@ -84,7 +84,7 @@ CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
 def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
     given, expected = CONFIGURED[case]
     options = TrainOptions(name=given.get("name"), set=given.get("set", ()))
-    recipe = configure(given.get("data"), given.get("recipe"), options)[0]
+    recipe = configure(read_changes(given.get("data"), given.get("recipe"), options))[0]
     assert recipe.project == expected
 
 
@@ -93,7 +93,7 @@ def test_a_name_with_other_characters_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^name=.*: use at most 200 letters, digits"):
         check_project_name(name)
     with pytest.raises(ConfigError, match="use at most 200 letters"):
-        configure("hats", None, TrainOptions(set=[f"project={name!r}"]))
+        configure(read_changes(Path("hats"), None, TrainOptions(set=[f"project={name!r}"])))
 
 
 def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,12 +112,12 @@ A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
 @pytest.fixture(scope="session")
 def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny bundle with a model card and a certificate."""
-    from sopdeploy_export.prove.certificate import Certificate, FileRoots  # imports torch
-    from sopdeploy_export.prove.tensors import TensorEntry
+    from sopdeploy_export.prove.certificate import Certificate, Roots  # imports torch
+    from sopdeploy_export.prove.removed import TensorEntry
 
     folder = tmp_path_factory.mktemp("carded")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
-    roots = FileRoots(
+    roots = Roots(
         any_batch="4" * 64,
         num_operations=3,
         onnx="6" * 64,

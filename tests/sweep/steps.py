@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.images.preprocess import Preprocess
@@ -19,7 +18,6 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
-from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import (
@@ -38,9 +36,9 @@ from sopdeploy_export.prove.file import (
     compute_reference,
     prove_file,
 )
+from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import prove_images
-from sopdeploy_export.prove.networks import Compared, load_plain_network
-from sopdeploy_export.prove.tensors import prove_tensors
+from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.runs import ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
@@ -109,11 +107,11 @@ def agreed(
 def measured(
     checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
 ) -> tuple[ParityReference, ParityReport]:
-    """Write the file of a checkpoint whose detached network has the outputs of the plain one.
+    """Write the file of a checkpoint whose network has the outputs of the plain one.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
-    found = detached(checkpoint)
+    found = compared(checkpoint)
     options = ExportOptions(precision=precision, max_batch=batch.maximum)
     return write_file(found.network, found.preprocess, destination, options)
 
@@ -166,36 +164,26 @@ def write_graph(
     )
 
 
-class Detached(NamedTuple):
-    """The detached network of a checkpoint, whose outputs equal the plain network bit for bit."""
+class Prepared(NamedTuple):
+    """The trained network of a checkpoint, whose outputs equal the plain network's bit for bit."""
 
-    network: Backbone
+    network: nn.Module
     images: NDArray[np.uint8]
     preprocess: Preprocess
 
 
-def detached(checkpoint: Path) -> Detached:
-    """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
-    found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
-    images, detached = (
-        generated_images(found.preprocess.crop),
-        detach(trained) if trained.training_only else trained,
+def compared(checkpoint: Path) -> Prepared:
+    """Load *checkpoint*, and compare it with a newly built plain network with its weights."""
+    preprocess = read_checkpoint(checkpoint).preprocess
+    images = generated_images(preprocess.crop)
+    network = loaded(checkpoint)
+    detachment = Detachment.of(network)
+    trained = Compared.of("trained", network, preprocess, FEW)
+    plain = build_plain(detachment, trained, preprocess, FEW)
+    prove_graph(trained, plain)
+    expected, outputs = (
+        ProbeOutputs.of(each.deployed, torch.from_numpy(images)).batched
+        for each in (trained, plain)
     )
-    detachment = Detachment.of(trained)
-    prepared = Compared.of("detached", detached)
-    prove_tensors(
-        Compared.of("trained", trained, detachment.training_only),
-        prepared,
-        detachment.training_only,
-    )
-    plain = load_plain_network(detachment, prepared).network
-    networks = {"plain": plain, "trained": trained, "detached": detached}
-    deployed = {
-        role: Deployed(network, found.preprocess).eval() for role, network in networks.items()
-    }
-    expected, *others = (
-        ProbeOutputs.of(network, torch.from_numpy(images)).batched
-        for network in deployed.values()
-    )
-    assert all(all(map(torch.equal, outputs, expected)) for outputs in others)
-    return Detached(detached, images, found.preprocess)
+    assert all(map(torch.equal, outputs, expected))
+    return Prepared(network, images, preprocess)

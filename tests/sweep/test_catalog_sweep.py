@@ -15,7 +15,6 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.detach.detach import detach
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.options import ExportOptions
@@ -23,7 +22,7 @@ from sopdeploy_export.pipeline import export_checkpoint
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.support.gpu_graphs import accepted
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
-from tests.sweep.steps import Small, agreed, detached, exported
+from tests.sweep.steps import Small, agreed, compared, exported
 
 OUTPUTS = {
     "gmsop": {"logits", "gates"},
@@ -83,7 +82,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     accepted(model, "fp32")
     network = small.build()
     images = generated_images(small.side)[:4]
-    kept = float32_parts(detach(network) if network.training_only else network)
+    kept = float32_parts(network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
     accepted(quantizer.quantize(), "int8")
 
@@ -93,7 +92,7 @@ def test_the_smallest_equals_the_plain_network_after_a_step(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_blocks(monkeypatch)
-    assert detached(narrow(small).trained(tmp_path / "ckpt.pt")).network.outputs
+    compared(narrow(small).trained(tmp_path / "ckpt.pt"))
 
 
 def test_every_class_of_network_and_config_has_its_smallest() -> None:

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError, WeightsError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -34,7 +33,13 @@ from sopdeploy.training.few_shot.features import unfitted_network
 from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
-from sopdeploy.training.setup import Given, check_count, move_to_device, select_procedure
+from sopdeploy.training.setup import (
+    Given,
+    check_count,
+    move_to_device,
+    open_images,
+    select_procedure,
+)
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,
@@ -80,8 +85,7 @@ def choose_network(
     trained by the few-shot procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
-    data = open_data(shared.data) if given.data is None else given.data
-
+    data, _ = given.images or open_images(shared)
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
         # as in the run, which then finds the features in the cache

@@ -1,20 +1,26 @@
 """Checks of a network before anything runs."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule  # what torch.compile returns
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sopdeploy.errors import LoweringError
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import is_in
-from sopdeploy_export.admit.state import check_tensors
+from sopdeploy_export.admit.parts import match_parts
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS
-from sopdeploy_export.network import copy_network, modules, tensors
+from sopdeploy_export.network import attributes_restored, modules, tensors, tensors_converted
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
@@ -49,14 +55,28 @@ def check_backend(where: str, compiled: Any) -> None:
         )
 
 
-def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
-    """Return *network*, unwrapped and not copied; raise `LoweringError` for modules that are not accepted."""
+def unwrap_and_check(
+    network: object, role: str, training_only: Sequence[str] = ()
+) -> nn.Module:
+    """Return *network*, unwrapped; raise `LoweringError` for modules that are not accepted.
+
+    Those that match *training_only* do not count.
+    """
     if not isinstance(network, nn.Module):
         raise LoweringError(
             f"the {role} network is a {type(network).__name__}, not a torch.nn.Module"
         )
     network = unwrap(network)
+    has_hook = network._forward_hooks or network._forward_pre_hooks
+    if isinstance(network, Backbone) and (has_hook or "forward" in vars(network)):
+        raise LoweringError(
+            f"the {role} network has a hook or a forward of its own, which a network of the catalog does not "
+            "use for its outputs; remove it"
+        )
+    parts = match_parts(network, training_only)
     for name, module in modules(network):
+        if is_in(name, *parts):
+            continue
         where = f"{name} of the {role} network" if name else f"the whole {role} network"
         if isinstance(module, torch.jit.ScriptModule):
             raise LoweringError(
@@ -73,23 +93,37 @@ def unwrap_and_check(network: nn.Module, role: str) -> nn.Module:
     return network
 
 
-def checked_copy(
-    network: nn.Module,
-    role: str,
-    logits: str | int | None = None,
-    removed: tuple[str, ...] = (),
-) -> nn.Module:
-    """Copy *network*, unwrapped, to the CPU in eval mode; *logits* says which of its outputs to export.
+@contextmanager
+def prepared(
+    network: object, training_only: Sequence[str] = (), logits_key: str | int | None = None
+) -> Iterator[nn.Module]:
+    """Unwrap *network*, and prepare it for the block: on the CPU, in eval mode, uncompiled.
 
-    Raises `LoweringError` for modules, and for tensors outside of *removed* parts, that are not
-    accepted.
+    *logits_key* says which of its outputs to export. Afterwards, it is as before. If the block
+    refuses it, the message says what is odd in its code: a hook, a replaced method or a part in
+    train mode is no reason to refuse a network, but can be the cause of one. Raises
+    `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.
     """
-    network = unwrap_and_check(network, role)
-    check_tensors(network, removed)
-    copied = copy_network(network).cpu().eval()
-    if logits is not None:
-        vars(copied)[EXPORT_LOGITS] = logits
-    return copied
+    given = unwrap_and_check(network, "trained", training_only)
+    parts = match_parts(given, training_only)
+    with attributes_restored(given), tensors_converted(given, _on_cpu):
+        given.eval()
+        for _, module in modules(given):
+            vars(module)["_compiled_call_impl"] = None
+        if logits_key is not None:
+            # not by `setattr`, which a class can define
+            vars(given)[EXPORT_LOGITS] = logits_key
+        odd = find_oddity(given, "trained", parts)
+        try:
+            yield given
+        except (CertificateError, LoweringError) as error:
+            if odd is not None:
+                error.message += f"; one reason can be that {odd}"
+            raise
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cpu or tensor.is_meta else tensor.cpu()
 
 
 def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
@@ -106,3 +140,114 @@ def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
         if bool(is_broken.any()) and not is_in(name, *removed):
             broken.append(name)
     return broken
+
+
+def check_torch_state() -> None:
+    """Reject another default type than float32, autocast, torch modes and hooks on all modules.
+
+    These change the operations of every network in the same way: the three networks would
+    agree, but the exported file would compute something else. Raises `CertificateError` with
+    the name of the mode.
+    """
+    if torch.get_default_dtype() != torch.float32:
+        raise CertificateError(
+            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
+        )
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise CertificateError(
+                f"torch.autocast is active for {device}; export outside of it"
+            )
+    for kind, modes in (
+        ("function", _get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
+        ("dispatch", _get_current_dispatch_mode_stack()),
+    ):
+        if modes:
+            name = type(modes[-1]).__name__
+            raise CertificateError(
+                f"the torch {kind} mode {name} is active; export outside of it"
+            )
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        raise CertificateError(
+            "a forward hook is registered on all modules; remove it before the export"
+        )
+
+
+def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
+    """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
+
+    *network* is in eval mode as far as its code lets it.
+    """
+    for name, module in modules(network):
+        if is_in(name, *removed):
+            continue
+        where = name or "the whole network"
+        if module._forward_hooks or module._forward_pre_hooks:
+            remedy = (
+                "remove it first, or register a method of the module in place of a function"
+            )
+            return f"the {role} network has a forward hook on {where}; {remedy}"
+        if replaced := _replaced_method(module):
+            where = f"{name} of the" if name else "the whole"
+            remedy = "change the class, or bind a function of self with types.MethodType"
+            return (
+                f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
+            )
+        if module.training:
+            remedy = "call .eval() first"
+            if type(module).train is not nn.Module.train:
+                remedy = "keeps it there after .eval(): replace it by a layer that does not"
+                remedy = f"{type(module).__name__}.train() {remedy}"
+            return f"the {role} network is in train mode ({where}); {remedy}"
+    return None
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """Name a method of the class of *module* that the instance has in another form; None if there is none.
+
+    Another method of the same class, bound to *module*, is no other form: a copy has its own.
+    """
+    methods = [method for kind in type(module).__mro__ for method in vars(kind).values()]
+    for attribute, value in vars(module).items():
+        if callable(value) and callable(getattr(type(module), attribute, None)):
+            is_bound = getattr(value, "__self__", None) is module
+            if not (is_bound and any(method is value.__func__ for method in methods)):
+                return attribute
+    return None
+
+
+def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:
+    """Raise `LoweringError` if `check_tensor` does for a tensor of *network* outside of *removed* parts."""
+    for name, tensor in tensors(network).items():
+        if not is_in(name, *removed):
+            check_tensor(name, tensor)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise `LoweringError` unless *tensor* is dense, of float32 or integers, and not of inference mode."""
+    if tensor.is_inference():  # its values cannot be replaced
+        remedy = "build the network outside of it, or replace it by its .clone()"
+        raise LoweringError(f"{name} was made in torch.inference_mode; {remedy}")
+    dense = (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+    )
+    has_fractions = tensor.is_floating_point() or tensor.is_complex()
+    if not dense or (has_fractions and tensor.dtype != torch.float32):
+        kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        advice = "convert it, for example with .float(), and choose the precision of the export"
+        if tensor.is_meta:
+            advice = "load its values"
+        elif tensor.layout != torch.strided:
+            advice = "replace it by its .to_dense()"
+        elif tensor.is_complex():  # of which .float() would keep the real part only
+            advice = "keep its torch.view_as_real, and call torch.view_as_complex in forward"
+        raise LoweringError(
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {advice}"
+        )
+    if tensor.is_neg():
+        remedy = "replace it by its .resolve_neg()"
+        raise CertificateError(
+            f"{name} is a negated view, whose memory holds other numbers; {remedy}"
+        )

@@ -14,10 +14,10 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.detach.stubs import SIZES, stubs_answer
-from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.state import DEPTH, NOT_IN_EVAL, STATELESS, object_id
+from sopdeploy_export.network import DEPTH, modules, tensors, unstored_buffers
 
+STATELESS = "an exported network must be stateless"
+NOT_IN_EVAL = f"{STATELESS}: keep values in local variables, or only if self.training"
 INPUT = "images"
 EXPORT_LOGITS = (
     "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
@@ -45,11 +45,17 @@ class Deployed(nn.Module):
         Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs`
         does.
         """
-        before = {name: object_id(tensor) for name, tensor in tensors(self.network).items()}
+        # A buffer that no state dict stores may be made anew, as a table for another size.
+        unstored = unstored_buffers(self.network)
+        before = {
+            name: _state(tensor)
+            for name, tensor in tensors(self.network).items()
+            if name not in unstored
+        }
         outputs = compute_outputs(self.network, self.normalise(images))
         after = tensors(self.network)
-        for name, identity in before.items():
-            if name not in after or object_id(after[name]) != identity:
+        for name, state in before.items():
+            if name not in after or _state(after[name]) != state:
                 owner = dict(modules(self.network)).get(name.rpartition(".")[0])
                 remedy = NOT_IN_EVAL
                 if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
@@ -58,6 +64,15 @@ class Deployed(nn.Module):
         return tuple(
             value if value.dtype == torch.float32 else value.float() for value in outputs
         )
+
+
+def _state(tensor: Tensor) -> tuple[int, ...]:
+    """Identify *tensor* and its content, by numbers that a write changes."""
+    # Those of torch.export's tracing have no address, and those of inference mode no version.
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return (id(tensor),)
+    version = -1 if tensor.is_inference() else tensor._version
+    return id(tensor), version, tensor.data_ptr()
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -73,14 +88,13 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     D) of this layer is the last output. Raises the errors of `_network_outputs`.
     """
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
-    with stubs_answer(pixels):
-        if embedding_layer is None:
-            return _network_outputs(network, pixels)
-        inputs: list[Tensor] = []
-        layer = network.get_submodule(embedding_layer)
-        with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
-            outputs = _network_outputs(network, pixels)
-        return (*outputs, inputs[0])
+    if embedding_layer is None:
+        return _network_outputs(network, pixels)
+    inputs: list[Tensor] = []
+    layer = network.get_submodule(embedding_layer)
+    with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
+        outputs = _network_outputs(network, pixels)
+    return (*outputs, inputs[0])
 
 
 def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -205,9 +219,3 @@ def generated_images(side: int) -> NDArray[np.uint8]:
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
     """Choose at most *most* of *count* positions, evenly spread."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
-
-
-def probe_pixels(network: nn.Module, preprocess: Preprocess) -> Tensor:
-    """Normalize the last of the generated images, in the layout of *network*: (3, 3, H, W)."""
-    images = torch.from_numpy(generated_images(preprocess.crop)[-max(SIZES) :])
-    return Normalize(preprocess, images_format(network))(images)

@@ -11,33 +11,27 @@ import linecache
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError, SopdeployError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, EXPORT_LOGITS, Deployed
+from sopdeploy_export.capture.buffers import create_buffers
+from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
-from sopdeploy_export.network import modules, tensors
-from sopdeploy_export.program_hashes import (
-    Fingerprint,
-    ProgramRoot,
-    fingerprint,
-    program_root,
-    value_root,
-)
-from sopdeploy_export.state import attributes_restored, object_id, recording_calls
+from sopdeploy_export.network import attributes_restored, modules
+from sopdeploy_export.program_hashes import CHECK_OF_TYPE, nodes_before
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 # How torch.export says that code depends on the batch size.
@@ -53,122 +47,47 @@ SIZE_IS_KEY = (
     "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
 )
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
+# What torch says of `cond`, `while_loop`, `scan` and `map` that it does not capture.
+CONTROL_FLOW = "higher order operator doesn't work unless"
+NO_CONTROL_FLOW = (
+    "a graph has no control flow: compute all branches, and choose with torch.where"
+)
 DEPENDS_ON_VALUES = (
     "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Capture:
-    """The torch.export program of a network, for any batch size.
+class Trace(NamedTuple):
+    """What torch.export makes of a network, before its operators become functional.
 
-    Attributes:
-        traced: It, as torch.export made it.
-        program: It, functional; networks with equal programs share it.
-        graph: Its graph before it was made functional, which runs.
-        fingerprint: Of the program before it was made functional; None: it cannot be hashed.
+    `program` is for any batch size. `created` names the buffers that a first run creates: they
+    belong to the program only.
     """
 
-    traced: ExportedProgram
     program: ExportedProgram
-    graph: fx.GraphModule
-    fingerprint: Fingerprint | None
-
-    @cached_property
-    def root(self) -> ProgramRoot:
-        """The root of the program; raises the errors of `program_root`.
-
-        It is computed once: the program refers to the tensors of the network, not to copies.
-        """
-        return program_root(self.program)
-
-    @property
-    def needed(self) -> set[str]:
-        """The names of the tensors that the outputs depend on, each by one of its names in the network."""
-        return {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
-
-    def computes_values_of(self, other: "Capture") -> bool:
-        """Return whether the program computes the values of that of *other*, by `value_root`."""
-        if self.program is other.program:
-            return True
-        return value_root(self.program).sha256 == value_root(other.program).sha256
+    created: tuple[str, ...]
 
 
-class Captures:
-    """The programs of the networks of an export, each captured once.
-
-    A network is known by its identity and by the version and address of each of its tensors.
-    """
-
-    def __init__(self, preprocess: Preprocess, batch: BatchRange | None = None) -> None:
-        self.preprocess = preprocess
-        self.batch = batch or BatchRange()
-        self._captures: dict[tuple[object, ...], Capture] = {}
-        self._unread: set[tuple[object, ...]] = set()
-
-    def of(self, network: nn.Module) -> Capture:
-        """Return the program of *network*, captured unless it is known.
-
-        Networks with the same operations and weights share a program, with the names of the one
-        captured first. Raises `LoweringError` if the network cannot be captured.
-        """
-        key = self._key(network)
-        if key not in self._captures:
-            known = tuple(self._captures.values())
-            self._captures[key] = capture(network, self.preprocess, self.batch, known)
-        return self._captures[key]
-
-    def share(self, network: nn.Module, capture: Capture) -> None:
-        """Let *capture*, that of a network that computes the same, be that of *network*."""
-        self._captures[self._key(network)] = capture
-
-    def forget_roots(self) -> None:
-        """Let roots be computed again: code of the user may have changed tensors of the programs."""
-        for capture in self._captures.values():
-            vars(capture).pop("root", None)
-
-    def note_unread(self, network: nn.Module, parts: tuple[str, ...]) -> None:
-        """Note that the program of *network* stays the same while its *parts* have random values."""
-        self._unread.add((*self._key(network), parts))
-
-    def are_unread(self, network: nn.Module, parts: tuple[str, ...]) -> bool:
-        """Return whether this was noted."""
-        return (*self._key(network), parts) in self._unread
-
-    @staticmethod
-    def _key(network: nn.Module) -> tuple[object, ...]:
-        """Identify *network*, the outputs that are chosen, and its tensors."""
-        chosen = (
-            vars(network).get(attribute) for attribute in (EXPORT_LOGITS, EXPORT_EMBEDDING)
-        )
-        return (object_id(network), *chosen, *map(object_id, tensors(network).values()))
-
-
-def capture(
-    network: nn.Module,
-    preprocess: Preprocess,
-    batch: BatchRange,
-    known: Sequence[Capture] = (),
-) -> Capture:
-    """Capture *network*, in eval mode, for the batch range.
+def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
+    """Run torch.export on *network*, in eval mode, for the batch range; *network* is unchanged afterwards.
 
     torch.export assumes that a dynamic dimension is at least 2; `prove.plain_run` compares the
-    graph with runs of one image, too. If torch.export gives the same program as for one of
-    *known*, its program is returned, because making a program functional takes longer than
-    torch.export. Raises `LoweringError` if the network cannot be captured.
+    graph with runs of one image, too. Raises `LoweringError` if the network cannot be captured.
     """
-    traced = export_program(network, preprocess, batch)
-    graph = traced.module(check_guards=False)  # a copy, before writes are replaced
-    of_network = fingerprint(traced)
-    for other in known:
-        if of_network is not None and other.fingerprint == of_network:
-            return replace(other, traced=traced, graph=graph)
-    return Capture(
-        traced=traced,
-        program=functionalize(traced, batch),
-        graph=graph,
-        fingerprint=of_network,
-    )
+    with attributes_restored(network):
+        try:
+            program = export_program(network, preprocess, batch)
+            specs = program.graph_signature.output_specs
+            if all(spec.kind != OutputKind.BUFFER_MUTATION for spec in specs):
+                return Trace(program, ())
+            created = create_buffers(network, preprocess)
+            if not created:  # it writes to a buffer that is stored
+                return Trace(program, ())
+        except LoweringError:
+            created = create_buffers(network, preprocess)
+            if not created:
+                raise
+        return Trace(export_program(network, preprocess, batch), created)
 
 
 def capture_any_batch(
@@ -176,9 +95,9 @@ def capture_any_batch(
 ) -> ExportedProgram:
     """Capture *network* for every batch size of the range, as one functional program.
 
-    Raises the errors of `export_program` and `functionalize`.
+    Raises the errors of `trace` and `functionalize`.
     """
-    return functionalize(export_program(network, preprocess, batch), batch)
+    return functionalize(trace(network, preprocess, batch).program, batch)
 
 
 def export_program(
@@ -256,6 +175,21 @@ def answering_plain_run() -> Iterator[None]:
 
 
 @contextmanager
+def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
+    """Pass the calls of the block to *record*, as `sys.setprofile` does, instead of to an active profiler."""
+    previous: Any = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        yield
+    finally:
+        if callable(previous) or previous is None:
+            sys.setprofile(previous)
+        else:  # cProfile's object, which is no function
+            sys.setprofile(None)
+            previous.enable()
+
+
+@contextmanager
 def recording_fixed_sizes() -> Iterator[list[str]]:
     """Yield a list, and record in it the lines of code in the block that need sizes as numbers.
 
@@ -291,12 +225,13 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
 def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
-    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is
-    not accepted.
+    What its outputs do not need is left out. *program* is changed. Raises `LoweringError` if
+    torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
     """
     with capturing():
         simplify_operators(program)
         program = program.run_decompositions({})
+    remove_unneeded(program)
     if batch.maximum == 1:
         return program
     name = program.graph_signature.user_inputs[0]
@@ -316,6 +251,17 @@ def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgra
             f"1 to {batch.maximum}; its code depends on the batch size"
         )
     return program
+
+
+def remove_unneeded(program: ExportedProgram) -> None:
+    """Remove what the outputs of *program* do not need, also checks of its types."""
+    graph = program.graph
+    needed = nodes_before(graph, graph.output_node().all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 @contextmanager
@@ -350,6 +296,8 @@ def capturing() -> Iterator[None]:
             problem = SIZE_IS_KEY
         elif DATA_DEPENDENT.search(text):
             problem = DEPENDS_ON_VALUES
+        elif CONTROL_FLOW in text:
+            problem = NO_CONTROL_FLOW
         else:
             problem = first_line(error)
         raise LoweringError(f"{NO_GRAPH}: {problem}") from error

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
-
-from sopdeploy_export.state import PythonNumbers
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Composite operators whose result is a new tensor.
@@ -111,6 +112,58 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
         labeled_terms.append(term.replace("...", labels))
         longest = max(longest, labels, key=len)  # the result has all hidden axes
     return f"{','.join(labeled_terms)}->{result.replace('...', longest)}"
+
+
+class PythonNumbers:
+    """Tensors that code makes of Python numbers, such as a deviation per channel, and comparisons of them.
+
+    Code may read them, as `normalize` of torchvision does: they are the same for all images.
+    They are unknown from the first other call on one of them, which can write to its memory or
+    share it.
+    """
+
+    MAKERS = (torch.tensor, torch.as_tensor)
+    FUNCTIONS = frozenset({
+        "__bool__", "__eq__", "__float__", "__ge__", "__gt__", "__int__", "__le__", "__lt__", "__ne__", "all",
+        "any", "eq", "ge", "gt", "item", "le", "lt", "ne",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        # Also of tensors that torch.export gives no values
+        self._values = WeakIdKeyDictionary()
+
+    def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a call on known tensors, or one that makes a tensor of Python numbers.
+
+        Returns the value, which the caller passes to `remember`, so that the result of the call
+        is a known tensor; None for any other call, which makes all tensors unknown if it has a
+        known one as operand.
+        """
+        if not len(self._values) and function not in self.MAKERS:  # most calls
+            return None
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        are_known = [operand in self._values for operand in operands]
+        if operands:
+            computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
+        else:
+            # Without an array, whose memory the tensor can share
+            numbers = tree_leaves(args[:1])
+            are_numbers = bool(numbers) and all(
+                isinstance(number, int | float) for number in numbers
+            )
+            computes = function in self.MAKERS and are_numbers
+        if not computes:
+            if any(are_known):
+                self._values = WeakIdKeyDictionary()
+            return None
+        args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    def remember(self, result: Any, value: Any) -> None:
+        """Remember *value*, if it is a tensor: `compute` returned it for the call with *result*."""
+        if isinstance(value, Tensor):
+            self._values[result] = value
 
 
 class SymbolicForms(TorchFunctionMode):

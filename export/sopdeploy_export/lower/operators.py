@@ -16,7 +16,7 @@ as a pair, too.
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from sopdeploy_export.lower.known_operators import read_known, write_known
 from sopdeploy_export.lower.operator_chains import ORDINARY, Chain, record_chains
 from sopdeploy_export.lower.operator_values import check_result, fill, fill_in_rounds
 from sopdeploy_export.lower.to_onnx import to_ir
+from sopdeploy_export.progress import step
 from sopdeploy_export.runs import PROVIDER
 
 OPERANDS = 400  # of the chains that are captured at once; a capture also takes a constant time
@@ -45,16 +46,12 @@ _executed_operators: dict[str, Counter[str]] = {}
 
 
 @torch.no_grad()
-def check_operators(
-    program: ExportedProgram,
-    images: NDArray[np.uint8],
-    on_group: Callable[[str], None] = lambda _: None,
-) -> None:
+def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    Calls *on_group* with a text as each group of operators begins. An operator with the same
-    attributes and shapes is compared once, also by other exports. Raises `LoweringError` with
-    the operator, the part of the network and the values if they differ.
+    An operator with the same attributes and shapes is compared once, also by other exports.
+    Raises `LoweringError` with the operator, the part of the network and the values if they
+    differ.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)
@@ -69,7 +66,7 @@ def check_operators(
         group[description] = chain
         num_operands += len(chain.operands)
         if num_operands >= OPERANDS or description == last:
-            on_group(f"{done} of {len(chains)} done")
+            step(f"comparing operators with their ONNX forms, {done} of {len(chains)} done")
             _compare_group(group)
             group, num_operands, done = {}, 0, done + len(group)
     if chains:

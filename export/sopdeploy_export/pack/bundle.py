@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
-from sopdeploy.models.describe import Counts, tally
+from sopdeploy.models.base import is_in
+from sopdeploy.models.describe import Counts, Tally, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.detach.stubs import stubs_answer
 from sopdeploy_export.network import copy_network
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.model_card import render_model_card
@@ -34,20 +35,28 @@ from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark
 from sopdeploy_export.subject import ExportSubject
 
 
-def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
-    """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
+def count_costs(
+    network: nn.Module, removed: tuple[str, ...], side: int
+) -> tuple[Counts, Counts]:
+    """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
 
-    Training-only parts may run in train mode only. If *network* fails in it, for example
-    without targets, it runs in eval mode.
+    The image has *side* x *side* pixels. Training-only parts may run in train mode only. If
+    *network* cannot be copied or fails in this mode, for example without targets, it runs in
+    eval mode.
     """
-    copied = copy_network(network)  # because code can change what it holds in train mode
+    in_eval = tally(network, side)
+    parameters, macs = (
+        Counter({name: count for name, count in counts.items() if not is_in(name, *removed)})
+        for counts in (in_eval.parameters, in_eval.macs)
+    )
+    shipped = Tally(parameters=parameters, macs=macs)
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
-            trained = tally(copied.train(), side)
+            # a copy, because code can change what it holds in train mode
+            trained = tally(copy_network(network).train(), side)
         except Exception:  # the network's own code, which can raise anything
-            trained = tally(copied.eval(), side)
-    with stubs_answer(torch.zeros(1, 3, side, side)):  # as `tally` runs it
-        return trained.total(), tally(shipped, side).total()
+            trained = in_eval
+    return trained.total(), shipped.total()
 
 
 def as_probes(

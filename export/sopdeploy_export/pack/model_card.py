@@ -22,9 +22,9 @@ MARKDOWN = re.compile(
 )
 # The statement of the certificate that proves a fact
 STATEMENT_OF = {
-    "removed": "Tensors",
-    "kept": "Tensors",
-    "graph": "Graphs",
+    "removed": "Removed",
+    "kept": "Removed",
+    "graph": "Graph",
     "plain run": "Plain run",
     "batch": "Images",
     "drift": "File",

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
-from sopdeploy_export.network import modules, tensors
+from sopdeploy_export.network import modules
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
@@ -37,7 +37,8 @@ _IMAGE = "image"
 _UNKNOWN = "unfilled"
 # What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
 _HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
-_READERS = ("data_ptr", "tolist")  # hand out values, or the memory with them, as numbers
+# Hand out values, or the memory with them, as numbers, also to callbacks.
+_READERS = ("apply_", "data_ptr", "map2_", "map_", "tolist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True  # else they fail in the mode, and only there
 
-    def __init__(self, network: nn.Module, image: Tensor, remains: Remains) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        stored: Mapping[str, Tensor],
+        image: Tensor,
+        remains: Remains,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: dict[str, Operator] = {}
         self.reads: list[str] = []
@@ -104,11 +111,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
         # What is known before the run: stored tensors by their first name, and the image.
-        stored = tensors(network)
         self._names = {id(module): name for name, module in modules(network)}
         self._remains = remains
         self._made_by = dict(remains.made_by)
-        self._made_by |= {address(tensor): name for name, tensor in reversed(stored.items())}
+        self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
         self._made_by[address(image)] = _IMAGE
         self._stored = {address(tensor) for tensor in stored.values()}
 
@@ -433,11 +439,11 @@ class FunctionReads(TorchFunctionMode):
 
 
 class GraphRun(fx.Interpreter):
-    """Runs a captured graph with the stored tensors of *network*, and tells *flow* which node runs."""
+    """Runs a captured graph with *stored* tensors of a network, and tells *flow* which node runs."""
 
-    def __init__(self, graph: fx.GraphModule, network: nn.Module) -> None:
+    def __init__(self, graph: fx.GraphModule, stored: Mapping[str, Tensor]) -> None:
         super().__init__(graph)
-        self._stored = tensors(network)
+        self._stored = stored
         self.flow: Dataflow | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -463,22 +469,6 @@ def address(tensor: Tensor) -> int:
         tensor = torch._C._functorch.get_unwrapped(tensor)
     storage = tensor.untyped_storage()
     return storage.data_ptr() or storage._cdata
-
-
-@contextlib.contextmanager
-def other_values(values: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors other values in the block."""
-    generator = torch.Generator().manual_seed(1)
-    saved = [tensor.detach().clone() for tensor in values]
-    try:
-        for tensor in values:
-            has_fractions = tensor.is_floating_point()
-            others = torch.rand(tensor.shape, generator=generator) if has_fractions else 1
-            tensor.data.copy_(torch.as_tensor(others))
-        yield
-    finally:
-        for tensor, value in zip(values, saved, strict=True):
-            tensor.data.copy_(value)
 
 
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

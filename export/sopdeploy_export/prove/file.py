@@ -31,12 +31,13 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_export.capture.deployed import Deployed, output_names
-from sopdeploy_export.network import copy_network
+from sopdeploy_export.network import attributes_restored, tensors_converted
 from sopdeploy_export.runs import (
     LOGITS,
     PROVIDER,
@@ -219,16 +220,18 @@ def compute_reference(
     outputs are not finite or the route of no image can be compared.
     """
     names = output_names(deployed.network)
-    network64 = copy_network(deployed).double()
-    with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-        exact = run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
+    pixels = torch.from_numpy(images)
+    gate_layer = find_gate(deployed.network)
+    with attributes_restored(deployed), tensors_converted(deployed, _widened):
+        with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
+            exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
+        exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
     if rounded is None:
-        rounded = ProbeOutputs.of(deployed, torch.from_numpy(images))
+        rounded = ProbeOutputs.of(deployed, pixels)
     routing = None
-    if (gate_layer := find_gate(deployed.network)) is not None:
-        pixels = torch.from_numpy(images)
+    if gate_layer is not None and exact_gate is not None:
         routing = compare_routes(
-            exact=gate_logits(network64, pixels),
+            exact=exact_gate,
             rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
             chosen=gate_layer.chosen,
             floors=FLOORS_BY_PRECISION[precision],
@@ -252,6 +255,11 @@ def compute_reference(
     return ParityReference(
         outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
     )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Convert *tensor* to float64 if it has a smaller type with fractions."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _require_finite(

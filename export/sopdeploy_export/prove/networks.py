@@ -1,73 +1,133 @@
-"""The compared networks: their state was checked and their tensors hashed before anything ran."""
+"""The compared networks: what is known of each is made once, and handed on."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
-from sopdeploy.errors import CertificateError
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
-from sopdeploy_export.admit.state import check_network_state
-from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING
-from sopdeploy_export.network import tensors, unstored_buffers, with_contiguous_tensors
-from sopdeploy_export.program_hashes import are_equal, copy_hashed, stored_hash, tensor_hash
+from sopdeploy.models.base import is_in
+from sopdeploy_export.capture.buffers import create_buffers
+from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
+from sopdeploy_export.capture.program import NETWORK_PREFIX, Trace, functionalize, trace
+from sopdeploy_export.network import tensors, unstored_buffers
+from sopdeploy_export.program_hashes import (
+    ProgramRoot,
+    TensorHashes,
+    are_equal,
+    fingerprint,
+    program_root,
+    tensor_hash,
+)
 from sopdeploy_export.subject import Detachment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """A network of the comparison whose state was checked; what is known of it is computed once.
+    """A network of the comparison.
 
     Attributes:
-        role: `trained`, `detached`, `plain` or `rebuilt`.
-        original: The network of the caller.
-        network: *original*, or a copy with contiguous tensors if any is not.
-        tensors: The tensors of *network* by name.
+        role: `trained`, `plain` or `rebuilt`.
+        network: It, in eval mode on the CPU.
+        deployed: The network with the normalization of its images.
+        tensors: Its tensors by name.
         hashes: The sha256 of each, before anything ran.
+        trace: What torch.export made of it.
+        graph: The graph in it, which runs.
+        fingerprint: Of the trace; None: it cannot be hashed.
+        program: Its program, functional, without what its outputs do not need.
+        root: The root of the program.
     """
 
     role: str
-    original: nn.Module
     network: nn.Module
+    deployed: Deployed
     tensors: Mapping[str, Tensor]
     hashes: Mapping[str, str]
+    trace: Trace
+    graph: fx.GraphModule
+    fingerprint: str | None
+    program: ExportedProgram
+    root: ProgramRoot
 
     @classmethod
-    def of(cls, role: str, original: nn.Module, removed: tuple[str, ...] = ()) -> "Compared":
-        """Prepare *original*; raises `CertificateError` for a wrong state outside of its *removed* parts."""
-        check_network_state(original, role, removed)
-        network = with_contiguous_tensors(original)
-        named = tensors(network)
-        hashes = {name: stored_hash(tensor) for name, tensor in named.items()}
-        return cls(role=role, original=original, network=network, tensors=named, hashes=hashes)
+    def of(
+        cls,
+        role: str,
+        network: nn.Module,
+        preprocess: Preprocess,
+        batch: BatchRange,
+        other: "Compared | None" = None,
+    ) -> "Compared":
+        """Hash and capture *network*.
 
-    def check_unchanged(self, removed: Set[str]) -> None:
-        """Raise `CertificateError` if a tensor that is not *removed* changed, also in the original network.
-
-        Code outside of the graph may have written to it in a way that its version does not
-        show.
+        If torch.export makes the same program of it as of *other*, the functional program is
+        that of *other*, because making one takes longer than torch.export. Raises the errors of
+        the capture and of `program_root`.
         """
-        networks = (
-            [self.original] if self.network is self.original else [self.original, self.network]
+        named = tensors(network)
+        hash_of = TensorHashes()
+        hashes = {name: hash_of(tensor) for name, tensor in named.items()}
+
+        # What torch.export makes, before it is changed
+        traced = trace(network, preprocess, batch)
+        graph = traced.program.module(check_guards=False)
+        sha256 = fingerprint(traced.program, hash_of)
+        if other is not None and sha256 is not None and sha256 == other.fingerprint:
+            program = other.program
+            root = other.root
+        else:
+            program = functionalize(traced.program, batch)
+            root = program_root(program, hash_of)
+        return cls(
+            role=role,
+            network=network,
+            deployed=Deployed(network, preprocess).eval(),
+            tensors=named,
+            hashes=hashes,
+            trace=traced,
+            graph=graph,
+            fingerprint=sha256,
+            program=program,
+            root=root,
         )
-        for network in networks:
-            current = tensors(network)
-            for name in self.hashes.keys() - removed:
-                if name not in current or tensor_hash(current[name]) != self.hashes[name]:
-                    problem = f"{name} changed during the proof, in the {self.role} network"
-                    raise CertificateError(f"{problem}; forward must not write to it")
+
+    @property
+    def needed(self) -> set[str]:
+        """All names of the tensors that the outputs depend on."""
+        reached = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
+        reached_ids = {id(self.tensors[name]) for name in reached & self.tensors.keys()}
+        return {name for name, tensor in self.tensors.items() if id(tensor) in reached_ids}
+
+    def check_unchanged(self, removed: tuple[str, ...]) -> None:
+        """Raise `CertificateError` if a tensor outside of *removed* parts changed.
+
+        Code outside of the graph may have written to it in a way that nothing else shows.
+        """
+        current = tensors(self.network)
+        for name in self.hashes:
+            is_kept = not is_in(name, *removed)
+            if is_kept and (
+                name not in current or tensor_hash(current[name]) != self.hashes[name]
+            ):
+                problem = f"{name} changed during the proof, in the {self.role} network"
+                raise CertificateError(f"{problem}; forward must not write to it")
 
 
 def rename_with_prefix(
-    plain: nn.Module, detached: nn.Module, rename: Callable[[str], str]
+    plain: nn.Module, trained: set[str], rename: Callable[[str], str]
 ) -> Callable[[str], str]:
-    """Extend *rename*, from names of *detached* to names of *plain*, by a prefix that one of them has.
+    """Extend *rename*, from the names *trained* to names of *plain*, by a prefix that one of them has.
 
     Returns *rename* itself if the names are already equal, or differ by more than a prefix.
     """
     names = set(tensors(plain))
-    renamed = {rename(name) for name in tensors(detached)}
+    renamed = {rename(name) for name in trained}
     if names == renamed or not names or not renamed:
         return rename
     # The shortest name of each network, of equal ones the first, is that of the same tensor.
@@ -81,51 +141,87 @@ def rename_with_prefix(
     return rename
 
 
-def load_plain_network(detachment: Detachment, source: Compared) -> Compared:
-    """Build the plain network of *detachment* and copy the weights of *source*, the detached one, into it.
+def build_plain(
+    detachment: Detachment, trained: Compared, preprocess: Preprocess, batch: BatchRange
+) -> Compared:
+    """Build the plain network of *detachment*, with the weights of *trained* outside of removed parts.
 
-    `rename` maps the name of a tensor in *source* to its name in the plain network. Buffers
+    `rename` maps the name of a tensor in *trained* to its name in the plain network. Buffers
     that checkpoints do not store follow from the config, so they are compared instead of
-    copied. Raises `CertificateError` if such a buffer differs, or if the networks have tensors
-    of other names or shapes.
+    copied. Raises `CertificateError` if such a buffer differs, if the networks have tensors of
+    other names or shapes, or if the plain network cannot be captured.
     """
     if detachment.plain is None:
         raise CertificateError("there is no builder of a plain network")
     plain = detachment.plain()
-    detached = source.network
-    rename = rename_with_prefix(plain, detached, detachment.rename)
-    embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
+    parts = detachment.training_only
+    kept = {name: tensor for name, tensor in trained.tensors.items() if not is_in(name, *parts)}
+
+    # The rebuilt network has the removed parts, too.
+    rename = detachment.rename
+    plain_tensors = tensors(plain)
+    if detachment.role == "plain":
+        rename = rename_with_prefix(plain, {*kept}, rename)
+    else:
+        plain_tensors = {
+            name: tensor for name, tensor in plain_tensors.items() if not is_in(name, *parts)
+        }
+
+    embedding_layer = vars(trained.network).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(
             ".weight"
         )
-    vars(plain)[IMAGES_FORMAT] = images_format(detached)
-    plain_tensors = tensors(plain)
-    renamed = {rename(name): tensor for name, tensor in source.tensors.items()}
-    if len(renamed) != len(source.tensors):
+    vars(plain)[IMAGES_FORMAT] = images_format(trained.network)
+
+    # Each tensor of the one network is one of the other.
+    weights = {rename(name): tensor for name, tensor in kept.items()}
+    if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
-    if missing := sorted(plain_tensors.keys() - renamed.keys()):
+    if missing := sorted(plain_tensors.keys() - weights.keys()):
         raise CertificateError(
-            f"the plain network needs {missing[0]}, which the detached one lacks"
+            f"the plain network needs {missing[0]}, which the trained one lacks"
         )
-    if extra := sorted(renamed.keys() - plain_tensors.keys()):
+    if extra := sorted(weights.keys() - plain_tensors.keys()):
         raise CertificateError(
-            f"the detached network still has {extra[0]}, which the plain one lacks"
+            f"the trained network still has {extra[0]}, which the plain one lacks"
         )
+    # Buffers that no state dict stores count if the outputs need them as they are: those that a
+    # run of the trained network makes, a run of the plain one makes, too.
+    made = trained.trace.created
+    counting = {rename(name) for name in trained.needed if name not in made}
+    passing = unstored_buffers(plain).keys() - counting
+    weights = {name: weight for name, weight in weights.items() if name not in passing}
+    unstored = unstored_buffers(plain).keys() & weights.keys()
+    if not all(are_equal(plain_tensors[name], weights[name]) for name in unstored):
+        create_buffers(plain, preprocess)  # as the first run of the trained network did
+        plain_tensors = {name: tensors(plain)[name] for name in weights}
+    _load(plain, plain_tensors, weights)
+    try:
+        return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
+    except LoweringError as error:
+        raise CertificateError(f"{detachment.role} network: {error}") from error
+
+
+@torch.no_grad()
+def _load(
+    plain: nn.Module, plain_tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Copy *weights* to *plain_tensors* of *plain*, in their layouts, which graphs can depend on."""
     unstored = unstored_buffers(plain)
-    with torch.no_grad():
-        for name, tensor in plain_tensors.items():
-            weight = renamed[name]
-            if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
-                raise CertificateError(
-                    f"{name} has a different shape or dtype in the plain network"
-                )
-            if name not in unstored:
-                copy_hashed(weight, tensor)
-            elif not are_equal(tensor, weight):
+    for name, weight in weights.items():
+        tensor = plain_tensors[name]
+        if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
+            raise CertificateError(
+                f"{name} has a different shape or dtype in the plain network"
+            )
+        if name in unstored:
+            if not are_equal(tensor, weight):
                 raise CertificateError(
                     f"{name} differs from the plain network's; checkpoints do not store this buffer, "
                     "so its values must follow from the config"
                 )
-    plain.eval()
-    return Compared.of(detachment.role, plain)
+        elif weight.stride() == tensor.stride():
+            tensor.copy_(weight)
+        else:
+            tensor.data = weight.detach().clone()

@@ -16,16 +16,15 @@ Refused: code that does something else while it is captured
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
-from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy.errors import CertificateError, SopdeployError, first_line
+from sopdeploy_export.capture.deployed import STATELESS, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, as_captured
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
 from sopdeploy_export.network import tensors
@@ -35,10 +34,8 @@ from sopdeploy_export.prove.dataflow import (
     FunctionReads,
     GraphRun,
     Remains,
-    address,
-    other_values,
 )
-from sopdeploy_export.state import STATELESS, attributes_restored
+from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
     "For 1, 2 and 3 images, a plain run of the trained network, alone and again, performs the "
@@ -68,79 +65,96 @@ class Run:
 
 
 class Recorder:
-    """Records runs of *deployed* and of its *graph* on the first of uint8 *images* (N, H, W, 3)."""
+    """Records runs of the network *compared* and of its graph on the first of uint8 *images* (N, H, W, 3).
 
-    def __init__(self, deployed: Deployed, graph: fx.GraphModule, images: Tensor) -> None:
-        self._deployed = deployed
-        self._graph = GraphRun(graph, deployed)
-        self._images = images
+    A recorded run leaves what the network keeps, such as tables.
+
+    Attributes:
+        sizes: Of the batches that are compared.
+        repeated: The batch that runs twice.
+    """
+
+    def __init__(self, compared: Compared, images: Tensor, largest_batch: int) -> None:
+        self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
+        self.repeated = min(REPEATED, largest_batch)
+        self._deployed = compared.deployed
+        self._stored = dict(tensors(compared.deployed))
+        created = {NETWORK_PREFIX + name for name in compared.trace.created}
+        own = {name: value for name, value in self._stored.items() if name not in created}
+        self._graph = GraphRun(compared.graph, own)
+        self._images = images[-LARGEST:]
         self._remains = Remains()
+        self._first: Run | None = None
+
+    def run_first(self) -> Run:
+        """Record the first plain run of all, unless it was: it makes what others use, such as tables."""
+        if self._first is None:
+            self._first = self.run_network(self.repeated)
+        return self._first
 
     def run_network(self, size: int) -> Run:
-        """Record a plain run."""
+        """Record a plain run, and check it.
+
+        Raises `CertificateError` if the network's code fails, or as `check_run` does.
+        """
         images = self._images[:size].clone()
-        flow = Dataflow(self._deployed, images, self._remains)
-        with flow, FunctionReads(flow), SymbolicForms():
-            outputs = self._deployed(images)
-        results = tuple(map(flow.known_by, outputs))
-        values = tuple(output.clone() for output in outputs)
+        flow = Dataflow(self._deployed, self._stored, images, self._remains)
+        with _running(self._deployed):
+            with flow, FunctionReads(flow), SymbolicForms():
+                outputs = self._deployed(images)
+            results = tuple(map(flow.known_by, outputs))
+            values = tuple(output.clone() for output in outputs)
 
         # What is still held when this run's own names are gone is left for later ones.
         del outputs, images
         flow.leave()
-        return Run(flow, results, values)
+        run = Run(flow, results, values)
+        check_run(run)
+        return run
 
     def run_graph(self, size: int) -> Run:
         """Record a run of the graph."""
         images = self._images[:size].clone()
-        flow = Dataflow(self._deployed, images, self._remains)
+        flow = Dataflow(self._deployed, self._stored, images, self._remains)
         self._graph.flow = flow
-        with flow:
+        with _running(self._deployed), flow:
             outputs = self._graph.run(images)
         return Run(flow, tuple(map(flow.known_by, outputs)), tuple(outputs))
 
 
-@torch.no_grad()
-def prove_plain_run(
-    deployed: Deployed,
-    graph: fx.GraphModule,
-    images: Tensor,
-    removed: Sequence[str] = (),
-    largest_batch: int = LARGEST,
-) -> None:
-    """Prove that *deployed* performs what *graph*, captured from it, does on uint8 *images* (N, H, W, 3).
+@contextmanager
+def _running(deployed: Deployed) -> Iterator[None]:
+    """Let *deployed* run in the block as it is captured; raise `CertificateError` if its code fails."""
+    try:
+        with torch.no_grad(), as_captured(deployed), _without_fast_path():
+            yield
+    except SopdeployError:
+        raise
+    except Exception as error:  # the network's own code
+        problem = f"a plain run of the network fails: {first_line(error)}"
+        if "FakeTensor" in problem:  # left by torch.export, in an object that is not restored
+            problem = f"the network's code uses what an earlier run computed; {STATELESS}"
+        raise CertificateError(problem) from error
 
-    *removed* are the parts that only training uses: while they hold other values, the network
-    performs the same. Raises `CertificateError` with the operator, module and line that differ.
+
+def prove_plain_run(recorder: Recorder) -> None:
+    """Prove that the network of *recorder* performs what its graph does.
+
+    Raises `CertificateError` with the operator, module and line that differ.
     """
-    recorder = Recorder(deployed, graph, images[-LARGEST:])
-    repeated = min(REPEATED, largest_batch)
-    with attributes_restored(deployed), as_captured(deployed), without_fast_path():
-        try:
-            # The first run makes what the network keeps for later ones, such as tables.
-            first = recorder.run_network(repeated)
-            check_run(first)
-            for size in range(1, min(LARGEST, largest_batch) + 1):
-                plain = recorder.run_network(size)
-                check_run(plain)
-                captured = recorder.run_graph(size)
-                if plain.results != captured.results:
-                    raise CertificateError(
-                        f"with {size} image{'s' * (size > 1)}, a plain run of the network does "
-                        f"something else than its graph: the network runs {plain.first_other(captured)}, "
-                        f"the graph {captured.first_other(plain)}; its code must depend on neither the "
-                        "batch size nor being exported, nor write outside of torch's operators"
-                    )
-                if size == repeated:
-                    check_repeated(first, plain)
-            if removed:
-                check_removed(recorder, deployed, removed, repeated)
-        except SopdeployError:
-            raise
-        except Exception as error:  # the network's own code
+    first = recorder.run_first()
+    for size in recorder.sizes:
+        plain = recorder.run_network(size)
+        captured = recorder.run_graph(size)
+        if plain.results != captured.results:
             raise CertificateError(
-                f"a plain run of the network fails: {first_line(error)}"
-            ) from error
+                f"with {size} image{'s' * (size > 1)}, a plain run of the network does "
+                f"something else than its graph: the network runs {plain.first_other(captured)}, "
+                f"the graph {captured.first_other(plain)}; its code must depend on neither the batch size "
+                "nor being exported, nor write outside of torch's operators"
+            )
+        if size == recorder.repeated:
+            check_repeated(first, plain)
 
 
 def check_run(run: Run) -> None:
@@ -184,43 +198,8 @@ def check_repeated(first: Run, again: Run) -> None:
         raise CertificateError(f"a second run of the network gives other outputs; {STATELESS}")
 
 
-def check_removed(
-    recorder: Recorder, deployed: Deployed, removed: Sequence[str], size: int
-) -> None:
-    """Raise `CertificateError` if the run changes while *removed* parts hold other values."""
-    parts = [f"{NETWORK_PREFIX}{part}" for part in removed]
-    stored = tensors(deployed)
-    kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
-    values = [
-        tensor
-        for name, tensor in stored.items()
-        if is_in(name, *parts) and address(tensor) not in kept
-    ]
-    expected = recorder.run_network(size)
-
-    # Nothing of a removed part is behind the outputs.
-    for result in expected.results:
-        for operator in expected.flow.behind(result).values():
-            names = [name for name in operator.operands if is_in(name, *parts)]
-            if names or is_in(operator.module, *removed):
-                cause = names[0].removeprefix(NETWORK_PREFIX) if names else operator.module
-                raise CertificateError(
-                    f"the outputs depend on {cause}, which is removed: {operator}; keep it"
-                )
-
-    # Nor does the run ask for what a removed part holds.
-    with other_values(values):
-        changed = recorder.run_network(size)
-    if changed.results != expected.results:
-        raise CertificateError(
-            f"while {shorten(list(removed))} has other values, the network runs "
-            f"{changed.first_other(expected)} instead of {expected.first_other(changed)}; "
-            "the outputs must not depend on what is removed"
-        )
-
-
 @contextmanager
-def without_fast_path() -> Iterator[None]:
+def _without_fast_path() -> Iterator[None]:
     """Switch the fast path of `nn.MultiheadAttention` off, and warnings of the network's code."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -13,19 +13,22 @@ from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.files import check_takes_output
 from sopdeploy.project import check_project_name
-from sopdeploy_export.admit.first_run import create_buffers
-from sopdeploy_export.admit.network import unwrap_and_check
-from sopdeploy_export.admit.state import check_tensors, check_torch_state
-from sopdeploy_export.capture.deployed import EXPORT_LOGITS, probe_pixels
-from sopdeploy_export.detach.detach import detach
+from sopdeploy_export.admit.network import (
+    check_tensors,
+    check_torch_state,
+    prepared,
+    unwrap_and_check,
+)
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_subject
-from sopdeploy_export.program_hashes import stored_hash
+from sopdeploy_export.progress import reporting
 from sopdeploy_export.prove.constants import check_constants
+from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.subject import Detachment, ExportSubject
-from sopdeploy_export.user_network.admission import Admitted, admit, check_labels, naming_oddity
+from sopdeploy_export.user_network.admission import Admitted, admit, check_labels
 
 
 def export_network(
@@ -50,7 +53,7 @@ def export_network(
 ) -> Exported:
     """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
 
-    The network is copied and not changed. It receives float32 images (B, 3, H, W), normalized
+    The network is as before afterwards. It receives float32 images (B, 3, H, W), normalized
     as *preprocess* says, and returns (B, classes) logits.
 
     Args:
@@ -97,28 +100,19 @@ def export_network(
         )
     check_labels(labels)
     check_takes_output(Path(destination), "destination")
-    on_step("checking the network")
-    with naming_oddity(trained, training_only):
+    options = options.model_copy(update={"detach": options.detach or bool(training_only)})
+    with reporting(on_step), prepared(trained, training_only, logits_key) as given:
         admitted = admit(
-            trained,
+            given,
             preprocess,
             classes=len(labels),
             training_only=training_only,
-            logits_key=logits_key,
             options=options,
-            on_step=on_step,
         )
-        given = admitted.given
-        copied = admitted.network
-        parts = admitted.parts
-        build = None
-        if (builder := plain or rebuild) is not None:
-            # *rebuild* builds the training-only parts, too
-            removed = () if plain is not None else parts
-            build = checked_builder(builder, given, logits_key, preprocess, removed)
-        elif not allow_constants:
-            check_constants(admitted.program)
-        class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
+        builder = plain or rebuild
+        if builder is None and not allow_constants:
+            check_constants(admitted.trained.trace.program)
+        class_name = f"{type(given).__module__}.{type(given).__qualname__}"
         description = {
             "network": class_name,
             "logits": logits_key,
@@ -132,19 +126,18 @@ def export_network(
         subject = ExportSubject(
             name=name,
             project=options.name or name,
-            network=copied,
+            network=given,
             detachment=Detachment(
-                training_only=parts,
-                plain=build,
+                training_only=admitted.parts,
+                plain=builder and checked_builder(builder, given, logits_key),
                 role="plain" if plain is not None else "rebuilt",
                 rename=rename or str,
-                written=admitted.written,
                 allow_constants=allow_constants,
             ),
             labels=tuple(labels),
             preprocess=preprocess,
             config=description if config is None else config,
-            sha256=_network_sha256(copied) if sha256 is None else sha256,
+            sha256=_hash_network(admitted.trained) if sha256 is None else sha256,
             decision=sigmoid,
             warnings=(
                 *warnings,
@@ -152,8 +145,9 @@ def export_network(
                 *_report_removable(admitted, proposes=options.detach),
             ),
         )
-        options = options.model_copy(update={"detach": bool(parts)})
-        return export_subject(subject, Path(destination), options, on_step, admitted.captures)
+        return export_subject(
+            subject, Path(destination), options, admitted.trained, admitted.outputs
+        )
 
 
 def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
@@ -179,22 +173,18 @@ def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
 
 
 def checked_builder(
-    plain: Callable[[], nn.Module],
-    trained: nn.Module,
-    logits_key: str | int | None,
-    preprocess: Preprocess,
-    removed: tuple[str, ...] = (),
+    build: Callable[[], nn.Module], trained: nn.Module, logits_key: str | int | None
 ) -> Callable[[], nn.Module]:
-    """Return a builder of the network of *plain*, unwrapped and in eval mode, without *removed* parts.
+    """Return a builder of the network of *build*, unwrapped, on the CPU and in eval mode.
 
-    The builder raises `CertificateError` if this network shares memory with *trained*.
+    It raises `CertificateError` if this network shares memory with *trained*.
     """
 
     def addresses(network: nn.Module) -> set[int]:
         return {tensor.data_ptr() for tensor in tensors(network).values() if tensor.numel()}
 
-    def build() -> nn.Module:
-        built = unwrap_and_check(plain(), "plain")
+    def build_checked() -> nn.Module:
+        built = unwrap_and_check(build(), "plain")
         check_torch_state()  # which the builder can change
         if addresses(built) & addresses(trained):
             raise CertificateError(
@@ -204,17 +194,12 @@ def checked_builder(
         built.cpu().eval()
         if logits_key is not None:
             vars(built)[EXPORT_LOGITS] = logits_key
-        create_buffers(built, preprocess)
-        if not removed:
-            return built
-        return detach(built, removed, probe_pixels(built, preprocess))
+        return built
 
-    return build
+    return build_checked
 
 
-def _network_sha256(network: nn.Module) -> str:
-    """Hash the names and contents of all tensors."""
-    lines = [
-        f"{name} {stored_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())
-    ]
+def _hash_network(trained: Compared) -> str:
+    """Hash the names and contents of all tensors of *trained*."""
+    lines = [f"{name} {sha256}\n" for name, sha256 in sorted(trained.hashes.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -30,7 +30,7 @@ from sopdeploy_service.http.strict_json import MAX_QUOTES, decode_text, parse_js
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
-from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.inference.service import Images, Service, Traffic
 from sopdeploy_service.inference.uploads import SMALL_BODY, UPLOADS_FULL, Body
 from sopdeploy_service.origins import client_address
 
@@ -139,7 +139,7 @@ class AdmittedRequest:
         images: Images,
         *,
         features: bool = False,
-        is_traffic: bool = False,
+        traffic: Traffic | None = None,
         explain: bool = False,
     ) -> list[Outcome]:
         """Run `Service.infer`, or with *explain* `Service.explain`; return the outcome of each image.
@@ -177,7 +177,7 @@ class AdmittedRequest:
                 self.deadline,
                 client=client,
                 features=features,
-                is_traffic=is_traffic,
+                traffic=traffic,
             )
 
         outcomes = await cancel_on_disconnect(work, self.request.receive)

@@ -19,6 +19,7 @@ from sopdeploy_service.api.admission import (
 )
 from sopdeploy_service.http.problems import bad_request, describe_error, describe_statuses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
+from sopdeploy_service.inference.service import Traffic
 
 STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 router = APIRouter(tags=["Images"], responses=describe_statuses(*STATUSES))
@@ -93,17 +94,11 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             query = upload.complete(query, model)
             check_query(admitted, query)
 
-        # Run them. What a client reports is kept as such, not as the other images.
+        # Run them.
         top_k = query.top_k or model.top_k
-        is_report = query.reported is not None
         outcomes = await admitted.infer(
-            upload.images, is_traffic=not is_report, explain=query.explain
+            upload.images, traffic=Traffic(query.reported), explain=query.explain
         )
-
-        if is_report and service.keep is not None:
-            for image, outcome in zip(upload.images, outcomes, strict=True):
-                if isinstance(outcome, Prediction) and isinstance(image, bytes):
-                    service.keep(model, image, outcome, query.reported)
 
         def format_classes(prediction: Prediction) -> Fields:
             logits = prediction.outputs[model.logits_name]

@@ -235,6 +235,7 @@ INDEX = Page(
         "key.js",
         "markdown.js",
         "snippets.js",
+        "several.js",
         "answer.js",
         "about.js",
         "sources.js",

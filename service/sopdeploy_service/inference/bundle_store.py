@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from sopdeploy.bundle.folder import (
     Bundle,
+    describe_no_bundle,
     describe_projects,
     follow_link,
     list_bundles,
@@ -102,9 +103,7 @@ def _read_projects(folder: Path, read: ReadNamed) -> list[Bundle]:
     listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
 
     if not listed:
-        raise BundleError(
-            f"{folder}: no bundle here or in a folder directly below; give the folder with a manifest.json"
-        )
+        raise BundleError(f"{folder}: {describe_no_bundle(folder)}")
     if all(bundle.why_not_served for bundle in listed):
         raise BundleError(f"{folder}: {listed[0].why_not_served}")
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,6 +199,15 @@ class ModelRegistry(Registry):
             self.metrics.count_bundle(model.name, model.bundle, model.runtime.name, -1)
 
 
+class Traffic(NamedTuple):
+    """That images are those of a client; *reported* is the class of a report, which is kept as such.
+
+    A report, None without one, was an image before, so that it does not count for the drift.
+    """
+
+    reported: str | None = None
+
+
 # Keeps an image if it is worth a label.
 KeepImage: TypeAlias = Callable[[Model, bytes, Prediction, str | None], None]
 
@@ -356,7 +365,7 @@ class Service:
         *,
         client: str = "",
         features: bool = False,
-        is_traffic: bool = False,
+        traffic: Traffic | None = None,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
@@ -393,12 +402,17 @@ class Service:
         if unanswered and len(unanswered) == len(outcomes):
             raise RejectedError(unanswered[0])
 
+        if traffic is None:
+            return outcomes
+
         # Keep the images that clients have sent encoded, if the server keeps any.
-        for image, outcome in zip(images, outcomes, strict=True) if is_traffic else ():
-            if isinstance(outcome, Prediction):
+        for image, outcome in zip(images, outcomes, strict=True):
+            if not isinstance(outcome, Prediction):
+                continue
+            if traffic.reported is None:
                 self.drift.offer(model, image, outcome)
-                if self.keep is not None and isinstance(image, bytes):
-                    self.keep(model, image, outcome, None)
+            if self.keep is not None and isinstance(image, bytes):
+                self.keep(model, image, outcome, traffic.reported)
         return outcomes
 
     async def _predict(
@@ -468,7 +482,9 @@ class Service:
         num_copies = GRID**2
         self.admitted += num_copies * len(images)
         try:
-            outcomes = await self.infer(model, images, deadline, client=client, is_traffic=True)
+            outcomes = await self.infer(
+                model, images, deadline, client=client, traffic=Traffic()
+            )
         finally:  # nothing is awaited before the second `infer`, which counts its copies itself
             self.admitted -= num_copies * len(images)
 

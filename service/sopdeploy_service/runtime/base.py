@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.settings import Settings
@@ -75,7 +76,7 @@ class OwnRuntime(Runtime, Protocol):
     @staticmethod
     def precisions() -> set[str]:
         """Return the precisions of graphs that it computes exactly on this machine."""
-        return {"fp32", "fp16", "int8"}
+        return set(get_args(Precision))
 
     @classmethod
     def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:

@@ -99,7 +99,8 @@ class OpenVINORuntime(OwnRuntime):
     @staticmethod
     def precisions() -> set[str]:
         """Return all precisions; without VNNI, its sums of int8 products saturate."""
-        return {"fp32", "fp16"} if lacks_vnni() else {"fp32", "fp16", "int8"}
+        exact = OwnRuntime.precisions()
+        return exact - {"int8"} if lacks_vnni() else exact
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""

@@ -37,7 +37,7 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import SecondOrderHead, head_name
-from sopdeploy.photos.clips import Clips, find_clips
+from sopdeploy.photos.clips import Clips, clips_of_images
 from sopdeploy.photos.copies import (
     NO_PAIRS,
     NearDuplicates,
@@ -259,13 +259,9 @@ def cross_validate(
     else:
         near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
-    pairs = near.pairs
-    if len(near.vectors) and not recipe.groups_by_name:
-        names = [images.identity(index) for index in range(count)]
-        clips = find_clips(
-            names, features.times, number_classes(images.targets), near.vectors, clips.groups
-        )
-        pairs = clips.select_pairs(pairs)
+    if not recipe.groups_by_name:
+        clips = clips_of_images(images, features.times, near.vectors, clips.groups)
+    pairs = clips.select_pairs(near.pairs)
     # Groups of copies, without the given groups
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
@@ -495,9 +491,7 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         accepts=accepts,
         scalable=False,  # the network contains the temperature
         groups=fit.groups[typical_N],
-        unknown=predict_unknown(
-            fit.network, recipe.rejection.unknown, recipe.preprocess, recipe.workers
-        ),
+        unknown=predict_unknown(fit.network, setup.unknown, recipe.preprocess, recipe.workers),
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         min_images=MIN_COSINES,
     )

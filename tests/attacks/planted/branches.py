@@ -25,12 +25,13 @@ from tests.attacks.planted.network import (
     trained,
 )
 
-NEEDED = r"^training_only: the output of the trained network depends on (aux|gate)"
-DRAWN = r"depends on values in aux: with random values there, the network is another one"
-OTHER = r"the (trained|detached) network is not the (trained|detached|plain) one"
-STATE = r"changes while the trained network runs|writes to .+ while it runs|cannot be captured"
-READS = r"Python code of the trained network reads tensors"
-INSIDE = r"operations of aux|" + OTHER
+NEEDED = r"^training_only: the outputs depend on (aux|gate)"
+DRAWN = r"depend on aux.weight, which is removed|while aux has other values, the network runs"
+STATE = (
+    r"graph writes to|writes to .+ while it runs|cannot be captured|uses what an earlier run"
+)
+READS = r"reads values or sizes that depend on the images"
+INSIDE = r"^training_only: the outputs depend on operations of aux"
 
 
 def case(
@@ -245,26 +246,24 @@ VALUES: dict[str, Row] = {  # the output depends on a tensor of the branch, and 
     "a tensor that is no part": case(
         lambda n, f, y: y + 0 * n.gate.sum(), NEEDED, gate(), part="gate"
     ),
-    "a number that it returns": case(
-        lambda n, f, y: y * n.aux(f)[1],
-        r"depends on a removed part: .* NaN or infinite; keep",
-        with_effect(lambda _part, _x, y: (y, 0.5)),
+    "a number that it returns": right(
+        lambda n, f, y: y * n.aux(f)[1], with_effect(lambda _part, _x, y: (y, 0.5))
     ),
-    "what it returns unchanged": case(
-        lambda n, f, y: n.fc(n.aux(f)),
-        OTHER + "|not finite|NaN",
-        with_effect(lambda _part, x, _y: x),
+    "what it returns unchanged": right(
+        lambda n, f, y: n.fc(n.aux(f)), with_effect(lambda _part, x, _y: x)
     ),
     "the exit that is chosen": case(lambda n, f, y: (n.aux(f), y), NEEDED),
     "only with one image": case(with_branch(lambda f: f.shape[0] == 1), NEEDED),
     "only with three images": case(
         with_branch(lambda f: f.shape[0] == 3), "batch sizes differently|" + NEEDED, batch=5
     ),
-    "by a value": case(with_branch(lambda f: f.mean() > 1e9), READS),
-    "of a branch that is not listed": Row(HiddenBranch, r"output .* depends on aux", ("aux",)),
+    "by a value": case(
+        with_branch(lambda f: f.mean() > 1e9), "its code depends on values of the image"
+    ),
+    "of a branch that is not listed": Row(HiddenBranch, NEEDED, ("aux",)),
     "in plain runs only": case(
         with_branch(lambda _: not torch.compiler.is_compiling()),
-        NEEDED + "|plain run|depends on a removed part",
+        NEEDED,
     ),
 }
 
@@ -384,14 +383,14 @@ def sets(built: Any, flag: str, value: Any = True) -> None:
 EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier reads
     "in place": case(first, INSIDE, in_place(lambda x: x.mul_(1.0))),
     "in place, without tensors of its own": case(first, INSIDE, branch(Shift)),
-    "in place, by a method": case(
-        then(lambda n, f, y: n.aux.shift(f), lambda n, f, y: n.fc(f)), INSIDE, branch(Shift)
+    "in place, by a method": right(
+        then(lambda n, f, y: n.aux.shift(f), lambda n, f, y: n.fc(f)), branch(Shift)
     ),
     "in place, through a view": case(first, INSIDE, in_place(lambda x: x[:, :1].mul_(1.0))),
     "in place, by a hook": case(
         first, INSIDE, hooked(lambda _part, inputs, _output: inputs[0].mul_(1.0))
     ),
-    "a hook that stores the result": case(reads_stored, NEEDED + "|changes while", stores),
+    "a hook that stores the result": case(reads_stored, NEEDED, stores),
     "a list that it gets": case(appended, INSIDE, branch(Appends)),
     "a dict that it gets": case(replaced, INSIDE, branch(Replaces)),
     "a buffer": case(
@@ -404,30 +403,27 @@ EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier 
     ),
     "a global variable": case(
         then(calls, lambda n, f, y: y + 0 * GLOBAL.seen[-1]),
-        "depends on|changes while|cannot be captured",
+        NEEDED,
         with_effect(lambda _part, _x, y: (GLOBAL.seen.append(y), y)[1]),
     ),
-    "a flag of the network": case(
+    "a flag of the network": right(
         then(calls, lambda n, f, y: y * (1.0 if n.ran else 2.0)),
-        OTHER + "|changes while",
         owned(lambda n, _x: sets(n, "ran"), ran=bool),
     ),
-    "a flag of the network that it resets": case(
+    "a flag of the network that it resets": right(
         then(calls, lambda n, f, y: y * (1.0 if vars(n).pop("ran", False) else 2.0)),
-        OTHER + "|changes while",
         owned(lambda n, _x: sets(n, "ran")),
     ),
-    "a global flag": case(
+    "a global flag": right(
         then(
             lambda n, f, y: (flag(0), n.aux(f)),
             lambda n, f, y: y * (1.0 + GLOBAL.flag),
         ),
-        OTHER + "|changes while",
         with_effect(lambda _part, _x, y: (flag(1), y)[1]),
     ),
     "the mode of another layer": case(
         then(calls, lambda n, f, y: n.fc(n.norm(f))),
-        STATE + "|fails for 1 images",
+        STATE + "|fails for",
         owned(lambda n, _x: n.norm.train(), norm=lambda: nn.BatchNorm1d(WIDTH)),
     ),
     "batch statistics of another layer": case(
@@ -435,17 +431,16 @@ EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier 
             lambda n, f, y: n.aux(torch.cat([f, -f])),
             lambda n, f, y: n.fc(n.norm(f)),
         ),
-        STATE + "|other logits in a second run",
+        STATE,
         owned(lambda n, x: updates(n.norm, x), norm=lambda: nn.BatchNorm1d(WIDTH)),
     ),
     "batch statistics of its own": case(
         then(calls, lambda n, f, y: y),
-        "train mode|" + STATE,
+        STATE + "|Expected more than 1 value per channel",
         branch(lambda: AlwaysTrains(WIDTH)),
     ),
-    "the number of its runs": case(
+    "the number of its runs": right(
         then(calls, lambda n, f, y: y if n.runs < 200 else -y),
-        STATE,
         owned(lambda n, _x: sets(n, "runs", n.runs + 1), runs=int),
     ),
 }
@@ -470,47 +465,32 @@ def by_name(built: Any, features: Tensor, logits: Tensor) -> Tensor:
 
 
 PYTHON: dict[str, Row] = {  # a value of the branch becomes a Python value
-    "item": case(
-        lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item()), READS + "|cannot be captured|fails"
-    ),
+    "item": case(lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item()), READS),
     "tolist": case(
         lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0]),
-        READS + "|cannot be captured|fails",
+        READS,
     ),
     "float behind try": case(tried(lambda n, f: float(n.aux(f).mean()) > 9), READS),
     "its text": case(tried(lambda n, f: "nan" in str(n.aux(f))), READS),
-    "a branch on its result": case(tried(lambda n, f: bool((n.aux(f) > 1e9).any())), READS),
-    "a branch on its NaN": case(tried(lambda n, f: bool(n.aux(f).isnan().any())), READS),
+    "a branch on its result": case(tried(lambda n, f: bool((n.aux(f) > 1e9).any())), NEEDED),
+    "a branch on its NaN": case(tried(lambda n, f: bool(n.aux(f).isnan().any())), NEEDED),
     "cond": case(
         lambda n, f, y: torch.cond(
             n.aux(f).sum() > 1e9, lambda x: x * 2, lambda x: x * 1, (y,)
         ),
-        "no control flow|" + READS,
+        "no control flow",
     ),
-    "the length of a list": case(
-        lambda n, f, y: y * len(n.aux) + 0,
-        "reads the length of aux, .* try training_only='aux",
-        several(),
-    ),
-    "an attribute": case(
-        lambda n, f, y: y * n.aux.weight_of_loss,
-        "reads weight_of_loss of aux",
-        branch(Branch),
-    ),
-    "a size of a layer": case(
-        lambda n, f, y: y * n.aux.out_features, "reads out_features of aux"
-    ),
-    "the number of its weights": case(lambda n, f, y: y * len([*n.aux.parameters()]), OTHER),
-    "its mode": case(
+    "the length of a list": right(lambda n, f, y: y * len(n.aux) + 0, several()),
+    "an attribute": right(lambda n, f, y: y * n.aux.weight_of_loss, branch(Branch)),
+    "a size of a layer": right(lambda n, f, y: y * n.aux.out_features),
+    "the number of its weights": right(lambda n, f, y: y * len([*n.aux.parameters()])),
+    "its mode": right(
         then(calls, lambda n, f, y: y * (2.0 if n.aux.training else 1.0)),
-        OTHER + "|train mode|" + STATE,
         branch(StaysInTrainMode),
     ),
-    "its class": case(
-        lambda n, f, y: y * (1.0 if isinstance(n.aux, nn.Linear) else 2.0), OTHER
-    ),
-    "whether it computes NaN": case(
-        lambda n, f, y: y * (1.0 if type(n.aux).__module__.startswith("torch.") else 2.0), OTHER
+    "its class": right(lambda n, f, y: y * (1.0 if isinstance(n.aux, nn.Linear) else 2.0)),
+    "the module of its class": right(
+        lambda n, f, y: y * (1.0 if type(n.aux).__module__.startswith("torch.") else 2.0)
     ),
     "what its name is": case(by_name, NEEDED),
 }
@@ -567,12 +547,8 @@ RIGHT: dict[str, Row] = {  # the branch is not needed
         puts(act=nn.ReLU),
         lambda n: setattr(n, "aux", nn.Sequential(n.act, nn.Linear(WIDTH, CLASSES))),
     ),
-    "a generator": case(
-        lambda n, f, y: (y, list(n.aux(f))), "aux returns a generator", with_effect(yields)
-    ),
-    "a function": case(
-        lambda n, f, y: (y, n.aux(f)()),
-        "aux returns a function",
-        with_effect(lambda _part, _x, y: lambda: y),
+    "a generator": right(lambda n, f, y: (y, list(n.aux(f))), with_effect(yields)),
+    "a function": right(
+        lambda n, f, y: (y, n.aux(f)()), with_effect(lambda _part, _x, y: lambda: y)
     ),
 }

@@ -37,10 +37,7 @@ def without_branch(kind: type[Planted]) -> Callable[[], nn.Module]:
     return lambda: kind(branch=False)
 
 
-COPIED = (
-    r"a copy of the network .* computes something else|compiled with a backend of its own|"
-    r"is not the plain one"
-)
+COPIED = r"compiled with a backend of its own"
 
 
 class GetState(Planted):
@@ -73,8 +70,8 @@ def doubled(graph: Any, _inputs: Any) -> Callable[..., Any]:
 
 
 COPIES: dict[str, Row] = {
-    "__getstate__ drops an attribute": Row(GetState, COPIED),
-    "__setstate__ changes a weight": Row(SetState, COPIED),
+    "__getstate__ drops an attribute": Row(GetState),
+    "__setstate__ changes a weight": Row(SetState),
     "a backend of Module.compile": Row(changed(lambda n: n.compile(backend=doubled)), COPIED),
     "a backend of torch.compile": Row(
         lambda: torch.compile(Planted(), backend=doubled),
@@ -107,8 +104,8 @@ SIZES: dict[str, Row] = {
 }
 
 MEMORY_READ = (
-    r"reads memory with as_strided|out of bounds for storage|Python code .* reads tensors|bfloat16|"
-    r"torch\.set_default_dtype\(torch\.float64\) is active"
+    r"reads memory with as_strided|out of bounds for storage|reads values or sizes that depend|"
+    r"bfloat16|torch\.set_default_dtype\(torch\.float64\) is active"
 )
 
 
@@ -146,7 +143,7 @@ MEMORY: dict[str, Row] = {
         ),
         MEMORY_READ,
     ),
-    "the layout of the images": Row(of_images(by_layout), MEMORY_READ),
+    "the layout of the images": Row(of_images(by_layout)),
     "the text of a tensor": Row(
         network(lambda n, f, y: -y if "9.25" in str(y.data) else y), MEMORY_READ
     ),
@@ -155,7 +152,7 @@ MEMORY: dict[str, Row] = {
         network(
             lambda n, f, y: torch.cond(y.sum() > 0, lambda x: x * 1, lambda x: x * 2, (y,))
         ),
-        r"uses torch\.cond; a graph has no control flow: .* torch\.where",
+        r"a graph has no control flow: .* torch\.where",
     ),
     "bfloat16 in forward": Row(network(in_bfloat16), MEMORY_READ),
     "a default type": Row(with_default_type, MEMORY_READ),
@@ -332,32 +329,31 @@ def part(make: Callable[[], nn.Module]) -> Change:
 
 
 ODDITY = (
-    r"forward hook on|replaced on the instance|in train mode|depends on .*aux|holds NaN|"
-    r"fails for 1 images|draws random numbers|changes while the trained network runs"
+    r"in train mode|depends? on .*aux|holds NaN|fails for 12? images?|random numbers|"
+    r"a second run|plain run|earlier run computed"
 )
 
 # Hooks, replaced methods, layers in train mode and NaN are no reason to refuse; what they do
 # here is.
 ODD: dict[str, Row] = {
-    "a hook that counts its calls": Row(hooked(counting_hook), ODDITY),
+    "a hook that counts its calls": Row(hooked(counting_hook)),
     "a hook that ends after its first call": Row(hooked(hook_that_ends), ODDITY),
     "a hook that reads the branch": Row(
         hooked(lambda n: lambda _m, _i, x: x + 0 * n.aux.weight.sum()), ODDITY, ("aux",)
     ),
     "a hook that asks what the branch is": Row(
         hooked(lambda n: lambda _m, _i, x: x if type(n.aux) is nn.Linear else -x),
-        ODDITY,
-        ("aux",),
+        parts=("aux",),
     ),
     "a hook that keeps every result": Row(
-        hooked(lambda n: lambda _m, _i, x: n.kept.append(x), puts(kept=list)), ODDITY
+        hooked(lambda n: lambda _m, _i, x: n.kept.append(x), puts(kept=list))
     ),
     "a hook of a branch": Row(Hears, ODDITY, ("aux",)),
-    "a forward of the original": Row(bound(), ODDITY),
+    "a forward of the original": Row(bound()),
     "a forward of the original, in another layout": Row(
-        bound(lambda n: n.to(memory_format=torch.channels_last)), ODDITY
+        bound(lambda n: n.to(memory_format=torch.channels_last))
     ),
-    "a bound forward that counts": Row(counts_calls, ODDITY),
+    "a bound forward that counts": Row(counts_calls),
     "a dropout of a value in ten million": Row(
         network(lambda n, f, y: n.fc(n.part(f)), part(RarelyDrops)), ODDITY
     ),

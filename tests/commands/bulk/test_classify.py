@@ -1,5 +1,6 @@
 """A run: its rows, its errors, and how it continues after an interruption."""
 
+import codecs
 import csv
 import hashlib
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
@@ -263,8 +265,9 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(
     )
     assert (found.rows, found.num_images, found.num_errors) == (out, COUNT, len(BAD))
     assert shown[-1] == (COUNT, COUNT)
-    with out.open(encoding="utf-8", newline="") as file:
+    with out.open(encoding="utf-8-sig", newline="") as file:  # the mark is for spreadsheets
         rows = list(csv.DictReader(file))
+    assert out.read_bytes().startswith(codecs.BOM_UTF8)
     expected = predict(bundle_path, [photos], threads=1)  # the folder
     assert len(rows) == len(expected) == COUNT
     for row, one in zip(rows, expected, strict=True):
@@ -277,6 +280,19 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(
             )
         assert row["error"] == ("" if one.error is None else one.error.detail)
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("name", ["=1+1.jpg", "+1.jpg", "-1.jpg", "@a.jpg"])
+def test_no_cell_of_a_csv_file_is_a_formula_for_a_spreadsheet(
+    name, bundle_path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40), (200, 30, 60)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / name)
+    run.classify(bundle_path, name, tmp_path / "results.csv", threads=1)
+    with (tmp_path / "results.csv").open(encoding="utf-8-sig", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["image"] == f"'{name}"
 
 
 def test_options_of_parquet_files_are_refused_for_a_csv_file(bundle_path, photos, tmp_path):

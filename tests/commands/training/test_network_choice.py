@@ -245,7 +245,7 @@ def list_networks(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None
     """Replace the networks of the list."""
     facts = {"timm": "x", "license": "mit", "pixels": 16, "millions": 1.0, "top1": 50.0}
     choices = Choices(source="x", networks=tuple(Choice(name=name, **facts) for name in names))
-    monkeypatch.setattr("sopdeploy_commands.training.train.read_choices", lambda: choices)
+    monkeypatch.setattr("sopdeploy_commands.training.request.read_choices", lambda: choices)
 
 
 def save_weights(folder: Path, names: Sequence[str]) -> Path:

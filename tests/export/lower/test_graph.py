@@ -19,7 +19,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import generated_images
-from sopdeploy_export.capture.program import capture, capture_any_batch
+from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
 from sopdeploy_export.lower import operators, to_onnx
 from sopdeploy_export.lower.float16 import float32_parts
@@ -107,7 +107,7 @@ def test_network_that_restricts_the_batch_size_is_rejected(
     with pytest.raises(
         LoweringError, match="treats some batch sizes differently, or fixes the size"
     ):
-        capture(Minimal(function).eval(), preprocess, BATCH)
+        capture_any_batch(Minimal(function).eval(), preprocess, BATCH)
 
 
 def test_other_forms_take_the_parameters_of_torch_by_name() -> None:

@@ -37,10 +37,9 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
 @pytest.mark.parametrize("name", ["dsop-resnet8", "psdr-resnet50", "gsop-net1-resnet26"])
 def test_the_costs_are_those_of_describe(name: str) -> None:
     with torch.device("meta"):
-        network = create_model(name, num_classes=entry(name).num_classes)
-        plain = network.inference_model() if network.training_only else network
+        network = create_model(name, num_classes=entry(name).num_classes).eval()
     counted = describe(name)
-    assert count_costs(network, plain, entry(name).image_size) == (
+    assert count_costs(network, network.training_only, entry(name).image_size) == (
         counted.training,
         counted.shipped,
     )

@@ -14,10 +14,11 @@ from torch.compiler import is_exporting as imported_by_its_name
 
 from sopdeploy import Preprocess
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import CertificateError
-from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.program import export_program
-from sopdeploy_export.prove.plain_run import prove_plain_run
+from sopdeploy.errors import SopdeployError
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.prove.networks import Compared
+from sopdeploy_export.prove.plain_run import Recorder, prove_plain_run
+from sopdeploy_export.prove.removed import prove_removed
 
 SIDE = 8
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
@@ -129,7 +130,7 @@ WRONG: dict[str, tuple[Logits, str]] = {
     ),
     "a tensor that cannot be followed": (
         tries(lambda n, x: n.fc(x + is_rare(x).expand(3).to_sparse())),
-        "cannot be followed.*sparse",
+        "cannot be captured.*as_strided",
     ),
     "keeps the last image": (keeps_the_last, "earlier run"),
     "draws random numbers": (lambda n, x: n.fc(x + torch.rand(3)), "random"),
@@ -154,15 +155,17 @@ RIGHT: dict[str, Logits] = {
 
 def prove(logits: Logits) -> None:
     network = Small(logits).eval()
-    graph = export_program(network, PREPROCESS, BatchRange()).module(check_guards=False)
+    trained = Compared.of("trained", network, PREPROCESS, BatchRange())
     images = torch.from_numpy(generated_images(SIDE))
-    prove_plain_run(Deployed(network, PREPROCESS).eval(), graph, images, ["aux"])
+    recorder = Recorder(trained, images, BatchRange().maximum)
+    prove_removed(trained, recorder, ("aux",))
+    prove_plain_run(recorder)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_plain_run_that_does_something_else_is_refused_with_its_place(name: str) -> None:
     logits, phrase = WRONG[name]
-    with pytest.raises(CertificateError, match=phrase):
+    with pytest.raises(SopdeployError, match=phrase):
         prove(logits)
 
 

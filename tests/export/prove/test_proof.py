@@ -1,4 +1,4 @@
-"""Detaching removes exactly the training-only parts; hashes tell computations apart; batches stay apart."""
+"""Hashes tell computations apart, and batches stay apart."""
 
 import functools
 from collections.abc import Callable
@@ -12,42 +12,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.errors import CertificateError, DetachError
-from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach.detach import detach
+from sopdeploy.errors import CertificateError
 from sopdeploy_export.network import copy_network
 from sopdeploy_export.program_hashes import ProgramRoot, fingerprint, program_root, tensor_hash
 from sopdeploy_export.prove.images import find_mixing
-
-Make = Callable[..., Classifier]
-
-
-def test_detach_removes_exactly_the_branches_and_shares_no_memory(make: Make) -> None:
-    trained = make()
-    names = set(trained.state_dict())
-    detached = detach(trained)
-    assert names - set(detached.state_dict()) == {
-        name for name in names if name.startswith("branches.")
-    }
-    assert set(detached.state_dict()) <= names
-    assert set(trained.state_dict()) == names
-    detached.get_parameter("fc.weight").data.zero_()
-    assert trained.get_parameter("fc.weight").abs().sum() > 0
-
-
-def test_detached_network_is_in_eval_mode_and_can_be_trained_as_the_plain_one(
-    make: Make,
-) -> None:
-    detached = detach(make().train())
-    assert not any(part.training for part in detached.modules())
-    logits = detached.train()(torch.rand(2, 3, 16, 16))
-    assert isinstance(logits, torch.Tensor)
-
-
-@pytest.mark.parametrize("name", ["resnet8", "dsop-resnet8"])
-def test_a_network_without_training_only_parts_stays_as_it_is(name: str, make: Make) -> None:
-    plain = make(name, **({"aux_blocks": (0, 0, 0)} if name == "dsop-resnet8" else {}))
-    assert detach(plain) is plain
 
 
 def test_a_graph_module_is_copied() -> None:
@@ -55,23 +23,6 @@ def test_a_graph_module_is_copied() -> None:
     copied = copy_network(traced)
     assert copied is not traced
     assert torch.equal(copied(torch.ones(1, 2)), traced(torch.ones(1, 2)))
-
-
-def test_detach_is_rejected_a_second_time(make: Make) -> None:
-    with pytest.raises(DetachError, match="no part named branches; it is already detached"):
-        detach(detach(make()))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("twigs", "no part named twigs"), ("layer9.twig", "it has no layer9")]
-)
-def test_unknown_training_only_name_is_rejected(
-    make: Make, monkeypatch: pytest.MonkeyPatch, name: str, message: str
-) -> None:
-    trained = make()
-    monkeypatch.setattr(type(trained), "training_only", (name,))
-    with pytest.raises(DetachError, match=message):
-        detach(trained)
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]

@@ -54,16 +54,6 @@ class Sigmoid(Small):
         return self.fc(self.features(images)).sigmoid()
 
 
-class Counts(Small):
-    """Counts its runs."""
-
-    runs = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.runs += 1
-        return self.fc(self.features(images)) * (1 if self.runs < 600 else -1)
-
-
 class Hides(Small):
     """Holds a tensor that is neither a parameter nor a buffer."""
 
@@ -95,7 +85,7 @@ class Generator(nn.Linear):
 
 
 class Generates(Small):
-    """Calls one head that a stub cannot replace, and one that it can."""
+    """Calls two heads that its output does not need."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_export.capture.deployed import choose_output
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network import networks as n
 from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
@@ -677,10 +677,8 @@ def test_the_key_of_the_logits_stays_text(
     torch.save(STATE, tmp_path / "w.pth")
     outputs, chosen = {"0": torch.zeros(1), "1": torch.ones(1)}, []
 
-    def choose(
-        _network: object, _preprocess: object, *, logits_key: str, **_options: object
-    ) -> Any:
-        chosen.append(choose_output(outputs, logits_key))
+    def choose(network: nn.Module, _preprocess: object) -> Any:
+        chosen.append(choose_output(outputs, vars(network)[EXPORT_LOGITS]))
         return SimpleNamespace(removable=(), num_classes=4)
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
@@ -709,18 +707,18 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
     given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
-    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run(
+    assert "choose one as the logits: 0 (12, 4), 1.0 (12, 4), 1.1 (12, 4)" in run(
         "inspect", *given
     )
     inspected = json.loads(
         CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout
     )
-    assert inspected["unused"] == ["heads.0", "heads.1"], "the code reads the length of `heads`"
+    assert inspected["unused"] == ["heads"]
     proposed = run("export", *given, "--logits-key", "0", "--detach", "--labels", "labels.txt")
-    assert "add --training-only heads.0 --training-only heads.1" in proposed
+    assert "add --training-only heads" in proposed
     exported = run(*shlex.split(inspected["command"])[1:])
     assert exported.startswith("0 ")
-    assert "removed  heads.0, heads.1 (4 tensors" in exported
+    assert "removed  heads (4 tensors" in exported
     assert "trained = detached = rebuilt: equal graphs" in exported
     assert "no plain network was given" in exported
 
@@ -833,7 +831,7 @@ def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) 
         assert ("write the 4 class names, one per line, to labels.txt" in printed) is asks
 
 
-@pytest.mark.parametrize("builder", ["Sigmoid", "Counts", "Shares"])
+@pytest.mark.parametrize("builder", ["Sigmoid", "Shares"])
 def test_inspect_refuses_what_export_refuses_before_its_proof(
     builder: str, tmp_path: Path
 ) -> None:
@@ -868,7 +866,7 @@ def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
     )
 
 
-def test_inspect_names_no_part_without_which_the_network_does_not_run(tmp_path: Path) -> None:
+def test_inspect_names_every_part_that_the_output_does_not_need(tmp_path: Path) -> None:
     torch.save(n.Generates().state_dict(), tmp_path / "w.pth")
     given = (
         str(tmp_path / "w.pth"),
@@ -877,4 +875,4 @@ def test_inspect_names_no_part_without_which_the_network_does_not_run(tmp_path: 
         "--preprocess",
         "imagenet:12",
     )
-    assert "unused   head\n" in run("inspect", *given)
+    assert "unused   aux, head\n" in run("inspect", *given)

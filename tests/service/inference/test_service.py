@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import weakref
+import zipfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy.files import CHECKPOINT_FORMAT
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
@@ -235,8 +237,29 @@ def test_invalid_sources_are_errors(versions, tmp_path) -> None:
         with pytest.raises(ConfigError, match="letters, digits"):
             found([source])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BundleError, match="no bundle here or in a folder directly below"):
+    with pytest.raises(BundleError, match="written by `sopdeploy export`"):
         found([tmp_path / "empty"])
+
+
+NO_BUNDLES = {
+    "runs/photos-1": "a run, not a bundle; run: sopdeploy export .*photos-1/best.pt --detach",
+    "runs": "a folder of runs, not a bundle; run: sopdeploy export .*photos-1/best.pt --detach",
+    "checkpoint.bin": "a checkpoint, not a bundle; run: sopdeploy export .*checkpoint.bin --detach",
+    "weights.pt": "weights, not a bundle; run: sopdeploy export .*weights.pt --network MODULE",
+    "weights.safetensors": "weights, not a bundle; run: .* --network MODULE:CALLABLE",
+}
+
+
+@pytest.mark.parametrize("name", NO_BUNDLES)
+def test_what_is_no_bundle_is_named_with_the_command_that_exports_it(name, tmp_path) -> None:
+    (tmp_path / "runs" / "photos-1").mkdir(parents=True)
+    (tmp_path / "weights.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    pickled = {"weights.pt": b"}", "checkpoint.bin": CHECKPOINT_FORMAT.encode()}
+    for file in ("runs/photos-1/best.pt", *pickled):
+        with zipfile.ZipFile(tmp_path / file, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled.get(file, b"}"))
+    with pytest.raises(BundleError, match=NO_BUNDLES[name]):
+        found([tmp_path / name])
 
 
 def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:

@@ -234,6 +234,14 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
     assert "\n" not in str(problem.value)
 
 
+def test_images_without_class_folders_can_be_labelled_in_a_browser(tmp_path) -> None:
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    advice = rf"by hand or in a browser: sopdeploy label {tmp_path} --photos sorted$"
+    with pytest.raises(DataError, match=advice):
+        open_at(tmp_path)
+
+
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(
         DataError, match="nowhere: no such folder; give a folder with one subfolder"
@@ -400,11 +408,12 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
     assert shown.exit_code == 2
     assert "40 images cannot be used" in shown.stderr
     assert (shown.stderr.count(".jpg"), shown.stderr.count("not an image")) == (10, 1)
-    assert " and 30 more: this is not an image" in shown.stderr
+    advice, *_, more = re.split(r": |, | and ", shown.stderr.partition("lists all): ")[2])
+    assert (advice[:20], more[:7]) == ("this is not an image", "30 more")  # before the names
     assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
     checked = CliRunner().invoke(app, ["data", "check", str(folder)])
     assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
-    assert "and 30 more: this is not an image" in checked.stderr
+    assert "and 30 more" in checked.stderr.partition("this is not an image")[2]
 
 
 TABLES = {

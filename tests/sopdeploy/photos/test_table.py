@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,6 +331,34 @@ def coco(categories_of_images: dict[str, list[int]]) -> str:
     return json.dumps(found)
 
 
+def label_of(category: int) -> str:
+    return ("Cat", "dog")[category - 1]
+
+
+def cvat(label_of_image: dict[str, str], shape: str = "tag") -> str:
+    """Write CVAT's XML with a tag or a shape for each image."""
+    images = "".join(
+        f'<image name="{name}"><{shape} label="{label}"/></image>'
+        for name, label in label_of_image.items()
+    )
+    return f"<annotations><version>1.1</version>{images}</annotations>"
+
+
+def via(category_of_image: dict[str, int], attribute: str | None) -> dict[str, Any]:
+    """Write VIA's images with an *attribute* of the file, or without one, with two regions each."""
+    return {
+        f"{name}9": {
+            "filename": name,
+            "size": 9,
+            "regions": []
+            if attribute
+            else 2 * [{"region_attributes": {"kind": {label_of(one): True, "x": False}}}],
+            "file_attributes": {attribute: label_of(one)} if attribute else {},
+        }
+        for name, one in category_of_image.items()
+    }
+
+
 CATS = {f"{number}.png": 1 + number % 2 for number in range(6)}  # the category of each image
 EXPORTED = {
     "_classes.csv": "filename, Cat, dog\n"
@@ -341,6 +370,21 @@ EXPORTED = {
         for name, one in CATS.items()
     ),
     "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()}),
+    "annotations.xml": cvat({name: label_of(one) for name, one in CATS.items()}),
+    "via_export_csv.csv": "filename,file_size,file_attributes,region_count,region_id,"
+    "region_shape_attributes,region_attributes\n"
+    + "".join(
+        f'{name},9,"{{""class"":""{label_of(one)}""}}",0,0,"{{}}","{{}}"\n'
+        for name, one in CATS.items()
+    ),
+    "via_project_1.json": json.dumps({"_via_img_metadata": via(CATS, "class")}),
+    "via_region_data.json": json.dumps(via(CATS, None)),
+    "labels_my-project_2026-11-28.csv": "".join(
+        f'{name},"[{label_of(one)}]"\n' for name, one in CATS.items()
+    ),
+    "labels_my-project_2026-11-28.json": json.dumps(
+        [{"image": name, "annotations": [label_of(one)]} for name, one in CATS.items()]
+    ),
 }
 
 
@@ -396,7 +440,24 @@ UNCERTAIN = {
     "_annotations.coco.json": coco(
         {name: [one] for name, one in CATS.items()} | {"0.png": [1, 2]}
     ),
+    "annotations.xml": EXPORTED["annotations.xml"].replace('<tag label="Cat"/>', "", 1),
+    "via_project_1.json": EXPORTED["via_project_1.json"].replace(
+        '"class": "Cat"', '"class": "Cat", "caption": "a cat"', 1
+    ),
+    "via_export_csv.csv": EXPORTED["via_export_csv.csv"].replace('""class"":""Cat""', "x", 1),
+    "labels_my-project_2026-11-28.csv": EXPORTED["labels_my-project_2026-11-28.csv"].replace(
+        "0.png", "missing.png"
+    ),
 }
+
+
+@pytest.mark.parametrize("shape", ["tag", "box"])
+def test_tags_or_shapes_of_cvat_are_classes(tmp_path: Path, shape: str) -> None:
+    labels = {name: label_of(one) for name, one in CATS.items()}
+    write_export(tmp_path / "photos", "annotations.xml", cvat(labels, shape))
+    assert open_folder(tmp_path / "photos").train.targets.tolist() == [
+        one - 1 for one in CATS.values()
+    ]
 
 
 @pytest.mark.parametrize("name", UNCERTAIN)

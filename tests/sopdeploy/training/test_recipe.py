@@ -171,7 +171,7 @@ def test_a_value_is_set_in_a_table_that_a_run_records_as_absent() -> None:
     changes = [("ema.decay", 0.5), ("start.weights", "none")]
     assert (
         dict(changes).items()
-        <= dict(flatten(change_recipe("run", changes, recorded).model_dump())).items()
+        <= dict(flatten(change_recipe(recorded, changes, "run").model_dump())).items()
     )
 
 
@@ -209,4 +209,4 @@ def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(
 def test_the_same_network_keeps_a_misspelled_value_which_is_named() -> None:
     recorded = {"model": {"name": "resnet8", "config": {"depht": 8}}}
     with pytest.raises(ConfigError, match="run: resnet8: depht: unknown key"):
-        change_recipe("run", [("model.name", "resnet8")], recorded)
+        change_recipe(recorded, [("model.name", "resnet8")], "run")

@@ -21,8 +21,9 @@ from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import checkpoints
-from sopdeploy.training.results import LoopResult
+from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
 from sopdeploy_commands.app import app
+from sopdeploy_commands.training.runs import MAX_BEFORE
 from sopdeploy_commands.training.train import print_result
 from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
@@ -228,7 +229,10 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
 
 def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) -> None:
     before = train(settings=LOOP)
-    train("--name", "lights", settings=LOOP)
+    # Newer runs of another project do not replace that of this one.
+    of_lights = replace(read_checkpoint(before / "best.pt"), project="lights")
+    for number in range(MAX_BEFORE):
+        write_checkpoint(Path(f"runs/lights-{number}/best.pt"), of_lights)
     figures = dict(training_rows(read_checkpoint(before / "best.pt").training))["accuracy"]
     page = (train(settings=LOOP) / "report.html").read_text(encoding="utf-8")
     section = page.partition("<h2>Runs before</h2>")[2].partition("<h2>")[0]
@@ -236,6 +240,14 @@ def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) ->
     for cell in ("photos-1", "12", "2", html.escape(figures)):
         assert f"<bdi>{cell}</bdi>" in section
     assert "Runs before" not in (before / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_that_lists_wrong_labels_has_the_folders_of_the_run() -> None:
+    line = f"2 labels of 36 probably wrong; list them: {LIST_WRONG_LABELS}"
+    assert insert_folders(line, Path("my photos"), Path("runs/photos-1")).endswith(
+        "list them: sopdeploy data check 'my photos' --wrong-labels runs/photos-1"
+    )
+    assert insert_folders("page: x", None, Path("runs/photos-1")) == "page: x"
 
 
 AMOUNTS = [
@@ -269,6 +281,8 @@ def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_an
             report="report.html",
             seconds=4.0,
             best=tmp_path / "best.pt",
+            data=None,
+            out=tmp_path,
         )
     )
     begins = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]

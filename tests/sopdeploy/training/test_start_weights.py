@@ -39,7 +39,7 @@ from sopdeploy.training.start_weights import (
     load_start_weights,
 )
 from sopdeploy.training.train import train_recipe
-from sopdeploy_commands.training.train import TrainOptions, configure
+from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 from tests.sopdeploy.training.runs import short_recipe
 
 
@@ -228,7 +228,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         (("model.name=resnet18",), "resnet18"),
     ):
         options = TrainOptions(weights=str(tmp_path / name), set=settings)
-        assert configure(Path("photos"), None, options)[0].model.name == network
+        assert configure(read_changes(Path("photos"), None, options))[0].model.name == network
 
 
 def test_the_default_network_starts_from_the_weights_of_a_package_without_a_hub(server) -> None:

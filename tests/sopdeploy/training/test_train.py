@@ -205,7 +205,6 @@ NO_TWO_PHASES = [
         "a teacher that is trained jointly needs one phase; set it to 0",
     ),
     ("procedure={kind='few_shot'}", "classifier_lr, epochs, validation.mirror: without effect"),
-    ("procedure={kind='fine_tune'}", "classifier_lr, validation.mirror: without effect"),
 ]
 
 
@@ -214,6 +213,7 @@ def test_a_first_phase_that_cannot_be_is_refused(plain, change, message) -> None
     keys = ["start.classifier_epochs", "start.classifier_lr", "epochs", "validation.mirror"]
     with pytest.raises(ConfigError, match=message):
         phases(plain, change).check_effect(keys)
+    phases(plain, "procedure={kind='fine_tune'}").check_effect(keys)  # its loop reads them, too
 
 
 def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tmp_path) -> None:

@@ -15,7 +15,6 @@ function showAbout(info, card, server) {
   byId("known-classes").replaceChildren(...card.labels.map((label) => make("option", { value: label })));
   byId("labels").replaceChildren(...chips.map((label) => make("li", {}, make("bdi", {}, label))));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
-  byId("verdict").textContent = card.certificate ? verdict(card.certificate) : "";
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));
   byId("card").replaceChildren(...(card.text ? markdown(card.text) : [nothing("README.md")]));
 }

@@ -7,6 +7,7 @@ const WARNINGS = {
   first_frame_only: "Only the first frame of the animation was classified.",
   sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",
 };
+const NONE_OF_THESE = "Probably none of these";
 const STAGES = { receive: "receive", decode_queue: "wait", decode: "decode", queue: "queue", infer: "infer", explain: "explain", rest: "connection" };
 
 const percent = (value) => (value < 0.0005 ? "< 0.1 %" : `${(100 * value).toFixed(1)} %`);
@@ -14,7 +15,7 @@ const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
 /** Show `body`, the JSON of a successful response. */
 function showAnswer(body) {
-  byId("classes").replaceChildren(...body.classes.map(classBar));
+  byId("classes").replaceChildren(...body.classes.map((entry) => classBar(entry, body.known)));
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
@@ -22,17 +23,27 @@ function showAnswer(body) {
   byId("classes").classList.toggle("unlikely", body.known === false);
   byId("none").hidden = body.classes.length > 0;
   byId("closest").textContent = body.classes[0]?.label ?? "";
-  const lead = body.known === false ? "Looks unlike your photos; closest" : "Prediction";
-  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${lead}: ${body.classes
-    .map((entry) => `${entry.label} ${percent(entry.probability)}`)
-    .join(", ")}`;
+  const isUnknown = body.known === false;
+  const classes = body.classes.map(({ label, probability }) => (isUnknown ? label : `${label} ${percent(probability)}`));
+  const lead = isUnknown ? `${NONE_OF_THESE}; closest` : "Prediction";
+  byId("status").textContent = classes.length === 0 ? byId("none").textContent : `${lead}: ${classes.join(", ")}`;
+  byId("tag").textContent = inShort(body);
+  byId("tag").hidden = false;
 }
 
-/** List entry of one class. */
-function classBar({ label, probability }) {
+/** Answer in a few words. */
+function inShort({ classes: [best], known }) {
+  if (!best) return "No class";
+  return known === false ? NONE_OF_THESE : `${best.label} ${percent(best.probability)}`;
+}
+
+/** List entry of one class; probabilities of an image that is not `known` say nothing. */
+function classBar({ label, probability }, known) {
+  const name = make("bdi", { className: "label" }, label);
+  if (known === false) return make("li", {}, name);
   return make(
     "li", {},
-    make("bdi", { className: "label" }, label),
+    name,
     make("span", { className: "percent" }, percent(probability)),
     make("span", { className: "track", "aria-hidden": "true" }, make("span", { "--part": probability })),
   );
@@ -77,10 +88,10 @@ function showWhy(seconds) {
 function showOther(name, body, problem) {
   byId("other").hidden = byId("this-model").hidden = !name;
   byId("other-model").textContent = name;
-  byId("other-classes").replaceChildren(...(body?.classes ?? []).map(classBar));
+  byId("other-classes").replaceChildren(...(body?.classes ?? []).map((entry) => classBar(entry, body.known)));
   byId("other-classes").classList.toggle("unlikely", body?.known === false);
   const none = body?.classes.length === 0 ? "No class reaches its threshold." : "";
-  byId("other-note").textContent = problem ? sentence(problem) : body?.known === false ? "Looks unlike its photos." : none;
+  byId("other-note").textContent = problem ? sentence(problem) : body?.known === false ? `${NONE_OF_THESE}.` : none;
 }
 
 /** Draw `losses`, rows of probabilities that `label` loses without a part of the image, over the image: red where it loses most, dark where nothing. */
@@ -95,7 +106,7 @@ function showMap(losses, label) {
 
 /** Remove the previous prediction. */
 function clearAnswer() {
-  byId("map").hidden = true;
+  byId("map").hidden = byId("tag").hidden = true;
   showWhy(0);
   showOther("");
   byId("report").hidden = true;

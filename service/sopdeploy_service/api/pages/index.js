@@ -5,6 +5,7 @@
 // that of the server is `body`, that of the other model `other`, a problem in words `problem`.
 const state = { server: null, info: null, card: null, photos: [], shown: null, run: null, explaining: null };
 const IMAGES_PER_MAP = 50; // that an explanation costs
+const COUNTED = 20; // answers, after which the counts are shown anew
 const CONCURRENT = 4; // requests; browsers open up to six connections to a server
 
 /** URL of the classify request of `model`, with `others` as its parameters. */
@@ -34,7 +35,7 @@ function take(files) {
   const several = state.photos.length > 1;
   byId("left-out").hidden = files.length <= MAX_IMAGES;
   byId("left-out").textContent = `The first ${MAX_IMAGES} of ${files.length}; sopdeploy classify takes all.`;
-  byId("list").replaceChildren(...state.photos.map(({ entry }) => entry));
+  showCounts();
   byId("photos").hidden = !several;
   byId("invite").textContent = several ? "Choose other images" : "Choose another image";
   document.body.classList.add("given");
@@ -50,12 +51,12 @@ function listed(file) {
   preview.addEventListener("error", () => { preview.style.visibility = "hidden"; }); // else a broken image is shown
   const button = make(
     "button", { type: "button" },
-    preview,
-    make("span", { className: "name" }, pathOf(file)), photo.result,
+    preview, photo.result,
+    make("span", { className: "name" }, pathOf(file)),
   );
   button.addEventListener("click", () => {
     display(photo);
-    byId("answer").scrollIntoView({ block: "nearest" });
+    byId("drop").scrollIntoView({ block: "nearest" });
   });
   return Object.assign(photo, { button, entry: make("li", {}, button) });
 }
@@ -104,9 +105,11 @@ async function askAll() {
       await ask(photo, run.signal);
       if (run.signal.aborted) return;
       done += 1;
+      if (done % COUNTED === 0) showCounts();
     }
     byId("done").textContent = `${done} of ${photos.length}`;
   }));
+  if (!run.signal.aborted) showCounts();
   byId("save").disabled = run.signal.aborted;
 }
 
@@ -138,12 +141,6 @@ async function ask(photo, signal) {
   if (photo === state.shown) photo.show();
   if (body && other) await askOther(photo, other, signal);
   if (photo === state.shown && !signal.aborted) void explain(photo);
-}
-
-/** Answer in a line of the list. */
-function inShort({ classes: [best], known }) {
-  if (!best) return "No class";
-  return known === false ? `Unlike your photos, closest: ${best.label}` : `${best.label} ${percent(best.probability)}`;
 }
 
 /** Send `photo` to `url`; return the JSON of a successful response as `body`, or the `problem` in words. */
@@ -278,7 +275,7 @@ function showSnippets() {
   const name = state.shown?.file.name ?? "photo.jpg";
   const type = state.shown ? typeOf(state.shown.file) : "image/jpeg";
   const url = classifyUrl(byId("explain").checked ? { explain: "true" } : {});
-  showTabs(snippets(url, name, type).map(([language, code]) =>
+  showTabs(snippets(url, name, type, key !== "").map(([language, code]) =>
     [language, codeBlock(code, `${language} code`)]));
 }
 
@@ -311,6 +308,7 @@ byId("no-camera").addEventListener("click", () => {
   closeCamera();
   byId("use-camera").focus();
 });
+byId("order").addEventListener("change", showCounts);
 byId("save").addEventListener("click", () => save("answers.csv", csv(rows())));
 byId("report-form").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -38,21 +38,21 @@ function makeTabs(names) {
   select(0);
 }
 
-/** [language, code] pairs that send the file `name` of media type `type` to `url`. */
-function snippets(url, name, type) {
+/** [language, code] pairs that send the file `name` of media type `type` to `url`, with the key in $KEY if `hasKey`. */
+function snippets(url, name, type, hasKey) {
   return [
     ["curl", `curl --data-binary ${shellWord("@" + name)} \\
   --header ${shellWord("Content-Type: " + type)} \\
-  ${shellWord(url)}
+${hasKey ? '  --header "Authorization: Bearer $KEY" \\\n' : ""}  ${shellWord(url)}
 `],
     ["Python", `import json
-import urllib.request
+${hasKey ? "import os\n" : ""}import urllib.request
 from pathlib import Path
 
 request = urllib.request.Request(
     ${quoted(url)},
     data=Path(${quoted(name)}).read_bytes(),
-    headers={"Content-Type": ${quoted(type)}},
+    headers={"Content-Type": ${quoted(type)}${hasKey ? ', "Authorization": "Bearer " + os.environ["KEY"]' : ""}},
 )
 with urllib.request.urlopen(request) as reply:
     for entry in json.load(reply)["classes"]:
@@ -62,7 +62,7 @@ with urllib.request.urlopen(request) as reply:
 
 const reply = await fetch(${quoted(url)}, {
   method: "POST",
-  headers: { "Content-Type": ${quoted(type)} },
+  headers: { "Content-Type": ${quoted(type)}${hasKey ? ", Authorization: `Bearer ${process.env.KEY}`" : ""} },
   body: await readFile(${quoted(name)}),
 });
 for (const { label, probability } of (await reply.json()).classes) {

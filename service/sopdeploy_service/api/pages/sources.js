@@ -73,9 +73,11 @@ function closeCamera() {
   byId("use-camera").hidden = !navigator.mediaDevices; // which needs https or localhost
 }
 
-/** CSV of `rows`, lists of texts. */
-const csv = (rows) => rows.map((row) => row.map((cell) =>
-  (/[",\r\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell)).join(",")).join("\r\n") + "\r\n";
+/** CSV of `rows`, lists of texts, for spreadsheets: with the mark of UTF-8, and no cell is a formula. */
+const csv = (rows) => "\ufeff" + rows.map((row) => row.map((cell) => {
+  const text = /^[=+\-@\t\r]/.test(cell) ? `'${cell}` : cell;
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}).join(",")).join("\r\n") + "\r\n";
 
 /** Let the browser save `text` as the file `name`. */
 function save(name, text) {

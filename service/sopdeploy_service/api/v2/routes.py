@@ -20,6 +20,7 @@ from sopdeploy_service.api.admission import (
 )
 from sopdeploy_service.api.v2.request import BYTES, FP32, IMAGE_INPUT, UINT8, parse_body
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
+from sopdeploy_service.inference.service import Traffic
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -144,7 +145,7 @@ async def model_infer(
 
         # Run the images.
         outcomes = await admitted.infer(
-            parsed.images, features=EMBEDDING in parsed.is_binary, is_traffic=True
+            parsed.images, features=EMBEDDING in parsed.is_binary, traffic=Traffic()
         )
 
         # Respond with the outputs that the request has chosen.

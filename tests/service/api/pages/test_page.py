@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,8 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     assert page.evaluate("document.activeElement.id") == "explain"
     page.keyboard.press("Tab")  # the timing
     page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
+    page.keyboard.press("Tab")  # the part for developers
+    page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "tab-curl"
     page.keyboard.press("ArrowRight")
@@ -144,7 +149,9 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     page.locator("#done", has_text="9 of 9").wait_for()
     results = page.locator("#list .result").all_text_contents()
     assert "not an image" in results.pop(1)
-    assert results == [" ".join(expected(client, body)[0]) for body in (jpeg, *others)]
+    answers = [expected(client, body)[0] for body in (jpeg, *others)]
+    assert results == [" ".join(answer) for answer in answers]
+    assert page.locator("#tag").text_content() == results[0]
     previews = page.locator("#list img").evaluate_all(
         "all => Promise.all(all.map(e => e.decode().then(() => true, () => false)))"
     )
@@ -154,16 +161,29 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     assert shown(page) == expected(client, others[2])
     page.locator("#list button").nth(1).click()
     assert page.get_by_role("alert").is_visible()
+    assert page.locator("#tag").is_hidden()
+
+    # Counts by class, each of which shows its images only, and the order
+    counts = Counter(label for label, _ in answers)
+    buttons = page.locator("#counts button").all_text_contents()
+    assert buttons[0] == "All 9"
+    assert sorted(buttons[1:]) == sorted(
+        ["(error) 1", *(f"{label} {count}" for label, count in counts.items())]
+    )
+    page.get_by_role("button", name="(error) 1").click()
+    assert page.locator("#list li").count() == 1
+    page.get_by_role("button", name="All 9").click()
+    page.get_by_label("Order").select_option("least certain first")
+    ordered = page.locator("#list .result").all_text_contents()
+    shares = [float(text.split()[-2]) for text in ordered[1:]]
+    assert "not an image" in ordered[0]
+    assert shares == sorted(shares)
 
 
-HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
-
-
-@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
-def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path, language):
-    (tmp_path / HARMFUL).write_bytes(jpeg)
-    give(page, jpeg, name=HARMFUL)
-    code = page.locator(f"#code-{language} code").text_content()
+def run_snippet(
+    language: str, code: str, folder: Path, variables: Mapping[str, str] = {}
+) -> str:
+    """Run the *code* that the page shows, in *folder*; return what it prints."""
     command = {
         "curl": ["sh", "-c", code],
         "Python": [sys.executable, "-c", code],
@@ -176,13 +196,31 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
         ],
     }[language]
     ran = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
+    return ran.stdout
+
+
+HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
+
+
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
+def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path, language):
+    (tmp_path / HARMFUL).write_bytes(jpeg)
+    give(page, jpeg, name=HARMFUL)
+    code = page.locator(f"#code-{language} code").text_content()
+    output = run_snippet(language, code, tmp_path)
     expected = client.post("/v1/classify", content=jpeg).json()["classes"]
     if language == "curl":
-        assert json.loads(ran.stdout)["classes"] == expected
+        assert json.loads(output)["classes"] == expected
     else:
-        assert [line.split()[0] for line in ran.stdout.splitlines()] == [
+        assert [line.split()[0] for line in output.splitlines()] == [
             entry["label"] for entry in expected
         ]
     assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
@@ -191,8 +229,7 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
 def test_card_and_certificate_are_text_and_never_markup(open_page, carded_client):
     page = open_page(carded_client.base_url)
     assert page.locator("#proof").is_hidden()  # folded
-    page.get_by_text("Certificate").click()
-    page.get_by_text("Model card").click()
+    page.get_by_text("For developers").click()
     page.get_by_text("sopdeploy verify .").wait_for()
     assert page.locator("#card strong").text_content() == "linear"
     assert page.locator("#card li").all_text_contents() == [
@@ -243,9 +280,18 @@ def type_key(page, key):
     page.get_by_role("button", name="Use", exact=True).click()
 
 
+@pytest.mark.parametrize("cell", ["=1+1.jpg", "+1", "-1", "@a", "\tx", "a,=b"])
+def test_no_cell_of_the_file_is_a_formula_for_a_spreadsheet(page, cell):
+    written = page.evaluate("cell => csv([[cell]])", cell)
+    (read,) = csv.reader(io.StringIO(written.removeprefix("\ufeff"), newline=""))
+    assert written.startswith("\ufeff")
+    assert read == [cell if cell[0] == "a" else f"'{cell}"]
+
+
 def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
-    open_page, locked, key, jpeg
+    open_page, locked, key, jpeg, tmp_path
 ):
+    (tmp_path / "a.jpg").write_bytes(jpeg)
     page = open_page(locked.base_url)
     alert = page.get_by_role("alert")
     alert.wait_for()
@@ -264,6 +310,11 @@ def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
     assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     assert key not in page.content()
+    for language in ("curl", "Python", "JavaScript"):
+        code = page.locator(f"#code-{language} code").text_content()
+        assert run_snippet(language, code, tmp_path, {"KEY": key}).startswith(
+            ("{", classes[0]["label"])
+        )
     other = page.context.new_page()
     other.goto(str(locked.base_url))
     other.get_by_role("alert").wait_for()
@@ -343,15 +394,17 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
             )
             assert is_gray is not answer["known"]
             assert (
-                status.text_content().startswith("Looks unlike your photos; closest: ")
+                status.text_content().startswith("Probably none of these; closest: ")
                 is not answer["known"]
             )
+            nearest = answer["classes"][0]["label"]
+            assert page.locator("#classes .label").first.text_content() == nearest
             if not answer["known"]:
-                assert (
-                    banner.text_content()
-                    == f"Looks unlike your photos. Closest: {answer['classes'][0]['label']}"
+                assert banner.text_content() == f"Probably none of these. Closest: {nearest}"
+                assert page.locator("#tag").text_content() == "Probably none of these"
+                assert "%" not in "".join(
+                    page.locator("#answer :is(#classes, #status)").all_text_contents()
                 )
-            assert shown(page)[0][0] == answer["classes"][0]["label"]
         give(page, DARK)
         give(page, b"no picture", name="notes.txt", type="text/plain")
         assert banner.is_hidden()
@@ -422,7 +475,9 @@ def rows_of(page) -> list[dict[str, str]]:
         page.get_by_role("button", name="Save as CSV").click()
     return list(
         csv.DictReader(
-            io.StringIO(Path(download.value.path()).read_bytes().decode(), newline="")
+            io.StringIO(
+                Path(download.value.path()).read_bytes().decode("utf-8-sig"), newline=""
+            )
         )
     )
 

@@ -1,7 +1,7 @@
-"""Buffers and caches that the first run of a network makes."""
+"""Buffers that the first run of a network makes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,8 @@ from torch._subclasses import FakeTensorMode
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy_export.capture.deployed import EXPORT_LOGITS, compute_outputs
-from sopdeploy_export.network import modules, tensors, unstored_buffers
-from sopdeploy_export.state import attributes_restored
+from sopdeploy_export.capture.deployed import compute_outputs
+from sopdeploy_export.network import attributes_restored, modules, tensors, unstored_buffers
 
 
 def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
@@ -54,32 +53,3 @@ def _changed_buffers(
         for name, tensor in after.items()
         if type(tensor) is Tensor and tensor is not before.get(name)
     }
-
-
-def turn_into_attributes(network: nn.Module, names: Sequence[str]) -> None:
-    """Turn the buffers *names* of *network* into attributes, which a run may assign, as caches."""
-    owners = dict(modules(network))
-    for name in names:
-        owner, _, key = name.rpartition(".")
-        if key in owners[owner]._buffers:  # it may not exist before the first run
-            tensor = owners[owner]._buffers[key]
-            delattr(owners[owner], key)
-            vars(owners[owner])[key] = tensor
-
-
-@contextmanager
-def prepared_in_place(
-    given: nn.Module, logits: str | int | None, preprocess: Preprocess
-) -> Iterator[None]:
-    """Prepare *given*, the user's network, for the block: eval mode, uncompiled, *logits* named, buffers.
-
-    At the end, its attributes are as before.
-    """
-    with attributes_restored(given):
-        given.eval()
-        for _, module in modules(given):
-            vars(module)["_compiled_call_impl"] = None
-        if logits is not None:
-            vars(given)[EXPORT_LOGITS] = logits  # not by `setattr`, which a class can define
-        create_buffers(given, preprocess)
-        yield

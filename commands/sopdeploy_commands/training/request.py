@@ -1,0 +1,377 @@
+"""A request to train: options, recipe, changes and images, each read and checked once, as one value.
+
+What needs no torch is checked first, so that a wrong path is an error at once.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import pydantic
+
+from sopdeploy.config import FieldValues, Options
+from sopdeploy.errors import ConfigError, WeightsError, shorten
+from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
+from sopdeploy.models.choices import file_stem, read_choices
+from sopdeploy.photos.files import check_takes_output
+from sopdeploy.photos.folder import open_folder, open_unknown
+from sopdeploy.project import RUNS, Name, folder_project
+from sopdeploy.training.recipe_files import parse_override, read_values
+from sopdeploy.training.results import read_result
+
+if TYPE_CHECKING:
+    from sopdeploy.checkpoint import Checkpoint
+    from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.setup import Given
+    from sopdeploy.training.start_weights import WeightSource
+
+FOLDER_RECIPE = "photos"
+RECIPE_NETWORK = (
+    ""  # stands for the name of the only network, that of the recipe, if none is chosen
+)
+NO_FILES = ("imagenet", "none")  # start weights that are no file
+Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
+
+
+def _as_text(value: object) -> str | None:
+    """Convert a path or a number, and join a list with commas, as the command line gives them."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return None if value is None else str(value)
+
+
+Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]
+
+
+class TrainOptions(Options):
+    """Options of `sopdeploy.train` and `sopdeploy train`."""
+
+    from_: Text = None
+    """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
+    added since."""
+    models: Text = None
+    """Networks, separated by commas: train the most accurate one by cross-validation."""
+    within: Text = None
+    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms.
+    Without `--models`, of the networks of a list; those whose weights cannot be reached are
+    skipped."""
+    weights: Text = None
+    """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
+    imagenet for a folder of images without a recipe. With several networks, one for each,
+    separated by commas, or a folder of files that are named like the networks."""
+    name: Name = None
+    """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    unknown: Text = None
+    """Folder of images of none of the classes, which test the rejection; of those that a server kept, only
+    the uniform sample counts. Sets `rejection.unknown`."""
+    resume: Literal["never", "always", "auto"] = "never"
+    """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
+    none."""
+    set: tuple[str, ...] = ()
+    """Override a value of the recipe, KEY=VALUE; repeatable."""
+
+    def networks_to_train(
+        self, changes: Changes, settings: Mapping[str, Any]
+    ) -> "dict[str, NetworkChanges]":
+        """Return the start weights of each network to train, and the *changes* of its recipe, by its name.
+
+        The networks are those of `models`, or with `within` alone those of the built-in list;
+        without both, the network of the recipe has the name `RECIPE_NETWORK`. *settings*,
+        further values of the recipe, are only checked: they may not name a network. If
+        `weights` is a folder, networks of the built-in list without a file in it are left out.
+        Raises `ConfigError` for another number of `weights` than of networks, and for options
+        that do not fit together, and `WeightsError` if a network of `models`, or each of the
+        built-in list, has no file in the folder.
+        """
+        if not self.compares:
+            return {RECIPE_NETWORK: NetworkChanges(self.weights, changes)}
+
+        # The network is what is compared, so nothing else may choose it.
+        setting = "within" if self.models is None else "models"
+        if self.resume != "never":
+            raise ConfigError(
+                "not with resume, which continues the network of a run", setting=setting
+            )
+        changed = [*changes, *settings.items()]
+        tables = [
+            value for key, value in changed if key == "model" and isinstance(value, Mapping)
+        ]
+        if any(key == "model.name" for key, _ in changed) or any(
+            "name" in table for table in tables
+        ):
+            raise ConfigError("not with model.name, the name of one network", setting=setting)
+
+        networks = {}
+        resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
+        for name, weights in self._weights_by_network().items():
+            size = [("preprocess.crop", resized[name])] if name in resized else []
+            of_network = [*size, *changes, ("model.name", name)]
+            networks[name] = NetworkChanges(weights, of_network)
+        return networks
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The time that a network may need for an image; raises `ConfigError` for an invalid `within`."""
+        if self.within is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", self.within)
+        if match is None:
+            raise ConfigError(
+                f"{self.within!r} is no time; give milliseconds, such as 20ms", setting="within"
+            )
+        return float(match[1])
+
+    @property
+    def resumes(self) -> bool | Literal["auto"]:
+        """Whether the run continues; "auto": if there is one."""
+        return "auto" if self.resume == "auto" else self.resume == "always"
+
+    @property
+    def compares(self) -> bool:
+        """Whether several networks are compared."""
+        return self.models is not None or self.within is not None
+
+    def networks(self) -> list[str]:
+        """Return the names of the networks to compare: `models`, or those of the list."""
+        if self.models is not None:
+            return [name.strip() for name in self.models.split(",")]
+        return [choice.name for choice in read_choices().networks]
+
+    def _weights_by_network(self) -> dict[str, str | None]:
+        """Divide `weights` among the networks; those of the built-in list without a file are left out."""
+        names = self.networks()
+        if self.weights is None or self.weights in NO_FILES:  # the same for every network
+            return dict.fromkeys(names, self.weights)
+
+        # A folder has a file for each network, which it names; a list has them in the order of
+        # the networks.
+        if (folder := expand_user(self.weights)).is_dir():
+            by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
+            by_network = {name: by_stem.get(file_stem(name)) for name in names}
+            missing = [name for name, file in by_network.items() if file is None]
+            if missing and (self.models is not None or len(missing) == len(names)):
+                advice = f"name files like {file_stem(missing[0])}.safetensors"
+                problem = f"there are no weights of {shorten(missing)}; {advice}"
+                raise WeightsError(f"{folder}: {problem}", setting="weights")
+            return {name: file for name, file in by_network.items() if file is not None}
+
+        files = [file.strip() for file in self.weights.split(",")]
+        if len(files) != len(names):
+            message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
+            raise ConfigError(message, setting="weights")
+        return dict(zip(names, files, strict=True))
+
+
+class NetworkChanges(NamedTuple):
+    """What the user says about a network to train: its start weights, and changes of the recipe."""
+
+    weights: str | None
+    changes: Changes
+
+
+class RecipeChanges(NamedTuple):
+    """A recipe, and what the user changes of it, read and parsed without torch.
+
+    Attributes:
+        source: The recipe, a name or a file; by default that for photos.
+        values: Its values; None for those of the run to start from.
+        networks: The networks to train by name, with their start weights and the values of `--set`.
+        settings: Values of the recipe, also as nested tables, that a Python program gives.
+        options: Values of the recipe that other options set, by dotted key.
+    """
+
+    source: str | Path
+    values: FieldValues | None
+    is_named: bool
+    networks: Mapping[str, NetworkChanges]
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def changes_data(self) -> bool:
+        """Whether a change selects images, other than by the folder."""
+        changes = [change for one in self.networks.values() for change in one.changes]
+        keys = [key for key, _ in changes] + list(self.settings)
+        return any(key.partition(".")[0] == "data" for key in keys)
+
+
+def read_changes(
+    data: Path | None,
+    recipe: str | Path | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any] = {},
+) -> RecipeChanges:
+    """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined."""
+    if recipe is None and data is None:
+        raise ConfigError("no training data", remedies={"data": None, "recipe": None})
+    if recipe is not None and options.from_ is not None:
+        raise ConfigError(
+            "not with a recipe, which the run has; omit one of them", setting="from"
+        )
+    source = recipe or FOLDER_RECIPE
+    set_by_options = {
+        "project": options.name,
+        "data.path": data,
+        "rejection.unknown": options.unknown,
+    }
+    return RecipeChanges(
+        source,
+        None if options.from_ is not None else read_values(source),
+        recipe is not None,
+        options.networks_to_train([*map(parse_override, options.set)], settings),
+        settings,
+        {key: value for key, value in set_by_options.items() if value is not None},
+    )
+
+
+class TrainRequest(NamedTuple):
+    """The recipe of each network to train, with what is known of its run, and the run to start from."""
+
+    networks: "dict[str, tuple[Recipe, Given]]"
+    previous: "Checkpoint | None"
+
+
+def read_request(
+    data: Path | None,
+    recipe: str | Path | None,
+    out: Path | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any],
+) -> TrainRequest:
+    """Read the recipe of each network, the run to start from, and the images; writes no file."""
+    # What a user may have mistyped, before torch is imported
+    changes = read_changes(data, recipe, options, settings)
+    options.milliseconds  # noqa: B018 - raises the error of an invalid time
+    if out is not None and out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    unknown_folder = None if options.unknown is None else Path(options.unknown)
+    for images in filter(None, (data, unknown_folder)):
+        check_takes_output(out or RUNS, "out", images)
+    if options.from_ is not None and not Path(options.from_).exists():
+        message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
+        raise ConfigError(message, setting="from")
+    start_files = {}  # by network
+    for name, network in changes.networks.items():
+        if network.weights is not None and network.weights not in NO_FILES:
+            start_files[name] = _check_weights(network.weights)
+
+    # The images, unless the recipe says what is read of them
+    data_of_folder = None
+    if data is not None and changes.values is not None and not changes.is_named:
+        data_of_folder = None if changes.changes_data else open_folder(data)
+    unknown = None if unknown_folder is None else open_unknown(unknown_folder)
+
+    # The networks, which are torch's
+    from sopdeploy.training.setup import open_images
+
+    previous = None if options.from_ is None else read_previous(Path(options.from_))
+    networks = {
+        name: configure(changes, name, previous, start_files.get(name))
+        for name in changes.networks
+    }
+    shared, _ = next(iter(networks.values()))  # the recipes differ in the network only
+    run_images = open_images(shared, data_of_folder, unknown)
+    with_images = {
+        name: (one, given._replace(images=run_images))
+        for name, (one, given) in networks.items()
+    }
+    return TrainRequest(with_images, previous)
+
+
+def _check_weights(weights: str) -> WeightPath:
+    """Check that there is a file of *weights*; raises `WeightsError`."""
+    try:
+        return check_is_weights(expand_user(weights))
+    except WeightsError as error:
+        raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
+
+
+def read_previous(source: Path) -> "Checkpoint":
+    """Read the best checkpoint of the run that *source* gives.
+
+    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises
+    `ConfigError` if the run of a bundle is not there or is another one by now, or if a
+    checkpoint is not of a run, and the errors of `read_checkpoint`.
+    """
+    from sopdeploy.bundle.folder import read_manifest
+    from sopdeploy.checkpoint import read_checkpoint
+
+    run = source
+    run_id = None
+    if has_manifest(source):  # a bundle names its run
+        exported_from = read_manifest(source).origin
+        if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
+            raise ConfigError(
+                f"{source}: its run is not in {RUNS}; give the run", setting="from"
+            )
+        run = RUNS / exported_from.run
+        run_id = exported_from.run_id
+
+    # *source* can be the checkpoint itself
+    best = run / "best.pt" if (run / "best.pt").is_file() else run
+    checkpoint = read_checkpoint(best)
+    origin = checkpoint.origin
+    is_of_run = origin is not None and read_result(checkpoint.training) is not None
+
+    # By now, a later run may have the folder that the bundle names.
+    is_same_run = run_id is None or (origin is not None and origin.run_id == run_id)
+    if not (is_of_run and is_same_run):
+        raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
+    return checkpoint
+
+
+def configure(
+    request: RecipeChanges,
+    network: str = RECIPE_NETWORK,
+    previous: "Checkpoint | None" = None,
+    start_file: WeightPath | None = None,
+) -> "tuple[Recipe, Given]":
+    """Change the recipe of *request*, or that of the *previous* run, for *network*, and name its project.
+
+    Without a recipe and a network, a weight file determines the network. *start_file* is the
+    file of the start weights, if it is checked. Returns the recipe and what is known of its
+    run, without its images. Raises `ConfigError` if a value is invalid.
+    """
+    from sopdeploy.importers.conversion import WeightFile
+    from sopdeploy.importers.import_weights import network_of_weights, open_weights
+    from sopdeploy.training.recipe import HeadOptions, change_recipe, flatten
+    from sopdeploy.training.setup import Given
+
+    # The recipe with all changes
+    values = request.values if previous is None else previous.training["recipe"]
+    weights_of_network, of_network = request.networks[network]
+    changes = [*of_network, *flatten(request.settings), *request.options.items()]
+    if weights_of_network is not None:
+        changes.append(("start.weights", weights_of_network))
+    source = str(request.source)
+    changed = change_recipe(values or {}, changes, source)
+    keys = [key for key, _ in flatten(dict(changes))]
+
+    # The classes of the previous run
+    protects = previous is not None and "procedure.margins" not in keys
+    if protects and isinstance(changed.procedure, HeadOptions):
+        procedure = changed.procedure.model_copy(update={"margins": True})
+        changed = changed.model_copy(update={"procedure": procedure})
+
+    # If nobody names the network, the weights determine it.
+    start_weights = None if changed.start is None else changed.start.weights
+    names_network = request.is_named or previous is not None or "model.name" in keys
+    weights: WeightSource | None = start_file
+    if not names_network and isinstance(start_weights, Path):
+        path = expand_user(start_weights)
+        if start_file is None and path.is_file():
+            start_file = check_is_weights(path)
+        weights = None if start_file is None else open_weights(start_file)
+        if isinstance(weights, WeightFile):
+            name = network_of_weights(weights, changed.model.name)
+            if name != changed.model.name:
+                changed = change_recipe(values or {}, [*changes, ("model.name", name)], source)
+
+    # A project without a name is called like its data, or like its recipe.
+    if changed.project is None:
+        folder = changed.data_folder
+        project = "" if folder is None else folder_project(folder)
+        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        changed = changed.model_copy(update={"project": project})
+    return changed, Given(keys, weights)

@@ -1,0 +1,32 @@
+"""The parts of a network that the user names."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sopdeploy.errors import DetachError
+from sopdeploy.models.base import is_in
+from sopdeploy_export.network import modules, tensors
+
+
+def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Find the outermost modules and tensors of *network* that match *patterns*.
+
+    Raises `DetachError` for a pattern without a match.
+    """
+    names = [name for name, _ in modules(network) if name] + list(tensors(network))
+    matched: list[str] = []
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            close = get_close_matches(pattern, names, n=1)
+            children = ", ".join(name for name, _ in network.named_children())
+            hint = f"did you mean {close[0]}?" if close else f"the network has {children}"
+            problem = f"no such part; {hint}"
+            raise DetachError(problem, setting="training_only", value=pattern)
+        matched += matches
+    # A match is outermost if its parent module is neither a match nor inside one.
+    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
+    return tuple(dict.fromkeys(outer))  # each once

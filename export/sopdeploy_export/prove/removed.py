@@ -1,0 +1,221 @@
+"""Removed: nothing of a removed part is behind the outputs.
+
+The graph shows the tensors and the modules behind the outputs. Code can also ask for a value of
+a removed tensor, which no graph contains: while these tensors hold other values, a plain run
+does what it did before. It is not proved that the removed tensors are useless in training.
+
+Refused: a branch times zero, a weight that a kept one overlaps in memory, or of which code reads
+a number (`tests/attacks/planted/branches.py`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import CertificateError, shorten
+from sopdeploy.models.base import is_in
+from sopdeploy_export.capture.program import NETWORK_PREFIX
+from sopdeploy_export.network import modules, tensors
+from sopdeploy_export.prove.dataflow import address
+from sopdeploy_export.prove.networks import Compared
+from sopdeploy_export.prove.plain_run import Recorder, Run
+
+STATEMENT = (
+    "No tensor of a removed part and no operation captured inside one is behind the outputs, and no memory is "
+    "shared. While the removed tensors hold other values, a plain run does the same operations on the same "
+    "operands."
+)
+
+_SEED = 20_261_126
+
+
+class TensorEntry(StrictModel):
+    """One parameter or buffer, with the sha256 of its content."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sha256: str
+
+
+def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...]) -> None:
+    """Prove that the outputs of *trained* need nothing of its *parts*.
+
+    Raises `CertificateError` with the tensor, module or operator that they need.
+    """
+    if not parts:
+        return
+    check_graph(trained, parts)
+
+    # While the removed parts hold other values, a run does the same.
+    recorder.run_first()
+    expected = recorder.run_network(recorder.repeated)
+    _check_behind(expected, parts)
+    stored = trained.tensors
+    kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
+    values = [
+        tensor
+        for name, tensor in stored.items()
+        if is_in(name, *parts) and address(tensor) not in kept
+    ]
+    with other_values(values):
+        changed = recorder.run_network(recorder.repeated)
+    if changed.results != expected.results:
+        raise CertificateError(
+            f"while {shorten(list(parts))} has other values, the network runs "
+            f"{changed.first_other(expected)} instead of {expected.first_other(changed)}; "
+            "the outputs must not depend on what is removed",
+            setting="training_only",
+        )
+
+
+def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
+    """Raise `CertificateError` if a tensor or a module of *parts* is behind the outputs of *trained*.
+
+    Nor may a tensor of them share its memory with a kept one.
+    """
+    network = trained.network
+    if shared := find_shared(trained.tensors, parts):
+        name, kept_name = shared
+        part = next(part for part in parts if is_in(name, part))
+        children = network.get_submodule(part)._modules if part != name else {}
+        own = [
+            child
+            for child in (f"{part}.{name}" for name in children)
+            if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
+        ]
+        raise CertificateError(
+            f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
+            "only what is in a part alone",
+            remedies={"training_only": own[0]} if own else {},
+        )
+    if leaking := sorted(name for name in trained.needed if is_in(name, *parts)):
+        raise CertificateError(
+            f"the outputs depend on {shorten(leaking)}; omit what holds them",
+            setting="training_only",
+        )
+    if leaking := sorted(trained.root.modules & removed_modules(network, parts)):
+        raise CertificateError(
+            f"the outputs depend on operations of {shorten(leaking)}: a removed part changes a "
+            "value that is needed; keep it",
+            setting="training_only",
+        )
+
+
+def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:
+    """Return the names of the modules in *parts* of *network*, except those that it also has elsewhere."""
+    named = list(modules(network))
+    stays = {id(module) for name, module in named if not is_in(name, *parts)}
+    return {name for name, module in named if id(module) not in stays}
+
+
+def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
+    """Return whether any of *parts* of *network* has a parameter or a buffer."""
+    return any(is_in(name, *parts) for name in tensors(network))
+
+
+def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
+    """Raise `CertificateError` if a plain run needs a tensor or a module of *parts*."""
+    prefixed = [f"{NETWORK_PREFIX}{part}" for part in parts]
+    for result in run.results:
+        for operator in run.flow.behind(result).values():
+            names = [name for name in operator.operands if is_in(name, *prefixed)]
+            if names or is_in(operator.module, *parts):
+                cause = names[0].removeprefix(NETWORK_PREFIX) if names else operator.module
+                raise CertificateError(
+                    f"the outputs depend on {cause}, which is removed: {operator}; keep it",
+                    setting="training_only",
+                )
+
+
+@contextmanager
+def other_values(values: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors other values in the block."""
+    generator = torch.Generator().manual_seed(_SEED)
+    saved = [tensor.detach().clone() for tensor in values]
+    try:
+        for tensor in values:
+            has_fractions = tensor.is_floating_point()
+            others = torch.rand(tensor.shape, generator=generator) if has_fractions else 1
+            tensor.data.copy_(torch.as_tensor(others))
+        yield
+    finally:
+        for tensor, value in zip(values, saved, strict=True):
+            tensor.data.copy_(value)
+
+
+def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[str, str] | None:
+    """Name a tensor in *parts* and another one whose memory it overlaps, even in another storage."""
+    kept = [
+        (name, *_addresses(tensor))
+        for name, tensor in stored.items()
+        if not is_in(name, *parts)
+    ]
+    for name, tensor in stored.items():
+        start, end = _addresses(tensor) if is_in(name, *parts) else (0, 0)
+        for kept_name, kept_start, kept_end in kept:
+            if start < kept_end and kept_start < end:
+                return name, kept_name
+    return None
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
+    if not tensor.numel():
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    # Strides are never negative
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+
+
+def list_tensors(
+    trained: Compared, parts: tuple[str, ...]
+) -> dict[str, tuple[TensorEntry, ...]]:
+    """List the tensors of *trained*: those `removed` with *parts*, those `kept`, and those `unreached`.
+
+    The outputs depend on those that are kept; the last ones are neither needed nor in *parts*.
+    """
+    needed = trained.needed
+    listed: dict[str, list[TensorEntry]] = {"removed": [], "kept": [], "unreached": []}
+    for name, tensor in trained.tensors.items():
+        kind = "removed" if is_in(name, *parts) else "kept" if name in needed else "unreached"
+        entry = TensorEntry(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            bytes=tensor.numel() * tensor.element_size(),
+            sha256=trained.hashes[name],
+        )
+        listed[kind].append(entry)
+    return {kind: tuple(entries) for kind, entries in listed.items()}
+
+
+def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the outermost modules of *trained* that its outputs do not need, then the other tensors.
+
+    What is in *parts* is left out, and what shares memory or operations with what is needed.
+    Counters of modules with needed tensors, such as `num_batches_tracked`, count as needed.
+    """
+    needed = trained.needed
+    owners = {name.rpartition(".")[0] for name in needed}
+    memory = {address(trained.tensors[name]) for name in needed}
+    unneeded = {
+        name
+        for name, tensor in trained.tensors.items()
+        if not (name in needed or is_in(name, *parts) or address(tensor) in memory)
+        and (tensor.is_floating_point() or name.rpartition(".")[0] not in owners)
+    }
+    outermost: list[str] = []
+    for name, module in modules(trained.network):
+        if name == "" or is_in(name, *outermost):  # "" is the network
+            continue
+        inner = {f"{name}.{tensor}" for tensor in tensors(module)}
+        runs = any(is_in(each, name) for each in trained.root.modules)
+        if inner and inner <= unneeded and not runs:
+            outermost.append(name)
+    return (*outermost, *sorted(name for name in unneeded if not is_in(name, *outermost)))

@@ -1,0 +1,158 @@
+"""The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
+
+All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from sopdeploy.photos.files import lookalike_key
+
+SEPARATOR = "|"  # of classes
+REQUIRED = ("file", "classes")  # columns
+# Of the required columns, also in tables of other programs; of several, the first counts.
+_NAMES = {
+    "file": (
+        *("file", "filename", "file name", "file_name", "image", "image_name", "path"),
+        *("image_id", "id"),
+    ),
+    "classes": ("classes", "class", "labels", "label", "choices", "choice", "annotations"),
+}
+# Names of exports of Label Studio, CVAT, VIA and makesense
+NUMBERED = (
+    *("project-*.csv", "project-*.json", "annotations.xml", "via_*.csv", "via_*.json"),
+    *("labels_*.csv", "labels_*.json"),
+)
+# VIA's columns of a file and a region, with a JSON object each
+_VIA_FILE = "file_attributes"
+_VIA_REGION = "region_attributes"
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
+
+
+def read_json(content: Any) -> Iterable[dict[str, str]]:
+    """Return the cells of the images in a list of objects, in a COCO file, or in one of VIA."""
+    if isinstance(content, list):
+        return map(read_entry, content)
+    images = content.get("_via_img_metadata", content)  # of a project, or an export
+    if not all(isinstance(image, dict) and _VIA_FILE in image for image in images.values()):
+        return _read_coco(content)
+    return _read_via(
+        (image["filename"], image[_VIA_FILE], region.get(_VIA_REGION, {}))
+        for image in images.values()
+        for region in [{}, *_values(image["regions"])]
+    )
+
+
+def _values(regions: Any) -> list[Any]:
+    """List the *regions* of an image, which early versions of VIA number by keys."""
+    return [*regions.values()] if isinstance(regions, dict) else regions
+
+
+def _read_via(
+    lines: Iterable[tuple[str, dict[str, Any], dict[str, Any]]],
+) -> Iterator[dict[str, str]]:
+    """Yield the cells of each image from *lines* with its name, its attributes, and those of a region."""
+    of_file: dict[str, set[str]] = {}
+    of_regions: dict[str, set[str]] = {}
+    for name, attributes, region_attributes in lines:
+        of_file.setdefault(name, set()).update(_via_classes(attributes))
+        of_regions.setdefault(name, set()).update(_via_classes(region_attributes))
+    for name, classes in of_file.items():
+        yield _as_cells(name, classes or of_regions[name])
+
+
+def _via_classes(attributes: Mapping[str, Any]) -> list[str]:
+    """List the classes in *attributes*, of which one may have a value: a text, or options with true or false."""
+    values = [value for value in attributes.values() if value]
+    if not values:
+        return []
+    [value] = values  # a `ValueError` if several may be the class
+    if isinstance(value, dict):
+        return [name for name, is_chosen in value.items() if is_chosen]
+    return [str(value)]
+
+
+def read_cvat(text: str) -> Iterator[dict[str, str]]:
+    """Yield the cells of each image of CVAT's XML: its tags or, without any, the labels of its shapes."""
+    root = ElementTree.fromstring(text)  # noqa: S314 - expat limits entities
+    for image in root.iter("image"):
+        tags = {tag.attrib["label"] for tag in image.iter("tag")}
+        shapes = {shape.attrib["label"] for shape in image if "label" in shape.attrib}
+        yield _as_cells(image.attrib["name"], tags or shapes)
+
+
+def _as_cells(file: str, classes: Iterable[str]) -> dict[str, str]:
+    """Return the cells of an image; raises `ValueError` without classes."""
+    if not classes:
+        raise ValueError(f"{file} has no class")
+    return {"file": file, "classes": SEPARATOR.join(sorted(classes))}
+
+
+def read_entry(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the cells of an image from an object with its file, and its label or labels.
+
+    Label Studio's JSON has the file in `data`, and the choices in results of `annotations`.
+    """
+    if "annotations" in entry and "data" in entry:
+        choices = [
+            choice
+            for annotation in entry["annotations"]
+            for result in annotation["result"]
+            for choice in result["value"]["choices"]
+        ]
+        entry = {**entry["data"], "choices": sorted(set(choices))}
+    columns = rename([lookalike_key(key) for key in entry])
+    values = dict(zip(columns, entry.values(), strict=True))
+    labels = values["classes"]
+    if isinstance(labels, dict) and isinstance(labels.get("choices"), list):
+        labels = labels["choices"]  # several of Label Studio's short JSON
+    if isinstance(labels, dict):
+        raise ValueError("no list of classes")
+    labels = labels if isinstance(labels, list) else [labels]
+    return {"file": str(values["file"]), "classes": SEPARATOR.join(map(str, labels))}
+
+
+def rename(headings: Sequence[str]) -> list[str]:
+    """Name the columns with *headings* of a file and its classes as `REQUIRED`; the others stay."""
+    columns = [*headings]
+    for column, names in _NAMES.items():
+        name = next((name for name in names if name in headings), None)
+        if name is not None:
+            columns[headings.index(name)] = column
+    return columns
+
+
+def _read_coco(content: Any) -> Iterator[dict[str, str]]:
+    """Yield the cells of each image of a COCO file, in which each has annotations of one category."""
+    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    labels: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
+    for annotation in content["annotations"]:
+        labels[annotation["image_id"]].add(names[annotation["category_id"]])
+    for image in content["images"]:
+        [label] = labels[image["id"]]  # a `ValueError` if there are none or several
+        yield {"file": str(image["file_name"]), "classes": label}
+
+
+def is_of_via(text: str) -> bool:
+    """Tell whether *text* is a CSV file of VIA, whose cells are JSON objects."""
+    return _VIA_FILE in text.partition("\n")[0].split(",")
+
+
+def read_via_csv(text: str) -> Iterator[dict[str, str]]:
+    """Yield the cells of each image of the CSV file *text* of VIA, with a line per region."""
+    return _read_via(
+        (line["filename"], json.loads(line[_VIA_FILE]), json.loads(line[_VIA_REGION]))
+        for line in csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    )
+
+
+def without_brackets(classes: str) -> str:
+    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay."""
+    if not (classes.startswith("[") and classes.endswith("]")):
+        return classes
+    return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))
