@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.decision_fit import (
-    MIN_COSINES,
     fit_decision,
     fit_temperature,
     temperature_lowers_loss,
@@ -150,7 +149,7 @@ def keep_better(
         scalable=False,  # the network contains the temperature
         groups=groups,
         unknown=predict_unknown(tuned, run.setup.unknown, recipe.preprocess, recipe.workers),
-        min_images=MIN_COSINES,
+        are_cosines=True,
     )
 
     result = LoopResult(
