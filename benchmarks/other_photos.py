@@ -44,12 +44,8 @@ from photo_vectors import (
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from sopdeploy.evaluation.decision_fit import (
-    MIN_COSINES,
-    accepted_interval,
-    fit_decision,
-    threshold_rank,
-)
+from sopdeploy.evaluation.decision_fit import fit_decision
+from sopdeploy.evaluation.known_threshold import choose_threshold
 from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, Targets, unit_length
 from sopdeploy.training.few_shot.run import make_folds
@@ -140,7 +136,7 @@ def run_draw(
         estimated_on="cross-validation",
         scalable=False,
         left_out=problem.cosines_without_class(),
-        min_images=MIN_COSINES,
+        are_cosines=True,
     ).rejection
     means = problem.class_means()
     threshold = -1.0 if rule is None else rule.threshold
@@ -204,8 +200,9 @@ def measure_diffuse(
         folds = make_folds(
             targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed
         )
-        cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
-        threshold = cosines[max(1, threshold_rank(len(cosines), ACCEPTS)) - 1]
+        cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
+        chosen_threshold = choose_threshold(cosines, ACCEPTS, are_cosines=True)
+        threshold = -1.0 if chosen_threshold is None else chosen_threshold.value
         means = problem.class_means()
         for name, vectors in (("unknown", unknown[0][order[size:]]), ("others", unknown[1])):
             found = unit_length(vectors[:, : photos.own]) @ means.T
@@ -238,12 +235,12 @@ def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) 
         targets = Targets(np.eye(count)[classes[drawn]], classes[drawn], "softmax")
         problem = LinearProblem(NO_SPACE, own[drawn][:, :1], own[drawn], targets)
         folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
-        cosines = np.sort(np.mean([problem.cosines(one) for one in folds], axis=0))
-        rank = threshold_rank(len(drawn), ACCEPTS)
-        low, high = accepted_interval(len(drawn), rank)
-        accepted = (
-            (own[new] @ problem.class_means().T).max(axis=1) >= cosines[rank - 1]
-        ).mean()
+        cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
+        threshold = choose_threshold(cosines, ACCEPTS, are_cosines=True)
+        if threshold is None:
+            continue
+        low, high = threshold.accepted
+        accepted = ((own[new] @ problem.class_means().T).max(axis=1) >= threshold.value).mean()
         held += int(low <= accepted <= high)
     return 100 * held / draws
 

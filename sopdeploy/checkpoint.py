@@ -220,6 +220,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
 
+    # Fields of a later version are unknown here; the error names the version that knows them.
     version = content.pop("version", None)
     training = content.get("training")
     unknown = [
@@ -331,6 +332,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
         ) from error
     digest = hashlib.sha256(raw).hexdigest()
 
+    # Two formats: safetensors has tensors alone, a file of torch may hold them in tables.
     if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(
             "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)

@@ -454,6 +454,7 @@ def retry_after(response: httpx.Response) -> float:
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     """Send *request*, read the response, decode its content; raises `ServiceError` for what is not ours."""
+    # The answer must be that of this request, and come after it.
     response = client.send(request, stream=True)
     if is_early(response):  # it answers something else
         response.close()
@@ -467,6 +468,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
             "the answer is that of another request", request=request
         )
 
+    # A limited number of bytes, in an encoding that httpx decodes.
     try:
         if response.headers.get("Content-Encoding", "").lower() not in ENCODINGS:
             raise _foreign_answer_error(response)

@@ -212,6 +212,7 @@ def with_registered(
             if isinstance(value, base):
                 return value
 
+            # The kind of a plug-in's config, or an error that lists all kinds.
             context = problem["ctx"]
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:
@@ -251,11 +252,11 @@ class Options(StrictModel):
 
 
 def check_format(
-    found: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()
+    version: Any, expected: int, written_by: Any, unknown: Iterable[str] = ()
 ) -> None:
     """Raise `OtherVersionError` if this version of sopdeploy cannot read a file.
 
-    The format version *found* in the file must be *expected*, and the file must have no
+    The format *version* of the file must be *expected*, and the file must have no
     *unknown* fields. A format keeps its version when it gets optional fields. *written_by* is
     the version that wrote the file.
     """
@@ -263,10 +264,10 @@ def check_format(
     if isinstance(written_by, str):
         reader = f"sopdeploy {written_by[:MAX_SHOWN]}"
 
-    if found != expected:
-        version = _SHORTENER.repr(found)[:MAX_SHOWN]
+    if version != expected:
+        short = _SHORTENER.repr(version)[:MAX_SHOWN]
         raise OtherVersionError(
-            f"version: {version}, but this sopdeploy reads {expected}; read it with {reader}"
+            f"version: {short}, but this sopdeploy reads {expected}; read it with {reader}"
         )
 
     if names := sorted(unknown):

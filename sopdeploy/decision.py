@@ -55,15 +55,19 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit, if
             they are taken in the same way.
-        recognized: How many images of a folder of unknown ones it rejects, and of how many, if there is one.
+        recognized: How many unknown images it rejects, and of how many, if there are any.
+        is_unknown_shipped: Whether these come with the network, so that they are none of a folder of the user.
         new_class: How many known images it rejects if their own class is left out, and of how many.
+        new_class_share: 95 % interval of the fraction of a new class that it rejects.
     """
 
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None
+    is_unknown_shipped: bool = False
     new_class: tuple[Occurrences, Occurrences] | None = None
+    new_class_share: tuple[Fraction, Fraction] | None = None
 
 
 class Reference(StrictModel):
@@ -221,6 +225,7 @@ class Decision(StrictModel):
         """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
 
+        # The temperature, and what it changes in the loss.
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
@@ -229,6 +234,7 @@ class Decision(StrictModel):
                 losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
                 rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
 
+        # The rejection: what it accepts of known classes, and rejects of others.
         if (rule := self.rejection) is not None:
             accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
             if rule.accepted is not None:
@@ -237,23 +243,27 @@ class Decision(StrictModel):
             rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
 
             if rule.recognized is not None:
-                rows.append(
-                    (
-                        "photographs of other things",
-                        "{} of {} rejected".format(*rule.recognized),
+                text = "{} of {} rejected".format(*rule.recognized)
+                if rule.is_unknown_shipped:
+                    text += (
+                        ", of ImageNet; give --unknown FOLDER to measure those of your place"
                     )
-                )
-            # images that are made from the user's own do not predict it
+                rows.append(("photographs of other things", text))
             elif rule.new_class is not None:
-                rows.append(
-                    ("photographs of other things", "not measured; give --unknown FOLDER")
-                )
+                # Images that are made from the user's own do not predict it
+                text = "not measured; give --unknown FOLDER"
+                rows.append(("photographs of other things", text))
 
             if rule.new_class is not None:
                 rejected, count = rule.new_class
-                text = f"{100 * rejected / max(1, count):.0f} % rejected (each class left out once)"
+                interval = ""
+                if rule.new_class_share is not None:
+                    low, high = (100 * share for share in rule.new_class_share)
+                    interval = f"95 % interval {low:.0f} to {high:.0f} %; "
+                text = f"{100 * rejected / max(1, count):.0f} % rejected ({interval}each class left out once)"
                 rows.append(("a new class of this kind", text))
 
+        # The threshold of each class, for images of several classes.
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:
@@ -271,10 +281,10 @@ def log_sum_exp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
-    found: NDArray[np.float64] = largest + np.log(
+    sums: NDArray[np.float64] = largest + np.log(
         np.exp(values - largest[..., None]).sum(axis=-1)
     )
-    return found
+    return sums
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -128,7 +128,6 @@ def remove_leftovers(folder: Path) -> None:
                 with lock_if_abandoned(path) as is_abandoned:
                     if is_abandoned:
                         path.unlink(missing_ok=True)
-
             elif _LEFT_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with lock_if_abandoned(path / LOCK) as is_abandoned:
                     # Without a lock file, its process has ended or will create another folder.
@@ -366,10 +365,12 @@ def check_is_weights(path: Path) -> WeightPath:
 def _magic_of_importers() -> tuple[bytes, ...]:
     """List the first bytes of the files of importers that packages have registered."""
     IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
-    found = []
+    first_bytes = []
     for importer, _ in IMPORTERS.registered.values():
-        found.append(FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic)
-    return tuple(magic for magic in found if magic)
+        first_bytes.append(
+            FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic
+        )
+    return tuple(magic for magic in first_bytes if magic)
 
 
 def check_is_checkpoint(path: Path) -> None:

@@ -133,6 +133,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
         if argument in _COSTLY:
             raise ValueError(f"{argument}: may take any time or memory")
 
+        # Values that are named again keep their extent.
         if name in {"BINPUT", "LONG_BINPUT"}:
             memo[argument] = stack[-1]
             continue
@@ -143,6 +144,7 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             stack.append(None)
             continue
 
+        # What the operation takes from the stack: all above the last mark, or a fixed number.
         before = operation.stack_before
         if pickletools.markobject in before:
             operands = list(iter(stack.pop, None))  # those above the mark
@@ -175,12 +177,12 @@ def distinct_values(content: Any) -> list[Any]:
     Raises `ValueError` for more than `MAX_VALUES`, counted wherever they are named, for more
     than `MAX_LEVELS`, and if *content* contains itself.
     """
-    found: list[Any] = []
+    leaves: list[Any] = []
     # by the identity of an object; None while it is measured
     extents: dict[int, _Extent | None] = {}
 
     def measure(value: Any, outer_levels: int) -> _Extent:
-        """Measure *value*, once for each object; add it to *found* if it is no container."""
+        """Measure *value*, once for each object; add it to *leaves* if it is no container."""
         if id(value) in extents:
             known = extents[id(value)]
             if known is None:
@@ -200,13 +202,12 @@ def distinct_values(content: Any) -> list[Any]:
             levels = 1 + max((extent.levels for extent in inner), default=0)
             if num_values > MAX_VALUES or levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
-
         else:
             num_values = 1
             levels = 0
-            found.append(value)
+            leaves.append(value)
         measured = extents[id(value)] = _Extent(num_values, levels)
         return measured
 
     measure(content, 0)
-    return found
+    return leaves

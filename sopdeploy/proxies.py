@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 
 from sopdeploy.errors import ConfigError
@@ -42,26 +42,14 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
     one of *schemes*.
     """
     target = urlsplit(url)
-    proxies = getproxies()
     host = (target.hostname or "").rstrip(".")
-    kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
-
-    if (
-        kind is None
-        or is_this_machine(host)
-        or _is_excluded(host, target.port, proxies.get("no", ""))
-    ):
+    configured = _configured_proxy(target, host)
+    if configured is None:
         return None
 
-    value = proxies[kind]
-    names = (
-        name
-        for name in os.environ
-        if name.lower() == f"{kind}_proxy" and os.environ[name] == value
-    )
-    proxy = Proxy(
-        value if "://" in value else f"http://{value}", next(names, "settings of the system")
-    )
+    # The variable may name a host alone, as curl allows it.
+    value = configured.url
+    proxy = configured._replace(url=value if "://" in value else f"http://{value}")
 
     advice = f"write http://HOST:PORT, or add {host} to NO_PROXY"
     try:
@@ -69,16 +57,36 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
         if not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", proxy.url):
             raise ValueError("no host")
     except ValueError as error:  # also of an invalid port
-        shown = ascii(without_password(value))
+        written = ascii(without_password(value))
         raise ConfigError(
-            f"{proxy.variable}={shown}: not the URL of a proxy; {advice}"
+            f"{proxy.variable}={written}: not the URL of a proxy; {advice}"
         ) from error
-
     if parts.scheme not in schemes:
         raise ConfigError(
             f"{describe_route(url, proxy)}: {parts.scheme}:// does not work here; {advice}"
         )
+
     return proxy
+
+
+def _configured_proxy(target: SplitResult, host: str) -> Proxy | None:
+    """Return the proxy for *target* on *host* as its variable is written; None if the host is reached without."""
+    proxies = getproxies()
+    kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
+    if (
+        kind is None
+        or is_this_machine(host)
+        or _is_excluded(host, target.port, proxies.get("no", ""))
+    ):
+        return None
+
+    # In capitals or not, as the user has spelled it.
+    names = (
+        name
+        for name in os.environ
+        if name.lower() == f"{kind}_proxy" and os.environ[name] == proxies[kind]
+    )
+    return Proxy(proxies[kind], next(names, "settings of the system"))
 
 
 def describe_route(url: str, proxy: Proxy | None) -> str:
@@ -124,14 +132,18 @@ def is_this_machine(host: str) -> bool:
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
 
+    # Names of this machine in /etc/hosts stand for their addresses.
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
         text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
         lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
         host = next((address for address, *names in filter(None, lines) if host in names), host)
 
+    # An address that the machine would send from is its own.
     try:
-        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
-        family, kind, _, _, address = found[0]
+        addresses = socket.getaddrinfo(
+            host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
+        )
+        family, kind, _, _, address = addresses[0]
         if ip_address(address[0]).is_loopback:
             return True
         with socket.socket(family, kind) as probe:

@@ -163,8 +163,8 @@ class Program(TyperGroup):
 
     def main(self, *arguments: Any, **settings: Any) -> None:
         """Run a command; a wrong command line is one error line, and with `--json` also JSON."""
-        given = arguments[0] if arguments else settings.get("args")
-        as_json = "--json" in (sys.argv[1:] if given is None else given)
+        words = arguments[0] if arguments else settings.get("args")
+        as_json = "--json" in (sys.argv[1:] if words is None else words)
 
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
@@ -310,6 +310,7 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         if option.startswith("--")
     ]
 
+    # A word that means the GPU, or one that is like the name of a setting.
     key = name.lstrip("-").replace("-", "_")
     means_gpu = key in {"gpu", "cuda", "device", "gpus"}
     if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):

@@ -81,11 +81,11 @@ def classify_photographs(out: Path) -> None:
     say("", f"$ sopdeploy {SERVE}", style="bold cyan")
     with _serving(out) as (ready, client):
         say(ready)
-        found = client.classify(new)
-        unknown = client.classify(others)
+        answers = client.classify(new)
+        answers_to_others = client.classify(others)
 
     say("New photographs, over HTTP:", style="bold")
-    rate = _show_answers([photo.parent.name for photo in new], found, len(new))
+    rate = _show_answers([photo.parent.name for photo in new], answers, len(new))
     expect("the new photographs", rate, MIN_ACCURACY)
 
     say("Photographs of other things, which are none of the classes:", style="bold")
@@ -96,11 +96,11 @@ def classify_photographs(out: Path) -> None:
             f"{answer.score:.2f}",
             "known" if answer.known else "unknown",
         )
-        for photo, answer in zip(others, unknown, strict=True)
+        for photo, answer in zip(others, answers_to_others, strict=True)
     ]
     print_table(("photograph", "nearest class", "score", ""), rows)
 
-    rejected = Rate.of(sum(answer.known is False for answer in unknown), len(others))
+    rejected = Rate.of(sum(answer.known is False for answer in answers_to_others), len(others))
     expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
 
 
@@ -139,6 +139,7 @@ def _prepare_digits(out: Path) -> _Prepared:
         if done.returncode:
             return _Prepared(outputs, done.returncode)
 
+    # A server classifies the held-out digits.
     digits = open_digits().held_out
     truths = [digits.class_names(index)[0] for index in range(len(digits))]
     with _serving(out) as (ready, client):

@@ -47,8 +47,16 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
     settings=SettingOptions(
         _parse_and_warn,
         setting_flags(
-            *("host", "port", "examples", "runtime", "devices", "front_ends"),
-            *("threads", "keys", "require_signature", "log"),
+            "host",
+            "port",
+            "examples",
+            "runtime",
+            "devices",
+            "front_ends",
+            "threads",
+            "keys",
+            "require_signature",
+            "log",
         ),
     )
 )

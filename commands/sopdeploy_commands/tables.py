@@ -21,8 +21,8 @@ def make_schema(columns: Mapping[str, Any]) -> Any:
 
 def check_schema(schema: Any) -> None:
     """Raise `ValueError` if *schema* is that of a later format; files of other programs have no version."""
-    found = (schema.metadata or {}).get(VERSION_KEY)
-    if found is not None:
+    version = (schema.metadata or {}).get(VERSION_KEY)
+    if version is not None:
         check_format(
-            int(found), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None
+            int(version), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None
         )

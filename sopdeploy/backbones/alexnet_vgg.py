@@ -75,9 +75,9 @@ class SingleStage(Backbone):
         self, config: VGGConfig | AlexNetConfig, num_classes: int, layers: Sequence[nn.Module]
     ) -> None:
         super().__init__(config, num_classes)
-        channels = 0  # of the last convolution so far
 
         # Branches can read the map after each ReLU.
+        channels = 0  # of the last convolution so far
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels

@@ -212,7 +212,7 @@ def give_final_name(
             raise BundleError(
                 f"{target}: has the name of the bundle, but is no folder; move it away"
             )
-        found = read_same()
+        manifest_here = read_same()
 
     # The signature comes first: nobody sees a bundle without it.
     with writing(target), ExitStack() as undo:
@@ -226,14 +226,14 @@ def give_final_name(
         if is_new:
             is_new = _rename_sealed(folder, target)  # false if another process was faster
             try:
-                found = read_same()
+                manifest_here = read_same()
             except BundleError:
                 if is_new:  # somebody exchanged a file between the check and the new name
                     target.rename(folder)  # the caller deletes it
                 raise
 
         undo.pop_all()  # keep the signature
-    return PlacedBundle(found, is_new)
+    return PlacedBundle(manifest_here, is_new)
 
 
 def _rename_sealed(folder: Path, target: Path) -> bool:
@@ -256,19 +256,19 @@ def _rename_sealed(folder: Path, target: Path) -> bool:
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
     """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
-    found = open_bundle(target, with_graph=False).manifest
+    manifest_here = open_bundle(target, with_graph=False).manifest
 
-    if not found.has_content_of(manifest):
+    if not manifest_here.has_content_of(manifest):
         raise BundleError(
             f"{target} exists with another manifest; choose another folder", setting="out"
         )
 
-    if is_signed and found != manifest:
+    if is_signed and manifest_here != manifest:
         raise BundleError(
-            f"{target}: exported at {found.exported_at}, but the signed copy at {manifest.exported_at}; "
+            f"{target}: exported at {manifest_here.exported_at}, but the signed copy at {manifest.exported_at}; "
             "move this folder away and pull again"
         )
-    return found
+    return manifest_here
 
 
 def follow_link(path: Path) -> Path:
@@ -308,8 +308,8 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir() or not file.is_file() or file.is_symlink():
         raise BundleError(f"{path}: {describe_no_bundle(path)}")
 
-    with open_regular(file) as opened:
-        content = read_at_most(opened, MAX_MANIFEST_BYTES + 1)
+    with open_regular(file) as stream:
+        content = read_at_most(stream, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(
             f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
@@ -390,6 +390,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
         )
 
+    # The folder is opened once, so that no other one can take its name meanwhile.
     contents: dict[str, bytes] = {}
     graph: SealedFile | None = None
     current = path  # for the message of an error

@@ -52,10 +52,9 @@ def read_live(folder: Path) -> Live:
     A link that is missing, as in a copy of the folder, leads where its last move led. A bundle
     counts as refused if its last line says so. Raises `ConfigError` as `read_log` does.
     """
+    # The log tells what each link led to last, and what was refused and not promoted later.
     target_of_link: dict[str, str] = {}  # in the order of the last moves
     refused = set[str]()
-
-    # The log tells what each link led to last, and what was refused and not promoted later.
     for _, fields in read_log(folder):
         link = fields.get("link")
         after = fields.get("after")

@@ -204,6 +204,7 @@ def check_certificate(bundle: Bundle) -> None:
     path = bundle.path / CERTIFICATE
     certificate = _read_fields(bundle, CERTIFICATE)
 
+    # Bundles of earlier versions prove less; their certificates have fewer fields.
     roots = certificate.get("roots")
     missing = [name for name in CERTIFIED if name not in certificate]
     if isinstance(roots, dict):
@@ -233,11 +234,13 @@ def check_certificate(bundle: Bundle) -> None:
     if shipped_root != manifest.lineage.onnx_root or is_other_float32:
         raise BundleError(f"{path}: certifies another graph than model.onnx; {ADVICE}")
 
+    # It certifies the files of this bundle, and every field of its manifest.
     certified = certificate["precision"], detached_parts, certificate["contents"]
     if certified != (manifest.precision, manifest.detached, manifest.contents_sha256):
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
 
+    # Detached parts and the proof of their detachment come together.
     if detached_parts:  # then a network without them is compared; otherwise nothing was removed
         fits_detached = "detached" in compared
     else:

@@ -118,6 +118,7 @@ def read_probes(bundle: Bundle) -> Probes:
                 f"{path}: allows output {name!r} any value; export the bundle again"
             )
 
+    # Every output of the manifest has expected values for every image.
     count = probes.images.shape[0] if probes.images.ndim else 0
     required_shapes = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
     shapes = {
@@ -149,9 +150,9 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     them. Raises `ParityError` as `replay` does.
     """
     sizes = list(probes_by_batch)
-    replays: dict[int, Replay] = {}  # of all batches so far, by their size
 
     # One batch of each size after another, so that all sizes meet the same load.
+    replays: dict[int, Replay] = {}  # of all batches so far, by their size
     for number in range(
         max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)
     ):

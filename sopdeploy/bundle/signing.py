@@ -53,8 +53,8 @@ def write_signature(path: Path, key: Path) -> Path:
 def read_signature(file: Path, bundle: object) -> bytes:
     """Read the signature *file* of *bundle*, which the error names; raises `BundleError`."""
     try:
-        with open_regular(file) as opened:
-            content = read_at_most(opened, MAX_FILE_BYTES + 1)
+        with open_regular(file) as stream:
+            content = read_at_most(stream, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BundleError(
             f"{bundle}: no signature at {file.name} ({error.strerror}); see `sopdeploy sign`"

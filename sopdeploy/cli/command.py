@@ -79,8 +79,10 @@ def command(
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
         parameters = _declare_parameters(function, options)
-        show_parameters: list[inspect.Parameter] = []
 
+        # The options of the result's printer and those of the service follow those of the
+        # function.
+        show_parameters: list[inspect.Parameter] = []
         if show is not None:
             # The first is the result
             result_name = next(iter(inspect.signature(show).parameters))
@@ -110,6 +112,8 @@ def command(
                 parameter.name: values.pop(parameter.name) for parameter in show_parameters
             }
 
+            # The function runs with errors as one line; with --json, nothing else gets on
+            # stdout.
             with one_line_errors(as_json), ExitStack() as stack:
                 # at the end, *err* is as before
                 stack.callback(setattr, err, "quiet", err.quiet)
@@ -153,6 +157,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     The returned function takes the fields as keyword arguments, validates them and passes the
     models to *function*. Its signature and docstring list the fields.
     """
+    # Arguments stay; each field of a model of options becomes a keyword.
     parameters: list[inspect.Parameter] = []
     option_classes: dict[str, type[Options]] = {}  # by parameter
     option_lines: list[str] = []
@@ -191,6 +196,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
                 keywords[name] = options(**fields)
         return function(*args, **keywords)
 
+    # The help and the signature show the fields in place of the models.
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

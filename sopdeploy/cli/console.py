@@ -117,7 +117,6 @@ def _system_errors_as_user_errors() -> Iterator[None]:
         raise StorageError(
             f"{name}: cannot be read or written ({os_reason(error)}); {advice}"
         ) from error
-
     except Exception as error:  # each library has its own type for missing memory
         if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
             raise

@@ -187,6 +187,7 @@ class AugmentedDataset(FittedDataset):
         else:
             arrays = self.fit(samples, self.preprocess)
 
+        # Cut out a window of each, at a random place and perhaps mirrored.
         pad = 0
         is_doubled = False
         if isinstance(augmentation, PadCrop):
@@ -203,6 +204,7 @@ class AugmentedDataset(FittedDataset):
             is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
 
+        # Colors are shifted by random numbers of their own.
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:
             return arrays

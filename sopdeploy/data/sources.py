@@ -121,6 +121,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
 
     Raises `ConfigError` if no path is set and `DataError` if the data cannot be used.
     """
+    # A plug-in's source, then those of this package.
     if isinstance(config, DataSource):
         lines: list[str] = []
         split = config.open(lines.append)
@@ -131,7 +132,6 @@ def open_data(config: DataConfig | DataSource) -> Split:
         raise ConfigError(
             "data.path: not set; give the folder of the data", remedies={"data": None}
         )
-
     elif isinstance(config, FolderConfig):
         split = _group_by_name(open_folder(config.path, config.classes_from), config.groups)
     elif isinstance(config, CifarConfig):
@@ -150,6 +150,7 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     if not pattern:
         return split
 
+    # A pattern that matches no name is probably a mistake.
     names = (
         PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train))
     )

@@ -55,6 +55,7 @@ def score_checkpoint(
 
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
 
+    # A decision for too few photographs would be chance.
     count = len(images)
     noun = "image"
     if images.groups is not None:  # one image of each counts, as in a run
@@ -72,6 +73,7 @@ def score_checkpoint(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
 
+    # The logits of all photographs in one pass.
     network = as_evaluated(model, mirror=mirror)
     logits_NC = score_images(
         network, checkpoint.preprocess, images, workers=workers, on_image=on_image

@@ -5,11 +5,9 @@ divides all logits, so it changes probabilities but never the order of the class
 if temperatures that are fitted without a fifth of the images at a time lower the loss of these
 images.
 
-Rejection: an image whose energy is below a threshold counts as unknown. The threshold is a
-quantile of the energies of known images with the correction of split conformal prediction
-(Angelopoulos and Bates, 2021, section 1). With several classes per image, each class has a
-threshold. The energy of a network of the few-shot procedure is a cosine
-(`models.second_order_head`).
+Rejection: an image whose energy is below a threshold (`evaluation.known_threshold`) counts as
+unknown. With several classes per image, each class has a threshold. The energy of a network of
+the few-shot procedure is a cosine (`models.second_order_head`).
 """
 
 import math
@@ -24,7 +22,8 @@ from sopdeploy.decision import (
     Rejection,
     log_sum_exp,
 )
-from sopdeploy.evaluation.metrics import Rate, log_loss
+from sopdeploy.evaluation.known_threshold import choose_threshold
+from sopdeploy.evaluation.metrics import Rate, log_loss, wilson
 from sopdeploy.evaluation.statistics import LEVEL
 
 Logits = NDArray[np.float64]
@@ -48,13 +47,14 @@ def fit_decision(
     scalable: bool = True,
     groups: NDArray[np.integer] | None = None,
     unknown: Logits | None = None,
+    is_unknown_shipped: bool = False,
     left_out: NDArray[np.float64] | None = None,
-    min_images: int = MIN_IMAGES,
+    are_cosines: bool = False,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Only the first image of each of the *groups* (N,) of copies is used. With fewer than
-    *min_images* images or with one class, nothing is fitted.
+    `least_images` or with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -64,7 +64,9 @@ def fit_decision(
             `fit_temperature` or `temperature_lowers_loss` finds no evidence for another value.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
+        is_unknown_shipped: Whether these are images that come with the network, not those of a folder.
         left_out: Energies (N,) of the images if their own class is left out, another test.
+        are_cosines: Whether the energies of the *logits* are cosines.
     """
     # Copies of a photograph count once.
     if groups is not None:
@@ -74,7 +76,7 @@ def fit_decision(
         targets = targets[first_of_group]
         left_out = None if left_out is None else left_out[first_of_group]
 
-    if len(logits) < min_images or logits.shape[1] < 2:
+    if len(logits) < least_images(are_cosines=are_cosines) or logits.shape[1] < 2:
         return Decision()
 
     # The temperature first: the threshold is of scaled logits.
@@ -89,20 +91,28 @@ def fit_decision(
         estimated_on=estimated_on,
     )
 
-    # The threshold is an order statistic of the known images' scores.
+    # The threshold of their energies, and what it rejects.
     rejection = None
-    if rank := threshold_rank(len(logits), accepts):
-        threshold = float(np.sort(log_sum_exp(scaled))[rank - 1])
+    if threshold := choose_threshold(log_sum_exp(scaled), accepts, are_cosines=are_cosines):
         unknown_energies = None if unknown is None else log_sum_exp(unknown / temperature)
         rejection = Rejection(
-            threshold=threshold,
+            threshold=threshold.value,
             accepts=accepts,
-            accepted=accepted_interval(len(logits), rank),
-            recognized=_count_rejected(unknown_energies, threshold),
-            new_class=_count_rejected(left_out, threshold),
+            accepted=threshold.accepted,
+            recognized=_count_rejected(unknown_energies, threshold.value),
+            is_unknown_shipped=is_unknown_shipped and unknown is not None,
+            new_class=_count_rejected(left_out, threshold.value),
+            new_class_share=None
+            if left_out is None
+            else new_class_interval(left_out < threshold.value, targets),
         )
 
     return Decision(calibration=calibration, rejection=rejection)
+
+
+def least_images(*, are_cosines: bool) -> int:
+    """Return the smallest number of images that a decision is fitted to."""
+    return MIN_COSINES if are_cosines else MIN_IMAGES
 
 
 def _count_rejected(
@@ -112,8 +122,32 @@ def _count_rejected(
     return None if energies is None else (int((energies < threshold).sum()), len(energies))
 
 
-def missing_threshold(images: int, classes: int, accepts: float, min_images: int) -> str:
-    """Say why `fit_decision` fits no threshold for unknown images; empty if it fits one."""
+def new_class_interval(
+    is_rejected_N: NDArray[np.bool_], targets: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
+
+    It is Student's prediction interval of one more class, and at least Wilson's interval with as
+    many trials as classes: two or three equal shares say little about the next one.
+    """
+    from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second
+
+    labels, class_N = np.unique(targets, return_inverse=True)
+    shares_K = np.bincount(class_N, is_rejected_N) / np.bincount(class_N)
+    mean = float(shares_K.mean())
+    count = len(labels)
+    low, high = wilson(mean * count, count)
+    if count > 1:
+        deviation = float(shares_K.std(ddof=1)) * math.sqrt(1 + 1 / count)
+        half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * deviation
+        low = max(0.0, min(low, mean - half))
+        high = min(1.0, max(high, mean + half))
+    return low, high
+
+
+def missing_threshold(images: int, classes: int, accepts: float) -> str:
+    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one."""
+    min_images = least_images(are_cosines=True)
     if images < min_images:
         return (
             f"not recognized, because a threshold needs {min_images} different images and there are {images}"
@@ -122,50 +156,9 @@ def missing_threshold(images: int, classes: int, accepts: float, min_images: int
 
     if classes < 2:
         return "not recognized, because there is only one class"
-    if threshold_rank(images, accepts) == 0:
-        return f"not recognized, because {images} images are too few to accept {100 * accepts:g} % of them"
+    if accepts == 1:
+        return "not recognized, because all images are to be accepted"
     return ""
-
-
-def threshold_rank(images: int, accepts: float) -> int:
-    """Return the rank of the energy of *images* that is the threshold: 1 is the lowest, 0 no threshold.
-
-    A new known image has an energy below that of rank k, and so is rejected, with a probability
-    of at most k / (images + 1). The result is the largest k for which this is at most 1 -
-    *accepts*.
-    """
-    # 1e-9: in floats, 10 * (1 - 0.9) is below 1
-    rank = math.floor((images + 1) * (1 - accepts) + 1e-9)
-    return min(images, rank)  # *accepts* = 0 gives images + 1
-
-
-def accepted_interval(images: int, rank: int) -> tuple[float, float]:
-    """Compute the 95 % interval of the fraction of new known images that the threshold accepts.
-
-    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of
-    as many new images, the number of accepted ones has a beta-binomial distribution (Marques
-    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new
-    images vary.
-    """
-    from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
-
-    # parameters of the beta distribution of the accepted share
-    a = images - rank + 1
-    b = rank
-
-    # New images, and all possible numbers of accepted ones
-    n = images
-    k = np.arange(images + 1)
-
-    # The beta-binomial distribution of the number of accepted images.
-    # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k
-    # + 1))
-    log_ratio = betaln(k + a, n - k + b) - betaln(a, b)
-    log_coefficient = -np.log(n + 1) - betaln(n - k + 1, k + 1)
-    cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))  # P(at most k are accepted)
-
-    low, high = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return low / n, high / n
 
 
 def temperature_lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
@@ -251,6 +244,9 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)
+    # Different images cannot be compared
+    if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
+        earlier = None
 
     if now is None:
         return ""

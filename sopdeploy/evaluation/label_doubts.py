@@ -11,6 +11,12 @@ from sopdeploy.decision import softmax
 # probability of the class for its own images. Labels that are contradicted less are mostly
 # right (docs/benchmarks/copied_photos.md).
 LISTED_RATIO = 6
+# Of the images whose label is not the most probable class, so many have a label that would be
+# listed although it is right: 0.1 to 0.3 in folders without wrong labels (docs/benchmarks/head.md).
+LISTED_BY_CHANCE = 0.25
+# None is listed if chance lists as many of as many errors in more of the folders than this. Two
+# of two are listed.
+CHANCE_LEVEL = LISTED_BY_CHANCE**2
 
 
 class LabelDoubts(NamedTuple):
@@ -27,8 +33,11 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     Each class has an average probability for the images with its label, which is low for
     similar classes. A label is listed if, divided by these averages, the probability of another
     class is more than `LISTED_RATIO` times its own ("confident learning", Northcutt et al.,
-    JAIR 2021).
+    JAIR 2021). None is if `LISTED_BY_CHANCE` of the errors explains their number (binomial test).
     """
+    from scipy.special import bdtrc  # noqa: PLC0415 # SciPy takes a quarter of a second
+
+    # What the classifier says of each label.
     probabilities_NC = softmax(logits_NC)
 
     # Classes differ in how sure a network is of them: probabilities are relative to the average
@@ -44,4 +53,10 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
 
     is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
+
+    # Whether right labels explain the list.
+    num_errors = int((relative_of_label_N < relative_NC.max(axis=1)).sum())
+    num_listed = int(is_listed_N.sum())
+    if num_listed and bdtrc(num_listed - 1, num_errors, LISTED_BY_CHANCE) > CHANCE_LEVEL:
+        is_listed_N[:] = False
     return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC)

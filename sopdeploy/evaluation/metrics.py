@@ -161,13 +161,18 @@ def classification_report(
     if not count:
         raise DataError(NO_IMAGES)
 
+    # Images of one group are not independent; they count as fewer.
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(
-        [-1 - index if one.group is None else one.group for index, one in enumerate(scores)]
+        [
+            -1 - index if score.group is None else score.group
+            for index, score in enumerate(scores)
+        ]
     )
     units = effective_count(groups)
 
+    # The confusion matrix, for the classes that occur.
     shown = np.union1d(targets, predicted)  # sorted
     # a row per target, a column per prediction
     confusion = np.zeros((len(shown), len(shown)), np.int64)
@@ -175,6 +180,7 @@ def classification_report(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
     )
 
+    # Precision, the share of right answers, and recall, that of recognized images, by class.
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits = int(confusion[row, row])

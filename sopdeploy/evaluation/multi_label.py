@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import NO_IMAGES
+from sopdeploy.evaluation.metrics import NO_IMAGES, effective_count, wilson
 from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
@@ -42,7 +42,8 @@ class MeanPrecision(StrictModel):
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
-        default images, and is extended to contain the value. Raises `DataError` if no image
+        default images. Resamples of a perfect ranking are all perfect, so the interval is at
+        least Wilson's of a share of as many independent images. Raises `DataError` if no image
         shows any class.
         """
         # The columns of classes that have an image
@@ -75,7 +76,11 @@ class MeanPrecision(StrictModel):
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
         means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return cls(value=value, count=len(true), low=min(low, value), high=max(high, value))
+        units = effective_count(group_N)
+        least = wilson(value * units, units)
+        return cls(
+            value=value, count=len(true), low=min(low, least.low), high=max(high, least.high)
+        )
 
 
 class MultiLabelMetrics(StrictModel):
@@ -151,12 +156,14 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
 
+        # Images by classes: what is there, what is answered, what is both.
         true = self.targets > 0
         predicted = self.probabilities >= np.asarray(self.thresholds)
         hits = (true & predicted).sum(axis=0)  # (C,), as the next two
         counts = true.sum(axis=0)
         answers = predicted.sum(axis=0)
 
+        # The metrics of each class; those without images have no average precision.
         by_label = sorted(range(len(self.labels)), key=lambda index: self.labels[index])
         classes = [
             MultiLabelClass(

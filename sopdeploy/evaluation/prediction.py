@@ -124,6 +124,7 @@ def held_out_metrics(
         top5 = int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
 
+    # With several classes per image, the thresholds that maximize F1 on these images.
     probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
         labels=labels,

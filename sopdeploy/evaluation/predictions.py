@@ -145,6 +145,7 @@ def _describe_classes(
     metrics: ClassificationReport, images: str, links: Mapping[tuple[int, int], str]
 ) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
+    # Accuracies and loss in one paragraph of text.
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
     scores = (
         f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}. Top-1 is the share of "

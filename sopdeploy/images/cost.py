@@ -65,7 +65,7 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
         return None
     pixels = encoded
 
-    # A JPEG can be decoded at a smaller scale, several scans need all coefficients in memory.
+    # A JPEG can be decoded at a smaller scale; several scans need all coefficients in memory.
     if num_scans and rules is not None and rules.decoding == "scaled":
         scale = center_view((width, height), rules).scale
         pixels = -(-width // scale) * -(-height // scale)

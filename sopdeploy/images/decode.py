@@ -126,7 +126,6 @@ def _loaded(
             if is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
         yield _Loaded(size, scale, view)
-
     except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
         raise image_error(error, max_pixels) from error
 

@@ -68,6 +68,7 @@ def open_image(
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
 
+    # Headers are read within limits; the pixels are not decoded yet.
     detected = detect_format(body, formats)
     try:
         # Before `Image.open`, which allocates the pixels of a WebP:
@@ -95,7 +96,6 @@ def open_image(
                     (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels
                 )
         correct_transparency_info(image)
-
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
@@ -317,9 +317,9 @@ def webp_size(body: bytes) -> tuple[int, int]:
 
     # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
     if kind == b"WEBPVP8X":
-        return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(
-            chunk[7:10], "little"
-        )
+        width = 1 + int.from_bytes(chunk[4:7], "little")
+        height = 1 + int.from_bytes(chunk[7:10], "little")
+        return width, height
 
     # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
     if kind == b"WEBPVP8L":
@@ -328,9 +328,10 @@ def webp_size(body: bytes) -> tuple[int, int]:
 
     # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
     if kind == b"WEBPVP8 ":
-        return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(
-            chunk[8:], "little"
-        ) & 0x3FFF
+        width = int.from_bytes(chunk[6:8], "little") & 0x3FFF
+        height = int.from_bytes(chunk[8:], "little") & 0x3FFF
+        return width, height
+
     return 0, 0
 
 

@@ -71,6 +71,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
                 "too large to be written as PNG", code="too_many_pixels", status=413
             )
 
+        # Any other image becomes a PNG of its pixels, upright and without metadata.
         file = io.BytesIO()
         try:
             pixels = to_rgb(image, Preprocess())

@@ -85,6 +85,7 @@ class Preprocess(StrictModel):
                 f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported"
             )
 
+        # Timm's modes of cropping: the center, the whole image in a square, or with a border.
         mode = str(config.get("crop_mode") or "center")
         if mode not in TIMM_CROP_MODES:
             raise ConfigError(

@@ -25,8 +25,15 @@ _MAX_TABLE_LEVELS = 3
 # Where tools keep class names among other values, as in the config.json of a model or the
 # data.yaml of YOLO.
 _KEYS = (
-    *("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "labels", "classes"),
-    *("class_names", "label_names"),
+    "id2label",
+    "label2id",
+    "class_to_idx",
+    "idx_to_class",
+    "names",
+    "labels",
+    "classes",
+    "class_names",
+    "label_names",
 )
 _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<name>\S.*)")
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
@@ -48,8 +55,8 @@ _NO_NAMES = {
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Read the class names in *file*, in the order of the logits; raises `ConfigError` if not certain."""
     try:
-        found = _parse(read_text(file, MAX_NAMES_BYTES), file.suffix.lower())
-        names = tuple(name.strip() for name in found)
+        text = read_text(file, MAX_NAMES_BYTES)
+        names = tuple(name.strip() for name in _parse(text, file.suffix.lower()))
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not in UTF-8; save it in this encoding", setting="labels"
@@ -100,17 +107,17 @@ def _find_names(data: Any) -> tuple[str, ...]:
     if (names := _names_of_value(data)) is not None:
         return names
 
-    found = {
+    names_by_key = {
         path: names
         for path, value in _find_keys(data)
         if (names := _names_of_value(value)) is not None
     }
 
-    if len(set(found.values())) > 1:
-        raise ValueError(f"holds several lists of names ({', '.join(found)})")
-    if not found:
+    if len(set(names_by_key.values())) > 1:
+        raise ValueError(f"holds several lists of names ({', '.join(names_by_key)})")
+    if not names_by_key:
         raise ValueError('no list of names such as ["cat", "dog"]')
-    return next(iter(found.values()))
+    return next(iter(names_by_key.values()))
 
 
 def _find_keys(data: Any, levels: int = _MAX_TABLE_LEVELS) -> Iterator[tuple[str, Any]]:
@@ -201,31 +208,28 @@ def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
     has_heading = len(lines) > 2 and _has_columns(lines[0])
     for side, pattern in (("begins", _LEADING), ("ends", _TRAILING)):
         matches = [pattern.fullmatch(line) for line in lines]
-        found = [match for match in matches if match]
-        names = tuple(match["name"] for match in found)
-        numbers = [int(match["index"]) for match in found]
+        numbered = [match for match in matches if match]
+        names = tuple(match["name"] for match in numbered)
+        numbers = [int(match["index"]) for match in numbered]
 
-        counts = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
-        is_complete = len(found) == len(lines) or (
-            has_heading and matches[0] is None and len(found) + 1 == len(lines)
+        # A list: all lines but a heading have a number, these count the lines, the rest are names.
+        count_lines = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+        are_all_numbered = len(numbered) == len(lines) or (
+            has_heading and matches[0] is None and len(numbered) + 1 == len(lines)
         )
-        if (
-            is_complete
-            and counts
-            and len(set(names)) == len(names)
-            and not any(map(_has_columns, names))
-        ):
+        are_names = len(set(names)) == len(names) and not any(map(_has_columns, names))
+        if are_all_numbered and count_lines and are_names:
             return names
 
         # `Boeing 747` ends with a number that is a part of the name.
-        is_certain = side == "begins" or not any(match["between"] == " " for match in found)
-        if found and is_complete and is_certain:
+        is_certain = side == "begins" or not any(match["between"] == " " for match in numbered)
+        if numbered and are_all_numbered and is_certain:
             raise ValueError(
                 f"each line {side} with a number, and these do not count the lines"
             )
-        if len(found) > 1 and counts and is_certain:
+        if len(numbered) > 1 and count_lines and is_certain:
             raise ValueError(
-                f"{len(found)} of {len(lines)} lines {side.removesuffix('s')} with a number"
+                f"{len(numbered)} of {len(lines)} lines {side.removesuffix('s')} with a number"
             )
 
     return None

@@ -110,8 +110,14 @@ def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Te
 
 # keys whose values the network that the user names must have; others become those of the file
 IDENTITY = {
-    *("depth", "pooling.kind", "final_pooling"),
-    *("component", "blocks_per_stage", "widen", "components", "chosen"),
+    "depth",
+    "pooling.kind",
+    "final_pooling",
+    "component",
+    "blocks_per_stage",
+    "widen",
+    "components",
+    "chosen",
 }
 
 

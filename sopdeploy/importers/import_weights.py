@@ -127,6 +127,7 @@ def import_weights(
     if problem is not None and triangle is None:
         raise WeightsError(f"{source}: {problem}")
 
+    # Find what the file is, by the names and shapes of its tensors.
     converted = convert_weights(file, model, triangle)
     if converted.num_classes == 0:
         raise WeightsError(
@@ -139,6 +140,7 @@ def import_weights(
     state = fit_tensors(file, converted, model, config)
     names, label_origin = _find_class_names(file, converted, labels)
 
+    # The checkpoint records where its weights come from.
     try:
         checkpoint = Checkpoint(
             model=model,
@@ -236,14 +238,14 @@ def convert_weights(
 def network_of_weights(file: WeightFile, default: str) -> str:
     """Name the network that the weights in *file* fit: *default* unless they are those of another one."""
     converted = _convert_by_importer(file, default)
-    found = find_network(file) if converted is None else converted.model
-    if found is None or found == default:
+    network = find_network(file) if converted is None else converted.model
+    if network is None or network == default:
         return default
 
     # An importer may return a name with options, "resnet20 --option depth=32", which names no
     # network.
-    is_network = found.startswith(TIMM_PREFIX) or found in list_models()
-    return found if is_network else default
+    is_network = network.startswith(TIMM_PREFIX) or network in list_models()
+    return network if is_network else default
 
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
@@ -297,6 +299,5 @@ def _find_class_names(
         return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"
 
     width = len(str(count - 1))
-    return tuple(
-        f"class {index:0{width}}" for index in range(count)
-    ), "numbers; give --labels for names"
+    numbers = tuple(f"class {index:0{width}}" for index in range(count))
+    return numbers, "numbers; give --labels for names"

@@ -103,11 +103,11 @@ def find_lite_weights(model: str) -> Path | None:
 
     packaged = PACKAGES.get(model)
     # Imports no code of it
-    found = None if packaged is None else importlib.util.find_spec(packaged.package)
-    if packaged is None or found is None or found.origin is None:
+    module = None if packaged is None else importlib.util.find_spec(packaged.package)
+    if packaged is None or module is None or module.origin is None:
         return None
 
-    path = Path(found.origin).parent / packaged.file
+    path = Path(module.origin).parent / packaged.file
     if (digest := sha256(path) if path.is_file() else "missing") != packaged.sha256:
         name = packaged.package.replace("_", "-")
         raise WeightsError(

@@ -207,6 +207,7 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
 
+    # Only the networks with 13 convolutions are VGG-16.
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
     convolutions = sum(
         name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items()
@@ -249,11 +250,13 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
 def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a ResNet of pytorch_resnet_cifar10, with 6n + 2 layers; None for other files."""
+    # Three stages: files of ImageNet's ResNets have four.
     sources = file.tensors.keys()
     known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources
     if not known or any(source.startswith("layer4.") for source in sources):
         return None
 
+    # Two convolutions a block, three stages, and one layer before and after them.
     depth = (
         6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")})
         + 2

@@ -166,9 +166,9 @@ def find_network(file: WeightFile) -> str | None:
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
     """Raise `WeightsError` with the network of timm that has the tensors of *file*, if there is one."""
-    if found := find_network(file):
+    if network := find_network(file):
         raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {found}; name that network"
+            f"{file.path}: does not fit {model}; its tensors are those of {network}; name that network"
         )
 
 

@@ -71,11 +71,10 @@ class Components(nn.Module):
         self.evaluated = evaluated
 
         self.is_linear = kind == "linear"
-        self.weights = (
-            nn.ParameterList(  # (N, out, in); each convolution reads the output of the previous
-                torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
-                for inputs, outputs in pairwise((channels, *widths))
-            )
+        # (N, out, in); each convolution reads the output of the previous one
+        self.weights = nn.ParameterList(
+            torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
+            for inputs, outputs in pairwise((channels, *widths))
         )
 
         # Convolutions with ReLU have no bias, as in GM-SOP's code

@@ -302,6 +302,7 @@ def describe(
     *image_size* is the side of the input in pixels. Raises `ConfigError` for what the network
     does not accept.
     """
+    # Without values: `meta` tensors have shapes alone.
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes, **config)

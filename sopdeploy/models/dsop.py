@@ -138,7 +138,6 @@ class DSoP(Classifier):
         """
         # The values of the config, else those of the paper.
         config = self.config
-
         paper = self.paper_branches()
         stages = self.tap_stages
         blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks

@@ -324,14 +324,14 @@ def entry(name: str) -> Entry:
     `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
-    found: Entry | None
+    registered: Entry | None
     if colon and family in PREFIXES:
-        found = import_if_named(PREFIXES[family])(family, rest)
+        registered = import_if_named(PREFIXES[family])(family, rest)
     else:  # of the catalog, or registered by the user or a plug-in
-        found = MODELS.find(name)
+        registered = MODELS.find(name)
 
-    if found is not None:
-        return replace(found, name=name)
+    if registered is not None:
+        return replace(registered, name=name)
 
     is_tag = "." in name  # of timm, such as resnet18.a1_in1k
     hint = f"did you mean timm:{name}?" if is_tag else MODELS.suggest(name, 3)

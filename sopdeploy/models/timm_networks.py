@@ -47,10 +47,12 @@ class TimmConfig(StrictModel):
 
     def build(self, **sizes: Any) -> nn.Module:
         """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
-        given = self.model_dump(
+        set_options = self.model_dump(
             include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
         )
 
+        # Timm takes each option under a name of its own, and networks without it raise a
+        # TypeError.
         options: dict[str, Any] = {}
         if self.output_stride != 32:
             options["output_stride"] = self.output_stride
@@ -67,7 +69,7 @@ class TimmConfig(StrictModel):
             if not options:
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: {', '.join(given)}: {first_line(error)}; leave them out"
+                f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"
             ) from error
 
         return network

@@ -41,6 +41,7 @@ MIN_DEVIATIONS = 4.0
 # Images that share a pattern of names, and patterns that are compared
 MIN_IMAGES = 6
 MAX_PATTERNS = 8
+ONE_GROUP = 0.5  # share of a class from which on a pattern of names does not tell its objects
 WINDOW = 2  # neighbors in a sequence, on each side
 CHAIN_SECONDS = 10  # between two photographs of a burst
 # what related images share
@@ -216,12 +217,31 @@ def find_clips(
     doubtful = []
     for measured in unclear:
         first, second = measured.pair
-        if groups[first] != groups[second]:  # otherwise, another relation has joined them
+        is_joined = groups[first] == groups[second]  # by another relation
+        pattern = measured.relation.pattern
+        if not is_joined and (not pattern or divides_classes(pattern, names, classes)):
             doubtful.append(measured)
     if not doubtful:
         return Clips(groups, found)
     clearest = max(doubtful, key=lambda measured: measured.excess)
     return Clips(groups, found, clearest.pair, clearest.relation.pattern)
+
+
+def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int64]) -> bool:
+    """Tell whether *pattern* groups files without making most of a class one group (`ONE_GROUP`).
+
+    A part that most names of a class share tells the class, or where its files are from.
+    """
+    groups = Counter[tuple[int, str]]()
+    for name, label in zip(names, classes.tolist(), strict=True):
+        folder, _, file = name.rpartition("/")
+        match = re.search(pattern, file.rpartition(".")[0] or file)
+        groups[label, f"{folder}/{match.group()}" if match else name] += 1
+    sizes = Counter(classes.tolist())
+    is_one_group = any(
+        count > 1 and count > ONE_GROUP * sizes[label] for (label, _), count in groups.items()
+    )
+    return not is_one_group and len(groups) < len(names)
 
 
 def _list_relations(

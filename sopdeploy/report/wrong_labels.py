@@ -41,6 +41,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
         )
 
+    # The same images, if the folder was moved, are at *data*.
     last = read_checkpoint(path)
     recipe = read_recorded_recipe(last, path)
     if data is not None:
@@ -55,6 +56,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             "procedure on such files"
         )
 
+    # The predictions are in the order of the images, which must be the same.
     division = open_division(recipe, last)
     images = division.data.train
     hashes = division.file_hashes
@@ -73,7 +75,7 @@ def list_wrong_labels(
     labels = images.targets.astype(np.int64)
     listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    found = []
+    doubts = []
     for index in np.argsort(of_label_N, kind="stable").tolist():
         if not listed_N[index]:
             continue
@@ -87,5 +89,5 @@ def list_wrong_labels(
             probability=float(of_label_N[index]),
             probability_suggested=float(probabilities_NC[index, suggested]),
         )
-        found.append((index, wrong))
-    return found
+        doubts.append((index, wrong))
+    return doubts

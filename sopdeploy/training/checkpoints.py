@@ -204,6 +204,7 @@ class ResumeState(TypedDict, total=False):
 
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
+    # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
     # raw, if *weights* are averages
     learning = {} if fit.learning is None else fit.learning.state_dict()
@@ -223,6 +224,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             thresholds = metrics.thresholds
         decision = Decision(activation="sigmoid", thresholds=thresholds)
 
+    # Bundles know their training images by these hashes.
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = setup.origin
     if origin is not None:
@@ -285,7 +287,7 @@ def with_result(
 
 def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> ResumeState:
     """Return what `last.pt` contains of every run to resume it."""
-    left_out = [(*one,) for one in setup.data.left_out]
+    left_out = [(*file,) for file in setup.data.left_out]
     return {
         **({"left_out": left_out} if left_out else {}),
         "position": position.model_dump(mode="json"),

@@ -212,6 +212,7 @@ def join_processes() -> Iterator[None]:
         yield
         return
 
+    # Each process computes on its own GPU.
     if torch.cuda.is_available():
         number = launcher_number("LOCAL_RANK", 0)
         count = torch.cuda.device_count()
@@ -239,7 +240,6 @@ def join_processes() -> Iterator[None]:
     except TrainingStoppedError:
         dist.destroy_process_group()
         raise
-
     except RuntimeError as error:
         # torch raises plain RuntimeErrors for some lost connections.
         messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -250,6 +250,5 @@ def join_processes() -> Iterator[None]:
         raise TrainingError(
             "another process of the run ended, see its message and resume it"
         ) from error
-
     else:
         dist.destroy_process_group()

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.decision_fit import (
-    MIN_COSINES,
     fit_decision,
     fit_temperature,
     temperature_lowers_loss,
@@ -132,6 +131,7 @@ def keep_better(
     _set_class_means(tuned, PreprocessedDataset(run.setup.data.train, recipe.preprocess), run)
     logits_NK, _ = _predict(tuned, held_out, run)
 
+    # McNemar's test on the photographs that the two networks answer differently.
     frozen_is_right_N = frozen_logits_NK.argmax(axis=1) == targets
     tuned_is_right_N = logits_NK.argmax(axis=1) == targets
     tuning = Tuning.of(frozen_is_right_N[first_of_group], tuned_is_right_N[first_of_group])
@@ -149,7 +149,7 @@ def keep_better(
         scalable=False,  # the network contains the temperature
         groups=groups,
         unknown=predict_unknown(tuned, run.setup.unknown, recipe.preprocess, recipe.workers),
-        min_images=MIN_COSINES,
+        are_cosines=True,
     )
 
     result = LoopResult(

@@ -214,20 +214,27 @@ class LoopResult(StrictModel):
 class Gain(StrictModel):
     """What more photographs of a class would give: an estimate for `more` instead of `count` of them.
 
+    These are independent ones: of the `photographs`, copies and those of one object count once.
     `found` and `then` are the shares of new photographs of the class that are recognized.
     """
 
     label: str
     count: int
+    photographs: int = 0
     found: Fraction
     more: int
     then: Fraction
 
     def describe(self) -> str:
         """Say what is found now, and with more photographs."""
+        number = f"{self.count} of {self.label}"
+        kind = ""
+        if self.photographs > self.count:  # 0 in older runs
+            number = f"{self.photographs} of {self.label}, {self.count} of them independent"
+            kind = " independent ones"
         return (
-            f"{self.count} of {self.label}: about {100 * self.found:.0f} % of them are found; "
-            f"with {self.more}, {100 * self.then:.0f} %"
+            f"{number}: about {100 * self.found:.0f} % of new ones are found; "
+            f"with {self.more}{kind}, {100 * self.then:.0f} %"
         )
 
 
@@ -258,6 +265,8 @@ class FewShotResult(StrictModel):
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
         num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
+        without_doubted: The cross-validated accuracy if these labels are wrong: of the network that learned
+            them, and of one that did not, the lower first. None without any.
         head: The network, and the statistics that its classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
         strength: In results of earlier versions, scikit-learn's C of a logistic regression.
@@ -291,6 +300,7 @@ class FewShotResult(StrictModel):
     num_images: Count
     num_selected: int = 0
     num_doubted: int = 0
+    without_doubted: tuple[Fraction, Fraction] | None = None
     gains: tuple[Gain, ...] = ()
     head: str
     num_features: Count
@@ -351,8 +361,18 @@ class FewShotResult(StrictModel):
 
         return (
             f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {_interval(score)} "
-            f"%{comparison}) of {score.count} images"
+            f"%{comparison}) of {score.count} images{self._describe_without_doubted()}"
         )
+
+    def _describe_without_doubted(self) -> str:
+        """Say what the accuracy is if the doubtful labels are wrong; empty without any."""
+        if self.without_doubted is None:
+            return ""
+        low, high = (f"{100 * share:.0f}" for share in self.without_doubted)
+        share = low if low == high else f"{low} to {high}"
+        doubtful = amount(self.num_doubted, "doubtful label")
+        verb = "is" if self.num_doubted == 1 else "are"
+        return f", or {share} % if the {doubtful} {verb} wrong"
 
     def describe_groups(self) -> Iterator[str]:
         """Yield notes on related, doubtful and unusual training images, if there are any."""
@@ -411,7 +431,7 @@ class FewShotResult(StrictModel):
     def _describe_classes(self) -> Iterator[str]:
         """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
         if self.confused:
-            pairs = shorten([f"{one} and {other}" for one, other in self.confused])
+            pairs = shorten([f"{label} and {other}" for label, other in self.confused])
             yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
 
         if self.diffuse:
@@ -481,9 +501,9 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     # A loop's scores are too high if its held-out images have also selected the epoch.
     held_out = "the held-out images"
     if result.selected_by != "nothing":
-        selected = "the epoch" if result.tuning is None else "fine-tuning"
+        selection = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (
-            f", which also selected {selected}, so all scores of this section are too high"
+            f", which also selected {selection}, so all scores of this section are too high"
         )
 
     if result.mirrored:

@@ -251,10 +251,10 @@ def _match_tensors(
 
     # The first tensor belongs to the backbone
     contains_backbone = is_in(next(iter(own)), container)
-    matching: dict[str, Tensor] = {}
-    new: set[str] = set()
 
     # Each one is loaded, in a new part, a counter, or an error
+    matching: dict[str, Tensor] = {}
+    new: set[str] = set()
     for name, tensor in own.items():
         stored = None if is_in(name, *not_loaded) else weights.tensors.get(name)
         if stored is not None and stored.shape == tensor.shape:
@@ -262,7 +262,6 @@ def _match_tensors(
                 problem = f"{name} has values that are not finite; choose another file"
                 raise WeightsError(f"start.weights: {weights.file}: {problem}")
             matching[name] = stored
-
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif stored is None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
     fit_decision,
     fit_temperature,
+    new_class_interval,
 )
+from sopdeploy.evaluation.known_threshold import choose_threshold, threshold_rank
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -274,11 +277,52 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     assert tested.rejection.new_class == (67, 200)
     assert (
         dict(tested.rows())["a new class of this kind"]
-        == "34 % rejected (each class left out once)"
+        == "34 % rejected (95 % interval 6 to 79 %; each class left out once)"
     )
-    assert (
-        dict(found.rows())["photographs of other things"] == f"{rejected.sum()} of 40 rejected"
+    of_other_things = f"{rejected.sum()} of 40 rejected"
+    assert dict(found.rows())["photographs of other things"] == of_other_things
+    shipped = fit_decision(
+        logits, targets, estimated_on="held-out", unknown=others, is_unknown_shipped=True
     )
+    assert dict(shipped.rows())["photographs of other things"] == (
+        f"{of_other_things}, of ImageNet; give --unknown FOLDER to measure those of your place"
+    )
+
+
+NEW_CLASS = {  # rejected photographs of each class of ten, and the interval in percent
+    "alike": ([2, 2, 2, 2, 2, 2, 2, 2], (5, 55)),
+    "unlike": ([0, 10, 0, 10, 0, 10, 0, 10], (0, 100)),
+    "two": ([10, 10], (34, 100)),
+    "one": ([5], (5, 95)),
+}
+
+
+@pytest.mark.parametrize(("rejected", "interval"), NEW_CLASS.values(), ids=NEW_CLASS)
+def test_the_interval_of_a_new_class_depends_on_the_number_of_classes(rejected, interval):
+    is_rejected = np.concatenate([np.arange(10) < count for count in rejected])
+    targets = np.repeat(np.arange(len(rejected)), 10)
+    found = new_class_interval(is_rejected, targets)
+    assert tuple(round(100 * end) for end in found) == interval
+
+
+@pytest.mark.parametrize("count", [20, 40, 98])
+def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
+    quantiles = NormalDist(0.7, 0.1)
+    cosines = np.asarray([quantiles.inv_cdf((k + 0.5) / count) for k in range(count)])
+    threshold = choose_threshold(cosines, 0.95, are_cosines=True)
+    # 4 % of new ones are below, on average over samples: less than in this one, which is exact
+    assert 0.95 < 1 - quantiles.cdf(threshold.value) < 0.975
+    low, high = threshold.accepted
+    assert low < 0.96 < high
+    assert threshold_rank(count, 0.95) < 5
+    # Energies of other networks are no cosines, and many cosines have quantiles.
+    ordered = choose_threshold(cosines, 0.95, are_cosines=False)
+    assert ordered.value == cosines[threshold_rank(count, 0.95) - 1]
+    many = np.repeat(cosines, 5)
+    assert choose_threshold(many, 0.95, are_cosines=True) == choose_threshold(
+        many, 0.95, are_cosines=False
+    )
+    assert choose_threshold(cosines, 1.0, are_cosines=True) is None
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,8 @@ class BatchClassifier:
         # Yields the images of all parts, in order
         with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
-                rows: list[ImageRow] = []
-
                 # The batches of a part in order: predictions depend on nothing but the part.
+                rows: list[ImageRow] = []
                 for start in range(0, sizes[part], self._batch_size):
                     batch = list(
                         itertools.islice(decoded, min(self._batch_size, sizes[part] - start))
@@ -188,10 +187,10 @@ class BatchClassifier:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
             pixels, row["warnings"], _ = decoders.wait_for(decoders.decode(body, rules))
-
         except (ImageError, RejectedError) as error:
             code = error.code if isinstance(error, ImageError) else error.reason.code
-            row["error"], row["error_message"] = code, str(error)
+            row["error"] = code
+            row["error_message"] = str(error)
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 
@@ -231,11 +230,13 @@ class BatchClassifier:
         if "error" in row:
             return
         if isinstance(output, HttpError):
-            row["error"], row["error_message"] = output.code, output.message
+            row["error"] = output.code
+            row["error_message"] = output.message
             return
 
         answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
-        row["known"], row["score"] = answer.known, answer.score
+        row["known"] = answer.known
+        row["score"] = answer.score
         row["classes"] = [labels[index] for index, _ in answer.ranked]
         row["probabilities"] = [probability for _, probability in answer.ranked]
         for column, name in self._optional.items():

@@ -148,7 +148,6 @@ def _connect(options: ClassifyOptions) -> None:
         ray.init(
             address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster
         )
-
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster at {address}; `local` starts one here", setting="ray"

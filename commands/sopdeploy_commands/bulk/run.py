@@ -104,6 +104,7 @@ def classify(
     from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
 
+    # The rows must not be written into the folder that is listed.
     if any(
         "://" not in name and os.path.realpath(name) == os.path.realpath(out) for name in names
     ):
@@ -116,8 +117,7 @@ def classify(
         closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier,
         folder.locked(),
     ):
-        # The list of images is written once; a repeated command continues with the missing
-        # parts.
+        # A repeated command must list the same images; it continues with the missing parts.
         folder.begin(list_sources(names, skipped), options.part_images, classifier.state)
         sizes = folder.sizes()
         total = sum(sizes)
@@ -127,6 +127,7 @@ def classify(
             done += num_images
             on_image(done, total)
 
+        # Parts of earlier runs with the same state stay as they are.
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
         # The images that earlier runs classified
         add_done(total - sum(sizes[part] for part in pending))
@@ -159,6 +160,7 @@ def _classify_to_csv(
     from sopdeploy_service.inference.loader import load_model
     from sopdeploy_service.inference.results import HttpError
 
+    # Options of parquet files have no effect on a CSV file.
     for name in options.model_fields_set:
         if getattr(options, name) != ClassifyOptions.model_fields[name].default:
             raise ConfigError(
@@ -170,6 +172,7 @@ def _classify_to_csv(
     loaded = load_model(bundle, settings)
     is_multi_label = loaded.bundle.manifest.rules.is_multi_label
 
+    # Rows are written one by one; the file gets its name when all are there.
     with (
         writing(out),
         new_folder(out.parent),

@@ -114,6 +114,7 @@ def _naming(source: str) -> Iterator[None]:
 
 def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of *source*: an archive, a list, an address, a folder or a file; else `DataError`."""
+    # By its suffix, its scheme, or what the file system has at the path.
     path = Path(source)
     if source.lower().endswith(_TAR):
         yield from _list_tar(source, skipped)
@@ -129,12 +130,10 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
                 location = store.unstrip_protocol(name)
                 yield ListedImage(path=location, location=location, size=size)
-
     elif is_bundle(path):
         raise DataError(
             f"{source}: a bundle, not images; name one bundle, then folders or files of images"
         )
-
     elif path.is_dir():
         used = (
             file
@@ -144,7 +143,6 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         yield from map(_describe_file, map(str, used))
     elif path.exists() and is_image(path):
         yield _describe_file(source)
-
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
         raise DataError(f"{source}: not found, or no image; {advice}")

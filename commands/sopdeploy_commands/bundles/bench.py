@@ -90,13 +90,14 @@ def bench(
     settings = settings or load_settings()
     batches = parse_batch_sizes(batch)
 
+    # Sizes that the runtime does not take are an error before any measurement.
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
-    opened = loaded.bundle
+    manifest = loaded.bundle.manifest
     runtime = loaded.runtime
     if wrong := [size for size in batches if not 1 <= size <= runtime.largest_batch]:
         raise ConfigError(
-            f"{opened.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
+            f"{loaded.bundle.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
             "; choose sizes in this range"
         )
 
@@ -104,7 +105,7 @@ def bench(
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        shape = (size, *opened.manifest.image_shape)
+        shape = (size, *manifest.image_shape)
         images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
         seconds: list[float] = []
 
@@ -118,6 +119,7 @@ def bench(
                 runtime.run(images)
                 seconds.append(time.perf_counter() - start)
 
+        # Images per second follow from the median.
         median, p95, p99 = (
             1000 * float(value) for value in np.percentile(seconds, (50, 95, 99))
         )
@@ -132,9 +134,9 @@ def bench(
         latencies.append(latency)
 
     return Benchmark(
-        bundle=opened.name,
-        id=opened.manifest.id,
-        precision=opened.manifest.precision,
+        bundle=loaded.bundle.name,
+        id=manifest.id,
+        precision=manifest.precision,
         runtime=runtime.name,
         device=runtime.device,
         threads=settings.threads,

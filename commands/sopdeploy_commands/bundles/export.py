@@ -165,12 +165,14 @@ def _export_weights(
         read_weights,
     )
 
+    # What the user says about the network: classes, preprocessing, name.
     labels = None if source.labels is None else read_class_names(source.labels)
     preprocess = read_preprocess(source.preprocess)
     check_is_weights(weights)
     name = options.name or file_project(weights)
 
-    # Other code builds the networks: the one that was trained and, if given, the plain one.
+    # The user's code builds the networks: the one that was trained and, if given, the plain
+    # one.
     plain = (
         None
         if source.plain is None
@@ -178,6 +180,7 @@ def _export_weights(
     )
     build = network_builder("network", str(source.network), source.option)
 
+    # The class names are those of the option, or else those in the file.
     file = read_weights(weights)
     labels = labels or file.labels
     if labels is None:
@@ -401,13 +404,13 @@ def engine(
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_commands.bundles.engine_builder.engine import get_engine
 
-    opened = open_bundle(bundle)
+    opened_bundle = open_bundle(bundle)
     cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
     if options.cache is None and cache_of_servers:
         options = options.model_copy(update={"cache": Path(cache_of_servers)})
 
     # The converter of torch-tensorrt starts from the checkpoint, which not every bundle has.
-    if options.via == "torch-tensorrt" and "network" in opened.manifest.config:
+    if options.via == "torch-tensorrt" and "network" in opened_bundle.manifest.config:
         message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit --via"
         raise EngineError(message)
     if options.via == "torch-tensorrt" and options.checkpoint is None:
@@ -415,14 +418,17 @@ def engine(
         raise ConfigError(problem, setting="via", remedies={"checkpoint": None})
 
     if options.checkpoint is None:
-        return get_engine(opened, options, on_step)
+        return get_engine(opened_bundle, options, on_step)
     check_is_checkpoint(options.checkpoint)
     from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
     from sopdeploy_export.pipeline import rebuild_program
 
-    read_program = partial(rebuild_program, options.checkpoint, opened.manifest)
+    read_program = partial(rebuild_program, options.checkpoint, opened_bundle.manifest)
     return get_engine(
-        opened, options, on_step, partial(build_from_program, opened, read_program)
+        opened_bundle,
+        options,
+        on_step,
+        partial(build_from_program, opened_bundle, read_program),
     )
 
 
@@ -440,7 +446,9 @@ def triton(bundle: Path, repository: Path) -> None:
     from sopdeploy_export.triton import write_triton
 
     check_takes_output(repository, None)
-    opened = open_bundle(bundle)
-    written = write_triton(opened, repository)
-    print_field("model", f"{written.name}, batches of 1 to {opened.manifest.batch.maximum}")
+    opened_bundle = open_bundle(bundle)
+    written = write_triton(opened_bundle, repository)
+    print_field(
+        "model", f"{written.name}, batches of 1 to {opened_bundle.manifest.batch.maximum}"
+    )
     print_field("written", str(written), style="bold green")

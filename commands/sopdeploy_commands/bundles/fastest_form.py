@@ -38,7 +38,7 @@ class BundleForm(NamedTuple):
 def runtimes_on_cpu() -> dict[str, type[OwnRuntime]]:
     """Return the runtimes that need no GPU, by their titles; `auto` uses the first one."""
     own: dict[str, type[OwnRuntime]] = RUNTIMES.own()
-    return {one.title: one for one in own.values() if not one.needs_gpu}
+    return {runtime.title: runtime for runtime in own.values() if not runtime.needs_gpu}
 
 
 def describe_fastest_form(bundle: Bundle) -> str:
@@ -62,9 +62,10 @@ def describe_fastest_form(bundle: Bundle) -> str:
     else:
         faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
         text = f"{faster}: {', '.join(options)}"
-    missing = [one for one in runtimes.values() if not one.is_set_up()]
+    missing = [runtime for runtime in runtimes.values() if not runtime.is_set_up()]
     return text + "".join(
-        f" ({install_hint(one.title, f'sopdeploy[{one.extra}]')})" for one in missing
+        f" ({install_hint(runtime.title, f'sopdeploy[{runtime.extra}]')})"
+        for runtime in missing
     )
 
 

@@ -86,6 +86,7 @@ def predict_one(
             return FilePrediction(image=name, error=describe_error(NONFINITE))
         all_logits.append(outputs[manifest.outputs[0].name][0])
 
+    # The classes of the image, and which cells its first class depends on.
     logits, *occluded = all_logits
     limit = settings.classes_per_image(multi_label=manifest.rules.is_multi_label)
     answer = manifest.rules.answer(

@@ -71,17 +71,17 @@ def push(bundle: Path, destination: str) -> Pushed:
     Raises:
         BundleError: The bundle is damaged, or the upload failed.
     """
-    opened = open_bundle(bundle)
-    signature = signing.signature_path(opened.path)
+    opened_bundle = open_bundle(bundle)
+    signature = signing.signature_path(opened_bundle.path)
     signed = signature.is_file()
 
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
         archive = Path(folder) / f"bundle{tar.ARCHIVE_SUFFIX}"
         with writing(archive), archive.open("wb") as file:
-            tar.write_archive(opened, file)
+            tar.write_archive(opened_bundle, file)
 
         # The signature goes first: whoever sees the archive also finds its signature.
-        name = opened.manifest.name + tar.ARCHIVE_SUFFIX
+        name = opened_bundle.manifest.name + tar.ARCHIVE_SUFFIX
         if signed:
             tar.upload(signature, destination, name + SIGNATURE_SUFFIX)
         url = tar.upload(archive, destination, name)
@@ -160,9 +160,9 @@ def pull(
 
         # Every file has its hash and, if required, the manifest a signature with a known key.
         try:
-            opened = read_files(folder, manifest, with_graph=False)
+            unpacked_bundle = read_files(folder, manifest, with_graph=False)
             if require_signature is not None and signature is not None:
-                signing.check_signature(opened, signature, require_signature)
+                signing.check_signature(unpacked_bundle, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
 

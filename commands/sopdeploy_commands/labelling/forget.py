@@ -102,12 +102,12 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     searched = [Path(folder) for folder in folders]  # the command line gives text
 
     wanted = _Wanted.read(photograph)
-    deleted: list[Path] = []
     names = {Path(photograph).name, *wanted.ids}
     hashes = set[int]()  # of the files, as bundles record them
 
     # Searches again until nothing is left: `label` may have moved the photograph in the
     # meantime.
+    deleted: list[Path] = []
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
         for path in filter(is_image, traces.files):
             names.add(kept_id(path.name) or path.name)
@@ -215,19 +215,19 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     # A kept photograph is named by its id, and so are the records beside it.
     ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
 
-    found = set(images)
+    traces = set(images)
     for path in files:
         final_path = _final_path(path)
         if kept_id(final_path.name) in ids and (
             final_path.suffix.lower() in RECORDS or is_image(final_path)
         ):
-            found.add(path)
+            traces.add(path)
 
         # The network's inputs of consecutive answers, of which the photograph is one.
         if path.parent.parent.name == TRAFFIC and path.suffix == BLOCK_SUFFIX:
             with suppress(*DAMAGED):
                 if ids.intersection(read_block(path).identities.tolist()):
-                    found.add(path)
+                    traces.add(path)
 
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
@@ -235,7 +235,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
 
     # The records first and the named file last: until then, a repeated command finds all that
     # is left.
-    ordered = sorted(found, key=lambda path: (wanted.is_named(path), path in images, path))
+    ordered = sorted(traces, key=lambda path: (wanted.is_named(path), path in images, path))
     unfinished = [path for path in files if path.name.endswith(PARTIAL)]
     return _Traces(ordered, rows, unfinished)
 
@@ -312,6 +312,7 @@ def _final_path(path: Path) -> Path:
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
     """Find the rows of *wanted* in *tables*; the list of a run says where images of the others are."""
+    # The list of a run says for each row where its image is.
     all_rows = {table: list(_read_table(table)) for table in tables}
     listed: dict[tuple[Path, str], _TableRow] = {}
     for table, rows in all_rows.items():
@@ -424,6 +425,7 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
 
+    # Each group of rows is read, emptied and written alone.
     num_before = 0  # rows of earlier groups
     with (
         atomic_write(table) as partial,

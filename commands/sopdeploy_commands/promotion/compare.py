@@ -316,6 +316,7 @@ def _show(result: BundleComparison) -> None:
         result.evidence,
     )
 
+    # Accuracy on recent photographs and, if there are older ones, on all.
     for score in (result.first, result.second):
         if score.top1_all is not None:
             say(
@@ -391,6 +392,7 @@ def compare_loaded(
 
     The second one is also compared with the *anchor*, the best bundle that was live before.
     """
+    # Both bundles must answer with one class per photograph.
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
@@ -427,6 +429,7 @@ def compare_loaded(
         left_out["num_copies"] += int((~are_first).sum())
         unknown_images = unknown_images.select(are_first)
 
+    # Run all bundles on the same photographs; the progress counts every prediction.
     num_unknown = 0 if unknown_images is None else len(unknown_images)
     total = len(models) * len(images) + len(pair) * num_unknown  # predictions
     done = itertools.count(1)
@@ -448,11 +451,13 @@ def compare_loaded(
         best = _evaluate(anchor, *shared, None, *options)
         checks.append(_check("anchor", rule, next_rule, best.right, second.right, recent_N))
 
+    # What changed for unknown images, if both bundles recognize them.
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
         counts = _count_changes(first.rejected, second.rejected)
         rejections = Change(**counts, p=mcnemar(**counts))
 
+    # The verdict, and how many more photographs would decide an undecided comparison.
     in_all = checks[0]
     verdict = _decide(checks, rejections)
     num_more_images: int | None = None
@@ -653,6 +658,7 @@ def _leave_out_seen(
         if of_bundle_N.any() and len(origin.sample) == SAMPLED:
             suspects.append(name)
 
+    # Near-duplicates share a group; of each group, one photograph counts.
     if len(images) > MAX_SIGNATURES:
         notes.append(
             f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
@@ -717,13 +723,16 @@ def _evaluate(
     # the bundle. The anchor may have classes that neither bundle of the pair has.
     answers = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
     labels_N = [labels[target] for target in images.targets]
-    right_N = np.array([one == other for one, other in zip(answers, labels_N, strict=True)])
+    right_N = np.array(
+        [answer == label for answer, label in zip(answers, labels_N, strict=True)]
+    )
     outputs = {label: output for output, label in enumerate(bundle.labels)}
     has_class_N = np.array([label in outputs for label in labels_N])
     scored_N = common_N & has_class_N
     outputs_K = np.array([outputs[labels_N[index]] for index in np.flatnonzero(scored_N)])
     loss = log_loss(logits_NC[scored_N].astype(np.float64), outputs_K)
 
+    # Shares of the recent photographs, and what the rejection does, if there is a rule.
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,

@@ -91,6 +91,7 @@ def promote(
         PromotionError: The objections, or there is no bundle to go back to.
         ConfigError: *over* or *back* is no link, or arguments that do not fit together.
     """
+    # Back to an earlier bundle, or to a new one: each with its own options.
     if back is not None and all(other is None for other in (new, over, data, unknown, force)):
         return _move_back(back)
     if new is None or over is None or back is not None:
@@ -105,6 +106,7 @@ def promote(
     before = _read_target(over)
     has_live = over.exists()
 
+    # Where a bundle is live, the new one must be compared with it, or forced.
     if has_live:
         if os.path.realpath(over) == os.path.realpath(new):
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
@@ -113,6 +115,7 @@ def promote(
                 "no photographs to compare with", remedies={"data": "DIR", "force": "REASON"}
             )
 
+    # A damaged bundle must not become live.
     after = target_of(over, new)
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
@@ -142,6 +145,7 @@ def promote(
             lists={"objections": objections},
         )
 
+    # The anchor of the next comparisons: this bundle, unless an earlier one is better.
     anchor = after
     if force is None and before is not None:
         anchor = _best_of(comparison, before, read_anchor(over), after)
@@ -246,6 +250,7 @@ def _record_and_move(
             f"{link}: this move cannot be recorded, {first_problem(error)}"
         ) from error
 
+    # One process at a time reads the log, checks and moves.
     path = link.with_name(LOG)
     with writing(path):
         lock = lock_file(path, wait=True)

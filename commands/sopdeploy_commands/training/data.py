@@ -85,6 +85,7 @@ def _print_report(report: "DataReport") -> None:
     """Print a table of the parts, and lines about the images."""
     from sopdeploy.images.signatures import describe_skipped
 
+    # Each part with its classes, of which the rarest are listed first.
     rows = []
     lines = []
     for part in report.parts:
@@ -113,6 +114,7 @@ def _print_report(report: "DataReport") -> None:
                 "near-duplicates", "at least 60 % of equal parts", report.near
             )
 
+    # What was not counted, and what the user should know.
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]  # the latter are problems of class folders

@@ -29,6 +29,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     """Print the catalog by family, then those of *models* that are not in it."""
     from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
+    # Networks that plug-ins register follow after the families of the catalog.
     registered = {
         model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG
     }

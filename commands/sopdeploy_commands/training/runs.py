@@ -50,6 +50,7 @@ def _show(rows: list[RunRow]) -> None:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
 
+    # One row each, with the states that a server and `export` care about.
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
         estimate = row.estimate.partition(" (")[0]  # without its interval

@@ -64,15 +64,22 @@ EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
 PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}
 LAYER_KINDS = {
-    *("Conv", "BatchNorm", "ReLU", "Sum", "Pooling", "DropOut", "Loss"),
-    *("H_x", "gating", "CM_out", "Balance_loss"),
-    *(
-        MATRIX_ROOT,
-        *PRENORMS,
-        "OBJ_ConvNet_COV_Pool",
-        "OBJ_ConvNet_COV_ScaleTr",
-        "OBJ_ConvNet_COV_ScaleFro",
-    ),
+    "Conv",
+    "BatchNorm",
+    "ReLU",
+    "Sum",
+    "Pooling",
+    "DropOut",
+    "Loss",
+    "H_x",
+    "gating",
+    "CM_out",
+    "Balance_loss",
+    MATRIX_ROOT,
+    *PRENORMS,
+    "OBJ_ConvNet_COV_Pool",
+    "OBJ_ConvNet_COV_ScaleTr",
+    "OBJ_ConvNet_COV_ScaleFro",
 }
 _TITLES = {
     (True, "gap"): "GM-GAP",
@@ -111,6 +118,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         return None
     tensors = _rename_tensors(file)
 
+    # The size of the network from the names and shapes of its tensors.
     blocks = sum(
         name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors
     )
@@ -145,6 +153,8 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     else:
         pooled_channels = WIDTHS[-1] * widen  # of the last stage
 
+    # Layers after a covariance pooling read triangle vectors, which the file has column by
+    # column.
     triangles: dict[str, int] = {}
     if component == "sop":  # the head and the gate read triangle vectors
         head_names = [
@@ -179,6 +189,7 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
         layer = source.removesuffix("_bn")
         norm = f"{layer}_bn"
 
+        # Our name of the layer, and that of the batch norm after it.
         for pattern, our_names in RENAMES.items():
             if match := re.fullmatch(pattern, layer):
                 # conv2_1a is of layer1.0
@@ -186,6 +197,7 @@ def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
                 layer, norm = (our_name.format(*numbers) for our_name in our_names)
                 break
 
+        # The kind of array decides its axes.
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif is_norm and kind == "m":  # (C, 2): the mean and sqrt(variance + eps)
@@ -318,6 +330,7 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
                 f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7"
             )
 
+    # Scipy reads the file after its size was checked.
     scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
     try:
         _check_expansion(path)
@@ -326,6 +339,7 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
 
+    # What is there must be the parameters and the layers of a network.
     net = content.get("net", content)  # a file may hold the fields of `net` themselves
     try:  # a field may be missing or have another type
         tensors = {}

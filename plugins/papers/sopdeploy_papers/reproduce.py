@@ -70,6 +70,7 @@ def reproduce(
             if shows_progress:
                 err.print(plain_text(f"{row}, seed {seed}"))
 
+        # A row that fails does not stop the others; its page says why.
         try:
             results = run.reproduce(printed, options, callback=bars, on_run=print_run)
         except TrainingStoppedError as stopped:

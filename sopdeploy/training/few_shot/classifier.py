@@ -210,6 +210,19 @@ class Moments(NamedTuple):
     sums: Array
     squares: Array
 
+    @classmethod
+    def sum(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Add the sums over several *parts* of the images, which divide no group."""
+        return cls(*(np.sum(sums, axis=0) for sums in zip(*parts, strict=True)))
+
+    def without(self, part: "Moments") -> "Moments":
+        """Subtract the sums over a *part* of the images, which divides no group."""
+        return Moments(*(whole - one for whole, one in zip(self, part, strict=True)))
+
+    def numbers(self) -> Array:
+        """Compute the number (K,) of independent photographs of each class (`effective_count`)."""
+        return self.sums[:, -1] ** 2 / np.maximum(self.squares, 1)
+
     def discriminate(self, activation: Activation) -> Discriminant:
         """Fit a discriminant with a shrunk covariance.
 
@@ -252,7 +265,7 @@ class Moments(NamedTuple):
         weight /= (
             np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
         )
-        numbers_K = present * counts_K**2 / np.maximum(self.squares, 1)
+        numbers_K = present * self.numbers()
         other_numbers_K = (
             count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
         )
@@ -262,22 +275,28 @@ class Moments(NamedTuple):
 
 
 class OutOfFold(NamedTuple):
-    """A cross-validation: the products (N, K) of images and the weights of the head without their fold.
+    """A cross-validation: the products (N, K) of images and the weights of the head that judges them.
 
-    `heads` has the `Discriminant` without each of the folds (N,).
+    Attributes:
+        products: (N, K).
+        heads: The heads without one of the folds. There are two without a fold that has images of
+            classes of few (`LinearProblem.cross_validate`).
+        judges: The index (N,) of the head that judges an image.
+        numbers: (K,) independent photographs of each class in all folds.
     """
 
     products: Array
     heads: list[Discriminant]
-    folds: Indices
+    judges: Indices
+    numbers: Array
 
     def scores(self, excess: float) -> Array:
         """Compute the scores (N, K) of images by the heads without their fold."""
-        return self.products + np.stack([head.bias(excess) for head in self.heads])[self.folds]
+        return self.products + np.stack([head.bias(excess) for head in self.heads])[self.judges]
 
     def has_class(self) -> NDArray[np.bool_]:
         """Tell (N, K) which classes the head without the fold of an image was fitted to."""
-        return np.stack([head.numbers > 0 for head in self.heads])[self.folds]
+        return np.stack([head.numbers > 0 for head in self.heads])[self.judges]
 
 
 class Scaling(NamedTuple):
@@ -343,9 +362,9 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
     """
     surplus = expected = 0.0
     for one in validations:
-        for fold, head in enumerate(one.heads):
-            products_nK = one.products[one.folds == fold]
-            shown_nK = is_shown_NK[one.folds == fold]
+        for index, head in enumerate(one.heads):
+            products_nK = one.products[one.judges == index]
+            shown_nK = is_shown_NK[one.judges == index]
             # One class per image
             present_K = head.numbers > 0
             is_single_K = np.isinf(head.other_numbers)
@@ -372,9 +391,7 @@ def estimate_margins(
     prediction interval, which is wide if it is known of few. So a new class costs the known
     ones little until it has enough photographs. Where no class has enough, all margins are 0.
     """
-    heads = validations[0].heads  # each photograph is in all of them but one
-    numbers_K = np.sum([head.numbers for head in heads], axis=0) / max(1, len(heads) - 1)
-    is_learned_K = numbers_K >= ENOUGH - 1e-6
+    is_learned_K = validations[0].numbers >= ENOUGH
     margins_K = np.zeros(len(is_learned_K))
     if is_learned_K.all() or not is_learned_K.any():
         return margins_K
@@ -442,21 +459,51 @@ class LinearProblem:
     def cross_validate(
         self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True
     ) -> OutOfFold:
-        """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images."""
+        """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images.
+
+        Without one of its two photographs, a class takes more images of the others than the
+        network lets it. So images of a class of `ENOUGH` groups are judged by a head that has
+        all images of classes of fewer.
+        """
+        is_few_N = self._shows_few()
         products_NK = np.zeros(self.targets.classes.shape)
-        moments = [
-            self.moments((folds_N == fold) & fitted) for fold in range(int(folds_N.max()) + 1)
-        ]
-        totals = [np.sum(of_folds, axis=0) for of_folds in zip(*moments, strict=True)]
-        heads = []
-        for fold, of_fold in enumerate(moments):
-            others = Moments(
-                *(total - part for total, part in zip(totals, of_fold, strict=True))
-            )
-            heads.append(others.discriminate(self.targets.activation))
-            tested = folds_N == fold
-            products_NK[tested] = self.reduced[tested] @ heads[-1].weight.T
-        return OutOfFold(products_NK, heads, folds_N)
+        heads: list[Discriminant] = []
+        judges_N = np.zeros(len(folds_N), np.intp)
+
+        # The images of each fold, those of classes of few apart, and all images.
+        folds = [folds_N == fold for fold in range(int(folds_N.max()) + 1)]
+        of_many = [self.moments(in_fold_N & ~is_few_N & fitted) for in_fold_N in folds]
+        of_few = [self.moments(in_fold_N & is_few_N & fitted) for in_fold_N in folds]
+        total = Moments.sum(of_many + of_few)
+
+        def judge(tested_N: NDArray[np.bool_], missing: Moments) -> None:
+            if tested_N.any():
+                heads.append(total.without(missing).discriminate(self.targets.activation))
+                products_NK[tested_N] = self.reduced[tested_N] @ heads[-1].weight.T
+                judges_N[tested_N] = len(heads) - 1
+
+        for in_fold_N, many, few in zip(folds, of_many, of_few, strict=True):
+            judge(in_fold_N & ~is_few_N, many)
+            judge(in_fold_N & is_few_N, Moments.sum([many, few]))
+        return OutOfFold(products_NK, heads, judges_N, total.numbers())
+
+    def _shows_few(self) -> NDArray[np.bool_]:
+        """Tell which images (N,) are of a class of fewer than `ENOUGH` groups, and of no group of others.
+
+        With several classes per image, none is: a head without it would have the others, too.
+        """
+        if self.targets.activation == "sigmoid":
+            return np.zeros(len(self.reduced), np.bool_)
+        is_few_N = self.group_counts()[self.targets.strata] < ENOUGH
+        groups_N = np.arange(len(is_few_N)) if self.groups is None else self.groups
+        return is_few_N & ~np.isin(groups_N, groups_N[~is_few_N])
+
+    def group_counts(self) -> Indices:
+        """Count the groups (K,) that have images of each class; without groups, the images."""
+        images, labels = np.nonzero(self.targets.classes)
+        groups = images if self.groups is None else self.groups[images]
+        pairs = np.unique(np.stack([labels, groups]), axis=1)
+        return np.bincount(pairs[0], minlength=self.targets.classes.shape[1])
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
         """Compute the sums over *images* (N,), in blocks to save memory."""

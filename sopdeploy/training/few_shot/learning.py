@@ -65,43 +65,49 @@ def estimate_gains(
     classes_NK = problem.targets.classes
     if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):
         return ()
-    numbers_K = (
-        problem.moments(np.ones(len(classes_NK), np.bool_)).discriminate("softmax").numbers
-    )
-    numbers_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(int)
-    margins_K = np.broadcast_to(scaling.margins, numbers_K.shape)
-    judged_K = classes_NK[judged].sum(axis=0)
-    error_K = classes_NK[judged][~right].sum(axis=0)
-    half = max(1, int(np.median(numbers_K)) // 2)
-    found: dict[int, float] = {}
-    for number in {half, ENOUGH, *numbers_K[(numbers_K > 0) & (numbers_K < ENOUGH)].tolist()}:
-        margin = np.mean(margins_K[numbers_K == number]) if number in numbers_K else 0.0
+
+    # Photographs of each class: all, those that show different things, and how many these weigh.
+    photographs_K = classes_NK.sum(axis=0).astype(int)
+    independent_K = problem.group_counts()
+    weighing_K = problem.moments(np.ones(len(classes_NK), np.bool_)).numbers()
+    weighing_K = np.maximum(np.round(weighing_K), classes_NK.any(axis=0)).astype(int)
+
+    # How many are found if each class has only some.
+    margins_K = np.broadcast_to(scaling.margins, weighing_K.shape)
+    half = max(1, int(np.median(weighing_K)) // 2)
+    numbers = {half, ENOUGH, *weighing_K[(weighing_K > 0) & (weighing_K < ENOUGH)].tolist()}
+    share_found: dict[int, float] = {}
+    for number in numbers:
+        margin = np.mean(margins_K[weighing_K == number]) if number in weighing_K else 0.0
         of_number = found_when_reduced(problem, scaling.excess, number, float(margin))
         if len(of_number) >= MIN_JUDGED:
-            found[number] = float(of_number.mean())
+            share_found[number] = float(of_number.mean())
+
+    # The errors of a class, and what remains of them with twice as many photographs.
+    judged_K = classes_NK[judged].sum(axis=0)
+    errors_K = classes_NK[judged][~right].sum(axis=0)
     mean_error = float((~right).mean())
-    remaining = min(1.0, mean_error / max(1e-9, 1 - found.get(half, 1.0)))
+    error_K = (errors_K + PRIOR * mean_error) / (judged_K + PRIOR)
+    remaining = min(1.0, mean_error / max(1e-9, 1 - share_found.get(half, 1.0)))
+
     few = []
     others = []
-    for label, number, judged_of, errors in zip(
-        labels, numbers_K.tolist(), judged_K, error_K, strict=True
-    ):
-        if 0 < number < ENOUGH and number in found and found[number] < found.get(ENOUGH, 0.0):
-            few.append(
-                Gain(
-                    label=label,
-                    count=number,
-                    found=found[number],
-                    more=ENOUGH,
-                    then=found[ENOUGH],
-                )
-            )
+    enough_found = share_found.get(ENOUGH, 0.0)
+    for label, name in enumerate(labels):
+        number = int(weighing_K[label])
+        counts = {
+            "label": name,
+            "count": int(independent_K[label]),
+            "photographs": int(photographs_K[label]),
+        }
+        if 0 < number < ENOUGH and share_found.get(number, 1.0) < enough_found:
+            found = share_found[number]
+            few.append(Gain(**counts, found=found, more=ENOUGH, then=enough_found))
         elif number >= ENOUGH:
-            error = (errors + PRIOR * mean_error) / (judged_of + PRIOR)
+            error = float(error_K[label])
+            more = 2 * int(independent_K[label])
             then = 1 - error * remaining
-            others.append(
-                Gain(label=label, count=number, found=1 - error, more=2 * number, then=then)
-            )
+            others.append(Gain(**counts, found=1 - error, more=more, then=then))
     others = [gain for gain in others if gain.then - gain.found >= CLEAR]
     others.sort(key=lambda gain: gain.found - gain.then)
     return (*few, *others[:MAX_GAINS])

@@ -68,6 +68,7 @@ from sopdeploy.training.few_shot.features import (
     full_head,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
+from sopdeploy.training.few_shot.other_things import read_other_things
 from sopdeploy.training.few_shot.state import (
     FewShotFit,
     last_few_shot_record,
@@ -150,13 +151,13 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             score, metrics = _evaluate(setup, network, found)
             # with several classes per image
             label_logits = None
-            num_doubted = 0
+            is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
                 plain = found.scaling._replace(margins=0.0)  # they contradict no label
                 logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
                 label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
-                num_doubted = int(doubts.listed.sum())
+                is_doubted_N = doubts.listed
             signals.exchange()  # since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
@@ -169,7 +170,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=found.features.file_hashes,
-        result=_describe(setup, found, score, num_doubted),
+        result=_describe(setup, found, score, is_doubted_N, label_logits),
         logits=found.shifted_logits,
         groups=found.groups,
         copies=found.copies,
@@ -395,7 +396,11 @@ def _evaluate(
 
 
 def _describe(
-    setup: Setup, found: CrossValidation, score: Rate | MeanPrecision | None, num_doubted: int
+    setup: Setup,
+    found: CrossValidation,
+    score: Rate | MeanPrecision | None,
+    is_doubted_N: NDArray[np.bool_],
+    label_logits: Array | None,
 ) -> FewShotResult:
     """Describe the training images, their groups and copies, the classifier and its *score*."""
     images = setup.data.train
@@ -436,7 +441,10 @@ def _describe(
         num_images=len(images),
         left_out=tuple(map(str, setup.data.left_out)),
         num_selected=int((~select_typical(images)).sum()),  # by a server
-        num_doubted=num_doubted,
+        num_doubted=int(is_doubted_N.sum()),
+        without_doubted=None
+        if label_logits is None or len(setup.data.held_out)
+        else _score_without_doubted(found, is_doubted_N, label_logits),
         gains=gains,
         num_duplicates=len(images) - len(set(found.features.hashes)),
         num_groups=int(found.groups.max()) + 1,
@@ -459,6 +467,23 @@ def _describe(
     )
 
 
+def _score_without_doubted(
+    found: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
+) -> tuple[float, float] | None:
+    """Compute the accuracy if all labels *is_doubted_N* are wrong; None without any, or without others.
+
+    The network is fitted to these labels, too, and the classifiers of *label_logits* are not:
+    the lower and the higher of both accuracies on the other images.
+    """
+    kept = found.judged[~is_doubted_N[found.judged]]
+    if not is_doubted_N.any() or not len(kept):
+        return None
+    labels = found.problem.targets.strata[kept]
+    with_them = float((found.logits[kept].argmax(axis=1) == labels).mean())
+    without_them = float((label_logits[kept].argmax(axis=1) == labels).mean())
+    return min(with_them, without_them), max(with_them, without_them)
+
+
 def _find_confused(
     found: CrossValidation, labels: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
@@ -479,10 +504,18 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
     """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
     recipe = setup.recipe
     targets = setup.data.train.targets
-    accepts = setup.recipe.rejection.accepts
+    accepts = recipe.rejection.accepts
     if setup.activation == "sigmoid":
         thresholds = fit_thresholds(targets, sigmoid(fit.logits))
         return replace(fit, decision=Decision(activation="sigmoid", thresholds=thresholds))
+
+    # What tests the threshold: the user's folder, or what comes with the network.
+    unknown = predict_unknown(fit.network, setup.unknown, recipe.preprocess, recipe.workers)
+    is_shipped = unknown is None
+    if unknown is None:
+        unknown = _predict_other_things(setup, fit)
+
+    # The decision, and why there is no threshold.
     typical_N = select_typical(setup.data.train)
     decision = fit_decision(
         fit.logits[typical_N],
@@ -491,18 +524,31 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         accepts=accepts,
         scalable=False,  # the network contains the temperature
         groups=fit.groups[typical_N],
-        unknown=predict_unknown(fit.network, setup.unknown, recipe.preprocess, recipe.workers),
+        unknown=unknown,
+        is_unknown_shipped=is_shipped,
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
-        min_images=MIN_COSINES,
+        are_cosines=True,
     )
     is_nothing_fitted = decision == Decision()
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
-    why_no_threshold = missing_threshold(
-        num_typical_groups, fit.logits.shape[1], accepts, MIN_COSINES
-    )
+    why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts)
     result: Any = fit.result
     return replace(
         fit,
         result=result.model_copy(update={"unknown": why_no_threshold}),
         decision=None if is_nothing_fitted else decision,
+    )
+
+
+def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
+    """Return logits (M, K) whose energies are those of photographs of other things; None without any."""
+    vectors = read_other_things(setup.weights, setup.recipe.preprocess)
+    if vectors is None:
+        return None
+    network: Any = fit.network
+    means_KD = network.pooled_head.means.cpu().numpy()
+    cosines_M1 = (vectors @ means_KD.T).max(axis=1, keepdims=True)
+    # The log-sum-exp of K equal logits exceeds them by log K
+    return np.repeat(cosines_M1.astype(np.float64), len(means_KD), axis=1) - np.log(
+        len(means_KD)
     )

@@ -44,6 +44,12 @@ class ExponentialMovingAverage:
             1 - decay,
         )
 
+    def narrow(self, model: Classifier) -> None:
+        """Keep the averages of *model* alone, which has some of the tensors of the network before."""
+        averages = self.model.state_dict()
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.load_state_dict({name: averages[name] for name in model.state_dict()})
+
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their update count."""
         return {"count": self.count, "weights": self.model.state_dict()}

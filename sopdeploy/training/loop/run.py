@@ -79,7 +79,6 @@ def fit_loop(
 
             finish_run = fit_best if finish is None else finish  # which no signal stops
             return finish_run(run, held_out, folder, callback)
-
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
@@ -223,6 +222,7 @@ def fit_best(
     images, or several classes per image, that of `best.pt` remains. The other processes only
     estimate the score.
     """
+    # The score of the epoch that is in `best.pt`.
     recipe = run.recipe
     result = estimate_best(
         run.position.history,

@@ -1,6 +1,5 @@
 """The run of the training loop: what learns, its optimizer, average and teacher, and their `last.pt`."""
 
-import copy
 import itertools
 import math
 import operator
@@ -178,6 +177,7 @@ class LoopState:
         numbers = iter(torch.cat(values).tolist())
         rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
 
+        # A process with a value that is not finite makes the count too low, in all processes.
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):
@@ -291,27 +291,29 @@ class LoopState:
         if model is self.model and not is_second_phase:
             return
 
-        # The new optimizer takes over the state of the parameters that remain.
-        old_states = {}  # of the optimizer, by the name of the parameter
-        if "optimizer" in self.__dict__:  # the cached property has created one
-            for key, old_parameter in self.trained().named_parameters():
-                if old_parameter in self.optimizer.state:
-                    old_states[key] = self.optimizer.state[old_parameter]
-            del self.optimizer  # the next access creates one for the new groups
-
+        # Parameters that remain keep their state in the new optimizer.
+        states = self._pop_optimizer_states()
         self.model = move_to_device(self.recipe, model, self.strategy)
         self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
-        for key, parameter in self.trained().named_parameters():
-            if key in old_states:
-                self.optimizer.state[parameter] = old_states[key]
+        for name, parameter in self.trained().named_parameters():
+            if name in states:
+                self.optimizer.state[parameter] = states[name]
 
         if self.average is not None:
-            averages = self.average.model.state_dict()
-            self.average.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.average.model.load_state_dict(
-                {key: averages[key] for key in self.model.state_dict()}
-            )
+            self.average.narrow(self.model)
+
+    def _pop_optimizer_states(self) -> dict[str, Any]:
+        """Delete the optimizer; return its states by the name of the parameter, none before its first step."""
+        if "optimizer" not in self.__dict__:  # the cached property has created none
+            return {}
+        states = {
+            name: self.optimizer.state[parameter]
+            for name, parameter in self.trained().named_parameters()
+            if parameter in self.optimizer.state
+        }
+        del self.optimizer  # the next access creates one for the new groups
+        return states
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -363,7 +365,7 @@ def first_stages(model: Classifier) -> set[str]:
     first = list(dict.fromkeys(stages.values()))[: len(set(stages.values())) // 2]
     frozen_taps = [tap for tap in taps if stages[tap] in first]
 
-    # Modules are listed in the order of the forward pass; all until the last frozen tap are
+    # Modules are listed in the order of their creation; all up to the last frozen tap are
     # frozen.
     names = [name for name, _ in model.named_modules()]
     ends = [index for index, name in enumerate(names, 1) if is_in(name, *frozen_taps)]

@@ -13,7 +13,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.metadata import NO_TIME, capture_time
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
-from sopdeploy.photos.clips import Clips, find_clips
+from sopdeploy.photos.clips import Clips, divides_classes, find_clips
 from sopdeploy.photos.photo import Photo
 from sopdeploy.training.few_shot.classifier import estimate_score
 from sopdeploy.training.recipe import read_recipe
@@ -129,6 +129,20 @@ def test_a_single_clip_among_photographs_of_many_objects_is_found():
         np.append(classes, np.arange(40) % 3),
     )
     assert found.groups.tolist() == [*objects.tolist(), *range(12, 52)]
+
+
+FOUR = [f"y/{kind}{number}.jpg" for kind in "abcd" for number in range(2)]
+PATTERNS = {  # names of two classes, and whether `^\D*` divides both
+    "four objects": ([*FOUR, *(name.replace("y", "x") for name in FOUR)], True),
+    "most of a class is one": ([*FOUR, "x/a1.jpg", "x/b1.jpg", "x/b2.jpg", "x/b3.jpg"], False),
+    "all single": (FOUR[::2], False),
+}
+
+
+@pytest.mark.parametrize(("names", "divides"), PATTERNS.values(), ids=PATTERNS)
+def test_a_pattern_is_advised_only_if_it_divides_each_class(names, divides):
+    classes = np.asarray(["xy".index(name[0]) for name in names])
+    assert divides_classes(r"^\D*", names, classes) == divides
 
 
 def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_path: Path):

@@ -23,6 +23,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import checkpoints
 from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
 from sopdeploy_commands.app import app
+from sopdeploy_commands.training.runs import MAX_BEFORE
 from sopdeploy_commands.training.train import print_result
 from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
@@ -228,7 +229,10 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
 
 def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) -> None:
     before = train(settings=LOOP)
-    train("--name", "lights", settings=LOOP)
+    # Newer runs of another project do not replace that of this one.
+    of_lights = replace(read_checkpoint(before / "best.pt"), project="lights")
+    for number in range(MAX_BEFORE):
+        write_checkpoint(Path(f"runs/lights-{number}/best.pt"), of_lights)
     figures = dict(training_rows(read_checkpoint(before / "best.pt").training))["accuracy"]
     page = (train(settings=LOOP) / "report.html").read_text(encoding="utf-8")
     section = page.partition("<h2>Runs before</h2>")[2].partition("<h2>")[0]

@@ -74,6 +74,7 @@ def parse_and_build(
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
     `KeyboardInterrupt` after Ctrl-C.
     """
+    # The parser reads the graph and its weights into TensorRT's network.
     logger = reset_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

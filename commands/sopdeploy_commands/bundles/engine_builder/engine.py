@@ -94,6 +94,7 @@ def get_engine(
     begin = time.monotonic()
     workspace = gpu.memory // 4
 
+    # The plan: from the ONNX graph or, by torch-tensorrt, from the program of the checkpoint.
     if build_via_torch is None:
         graph = cast_images_first(
             onnx.load_model_from_string(bundle.onnx.read())
@@ -104,6 +105,7 @@ def get_engine(
 
     seconds = round(time.monotonic() - begin, 3)
 
+    # Only an engine that passes the probes gets into the cache.
     report("checking outputs")
     record = cache.EngineRecord(
         key=key,

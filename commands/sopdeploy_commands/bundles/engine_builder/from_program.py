@@ -28,6 +28,7 @@ def build_from_program(
     torch-tensorrt or a GPU, and `EngineError` if the bundle has another precision or the build
     fails.
     """
+    # What this way cannot do is an error before the program is rebuilt.
     manifest = bundle.manifest
     if manifest.precision != "fp32":
         raise EngineError(
@@ -67,6 +68,7 @@ def build_from_program(
         dtype=torch.uint8,
     )
 
+    # The plan has the input and the outputs under their names in the bundle.
     names = [output.name for output in manifest.outputs]
     try:
         return bytes(
@@ -91,7 +93,8 @@ def build_from_program(
 
 def _cast_program_images_first(program: ExportedProgram) -> None:
     """Cast the uint8 images of *program* to float32 first, in place: TensorRT can only cast uint8."""
-    (name,), graph = program.graph_signature.user_inputs, program.graph
+    graph = program.graph
+    (name,) = program.graph_signature.user_inputs
     images = next(node for node in graph.nodes if node.name == name)
     with graph.inserting_after(images):
         cast = graph.call_function(

@@ -92,6 +92,7 @@ def _count_network(
     num_classes = DATA_SETS[table.data].classes
     described = describe_network(model, side=side, num_classes=num_classes)
 
+    # Counts in the units of the tables' columns.
     counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
         "train_params": described.training.parameters / 1e6,
@@ -104,6 +105,7 @@ def _count_network(
     for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
 
+        # Papers print some figures in another table, or as a multiple of ResNet-50's.
         lacks_figure = column in table.columns and column not in printed.counts
         if lacks_figure and (known := _find_published(described, column, table)):
             # `published.toml` has the vector's length in thousands

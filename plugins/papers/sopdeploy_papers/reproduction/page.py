@@ -21,6 +21,7 @@ def render_page(results: Reproduction) -> str:
     # Seed 0; no column prefix
     curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
 
+    # One command reproduces a row alone.
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
@@ -121,6 +122,7 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
             caption="Printed figures", columns=("row", "figure", "printed"), rows=lines
         )
 
+    # Each printed figure beside the own one.
     compared = []
     for row, name, figure in figures:
         # a multiple of the count of ResNet-50

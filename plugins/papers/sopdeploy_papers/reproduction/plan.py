@@ -175,6 +175,7 @@ class Reproduction:
 
     def summary(self) -> dict[str, object]:
         """Return the results without the epochs of the runs and their recipes, for `--json`."""
+        # Histories and recipes are long; files beside the page have them.
         hidden = {"recipe", "network", "history", "machine"}
         rows = []
         for row in self.rows:
@@ -301,17 +302,15 @@ def scale_down(recipe: Recipe, data: Path) -> tuple[str, ...]:
     batch = SMALL_BATCH
     changes = [
         f"data={format_toml({'kind': 'folder', 'path': str(data)})}",
-        *(
-            f"preprocess.resize={side}",
-            f"preprocess.crop={side}",
-            f"batch_size={batch}",
-            "workers=0",
-        ),
-        *(
-            f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}",
-            "optimizer.clip_norm=5.0",
-        ),
-        *(f"epochs={SMALL_EPOCHS}", 'schedule={kind="one-cycle"}', "start.weights=none"),
+        f"preprocess.resize={side}",
+        f"preprocess.crop={side}",
+        f"batch_size={batch}",
+        "workers=0",
+        f"optimizer.lr={recipe.optimizer.lr * batch / recipe.batch_size:g}",
+        "optimizer.clip_norm=5.0",
+        f"epochs={SMALL_EPOCHS}",
+        'schedule={kind="one-cycle"}',
+        "start.weights=none",
     ]
 
     if recipe.preprocess.crop > side:  # crops of larger images do not fit

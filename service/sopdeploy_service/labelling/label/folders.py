@@ -229,18 +229,19 @@ class LabelFolders:
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
 
-        Those of the uniform sample are not listed, since each of them counts in comparisons,
-        nor those that a person has reported.
+        Those that probably show none of the classes are not listed, nor those of the uniform
+        sample, since each of them counts in comparisons, nor those that a person has reported.
         """
         ranked_by_class: dict[str, list[tuple[float, str]]] = {}
-        for identity, (_, record) in self.waiting.items():
-            if record is not None and (
-                record.known is False or {"sample", "reported"} & {*record.reasons}
-            ):
+        for identity, (path, record) in self.waiting.items():
+            if record is None:
+                name, probability = self.suggestions.probable(path)
+            elif record.known is False or {"sample", "reported"} & {*record.reasons}:
                 continue
+            else:
+                every = self.probabilities(identity).items()
+                name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
 
-            every = self.probabilities(identity).items()
-            name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
             if probability >= OBVIOUS:
                 ranked_by_class.setdefault(name, []).append((-probability, identity))
 

@@ -1,7 +1,9 @@
 """A heap: photographs of a folder that nobody has sorted, and suggestions for their classes.
 
 As soon as each class has two photographs, the class of another one is suggested by the closest
-class mean. The vectors come from a function that the caller gives, because the service works
+class mean. It is probable only from five photographs of the class on, and only if the mean is as
+close as to photographs of the classes themselves: most of a heap may show none of them yet. The
+vectors come from a function that the caller gives, because the service works
 without torch.
 """
 
@@ -22,6 +24,8 @@ from sopdeploy.photos.files import kept_id, list_folder
 Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
 MIN_PHOTOGRAPHS = 2  # of each class
+MIN_PROBABLE = 5  # of a class, from which on others are probably of it
+ACCEPTS = 0.95  # share of the photographs of the classes whose class can be probable
 MAX_LEARNED = 20  # photographs of each class that were sorted before
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
 _NONE: Vector = np.zeros((0, 0), np.float32)
@@ -60,12 +64,14 @@ class _Means(NamedTuple):
     """Classes `names` and their mean vectors (K, D) of length 1; none if a class has too few vectors.
 
     `state` has the number of vectors and that of changes of the classes when they were
-    computed.
+    computed. `thresholds` has the smallest cosine at which a class is probable, for the classes
+    with enough vectors.
     """
 
     state: tuple[int, int]
     names: list[str]
     vectors: Vector
+    thresholds: Mapping[str, float]
 
 
 class Suggestions:
@@ -83,7 +89,7 @@ class Suggestions:
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
-        self._means = _Means((0, 0), [], _NONE)
+        self._means = _Means((0, 0), [], _NONE, {})
         self.thread: threading.Thread | None = None
 
     def learn(self, folders: Mapping[str, Path]) -> None:
@@ -162,13 +168,47 @@ class Suggestions:
         # Compute the means, if there are enough of each class.
         if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
             means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
-            lengths = np.linalg.norm(means, axis=1, keepdims=True)
-            self._means = _Means(state, list(members), means / np.maximum(lengths, 1e-12))
+            self._means = _Means(state, list(members), _unit(means), _find_thresholds(members))
         else:
-            self._means = _Means(state, [], _NONE)
+            self._means = _Means(state, [], _NONE, {})
 
         return self._means
 
     def most_probable(self, path: Path) -> tuple[str, float]:
         """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
         return max(self.suggest(path).items(), key=lambda item: item[1], default=("", 0.0))
+
+    def probable(self, path: Path) -> tuple[str, float]:
+        """Return what `most_probable` does if that class is probable, or ("", 0.0)."""
+        means = self._class_means()
+        name, probability = self.most_probable(path)
+        if name in means.thresholds:
+            cosine = float(means.vectors[means.names.index(name)] @ self._vectors[path])
+            if cosine >= means.thresholds[name]:
+                return name, probability
+        return "", 0.0
+
+
+def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
+    """Find the cosine above which others of a class of *members* are, for classes of `MIN_PROBABLE`.
+
+    It is that of `known` (`known_threshold.bound_cosines`), of each photograph and the mean of the
+    others of its class.
+    """
+    from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
+
+    large = {name: vectors for name, vectors in members.items() if len(vectors) >= MIN_PROBABLE}
+    cosines = list[float]()
+    for vectors in large.values():
+        stacked = np.stack(vectors)
+        without = _unit(stacked.sum(axis=0) - stacked)
+        cosines += (stacked * without).sum(axis=1).tolist()
+    if not large:
+        return {}
+    return dict.fromkeys(large, bound_cosines(np.asarray(cosines), ACCEPTS).value)
+
+
+def _unit(vectors: Vector) -> Vector:
+    """Scale *vectors* (K, D) to length 1."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, 1e-12)

@@ -186,7 +186,7 @@ def validation_of(scores: np.ndarray) -> OutOfFold:
     head = Discriminant(
         zeros, zeros, zeros, zeros + len(scores) / scores.shape[1], zeros + np.inf
     )
-    return OutOfFold(scores, [head], np.zeros(len(scores), np.intp))
+    return OutOfFold(scores, [head], np.zeros(len(scores), np.intp), zeros)
 
 
 def test_the_temperature_is_finite_where_all_are_right_and_follows_the_errors():
@@ -474,7 +474,7 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():
-    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
+    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06], [0.01, 0.04, 0.95]]
     right = [
         [0.95, 0.03, 0.02],
         [0.4, 0.11, 0.49],
@@ -482,14 +482,15 @@ def test_improbable_labels_are_listed_the_least_probable_first():
         [0.05, 0.05, 0.9],
         [0.9, 0.05, 0.05],
     ]
-    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 0, 1, 1, 2, 0])
-    images = ArrayImages(("a", "b", "c"), np.zeros((7, 2, 2, 3), np.uint8), classes)
+    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 1, 0, 1, 1, 2, 0])
+    images = ArrayImages(("a", "b", "c"), np.zeros((8, 2, 2, 3), np.uint8), classes)
     listed = list_wrong_labels(np.log(probabilities), images)
     assert [(index, one.label, one.suggested) for index, one in listed] == [
         (0, "a", "b"),
+        (2, "b", "c"),
         (1, "c", "a"),
     ]
-    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
+    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.04, 0.06])
 
 
 def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
@@ -1187,6 +1188,31 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
     assert (
         "2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines
     ) == bool(wrong)
+    assert ("% if the 2 doubtful labels are wrong" in lines) == bool(wrong)
+
+
+def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
+    features, classes = blobs(120)
+    kept = [
+        image
+        for label, count in enumerate((12, 12, 12, 2))
+        for image in np.flatnonzero(classes == label)[:count]
+    ]
+    problem = problem_of([features[kept]], softmax_targets(classes[kept]))
+
+    def numbers_of_small(folds: np.ndarray, groups: np.ndarray) -> list[float]:
+        validation = replace(problem, groups=groups).cross_validate(folds)
+        assert validation.numbers.tolist() == [12, 12, 12, 2]
+        return [float(validation.heads[judge].numbers[3]) for judge in validation.judges]
+
+    folds = np.arange(38) % 10
+    different = np.arange(38)
+    assert numbers_of_small(folds, different) == [2.0] * 36 + [1.0, 1.0]
+    # A copy of another class's photograph is in no head that judges this one.
+    with_copy = np.where(different == 37, 7, different)
+    folds_of_copies = np.where(different == 37, folds[7], folds)
+    expected = [1.0 if fold == folds[7] else 2.0 for fold in folds[:36].tolist()]
+    assert numbers_of_small(folds_of_copies, with_copy)[:36] == expected
 
 
 @pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])

@@ -1,5 +1,5 @@
 "use strict";
-// The label page: a grid of photographs that are clearly of a class; then one at a time, with those selected beside it.
+// The label page: a grid of photographs that are probably of a class; then one at a time, with those selected beside it.
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
 const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
@@ -151,6 +151,7 @@ async function loadGrids(name = "") {
 /** Show the photographs that are probably of the class `name`, all chosen. */
 function chooseGrid(name) {
   Object.assign(grid, { name, others: new Set() });
+  byId("grid-title").replaceChildren(...(name ? ["Are these ", make("bdi", {}, name), "?"] : ["Photographs that are probably of a class"]));
   byId("grid-work").hidden = !name;
   byId("no-grid").hidden = Boolean(name);
   byId("kinds").replaceChildren(...grid.grids.map(({ name: other, count }) => {

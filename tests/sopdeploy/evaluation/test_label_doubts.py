@@ -1,0 +1,39 @@
+"""Labels are doubted only if right labels do not explain how many are contradicted."""
+
+import numpy as np
+import pytest
+
+from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.evaluation.metrics import wilson
+from sopdeploy.evaluation.multi_label import MeanPrecision
+
+CONTRADICTED = {  # strongly and weakly contradicted labels of 60, and how many are listed
+    "none": (0, 5, 0),
+    "one of one": (1, 0, 0),
+    "two of two": (2, 0, 2),
+    "a few of many": (3, 9, 0),
+    "most": (6, 4, 6),
+    "all": (9, 0, 9),
+}
+
+
+@pytest.mark.parametrize(("strong", "weak", "listed"), CONTRADICTED.values(), ids=CONTRADICTED)
+def test_no_label_is_listed_where_errors_explain_the_list(strong: int, weak: int, listed: int):
+    labels = np.arange(60) % 3
+    margins = np.full(60, 4.0)
+    margins[:strong] = -6.0
+    margins[strong : strong + weak] = -0.5
+    logits = np.zeros((60, 3))
+    logits[np.arange(60), labels] = margins
+    logits[np.arange(60), (labels + 1) % 3] = 0.1
+    doubts = find_label_doubts(logits, labels)
+    assert np.flatnonzero(doubts.listed).tolist() == list(range(listed))
+
+
+def test_the_interval_of_a_perfect_ranking_has_the_width_of_its_independent_images():
+    true = np.arange(36)[:, None] % 3 == np.arange(3)
+    scores = true.astype(np.float64)
+    for groups, units in ((None, 36), (np.arange(36) // 3, 12)):
+        found = MeanPrecision.of(true, scores, 0, groups)
+        assert (found.value, found.high) == (1.0, 1.0)
+        assert found.low == pytest.approx(wilson(units, units).low)

@@ -1,0 +1,43 @@
+"""Vectors of photographs of other things are those of the network of a run, or there are none."""
+
+import numpy as np
+import pytest
+
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.published import PACKAGES
+from sopdeploy.training.few_shot.other_things import read_other_things, store_vectors
+from sopdeploy.training.start_weights import StartReport
+
+DEFAULT = Preprocess(interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+SHA256 = PACKAGES["efficientnet-lite0"].sha256
+
+
+def weights_of(sha256: str) -> StartReport:
+    return StartReport(
+        file="weights.pth",
+        sha256=sha256,
+        network="EfficientNet-Lite",
+        loaded=294,
+        new=(),
+        unused=(),
+        preprocess=DEFAULT,
+    )
+
+
+@pytest.mark.parametrize("decoding", ["full", "scaled"])
+def test_the_default_network_has_a_hundred_vectors(decoding):
+    preprocess = DEFAULT.model_copy(update={"decoding": decoding})
+    vectors = read_other_things(weights_of(SHA256), preprocess)
+    assert vectors is not None
+    assert vectors.shape == (100, 1280)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-6)
+    stored = store_vectors(vectors)
+    assert stored.dtype == np.int8
+    assert np.abs(stored).max(axis=1).tolist() == [127] * 100
+
+
+def test_other_networks_and_other_pixels_have_none():
+    smaller = DEFAULT.model_copy(update={"crop": 160})
+    assert read_other_things(weights_of(SHA256), smaller) is None
+    assert read_other_things(weights_of("0" * 64), DEFAULT) is None
+    assert read_other_things(None, DEFAULT) is None
