@@ -86,6 +86,42 @@ Divided as in the repository, or by lot; 96 to 400 photographs of a set are the 
 | C: creatures, signs | Mufas61/pokemon-recognition, jovanzac/Traffic (the last frame of each track) |
 | C: brain, food | SartajBhuvaji/Brain-Tumor-Classification-DataSet, Gandolier/genai_food101_repo |
 
+## The gain by the number of photographs
+
+Over a logistic regression on averages, `train` gains 4.8 points with ten photographs per class, 2.3 with thirty
+and 0.0 with sixty: with sixty, the averages are enough. Over the best of nine heads, chosen by
+cross-validation, it gains 2.9, 1.0 and -0.4 points.
+
+## The threshold of few photographs
+
+Below 100 photographs, a 5 % quantile of cosines is one of the four lowest. The threshold is then the Student
+prediction bound below which 4 % of new ones fall. Percent, by lot from each set, eight draws, 2026-11-28;
+clothing, flowers and waste decided, the five others (sports, satellite, food, coins, monkeys) confirm. Each
+cell: the quantile, then the bound. The interval is that of the accepted share of as many new photographs.
+
+| sets | photographs | own accepted | ImageNet rejected | other sets rejected | intervals that hold |
+|---|---|---|---|---|---|
+| decided | 5 of 10 classes | 97.5, 96.1 | 98.7, 99.2 | 98.8, 99.2 | 100.0, 93.8 |
+| decided | 10 of 2 | 95.7, 94.5 | 91.5, 95.2 | 96.0, 98.0 | 95.8, 95.8 |
+| decided | 10 of 3 | 98.0, 95.4 | 89.4, 96.1 | 92.4, 97.9 | 100.0, 95.8 |
+| decided | 30 of 3 | 95.6, 94.5 | 98.1, 98.5 | 99.4, 99.6 | 95.8, 91.7 |
+| confirm | 5 of 5 | 96.9, 95.7 | 92.8, 95.5 | 92.8, 95.7 | 100.0, 100.0 |
+| confirm | 5 of 10 | 96.7, 94.9 | 87.9, 92.5 | 88.5, 94.3 | 100.0, 100.0 |
+| confirm | 10 of 2 | 94.8, 94.2 | 94.1, 96.2 | 94.2, 96.2 | 92.5, 95.0 |
+| confirm | 10 of 3 | 97.3, 94.6 | 90.6, 97.8 | 90.3, 98.7 | 100.0, 100.0 |
+| confirm | 10 of 5 | 97.3, 95.2 | 95.2, 97.3 | 95.9, 97.8 | 97.5, 92.5 |
+| confirm | 30 of 3 | 95.8, 94.4 | 96.3, 97.6 | 96.7, 98.5 | 97.5, 95.0 |
+
+With the default network, `train` measures the threshold on 100 photographs of ImageNet, one of each of 100
+classes ([sources](https://github.com/EliSchwartz/imagenet-sample-images)), of which it has the vectors.
+Photographs of other kinds are rejected about as often ("other sets"). Those that show one of your classes are
+accepted, and should be.
+
+The share of a new class has a 95 % interval: Student's prediction interval of one more class, and at least
+Wilson's with as many trials as classes. In these draws, it contains the share of each class that was not drawn
+in 82 to 93 % of cases with two classes, 93 to 96 % with three and 94 to 100 % with five; it is 73 to 96 points
+wide: few classes say little about the next one.
+
 ## Eight sets more
 
 The present head, measured on photographs that were drawn anew: up to ten classes, up to 40 photographs of

@@ -324,13 +324,11 @@ def read_manifest(path: Path) -> Manifest:
 def describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
     if not path.is_dir():
-        file = quote(str(path))
+        file = str(path)
         if is_own_checkpoint(path):
-            return f"a checkpoint, not a bundle; run: sopdeploy export {file} --detach"
+            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(file)} --detach"
         if path.is_file() and holds_weights(path):
-            return (
-                f"weights, not a bundle; run: sopdeploy export {file} --network MODULE:CALLABLE"
-            )
+            return f"weights, not a bundle; run: sopdeploy export {quote(file)} --network MODULE:CALLABLE"
         if path.is_file() and is_tar(path):
             return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
         if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):

@@ -36,8 +36,8 @@ SelectedBy = Literal["nothing", "other images", "same images"]
 
 def insert_folders(text: str, data: Path | None, run: Path) -> str:
     """Insert the folders of the *data*, if there is one, and of the *run* into commands in *text*."""
-    folder = "DIR" if data is None else quote(str(data))
-    command = f"sopdeploy data check {folder} --wrong-labels {quote(str(run))}"
+    folder = "DIR" if data is None else str(data)
+    command = f"sopdeploy data check {quote(folder)} --wrong-labels {quote(str(run))}"
     return text.replace(LIST_WRONG_LABELS, command)
 
 
