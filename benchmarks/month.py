@@ -40,7 +40,6 @@ from photo_vectors import (
 from PIL import Image, ImageEnhance
 
 from sopdeploy.decision import log_sum_exp, softmax
-from sopdeploy.evaluation.decision_fit import threshold_rank
 from sopdeploy.evaluation.drift import (
     BLOCK,
     WINDOW,
@@ -123,8 +122,7 @@ class Bundle:
         self.own = photographs.columns[0]
         self.means = fitted.problem.class_means()
         folds = make_folds(fitted.problem.targets, [str(index) for index in chosen], 5, seed)[0]
-        cosines = np.sort(fitted.problem.cosines(folds))
-        self.threshold = float(cosines[max(0, threshold_rank(len(cosines), 0.95) - 1)])
+        self.threshold = float(np.quantile(fitted.problem.cosines(folds), 0.05))
 
     def logits(self, vectors: Array) -> Array:
         """Compute the logits (n, K), whose log-sum-exp is the cosine to the nearest class mean."""
