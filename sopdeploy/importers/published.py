@@ -201,8 +201,7 @@ def _download_error(
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield
-    # the errors of torch, of the hub and of its client have no common class
-    except Exception as error:
+    except Exception as error:  # torch, the hub and its client have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{where}: cannot be downloaded ({reason}); {advice}", remedies=remedies

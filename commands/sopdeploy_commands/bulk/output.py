@@ -42,6 +42,7 @@ from sopdeploy_commands.tables import VERSION, make_schema
 
 ROWS_FOLDER = "rows"
 LISTING = "_list.parquet"
+PART_IMAGES = 512  # by default; a killed run begins the last part again
 STATE = "_run.json"
 _TEXT = pa.string()
 _NUMBER = pa.int64()
@@ -142,16 +143,21 @@ class OutputFolder:
             for partial in self.path.glob(f"{name}.*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
 
-    def begin(self, images: Iterable[ListedImage], part_images: int, state: RowsState) -> None:
+    def begin(
+        self, images: Iterable[ListedImage], part_images: int | None, state: RowsState
+    ) -> None:
         """Write the list of *images* in parts of *part_images*, and *state*.
 
+        None takes the parts of the run that the folder holds, or those of `PART_IMAGES`.
         Raises `ConfigError` if the folder belongs to another run: rows of different runs must
         not be mixed.
         """
+        before = self._read_state()
+        size = part_images or (PART_IMAGES if before is None else before.part_images)
+
         with atomic_write(self.path / LISTING) as partial:
-            hashed = _write_list(partial, images, part_images)
-            now = RunState(**state.model_dump(), part_images=part_images, images=hashed)
-            before = self._read_state()
+            hashed = _write_list(partial, images, size)
+            now = RunState(**state.model_dump(), part_images=size, images=hashed)
 
             belongs_to_run = before is not None or any((self.path / ROWS_FOLDER).iterdir())
             if belongs_to_run and (difference := now.difference(before)):

@@ -364,8 +364,7 @@ class LocalModel(Model):
                 # The wait for the next batch must not keep their memory.
                 del (batch, pixels, rows)
 
-        # Logged here because nothing else sees it; the service then ends the process.
-        except BaseException:
+        except BaseException:  # logged here because nothing else sees it
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
