@@ -279,9 +279,8 @@ class OutOfFold(NamedTuple):
 
     Attributes:
         products: (N, K).
-        heads: The heads without one of the folds. There are two without a fold that has images of
-            classes of few (`LinearProblem.cross_validate`).
-        judges: The index (N,) of the head that judges an image.
+        heads: The heads without one of the folds.
+        judges: The index (N,) of the head that judges an image, that of its fold.
         numbers: (K,) independent photographs of each class in all folds.
     """
 
@@ -391,7 +390,7 @@ def estimate_margins(
     prediction interval, which is wide if it is known of few. So a new class costs the known
     ones little until it has enough photographs. Where no class has enough, all margins are 0.
     """
-    is_learned_K = validations[0].numbers >= ENOUGH
+    is_learned_K = validations[0].numbers >= ENOUGH - 1e-6
     margins_K = np.zeros(len(is_learned_K))
     if is_learned_K.all() or not is_learned_K.any():
         return margins_K
@@ -459,44 +458,19 @@ class LinearProblem:
     def cross_validate(
         self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True
     ) -> OutOfFold:
-        """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images.
-
-        Without one of its two photographs, a class takes more images of the others than the
-        network lets it. So images of a class of `ENOUGH` groups are judged by a head that has
-        all images of classes of fewer.
-        """
-        is_few_N = self._shows_few()
+        """Fit heads to the *fitted* images (N,) without each of the folds (N,); apply them to its images."""
         products_NK = np.zeros(self.targets.classes.shape)
         heads: list[Discriminant] = []
-        judges_N = np.zeros(len(folds_N), np.intp)
 
-        # The images of each fold, those of classes of few apart, and all images.
+        # The sums of each fold; a head has those of all folds but one.
         folds = [folds_N == fold for fold in range(int(folds_N.max()) + 1)]
-        of_many = [self.moments(in_fold_N & ~is_few_N & fitted) for in_fold_N in folds]
-        of_few = [self.moments(in_fold_N & is_few_N & fitted) for in_fold_N in folds]
-        total = Moments.sum(of_many + of_few)
+        of_folds = [self.moments(in_fold_N & fitted) for in_fold_N in folds]
+        total = Moments.sum(of_folds)
 
-        def judge(tested_N: NDArray[np.bool_], missing: Moments) -> None:
-            if tested_N.any():
-                heads.append(total.without(missing).discriminate(self.targets.activation))
-                products_NK[tested_N] = self.reduced[tested_N] @ heads[-1].weight.T
-                judges_N[tested_N] = len(heads) - 1
-
-        for in_fold_N, many, few in zip(folds, of_many, of_few, strict=True):
-            judge(in_fold_N & ~is_few_N, many)
-            judge(in_fold_N & is_few_N, Moments.sum([many, few]))
-        return OutOfFold(products_NK, heads, judges_N, total.numbers())
-
-    def _shows_few(self) -> NDArray[np.bool_]:
-        """Tell which images (N,) are of a class of fewer than `ENOUGH` groups, and of no group of others.
-
-        With several classes per image, none is: a head without it would have the others, too.
-        """
-        if self.targets.activation == "sigmoid":
-            return np.zeros(len(self.reduced), np.bool_)
-        is_few_N = self.group_counts()[self.targets.strata] < ENOUGH
-        groups_N = np.arange(len(is_few_N)) if self.groups is None else self.groups
-        return is_few_N & ~np.isin(groups_N, groups_N[~is_few_N])
+        for in_fold_N, of_fold in zip(folds, of_folds, strict=True):
+            heads.append(total.without(of_fold).discriminate(self.targets.activation))
+            products_NK[in_fold_N] = self.reduced[in_fold_N] @ heads[-1].weight.T
+        return OutOfFold(products_NK, heads, folds_N, total.numbers())
 
     def group_counts(self) -> Indices:
         """Count the groups (K,) that have images of each class; without groups, the images."""

@@ -1191,30 +1191,6 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
     assert ("% if the 2 doubtful labels are wrong" in lines) == bool(wrong)
 
 
-def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
-    features, classes = blobs(120)
-    kept = [
-        image
-        for label, count in enumerate((12, 12, 12, 2))
-        for image in np.flatnonzero(classes == label)[:count]
-    ]
-    problem = problem_of([features[kept]], softmax_targets(classes[kept]))
-
-    def numbers_of_small(folds: np.ndarray, groups: np.ndarray) -> list[float]:
-        validation = replace(problem, groups=groups).cross_validate(folds)
-        assert validation.numbers.tolist() == [12, 12, 12, 2]
-        return [float(validation.heads[judge].numbers[3]) for judge in validation.judges]
-
-    folds = np.arange(38) % 10
-    different = np.arange(38)
-    assert numbers_of_small(folds, different) == [2.0] * 36 + [1.0, 1.0]
-    # A copy of another class's photograph is in no head that judges this one.
-    with_copy = np.where(different == 37, 7, different)
-    folds_of_copies = np.where(different == 37, folds[7], folds)
-    expected = [1.0 if fold == folds[7] else 2.0 for fold in folds[:36].tolist()]
-    assert numbers_of_small(folds_of_copies, with_copy)[:36] == expected
-
-
 @pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])
 def test_a_class_of_anything_else_is_recognized_by_its_spread(spread: float, named: list[int]):
     random, classes = np.random.default_rng(0), np.repeat(np.arange(5), 10)
