@@ -389,7 +389,7 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
 @pytest.mark.parametrize(
     ("path", "known"),
     [
-        ("/v1/classify?topk=2", "top_k, model, version, threshold, explain, reported"),
+        ("/v1/classify?topk=2", "model, version, top_k, threshold, explain, reported"),
         ("/v1/embed?top_k=2", "model, version, encoding_format"),
         ("/v1/card?modle=tiny", "model"),
     ],
