@@ -315,7 +315,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 @linux
 def test_a_stopped_template_of_decoders_ends_with_its_server() -> None:
     command = [sys.executable, "-c", STOPS_ITS_TEMPLATE]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    # In a session of its own: this process may be the one that gets its orphans.
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
+    )
     assert done.returncode == -signal.SIGKILL
     wait_for(lambda: run_states(int(done.stdout))[0] <= {"Z"})  # nobody may have reaped it
 
