@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -30,11 +30,19 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 
 def spawn(
-    *arguments: str, program: tuple[str, ...] = SERVE, stderr: int = subprocess.PIPE
+    *arguments: str,
+    program: tuple[str, ...] = SERVE,
+    stderr: int | IO[str] = subprocess.PIPE,
+    **options: Any,
 ) -> subprocess.Popen[str]:
-    """Start a server, or another *program* with its arguments, on any free port."""
+    """Start a server, or another *program* with its arguments, on any free port.
+
+    *options* are further ones of `subprocess.Popen`.
+    """
     command = [sys.executable, *program, "--port", "0", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, **options
+    )
 
 
 class ServerClient(httpx.Client):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -281,7 +282,25 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
         assert serves(first)
         promote(second, live, None, force="newer")
         wait_for(lambda: serves(second))
-        client.child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
+@pytest.mark.parametrize("redirected", [False, True], ids=["plain", "standard error in a file"])
+def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
+    bundle = write_bundle(tmp_path)
+    terminal, side = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+
+    # The leader of a session, whose terminal is the new one: the kernel sends it a SIGHUP.
+    options = {"start_new_session": True, "preexec_fn": take_terminal, "pass_fds": [side]}
+    with (
+        (tmp_path / "log").open("w") as log,
+        serving(str(bundle), stderr=log if redirected else side, **options) as client,
+    ):
+        os.close(side)
+        os.close(terminal)
         assert client.child.wait(PATIENCE) == 0
 
 
