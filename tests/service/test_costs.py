@@ -626,7 +626,7 @@ ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
     },
     "label page": {  # its only user has the key
         ("GET", "/"): Price("key", 2500),
-        ("GET", "/state"): Price("key", 2500),
+        ("GET", "/state"): Price("key", 2600),
         ("GET", "/grids"): Price("key", 2500),
         ("GET", "/images/{identity}"): Price("key", 2500),
         ("POST", "/label"): Price("key", 2500),

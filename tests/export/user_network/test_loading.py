@@ -789,11 +789,11 @@ def test_a_missing_file_is_found_before_the_network_is_built(
 SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
     "of torch": (
         lambda path: torch.save({"state_dict": STATE}, path),
-        "a weight file, no checkpoint",
+        "weights, not a bundle",
     ),
     "of torch 1.5": (
         lambda path: torch.save({"model": STATE}, path, _use_new_zipfile_serialization=False),
-        "a weight file, no checkpoint",
+        "weights, not a bundle",
     ),
     "of push": (lambda path: tarfile.open(path, "w").close(), "no bundle here"),
     "of push, with a file": (lambda path: archive(path), "run: sopdeploy pull"),
