@@ -96,7 +96,8 @@ def main(bundle: Path) -> int:
             checkpoint.writestr("ckpt/data.pkl", b"damaged")
         for name in ("ant", "bee"):
             Path("photos", name).mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(Path("photos", name, "1.png"))
+            for number in (1, 2):
+                Image.new("RGB", (32, 32)).save(Path("photos", name, f"{number}.png"))
         checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in COMMANDS]
         checks += [(f"{name} --help", run, (name, "--help")) for name in COMMANDS]
         checks += [(f"sopdeploy.{name}", get, (name,)) for name in sopdeploy.__all__]

@@ -140,9 +140,9 @@ def test_photographs_without_an_ending_are_forgotten(tmp_path: Path) -> None:
     (folder / "waits").unlink()
     sent = tmp_path / "sent.jpg"
     sent.write_bytes(PNG)
-    assert forget(str(sent), [folder]) == [folder / "d.dat"]
-    assert forget("IMG_1", [folder]) == [folder / "IMG_1"]
-    with pytest.raises(DataError, match="not found"):
+    assert forget(str(sent), [folder]).deleted == [folder / "d.dat"]
+    assert forget("IMG_1", [folder]).deleted == [folder / "IMG_1"]
+    with pytest.raises(DataError, match="nothing of it is in"):
         forget("notes.txt", [folder])
 
 

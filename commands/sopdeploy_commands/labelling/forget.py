@@ -1,6 +1,7 @@
 """`sopdeploy forget`: delete a photograph, its label and its records for a person who asks for it."""
 
 import hashlib
+import mmap
 import os
 import re
 import shlex
@@ -17,10 +18,12 @@ from sopdeploy.errors import BundleError, DataError, StorageError, shorten
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
     LOCK,
+    MAX_IMAGE_BYTES,
     PARTIAL,
     atomic_write,
     features_folder,
     open_regular,
+    read_file,
     remove_leftovers,
     sha256,
     writing,
@@ -111,7 +114,7 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     while (traces := _find_traces(photograph, wanted, searched)).rows or traces.files:
         for path in filter(is_image, traces.files):
             names.add(kept_id(path.name) or path.name)
-            hashes.add(Photo(path.name, path.read_bytes()).file_hash)
+            hashes.add(Photo(path.name, read_file(path, MAX_IMAGE_BYTES)).file_hash)
         deleted += _delete(traces)
 
     remains = list(_find_remainders(names, hashes))
@@ -125,6 +128,15 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     return Forgotten(deleted, remains)
 
 
+def _holds_any(path: Path, texts: list[bytes]) -> bool:
+    """Tell whether the file at *path*, which is not empty, holds one of *texts*; it may be a checkpoint."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return any(content.find(text) >= 0 for text in texts)
+
+
 def _find_remainders(names: set[str], hashes: set[int]) -> Iterator[Remainder]:
     """Find runs whose files name the photograph, bundles that were trained on it, and the cache."""
     texts = [name.encode() for name in sorted(names)]
@@ -132,7 +144,7 @@ def _find_remainders(names: set[str], hashes: set[int]) -> Iterator[Remainder]:
         holding = [
             path.name
             for path in sorted(run.rglob("*"))
-            if path.is_file() and any(text in path.read_bytes() for text in texts)
+            if path.is_file() and path.stat().st_size and _holds_any(path, texts)
         ]
         if holding:
             reason = f"named in {shorten(holding)}"

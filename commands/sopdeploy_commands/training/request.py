@@ -257,10 +257,10 @@ def read_request(
             start_files[name] = _check_weights(network.weights)
 
     # The images, unless the recipe says what is read of them
+    unknown = None if unknown_folder is None else open_unknown(unknown_folder)
     data_of_folder = None
     if data is not None and changes.values is not None and not changes.is_named:
         data_of_folder = None if changes.changes_data else open_folder(data)
-    unknown = None if unknown_folder is None else open_unknown(unknown_folder)
 
     # The networks, which are torch's
     from sopdeploy.training.setup import open_images

@@ -39,7 +39,7 @@ from sopdeploy.evaluation.drift import (
     measure_image,
 )
 from sopdeploy.file_systems import set_mode
-from sopdeploy.files import atomic_write, remove_leftovers
+from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
 from sopdeploy.images.near_hash import NEAR_BITS, near_hash
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction
@@ -321,7 +321,7 @@ def write_block(path: Path, block: Block, images: Sequence[NDArray[np.uint8]]) -
 
 def read_block(path: Path) -> Block:
     """Read a block without its images; raises one of `DAMAGED` for a damaged file."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(read_file(path, MAX_IMAGE_BYTES)), allow_pickle=False) as arrays:
         return Block(
             str(arrays["version"]),
             Answers(*(arrays[name] for name in Answers._fields)),
@@ -337,10 +337,13 @@ def read_inputs(block: Block) -> list[NDArray[np.uint8]]:
     if block.path is None:
         return []
     try:
-        content = io.BytesIO(block.path.read_bytes())
+        content = io.BytesIO(read_file(block.path, MAX_IMAGE_BYTES))
         with np.load(content, allow_pickle=False) as arrays:
             files = [arrays[f"image-{number}"] for number in range(len(block.identities))]
-        return [np.asarray(Image.open(io.BytesIO(file.tobytes()))) for file in files]
+        return [
+            np.asarray(Image.open(io.BytesIO(file.tobytes()), formats=["JPEG"]))
+            for file in files
+        ]
     except DAMAGED:
         return []
 

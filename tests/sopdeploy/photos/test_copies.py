@@ -545,11 +545,11 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(
         DataError, match=r"cat/2\.jpg: this is not an.*val/dog/1\.jpg: the image is truncated"
     ):
         found.must_be_usable()
-    with pytest.raises(DataError, match=r"/a, .*/b: only one image; add another"):
+    with pytest.raises(DataError, match=r"only one image; add another: .*/a, .*/b"):
         check_data(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(
-        DataError, match=r"b/0\.jpg: the image has more than 70000000 pixels, the limit; "
+        DataError, match=r"the image has more than 70000000 pixels, the limit; .*b/0\.jpg"
     ):
         check_data(tmp_path / "single").must_be_usable()
 
