@@ -58,9 +58,8 @@ _VERSION = 1
 WEIGHTS_ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of such a file; the largest published one has 0.7 GB
 MAX_TENSORS = 1_000_000
-COUNTER = (
-    "num_batches_tracked"  # of a batch norm; old files lack it, and inference does not use it
-)
+# Of a batch norm; old files lack it, and inference does not use it
+COUNTER = "num_batches_tracked"
 # Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
 COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
 # of a network while it is built

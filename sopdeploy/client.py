@@ -36,9 +36,8 @@ from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
 
 Result = TypeVar("Result", bound="ImageResult")
 
-CONTENT_TYPE = (
-    "application/octet-stream"  # the server detects the format; a wrong type causes a warning
-)
+# The server detects the format; a wrong type causes a warning
+CONTENT_TYPE = "application/octet-stream"
 REQUEST_ID = "X-Request-ID"  # a server returns that of the request
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0

@@ -19,9 +19,8 @@ _PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")
 # The ends of the Unicode names of characters that are letters or symbols by category, but have
 # no glyph.
-_JOINERS = (
-    "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # in words of some scripts, and in emojis
-)
+# In words of some scripts, and in emojis
+_JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 _BLANKS = ("FILLER", "BLANK", "NULL NOTEHEAD")
 
 

@@ -37,6 +37,7 @@ def copy_network(network: _Network) -> _Network:
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     originals = {id(module) for _, module in modules(network)}
+
     # Each has its own class
     kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
     if not isinstance(copied, kind) or any(

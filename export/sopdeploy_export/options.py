@@ -60,6 +60,7 @@ class ExportOptions(Options):
                     raise ConfigError("only with precision int8", setting=name)
         elif self.calibrate is None:
             problem = "int8 needs images to measure ranges on"
+
             # Without a value to try: only the user knows the folder
             remedies = {"calibrate": None}
             raise ConfigError(problem, setting="precision", remedies=remedies)

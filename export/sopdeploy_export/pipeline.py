@@ -283,6 +283,7 @@ def export_subject(
         )
         path = bundle.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
+
     # `Exported` has all fields of `ExportResults`, its base class, and these four.
     exported = Exported(
         **vars(results),

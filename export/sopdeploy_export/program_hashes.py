@@ -66,6 +66,7 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
     side_effects = []  # such as an assertion
     for node in program.graph.nodes:
         has_no_reader = node.op == "call_function" and not node.users
+
         # An assertion on the type of a value that no output depends on can never fail.
         is_idle = node.target is CHECK_OF_TYPE and not reached.issuperset(node.all_input_nodes)
         if has_no_reader and node.is_impure() and not is_idle:
@@ -323,6 +324,7 @@ def _is_random(node: fx.Node) -> bool:
         return False
     names = [argument.name for argument in target._schema.arguments]
     arguments = dict(zip(names, _all_arguments(node), strict=True))
+
     # `dropout_p` of attention
     is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))

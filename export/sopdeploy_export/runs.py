@@ -58,6 +58,7 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for value in tree_leaves((args, kwargs))
                 if isinstance(value, Tensor)
             }
+
             # An operation that writes to an operand needs this operand itself, not a converted
             # copy.
             if (
@@ -172,6 +173,7 @@ def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray
     smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
     # to each logit that is not chosen (P, N - chosen)
     margins = smallest_chosen - ranked[:, chosen:]
+
     # The two logits may both drift
     return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
 

@@ -88,6 +88,7 @@ class ExportSubject:
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
+
         # Checkpoints can hold anything
         versions = recorded if isinstance(recorded, dict) else {}
         return {

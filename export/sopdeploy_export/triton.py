@@ -33,6 +33,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
             "sends single images; export it with a minimum batch of 1"
         )
+
     # Also "label\n"
     broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
     if broken:
@@ -126,6 +127,7 @@ def _model_config(bundle: Bundle) -> str:
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
+
     # Triton repeats one probe image to this size
     for size in sorted({1, batch.optimum, batch.maximum}):
         name = json.dumps(image.name)

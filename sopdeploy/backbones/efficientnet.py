@@ -22,9 +22,8 @@ from sopdeploy.errors import MissingPackageError
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
-SQUEEZE = (
-    4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
-)
+# The hidden width of MBConv's excitation is a quarter of the block's input channels
+SQUEEZE = 4
 
 
 def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Module:

@@ -19,9 +19,8 @@ from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 
 TOP_K = 5
-MIN_PROBABILITY = (
-    2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
-)
+# Lower bound of probabilities, which limits the loss to 708
+MIN_PROBABILITY = 2.2250738585072014e-308
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 

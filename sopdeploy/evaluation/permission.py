@@ -18,9 +18,8 @@ from sopdeploy.evaluation.statistics import ALPHA, Z_POWER, score_statistic
 
 TOLERANCE = 5.0  # points that a bundle may lose on `TOLERANCE_IMAGES` photographs
 TOLERANCE_IMAGES = 100
-MIN_TOLERANCE_IMAGES = (
-    60  # with fewer, the tolerance grows no more; the rule was measured from here on
-)
+# With fewer, the tolerance grows no more; the rule was measured from here on
+MIN_TOLERANCE_IMAGES = 60
 MIN_IMAGES = 20  # with fewer, the score test errs more often than stated, and nothing passes
 OLD_TOLERANCES = 2  # tolerances that the old classes alone may lose
 OLD_ALPHA = 0.2  # probability that they pass although they lose as much

@@ -32,9 +32,8 @@ Z_NOT_WORSE = 1.75
 Z_POWER = 0.8416  # 80 % quantile of the normal distribution
 # by which a classifier that is "not worse" may be worse, unless a user gives another one
 TOLERANCE = 0.01
-TESTABLE = (
-    6  # with fewer images on which only one classifier is right, no McNemar test reaches 5 %
-)
+# With fewer images on which only one classifier is right, no McNemar test reaches 5 %
+TESTABLE = 6
 
 Verdict = Literal["better", "not worse", "worse", "undecided"]
 

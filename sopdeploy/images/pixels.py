@@ -39,9 +39,8 @@ SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
 # 8-bit levels between the gray values of PNGs of 2 and 4 bits
 GRAY_STEPS = {"L;2": 85, "L;4": 17}
-FRAME_BOX = (
-    "sopdeploy_frame"  # in `info` of a GIF whose first frame covers only this box of the canvas
-)
+# In `info` of a GIF whose first frame covers only this box of the canvas
+FRAME_BOX = "sopdeploy_frame"
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -28,9 +28,8 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.proxies import HTTP_PROXIES, HTTPX_PROXIES, describe_route, find_proxy
 
-TORCHVISION_VERSION = (
-    "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
-)
+# Fine-tunes better than V2, which is trained with label smoothing
+TORCHVISION_VERSION = "IMAGENET1K_V1"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 UNREACHABLE_SECONDS = 10  # without an answer of the hub

@@ -27,9 +27,8 @@ from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.photo import ImageFiles, map_threaded
 
-MAX_FEATURES = (
-    10_000  # images whose features are computed, which takes about four minutes on a CPU
-)
+# Images whose features are computed, which takes about four minutes on a CPU
+MAX_FEATURES = 10_000
 EDGES_MISS = (
     "near-duplicates were found by edges, which miss some of the strong crops; up to "
     f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "

@@ -44,9 +44,8 @@ ONE_GROUP = 0.9
 MIN_ONE_GROUP = 8
 _BLOCK = 1024  # images whose similarities are computed at once
 _COSINES = 2**25  # similarities that are computed at once: 128 MiB
-MAX_SIGNATURES = (
-    20_000  # among more images, only equal files are found without features, and no turned ones
-)
+# Among more images, only equal files are found without features, and no turned ones
+MAX_SIGNATURES = 20_000
 NO_PAIRS = np.zeros((2, 0), np.intp)
 NO_VECTORS = np.zeros((0, 0), np.float32)
 SMALL = 64  # pixels of a side of the gray images that are kept of photographs

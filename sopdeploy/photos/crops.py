@@ -26,9 +26,8 @@ MOSTLY = 0.6
 # tiles per side, and those that must show something
 TILES = 8
 MIN_TILES = 6
-PLAIN = (
-    2.0  # standard deviation of the gray levels of a tile, or of an image, that shows nothing
-)
+# Standard deviation of the gray levels of a tile, or of an image, that shows nothing
+PLAIN = 2.0
 # Pixels of a side that are compared, and standard deviation of the removed frequencies
 SIDE = 32
 BLUR = 1.25
@@ -36,9 +35,8 @@ SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a part 
 # pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
 MARGIN = 4
 MIN_FOUND = 0.4  # correlation below which a place is not aligned
-OTHER_WAY = (
-    0.9  # share of the correlation in the better way from which on both ways are aligned
-)
+# Share of the correlation in the better way from which on both ways are aligned
+OTHER_WAY = 0.9
 # Gauss-Newton steps, and the largest change of an affine map by one of them
 STEPS = 8
 MAX_STEP = 0.15

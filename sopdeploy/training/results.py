@@ -26,9 +26,8 @@ from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
 from sopdeploy.photos.photo import describe_left_out
 
-_FEW_IMAGES = (
-    5  # the result names classes with fewer images, because each fold tests hardly any of them
-)
+# The result names classes with fewer images, because each fold tests hardly any of them
+_FEW_IMAGES = 5
 # With the folders of a run, `insert_folders` makes it a command
 LIST_WRONG_LABELS = "sopdeploy data check DIR --wrong-labels RUN"
 SelectedBy = Literal["nothing", "other images", "same images"]

@@ -33,9 +33,8 @@ _TAR = ".tar"
 _LIST = ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
-MAX_OPENED = (
-    100  # objects of a store with one suffix, not of an image, whose first bytes are read
-)
+# Objects of a store with one suffix, not of an image, whose first bytes are read
+MAX_OPENED = 100
 UNKNOWN = -1  # size of an image that is not known before it is read
 
 

@@ -17,9 +17,8 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
-FEW_PROBES = (
-    8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
-)
+# Fewer are noted; an export generates 12 and leaves out those whose route is undecided
+FEW_PROBES = 8
 WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
 ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-drift` allowed them
 _ROUNDING = 1 + 1e-9

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-RECIPE_NETWORK = (
-    ""  # stands for the name of the only network, that of the recipe, if none is chosen
-)
+# Stands for the name of the only network, that of the recipe, if none is chosen
+RECIPE_NETWORK = ""
 NO_FILES = ("imagenet", "none")  # start weights that are no file
 Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
 

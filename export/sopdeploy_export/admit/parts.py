@@ -27,6 +27,7 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
             problem = f"no such part; {hint}"
             raise DetachError(problem, setting="training_only", value=pattern)
         matched += matches
+
     # A match is outermost if its parent module is neither a match nor inside one.
     outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
     return tuple(dict.fromkeys(outer))  # each once

@@ -26,6 +26,7 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     before = unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
+
     # Only now, because a run without values can leave such tensors in objects that are not
     # restored.
     unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)

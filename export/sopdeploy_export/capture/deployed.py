@@ -19,9 +19,8 @@ from sopdeploy_export.network import DEPTH, modules, tensors, unstored_buffers
 STATELESS = "an exported network must be stateless"
 NOT_IN_EVAL = f"{STATELESS}: keep values in local variables, or only if self.training"
 INPUT = "images"
-EXPORT_LOGITS = (
-    "_sopdeploy_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
-)
+# Attribute of a network outside of the catalog, see `_network_outputs`
+EXPORT_LOGITS = "_sopdeploy_logits"
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
 GENERATED = 12
@@ -195,6 +194,7 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     """
     random = np.random.default_rng(_SEED)
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
+
     # Number of the square, 4 pixels wide, that a row or column belongs to
     square = np.arange(side) // 4
     checkerboard = 255.0 * ((square[:, None] + square) % 2)
@@ -205,6 +205,7 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
+
     # The others are enlarged noise, first the coarsest
     for i in range(GENERATED - len(images)):
         size = min(side, 2 + 6 * i)

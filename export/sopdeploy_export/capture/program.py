@@ -212,6 +212,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
                     f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
                 )
                 return
+
             # A comparison in a network comes through these modules alone. Those of torch's
             # operators, which come through others, fit every size.
             if frame.f_code is compares and module not in ("torch", SymNode.__module__):

@@ -56,6 +56,7 @@ def simplify_operators(program: ExportedProgram) -> None:
             if output_size == [1] * num_axes:
                 node.target = aten.mean.dim
                 node.args = (x, [*range(-1, -1 - num_axes, -1)], True)
+
     # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
         # The last argument is `ceil_mode`, by default False
@@ -65,6 +66,7 @@ def simplify_operators(program: ExportedProgram) -> None:
             floored = aten.max_pool2d(image, kernel, stride, padding, dilation)
             if floored.shape[-2:] == node.meta["val"].shape[-2:]:
                 node.args = (x, kernel, stride, padding, dilation)
+
     # ONNX Runtime does not accept every form of an ellipsis.
     for node in program.graph.find_nodes(op="call_function", target=aten.einsum.default):
         equation, operands = node.args
@@ -87,6 +89,7 @@ def _out_of_place(node: fx.Node) -> OpOverload | None:
         result.alias_info for result in source._schema.returns
     ):
         return None
+
     # Others of torch's composite operators can return their operand, as `dropout` does.
     if source not in RETURN_NEW and source.has_kernel_for_dispatch_key(COMPOSITE):
         return None
@@ -106,6 +109,7 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
     longest = ""
     for term, rank in zip(terms.split(","), ranks, strict=True):
         num_hidden = rank - len(term.replace("...", ""))
+
         # Reversed, so that the last hidden axis, at which operands are aligned, is always
         # unused[0].
         labels = "".join(reversed(unused[:num_hidden]))
@@ -218,6 +222,7 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
     """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:  # both are flattened
         return torch.take_along_dim(input, indices)
+
     # The axis is the last one: (..., n) of the operand, (..., k) of the indices.
     x = input.movedim(dim, -1)
     chosen = indices.movedim(dim, -1)

@@ -32,9 +32,8 @@ MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
 # in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-EVERY = (
-    4  # of the distinct images of `calibrate`, every fourth measures and the others calibrate
-)
+# Of the distinct images of `calibrate`, every fourth measures and the others calibrate
+EVERY = 4
 # Root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
 GRAY_SIDE = 8
@@ -123,6 +122,7 @@ class AccuracyCheck:
             )
         if measured.drop <= limit:
             return
+
         # Which needs labels
         metric = "agreement with float32" if measured.before is None else "top-1"
         raise ParityError(
@@ -224,6 +224,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
             "some calibrate, the others measure the loss",
             setting="calibrate",
         )
+
     # The distinct images 3, 7, 11 and so on
     measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1
     return measured

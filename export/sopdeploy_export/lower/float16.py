@@ -57,6 +57,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     tolerance is a multiple of this copy's error.
     """
     exact = copy_network(network).double()
+
     # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it
     # usually gets.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
@@ -81,6 +82,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype), with_kwargs=True)
+
         # These parts compute in float32, and the layers that follow them in float16.
         if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(
@@ -183,6 +185,7 @@ def _adds_by_derivatives(
             gradients = torch.autograd.grad(
                 element, operands, retain_graph=True, allow_unused=True
             )
+
             # So many elements of each operand have an influence on this element of the result.
             first, *others = (
                 0 if gradient is None else int(gradient.count_nonzero())

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-LARGEST_MATRIX = (
-    256  # rows of the matrix of a Fourier transform, unless the size has no such factors
-)
+# Rows of the matrix of a Fourier transform, unless the size has no such factors
+LARGEST_MATRIX = 256
 BLOCK = 256  # numbers that are added one after the other
 
 
@@ -62,6 +61,7 @@ def _masked_attention(
     finally:
         _handles_mask.reset(token)
     filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
     # The strides stay those of attention, so that a view of the result stays possible.
     axes = sorted(range(result.dim()), key=result.stride, reverse=True)
     return (
@@ -92,10 +92,12 @@ def _expm1(values: Tensor) -> Tensor:
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
+
     # Then the angle is that of a diagonal
     far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
     slope = torch.where(far, y.sign() * x.sign(), y / divisor)
+
     # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x,
     # -y).
     angle = slope.atan()
@@ -202,6 +204,7 @@ def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int)
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
+
     # Values 1 to `mirrored` occur again, in reverse
     last = dim[-1]
     mirrored = size - size // 2 - 1

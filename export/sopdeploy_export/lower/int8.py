@@ -117,6 +117,7 @@ class Int8Quantizer:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
+
         # Quantized only if the form lists their operator
         activations = {
             node.name
@@ -144,6 +145,7 @@ class Int8Quantizer:
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
+
         # Versions stay those of the original. Nothing needs the metadata and shapes that the
         # quantizer added.
         del quantized.opset_import[:]
@@ -232,6 +234,7 @@ class Int8Quantizer:
         """
         originals = {tensor.name: tensor for tensor in self.model.graph.initializer}
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
+
         # A dequantized tensor is codes * scale. Map its name to the names of both.
         dequantizers = [
             node for node in quantized.graph.node if node.op_type == "DequantizeLinear"
@@ -278,6 +281,7 @@ class Int8Quantizer:
         if not weights:  # a graph without outputs cannot run
             return {}
         probed = onnx.ModelProto()
+
         # Its values have the same names as those of `self.model`
         probed.CopyFrom(self.original)
         del probed.graph.output[:]

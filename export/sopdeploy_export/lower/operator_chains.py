@@ -208,6 +208,7 @@ class _Bounds(fx.Interpreter):
                 if extremes.isnan().any():
                     self.undefined.add(n.name)
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
+
         # It reads the images, and a tensor that does not depend on them.
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
         return tree_map_only(Tensor, self._filled_like, result) if has_weights else result
@@ -299,6 +300,7 @@ def _as_operator(
     leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
     if any(leaf.is_complex() for leaf in leaves):
         return None
+
     # Of several results, the users are `getitem` nodes, whose second argument is the position.
     positions: set[Any] = (
         {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}

@@ -49,6 +49,7 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
     for number, operand in enumerate(chain.operands):
         elements = start + np.arange(operand.numel())
         counts = elements // run_length if chain.is_elementwise else elements + 5 * number
+
         # Which of *values* each element gets (numel,)
         positions = torch.from_numpy(counts % len(values))
         if operand.dtype == torch.bool:  # True and False in turn
@@ -66,6 +67,7 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
         dtype = torch.promote_types(dtype, torch.float32)
     elif dtype != torch.bool:
         content = operand.flatten()
+
     # With its strides
     return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))
 
@@ -81,6 +83,7 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     yield fill(chain, [-1 - abs(value) for value in ORDINARY], 0)
     if not chain.is_elementwise:
         yield from _fill_uniformly(chain, ordinary)
+
         # The order of additions decides whether a sum overflows; one of products of these roots
         # does not.
         low = TINY**0.25
@@ -165,6 +168,7 @@ def _mark_wrong(
     if not expected.is_floating_point():
         return found != expected
     limits = torch.finfo(expected.dtype)
+
     # ATen's `gelu` of the largest number is infinite
     bounded = expected.clamp(limits.min, limits.max)
     magnitudes = [
@@ -174,6 +178,7 @@ def _mark_wrong(
     if chain.is_elementwise:
         if not chain.can_be_unbounded:  # NaN does not occur
             compared = ~found.isnan() if chain.is_one_of(NOT_NAN) else ~expected.isnan()
+
         # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the
         # result.
         scale = sum(magnitudes, torch.zeros_like(expected))

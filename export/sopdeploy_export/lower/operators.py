@@ -57,6 +57,7 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     module = program.module(check_guards=False)
     chains = record_chains(module, torch.from_numpy(images), _executed_operators.keys())
     last = next(reversed(chains), None)
+
     # Compare groups, because the time of a capture grows with the square of its number of
     # operands.
     group = dict[str, Chain]()
@@ -123,6 +124,7 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.chain.operators) == 1]
     pairs = [pair for pair in captured if len(pair.chain.operators) == 2]
+
     # Before the whole graph: an error names the operator that cannot run
     for single in singles:
         _compare_values(single, extractor)
@@ -194,6 +196,7 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{chain.last.target}: {problem}") from error
+
     # The ONNX form can need fewer operands
     needed_names = {value.name for value in session.get_inputs()}
     for operands in fill_in_rounds(chain):

@@ -134,6 +134,7 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
         for part, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
+
     # Folding can remove the weights of a part from the graph.
     if wrong := [
         part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype

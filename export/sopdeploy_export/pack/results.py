@@ -125,6 +125,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
     integers = [
         tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")
     ]
+
     # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
     counters = {
         tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules

@@ -97,6 +97,7 @@ class TracedValue:
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
         require(len(self.contents) > 0 and not self.depends_on_batch_size)
+
         # Equal for every batch size
         return [int(number) for number in self.contents[0].reshape(-1)]
 
@@ -146,6 +147,7 @@ def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
     # an operand without images fits all others
     axes = {layout.axis for layout in layouts} - {None}
+
     # Equal rows (None) fit any run length
     lengths = {layout.run_length for layout in layouts} - {None}
     require(len(axes) <= 1 and len(lengths) <= 1)
@@ -192,6 +194,7 @@ def layout_after_combining(
     require(common_layout_of(call.inputs[1:]) == NO_BATCH)
     if keeps or batch_axis is None:
         return call.x.layout
+
     # Each moves the batch axis to the left
     removed_before = {axis for axis in axes if axis < batch_axis}
     return call.x.layout_shifted(-len(removed_before))
@@ -213,10 +216,13 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     layout = common_layout_of(call.inputs[:operands])
     require(layout.axis in (None, 0))
     require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
+
     # The second output of MaxPool numbers elements of the whole batch
     require(call.num_outputs == 1)
+
     # In training mode, batch norm subtracts the mean of all images.
     require(not call.attributes.get("training_mode"))
+
     # Resize can change the number of rows, or cut a region first, so that a row comes from
     # other rows of `x`.
     require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
@@ -235,6 +241,7 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     if axis is None or new_axis is None:
         require(axis == new_axis)  # neither has the batch
         return NO_BATCH
+
     # All for the smallest batch
     shape = call.x.shapes[0]
     new_shape = call.shapes[0]
@@ -245,6 +252,7 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     # 1 for a value without elements
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
+
     # The neighboring elements of an image fill whole rows, and whole batches of these fill the
     # axis.
     require(rest == 0 and new_run_length > 0)
@@ -269,6 +277,7 @@ def layout_after_product(call: OperatorCall) -> BatchLayout:
         require(b.batch_axis is None)
         return a.layout  # the result (..., m) has the axes of *a* before k
     require(b.batch_axis != b.rank - 2)
+
     # The axes before the last two are broadcast, m and n stay in place
     return layout_after_broadcast(call)
 
@@ -353,6 +362,7 @@ def layout_after_slice(call: OperatorCall) -> BatchLayout:
             first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
             require(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
             slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
+
         # The same, such as the second batch, for each size
         require(len(slices_in_batches) == 1)
     return call.x.layout
@@ -377,6 +387,7 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
     4) becomes (batch * 3, 4), where each image has a copy.
     """
     axis = batch_axis_of(call.shapes)
+
     # The result has the batch axis of `x`, or none
     if axis is None or call.x.batch_axis is not None:
         return layout_after_broadcast(call)
@@ -407,6 +418,7 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
     require(not indices.image_numbers)  # they would select a row by the position in the batch
     if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
         return indices.layout_shifted(axis)
+
     # Data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
     require(indices.layout == NO_BATCH)
     is_behind = data.batch_axis is not None and data.batch_axis > axis
@@ -425,17 +437,21 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     num_shared = call.attributes.get("batch_dims", 0)
     # n is no batch axis
     require(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)
+
     # Data (batch, 7), pairs of image and column (batch, 2)
     if selects_own_rows(data, indices, num_shared):
         return indices.layout
     require(not indices.image_numbers)
+
     # All images select from the same data (5, 7), indices (batch, 2)
     if data.batch_axis is None:
         return indices.layout
+
     # Data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
     if data.batch_axis < num_shared:
         require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
+
     # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
     first_kept = num_shared + indices.shapes[0][-1]
     first_kept_of_result = indices.rank - 1
@@ -451,8 +467,10 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     if indices.batch_axis is not None:
         # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
         require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
+
         # Raises `MixesError` if the run lengths differ.
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
+
     # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3,
     # batch).
     first_kept = indices.shapes[0][-1]
@@ -487,6 +505,7 @@ def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:
     layout = common_layout_of([call.x, *first_states])
     require(layout.axis in (None, 1) and common_layout_of(shared) == NO_BATCH)
     require(not call.attributes.get("layout"))  # another layout has the batch first
+
     # The outputs are all results (length, directions, batch, features), and the last states.
     layout_in_results = layout if layout.axis is None else layout._replace(axis=2)
     return [layout_in_results, layout, layout]

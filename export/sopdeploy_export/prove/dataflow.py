@@ -106,9 +106,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reused: list[str] = []
         self.failures: list[str] = []
         self.node: fx.Node | None = None  # the node that runs, if a graph does
-        self.call: BuiltinCall | None = (
-            None  # the function of torch that runs, if it is built-in
-        )
+
+        # The function of torch that runs, if it is built-in
+        self.call: BuiltinCall | None = None
 
         # What is known before the run: stored tensors by their first name, and the image.
         self._names = {id(module): name for name, module in modules(network)}

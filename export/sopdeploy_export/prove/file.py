@@ -58,9 +58,8 @@ STATEMENT = (
     "float32 (4 times for reduced precision), and no class flips without this error explaining it."
 )
 
-LARGEST_BATCH = (
-    13  # an odd size above the 12 generated probes; larger ones take more time and memory
-)
+# An odd size above the 12 generated probes; larger ones take more time and memory
+LARGEST_BATCH = 13
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
 # Four float32 rounding errors, relative to the value

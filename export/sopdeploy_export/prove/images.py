@@ -97,6 +97,7 @@ def _trace_node(
     *values* are what is known of its inputs.
     """
     inputs = [values[name] if name else None for name in node.input]
+
     # Shapes never depend on the contents of images.
     with_contents = [value for value in inputs if value is not None and node.op_type != "Shape"]
     mixed = tuple(dict.fromkeys(name for value in with_contents for name in value.mixed))
@@ -129,8 +130,10 @@ def infer_results(
     }
     results = _infer_shapes(node, named, opsets)
     shapes = results[0].shapes
+
     # For every batch size
     is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
+
     # Reads no contents, so the operand can be an array that takes no memory
     if node.op_type == "Shape":
         name = node.input[0]
@@ -148,9 +151,11 @@ def infer_results(
         ReferenceEvaluator(node).run(None, operands) for operands in operands_by_batch
     ]
     computed = []
+
     # Its contents for each batch size
     for result, *contents in zip(results, *runs, strict=True):
         computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
+
     # `is_linear` says why three are enough
     if any(value.depends_on_batch_size for value in named.values()):
         require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
@@ -210,8 +215,10 @@ def is_linear(value: TracedValue) -> bool:
     if value.contents[0].dtype.kind == "b":
         return False
     low, middle, high = BATCHES
+
     # Cannot overflow
     at_low, at_middle, at_high = (content.astype(object) for content in value.contents)
+
     # The slope (at_middle - at_low) / (middle - low) equals the next one. Without divisions:
     return bool(
         np.all((at_middle - at_low) * (high - middle) == (at_high - at_middle) * (middle - low))
@@ -233,6 +240,7 @@ def locate_batch_axes(
     layouts = RULES[node.op_type](call)
     if isinstance(layouts, BatchLayout):  # one for all results
         layouts = [layouts] * len(results)
+
     # The number of an image may stay such a number, or be an index that selects the row of this
     # image.
     image_numbers = find_image_numbers(node.op_type, call)
@@ -256,8 +264,10 @@ def has_whole_images(value: TracedValue) -> bool:
     axis = batch_axis_of(value.shapes)
     if axis != value.batch_axis:
         return False
+
     # Runs of 3 fit batch * 6, not batch * 4
     rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
+
     # `batch_axis_of` covers other sizes
     return axis is None or value.shapes[0][axis] % rows_of_batch == 0
 
@@ -276,6 +286,7 @@ def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "fir
         # Smaller types repeat numbers
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
         return "" if wraps else "all"
+
     # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat`
     # joins.
     if kind == "Concat" and not any(value.image_numbers for value in call.present[1:]):
@@ -290,6 +301,7 @@ def prove_images(model: onnx.ModelProto, *, allowed: bool) -> tuple[str, ...]:
     if not mixing or allowed:
         return mixing
     problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
+
     # For example "no rule for Einsum in head shows that it keeps ..."
     if mixing[0].startswith(NO_RULE):
         problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"

@@ -130,6 +130,7 @@ def rename_with_prefix(
     renamed = {rename(name) for name in trained}
     if names == renamed or not names or not renamed:
         return rename
+
     # The shortest name of each network, of equal ones the first, is that of the same tensor.
     shortest, shortest_renamed = (min(sorted(group), key=len) for group in (names, renamed))
     surplus = shortest_renamed.removesuffix(shortest)
@@ -186,6 +187,7 @@ def build_plain(
         raise CertificateError(
             f"the trained network still has {extra[0]}, which the plain one lacks"
         )
+
     # Buffers that no state dict stores count if the outputs need them as they are: those that a
     # run of the trained network makes, a run of the plain one makes, too.
     made = trained.trace.created

@@ -168,6 +168,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel():
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
+
     # Strides are never negative
     elements = 1 + sum((size - 1) * stride for size, stride in steps)
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

@@ -261,6 +261,7 @@ def load_weights(
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
+
     # Each may hold one part of the network
     if all(fit.missing for fit in fits) and len(tables) > 1:
         tables[""] = {
@@ -342,6 +343,7 @@ def _choose_fit(
             if not name.endswith(COUNTERS)
         )
     ]
+
     # One choice of tensors can have several keys; the last one names the part of the network
     # that has all.
     different = {
@@ -381,6 +383,7 @@ def _check_ignored(
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     wrappers = fit.naming.wrappers
+
     # Names of modules, by those in the file; the root of either is ""
     owners: dict[str, str] = {}
     for name, source in fit.sources.items():
@@ -433,6 +436,7 @@ def _load_and_compare(
     Raises `WeightsError`.
     """
     advice = "remove its load_state_dict, or let it load all tensors"
+
     # The network may keep or change them
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:

@@ -57,9 +57,8 @@ COMPRESSED = 15
 MAX_EXPANSION = 20
 MIN_EXPANDED_BYTES = 1 << 26
 SIDE = 64
-PIXEL_DEVIATION = (
-    60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
-)
+# Standard deviation of pixels of 0 to 255 here; the released networks have 1
+PIXEL_DEVIATION = 60.0
 EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
 PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}

@@ -46,9 +46,8 @@ class CertificateSummary(StrictModel):
 
 
 MAX_SHOWN_LABELS = 100
-MAX_CERTIFICATE_PARTS = (
-    200_000  # values; a larger one is not summarized: parsing holds up other requests
-)
+# Values; a larger one is not summarized: parsing holds up other requests
+MAX_CERTIFICATE_PARTS = 200_000
 DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
 DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"
 

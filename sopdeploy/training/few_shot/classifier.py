@@ -40,9 +40,8 @@ DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7
 # (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
-ENOUGH = (
-    5  # photographs of a class, from which on it is learned about as well as classes of ten
-)
+# Photographs of a class, from which on it is learned about as well as classes of ten
+ENOUGH = 5
 # share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
 TAKEN = 0.01
 ROWS = 4096  # images whose sums are computed at once
