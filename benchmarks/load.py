@@ -55,8 +55,8 @@ class Load:
 def put_loads(url: str, folder: Path, seconds: float, connections: int) -> Load:
     """Put load with wrk where it is installed, otherwise from `CLIENTS` processes of this program.
 
-    One process in Python would be the limit of a fast server, and takes 1 CPU ms an image from
-    its cores, wrk 0.2. The latencies of several processes are those of the median client.
+    One process in Python would be the limit of a fast server, and several take much more of its
+    cores than wrk. The latencies of several processes are those of the median client.
     """
     if wrk := shutil.which("wrk"):
         return put_load_with_wrk(wrk, url, folder, seconds, connections)

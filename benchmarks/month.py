@@ -42,7 +42,6 @@ from PIL import Image, ImageEnhance
 from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.evaluation.drift import (
     BLOCK,
-    WINDOW,
     Answers,
     Comparison,
     compare_answers,
@@ -52,6 +51,7 @@ from sopdeploy.evaluation.permission import TOLERANCE, Bound, Counts, rule_of_al
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.run import make_folds
+from sopdeploy_service.inference.drift import NUM_BLOCKS, TEST_BLOCKS
 
 Array = NDArray[Any]
 DAYS = 28
@@ -63,8 +63,6 @@ SAMPLE = 0.2
 LOW_MARGIN = 0.2
 LABELS = 60
 WRONG = 40  # one label in so many
-TEST_BLOCKS = 10
-NUM_BLOCKS = WINDOW // BLOCK
 NONE = -1  # class of other things
 
 

@@ -24,7 +24,7 @@ function response(status)
 end
 
 function done(summary, latency)
-  local codes, answered = {}, 0
+  local codes = {}
   for _, thread in ipairs(threads) do
     for status, count in pairs(thread:get("counts")) do
       codes[status] = (codes[status] or 0) + count
@@ -34,7 +34,7 @@ function done(summary, latency)
   for status, count in pairs(codes) do
     table.insert(texts, string.format('"%d": %d', status, count))
   end
-  answered = codes[200] or 0
+  local answered = codes[200] or 0
   local errors = summary.errors
   local broken = errors.connect + errors.read + errors.write + errors.timeout
   if broken > 0 then

@@ -12,7 +12,8 @@ from sopdeploy.decision import softmax
 # right (docs/benchmarks/copied_photos.md).
 LISTED_RATIO = 6
 # Of the images whose label is not the most probable class, so many have a label that would be
-# listed although it is right: 0.1 to 0.3 in folders without wrong labels (docs/benchmarks/head.md).
+# listed although it is right: chosen on three sets, where it was 0 to 0.37 in folders without wrong
+# labels, and not confirmed on others (docs/benchmarks/head.md).
 LISTED_BY_CHANCE = 0.25
 # None is listed if chance lists as many of as many errors in more of the folders than this. Two
 # of two are listed.

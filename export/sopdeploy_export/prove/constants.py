@@ -31,11 +31,11 @@ def check_constants(
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     )
-    made = [] if rebuild is None else [made for _, made in _large_constants(rebuild())]
-    shared = _addresses(made)
+    rebuilt = [] if rebuild is None else [each for _, each in _large_constants(rebuild())]
+    shared = _addresses(rebuilt)
     for spec, constant in constants:
         (memory,) = _addresses([constant])
-        is_made = memory not in shared and any(are_equal(constant, each) for each in made)
+        is_made = memory not in shared and any(are_equal(constant, each) for each in rebuilt)
         if memory not in registered and not is_made:
             has_name = "lifted_tensor" not in str(spec.target)  # as torch names what has none
             name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"

@@ -81,11 +81,13 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     network = trained.network
     if shared := find_shared(trained.tensors, parts):
         name, kept_name = shared
+        # Of the part that shares it, the first module that shares nothing
         part = next(part for part in parts if is_in(name, part))
-        children = network.get_submodule(part)._modules if part != name else {}
+        submodules = network.get_submodule(part)._modules if part != name else {}
+        children = [f"{part}.{submodule}" for submodule in submodules]
         own = [
             child
-            for child in (f"{part}.{name}" for name in children)
+            for child in children
             if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
         ]
         raise CertificateError(

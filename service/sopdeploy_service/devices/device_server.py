@@ -39,9 +39,10 @@ from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
 STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine

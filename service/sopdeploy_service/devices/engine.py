@@ -34,8 +34,9 @@ from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, follow, start_task
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, follow
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tasks import start_task
 
 LAST_SECONDS = 1.0  # for answers that front ends have not read when the process ends
 

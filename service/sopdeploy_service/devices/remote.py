@@ -23,8 +23,8 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import ImageResult, Model, Registry, State, settle
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tasks import start_task
 
 log = logging.getLogger("sopdeploy.inference")
 

@@ -67,11 +67,11 @@ from sopdeploy_service.server.lifetime import (
     follow,
     lacks_room,
     room_required,
-    start_task,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tasks import start_task
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s

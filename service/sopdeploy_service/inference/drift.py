@@ -44,6 +44,7 @@ from sopdeploy.images.near_hash import NEAR_BITS, near_hash
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
 NUM_BLOCKS = WINDOW // BLOCK
@@ -167,9 +168,14 @@ class DriftMonitor:
         traffic = Traffic(model.name, model.version, len(model.labels), folder)
         self._traffic[model.name] = traffic
         if folder is not None and folder.is_dir():
-            read_traffic(traffic, folder, self._keep_seconds)
+            self._start(traffic, self._read(traffic, folder))
         self._publish(traffic)
         return traffic
+
+    async def _read(self, traffic: Traffic, folder: Path) -> None:
+        """Read the blocks of *traffic* in *folder*; answers wait for nothing."""
+        await asyncio.to_thread(read_traffic, traffic, folder, self._keep_seconds)
+        self._publish(traffic)
 
     def _start(self, traffic: Traffic, work: Awaitable[None]) -> None:
         """Do *work* in the background, during which *traffic* takes no answers."""
@@ -184,9 +190,7 @@ class DriftMonitor:
                 traffic.seen = []
                 traffic.is_busy = False
 
-        task = asyncio.get_running_loop().create_task(finish())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        start_task(self._tasks, finish())
 
     async def _close_block(self, traffic: Traffic) -> None:
         """Add the block that is complete, and compare the window if it is due."""
@@ -401,9 +405,7 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
     )
 
     def resemble_labelled(hashes_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        differing_NL = hashes_N[:, None] ^ np.unique(labelled_hashes)[None]
-        bytes_NL8 = np.ascontiguousarray(differing_NL).view(np.uint8)
-        bits_NL = np.unpackbits(bytes_NL8.reshape(*differing_NL.shape, 8), axis=2).sum(axis=2)
+        bits_NL = np.bitwise_count(hashes_N[:, None] ^ np.unique(labelled_hashes)[None])
         near_N: NDArray[np.bool_] = (bits_NL <= NEAR_BITS).any(axis=1)
         return near_N
 

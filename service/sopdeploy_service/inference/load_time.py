@@ -33,9 +33,8 @@ async def finish_in_time(work: Future[Result], what: object, settings: Settings)
     seconds = load_seconds(settings)
 
     try:
-        async with asyncio.timeout(
-            seconds
-        ):  # `wait_for` of Python 3.11 may swallow a cancellation
+        # `wait_for` of Python 3.11 may swallow a cancellation.
+        async with asyncio.timeout(seconds):
             return await result
     except TimeoutError as error:
         if not result.cancelled():  # the work itself raised this error

@@ -31,11 +31,11 @@ from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
     follow,
-    start_task,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tasks import start_task
 
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02

@@ -4,11 +4,11 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
+from sopdeploy_service.tasks import start_task
 
 STDERR = 2
 # Of a system without room for a process, thread, file or memory.
@@ -35,16 +35,6 @@ ENDS_WITH_TERMINAL = has_terminal() and signal.getsignal(signal.SIGHUP) != signa
 def terminal_is_closed() -> bool:
     """Tell whether the terminal of this process is gone: its SIGHUP ends a server, another one reloads it."""
     return ENDS_WITH_TERMINAL and not has_terminal()
-
-
-def start_task(
-    tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]
-) -> asyncio.Task[None]:
-    """Start *work* on the running event loop; *tasks* keeps it until it ends, as the loop alone does not."""
-    task = asyncio.get_running_loop().create_task(work)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
-    return task
 
 
 async def follow(

@@ -274,27 +274,27 @@ class Moments(NamedTuple):
 
 
 class OutOfFold(NamedTuple):
-    """A cross-validation: the products (N, K) of images and the weights of the head that judges them.
+    """A cross-validation: the products (N, K) of images and the weights of the head without their fold.
 
     Attributes:
         products: (N, K).
         heads: The heads without one of the folds.
-        judges: The index (N,) of the head that judges an image, that of its fold.
+        folds: The fold (N,) of each image, the index of the head that judges it.
         numbers: (K,) independent photographs of each class in all folds.
     """
 
     products: Array
     heads: list[Discriminant]
-    judges: Indices
+    folds: Indices
     numbers: Array
 
     def scores(self, excess: float) -> Array:
         """Compute the scores (N, K) of images by the heads without their fold."""
-        return self.products + np.stack([head.bias(excess) for head in self.heads])[self.judges]
+        return self.products + np.stack([head.bias(excess) for head in self.heads])[self.folds]
 
     def has_class(self) -> NDArray[np.bool_]:
         """Tell (N, K) which classes the head without the fold of an image was fitted to."""
-        return np.stack([head.numbers > 0 for head in self.heads])[self.judges]
+        return np.stack([head.numbers > 0 for head in self.heads])[self.folds]
 
 
 class Scaling(NamedTuple):
@@ -361,8 +361,8 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
     surplus = expected = 0.0
     for one in validations:
         for index, head in enumerate(one.heads):
-            products_nK = one.products[one.judges == index]
-            shown_nK = is_shown_NK[one.judges == index]
+            products_nK = one.products[one.folds == index]
+            shown_nK = is_shown_NK[one.folds == index]
             # One class per image
             present_K = head.numbers > 0
             is_single_K = np.isinf(head.other_numbers)

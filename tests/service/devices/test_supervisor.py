@@ -29,8 +29,8 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.labelling.kept import read_kept
-from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.settings import load_settings
+from sopdeploy_service.tasks import start_task
 from tests.service.devices import gated_device
 from tests.service.labelling.keep.test_keeper import photos, results
 from tests.support.children import (
