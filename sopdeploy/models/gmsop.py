@@ -243,8 +243,9 @@ class AveragedResNet(Classifier, LowResolutionResNet):
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
 
+        # A global pooling takes the place of the mixture.
         if config.pooling is not None:
-            self.classifier_parts = ("pooling", "head")
+            self.classifier_parts = ("pooling", "head")  # instead of those of the class
             self.pooling = config.pooling.build(self.channels)
             length = self.pooling.out_features
         else:
@@ -253,7 +254,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
                 self.channels,
                 config.component_widths,
                 components=config.components,
-                evaluated=config.components,  # all, because there is no gate
+                evaluated=config.components,  # how many run: all, because no gate selects some
                 root=config.root_config(),
             )
             length = self.mixture.out_features

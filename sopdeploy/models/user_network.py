@@ -287,14 +287,18 @@ def _with_source(
     module: str,
     inference_class: type[Classifier] | None,
 ) -> type[UserNetwork]:
-    """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes)."""
+    """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes).
+
+    Its checkpoints record the version of the package of *module*. *inference_class* is the class
+    of the network that is exported; None: it is exported as it is.
+    """
 
     def initialize_with_source(
         self: UserNetwork, config: StrictModel, num_classes: int
     ) -> None:
         base.__init__(self, config, num_classes, source)
 
-    # by `__module__`, training finds the package whose version a checkpoint records
+    # By `__module__`, training finds the package.
     members = {
         "__init__": initialize_with_source,
         "__module__": module,

@@ -449,16 +449,27 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
-    """Check whether *config*, or a table in it, has the *key*, whose parts are names; any in a table of kinds."""
+    """Check whether *config* has the *key*: names of tables in one another, then of a value or a table.
+
+    In a table with several kinds, such as `optimizer`, each key counts as present.
+    """
     name, *rest = key
     field = config.model_fields.get(name)
-    if field is None or not rest:
-        return field is not None
+    if field is None:
+        return False
+    if not rest:
+        return True
+
+    # The kinds of tables that the field may have; a plain value has none, and no keys.
     types = (field.annotation, *get_args(field.annotation))
-    tables = [
-        one for one in types if isinstance(one, type) and issubclass(one, pydantic.BaseModel)
+    kinds = [
+        kind
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
     ]
-    return len(tables) != 1 or has_key(tables[0], rest)
+    if not kinds:
+        return False
+    return len(kinds) > 1 or has_key(kinds[0], rest)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

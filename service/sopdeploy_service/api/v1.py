@@ -123,7 +123,11 @@ def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 
 
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
-    """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
+    """Raise `RejectedError` unless the wrong answer that *query* reports can be kept.
+
+    The server must keep images, and *query* must ask for no explanation. Its `reported` is the
+    class that the person suggests, one of the network, or empty.
+    """
     model = admitted.model
     if admitted.service.keep is None:
         raise bad_request(

@@ -347,14 +347,16 @@ def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
 
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
-    return f"sopdeploy train {join([*words, *_from_live()])}"
+    return f"sopdeploy train {join([*words, *_live_option()])}"
 
 
-def _from_live() -> list[str]:
-    """Return the option `--from` with the link to the live bundle, if it and its run are here.
+def _live_option() -> list[str]:
+    """Return the option `--from` with the link to the live bundle, if it and its run are here, else nothing.
 
-    The live run sets the margins of the next one.
+    `train --from` repeats the recipe of that run, and protects its classes from new ones with few
+    images (`procedure.margins`).
     """
+    # `promote` makes the links other than `latest`, each to a live bundle; the first one counts.
     for link in sorted(BUNDLES.glob("*")):
         if not link.is_symlink() or link.name == LATEST:
             continue
