@@ -179,14 +179,19 @@ class DecoderTemplate(TemplateProcess):
             started.set_exception(error)
             return
 
-        # Log what it and its children write.
+        # Stay until it has ended.
         started.set_result(process)
-        with cast(BinaryIO, process.stderr) as pipe:
-            while text := os.read(pipe.fileno(), 1 << 16):
-                log.warning(
-                    "decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:]
-                )
-                time.sleep(LOG_PAUSE_SECONDS)
+        _log_stderr(process)
+
+
+def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
+    """Log what *process* and its children write to standard error, until they have ended."""
+    with cast(BinaryIO, process.stderr) as pipe:
+        while text := os.read(pipe.fileno(), 1 << 16):
+            log.warning(
+                "decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:]
+            )
+            time.sleep(LOG_PAUSE_SECONDS)
 
 
 @functools.cache
