@@ -116,7 +116,7 @@ class KeptFolder:
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
 
-        # seconds that keepers of this folder have run, and those in `AGES`
+        # Seconds that keepers of this folder have run, and those in `AGES`.
         self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
 

@@ -363,7 +363,7 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
     probabilities: dict[str, float] = {}
 
     if folders.waiting:
-        # a photograph of a heap has no record
+        # A photograph of a heap has no record.
         identity = upcoming[0]
         record = folders.waiting[identity].record
         probabilities = folders.probabilities(identity)

@@ -144,7 +144,7 @@ class LabelFolders:
 
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        # in this session; kept ones have a file `ID.skipped`
+        # Those skipped in this session; kept ones have a file `ID.skipped`.
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
@@ -246,12 +246,17 @@ class LabelFolders:
         self._leases = {
             identity: lease for identity, lease in self._leases.items() if lease[1] > now
         }
+
+        # What nobody else has leased; if nothing is left, what others have, too.
         free = [
             identity
             for identity in self.waiting
             if self._leases.get(identity, (session, now))[0] == session
         ]
+
         upcoming = (free or list(self.waiting))[:count]
+
+        # A lease of another session stays.
         for identity in upcoming:
             self._leases.setdefault(identity, (session, 0.0))
             if self._leases[identity][0] == session:
@@ -525,7 +530,7 @@ def order_by_value(
         # Choose the photograph that is uncertain and far from those chosen before, up to
         # `MAX_SPREAD` times.
         for _ in range(min(MAX_SPREAD, len(left_L))):
-            # a position in *left_L*
+            # The position in *left_L* of the most useful one.
             best = int((distances_L * uncertainties_N[left_L]).argmax())
             order.append(int(left_L[best]))
 
