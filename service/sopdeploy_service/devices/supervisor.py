@@ -455,8 +455,10 @@ class Supervisor:
     def _report(self, process: Process, failure: str) -> None:
         """Log the *failure* of *process*, in one line with those that have the same within a beat."""
         if not self._failures:
-            self._loop.call_later(BEAT_SECONDS, self._log_failures)
-        self._failures.setdefault(failure, []).append(process.title)
+            asyncio.get_running_loop().call_later(BEAT_SECONDS, self._log_failures)
+        titles = self._failures.setdefault(failure, [])
+        if process.title not in titles:  # its next start may have failed, too
+            titles.append(process.title)
 
     def _log_failures(self) -> None:
         """Log the failures that were reported, each with its processes."""
