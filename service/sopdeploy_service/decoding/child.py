@@ -252,7 +252,7 @@ def _fork(control: socket.socket, descriptor: int, options: ChildOptions) -> int
         process = os.fork()
         if process == 0:  # this is the child
             control.close()
-            templates.end_with_parent(template, signal.SIGKILL)
+            templates.end_with_parent(template)
             run_child(socket.socket(fileno=descriptor), options)  # never returns
     finally:
         os.close(descriptor)

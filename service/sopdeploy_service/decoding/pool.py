@@ -157,7 +157,7 @@ class DecoderTemplate(TemplateProcess):
         lines = (
             f"import sys; sys.path[:] = {path!r}",
             "from sopdeploy_service.templates import end_with_parent",
-            f"end_with_parent({os.getpid()}, {signal.SIGKILL:d})",  # before the imports, which take seconds
+            f"end_with_parent({os.getpid()})",  # before the imports, which take seconds
             f"from {self._program} import main; main()",
         )
 

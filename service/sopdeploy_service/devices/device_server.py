@@ -170,7 +170,7 @@ def main() -> int:
     """Fork processes, and serve in each until SIGTERM or a dead runtime; return the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = wait_for_launch()
-    end_with_parent(config.supervisor, signal.SIGTERM)
+    end_with_parent(config.supervisor)
     supervisor = socket.socket(fileno=config.control)
 
     try:

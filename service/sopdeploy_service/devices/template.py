@@ -10,7 +10,6 @@ import ctypes
 import errno
 import gc
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def wait_for_launch() -> LaunchConfig:
     The socket to the supervisor is the argument of the command line. Exits when the supervisor
     ends, also while it is stopped.
     """
-    templates.end_with_parent(os.getppid(), signal.SIGKILL)
+    templates.end_with_parent(os.getppid())
     LIBC.prctl(SET_NAME, b"template")
     # The garbage collector of a process would write to the pages, and thereby copy them.
     gc.freeze()

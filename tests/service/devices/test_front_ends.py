@@ -181,10 +181,12 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
         assert not any(map(is_alive, processes))
 
 
-def test_no_process_survives_the_supervisor(bundle_path, jpeg) -> None:
+def test_no_process_survives_the_supervisor_also_if_it_is_stopped(bundle_path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
         assert status_of(client, jpeg) == 200
         processes = [process_of(client, name) for name in ("engine", "front-0", "front-1")]
+        for process in processes[:2]:
+            os.kill(process, signal.SIGSTOP)
         client.child.kill()
         wait_for(lambda: not any(map(is_alive, processes)))
 
