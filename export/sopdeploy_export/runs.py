@@ -24,7 +24,7 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 SINGLE_PROBES = 4  # that run alone, too
-# Results of more images than these fit the memory that the allocator keeps no longer.
+# The C library returns the memory of larger batches after each operator, and takes it again.
 PROBE_BATCH = 4
 
 Arrays = dict[str, NDArray[Any]]
@@ -104,9 +104,9 @@ class ProbeOutputs:
     @torch.no_grad()
     def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
         """Run uint8 *probes* (P, H, W, 3)."""
-        single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
         starts = range(0, len(probes), PROBE_BATCH)
         batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
+        single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
         return cls(
             tuple(map(torch.cat, zip(*single, strict=True))),
             tuple(map(torch.cat, zip(*batched, strict=True))),

@@ -36,6 +36,7 @@ _COMPOSITE = "CompositeImplicitAutograd"
 _UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
 _IMAGE = "image"
 _UNKNOWN = "unfilled"
+_LEAVES = (bool, float, int, str, type(None), torch.dtype, torch.device)
 # What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
 _HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
 # Hand out values, or the memory with them, as numbers, also to callbacks.
@@ -338,7 +339,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
-        if func._schema.is_mutable or any(alias is not None for alias in returned):  # views
+        # Views cost nothing, and neither do checks, which return nothing.
+        if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
         if self._known is None or code not in self._known:
             raise UnknownOperatorError(str(func))
@@ -549,6 +551,15 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _tensors(values: Any) -> list[Tensor]:
+    """List the tensors in *values*; most are tuples of few, for which `tree_leaves` takes long."""
+    if isinstance(values, Tensor):
+        return [values]
+    if type(values) in _LEAVES:
+        return []
+    if type(values) in (list, tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    if type(values) is dict:
+        return [tensor for value in values.values() for tensor in _tensors(value)]
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
