@@ -2,7 +2,9 @@
 
 The network runs on a few images, and so does its graph. `dataflow` records how each of the two
 runs made its outputs. Equal records show equal computations for images and weights of any values,
-unless the code of the network asks for values; where it does, the run reports it.
+unless the code of the network asks for values; where it does, the run reports it. So the graph's
+run computes nothing that depends on an image: an operator of the plain run tells the layout of
+its results.
 
 Both runs are without the fast path of `nn.MultiheadAttention`, which no graph takes, with the
 forms of `capture.symbolic_forms`, and with those that layers of this package take in a graph.
