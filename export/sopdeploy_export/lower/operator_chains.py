@@ -80,21 +80,20 @@ class Operator(NamedTuple):
         )
         if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        return (
-            f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
-        )
+
+        ranges = [tuple(range_of_operand) for range_of_operand in self.ranges]
+        return f"{self.target} {described} {self.used} {ranges}"
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
-        # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        # `tree_map_only` visits the tensors in the order of `tree_leaves`, that of `operands`.
         remaining = iter(operands)
         args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
+
         results = self.target(*args, **kwargs)
-        return (
-            [results]
-            if isinstance(results, Tensor)
-            else [results[position] for position in self.used]
-        )
+        if isinstance(results, Tensor):
+            return [results]
+        return [results[position] for position in self.used]
 
 
 class Chain(NamedTuple):
@@ -115,10 +114,12 @@ class Chain(NamedTuple):
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
         """The operands that are not the first operator's result, each with its range."""
-        first, *second = self.operators
+        first = self.operators[0]
         inputs = [*zip(first.operands, first.ranges, strict=True)]
-        for operator in second:  # if there is one
-            pairs = zip(operator.operands, operator.ranges, strict=True)
+
+        if len(self.operators) > 1:
+            second = self.last
+            pairs = zip(second.operands, second.ranges, strict=True)
             inputs += [pair for i, pair in enumerate(pairs) if i not in self.reads_first_at]
         return inputs
 
@@ -154,10 +155,13 @@ class Chain(NamedTuple):
 
     def cropped(self) -> "Chain":
         """Return the chain with a part of large operands, unless an operator needs whole operands."""
+        if any(
+            not each.is_elementwise and each.name not in PRODUCTS for each in self.operators
+        ):
+            return self
+
         operators = []
         for operator in self.operators:
-            if not operator.is_elementwise and operator.name not in PRODUCTS:
-                return self
             arguments = tree_map_only(
                 Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments
             )
@@ -167,15 +171,17 @@ class Chain(NamedTuple):
     def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
         """Compute the used results of each operator for other *operands*, in the order of `operands`."""
         remaining = iter(operands)
-        first, *second = self.operators
+        first = self.operators[0]
         results = [first.run([next(remaining) for _ in first.operands])]
-        for operator in second:  # if there is one
-            positions = range(len(operator.operands))
-            read = [
+
+        # The second operator reads the first one's result and what is left of the operands.
+        if len(self.operators) > 1:
+            second = self.last
+            operands_of_second = [
                 results[0][0] if i in self.reads_first_at else next(remaining)
-                for i in positions
+                for i in range(len(second.operands))
             ]
-            results.append(operator.run(read))
+            results.append(second.run(operands_of_second))
         return results
 
 
@@ -200,6 +206,8 @@ class _Bounds(fx.Interpreter):
         is NaN.
         """
         result = super().run_node(n)
+
+        # Note what it computes of the values so far.
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
                 extremes = torch.stack(leaf.aminmax())  # both are NaN if any element is
@@ -207,9 +215,9 @@ class _Bounds(fx.Interpreter):
                     self.unbounded.add(n.name)
                 if extremes.isnan().any():
                     self.undefined.add(n.name)
-        operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
 
-        # It reads the images, and a tensor that does not depend on them.
+        # A layer with weights reads the images, and a tensor that does not depend on them.
+        operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
         return tree_map_only(Tensor, self._filled_like, result) if has_weights else result
 
@@ -217,7 +225,9 @@ class _Bounds(fx.Interpreter):
         """Return a copy of a floating-point *result* with the values in turn; another one as it is."""
         if not result.is_floating_point():
             return result
-        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
+        count = result.numel()
+        repeats = -(-count // len(self._values))  # rounded up
+        content = self._values.repeat(repeats)[:count]
         return torch.empty_like(result).copy_(content.reshape(result.shape))
 
 
@@ -252,29 +262,33 @@ class _Recorder(fx.Interpreter):
         """Run one node; record its operator, and its pairs with the operators of its operands."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
+
+        # The range of each operand. Weights are ordinary numbers.
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         ranges = []
         for node in operands:
             is_varying = node in self._after_images
-            can_be_unbounded = is_varying and node.name in self._unbounded
-            ranges.append(
-                _Range(
-                    is_varying, can_be_unbounded, is_varying and node.name in self._undefined
-                )
-            )
+            is_unbounded = is_varying and node.name in self._unbounded
+            is_undefined = is_varying and node.name in self._undefined
+            ranges.append(_Range(is_varying, is_unbounded, is_undefined))
+
+        # The operator alone.
         operator = _as_operator(n, arguments, results, tuple(ranges))
         if operator is None:
             return results
         self._record(Chain((operator,)))
         if isinstance(results, Tensor):
             self._by_node[n] = operator
+
+        # Its pair with the operator of each operand, which it can read twice.
         for node in dict.fromkeys(operands):
             if node in self._by_node:
                 positions = frozenset(
                     i for i, operand in enumerate(operands) if operand is node
                 )
                 self._record(Chain((self._by_node[node], operator), positions))
+
         return results
 
     def _record(self, chain: Chain) -> None:
@@ -292,21 +306,28 @@ def _as_operator(
     results: Any,
     ranges: tuple[_Range, ...],
 ) -> Operator | None:
-    """Return the operator of *node*; None if it has no operands or no results that can be compared."""
+    """Return the operator of *node*, of which *ranges* has an item for each operand.
+
+    None if it is not compared: an operator that is not of ATen, has complex numbers, no tensors
+    as operands, or no results that something reads.
+    """
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
     has_tensors = isinstance(results, Tensor | list | tuple)
     if not (is_aten and has_tensors and node.users):
         return None
-    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
-    if any(leaf.is_complex() for leaf in leaves):
+
+    tensors = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+    if any(tensor.is_complex() for tensor in tensors):
         return None
 
-    # Of several results, the users are `getitem` nodes, whose second argument is the position.
-    positions: set[Any] = (
-        {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
-    )
+    # The results that something reads. Of several, the users of the node are `getitem` nodes,
+    # whose second argument is the position of the result.
+    used: set[Any] = {0}
+    if not isinstance(results, Tensor):
+        used = {user.args[1] for user in node.users}
+
     target = cast(OpOverload, node.target)
-    operator = Operator(target, arguments, tuple(sorted(positions)), module_of(node), ranges)
+    operator = Operator(target, arguments, tuple(sorted(used)), module_of(node), ranges)
     return operator if operator.operands else None
 
 
@@ -320,9 +341,10 @@ def record_chains(
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
     bounds = [_Bounds(module, values) for values in (ORDINARY, (0.0,), (1.0,))]
     for each in bounds:
-        # of code that cannot use them all, for example as positions in a table
+        # Some operators fail for such values, for example if they are positions in a table.
         with suppress(Exception):
             each.run(pixels)
+
     recorder = _Recorder(module, bounds, compared)
     recorder.run(pixels)
     return recorder.chains
