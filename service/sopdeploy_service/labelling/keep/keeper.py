@@ -329,7 +329,7 @@ class Keeper:
             return None if is_taken else "dropped"
 
         name = Path(record.image).stem
-        if self._folder.has_duplicate(name, record.reasons, record.near_hash):
+        if self._folder.has_duplicate(name, record):
             return "near_duplicate"
 
         # Near-duplicates are refused from now on, also if an error follows.
