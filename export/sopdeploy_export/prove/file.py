@@ -350,6 +350,7 @@ def prove_file(
             drift=drift,
             batch_difference=batch_difference,
         )
+
     logits = expected.outputs[LOGITS]
     report = ParityReport(
         precision=expected.precision,

@@ -54,6 +54,8 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
     # While the removed parts hold other values, a run does the same.
     expected = recorder.run_again(recorder.repeated)
     _check_behind(expected, parts)
+
+    # The removed tensors that share no memory with those that stay.
     stored = trained.tensors
     kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
     values = [
@@ -61,6 +63,7 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
         for name, tensor in stored.items()
         if is_in(name, *parts) and address(tensor) not in kept
     ]
+
     with other_values(values):
         changed = recorder.run_network(recorder.repeated)
     if changed.results != expected.results:
