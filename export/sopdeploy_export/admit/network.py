@@ -203,7 +203,7 @@ def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
         if any(kind.__name__ == "FakeQuantizeBase" for kind in type(module).__mro__):
             return (
                 f"{name} of the {role} network is a {type(module).__name__}, which reads its own buffers; "
-                "put a module in its place that calls torch.fake_quantize_per_tensor_affine"
+                "put torch.nn.Identity in its place, and quantize with precision int8"
             )
         where = name or "the whole network"
 
