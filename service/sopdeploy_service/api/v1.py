@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
+from sopdeploy.names import class_problem
 from sopdeploy_service.api.admission import (
     AdmittedRequest,
     ClassifyRequest,
@@ -123,8 +124,7 @@ def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 
 
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
-    """Raise `RejectedError` unless the server keeps what *query* reports, with a class of the network."""
-    model = admitted.model
+    """Raise `RejectedError` unless the server keeps what *query* reports, with a name that a class can have."""
     if admitted.service.keep is None:
         raise bad_request(
             "not_keeping", "this server keeps no images; start it with keep, or omit reported"
@@ -133,11 +133,9 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     if query.explain:
         raise bad_request("malformed_request", "reported: is not explained; omit explain")
 
-    if query.reported and query.reported not in model.labels:
-        message = (
-            f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
-        )
-        raise bad_request("malformed_request", message)
+    # The name may be that of a class that the network does not have yet.
+    if query.reported and (problem := class_problem(query.reported)):
+        raise bad_request("malformed_request", f"reported: {query.reported!r:.80}: {problem}")
 
 
 @router.post(

@@ -6,6 +6,7 @@
 const state = { server: null, info: null, card: null, photos: [], shown: null, run: null, explaining: null };
 const IMAGES_PER_MAP = 50; // that an explanation costs
 const COUNTED = 20; // answers, after which the counts are shown anew
+const OFFERED_CLASSES = 20; // buttons for the right class; others are typed
 const CONCURRENT = 4; // requests; browsers open up to six connections to a server
 
 /** URL of the classify request of `model`, with `others` as its parameters. */
@@ -131,6 +132,7 @@ async function ask(photo, signal) {
       if (photo.map) showMap(photo.map, body.classes[0].label);
       byId("report").hidden = !state.server.keeps;
       byId("report-note").textContent = photo.reported ?? "";
+      offerClasses(body);
     };
   } else {
     photo.problem = problem;
@@ -214,11 +216,22 @@ function rows() {
 /** Whether `body` lists all classes above their thresholds. */
 const isMultiLabel = (body) => Boolean(body && state.info.thresholds);
 
-/** Send the photo that is shown once more, to be kept for a label; the class is a suggestion. */
-async function report() {
+/** Offer the classes that the answer `body` may have missed, the most probable ones first. */
+function offerClasses(body) {
+  const [answered, ...others] = body.classes.map(({ label }) => label);
+  const names = [...new Set([...others, ...state.card.labels])].filter((name) => name !== answered);
+  byId("right-classes").replaceChildren(...names.slice(0, OFFERED_CLASSES).map((name) => {
+    const button = make("button", { type: "button" }, make("bdi", {}, name));
+    button.addEventListener("click", () => void report(name));
+    return button;
+  }));
+}
+
+/** Send the photo that is shown once more, to be kept for a label; the class `name` is a suggestion. */
+async function report(name) {
   const photo = state.shown;
   const { signal } = new AbortController();
-  const { problem } = await answer(photo, classifyUrl({ reported: byId("right").value.trim() }), signal, silently);
+  const { problem } = await answer(photo, classifyUrl({ reported: name }), signal, silently);
   photo.reported = problem ? sentence(problem) : "Sent. If there is room, it waits for a label.";
   if (photo !== state.shown) return;
   byId("report-note").textContent = photo.reported;
@@ -312,7 +325,7 @@ byId("order").addEventListener("change", showCounts);
 byId("save").addEventListener("click", () => save("answers.csv", csv(rows())));
 byId("report-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  void report();
+  void report(byId("right").value.trim());
 });
 closeCamera();
 document.addEventListener("paste", (event) => {

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs
 
 import pydantic
 import uvicorn
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
@@ -34,7 +34,7 @@ from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
+from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders, find_name_problem
 from sopdeploy_service.labelling.label.heap import Embed
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
@@ -49,6 +49,7 @@ BODY_SECONDS = 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MAX_CELLS = 48  # of the grid of a class
+MAX_START = 10_000_000  # photographs of a class
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -74,9 +75,20 @@ class GivenLabel(StrictModel):
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
 
+class Correction(GivenLabel):
+    """Another label of the photograph `id`, which has one."""
+
+    kind: Literal["class", "unknown"]
+
+
 async def read_label(request: Request) -> GivenLabel:
     """Read the body of *request*; raises `RejectedError` unless it is a label."""
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
+
+
+async def read_correction(request: Request) -> Correction:
+    """Read the body of *request*; raises `RejectedError` unless it is a correction."""
+    return parse_json(Correction, await request.body(), MAX_BODY_BYTES)
 
 
 def intercept(
@@ -183,15 +195,27 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             )
         )
 
+    @app.get("/labelled")
+    def labelled(start: Annotated[int, Query(ge=0, le=MAX_START)] = 0) -> Labels:
+        with lock:
+            folders.read_labelled()
+            return describe_labelled(folders, start)
+
+    @app.post("/correct")
+    def correct(answer: Annotated[Correction, Depends(read_correction)]) -> Labels:
+        with lock:
+            folders.correct(answer.id, answer.name if answer.kind == "class" else None)
+            return describe_labelled(folders)
+
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
-            path = folders.waiting[identity].path if identity in folders.waiting else None
+            photo = folders.waiting.get(identity) or folders.labelled.get(identity)
 
-        if path is None:
+        if photo is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
         try:
-            content = read_file(path, MAX_IMAGE_BYTES)
+            content = read_file(photo.path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
 
@@ -272,6 +296,43 @@ class Grids(StrictModel):
     grids: tuple[Grid, ...]
 
 
+class LabelledClass(StrictModel):
+    """Photographs `ids` of `count` with the label `name`; None is "not one of ours". The latest ones come first."""
+
+    name: str | None
+    ids: tuple[str, ...]
+    count: int
+
+
+class Labels(StrictModel):
+    """The labelled photographs of each class from the number `start` on, and all `classes`."""
+
+    start: int
+    labelled: tuple[LabelledClass, ...]
+    classes: tuple[str, ...]
+
+
+def describe_labelled(folders: LabelFolders, start: int = 0) -> Labels:
+    """List up to `MAX_CELLS` photographs of each class that *folders* has read, from the number *start* on."""
+    ids_by_class: dict[str | None, list[str]] = {}
+    for identity, photo in folders.labelled.items():
+        ids_by_class.setdefault(photo.name, []).append(identity)
+
+    names = sorted(ids_by_class, key=lambda name: (name is None, name or ""))
+    return Labels(
+        start=start,
+        labelled=tuple(
+            LabelledClass(
+                name=name,
+                ids=tuple(ids_by_class[name][start : start + MAX_CELLS]),
+                count=len(ids_by_class[name]),
+            )
+            for name in names
+        ),
+        classes=tuple(folders.classes()),
+    )
+
+
 class LabelState(StrictModel):
     """What the page shows.
 
@@ -321,9 +382,12 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
             suggested=suggested,
         )
 
-    # That of a person first, then by probability; without one: last.
+    # That of a person first, also a new one, then by probability; without one: last.
+    classes = folders.classes()
+    if suggested is not None and not find_name_problem(suggested, classes):
+        classes = [*{*classes, suggested}]
     names = sorted(
-        folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0))
+        classes, key=lambda name: (name != suggested, -probabilities.get(name, -1.0), name)
     )
 
     return LabelState(

@@ -11,6 +11,7 @@ succeeds. Its record is deleted after that; `read_kept` skips a record that rema
 """
 
 import errno
+import hashlib
 import itertools
 import os
 import shutil
@@ -59,6 +60,7 @@ OBVIOUS = 0.5  # probability of a class from which a photograph is offered in it
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
+MOVED = "that photograph has another label now, or is no longer there; load the list again"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 
@@ -83,6 +85,18 @@ class Waiting(NamedTuple):
         return heap_id(self.path) if self.is_of_heap else self.path.stem
 
 
+class Labelled(NamedTuple):
+    """A photograph with a label: its path, and its class; None is "not one of ours"."""
+
+    path: Path
+    name: str | None
+
+    @property
+    def identity(self) -> str:
+        """The ID of this file, which changes with its label."""
+        return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:32]
+
+
 class LabelStep(NamedTuple):
     """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped.
 
@@ -105,6 +119,7 @@ class LabelFolders:
     Attributes:
         waiting: The photographs without a label and their records, by ID; the next one is first.
         steps: The labels and skips of this session.
+        labelled: The photographs with a label, by ID, of the last `read_labelled`.
         suggestions: Those for the photographs of a heap.
     """
 
@@ -142,6 +157,7 @@ class LabelFolders:
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
 
         self.steps: list[LabelStep] = []
+        self.labelled: dict[str, Labelled] = {}
         self.suggestions = Suggestions(embed)
         # in this session; kept ones have a file `ID.skipped`
         self._skipped_of_heap: set[str] = set()
@@ -266,11 +282,16 @@ class LabelFolders:
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
     def suggestion(self, identity: str) -> str | None:
-        """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
+        """Return the class that a person has suggested for a photograph, who reported a wrong answer.
+
+        It may be a new one. A name of a class in other letters is that class.
+        """
         record = self.waiting[identity].record
-        return (
-            None if record is None or record.suggested is None else normalize(record.suggested)
-        )
+        if record is None or record.suggested is None:
+            return None
+        key = lookalike_key(record.suggested)
+        same = (name for name in self.classes() if lookalike_key(name) == key)
+        return next(same, normalize(record.suggested).strip())
 
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
@@ -297,13 +318,10 @@ class LabelFolders:
         }
 
     def classes(self) -> list[str]:
-        """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
+        """List the names of all classes: those of the bundles and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
 
         names = {normalize(label) for record in records for label in record.labels}
-        names |= {
-            normalize(record.suggested) for record in records if record.suggested is not None
-        }
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -314,31 +332,13 @@ class LabelFolders:
         is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        # Choose the folder of the class.
         photo = self._find(identity)
-        if name is not None:
-            folders = _class_folders(self.photos) | _class_folders(self.held_out)
-            name = check_class_name(name, self.classes(), folders)
-        folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
-
-        # Photographs of a heap can have equal names.
-        targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
-        target = next(path for path in targets if not os.path.lexists(path))
-
-        # Move the photograph.
-        is_new_folder = not folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-
+        name, folder = self._choose_folder(name, is_held_out=self._is_near_sample(photo))
         try:
-            _move(photo.path, target)
+            target, is_new_folder = _move_into(folder, photo.path)
         except FileNotFoundError:
             del self.waiting[identity]
             raise GoneError(GONE) from None
-        finally:
-            if is_new_folder:
-                # Only an empty folder is removed: after a move that failed
-                with suppress(OSError):
-                    folder.rmdir()
 
         # Note the step, and let the suggestions learn from a photograph of a heap.
         del self.waiting[identity]
@@ -357,12 +357,65 @@ class LabelFolders:
         near_hash = int(photo.record.near_hash, 16)
         return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
 
-    def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
-        """Return the folder of the class *name*; None is "not one of ours"."""
+    def _choose_folder(self, name: str | None, *, is_held_out: bool) -> tuple[str | None, Path]:
+        """Return the class *name*, normalized, and its folder; None is "not one of ours".
+
+        Raises `ConfigError` if *name* cannot name a class.
+        """
         if name is None:
-            return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+            return None, self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+
+        folders = _class_folders(self.photos) | _class_folders(self.held_out)
+        name = check_class_name(name, self.classes(), folders)
         parent = self.held_out if is_held_out else self.photos
-        return _class_folders(parent).get(name, parent / name)
+        return name, _class_folders(parent).get(name, parent / name)
+
+    def read_labelled(self) -> None:
+        """Read which photographs have a label, of all sessions, the latest one first; raises `OSError`.
+
+        They are all photographs of the class folders: a label leaves no other trace.
+        """
+        folders: dict[Path, str | None] = {}
+        for parent in (self.photos, self.held_out):
+            folders |= {path: name for name, path in _class_folders(parent).items()}
+        folders |= dict.fromkeys((self.unknown, self.unknown / SAMPLE_FOLDER))
+
+        # A rename changes `st_ctime`; it does not change the time of the content.
+        changes: list[tuple[float, Labelled]] = []
+        for folder, name in folders.items():
+            for path in list_heap(folder, with_kept=True).images if folder.is_dir() else ():
+                changed = path.lstat().st_ctime
+                changes.append((changed, Labelled(path, name)))
+
+        changes.sort(key=lambda change: (-change[0], change[1].path))
+        self.labelled = {photo.identity: photo for _, photo in changes}
+
+    def correct(self, identity: str, name: str | None) -> None:
+        """Move the labelled photograph *identity* to the class *name*; None is "not one of ours".
+
+        A held-out photograph stays held out. Raises `ConfigError`, `GoneError` and `OSError`, as
+        `label` does.
+        """
+        if identity not in self.labelled:
+            raise GoneError(MOVED)
+        path = self.labelled[identity].path
+        is_held_out = (
+            path.parent.parent == self.held_out or path.parent == self.unknown / SAMPLE_FOLDER
+        )
+
+        # Move it to the folder of the class, and remove its last folder if it is empty now.
+        name, folder = self._choose_folder(name, is_held_out=is_held_out)
+        if folder == path.parent:
+            return
+        try:
+            target, _ = _move_into(folder, path)
+        except FileNotFoundError:
+            raise GoneError(MOVED) from None
+        with suppress(OSError):
+            path.parent.rmdir()
+
+        self.suggestions.correct(path, target, name)
+        self.read_labelled()
 
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
@@ -527,13 +580,13 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if name not in classes:  # names that exist stay as they are
         name = name.strip()
 
-    problem = _find_name_problem(name, classes, folders)
+    problem = find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
     return name
 
 
-def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) -> str:
+def find_name_problem(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
     """Say why *name* cannot name a class, as `check_class_name` does; empty if it can."""
     # A name that no folder has yet must fit into one, and be typed.
     if name not in folders:
@@ -556,6 +609,25 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
     if spellings and name not in spellings:
         return f"use the class {spellings[0]!r}, which has the same name in other letters"
     return ""
+
+
+def _move_into(folder: Path, path: Path) -> tuple[Path, bool]:
+    """Move *path* into *folder*, under a number if its name is taken; return where, and whether the folder is new.
+
+    After a move that failed, no new folder remains.
+    """
+    targets = (folder / numbered_name(path, number) for number in itertools.count(1))
+    target = next(other for other in targets if not os.path.lexists(other))
+
+    is_new_folder = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _move(path, target)
+    finally:
+        if is_new_folder:
+            with suppress(OSError):  # only an empty folder is removed
+                folder.rmdir()
+    return target, is_new_folder
 
 
 def _move(source: Path, target: Path) -> None:

@@ -67,8 +67,8 @@ REFUSED = {
 
 
 PATHS = {
-    **dict.fromkeys(("/", "/state", f"/images/{ONE}", "/none"), "GET"),
-    **dict.fromkeys(("/label", "/undo"), "POST"),
+    **dict.fromkeys(("/", "/state", "/labelled", f"/images/{ONE}", "/none"), "GET"),
+    **dict.fromkeys(("/label", "/correct", "/undo"), "POST"),
 }
 
 
@@ -409,3 +409,71 @@ def test_the_printed_command_continues_from_the_live_run_if_it_is_here(
     assert app.training_command(folders, Path("photos")) == f"{start} --from bundles/live"
     Path("bundles/live").unlink()
     assert app.training_command(folders, Path("photos")) == start
+
+
+def test_labels_of_earlier_sessions_are_listed_and_corrected(keep, open_folders, tmp_path):
+    keep(1, reasons=("sample",))
+    keep(2)
+    keep(3)
+    with label_server(open_folders()) as client:
+        for number, kind, name in (
+            (1, "class", "hat"),
+            (2, "class", "hat"),
+            (3, "unknown", ""),
+        ):
+            client.post("/label", json=answer(kind, name, identity(number)))
+
+    with label_server(open_folders()) as client:
+
+        def listed() -> dict[str | None, tuple[str, ...]]:
+            labels = client.get("/labelled").json()
+            return {one["name"]: tuple(one["ids"]) for one in labels["labelled"]}
+
+        before = listed()
+        assert {name: len(ids) for name, ids in before.items()} == {"hat": 2, None: 1}
+        assert list(before) == ["hat", None]
+        later, first = before["hat"]  # the latest one first
+        (other,) = before[None]
+        assert client.get(f"/images/{later}").status_code == 200
+
+        # The held-out photograph stays held out; names are checked as those of labels are.
+        for one, kind, name, status in (
+            (first, "class", "shoes", 200),
+            (later, "class", "a new one", 200),
+            (other, "class", "../hat", 422),
+            (other, "class", "Shoes", 422),
+            (other, "skip", "", 422),
+            (other, "class", "hat", 200),
+            (other, "class", "hat", 409),  # it has another ID now
+        ):
+            reply = client.post("/correct", json=answer(kind, name, one))
+            assert reply.status_code == status, (kind, name)
+        assert {name: len(ids) for name, ids in listed().items()} == {
+            "a new one": 1,
+            "hat": 1,
+            "shoes": 1,
+        }
+    assert files_below(tmp_path) == {
+        f"photos-held-out/shoes/{identity(1)}.jpg",
+        f"photos/a new one/{identity(2)}.jpg",
+        f"photos/hat/{identity(3)}.jpg",
+    }
+    assert not (tmp_path / "photos-unknown").exists()
+
+
+def test_a_suggestion_is_offered_for_its_photograph_only_and_only_as_a_class(
+    keep, open_folders
+):
+    suggestions = {1: "scarf", 2: "HAT", 3: "../x", 4: "train"}
+    for number, name in suggestions.items():
+        keep(number, reasons=("reported",), suggested=name)
+    folders = open_folders()
+    offered = {}
+    with label_server(folders) as client:
+        for _ in suggestions:
+            state = client.get("/state").json()
+            one = state["photograph"]["id"]
+            offered[int(one, 16)] = [entry["name"] for entry in state["classes"]]
+            client.post("/label", json=answer("skip", one=one))
+    known = ["hat", "shoes", "t-shirt"]
+    assert offered == {1: ["scarf", *known], 2: known, 3: known, 4: known}

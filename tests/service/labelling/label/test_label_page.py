@@ -10,6 +10,7 @@ from tests.service.labelling.label.conftest import (
     identity,
     label_server,
 )
+from tests.support.service import picture_bytes
 
 pytestmark = pytest.mark.browser
 
@@ -281,3 +282,30 @@ def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(
     page.wait_for_selector("#error:not([hidden])")  # it cannot name a folder
     assert page.locator("#classes img, #error img").count() == 0
     assert not (tmp_path / "photos").exists()
+
+
+def test_a_wrong_label_is_corrected_on_the_page(keep, open_label_page, tmp_path):
+    for name, number in (("hat", 1), ("hat", 2), ("shoes", 3)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{identity(number)}.jpg").write_bytes(picture_bytes((number, 1, 2)))
+    keep(4)
+    page = open_label_page()
+    page.get_by_role("button", name="Labelled").click()
+    page.locator("#labels button", has_text="hat 2").wait_for()
+    right = page.locator("#right-labels button")
+    assert right.all_text_contents() == ["shoes", "t-shirt", "Not one of ours"]
+    assert right.first.is_disabled()
+
+    # Choose one, and say what it shows.
+    page.locator("#labelled-cells button").first.click()
+    right.first.click()
+    page.locator("#labels button", has_text="shoes 2").wait_for()
+    page.locator("#labels button", has_text="hat 1").wait_for()
+
+    # A name that no class can have is refused in words.
+    page.locator("#labelled-cells button").first.click()
+    page.locator("#right-name").fill("..")
+    page.get_by_role("button", name="Correct").click()
+    page.locator("#labelled-error", has_text="class '..'").wait_for()
+    assert len(files_below(tmp_path / "photos")) == 3

@@ -3,9 +3,11 @@
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
 const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
+const MAX_CELLS = 48; // labelled photographs that are shown at once
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
 const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
+const past = { labelled: [], classes: [], name: "", start: 0, wrong: new Set() }; // labels; `name` null is "not one of ours"
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].join("-") }; // another page gets other photographs
@@ -81,7 +83,7 @@ async function show(next) {
   byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
-  const needed = new Set([...state.next, ...cells()]);
+  const needed = new Set([...state.next, ...cells(), ...labelledCells()]);
   for (const id of [...urls.keys()].filter((one) => !needed.has(one))) {
     void load(id).then(URL.revokeObjectURL);
     urls.delete(id);
@@ -134,12 +136,13 @@ function classButton({ name, probability }, place) {
 /** IDs of the photographs in the grid of the chosen class. */
 const cells = () => grid.grids.find(({ name }) => name === grid.name)?.ids ?? [];
 
-/** Show the grid, or with `isGrid` false one photograph. */
-function view(isGrid) {
-  byId("grid").hidden = !isGrid;
-  byId("main").hidden = isGrid;
-  byId("as-grid").setAttribute("aria-pressed", String(isGrid));
-  byId("one-by-one").setAttribute("aria-pressed", String(!isGrid));
+/** Show the view of the button `chosen`: the grid, one photograph, or the labels. */
+function view(chosen) {
+  const views = { "as-grid": "grid", "one-by-one": "main", "as-labelled": "labelled" };
+  for (const [button, panel] of Object.entries(views)) {
+    byId(panel).hidden = button !== chosen;
+    byId(button).setAttribute("aria-pressed", String(button === chosen));
+  }
 }
 
 /** Load the grids again; show that of `name` or, if it is empty, the largest one, whose size is returned. */
@@ -161,19 +164,20 @@ function chooseGrid(name) {
     button.addEventListener("click", () => chooseGrid(other));
     return button;
   }));
-  byId("cells").replaceChildren(...cells().map(cell));
+  byId("cells").replaceChildren(...cells().map((id, place) => cell(id, place, grid.others, true, showChosen)));
   showChosen();
 }
 
-/** Button of the photograph `id` in the grid: pressed if it is of the class. */
-function cell(id, place) {
+/** Button of the photograph `id`, number `place` of a grid; it is pressed unless its being in `chosen` is `isOut`. */
+function cell(id, place, chosen, isOut, onChange) {
   const image = make("img", { alt: "" });
   void load(id).then((url) => { image.src = url; });
-  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "true" }, image);
+  const isPressed = () => String(chosen.has(id) !== isOut);
+  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": isPressed() }, image);
   button.addEventListener("click", () => {
-    if (!grid.others.delete(id)) grid.others.add(id);
-    button.setAttribute("aria-pressed", String(!grid.others.has(id)));
-    showChosen();
+    if (!chosen.delete(id)) chosen.add(id);
+    button.setAttribute("aria-pressed", isPressed());
+    onChange();
   });
   return button;
 }
@@ -191,7 +195,69 @@ async function accept() {
   const { name } = grid;
   const ids = cells().filter((id) => !grid.others.has(id));
   const problem = await send("label", ids.map((id) => ({ id, kind: "class", name })));
-  if (!problem && !(await loadGrids())) view(false);
+  if (!problem && !(await loadGrids())) view("one-by-one");
+}
+
+/** The labelled photographs of the chosen label. */
+const ofLabel = () => past.labelled.find(({ name }) => name === past.name);
+
+/** IDs of those that are shown. */
+const labelledCells = () => ofLabel()?.ids ?? [];
+
+/** Words for a label; `name` null is none of the classes. */
+const words = (name) => make("bdi", {}, name ?? "Not one of ours");
+
+/** Load the labels from number `start` on, and show those of the class `name` or, without any, of the first. */
+async function loadLabels(name = past.name, start = 0) {
+  const problem = await ask(`labelled?start=${start}`).then((labels) => showLabels(labels, name), (error) => error.message);
+  sayLabelProblem(problem);
+}
+
+/** Show `labels`, a response of the server, of the class `name`. */
+function showLabels({ labelled, classes, start }, name) {
+  const shown = labelled.some((one) => one.name === name) ? name : labelled[0]?.name;
+  Object.assign(past, { labelled, classes, start, name: shown, wrong: new Set() });
+  const ids = labelledCells(), count = ofLabel()?.count ?? 0;
+  byId("labelled-work").hidden = labelled.length === 0;
+  byId("no-labels").hidden = labelled.length > 0;
+  byId("labels").replaceChildren(...labelled.map((one) => {
+    const button = make("button", { type: "button", "aria-pressed": String(one.name === shown) }, words(one.name), ` ${one.count}`);
+    button.addEventListener("click", () => void loadLabels(one.name));
+    return button;
+  }));
+  byId("labelled-cells").replaceChildren(...ids.map((id, place) => cell(id, start + place, past.wrong, false, showWrong)));
+  byId("later").disabled = start === 0;
+  byId("older").disabled = start + ids.length >= count;
+  byId("right-labels").replaceChildren(...[...classes, null].filter((one) => one !== shown).map((one) => {
+    const button = make("button", { type: "button" }, words(one));
+    button.addEventListener("click", () => void correct(one));
+    return button;
+  }));
+  showWrong();
+}
+
+/** Let the buttons of the right label work if a photograph is chosen. */
+function showWrong() {
+  for (const button of byId("labelled-work").querySelectorAll("#right-labels button, #new-right button")) button.disabled = past.wrong.size === 0;
+}
+
+/** Show `problem`, or none. */
+function sayLabelProblem(problem) {
+  byId("labelled-error").textContent = sentence(problem ?? "");
+  byId("labelled-error").hidden = !problem;
+}
+
+/** Give the chosen photographs the label `name`. */
+async function correct(name) {
+  const kind = name === null ? "unknown" : "class";
+  let problem = "";
+  try {
+    for (const id of past.wrong) await ask("correct", { id, kind, name: name ?? "" });
+  } catch (error) {
+    problem = error.message;
+  }
+  await loadLabels();
+  if (problem) sayLabelProblem(problem);
 }
 
 /** Show the photograph at `url` as large as it is. */
@@ -202,9 +268,22 @@ function enlarge(url) {
 
 byId("accept").addEventListener("click", () => void accept());
 byId("zoom").addEventListener("click", () => enlarge(byId("photo").src));
-byId("one-by-one").addEventListener("click", () => view(false));
+byId("one-by-one").addEventListener("click", () => {
+  view("one-by-one");
+  void send("state"); // with the classes of corrections
+});
+byId("as-labelled").addEventListener("click", () => {
+  view("as-labelled");
+  void loadLabels();
+});
+byId("later").addEventListener("click", () => void loadLabels(past.name, Math.max(0, past.start - MAX_CELLS)));
+byId("older").addEventListener("click", () => void loadLabels(past.name, past.start + MAX_CELLS));
+byId("new-right").addEventListener("submit", (event) => {
+  event.preventDefault();
+  void correct(byId("right-name").value).then(() => { byId("right-name").value = ""; });
+});
 byId("as-grid").addEventListener("click", () => {
-  view(true);
+  view("as-grid");
   void loadGrids(grid.name);
 });
 byId("new").addEventListener("submit", (event) => {
@@ -217,15 +296,15 @@ byId("skip").addEventListener("click", () => label("skip"));
 byId("undo").addEventListener("click", () => send("undo", [{}]));
 document.addEventListener("keydown", (event) => {
   if (byId("enlarged").open) return; // which Escape closes
-  if (event.key === "Escape" && event.target !== byId("name")) select([]);
+  if (event.key === "Escape" && event.target.tagName !== "INPUT") select([]);
   if (event.key === "Escape") byId("name").blur();
-  if (event.target === byId("name") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.tagName === "INPUT" || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
-  const isGrid = !byId("grid").hidden;
+  const isGrid = byId("main").hidden;
   const shown = isGrid ? event.target.closest(".cells button")?.firstChild : byId("photo");
   if (key === "z" && shown) enlarge(shown.src);
-  else if (key === "g") byId(isGrid ? "one-by-one" : "as-grid").click();
+  else if (key === "g") byId(byId("grid").hidden ? "as-grid" : "one-by-one").click();
   else if (isGrid) return; // the other keys are about one photograph
   else if (key === "n") byId("name").focus();
   else if (key === "x") label("unknown");
@@ -237,6 +316,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 void send("state").then(async () => {
-  if ((await loadGrids()) >= WORTH_A_GRID) view(true);
+  if ((await loadGrids()) >= WORTH_A_GRID) view("as-grid");
   byId("grid").setAttribute("aria-busy", "false");
 });
