@@ -44,6 +44,14 @@ class Calibration(StrictModel):
     num_images: Count
     estimated_on: Estimate
 
+    def row(self) -> tuple[str, str]:
+        """Describe the temperature, and what it changes in the log loss, in a (name, text) row."""
+        images = f"{self.num_images:,} {self.estimated_on} images"
+        if self.temperature == 1:
+            return "log loss", f"{self.loss_after:.4f} of {images}"
+        losses = f"log loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"
+        return "temperature", f"{self.temperature:.4g}, from {images}; {losses}"
+
 
 class Rejection(StrictModel):
     """Rule that rejects images of unknown classes: their energy is below `threshold`.
@@ -68,6 +76,39 @@ class Rejection(StrictModel):
     is_unknown_shipped: bool = False
     new_class: tuple[Occurrences, Occurrences] | None = None
     new_class_share: tuple[Fraction, Fraction] | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Describe what it accepts of known classes, and rejects of others, in (name, text) rows."""
+        # Known classes.
+        accepted = f"accepts about {100 * self.accepts:g} % of new images like these"
+        if self.accepted is not None:
+            low, high = (100 * share for share in self.accepted)
+            accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
+        rows = [("unknown images", f"score below {self.threshold:.4g}; {accepted}")]
+
+        # Other things. Only images of them tell, not those of the classes that were left out.
+        others = ""
+        if self.recognized is not None:
+            others = "{} of {} rejected".format(*self.recognized)
+            if self.is_unknown_shipped:
+                others += ", of ImageNet; give --unknown FOLDER to measure those of your place"
+        elif self.new_class is not None:
+            others = "not measured; give --unknown FOLDER"
+        if others:
+            rows.append(("photographs of other things", others))
+
+        # A class like the known ones, by leaving each of these out.
+        if self.new_class is not None:
+            rejected, count = self.new_class
+            interval = ""
+            if self.new_class_share is not None:
+                low, high = (100 * share for share in self.new_class_share)
+                interval = f"95 % interval {low:.0f} to {high:.0f} %; "
+            share = f"{100 * rejected / max(1, count):.0f} % rejected"
+            rows.append(
+                ("a new class of this kind", f"{share} ({interval}each class left out once)")
+            )
+        return rows
 
 
 class Reference(StrictModel):
@@ -224,44 +265,10 @@ class Decision(StrictModel):
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
         rows = []
-
-        # The temperature, and what it changes in the loss.
-        if (fit := self.calibration) is not None:
-            images = f"{fit.num_images:,} {fit.estimated_on} images"
-            if fit.temperature == 1:
-                rows.append(("log loss", f"{fit.loss_after:.4f} of {images}"))
-            else:
-                losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
-                rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
-
-        # The rejection: what it accepts of known classes, and rejects of others.
-        if (rule := self.rejection) is not None:
-            accepted = f"accepts about {100 * rule.accepts:g} % of new images like these"
-            if rule.accepted is not None:
-                low, high = (100 * share for share in rule.accepted)
-                accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
-            rows.append(("unknown images", f"score below {rule.threshold:.4g}; {accepted}"))
-
-            if rule.recognized is not None:
-                text = "{} of {} rejected".format(*rule.recognized)
-                if rule.is_unknown_shipped:
-                    text += (
-                        ", of ImageNet; give --unknown FOLDER to measure those of your place"
-                    )
-                rows.append(("photographs of other things", text))
-            elif rule.new_class is not None:
-                # Images that are made from the user's own do not predict it
-                text = "not measured; give --unknown FOLDER"
-                rows.append(("photographs of other things", text))
-
-            if rule.new_class is not None:
-                rejected, count = rule.new_class
-                interval = ""
-                if rule.new_class_share is not None:
-                    low, high = (100 * share for share in rule.new_class_share)
-                    interval = f"95 % interval {low:.0f} to {high:.0f} %; "
-                text = f"{100 * rejected / max(1, count):.0f} % rejected ({interval}each class left out once)"
-                rows.append(("a new class of this kind", text))
+        if self.calibration is not None:
+            rows.append(self.calibration.row())
+        if self.rejection is not None:
+            rows += self.rejection.rows()
 
         # The threshold of each class, for images of several classes.
         if self.thresholds is not None:

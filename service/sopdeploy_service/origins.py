@@ -28,7 +28,10 @@ TEST_HOST = "testserver"
 TEST_PEER = "testclient"
 ANY_NAME = "*"  # of a scheme that is not of the web, such as that of extensions
 _PATTERN = re.compile(
-    rf"((?:[a-z][a-z0-9+.-]{{0,{MAX_SCHEME - 1}}}://)?)(\*\.)?(\*|[^/\s*@?#]+)", re.IGNORECASE
+    rf"(?:(?P<scheme>[a-z][a-z0-9+.-]{{0,{MAX_SCHEME - 1}}})://)?"
+    r"(?P<subdomains>\*\.)?"
+    r"(?P<host>\*|[^/\s*@?#]+)",
+    re.IGNORECASE,
 )
 
 
@@ -75,24 +78,27 @@ def parse_host(text: str) -> HostPattern:
         raise ValueError(
             f"{text[:100]!r} is not a host such as example.com, *.example.com, https://example.com or app://name"
         )
-    scheme = match[1].removesuffix("://").lower() or None
+    scheme = match["scheme"].lower() if match["scheme"] else None
     is_web = scheme is None or scheme in DEFAULT_PORTS
+    is_for_subdomains = match["subdomains"] is not None
 
-    # The name, without the dot at its end, which only apps have alone.
-    parts = urlsplit(f"//{match[3]}")  # raises ValueError for brackets that do not match
+    # The name in ASCII. The dot that may end it is dropped, but `.` alone is a host of apps.
+    parts = urlsplit(f"//{match['host']}")  # raises ValueError for brackets that do not match
     name = parts.hostname or ""
     if is_web or name != ".":
         name = name.removesuffix(".")
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
+
+    # The web has no pattern for all hosts.
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
-    if name == ANY_NAME and (is_web or match[2]):
+    if name == ANY_NAME and (is_web or is_for_subdomains):
         raise ValueError(
             f"{text!r} has no name; only schemes of apps and extensions can have `*`"
         )
 
-    return HostPattern(scheme, name, parts.port, is_for_subdomains=match[2] is not None)
+    return HostPattern(scheme, name, parts.port, is_for_subdomains)
 
 
 def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -53,13 +53,15 @@ class TemplateProcess(ABC):
         return None if process is None else process.pid
 
     def ask(self, message: bytes, *files: int) -> tuple[int, int]:
-        """Send *message* and *files*; return the reply, as `REPLY` says. An `OSError` ends the template."""
-        # End a template that is stopped or dead; a new one starts.
+        """Send *message* and *files* to the template; return its reply: (process ID, exit code or error).
+
+        An `OSError`, which the caller gets, ends the template; the next call starts another one.
+        It is a `BrokenPipeError` if the template itself has ended. `REPLY` describes the reply.
+        """
         with self._lock:
-            old = self._process  # it may have ended, or somebody has stopped it
-            if old is not None and (
-                old.poll() is not None or STOPPED in run_states(old.pid)[0]
-            ):
+            # Replace a template that has ended, or that somebody has stopped.
+            old = self._process
+            if old is not None and (old.poll() is not None or is_stopped(old.pid)):
                 self._close()
 
             # Pass the message on, and wait for the reply.
@@ -99,7 +101,7 @@ class TemplateProcess(ABC):
             try:
                 return end.recv(REPLY.size, socket.MSG_WAITALL)
             except TimeoutError:
-                if self.process is None or STOPPED in run_states(self.process)[0]:
+                if self.process is None or is_stopped(self.process):
                     return b""
                 if time.monotonic() > give_up:
                     raise
@@ -121,6 +123,12 @@ class TemplateProcess(ABC):
         self._socket = self._process = None
 
 
+def is_stopped(process: int) -> bool:
+    """Tell whether a thread of *process* is stopped, as by SIGSTOP (Linux)."""
+    states, _ = run_states(process)
+    return STOPPED in states
+
+
 def run_states(process: int) -> tuple[set[str], int]:
     """Return the states of the threads of *process*, as `ps` shows them, and its CPU ticks (Linux)."""
     try:
@@ -128,7 +136,8 @@ def run_states(process: int) -> tuple[set[str], int]:
     except OSError:  # it has ended
         return set(), 0
 
-    threads = [stat.rpartition(")")[2].split() for stat in stats]  # behind the name
-    return {fields[0] for fields in threads}, sum(
-        int(fields[11]) + int(fields[12]) for fields in threads
-    )
+    # The fields behind the name: the state is the first; user and system time are 11 and 12.
+    threads = [stat.rpartition(")")[2].split() for stat in stats]
+    states = {fields[0] for fields in threads}
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in threads)
+    return states, ticks

@@ -185,15 +185,21 @@ class LiteBlock(nn.Sequential):
     ) -> None:
         super().__init__()
         wide = channels * expansion
+
+        # Each draws random weights. All are drawn, in this order, also those that stay unused:
+        # so a seed gives the weights of earlier versions.
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
         expand = convolution(channels, wide)
         project = convolution(wide, out)
 
-        if expansion > 1:  # timm's names, in the order in which the layers run
+        # Names as in timm, in the order in which the layers run.
+        if expansion > 1:
             layers = {"conv_pw": expand, "conv_dw": depthwise, "conv_pwl": project}
-        else:  # `expand` and `project` stay unused, so that a seed gives the weights of earlier versions
-            layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
+        else:
+            project = convolution(wide, out)  # a second draw
+            layers = {"conv_dw": depthwise, "conv_pw": project}
 
+        # Each convolution has a batch norm, and all but the last an activation.
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)
             self.add_module(f"bn{number}", _batch_norm(layer.out_channels))

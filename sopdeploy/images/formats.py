@@ -104,19 +104,25 @@ def open_image(
 def without_metadata(body: bytes) -> bytes:
     """Leave out what the decoder of the JPEG, PNG or GIF file *body* does not need for the first frame.
 
-    Pillow parses it, and refuses the image if it is damaged or large. A PNG keeps what tells
-    the orientation.
+    Pillow would parse it, and refuse the image if that part is damaged or large. A PNG keeps
+    what tells the orientation.
     """
-    find = {b"\xff\xd8": _jpeg_metadata, b"\x89P": _png_metadata, b"GI": _gif_metadata}.get(
-        body[:2]
-    )
-    parts = []
-    begin = 0
+    find_unneeded = {
+        b"\xff\xd8": _jpeg_metadata,
+        b"\x89P": _png_metadata,
+        b"GI": _gif_metadata,
+    }.get(body[:2])
+    if find_unneeded is None:
+        return body
 
-    for start, end in () if find is None else find(body):
-        parts.append(body[begin:start])
+    # Join what is between the unneeded ranges.
+    needed = []
+    begin = 0
+    for start, end in find_unneeded(body):
+        needed.append(body[begin:start])
         begin = end
-    return b"".join((*parts, body[begin:])) if parts else body
+    needed.append(body[begin:])
+    return b"".join(needed)
 
 
 def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
@@ -146,7 +152,7 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the chunks that `without_metadata` leaves out."""
-    # after the signature; bytes of texts that may be unpacked
+    # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
     begin = 8
     remaining = MAX_TEXT
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
@@ -200,16 +206,27 @@ def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
-    """Count the bytes of the text in a *chunk* of a PNG, at most *limit* (PNG specification, 11.3.3)."""
-    text = content.partition(b"\0")[2]
-    if chunk == b"tEXt" or (chunk == b"iTXt" and text[:1] == b"\0"):  # not compressed
-        return min(len(content), limit)
+    """Count the bytes of the text in a *chunk* of a PNG, at most *limit* (PNG specification, 11.3.3).
 
-    method, packed = (
-        (text[:1], text[1:]) if chunk == b"zTXt" else (text[1:2], text[2:].split(b"\0", 2)[-1])
-    )
+    A text that is damaged, or compressed by an unknown method, counts as *limit*.
+    """
+    _keyword, _, text = content.partition(b"\0")
+
+    if chunk == b"iTXt":  # a flag, the method, language, keyword in this language, text
+        is_compressed = text[:1] != b"\0"
+        method = text[1:2]
+        packed = text[2:].split(b"\0", 2)[-1]
+    else:  # zTXt has the method before the text; tEXt is not compressed
+        is_compressed = chunk == b"zTXt"
+        method = text[:1]
+        packed = text[1:]
+
+    if not is_compressed:
+        return min(len(content), limit)
+    if method != b"\0":
+        return limit
     try:
-        return limit if method != b"\0" else len(zlib.decompressobj().decompress(packed, limit))
+        return len(zlib.decompressobj().decompress(packed, limit))
     except zlib.error:
         return limit
 
@@ -315,18 +332,18 @@ def webp_size(body: bytes) -> tuple[int, int]:
     kind = body[8:16]
     chunk = body[20:30]
 
-    # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
+    # Extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each.
     if kind == b"WEBPVP8X":
         width = 1 + int.from_bytes(chunk[4:7], "little")
         height = 1 + int.from_bytes(chunk[7:10], "little")
         return width, height
 
-    # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
+    # Lossless: a signature byte, then width - 1 and height - 1 of 14 bits each.
     if kind == b"WEBPVP8L":
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
 
-    # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
+    # Lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale.
     if kind == b"WEBPVP8 ":
         width = int.from_bytes(chunk[6:8], "little") & 0x3FFF
         height = int.from_bytes(chunk[8:], "little") & 0x3FFF

@@ -134,7 +134,7 @@ def _count_call(
         counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
-    # which calls no module for its four projections
+    # It calls no module for its four projections.
     elif isinstance(module, nn.MultiheadAttention):
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
         # Then probably self-attention
@@ -312,7 +312,7 @@ def describe(
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
-    # of timm or the user, too
+    # The code of timm or of the user can raise these, too.
     except (AssertionError, LookupError, RuntimeError, ValueError) as problem:
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels; choose another size"

@@ -184,7 +184,7 @@ class GMSOPResNet(Classifier, GatedResNet):
 
         # Route each image to its experts; the others compute nothing.
         features, weights_BN = self.features_and_noisy_weights(images)
-        # on `meta`, weights have no values that could be compared with 0 to route by them
+        # On `meta`, weights have no values that could be compared with 0 to route by them.
         mix = self.mixture if features.is_meta else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
 
@@ -243,8 +243,9 @@ class AveragedResNet(Classifier, LowResolutionResNet):
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
 
+        # A global pooling takes the place of the mixture.
         if config.pooling is not None:
-            self.classifier_parts = ("pooling", "head")
+            self.classifier_parts = ("pooling", "head")  # instead of those of the class
             self.pooling = config.pooling.build(self.channels)
             length = self.pooling.out_features
         else:
@@ -253,7 +254,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
                 self.channels,
                 config.component_widths,
                 components=config.components,
-                evaluated=config.components,  # all, because there is no gate
+                evaluated=config.components,  # how many run: all, because no gate selects some
                 root=config.root_config(),
             )
             length = self.mixture.out_features

@@ -54,6 +54,7 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 
     Each image of a pair may show a part of the other one.
     """
+    # Search in both ways, in blocks of pairs with the same first image.
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
     order = np.argsort(both_ways[0], kind="stable")
@@ -62,9 +63,12 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     for start in range(0, 2 * num_pairs, _BLOCK):
         block = order[start : start + _BLOCK]
         correlations[block], boxes[block] = _search(small, both_ways[:, block])
+
     # Equal frames correlate equally in both ways; a part correlates less with what contains it.
     best = np.tile(np.maximum(correlations[:num_pairs], correlations[num_pairs:]), 2)
     found = np.flatnonzero((correlations >= MIN_FOUND) & (correlations >= OTHER_WAY * best))
+
+    # Align those that correlate well; of both ways, the better one counts.
     shares = np.zeros(2 * num_pairs, np.float32)
     for start in range(0, len(found), _BLOCK):
         block = found[start : start + _BLOCK]
@@ -79,16 +83,22 @@ def _search(
     side = small.shape[1]
     num_pairs = pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
+
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
     margins = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
     scenes = np.pad(_remove_low(_resample(small[images], whole, SIDE)), margins)
+
+    # The best correlation of each pair so far, and where it is.
     best = np.full(num_pairs, -1.0, np.float32)
     boxes = np.tile(whole[0], (num_pairs, 1))
+
     # Where the pairs of each first image begin
     starts = np.flatnonzero(np.diff(first, prepend=-1))
+
     for size in (SIDE * SIZES).round().astype(int).tolist():
         crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
+
         num_places = SIDE + 2 * MARGIN - size + 1  # per side
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
             # The first image of these pairs, compared at all places at once
@@ -96,9 +106,12 @@ def _search(
             windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
             windows = windows - windows.mean(axis=1, keepdims=True)
             lengths = np.maximum(np.linalg.norm(windows, axis=1), 1e-3)
+
             correlations = (windows @ crops[second[start:stop]].T) / lengths[:, None]
             place = correlations.argmax(axis=0)
             reached = correlations.max(axis=0)
+
+            # Note the place where the correlation is larger than at other sizes.
             is_better = reached > best[start:stop]
             best[start:stop][is_better] = reached[is_better]
             top, left = np.divmod(place[is_better], num_places)
@@ -121,6 +134,8 @@ def _align(
     num_pairs = pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)
+
+    # The second images, and how they change by the six numbers of a map.
     whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
     expected_PTT = _resample(small[images], whole, SIDE)[second]
     grid = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
@@ -131,12 +146,17 @@ def _align(
     of_matrix = slopes_P2K[:, :, None] * points_K2.T
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
+
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
+
     # From `points_K2` to pixels of the first image
     matrices = np.zeros((num_pairs, 2, 2), np.float32)
     matrices[:, [0, 1], [0, 1]] = boxes[:, 2:] / 2
     centers = (boxes[:, :2] + boxes[:, 2:] / 2 - 0.5).astype(np.float32)
     scenes = _smooth(small[images])
+
+    # Each step fits what the first image shows to the second one, whatever the contrast and the
+    # brightness. Pixels that differ much, as those of a caption, count less.
     weights_PK = np.ones_like(expected_PK)
     for step in range(STEPS + 1):
         shown_PK, is_inside_PK = _sample(
@@ -145,16 +165,20 @@ def _align(
         if step == STEPS:
             break
         weights_PK *= is_inside_PK
+
         total = np.maximum(weights_PK.sum(axis=1, keepdims=True), 1e-6)
         shown_PK -= (weights_PK * shown_PK).sum(axis=1, keepdims=True) / total
         wanted_PK = expected_PK - (weights_PK * expected_PK).sum(axis=1, keepdims=True) / total
         products = (weights_PK * shown_PK * wanted_PK).sum(axis=1, keepdims=True)
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
+
         errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
         deviation = (
             1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
         )
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
+
+        # The step, from the normal equations.
         weighted_P6K = slopes_P6K * weights_PK[:, None]
         curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
         moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(
@@ -164,6 +188,8 @@ def _align(
             np.float32
         )
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
+
+    # Only a part of a possible size counts.
     area = np.linalg.det(matrices) * 4 / side**2  # of the part, as a share of the first image
     return np.where(
         (area > MIN_AREA) & (area < MAX_AREA),
@@ -211,7 +237,7 @@ def _sample(
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)
-    # of the four pixels around each point, the first row and column
+    # The first row and column of the four pixels around each point.
     lower = points.astype(np.intp)
     index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2
     down, right = np.moveaxis(points - lower.astype(np.float32), 2, 0)

@@ -599,7 +599,7 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)
-    # as in training, which needs a train/ next to a val/
+    # As in training, which needs a train/ next to a val/.
     val_is_a_class = parts.others and not parts.train
     if val_is_a_class or not parts.held_out:
         return root
@@ -683,7 +683,7 @@ def open_any_images(root: Path) -> ImageFiles:
 
 
 class UnknownImages(NamedTuple):
-    """The images of no class, None if none remain, and a line about those that were left out, if any."""
+    """The images of no class, None if none remain, and a note about those that were left out, if any."""
 
     images: ImageFiles | None
     note: str
@@ -697,16 +697,22 @@ def open_unknown(root: Path) -> UnknownImages:
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]
-    is_fair_N = np.array(
+
+    # An ID as its name tells a kept photograph; those in `SAMPLE_FOLDER` were drawn whatever
+    # their scores.
+    is_unbiased_N = np.array(
         [
             path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)
             for path in paths
         ]
     )
-    count = int(is_fair_N.sum())
-    line = (
-        f"{root}: {amount(len(paths) - count, 'photograph')} left out, because a server kept them outside of "
-        f"its sample, mostly as unknown; {count:,} remain"
+    num_remaining = int(is_unbiased_N.sum())
+    num_left_out = len(images) - num_remaining
+    if not num_left_out:
+        return UnknownImages(images, "")
+
+    note = (
+        f"{root}: {amount(num_left_out, 'photograph')} left out, because a server kept them outside of "
+        f"its sample, mostly as unknown; {num_remaining:,} remain"
     )
-    remaining = images.select(is_fair_N) if count else None
-    return UnknownImages(remaining, "" if count == len(paths) else line)
+    return UnknownImages(images.select(is_unbiased_N) if num_remaining else None, note)

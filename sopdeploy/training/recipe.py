@@ -354,7 +354,8 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
         table = values.get(name)
         chosen = changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
-            # no values or no choice; the validation of the recipe finds those of a wrong type
+            # There are no values or no choice; the validation of the recipe finds those of a
+            # wrong type.
             continue
 
         if chosen == table.get(selector):
@@ -433,7 +434,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
     """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
-    # of all kinds of optimizers, data sources and others
+    # The keys of all kinds of optimizers, data sources and others.
     known = sorted(set(_list_keys(Recipe)))
     same_name = [key for key in known if key == name or key.endswith(f".{name}")]
     return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
@@ -449,16 +450,27 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
-    """Check whether *config*, or a table in it, has the *key*, whose parts are names; any in a table of kinds."""
+    """Check whether *config* has the *key*: names of tables in one another, then of a value or a table.
+
+    In a table with several kinds, such as `optimizer`, each key counts as present.
+    """
     name, *rest = key
     field = config.model_fields.get(name)
-    if field is None or not rest:
-        return field is not None
+    if field is None:
+        return False
+    if not rest:
+        return True
+
+    # The kinds of tables that the field may have; a plain value has none, and no keys.
     types = (field.annotation, *get_args(field.annotation))
-    tables = [
-        one for one in types if isinstance(one, type) and issubclass(one, pydantic.BaseModel)
+    kinds = [
+        kind
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
     ]
-    return len(tables) != 1 or has_key(tables[0], rest)
+    if not kinds:
+        return False
+    return len(kinds) > 1 or has_key(kinds[0], rest)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

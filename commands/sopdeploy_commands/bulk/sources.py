@@ -29,8 +29,8 @@ from sopdeploy.images.signatures import (
 from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
-_TAR = ".tar"
-_LIST = ".txt"
+_TAR_SUFFIX = ".tar"
+_LIST_SUFFIX = ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
 # Objects of a store with one suffix, not of an image, whose first bytes are read
@@ -113,33 +113,27 @@ def _naming(source: str) -> Iterator[None]:
 
 def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     """Yield the images of *source*: an archive, a list, an address, a folder or a file; else `DataError`."""
-    # By its suffix, its scheme, or what the file system has at the path.
-    path = Path(source)
-    if source.lower().endswith(_TAR):
+    # Archives and lists, here or in a store, by their suffix; then the rest of a store.
+    if source.lower().endswith(_TAR_SUFFIX):
         yield from _list_tar(source, skipped)
-    elif source.lower().endswith(_LIST):
+        return
+    if source.lower().endswith(_LIST_SUFFIX):
         yield from _list_lines(source, skipped)
-    elif _is_address(source):  # the images at or below it, without hidden ones
-        store, root = _open_store(source)
-        for name, metadata in sorted(store.find(root, detail=True).items()):
-            if any(map(is_hidden, name.removeprefix(root).split("/"))):
-                continue
-            # Some stores report 0 or None if they do not know it
-            size = metadata.get("size") or UNKNOWN
-            if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
-                location = store.unstrip_protocol(name)
-                yield ListedImage(path=location, location=location, size=size)
-    elif is_bundle(path):
+        return
+    if _is_address(source):
+        yield from _list_store(source, skipped)
+        return
+
+    # Otherwise what the file system has at the path.
+    path = Path(source)
+    if is_bundle(path):
         raise DataError(
             f"{source}: a bundle, not images; name one bundle, then folders or files of images"
         )
-    elif path.is_dir():
-        used = (
-            file
-            for file in walk(path)
-            if _is_used(file.name, skipped, partial(read_head, file))
-        )
-        yield from map(_describe_file, map(str, used))
+    if path.is_dir():
+        for file in walk(path):
+            if _is_used(file.name, skipped, partial(read_head, file)):
+                yield _describe_file(str(file))
     elif path.exists() and is_image(path):
         yield _describe_file(source)
     else:
@@ -147,8 +141,23 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         raise DataError(f"{source}: not found, or no image; {advice}")
 
 
+def _list_store(address: str, skipped: Counter[str]) -> Iterator[ListedImage]:
+    """Yield the images at or below *address* by name, without hidden ones, as `walk` does for a folder."""
+    store, root = _open_store(address)
+
+    for name, metadata in sorted(store.find(root, detail=True).items()):
+        if any(map(is_hidden, name.removeprefix(root).split("/"))):
+            continue
+
+        # Some stores report 0 or None if they do not know the size.
+        size = metadata.get("size") or UNKNOWN
+        if _is_used(name, skipped, partial(_read_object_head, store, name, skipped)):
+            location = store.unstrip_protocol(name)
+            yield ListedImage(path=location, location=location, size=size)
+
+
 def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> bool:
-    """Check whether the visible file *name*, whose first bytes *read* reads, is an image, or count it."""
+    """Check whether the visible file *name*, whose first bytes *read* reads, is an image; count others."""
     if counts_as_image(name, read):
         return True
     skipped[suffix_of(name)] += 1
@@ -192,7 +201,7 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
             # Folders, hidden entries and files of other formats are passed over.
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            # a file with holes, whose bytes are not in one place
+            # A file with holes has no bytes in one place.
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes
@@ -232,7 +241,7 @@ def _list_lines(location: str, skipped: Counter[str]) -> Iterator[ListedImage]:
                 continue
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
 
-            if name.lower().endswith(_TAR):
+            if name.lower().endswith(_TAR_SUFFIX):
                 with _naming(name):  # the archive, not the list
                     yield from _list_tar(name, skipped)
             elif _is_address(name):

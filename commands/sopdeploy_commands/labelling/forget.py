@@ -297,6 +297,18 @@ class _Wanted(NamedTuple):
                     return hashlib.sha256(file.read(size)).hexdigest() == self.digest
         return False
 
+    def has_row(self, row: "_TableRow") -> bool:
+        """Tell whether *row* is about the photograph: by its id, its name or the content of its image."""
+        if kept_id(row.path) in self.ids:
+            return True
+        if not self.is_file:
+            return any(self.is_named(Path(name)) for name in (row.path, row.location))
+
+        location = Path(row.location)
+        if row.is_in_archive:
+            return self.has_content(location, row.offset, row.size)
+        return self.is_named(location) or self.has_content(location)
+
 
 class _TableRow(NamedTuple):
     """A row of a table; a member of an archive has its `location`, and an `offset`, which is never 0."""
@@ -323,31 +335,28 @@ def _final_path(path: Path) -> Path:
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
-    """Find the rows of *wanted* in *tables*; the list of a run says where images of the others are."""
-    # The list of a run says for each row where its image is.
-    all_rows = {table: list(_read_table(table)) for table in tables}
-    listed: dict[tuple[Path, str], _TableRow] = {}
-    for table, rows in all_rows.items():
+    """Find the rows of *wanted* in *tables*, by table.
+
+    A run of `classify` has tables of results, and a list that tells where the image of each
+    result is.
+    """
+    rows_of_table = {table: list(_read_table(table)) for table in tables}
+
+    # The rows of the lists, by the folder of the run and the path of the image.
+    listed_rows: dict[tuple[Path, str], _TableRow] = {}
+    for table, rows in rows_of_table.items():
         if table.name == LISTING:
             output = _output_folder(table)
-            listed |= {(output, row.path): row for row in rows}
+            listed_rows |= {(output, row.path): row for row in rows}
 
-    def is_wanted(row: _TableRow) -> bool:
-        if kept_id(row.path) in wanted.ids:
-            return True
-        if not wanted.is_file:
-            return any(wanted.is_named(Path(name)) for name in (row.path, row.location))
-        location = Path(row.location)
-        if row.is_in_archive:
-            return wanted.has_content(location, row.offset, row.size)
-        return wanted.is_named(location) or wanted.has_content(location)
-
+    # A row that the list has, too, is looked up with the location there; its number stays that
+    # of its own table.
     wanted_rows: dict[Path, list[_TableRow]] = {}
-    for table, rows in all_rows.items():
+    for table, rows in rows_of_table.items():
         output = _output_folder(table)
         for row in rows:
-            located = listed.get((output, row.path), row)._replace(number=row.number)
-            if is_wanted(located):
+            located = listed_rows.get((output, row.path), row)._replace(number=row.number)
+            if wanted.has_row(located):
                 wanted_rows.setdefault(table, []).append(located)
 
     return wanted_rows

@@ -88,7 +88,7 @@ def choose_network(
     data, _ = given.images or open_images(shared)
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
-        # as in the run, which then finds the features in the cache
+        # As in the run, which then finds the features in the cache.
         torch.set_num_threads(shared.threads)
     recipes = select_procedures(configured, data)
     # Before the measurements
@@ -274,22 +274,24 @@ def score_network(
     """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
     check_count(images)
 
-    model, recipe, _ = create_initial_model(recipe, images.labels, strategy, weights)
+    model, configured, _ = create_initial_model(recipe, images.labels, strategy, weights)
     validation = cross_validate(
-        recipe,
-        move_to_device(recipe, model, strategy),
+        configured,
+        move_to_device(configured, model, strategy),
         images,
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
     )
-
-    right = None
-    # One class per image, so that a prediction is either right or wrong
-    if not images.is_multi_label:
-        right = validation.shifted_logits.argmax(axis=1) == images.targets
-    if (score := validation.score()) is None:
+    score = validation.score()
+    if score is None:
         raise DataError(
             "networks cannot be compared: fewer than two classes have two different photographs"
         )
+
+    # With one class per image, a prediction is either right or wrong. `shifted_logits` are those
+    # of the exported network, with the shift of each class.
+    right = None
+    if not images.is_multi_label:
+        right = validation.shifted_logits.argmax(axis=1) == images.targets
     return Validated(score, right, validation.groups)
 
 

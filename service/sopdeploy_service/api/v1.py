@@ -124,7 +124,11 @@ def check_query(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
 
 
 def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
-    """Raise `RejectedError` unless the server keeps what *query* reports, with a name that a class can have."""
+    """Raise `RejectedError` unless the wrong answer that *query* reports can be kept.
+
+    The server must keep images, and *query* must ask for no explanation. Its `reported` is the
+    class that the person suggests, which can be a new one, or empty.
+    """
     if admitted.service.keep is None:
         raise bad_request(
             "not_keeping", "this server keeps no images; start it with keep, or omit reported"
@@ -133,9 +137,9 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     if query.explain:
         raise bad_request("malformed_request", "reported: is not explained; omit explain")
 
-    # The name may be that of a class that the network does not have yet.
     if query.reported and (problem := class_problem(query.reported)):
-        raise bad_request("malformed_request", f"reported: {query.reported!r:.80}: {problem}")
+        message = f"reported: {problem}; write the name of a class, or leave it empty"
+        raise bad_request("malformed_request", message)
 
 
 @router.post(

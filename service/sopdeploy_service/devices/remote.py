@@ -120,7 +120,7 @@ class EngineChannel(asyncio.Protocol):
             result = await future
         finally:
             timer.cancel()
-            # no answer yet; the one that comes frees the slot
+            # There is no answer yet; the one that comes frees the slot.
             if self._images.get(slot) is image:
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
 
@@ -310,14 +310,16 @@ class RemoteRegistry(Registry):
 
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
-        # by name and version
+        # The channels to each version of a model, with the position of the model there.
         routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}
-        versions: dict[str, str] = {}  # by name
+        versions: dict[str, str] = {}
 
+        # `attach` keeps the newest channel last, so its version remains in `versions`.
         for to_engine in self._channels.values():
-            for number, facts in enumerate(to_engine.models):
-                version = versions[facts.name] = facts.bundle.manifest.id
-                routes.setdefault((facts.name, version), []).append((to_engine, number))
+            for position, facts in enumerate(to_engine.models):
+                version = facts.bundle.manifest.id
+                versions[facts.name] = version
+                routes.setdefault((facts.name, version), []).append((to_engine, position))
 
         self._by_name = {
             name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions

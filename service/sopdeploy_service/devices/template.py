@@ -72,7 +72,7 @@ def wait_for_launch() -> LaunchConfig:
     """
     templates.end_with_parent(os.getppid(), signal.SIGKILL)
     LIBC.prctl(SET_NAME, b"template")
-    # the garbage collector of a process would write to the pages, and thereby copy them
+    # The garbage collector of a process would write to the pages, and thereby copy them.
     gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
@@ -119,7 +119,7 @@ def _fork_orphan(requests: socket.socket) -> bool:
     while os.getppid() == between:
         time.sleep(0.001)
 
-    # it has ended, or the system gives orphans to another process
+    # The supervisor has ended, or the system gives orphans to another process.
     if os.getppid() != supervisor:
         requests.send(templates.REPLY.pack(0, errno.ENOSYS))
         os._exit(1)

@@ -79,7 +79,7 @@ def find_bundles(
 
         # In a folder of bundles, each project is a name.
         if not chosen_name and path.is_dir() and not has_manifest(path):
-            for bundle in _read_projects(path, read):
+            for bundle in _read_served(path, read):
                 _add(bundles, bundle.manifest.project, bundle)
             continue
 
@@ -98,18 +98,25 @@ def find_bundles(
     return bundles
 
 
-def _read_projects(folder: Path, read: ReadNamed) -> list[Bundle]:
-    """Read the bundles that a *folder* of bundles serves, and log a line about each project."""
-    listed = list_bundles(folder, lambda path, manifest: read(manifest.project, path, manifest))
+def _read_served(folder: Path, read: ReadNamed) -> list[Bundle]:
+    """Read the bundles that a *folder* of bundles serves, one of each project; log a line about each.
 
-    if not listed:
+    Raises `BundleError` if none can be served.
+    """
+
+    def read_as_project(path: Path, manifest: Manifest) -> Bundle:
+        return read(manifest.project, path, manifest)
+
+    # Each entry has its bundle, if that is served and can be read, else the reason.
+    entries = list_bundles(folder, read_as_project)
+    if not entries:
         raise BundleError(f"{folder}: {describe_no_bundle(folder)}")
-    if all(bundle.why_not_served for bundle in listed):
-        raise BundleError(f"{folder}: {listed[0].why_not_served}")
+    if all(entry.why_not_served for entry in entries):
+        raise BundleError(f"{folder}: {entries[0].why_not_served}")
 
-    for line, failed in describe_projects(listed):
+    for line, failed in describe_projects(entries):
         log.log(logging.WARNING if failed else logging.INFO, line)
-    return [bundle.bundle for bundle in listed if bundle.bundle is not None]
+    return [entry.bundle for entry in entries if entry.bundle is not None]
 
 
 def _add(bundles: dict[str, Bundle], name: str, bundle: Bundle) -> None:

@@ -30,7 +30,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
@@ -51,7 +51,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
-from sopdeploy_service.templates import STOPPED, run_states
+from sopdeploy_service.templates import is_stopped
 
 _MIB = 1 << 20
 LIGHT_MEMORY = 80 * _MIB
@@ -81,6 +81,10 @@ WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped a
 log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
+
+# Images that take turns with those of other groups: of a client, and whether they are slow ones.
+# None: light images, and the server's own requests.
+Group: TypeAlias = tuple[str, bool] | None
 
 
 class DecodedImage(NamedTuple):
@@ -166,23 +170,19 @@ def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
 class SharedChildren:
     """Children of a kind, which clients share: those that are idle, or the requests that wait for one.
 
-    Requests run in the order of arrival within each group; the groups take turns. A group is a
-    client, and whether its images are slow ones; that of light images and of the server's own
-    requests is None.
+    Requests run in the order of arrival within each `Group`; the groups take turns.
     """
 
     def __init__(self, metrics: Metrics, max_pixels: int = MAX_PIXELS) -> None:
         self._metrics = metrics
         self._max_waiting_pixels = MAX_WAITING * max_pixels
-        self.idle: list[DecoderProcess] = []
         self._is_closed = False
 
-        # By group: the requests that wait, in order.
-        self._groups: OrderedDict[tuple[str, bool] | None, OrderedDict[Request, None]] = (
-            OrderedDict()
-        )
+        self.idle: list[DecoderProcess] = []
+        # By group: the requests that wait, in order. The first group has the next turn.
+        self._groups: OrderedDict[Group, OrderedDict[Request, None]] = OrderedDict()
 
-    def put(self, request: Request, group: tuple[str, bool] | None) -> None:
+    def put(self, request: Request, group: Group) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
         While the images that wait have too many pixels, the last one of the group with most
@@ -204,23 +204,21 @@ class SharedChildren:
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
-    def has_room(self, pixels: int, group: tuple[str, bool]) -> bool:
+    def has_room(self, pixels: int, group: Group) -> bool:
         """Tell whether an image of *pixels* of *group* would now run or wait."""
         counts = self._count_pixels(pixels, group)
         is_largest = counts[group] == max(counts.values())
         return bool(self.idle) or counts.total() <= self._max_waiting_pixels or not is_largest
 
-    def _count_pixels(
-        self, pixels: int, group: tuple[str, bool]
-    ) -> Counter[tuple[str, bool] | None]:
+    def _count_pixels(self, pixels: int, group: Group) -> Counter[Group]:
         """Count the pixels that wait by group, as if *pixels* of *group* waited, too."""
-        counts = Counter(
-            {other: sum(one.pixels for one in self._groups[other]) for other in self._groups}
-        )
+        counts: Counter[Group] = Counter()
+        for other, requests in self._groups.items():
+            counts[other] = sum(request.pixels for request in requests)
         counts[group] += pixels
         return counts
 
-    def _make_room(self, request: Request, group: tuple[str, bool]) -> bool:
+    def _make_room(self, request: Request, group: Group) -> bool:
         """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
         pixels = self._count_pixels(request.pixels, group)
 
@@ -241,7 +239,7 @@ class SharedChildren:
             refused.settle(results.DECODERS_BUSY)
         return True
 
-    def _remove(self, request: Request, group: tuple[str, bool] | None) -> None:
+    def _remove(self, request: Request, group: Group) -> None:
         """Forget *request* of *group*, for which nobody waits any more, and its image."""
         if (waiting := self._groups.get(group)) is not None:
             waiting.pop(request, None)
@@ -284,7 +282,7 @@ class Decoders:
         self.light = SharedChildren(metrics)
         self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
 
-        # bytes of memory of the children; None: what this process may use
+        # Bytes of memory of the children; None: what this process may use.
         self.budget: int | None = None
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
 
@@ -511,7 +509,7 @@ class Decoders:
         self,
         request: Request,
         children: SharedChildren,
-        group: tuple[str, bool] | None,
+        group: Group,
         deadline: float,
         late: HttpError,
     ) -> Reply | ChildEnded:
@@ -540,11 +538,7 @@ class Decoders:
             # Find the processes that are stopped now.
             await asyncio.sleep(WATCH_SECONDS)
             processes = [template.process, *(decoder.process for decoder in self._children)]
-            stopped = {
-                process
-                for process in processes
-                if process and STOPPED in run_states(process)[0]
-            }
+            stopped = {process for process in processes if process and is_stopped(process)}
 
             self.are_stopped = bool(stopped)
 

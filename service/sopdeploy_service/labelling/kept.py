@@ -93,41 +93,46 @@ class Kept(NamedTuple):
 def read_kept(folder: Path) -> list[Kept]:
     """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
 
-    Records that are damaged or of a later version, or whose photograph is missing, are skipped;
-    warnings tell how many, and which version reads them. Raises `OSError` if *folder* cannot be
-    read.
+    Records that are damaged, copied or of a later version, or whose photograph is missing or a
+    link, are skipped; warnings tell how many, and which version reads them. Raises `OSError` if
+    *folder* cannot be read.
     """
-    kept = list[Kept]()
-    others = list[str]()
-
-    # One that cannot be read, such as `lost+found`, is none: `Path.is_file` raises an error
-    # there.
+    # The subfolder of a device has the lock of its server. `Path.is_file` would raise an error
+    # for a subfolder that cannot be read, such as `lost+found`.
     device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
-    files = [
-        file for parent in (folder, *device_folders) for file in sorted(parent.glob("*.json"))
+    record_paths = [
+        path for parent in (folder, *device_folders) for path in sorted(parent.glob("*.json"))
     ]
 
     # Read the records whose photograph is here.
-    for path in files:
+    photographs: list[Kept] = []
+    other_versions: list[str] = []
+    for path in record_paths:
         try:
             record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():
-                kept.append(Kept(image, record))
+                photographs.append(Kept(image, record))
         except OtherVersionError as error:
-            others.append(f"{path.name}: {error}")
+            other_versions.append(f"{path.name}: {error}")
         except (OSError, ValueError):
             continue  # it is damaged
 
     # Log what was skipped.
-    if damaged := len(files) - len(kept) - len(others):
+    num_unusable = len(record_paths) - len(photographs) - len(other_versions)
+    if num_unusable:
         log.warning(
             "%s: %d records are damaged or have no photograph; they are skipped",
             folder,
-            damaged,
+            num_unusable,
         )
-    if others:
-        log.warning("%s: %d records are skipped, such as %s", folder, len(others), others[0])
+    if other_versions:
+        log.warning(
+            "%s: %d records are skipped, such as %s",
+            folder,
+            len(other_versions),
+            other_versions[0],
+        )
 
-    return sorted(kept, key=lambda kept_photo: kept_photo.record.time)
+    return sorted(photographs, key=lambda photograph: photograph.record.time)

@@ -28,8 +28,8 @@ from sopdeploy.training.recipe import Recipe
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
 CHECKSUM_BYTES = 4
-# what an entry contains
-ENTRY = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"
+# The version of the format: entries with another content have other names.
+ENTRY_CONTENT = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"
 _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 
 
@@ -90,7 +90,7 @@ class FeatureCache:
         """Write an entry; stop writing any if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            # so that many more fit before the next time
+            # A tenth more than needed is deleted, so that many more fit before the next time.
             self._delete_oldest(self.limit * 9 // 10 - size)
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
@@ -131,31 +131,46 @@ class FeatureCache:
 
 
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
-    """Hash all that determines the features: network, decoding, preprocessing, versions, processor."""
+    """Hash all that determines the features: network, decoding, preprocessing, versions, processor.
+
+    The head is left out: it is computed from the features.
+    """
+    # Kernels of another processor, or for another number of threads, round differently.
     device = next(network.parameters()).device
     processor = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
+
     facts = [
-        ENTRY,
+        ENTRY_CONTENT,
         recipe.model.model_dump_json(),
         recipe.preprocess.model_dump_json(),
         processor,
     ]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps
     digest = hashlib.sha256(repr(facts).encode())
+
+    # The code that decodes images.
     for file in sorted(files("sopdeploy.images").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".py"):
             digest.update(file.read_bytes())
+
+    # The modules of the network, then their weights and buffers.
     for name, module in network.named_modules():
-        if name.split(".")[0] != POOLED_HEAD:
+        if not _is_of_head(name):
             digest.update(
                 f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode()
             )
     for name, tensor in network.state_dict().items():
-        if name.split(".")[0] != POOLED_HEAD:
+        if not _is_of_head(name):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
     return digest.digest()
+
+
+def _is_of_head(name: str) -> bool:
+    """Tell whether the module or tensor *name* belongs to the head."""
+    return name.split(".")[0] == POOLED_HEAD

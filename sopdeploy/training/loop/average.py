@@ -8,46 +8,46 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import MissingPackageError
 from sopdeploy.models.base import Classifier
 
 
 class ExponentialMovingAverage:
-    """A copy of *model* whose floating-point tensors are exponential moving averages over all steps.
+    """timm's copy of *model* whose floating-point tensors are moving averages over all steps.
 
-    torch's `AveragedModel` would start from the weights after the first step, and read its
-    number of updates from the device in every step, which waits for the GPU. `count` is the
-    number of updates; with 0, the weights that learn are exported.
+    `count` is the number of updates; with 0, the weights that learn are exported.
     """
 
     def __init__(self, decay: float, model: Classifier) -> None:
-        self.decay = decay
+        utils = import_optional("timm.utils", "timm", "sopdeploy[train]", MissingPackageError)
         self.count = 0
-        self.model = copy.deepcopy(model).requires_grad_(False)
 
-    @torch.no_grad()
+        # In update n, the decay is at most (1 + n) / (10 + n).
+        self.ema = utils.ModelEmaV3(
+            model,
+            decay=decay,
+            use_warmup=True,
+            warmup_gamma=9,
+            warmup_power=1.0,
+            update_after_step=-2,
+        ).requires_grad_(False)
+
+    @property
+    def model(self) -> Classifier:
+        """The copy with the averages."""
+        averaged: Classifier = self.ema.module
+        return averaged
+
     def update(self, model: Classifier) -> None:
-        """Update the averages with *model* after a step, with a smaller decay in the first ones."""
+        """Update the averages with *model* after a step."""
         self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-
-        averages = self.model.state_dict()
-        values = model.state_dict()
-        floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
-        for name in averages.keys() - set(floating):
-            averages[name].copy_(values[name])
-
-        torch._foreach_lerp_(
-            [averages[name] for name in floating],
-            [values[name] for name in floating],
-            1 - decay,
-        )
+        self.ema.update(model, step=self.count)
 
     def narrow(self, model: Classifier) -> None:
         """Keep the averages of *model* alone, which has some of the tensors of the network before."""
         averages = self.model.state_dict()
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.ema.module = copy.deepcopy(model).requires_grad_(False)
         self.model.load_state_dict({name: averages[name] for name in model.state_dict()})
 
     def state_dict(self) -> dict[str, Any]:

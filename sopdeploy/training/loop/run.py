@@ -51,13 +51,10 @@ def fit_loop(
     for images that cannot be used.
     """
     recipe = run.recipe
-    augment = recipe.augment
     data = run.setup.data
 
-    # The images as the network sees them; only those of the training are augmented.
-    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
-    fitted = FittedPixels(data.held_out, recipe.preprocess)
-    held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad, fitted=fitted)
+    # The images as the network sees them.
+    held_out = evaluated_images(recipe, data.held_out)
     training = augmented_images(recipe, data.train, run.position.epoch)
 
     expected = ExpectedTime(callback, "`epochs` changes it")
@@ -86,6 +83,14 @@ def fit_loop(
                 f"{run.position.step} steps of it; {folder.last} is saved and can be resumed"
             )
             raise
+
+
+def evaluated_images(recipe: Recipe, images: LabeledImages) -> PreprocessedDataset:
+    """Return the held-out *images* without augmentation, but padded and cropped with `PadCrop.held_out`."""
+    augment = recipe.augment
+    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
+    fitted = FittedPixels(images, recipe.preprocess)
+    return PreprocessedDataset(images, recipe.preprocess, pad, fitted=fitted)
 
 
 def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
@@ -204,11 +209,11 @@ def save_derived_files(run: LoopState, folder: RunFolder) -> None:
         return
 
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    # no step since the best epoch
+    # The network still has the weights of the best epoch: no step was made since.
     has_best_weights = position.step == 0 and best.epoch == position.epoch
     # Otherwise `best.pt` has the frozen network until the end
     if has_best_weights and run.frozen is None:
-        # in all processes, which together average the running statistics
+        # All processes call this, because they average the running statistics together.
         folder.save_best(run_record(run.setup, run.synchronized_fit()))
     folder.save_history(history)
 

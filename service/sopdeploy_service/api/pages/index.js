@@ -6,7 +6,6 @@
 const state = { server: null, info: null, card: null, photos: [], shown: null, run: null, explaining: null };
 const IMAGES_PER_MAP = 50; // that an explanation costs
 const COUNTED = 20; // answers, after which the counts are shown anew
-const OFFERED_CLASSES = 20; // buttons for the right class; others are typed
 const CONCURRENT = 4; // requests; browsers open up to six connections to a server
 
 /** URL of the classify request of `model`, with `others` as its parameters. */
@@ -132,7 +131,6 @@ async function ask(photo, signal) {
       if (photo.map) showMap(photo.map, body.classes[0].label);
       byId("report").hidden = !state.server.keeps;
       byId("report-note").textContent = photo.reported ?? "";
-      offerClasses(body);
     };
   } else {
     photo.problem = problem;
@@ -215,17 +213,6 @@ function rows() {
 
 /** Whether `body` lists all classes above their thresholds. */
 const isMultiLabel = (body) => Boolean(body && state.info.thresholds);
-
-/** Offer the classes that the answer `body` may have missed, the most probable ones first. */
-function offerClasses(body) {
-  const [answered, ...others] = body.classes.map(({ label }) => label);
-  const names = [...new Set([...others, ...state.card.labels])].filter((name) => name !== answered);
-  byId("right-classes").replaceChildren(...names.slice(0, OFFERED_CLASSES).map((name) => {
-    const button = make("button", { type: "button" }, make("bdi", {}, name));
-    button.addEventListener("click", () => void report(name));
-    return button;
-  }));
-}
 
 /** Send the photo that is shown once more, to be kept for a label; the class `name` is a suggestion. */
 async function report(name) {

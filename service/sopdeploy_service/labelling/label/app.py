@@ -20,7 +20,7 @@ from urllib.parse import parse_qs
 
 import pydantic
 import uvicorn
-from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
@@ -34,8 +34,9 @@ from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
 from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders, find_name_problem
+from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
 from sopdeploy_service.labelling.label.heap import Embed
+from sopdeploy_service.labelling.label.labelled import Labelled
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
 from sopdeploy_service.server.http_protocol import Connections, limited_config
@@ -49,7 +50,6 @@ BODY_SECONDS = 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MAX_CELLS = 48  # of the grid of a class
-MAX_START = 10_000_000  # photographs of a class
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -65,20 +65,24 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 Session = Annotated[str, Header(alias="X-Session", max_length=100)]
 
 
+PhotographId = Annotated[
+    str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
+]
+
+
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[
-        str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
-    ]
+    id: PhotographId
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
 
-class Correction(GivenLabel):
-    """Another label of the photograph `id`, which has one."""
+class Correction(StrictModel):
+    """The right class `name` of the labelled photograph `id`; None is "not one of ours"."""
 
-    kind: Literal["class", "unknown"]
+    id: PhotographId
+    name: Annotated[str, pydantic.Field(max_length=1000)] | None
 
 
 async def read_label(request: Request) -> GivenLabel:
@@ -195,27 +199,44 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             )
         )
 
+    labelled: dict[str, Labelled] = {}  # what `/labelled` listed last
+
+    def list_labels() -> LabelledPhotographs:
+        labelled.clear()
+        labelled.update(folders.labelled())
+        return LabelledPhotographs(
+            photographs=tuple(
+                LabelledPhotograph(id=identity, name=photo.name, held_out=photo.is_held_out)
+                for identity, photo in labelled.items()
+            ),
+            classes=tuple(folders.classes()),
+        )
+
     @app.get("/labelled")
-    def labelled(start: Annotated[int, Query(ge=0, le=MAX_START)] = 0) -> Labels:
+    def show_labels() -> LabelledPhotographs:
         with lock:
-            folders.read_labelled()
-            return describe_labelled(folders, start)
+            return list_labels()
 
     @app.post("/correct")
-    def correct(answer: Annotated[Correction, Depends(read_correction)]) -> Labels:
+    def correct(
+        answer: Annotated[Correction, Depends(read_correction)],
+    ) -> LabelledPhotographs:
         with lock:
-            folders.correct(answer.id, answer.name if answer.kind == "class" else None)
-            return describe_labelled(folders)
+            if answer.id not in labelled:
+                raise GoneError("that photograph is not in the list; read the list again")
+            folders.correct(labelled[answer.id], answer.name)
+            return list_labels()
 
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
-            photo = folders.waiting.get(identity) or folders.labelled.get(identity)
+            photo = folders.waiting.get(identity) or labelled.get(identity)
+            path = None if photo is None else photo.path
 
-        if photo is None:
+        if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
         try:
-            content = read_file(photo.path, MAX_IMAGE_BYTES)
+            content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
             return JSONResponse({"detail": "no such photograph"}, 404)
 
@@ -296,41 +317,19 @@ class Grids(StrictModel):
     grids: tuple[Grid, ...]
 
 
-class LabelledClass(StrictModel):
-    """Photographs `ids` of `count` with the label `name`; None is "not one of ours". The latest ones come first."""
+class LabelledPhotograph(StrictModel):
+    """A photograph that has a label: its class `name`, None for none of ours."""
 
+    id: str
     name: str | None
-    ids: tuple[str, ...]
-    count: int
+    held_out: bool
 
 
-class Labels(StrictModel):
-    """The labelled photographs of each class from the number `start` on, and all `classes`."""
+class LabelledPhotographs(StrictModel):
+    """The photographs that were labelled last, the latest first, and all classes."""
 
-    start: int
-    labelled: tuple[LabelledClass, ...]
+    photographs: tuple[LabelledPhotograph, ...]
     classes: tuple[str, ...]
-
-
-def describe_labelled(folders: LabelFolders, start: int = 0) -> Labels:
-    """List up to `MAX_CELLS` photographs of each class that *folders* has read, from the number *start* on."""
-    ids_by_class: dict[str | None, list[str]] = {}
-    for identity, photo in folders.labelled.items():
-        ids_by_class.setdefault(photo.name, []).append(identity)
-
-    names = sorted(ids_by_class, key=lambda name: (name is None, name or ""))
-    return Labels(
-        start=start,
-        labelled=tuple(
-            LabelledClass(
-                name=name,
-                ids=tuple(ids_by_class[name][start : start + MAX_CELLS]),
-                count=len(ids_by_class[name]),
-            )
-            for name in names
-        ),
-        classes=tuple(folders.classes()),
-    )
 
 
 class LabelState(StrictModel):
@@ -364,7 +363,7 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
     probabilities: dict[str, float] = {}
 
     if folders.waiting:
-        # a photograph of a heap has no record
+        # A photograph of a heap has no record.
         identity = upcoming[0]
         record = folders.waiting[identity].record
         probabilities = folders.probabilities(identity)
@@ -382,12 +381,11 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
             suggested=suggested,
         )
 
-    # That of a person first, also a new one, then by probability; without one: last.
-    classes = folders.classes()
-    if suggested is not None and not find_name_problem(suggested, classes):
-        classes = [*{*classes, suggested}]
+    # That of a person first, then by probability; without one: last.
+    suggestion = set() if suggested is None else {suggested}
     names = sorted(
-        classes, key=lambda name: (name != suggested, -probabilities.get(name, -1.0), name)
+        suggestion.union(folders.classes()),
+        key=lambda name: (name != suggested, -probabilities.get(name, -1.0), name),
     )
 
     return LabelState(
@@ -411,14 +409,16 @@ def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
 
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
-    return f"sopdeploy train {join([*words, *_from_live()])}"
+    return f"sopdeploy train {join([*words, *_live_option()])}"
 
 
-def _from_live() -> list[str]:
-    """Return the option `--from` with the link to the live bundle, if it and its run are here.
+def _live_option() -> list[str]:
+    """Return the option `--from` with the link to the live bundle, if it and its run are here, else nothing.
 
-    The live run sets the margins of the next one.
+    `train --from` repeats the recipe of that run, and protects its classes from new ones with few
+    images (`procedure.margins`).
     """
+    # `promote` makes the links other than `latest`, each to a live bundle; the first one counts.
     for link in sorted(BUNDLES.glob("*")):
         if not link.is_symlink() or link.name == LATEST:
             continue

@@ -11,7 +11,6 @@ succeeds. Its record is deleted after that; `read_kept` skips a record that rema
 """
 
 import errno
-import hashlib
 import itertools
 import os
 import shutil
@@ -46,6 +45,7 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.table import find_table
 from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
+from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
 
 SKIPPED = ".skipped"
 # Every second photograph is from the uniform sample: it decides about the next bundle, which
@@ -60,7 +60,6 @@ OBVIOUS = 0.5  # probability of a class from which a photograph is offered in it
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
-MOVED = "that photograph has another label now, or is no longer there; load the list again"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 
@@ -85,18 +84,6 @@ class Waiting(NamedTuple):
         return heap_id(self.path) if self.is_of_heap else self.path.stem
 
 
-class Labelled(NamedTuple):
-    """A photograph with a label: its path, and its class; None is "not one of ours"."""
-
-    path: Path
-    name: str | None
-
-    @property
-    def identity(self) -> str:
-        """The ID of this file, which changes with its label."""
-        return hashlib.sha256(os.fsencode(self.path)).hexdigest()[:32]
-
-
 class LabelStep(NamedTuple):
     """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped.
 
@@ -119,7 +106,6 @@ class LabelFolders:
     Attributes:
         waiting: The photographs without a label and their records, by ID; the next one is first.
         steps: The labels and skips of this session.
-        labelled: The photographs with a label, by ID, of the last `read_labelled`.
         suggestions: Those for the photographs of a heap.
     """
 
@@ -157,9 +143,8 @@ class LabelFolders:
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
 
         self.steps: list[LabelStep] = []
-        self.labelled: dict[str, Labelled] = {}
         self.suggestions = Suggestions(embed)
-        # in this session; kept ones have a file `ID.skipped`
+        # Those skipped in this session; kept ones have a file `ID.skipped`.
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
@@ -261,12 +246,17 @@ class LabelFolders:
         self._leases = {
             identity: lease for identity, lease in self._leases.items() if lease[1] > now
         }
+
+        # What nobody else has leased; if nothing is left, what others have, too.
         free = [
             identity
             for identity in self.waiting
             if self._leases.get(identity, (session, now))[0] == session
         ]
+
         upcoming = (free or list(self.waiting))[:count]
+
+        # A lease of another session stays.
         for identity in upcoming:
             self._leases.setdefault(identity, (session, 0.0))
             if self._leases[identity][0] == session:
@@ -282,16 +272,16 @@ class LabelFolders:
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
     def suggestion(self, identity: str) -> str | None:
-        """Return the class that a person has suggested for a photograph, who reported a wrong answer.
-
-        It may be a new one. A name of a class in other letters is that class.
-        """
+        """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
         record = self.waiting[identity].record
-        if record is None or record.suggested is None:
+        if not record or not record.suggested:
             return None
-        key = lookalike_key(record.suggested)
+
+        # A class in other letters is that class.
+        suggested = normalize(record.suggested).strip()
+        key = lookalike_key(suggested)
         same = (name for name in self.classes() if lookalike_key(name) == key)
-        return next(same, normalize(record.suggested).strip())
+        return next(same, suggested)
 
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
@@ -320,7 +310,6 @@ class LabelFolders:
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
-
         names = {normalize(label) for record in records for label in record.labels}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
@@ -333,9 +322,11 @@ class LabelFolders:
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        name, folder = self._choose_folder(name, is_held_out=self._is_near_sample(photo))
+        folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
+        is_new_folder = not folder.is_dir()
+
         try:
-            target, is_new_folder = _move_into(folder, photo.path)
+            target = _move_into(folder, photo.path)
         except FileNotFoundError:
             del self.waiting[identity]
             raise GoneError(GONE) from None
@@ -347,8 +338,43 @@ class LabelFolders:
         if not photo.is_of_heap:
             photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
         elif name is not None:
-            self.suggestions.add(name, photo.path, target)
+            self.suggestions.add(normalize(folder.name), photo.path, target)
             self._order_heap()
+
+    def labelled(self) -> dict[str, Labelled]:
+        """List the photographs that have a label, by ID, the last label first.
+
+        Raises `OSError`.
+        """
+        parts = [
+            *((name, path, False) for name, path in _class_folders(self.photos).items()),
+            *((name, path, True) for name, path in _class_folders(self.held_out).items()),
+            (None, self.unknown, False),
+            (None, self.unknown / SAMPLE_FOLDER, True),
+        ]
+        return list_labelled(parts)
+
+    def correct(self, photo: Labelled, name: str | None) -> None:
+        """Move *photo*, which has a label, to the folder of the class *name*; None is "not one of ours".
+
+        It stays held out if it is. Its old folder goes if it was the last one there. Raises as
+        `label` does.
+        """
+        folder = self._folder_for(name, is_held_out=photo.is_held_out)
+        if folder == photo.path.parent:
+            return
+
+        try:
+            target = _move_into(folder, photo.path)
+        except FileNotFoundError:
+            raise GoneError(f"{photo.path}: is no longer there; read the list again") from None
+        with suppress(OSError):  # others are in it
+            photo.path.parent.rmdir()
+
+        self.suggestions.move(
+            photo.path, target, None if name is None else normalize(folder.name)
+        )
+        self._order_heap()
 
     def _is_near_sample(self, photo: Waiting) -> bool:
         """Tell whether *photo* is of the uniform sample, or a near-duplicate of one of it."""
@@ -357,65 +383,18 @@ class LabelFolders:
         near_hash = int(photo.record.near_hash, 16)
         return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
 
-    def _choose_folder(self, name: str | None, *, is_held_out: bool) -> tuple[str | None, Path]:
-        """Return the class *name*, normalized, and its folder; None is "not one of ours".
+    def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
+        """Return the folder of the class *name*; None is "not one of ours".
 
         Raises `ConfigError` if *name* cannot name a class.
         """
         if name is None:
-            return None, self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+            return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
 
         folders = _class_folders(self.photos) | _class_folders(self.held_out)
         name = check_class_name(name, self.classes(), folders)
         parent = self.held_out if is_held_out else self.photos
-        return name, _class_folders(parent).get(name, parent / name)
-
-    def read_labelled(self) -> None:
-        """Read which photographs have a label, of all sessions, the latest one first; raises `OSError`.
-
-        They are all photographs of the class folders: a label leaves no other trace.
-        """
-        folders: dict[Path, str | None] = {}
-        for parent in (self.photos, self.held_out):
-            folders |= {path: name for name, path in _class_folders(parent).items()}
-        folders |= dict.fromkeys((self.unknown, self.unknown / SAMPLE_FOLDER))
-
-        # A rename changes `st_ctime`; it does not change the time of the content.
-        changes: list[tuple[float, Labelled]] = []
-        for folder, name in folders.items():
-            for path in list_heap(folder, with_kept=True).images if folder.is_dir() else ():
-                changed = path.lstat().st_ctime
-                changes.append((changed, Labelled(path, name)))
-
-        changes.sort(key=lambda change: (-change[0], change[1].path))
-        self.labelled = {photo.identity: photo for _, photo in changes}
-
-    def correct(self, identity: str, name: str | None) -> None:
-        """Move the labelled photograph *identity* to the class *name*; None is "not one of ours".
-
-        A held-out photograph stays held out. Raises `ConfigError`, `GoneError` and `OSError`, as
-        `label` does.
-        """
-        if identity not in self.labelled:
-            raise GoneError(MOVED)
-        path = self.labelled[identity].path
-        is_held_out = (
-            path.parent.parent == self.held_out or path.parent == self.unknown / SAMPLE_FOLDER
-        )
-
-        # Move it to the folder of the class, and remove its last folder if it is empty now.
-        name, folder = self._choose_folder(name, is_held_out=is_held_out)
-        if folder == path.parent:
-            return
-        try:
-            target, _ = _move_into(folder, path)
-        except FileNotFoundError:
-            raise GoneError(MOVED) from None
-        with suppress(OSError):
-            path.parent.rmdir()
-
-        self.suggestions.correct(path, target, name)
-        self.read_labelled()
+        return _class_folders(parent).get(name, parent / name)
 
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
@@ -551,7 +530,7 @@ def order_by_value(
         # Choose the photograph that is uncertain and far from those chosen before, up to
         # `MAX_SPREAD` times.
         for _ in range(min(MAX_SPREAD, len(left_L))):
-            # a position in *left_L*
+            # The position in *left_L* of the most useful one.
             best = int((distances_L * uncertainties_N[left_L]).argmax())
             order.append(int(left_L[best]))
 
@@ -580,13 +559,13 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if name not in classes:  # names that exist stay as they are
         name = name.strip()
 
-    problem = find_name_problem(name, classes, folders)
+    problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
     return name
 
 
-def find_name_problem(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
+def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) -> str:
     """Say why *name* cannot name a class, as `check_class_name` does; empty if it can."""
     # A name that no folder has yet must fit into one, and be typed.
     if name not in folders:
@@ -611,23 +590,25 @@ def find_name_problem(name: str, classes: list[str], folders: Collection[str] = 
     return ""
 
 
-def _move_into(folder: Path, path: Path) -> tuple[Path, bool]:
-    """Move *path* into *folder*, under a number if its name is taken; return where, and whether the folder is new.
+def _move_into(folder: Path, source: Path) -> Path:
+    """Move the photograph *source* into *folder*, which is made if it is missing; return its new path.
 
-    After a move that failed, no new folder remains.
+    Raises `OSError`; then nothing has changed.
     """
-    targets = (folder / numbered_name(path, number) for number in itertools.count(1))
-    target = next(other for other in targets if not os.path.lexists(other))
+    # Photographs of a heap can have equal names.
+    targets = (folder / numbered_name(source, number) for number in itertools.count(1))
+    target = next(path for path in targets if not os.path.lexists(path))
 
     is_new_folder = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _move(path, target)
+        _move(source, target)
     finally:
         if is_new_folder:
-            with suppress(OSError):  # only an empty folder is removed
+            # Only an empty folder is removed: after a move that failed
+            with suppress(OSError):
                 folder.rmdir()
-    return target, is_new_folder
+    return target
 
 
 def _move(source: Path, target: Path) -> None:

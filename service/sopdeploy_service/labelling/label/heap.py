@@ -40,10 +40,10 @@ class Heap(NamedTuple):
     others: list[str]
 
 
-def list_heap(folder: Path, *, with_kept: bool = False) -> Heap:
-    """List the heap in *folder*, without what a server has written unless *with_kept*; raises `DataError`."""
+def list_heap(folder: Path) -> Heap:
+    """List the heap in *folder*, without what a server has written; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file()]
-    files = [folder / name for name in names if with_kept or not kept_id(name)]
+    files = [folder / name for name in names if not kept_id(name)]
 
     heap = Heap([], [])
     for path in files:
@@ -135,16 +135,16 @@ class Suggestions:
         self._classes[target] = name, path
         self._num_changes += 1
 
-    def remove(self, target: Path) -> None:
-        """Remove the photograph at *target*, whose label was undone, from its class."""
-        self._classes.pop(target, None)
-        self._num_changes += 1
-
-    def correct(self, path: Path, target: Path, name: str | None) -> None:
-        """Note that the photograph at *path*, if it has a class, is at *target* now, of the class *name*."""
+    def move(self, path: Path, target: Path, name: str | None) -> None:
+        """Follow the sorted photograph from *path* to *target*, of the class *name* or, for None, of none."""
         entry = self._classes.pop(path, None)
         if entry is not None and name is not None:
             self._classes[target] = name, entry[1]
+        self._num_changes += 1
+
+    def remove(self, target: Path) -> None:
+        """Remove the photograph at *target*, whose label was undone, from its class."""
+        self._classes.pop(target, None)
         self._num_changes += 1
 
     def suggest(self, path: Path) -> dict[str, float]:

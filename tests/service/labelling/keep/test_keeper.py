@@ -759,9 +759,8 @@ def test_a_reported_image_is_kept_with_its_suggestion_also_if_it_was_kept_before
     labels = bundle.labels
     with running(onnx_runtime, bundle, Settings(keep=tmp_path, keep_sample=1.0)) as client:
         assert client.get("/info").json()["keeps"] is True
-        for name in ("%00", "%E2%80%8B", "a" * 1001):
-            wrong = client.post(f"/v1/classify?reported={name}", content=low)
-            assert (wrong.status_code, wrong.json()["code"]) == (400, "malformed_request"), name
+        wrong = client.post("/v1/classify?reported=a%00b", content=low)
+        assert (wrong.status_code, wrong.json()["code"]) == (400, "malformed_request")
         explained = client.post(f"/v1/classify?reported={labels[0]}&explain=true", content=low)
         assert (explained.status_code, explained.json()["code"]) == (400, "malformed_request")
         for query in ("", "?reported=a new class", "?reported="):

@@ -411,69 +411,19 @@ def test_the_printed_command_continues_from_the_live_run_if_it_is_here(
     assert app.training_command(folders, Path("photos")) == start
 
 
-def test_labels_of_earlier_sessions_are_listed_and_corrected(keep, open_folders, tmp_path):
-    keep(1, reasons=("sample",))
-    keep(2)
-    keep(3)
-    with label_server(open_folders()) as client:
-        for number, kind, name in (
-            (1, "class", "hat"),
-            (2, "class", "hat"),
-            (3, "unknown", ""),
-        ):
-            client.post("/label", json=answer(kind, name, identity(number)))
-
-    with label_server(open_folders()) as client:
-
-        def listed() -> dict[str | None, tuple[str, ...]]:
-            labels = client.get("/labelled").json()
-            return {one["name"]: tuple(one["ids"]) for one in labels["labelled"]}
-
-        before = listed()
-        assert {name: len(ids) for name, ids in before.items()} == {"hat": 2, None: 1}
-        assert list(before) == ["hat", None]
-        later, first = before["hat"]  # the latest one first
-        (other,) = before[None]
-        assert client.get(f"/images/{later}").status_code == 200
-
-        # The held-out photograph stays held out; names are checked as those of labels are.
-        for one, kind, name, status in (
-            (first, "class", "shoes", 200),
-            (later, "class", "a new one", 200),
-            (other, "class", "../hat", 422),
-            (other, "class", "Shoes", 422),
-            (other, "skip", "", 422),
-            (other, "class", "hat", 200),
-            (other, "class", "hat", 409),  # it has another ID now
-        ):
-            reply = client.post("/correct", json=answer(kind, name, one))
-            assert reply.status_code == status, (kind, name)
-        assert {name: len(ids) for name, ids in listed().items()} == {
-            "a new one": 1,
-            "hat": 1,
-            "shoes": 1,
-        }
-    assert files_below(tmp_path) == {
-        f"photos-held-out/shoes/{identity(1)}.jpg",
-        f"photos/a new one/{identity(2)}.jpg",
-        f"photos/hat/{identity(3)}.jpg",
-    }
-    assert not (tmp_path / "photos-unknown").exists()
-
-
-def test_a_suggestion_is_offered_for_its_photograph_only_and_only_as_a_class(
-    keep, open_folders
-):
-    suggestions = {1: "scarf", 2: "HAT", 3: "../x", 4: "train"}
-    for number, name in suggestions.items():
-        keep(number, reasons=("reported",), suggested=name)
-    folders = open_folders()
-    offered = {}
-    with label_server(folders) as client:
-        for _ in suggestions:
-            state = client.get("/state").json()
-            one = state["photograph"]["id"]
-            offered[int(one, 16)] = [entry["name"] for entry in state["classes"]]
-            client.post("/label", json=answer("skip", one=one))
-    known = ["hat", "shoes", "t-shirt"]
-    assert offered == {1: ["scarf", *known], 2: known, 3: known, 4: known}
+def test_only_labelled_photographs_of_the_list_are_shown_and_corrected(client, tmp_path):
+    (tmp_path / "photos" / "hat").mkdir(parents=True)
+    (tmp_path / "photos" / "hat" / "link.jpg").symlink_to("/etc/passwd")
+    (tmp_path / "photos" / "hat" / "notes.txt").write_text("no image")
+    assert client.get("/labelled").json()["photographs"] == []
+    client.post("/label", json=answer())
+    assert client.post("/correct", json={"id": ONE, "name": "shoes"}).status_code == 409
+    (labelled,) = client.get("/labelled").json()["photographs"]
+    assert (labelled["name"], labelled["held_out"]) == ("hat", False)
+    assert client.get(f"/images/{labelled['id']}").status_code == 200
+    body = {"id": labelled["id"], "name": "a/b"}
+    assert client.post("/correct", json=body).status_code == 422
+    (corrected,) = client.post("/correct", json={**body, "name": None}).json()["photographs"]
+    assert (corrected["name"], corrected["id"] != labelled["id"]) == (None, True)
+    assert client.get(f"/images/{labelled['id']}").status_code == 404
+    assert (tmp_path / "photos-unknown" / f"{ONE}.jpg").exists()

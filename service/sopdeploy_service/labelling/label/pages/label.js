@@ -1,13 +1,12 @@
 "use strict";
-// The label page: a grid of photographs that are probably of a class; then one at a time, with those selected beside it.
+// The label page: a grid of photographs that are probably of a class; one at a time, with those selected beside it; those with a label.
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
 const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
-const MAX_CELLS = 48; // labelled photographs that are shown at once
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
 const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
-const past = { labelled: [], classes: [], name: "", start: 0, wrong: new Set() }; // labels; `name` null is "not one of ours"
+const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].join("-") }; // another page gets other photographs
@@ -83,7 +82,7 @@ async function show(next) {
   byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
-  const needed = new Set([...state.next, ...cells(), ...labelledCells()]);
+  const needed = new Set([...state.next, ...cells(), ...labelled.photographs.map(({ id }) => id)]);
   for (const id of [...urls.keys()].filter((one) => !needed.has(one))) {
     void load(id).then(URL.revokeObjectURL);
     urls.delete(id);
@@ -136,12 +135,13 @@ function classButton({ name, probability }, place) {
 /** IDs of the photographs in the grid of the chosen class. */
 const cells = () => grid.grids.find(({ name }) => name === grid.name)?.ids ?? [];
 
-/** Show the view of the button `chosen`: the grid, one photograph, or the labels. */
-function view(chosen) {
-  const views = { "as-grid": "grid", "one-by-one": "main", "as-labelled": "labelled" };
-  for (const [button, panel] of Object.entries(views)) {
-    byId(panel).hidden = button !== chosen;
-    byId(button).setAttribute("aria-pressed", String(button === chosen));
+const VIEWS = { grid: "as-grid", main: "one-by-one", labelled: "as-labelled" }; // sections, and the buttons that show them
+
+/** Show the section `shown` of `VIEWS`. */
+function view(shown) {
+  for (const [section, button] of Object.entries(VIEWS)) {
+    byId(section).hidden = section !== shown;
+    byId(button).setAttribute("aria-pressed", String(section === shown));
   }
 }
 
@@ -164,20 +164,19 @@ function chooseGrid(name) {
     button.addEventListener("click", () => chooseGrid(other));
     return button;
   }));
-  byId("cells").replaceChildren(...cells().map((id, place) => cell(id, place, grid.others, true, showChosen)));
+  byId("cells").replaceChildren(...cells().map(cell));
   showChosen();
 }
 
-/** Button of the photograph `id`, number `place` of a grid; it is pressed unless its being in `chosen` is `isOut`. */
-function cell(id, place, chosen, isOut, onChange) {
+/** Button of the photograph `id` in the grid: pressed if it is of the class. */
+function cell(id, place) {
   const image = make("img", { alt: "" });
   void load(id).then((url) => { image.src = url; });
-  const isPressed = () => String(chosen.has(id) !== isOut);
-  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": isPressed() }, image);
+  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "true" }, image);
   button.addEventListener("click", () => {
-    if (!chosen.delete(id)) chosen.add(id);
-    button.setAttribute("aria-pressed", isPressed());
-    onChange();
+    if (!grid.others.delete(id)) grid.others.add(id);
+    button.setAttribute("aria-pressed", String(!grid.others.has(id)));
+    showChosen();
   });
   return button;
 }
@@ -195,70 +194,58 @@ async function accept() {
   const { name } = grid;
   const ids = cells().filter((id) => !grid.others.has(id));
   const problem = await send("label", ids.map((id) => ({ id, kind: "class", name })));
-  if (!problem && !(await loadGrids())) view("one-by-one");
+  if (!problem && !(await loadGrids())) view("main");
 }
 
-/** The labelled photographs of the chosen label. */
-const ofLabel = () => past.labelled.find(({ name }) => name === past.name);
-
-/** IDs of those that are shown. */
-const labelledCells = () => ofLabel()?.ids ?? [];
-
-/** Words for a label; `name` null is none of the classes. */
-const words = (name) => make("bdi", {}, name ?? "Not one of ours");
-
-/** Load the labels from number `start` on, and show those of the class `name` or, without any, of the first. */
-async function loadLabels(name = past.name, start = 0) {
-  const problem = await ask(`labelled?start=${start}`).then((labels) => showLabels(labels, name), (error) => error.message);
-  sayLabelProblem(problem);
-}
-
-/** Show `labels`, a response of the server, of the class `name`. */
-function showLabels({ labelled, classes, start }, name) {
-  const shown = labelled.some((one) => one.name === name) ? name : labelled[0]?.name;
-  Object.assign(past, { labelled, classes, start, name: shown, wrong: new Set() });
-  const ids = labelledCells(), count = ofLabel()?.count ?? 0;
-  byId("labelled-work").hidden = labelled.length === 0;
-  byId("no-labels").hidden = labelled.length > 0;
-  byId("labels").replaceChildren(...labelled.map((one) => {
-    const button = make("button", { type: "button", "aria-pressed": String(one.name === shown) }, words(one.name), ` ${one.count}`);
-    button.addEventListener("click", () => void loadLabels(one.name));
-    return button;
-  }));
-  byId("labelled-cells").replaceChildren(...ids.map((id, place) => cell(id, start + place, past.wrong, false, showWrong)));
-  byId("later").disabled = start === 0;
-  byId("older").disabled = start + ids.length >= count;
-  byId("right-labels").replaceChildren(...[...classes, null].filter((one) => one !== shown).map((one) => {
-    const button = make("button", { type: "button" }, words(one));
-    button.addEventListener("click", () => void correct(one));
-    return button;
-  }));
+/** Show `reply`, the photographs that have a label, none of them touched. */
+function showLabelled({ photographs, classes }) {
+  Object.assign(labelled, { photographs, wrong: new Set() });
+  byId("no-labels").hidden = photographs.length > 0;
+  byId("labelled-work").hidden = photographs.length === 0;
+  byId("all-classes").replaceChildren(...classes.map((name) => make("option", { value: name })));
+  byId("labels").replaceChildren(...photographs.map(labelledCell));
+  byId("right").value = "";
   showWrong();
 }
 
-/** Let the buttons of the right label work if a photograph is chosen. */
-function showWrong() {
-  for (const button of byId("labelled-work").querySelectorAll("#right-labels button, #new-right button")) button.disabled = past.wrong.size === 0;
+/** Button of a photograph with its label: pressed if the label is wrong. */
+function labelledCell({ id, name, held_out: isHeldOut }) {
+  const image = make("img", { alt: "" });
+  void load(id).then((url) => { image.src = url; });
+  const label = make("bdi", {}, name ?? "Not one of ours");
+  const button = make("button", { type: "button", "aria-pressed": "false", title: isHeldOut ? "Held out from training" : "" }, image, label);
+  button.addEventListener("click", () => {
+    if (!labelled.wrong.delete(id)) labelled.wrong.add(id);
+    button.setAttribute("aria-pressed", String(labelled.wrong.has(id)));
+    showWrong();
+  });
+  return button;
 }
 
-/** Show `problem`, or none. */
-function sayLabelProblem(problem) {
-  byId("labelled-error").textContent = sentence(problem ?? "");
+/** Say how many labels change. */
+function showWrong() {
+  const count = labelled.wrong.size;
+  byId("change").textContent = `Change ${count} ${count === 1 ? "label" : "labels"}`;
+  byId("change").disabled = byId("change-none").disabled = count === 0;
+}
+
+/** Read the list again, or change the labels of the touched photographs to `bodies` first; show the problem. */
+async function readLabelled(bodies = []) {
+  let problem = "", reply = null;
+  try {
+    for (const body of bodies) reply = await ask("correct", body);
+  } catch (error) {
+    problem = error.message;
+    reply = null; // the list tells what has changed
+  }
+  reply ??= await ask("labelled").catch((error) => { problem ||= error.message; });
+  if (reply) showLabelled(reply);
+  byId("labelled-error").textContent = sentence(problem);
   byId("labelled-error").hidden = !problem;
 }
 
-/** Give the chosen photographs the label `name`. */
-async function correct(name) {
-  const kind = name === null ? "unknown" : "class";
-  let problem = "";
-  try {
-    for (const id of past.wrong) await ask("correct", { id, kind, name: name ?? "" });
-  } catch (error) {
-    problem = error.message;
-  }
-  await loadLabels();
-  if (problem) sayLabelProblem(problem);
-}
+/** Change the labels of the touched photographs to `name`, null for none of ours. */
+const correct = (name) => readLabelled([...labelled.wrong].map((id) => ({ id, name })));
 
 /** Show the photograph at `url` as large as it is. */
 function enlarge(url) {
@@ -269,23 +256,22 @@ function enlarge(url) {
 byId("accept").addEventListener("click", () => void accept());
 byId("zoom").addEventListener("click", () => enlarge(byId("photo").src));
 byId("one-by-one").addEventListener("click", () => {
-  view("one-by-one");
-  void send("state"); // with the classes of corrections
-});
-byId("as-labelled").addEventListener("click", () => {
-  view("as-labelled");
-  void loadLabels();
-});
-byId("later").addEventListener("click", () => void loadLabels(past.name, Math.max(0, past.start - MAX_CELLS)));
-byId("older").addEventListener("click", () => void loadLabels(past.name, past.start + MAX_CELLS));
-byId("new-right").addEventListener("submit", (event) => {
-  event.preventDefault();
-  void correct(byId("right-name").value).then(() => { byId("right-name").value = ""; });
+  if (!byId("labelled").hidden) void send("state"); // a correction can have made a class
+  view("main");
 });
 byId("as-grid").addEventListener("click", () => {
-  view("as-grid");
+  view("grid");
   void loadGrids(grid.name);
 });
+byId("as-labelled").addEventListener("click", () => {
+  view("labelled");
+  void readLabelled();
+});
+byId("correct").addEventListener("submit", (event) => {
+  event.preventDefault();
+  void correct(byId("right").value);
+});
+byId("change-none").addEventListener("click", () => void correct(null));
 byId("new").addEventListener("submit", (event) => {
   event.preventDefault();
   byId("name").blur(); // so that the next key is a label
@@ -296,16 +282,17 @@ byId("skip").addEventListener("click", () => label("skip"));
 byId("undo").addEventListener("click", () => send("undo", [{}]));
 document.addEventListener("keydown", (event) => {
   if (byId("enlarged").open) return; // which Escape closes
-  if (event.key === "Escape" && event.target.tagName !== "INPUT") select([]);
+  if (event.key === "Escape" && event.target !== byId("name")) select([]);
   if (event.key === "Escape") byId("name").blur();
-  if (event.target.tagName === "INPUT" || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
-  const isGrid = byId("main").hidden;
-  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : byId("photo");
+  const isGrid = !byId("grid").hidden;
+  const isLabelled = !byId("labelled").hidden;
+  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : isLabelled ? event.target.closest(".labelled button")?.firstChild : byId("photo");
   if (key === "z" && shown) enlarge(shown.src);
-  else if (key === "g") byId(byId("grid").hidden ? "as-grid" : "one-by-one").click();
-  else if (isGrid) return; // the other keys are about one photograph
+  else if (key === "g") byId(isGrid ? "one-by-one" : "as-grid").click();
+  else if (isGrid || isLabelled) return; // the other keys are about one photograph
   else if (key === "n") byId("name").focus();
   else if (key === "x") label("unknown");
   else if (key === "s") label("skip");
@@ -316,6 +303,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 void send("state").then(async () => {
-  if ((await loadGrids()) >= WORTH_A_GRID) view("as-grid");
+  if ((await loadGrids()) >= WORTH_A_GRID) view("grid");
   byId("grid").setAttribute("aria-busy", "false");
 });
