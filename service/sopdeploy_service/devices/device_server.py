@@ -212,9 +212,6 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # Serve HTTP, or the front ends of an engine.
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
-    for file in (config.shared, config.keys, config.limits):  # an engine serves no client
-        os.close(file)
-
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
