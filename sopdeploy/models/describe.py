@@ -77,10 +77,11 @@ def tally(network: nn.Module, image_size: int) -> Tally:
         parameters=Counter({name: p.numel() for name, p in network.named_parameters()})
     )
 
-    # Each call of a module adds its operations.
+    # Each call of a module adds its operations; a ScriptModule has no hooks.
     handles = [
         part.register_forward_hook(partial(_count_call, counts, name), with_kwargs=True)
         for name, part in network.named_modules()
+        if not isinstance(part, torch.jit.ScriptModule)
     ]
 
     # Batch norms take most of the time, also on `meta`, so they return their input. An

@@ -162,7 +162,7 @@ def read_table_text(table: Path) -> str:
         name = encoding.removesuffix("-sig").upper()
         where = "it"
         if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
-            # of what is behind the byte order mark
+            # The line in what is behind the byte order mark.
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
@@ -243,7 +243,11 @@ def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:
 def _build_targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*: (N, C) if *multi_label* or not each has one class, else (N,)."""
+    """Build the targets of *rows*: (N, C) float32 with several classes per image, else (N,).
+
+    *multi_label* says which; with None, there are several classes unless each row has one.
+    Raises `DataError` if a row must have one and has not.
+    """
     names = [normalize(label) for label in labels]
     targets = np.array(
         [[name in (row.classes or ()) for name in names] for row in rows], dtype=np.float32
@@ -464,7 +468,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
         )
-        # of classes with a column each
+        # Classes can have a column each.
         names = {
             column: name
             for column, name in zip(columns, written, strict=True)
