@@ -72,9 +72,9 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     matrices = np.empty((2 * num_pairs, MAX_STARTS, 2, 2), np.float32)
     centers = np.empty((2 * num_pairs, MAX_STARTS, 2), np.float32)
     for start in range(0, 2 * num_pairs, _BLOCK):
-        block = order[start : start + _BLOCK]
-        correlations[block], matrices[block], centers[block] = _search(
-            small, both_ways[:, block]
+        searched = order[start : start + _BLOCK]
+        correlations[searched], matrices[searched], centers[searched] = _search(
+            small, both_ways[:, searched]
         )
 
     # Of both ways: equal frames correlate equally, a part with what contains it less
@@ -234,7 +234,8 @@ def _align(
     expected_PTT = _sample(scenes, np.arange(len(images)), own)[0][second].reshape(
         num_pairs, num_samples, -1
     )
-    down_PTT, right_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=(1, 2))
+    down_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=1)
+    right_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=2)
     slopes_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(num_pairs, 2, -1)
     # Per row and column: by the four numbers of the matrix, and by the two of the shift.
     of_matrix = slopes_P2K[:, :, None] * points_K2.T

@@ -135,9 +135,6 @@ CHANGES = {
     "captioned": captioned,
     "mirrored": ImageOps.mirror,
     "turned by 15 degrees": lambda image: image.rotate(15, Image.Resampling.BICUBIC),
-    "mirrored, enlarged and turned": lambda image: ImageOps.mirror(
-        image.crop((12, 9, 148, 111))
-    ).rotate(-12, Image.Resampling.BICUBIC),
     "squashed": lambda image: image.crop((20, 0, 140, 120)).resize((160, 120)),
     "padded": lambda image: ImageOps.pad(image, (160, 160), color="black"),
 }
